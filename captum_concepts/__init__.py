@@ -1,0 +1,1 @@
+"""Concept attribution next to Captum."""

@@ -1,0 +1,69 @@
+"""The package's exceptions and warnings: one place, so that users can catch what they mean.
+
+Every message names what was given, what is allowed, and what to do. All exceptions derive from
+:class:`CaptumConceptsError`; each also derives from the built-in type that Python programmers expect.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CaptumConceptsError(Exception):
+    """Base class of every exception this package raises on purpose."""
+
+
+class InputError(CaptumConceptsError, ValueError):
+    """An argument has a value, shape, dtype or range that the called function does not accept."""
+
+
+class TargetError(InputError, AssertionError):
+    """A ``target`` is of the wrong type, length or range.
+
+    It is an ``AssertionError`` as well, because Captum raises that for bad targets and its users catch it.
+    """
+
+
+class LayerError(InputError):
+    """A layer is unknown, not reached, called twice, or its positions do not reach the model's output."""
+
+
+class LayoutError(LayerError):
+    """A layer's output cannot be read as one grid of positions without a hint from the user."""
+
+
+class ArtifactError(CaptumConceptsError, ValueError):
+    """A saved file is broken, foreign, or belongs to another model, layer or data set."""
+
+
+class NotFittedError(CaptumConceptsError, RuntimeError):
+    """A method was used before ``fit`` (or without the references, concepts or texts it needs)."""
+
+
+class CaptumConceptsWarning(UserWarning):
+    """Base class of every warning this package gives."""
+
+
+class InputWarning(CaptumConceptsWarning):
+    """The input is usable but probably not meant: NaN, infinite or out-of-range values."""
+
+
+class ConvergenceWarning(CaptumConceptsWarning):
+    """An optimiser stopped before its certificate reached the asked tolerance."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, limit: int = 5) -> str:
+    """Return `` Did you mean ...?`` with the nearest of ``known``, or an empty string.
+
+    >>> did_you_mean("layer5", ["layer3", "layer4", "fc"])
+    " Did you mean 'layer4' or 'layer3'?"
+    >>> did_you_mean("qqq", ["layer3"])
+    ''
+    """
+    near = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    if not near:
+        return ""
+    quoted = [f"'{n}'" for n in near]
+    head = ", ".join(quoted[:-1])
+    return f" Did you mean {head + ' or ' if head else ''}{quoted[-1]}?"
