@@ -1,1 +1,39 @@
-"""Concept attribution next to Captum."""
+"""captum_concepts: what concept a vision model saw, where, and how much it moved the prediction.
+
+Names are imported when first used, so ``import captum_concepts`` itself loads neither captum, open_clip nor
+matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "ConceptExplanation": "explanation",
+    "FeatureActivationMap": "attr.feature_activation_map",
+}
+_ROOMS = ("datasets", "demo", "errors", "metrics", "solvers", "visualization", "vlm")
+
+__all__ = ["__version__", *_NAMES, *_ROOMS]
+
+if TYPE_CHECKING:
+    from captum_concepts.attr.feature_activation_map import FeatureActivationMap as FeatureActivationMap
+    from captum_concepts.explanation import ConceptExplanation as ConceptExplanation
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,252 @@
+"""Any layer's output as maps ``(N, C, h, w)``: CNNs, ViTs with any prefix tokens, Swin, ConvNeXt, CLIP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts.errors import InputError, LayoutError
+
+LAYOUTS = ("auto", "NCHW", "NHWC", "NLC", "LNC")
+_MOST_PREFIX_TOKENS = 16  # CLS, distillation and registers; more than that is taken for a wrong guess
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where example, channel and position lie in a layer's output, and the inverse.
+
+    Args:
+        kind: ``"NCHW"``, ``"NHWC"``, ``"NLC"`` (batch first tokens) or ``"LNC"`` (tokens first).
+        grid: ``(h, w)``, the rows and columns of positions.
+        prefix_tokens: tokens in front of the grid: CLS, distillation, registers.
+
+    Example:
+        >>> tokens = torch.rand(2, 1 + 6, 8)
+        >>> layout = Layout("NLC", (2, 3), 1)
+        >>> maps = layout.maps(tokens)
+        >>> maps.shape, torch.equal(layout.restore(maps, tokens), tokens)
+        (torch.Size([2, 8, 2, 3]), True)
+    """
+
+    kind: str
+    grid: tuple[int, int]
+    prefix_tokens: int = 0
+
+    def maps(self, output: Tensor) -> Tensor:
+        """``(N, C, h, w)``: a view of ``output`` without its prefix tokens."""
+        if self.kind == "NCHW":
+            return output
+        if self.kind == "NHWC":
+            return output.permute(0, 3, 1, 2)
+        tokens = output.transpose(0, 1) if self.kind == "LNC" else output
+        return tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
+
+    def restore(self, maps: Tensor, output: Tensor) -> Tensor:
+        """The inverse of :meth:`maps`: ``maps`` in the layer's own layout, prefix tokens taken from ``output``.
+
+        ``maps`` may have a multiple of ``output``'s examples; example ``i`` of the result then takes the prefix of
+        ``output``'s example ``i // multiple``.
+        """
+        if self.kind == "NCHW":
+            return maps
+        if self.kind == "NHWC":
+            return maps.permute(0, 2, 3, 1)
+        tokens = maps.flatten(2).transpose(1, 2)
+        if self.prefix_tokens:
+            prefix = self.prefix(output)
+            multiple = len(maps) // max(len(prefix), 1)
+            tokens = torch.cat([prefix.repeat_interleave(multiple, 0) if multiple > 1 else prefix, tokens], 1)
+        return tokens.transpose(0, 1) if self.kind == "LNC" else tokens
+
+    def prefix(self, output: Tensor) -> Tensor:
+        """``(N, P, C)``: the prefix tokens; P is 0 for layouts without tokens."""
+        if self.kind in ("NCHW", "NHWC"):
+            return self.maps(output).flatten(2).transpose(1, 2)[:, :0]
+        tokens = output.transpose(0, 1) if self.kind == "LNC" else output
+        return tokens[:, : self.prefix_tokens]
+
+    @property
+    def batch_dim(self) -> int:
+        """The dimension of the layer's own output that counts examples."""
+        return 1 if self.kind == "LNC" else 0
+
+
+def infer_layout(
+    output: Tensor,
+    batch: int,
+    image_size: tuple[int, int] | None,
+    *,
+    layout: str = "auto",
+    prefix_tokens: int | None = None,
+    module: nn.Module | None = None,
+    model: nn.Module | None = None,
+    name: str = "",
+) -> Layout:
+    """Read the layout off a layer's output, the input's size and the layer's type.
+
+    Args:
+        output: the layer's output.
+        batch: the number of examples N in it.
+        image_size: ``(H, W)`` of the input; None where the input is not an image (then only square grids fit).
+        layout: one of :data:`LAYOUTS`; anything but ``"auto"`` is taken as given.
+        prefix_tokens: how many tokens precede the grid; None infers it.
+        module: the layer, whose type decides where sizes alone do not.
+        model: the model, whose patch embedding tells the token grid.
+        name: how error messages call the layer.
+
+    Raises:
+        LayoutError: there is no grid, or more than one reading fits; the message shows the shape and the keyword.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    if prefix_tokens is not None and prefix_tokens < 0:
+        raise InputError(f"prefix_tokens must be 0 or more, got {prefix_tokens}")
+    shape = tuple(output.shape)
+    layer = f"layer {name!r}" if name else "the layer"
+    if not output.is_floating_point():
+        raise LayoutError(f"{layer} gives {output.dtype}; choose a layer with floating-point activations")
+    if output.ndim == 4:
+        if batch != shape[0]:
+            raise LayoutError(
+                f"{layer} gives {shape} for {batch} examples: its first dimension is not the batch (a layer inside "
+                "windowed attention?); choose the block around it"
+            )
+        kind = layout if layout != "auto" else _image_kind(shape, image_size, module, layer)
+        if kind not in ("NCHW", "NHWC"):
+            raise LayoutError(f"{layer} gives {shape}, four dimensions; layout={kind!r} is for three (tokens)")
+        return Layout(kind, (shape[2], shape[3]) if kind == "NCHW" else (shape[1], shape[2]))
+    if output.ndim == 3:
+        kind = layout if layout != "auto" else _token_kind(shape, batch, module, layer)
+        if kind not in ("NLC", "LNC"):
+            raise LayoutError(f"{layer} gives {shape}, three dimensions; layout={kind!r} is for four (images)")
+        if shape[0 if kind == "NLC" else 1] != batch:
+            raise LayoutError(
+                f"{layer} gives {shape}, which read as {kind} does not hold {batch} examples; choose the block around "
+                "a windowed attention, or another layout="
+            )
+        length = shape[1 if kind == "NLC" else 0]
+        grid, prefix = _token_grid(length, image_size, prefix_tokens, model, layer, shape)
+        return Layout(kind, grid, prefix)
+    raise LayoutError(
+        f"{layer} gives {shape}, which has no grid of positions; choose a layer before pooling, one that gives "
+        "(N, C, h, w), (N, h, w, C) or tokens (N, L, C)"
+    )
+
+
+def _misfit(h: int, w: int, image_size: tuple[int, int] | None) -> float:
+    """How far, in cells, an h x w grid is from coming from the image by one stride; infinite if it cannot."""
+    if image_size is None:
+        return 0.0 if h == w else math.inf
+    height, width = image_size
+    off = max(abs(w - width * h / height), abs(h - height * w / width))
+    # Rounding and unpadded borders cost about a cell, on fine grids a little more.
+    allowed = 1.0 + max(h, w) / 80
+    return off if off <= allowed and h <= height + 2 and w <= width + 2 else math.inf
+
+
+def _image_kind(
+    shape: tuple[int, ...], image_size: tuple[int, int] | None, module: nn.Module | None, layer: str
+) -> str:
+    _, a, b, c = shape
+    hint = _channel_hint(module)
+    if hint is not None and hint[1] == (a if hint[0] == "NCHW" else c):
+        return hint[0]
+    first, last = _misfit(b, c, image_size), _misfit(a, b, image_size)
+    if first != last:
+        return "NCHW" if first < last else "NHWC"
+    fit = "fits channels first and channels last" if first < math.inf else f"fits no grid of the input {image_size}"
+    raise LayoutError(f"{layer} gives {shape}, which {fit}; say layout='NCHW' or layout='NHWC'")
+
+
+def _channel_hint(module: nn.Module | None) -> tuple[str, int] | None:
+    """Layout and channel count of ``module``'s output, where all its typed leaves agree on the layout."""
+    first: list[int] = []
+    last: list[int] = []
+    for leaf in module.modules() if module is not None else ():
+        if isinstance(leaf, nn.Conv2d):
+            first.append(leaf.out_channels)
+        elif isinstance(leaf, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+            first.append(leaf.num_features)
+        elif isinstance(leaf, nn.GroupNorm):
+            first.append(leaf.num_channels)
+        elif isinstance(leaf, nn.LayerNorm):
+            last.append(leaf.normalized_shape[-1])
+        elif isinstance(leaf, nn.Linear):
+            last.append(leaf.out_features)
+    if bool(first) == bool(last):
+        return None
+    return ("NCHW", first[-1]) if first else ("NHWC", last[-1])
+
+
+def _token_kind(shape: tuple[int, ...], batch: int, module: nn.Module | None, layer: str) -> str:
+    first, second = shape[0] == batch, shape[1] == batch
+    if first and second:
+        # torch's own transformer layers say which dimension is the batch; most others are batch first.
+        flags = {m.batch_first for m in (module.modules() if module is not None else ()) if hasattr(m, "batch_first")}
+        if len(flags) == 1:
+            return "NLC" if flags.pop() else "LNC"
+        raise LayoutError(
+            f"{layer} gives {shape} for {batch} examples, which fits batch first and tokens first; say layout='NLC' or "
+            "layout='LNC'"
+        )
+    if first or second:
+        return "NLC" if first else "LNC"
+    raise LayoutError(
+        f"{layer} gives {shape} for {batch} examples: no dimension is the batch (a layer inside windowed attention?); "
+        "choose the block around it"
+    )
+
+
+def patch_stride(model: nn.Module | None) -> tuple[int, int] | None:
+    """The stride of the model's patch embedding: its first image convolution whose kernel equals its stride."""
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, nn.Conv2d) and module.in_channels in (1, 3, 4):
+            if tuple(module.kernel_size) == tuple(module.stride) and module.stride[0] > 1:
+                return module.stride[0], module.stride[1]
+            return None
+    return None
+
+
+def _token_grid(
+    length: int,
+    image_size: tuple[int, int] | None,
+    prefix_tokens: int | None,
+    model: nn.Module | None,
+    layer: str,
+    shape: tuple[int, ...],
+) -> tuple[tuple[int, int], int]:
+    """``((h, w), prefix)`` for a sequence of ``length`` tokens."""
+    most = _MOST_PREFIX_TOKENS if prefix_tokens is None else prefix_tokens
+    least = 0 if prefix_tokens is None else prefix_tokens
+    fits: dict[tuple[int, int], int] = {}
+    for candidates in _candidate_grids(length, least, image_size, patch_stride(model)):
+        fits = {(h, w): length - h * w for h, w in candidates if h and w and least <= length - h * w <= most}
+        grids = [grid for grid, prefix in fits.items() if prefix == min(fits.values())]
+        if len(grids) == 1:
+            return grids[0], fits[grids[0]]
+    why = "no grid fits" if not fits else f"several grids fit ({sorted(fits)})"
+    raise LayoutError(
+        f"{layer} gives {shape}: {length} tokens for an input of size {image_size}, "
+        f"and {why} with {'up to ' if prefix_tokens is None else ''}{most} prefix tokens; say prefix_tokens= (CLS, registers, ...), or "
+        "choose a layer whose tokens are the image's patches"
+    )
+
+
+def _candidate_grids(
+    length: int, prefix: int, image_size: tuple[int, int] | None, stride: tuple[int, int] | None
+) -> list[set[tuple[int, int]]]:
+    """Grids the tokens may form, surest source first: the model's own patches, then any one stride."""
+    if image_size is None:
+        side = math.isqrt(max(length - prefix, 0))
+        return [{(side, side)}]
+    sources = [[(s, s) for s in range(1, max(image_size) + 1)]]
+    if stride is not None:  # hierarchical models halve the grid of their patches from stage to stage
+        sources.insert(0, [(stride[0] * 2**k, stride[1] * 2**k) for k in range(8)])
+    height, width = image_size
+    return [
+        {(cut(height / a), cut(width / b)) for a, b in strides for cut in (math.floor, math.ceil)}
+        for strides in sources
+    ]

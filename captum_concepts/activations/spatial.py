@@ -1,0 +1,196 @@
+"""Capture and layout in one call: what the attribution methods start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.activations.capture import (
+    Inputs,
+    Layer,
+    capture,
+    find_model,
+    gradients_enabled,
+    layer_name,
+    resolve_layer,
+)
+from captum_concepts.activations.layout import Layout, infer_layout
+from captum_concepts.errors import InputError, LayerError
+
+
+@dataclass(frozen=True)
+class SpatialActivations:
+    """The layers of one forward pass, readable as maps and differentiable.
+
+    Args:
+        output: what the model returned.
+        raw: each layer's tensor in its own layout; the points :meth:`gradients` differentiates at.
+        layouts: how each of them is read as ``(N, C, h, w)``.
+        names: how messages call the layers.
+    """
+
+    output: Tensor
+    raw: tuple[Tensor, ...]
+    layouts: tuple[Layout, ...]
+    names: tuple[str, ...]
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """Each layer as ``(N, C, h, w)``."""
+        return tuple(layout.maps(raw) for layout, raw in zip(self.layouts, self.raw, strict=True))
+
+    def gradients(self, values: Tensor, *, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        """``d values.sum() / d maps`` for each layer, ``(N, C, h, w)``.
+
+        Raises:
+            LayerError: ``values`` does not depend on a layer at all.
+        """
+        if not values.requires_grad:
+            raise LayerError(
+                f"the result does not depend differentiably on layer {self.names[0]!r}; choose a layer on the way to "
+                "the output, and a forward_func that does not detach it"
+            )
+        gradients = torch.autograd.grad(values.sum(), self.raw, retain_graph=retain_graph, allow_unused=True)
+        for name, gradient in zip(self.names, gradients, strict=True):
+            if gradient is None:
+                raise LayerError(f"the result does not depend on layer {name!r}; choose one on the way to the output")
+        return tuple(layout.maps(gradient) for layout, gradient in zip(self.layouts, gradients, strict=True))
+
+
+def spatial_activations(
+    forward_func: Callable[..., Any],
+    inputs: Inputs,
+    layers: Sequence[Layer],
+    *,
+    additional_forward_args: Any = None,
+    gradient: bool = False,
+    attribute_to_layer_input: bool = False,
+    layout: str = "auto",
+    prefix_tokens: int | None = None,
+) -> SpatialActivations:
+    """Run the model once and read ``layers`` as maps.
+
+    Args:
+        forward_func, inputs, layers, additional_forward_args, gradient, attribute_to_layer_input: as in
+            :func:`~captum_concepts.activations.capture`.
+        layout, prefix_tokens: as in :func:`~captum_concepts.activations.infer_layout`.
+
+    Raises:
+        LayerError, LayoutError: as there.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> seen = spatial_activations(net, torch.rand(2, 3, 16, 16), ["0"], gradient=True)
+        >>> seen.maps[0].shape, seen.gradients(seen.output[:, 1])[0].shape
+        (torch.Size([2, 4, 7, 7]), torch.Size([2, 4, 7, 7]))
+    """
+    result = capture(
+        forward_func,
+        inputs,
+        layers,
+        additional_forward_args=additional_forward_args,
+        gradient=gradient,
+        attribute_to_layer_input=attribute_to_layer_input,
+    )
+    first = inputs[0] if isinstance(inputs, tuple) else inputs
+    batch = first.shape[0]
+    raw = result.layers
+    samples, examples = raw, batch
+    if batch > 1 and layout == "auto" and any(r.ndim == 3 and r.shape[:2] == (batch, batch) for r in raw):
+        # As many tokens as examples: a single example shows which dimension is which.
+        parts = tuple(p[:1] for p in inputs) if isinstance(inputs, tuple) else inputs[:1]
+        one = capture(
+            forward_func,
+            parts,
+            layers,
+            additional_forward_args=first_example(additional_forward_args, batch),
+            attribute_to_layer_input=attribute_to_layer_input,
+        )
+        samples, examples = one.layers, 1
+    size = (first.shape[-2], first.shape[-1]) if first.ndim == 4 else None
+    layouts = tuple(
+        infer_layout(
+            sample,
+            examples,
+            size,
+            layout=layout,
+            prefix_tokens=prefix_tokens,
+            # A layer's own type tells about its output, not about its input.
+            module=None if attribute_to_layer_input else resolve_layer(forward_func, layer),
+            model=find_model(forward_func),
+            name=layer_name(forward_func, layer),
+        )
+        for sample, layer in zip(samples, layers, strict=True)
+    )
+    names = tuple(layer_name(forward_func, layer) for layer in layers)
+    return SpatialActivations(result.output, raw, layouts, names)
+
+
+def first_example(value: Any, batch: int) -> Any:
+    """``additional_forward_args`` for the first example alone: tensors of ``batch`` rows are cut to one."""
+    if isinstance(value, tuple):
+        return tuple(first_example(item, batch) for item in value)
+    return value[:1] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
+
+
+def check_reaches_output(
+    gradient: Tensor,
+    forward_func: Callable[..., Any],
+    inputs: Inputs,
+    layer: Layer,
+    value: Callable[[Tensor], Tensor],
+    *,
+    additional_forward_args: Any = None,
+) -> None:
+    """Refuse a layer whose positions do not reach the output, naming one to use instead.
+
+    The patches of a ViT's last block, when only CLS is read, have a gradient of exactly zero everywhere: a map
+    made from it would be zero without a word.
+
+    Args:
+        gradient: ``(N, C, h, w)`` of the explained value at the layer's positions.
+        value: the explained value as a function of the model's output, for the search.
+
+    Raises:
+        LayerError: ``gradient`` is zero at every position of every example.
+    """
+    if gradient.any():
+        return
+    name = layer_name(forward_func, layer)
+    other = _nearest_reaching(forward_func, inputs, layer, value, additional_forward_args)
+    raise LayerError(
+        f"no position of layer {name!r} influences what is explained: the gradient is zero everywhere. Its output is "
+        "probably read only through a CLS token"
+        + (f"; use layer {other!r} instead" if other else "; use an earlier layer instead")
+    )
+
+
+def _nearest_reaching(
+    forward_func: Callable[..., Any],
+    inputs: Inputs,
+    layer: Layer,
+    value: Callable[[Tensor], Tensor],
+    additional_forward_args: Any,
+) -> str | None:
+    """The last layer of the same type that runs before ``layer`` and whose positions reach the output."""
+    model = find_model(forward_func)
+    if model is None:
+        return None
+    target = resolve_layer(forward_func, layer)
+    first = inputs[0] if isinstance(inputs, tuple) else inputs
+    parts = tuple(p[:1] for p in inputs) if isinstance(inputs, tuple) else inputs[:1]
+    extra = first_example(additional_forward_args, first.shape[0])
+    same = [m for m in model.modules() if type(m) is type(target)]
+    for module in reversed(same[: same.index(target)] if target in same else same):
+        try:
+            with gradients_enabled():
+                seen = spatial_activations(forward_func, parts, [module], additional_forward_args=extra, gradient=True)
+                if seen.gradients(value(seen.output))[0].any():
+                    return layer_name(forward_func, module)
+        except (InputError, RuntimeError):
+            continue  # this candidate has no grid or does not run; the one before it may
+    return None

@@ -1,0 +1,282 @@
+"""`ConceptExplanation`: the one value that methods make and that metrics, pictures and reports read."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import ArtifactError, InputError, did_you_mean
+
+_FORMAT = "captum_concepts.ConceptExplanation/1"
+_TENSORS = ("scores", "maps", "contributions", "target")
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptExplanation:
+    r"""What was seen, where, and how much it moved the prediction, for N examples and T concepts.
+
+    Args:
+        concepts: the T names, unique, one for each column.
+        scores: ``(N, T)`` *what*: how present the concept is; the method states the scale.
+        maps: ``(N, T, h, w)`` *where*: in the grid of the explained layer, not of the pixels.
+        contributions: ``(N, T)`` *how much* the concept moved the score of ``target`` (signed), or None.
+        target: ``(N,)`` index of the output that was explained, or None.
+        layer: the name of the explained layer, or one name for each (example, concept).
+        method: the name of the method that made this.
+
+    Tensors are detached at construction and must lie on one device. Instances are immutable: every method
+    returns a new one.
+
+    Raises:
+        InputError: a shape, dtype, device or name does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> from captum_concepts import ConceptExplanation
+        >>> e = ConceptExplanation(["stripes", "grass"], torch.tensor([[0.9, 0.2]]), torch.rand(1, 2, 7, 7))
+        >>> e
+        ConceptExplanation(1 example, 2 concepts, maps 7 x 7)
+          0: stripes 0.9, grass 0.2
+        >>> e.top(1).concepts, e[0, "grass"].maps.shape
+        (['stripes'], torch.Size([1, 1, 7, 7]))
+    """
+
+    concepts: list[str]
+    scores: Tensor
+    maps: Tensor
+    contributions: Tensor | None = None
+    target: Tensor | None = None
+    layer: str | tuple[tuple[str, ...], ...] = ""
+    method: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.concepts, str):
+            raise InputError(f"concepts must be a list of names, got the string {self.concepts!r}")
+        concepts = list(self.concepts)
+        object.__setattr__(self, "concepts", concepts)
+        if not all(isinstance(name, str) and name for name in concepts):
+            raise InputError(f"concepts must be non-empty strings, got {concepts!r}")
+        if len(set(concepts)) != len(concepts):
+            twice = sorted({name for name in concepts if concepts.count(name) > 1})
+            raise InputError(f"each concept may appear once; named more than once: {twice}")
+        for name in _TENSORS:
+            value = getattr(self, name)
+            if value is None and name in ("contributions", "target"):
+                continue
+            if not isinstance(value, Tensor):
+                raise InputError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            object.__setattr__(self, name, value.detach())
+        self._check_shapes()
+        if not isinstance(self.layer, str):
+            layer = tuple(tuple(row) for row in self.layer)
+            if len(layer) != len(self) or any(len(row) != len(concepts) for row in layer):
+                raise InputError(
+                    f"layer must be one name or {len(self)} rows of {len(concepts)} names, got {self.layer!r}"
+                )
+            object.__setattr__(self, "layer", layer)
+
+    def _check_shapes(self) -> None:
+        t = len(self.concepts)
+        if self.scores.ndim != 2 or self.scores.shape[1] != t:
+            raise InputError(f"scores must be (N, {t}) for {t} concepts, got {tuple(self.scores.shape)}")
+        n = self.scores.shape[0]
+        if self.maps.ndim != 4 or self.maps.shape[:2] != (n, t) or 0 in self.maps.shape[2:]:
+            raise InputError(f"maps must be ({n}, {t}, h, w), got {tuple(self.maps.shape)}")
+        if self.contributions is not None and self.contributions.shape != (n, t):
+            raise InputError(f"contributions must be ({n}, {t}), got {tuple(self.contributions.shape)}")
+        if self.target is not None and self.target.shape != (n,):
+            raise InputError(f"target must be ({n},), got {tuple(self.target.shape)}")
+        for name in ("scores", "maps", "contributions"):
+            value = getattr(self, name)
+            if value is not None and not value.is_floating_point():
+                raise InputError(f"{name} must be floating point, got {value.dtype}")
+        if self.target is not None and (self.target.is_floating_point() or self.target.dtype == torch.bool):
+            raise InputError(f"target must hold integer indices, got {self.target.dtype}")
+        devices = {str(v.device) for v in (getattr(self, name) for name in _TENSORS) if v is not None}
+        if len(devices) > 1:
+            raise InputError(f"all tensors must lie on one device, got {sorted(devices)}; use .to(device)")
+
+    def __len__(self) -> int:
+        """The number of examples N."""
+        return int(self.scores.shape[0])
+
+    def __iter__(self) -> Iterator[ConceptExplanation]:
+        """One explanation of a single example after another."""
+        return (self[i] for i in range(len(self)))
+
+    def index(self, concept: str | int) -> int:
+        """The column of a concept, by name or (possibly negative) index."""
+        t = len(self.concepts)
+        if isinstance(concept, str):
+            if concept not in self.concepts:
+                hint = did_you_mean(concept, self.concepts)
+                raise InputError(f"no concept {concept!r} among the {t} explained ones.{hint}")
+            return self.concepts.index(concept)
+        if not -t <= concept < t:
+            raise InputError(f"concept index {concept} is out of range for {t} concepts")
+        return int(concept) % t
+
+    def __getitem__(self, key: Any) -> ConceptExplanation:
+        """``e[i]``, ``e[2:5]``, ``e[mask]`` select examples; ``e["stripes"]``, ``e[["a", "b"]]`` concepts;
+        ``e[i, "stripes"]`` both. The result always keeps both dimensions."""
+        if isinstance(key, tuple):
+            if len(key) != 2:
+                raise InputError(f"index with [examples] or [examples, concepts], got {len(key)} parts")
+            return self[key[0]]._columns(key[1])
+        is_names = isinstance(key, str) or (isinstance(key, list) and key and isinstance(key[0], str))
+        return self._columns(key) if is_names else self._rows(key)
+
+    def _rows(self, key: int | slice | Sequence[int] | Tensor) -> ConceptExplanation:
+        n = len(self)
+        try:
+            rows = torch.arange(n)[key.cpu() if isinstance(key, Tensor) else key].reshape(-1)
+        except (IndexError, TypeError) as error:
+            raise InputError(f"example index {key!r} does not fit {n} examples: {error}") from error
+        layer = self.layer if isinstance(self.layer, str) else tuple(self.layer[i] for i in rows.tolist())
+        device_rows = rows.to(self.scores.device)
+        pick = {name: v[device_rows] for name in _TENSORS if (v := getattr(self, name)) is not None}
+        return dataclasses.replace(self, layer=layer, **pick)
+
+    def _columns(self, key: str | int | slice | Sequence[str | int]) -> ConceptExplanation:
+        if isinstance(key, slice):
+            key = list(range(len(self.concepts)))[key]
+        names: Sequence[str | int] = [key] if isinstance(key, (str, int)) else list(key)
+        columns = [self.index(name) for name in names]
+        layer = self.layer
+        if not isinstance(layer, str):
+            layer = tuple(tuple(row[j] for j in columns) for row in layer)
+        contributions = None if self.contributions is None else self.contributions[:, columns]
+        return dataclasses.replace(
+            self,
+            concepts=[self.concepts[j] for j in columns],
+            scores=self.scores[:, columns],
+            maps=self.maps[:, columns],
+            contributions=contributions,
+            layer=layer,
+        )
+
+    def top(self, k: int, *, by: str = "scores") -> ConceptExplanation:
+        """The ``k`` leading concepts, strongest first.
+
+        Args:
+            k: how many; all of them if there are fewer.
+            by: ``"scores"``, or ``"contributions"`` (by absolute value).
+
+        The columns are shared by all examples: a concept ranks by its best value over them, so with one
+        example this is that example's own top ``k``; for each example's own use ``[e.top(k) for e in batch]``.
+        NaN ranks last.
+        """
+        if k < 1:
+            raise InputError(f"k must be at least 1, got {k}")
+        if by not in ("scores", "contributions"):
+            raise InputError(f"by must be 'scores' or 'contributions', got {by!r}")
+        values = self.scores if by == "scores" else self.contributions
+        if values is None:
+            raise InputError("this explanation has no contributions to rank by; use by='scores'")
+        values = values.float().abs() if by == "contributions" else values.float()
+        values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        best = values.amax(0) if len(self) else values.new_zeros(len(self.concepts))
+        order = torch.argsort(best, descending=True, stable=True)[:k]
+        return self._columns(order.tolist())
+
+    def to(self, device: torch.device | str) -> ConceptExplanation:
+        """The same explanation with its tensors on ``device``."""
+        moved = {name: v.to(device) for name in _TENSORS if (v := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **moved)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file (names and settings as JSON in its header), atomically.
+
+        Returns:
+            The path written; ``ConceptExplanation.load`` reads it back exactly.
+        """
+        from safetensors.torch import save
+
+        info = {"concepts": self.concepts, "layer": self.layer, "method": self.method}
+        tensors = {n: v.cpu().contiguous() for n in _TENSORS if (v := getattr(self, n)) is not None}
+        data = save(tensors, metadata={"format": _FORMAT, "explanation": json.dumps(info)})
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> ConceptExplanation:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: the file is truncated, corrupt, or not a saved explanation.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no explanation file at {path}")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    found = metadata.get("format", "none")
+                    raise ArtifactError(f"{path} is not a saved explanation (format {found!r}, not {_FORMAT!r})")
+                info = json.loads(metadata["explanation"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            unknown = set(tensors) - set(_TENSORS)
+            if unknown:
+                raise ArtifactError(f"{path} holds unexpected tensors {sorted(unknown)}")
+            return cls(info["concepts"], layer=info["layer"], method=info["method"], **tensors)
+        except ArtifactError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} cannot be read as a saved explanation: {error}") from error
+
+    def _summary(self) -> str:
+        n, t, h, w = self.maps.shape
+        parts = [f"{n} example{'s' * (n != 1)}", f"{t} concept{'s' * (t != 1)}", f"maps {h} x {w}"]
+        if self.method:
+            parts.append(self.method)
+        if isinstance(self.layer, str) and self.layer:
+            parts.append(f"layer {self.layer}")
+        return ", ".join(parts)
+
+    def __repr__(self) -> str:
+        lines = [f"ConceptExplanation({self._summary()})"]
+        for i, one in enumerate(self[:5]):
+            shown = one.top(5) if self.concepts else one
+            words = [
+                f"{name} {score:.3g}" for name, score in zip(shown.concepts, shown.scores[0].tolist(), strict=True)
+            ]
+            for j, value in enumerate([] if shown.contributions is None else shown.contributions[0].tolist()):
+                words[j] += f" ({value:+.3g})"
+            target = "" if one.target is None else f" [target {int(one.target)}]"
+            more = ", ..." if len(self.concepts) > 5 else ""
+            lines.append(f"  {i}{target}: " + ", ".join(words) + more)
+        if len(self) > 5:
+            lines.append(f"  ... {len(self) - 5} more")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        head = "<tr><th>example</th><th>target</th><th>concept</th><th>score</th><th>contribution</th></tr>"
+        rows = []
+        for i, one in enumerate(self[:10]):
+            shown = one.top(5) if self.concepts else one
+            target = "" if one.target is None else str(int(one.target))
+            for j, name in enumerate(shown.concepts):
+                how = "" if shown.contributions is None else f"{float(shown.contributions[0, j]):+.3g}"
+                cells = (str(i), target, html.escape(name), f"{float(shown.scores[0, j]):.3g}", how)
+                rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        title = html.escape(f"ConceptExplanation({self._summary()})")
+        return f"<table><caption>{title}</caption>{head}{''.join(rows)}</table>"
