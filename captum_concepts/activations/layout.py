@@ -228,10 +228,10 @@ def _token_grid(
         if len(grids) == 1:
             return grids[0], fits[grids[0]]
     why = "no grid fits" if not fits else f"several grids fit ({sorted(fits)})"
+    with_prefix = f"up to {most}" if prefix_tokens is None else str(prefix_tokens)
     raise LayoutError(
-        f"{layer} gives {shape}: {length} tokens for an input of size {image_size}, "
-        f"and {why} with {'up to ' if prefix_tokens is None else ''}{most} prefix tokens; say prefix_tokens= (CLS, registers, ...), or "
-        "choose a layer whose tokens are the image's patches"
+        f"{layer} gives {shape}: {length} tokens for an input of size {image_size}, and {why} with {with_prefix} "
+        "prefix tokens; say prefix_tokens= (CLS, registers, ...), or choose a layer whose tokens are the image's patches"
     )
 
 

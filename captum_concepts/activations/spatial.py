@@ -83,6 +83,7 @@ def spatial_activations(
         LayerError, LayoutError: as there.
 
     Example:
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> seen = spatial_activations(net, torch.rand(2, 3, 16, 16), ["0"], gradient=True)
         >>> seen.maps[0].shape, seen.gradients(seen.output[:, 1])[0].shape

@@ -1,1 +1,1 @@
-"""See the modules of this room."""
+"""The attribution methods; each file holds one."""
