@@ -1,0 +1,223 @@
+"""Checks and resizing shared by all metrics: what a map, a mask and an ignored pixel are, said once."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_concepts.errors import InputError, InputWarning
+
+MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
+NAN_POLICIES = ("omit", "raise", "propagate", "zero")
+
+# One 224 x 224 map is 2**15.6 pixels. Larger working sets fall out of the processor's cache, and fresh pages
+# cost more than the arithmetic; an accelerator wants the opposite.
+_CPU_PIXELS = 1 << 16
+_ACCELERATOR_PIXELS = 1 << 23
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some maps at mask resolution, flattened: ``values`` and ``masks`` are ``(B, P)``, P = H * W pixels."""
+
+    values: Tensor
+    masks: Tensor
+    ignore: Tensor | None
+    broken: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """``(B, P)`` the pixels that are looked at."""
+        return torch.ones_like(self.masks) if self.ignore is None else ~self.ignore
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Checked maps and masks, one map a row: ``maps`` (R, h, w), ``masks`` and ``ignore`` (R, H, W)."""
+
+    maps: Tensor
+    masks: Tensor
+    ignore: Tensor | None
+    mode: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 for float64 maps, else float32: half precision is never reduced in half precision."""
+        return torch.float64 if self.maps.dtype == torch.float64 else torch.float32
+
+    def __len__(self) -> int:
+        return self.masks.shape[0]
+
+    def chunks(self, map_rows: Tensor | None = None, mask_rows: Tensor | None = None) -> Iterator[Chunk]:
+        """Rows at mask resolution, a bounded number of pixels at a time; row i of i by default."""
+        pixels = self.masks.shape[1] * self.masks.shape[2]
+        budget = _CPU_PIXELS if self.masks.device.type == "cpu" else _ACCELERATOR_PIXELS
+        step = max(1, budget // pixels)
+        n = len(self) if mask_rows is None else len(mask_rows)
+        for start in range(0, n, step):
+            maps = _take(self.maps, map_rows, start, step)
+            masks = _take(self.masks, mask_rows, start, step)
+            ignore = None if self.ignore is None else _take(self.ignore, mask_rows, start, step).flatten(1)
+            values = resize_maps(maps, masks.shape[-2:], mode=self.mode).flatten(1)
+            broken = values.isnan() if ignore is None else values.isnan() & ~ignore
+            masks = masks.flatten(1) if ignore is None else masks.flatten(1) & ~ignore
+            yield Chunk(values, masks, ignore, broken.any(1))
+
+
+def _take(x: Tensor, rows: Tensor | None, start: int, step: int) -> Tensor:
+    return x[start : start + step] if rows is None else x[rows[start : start + step]]
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int] | torch.Size, *, mode: str = "bilinear") -> Tensor:
+    """Maps ``(N, h, w)`` at ``size``, in float32 (float64 stays), ``align_corners=False``, no antialiasing.
+
+    A map that has this size already is returned as it is.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode must be one of {MODES}, got {mode!r}")
+    if maps.dtype != torch.float64:
+        maps = maps.float()
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    corners = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
+    return F.interpolate(maps[:, None], size=tuple(size), mode=mode, **corners)[:, 0]
+
+
+def min_max(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows scaled to [0, 1], and which rows cannot be (constant: they become 0)."""
+    low = (values if valid is None else values.masked_fill(~valid, math.inf)).amin(-1, keepdim=True)
+    high = (values if valid is None else values.masked_fill(~valid, -math.inf)).amax(-1, keepdim=True)
+    constant = ~(high > low)
+    scaled = (values - low) / (high - low).masked_fill(constant, 1)
+    return scaled.masked_fill(constant, 0), constant[..., 0]
+
+
+def check_maps(maps: Tensor, name: str = "maps") -> Tensor:
+    """``maps`` detached, as floating point numbers."""
+    if not isinstance(maps, Tensor):
+        raise InputError(f"{name} must be a torch.Tensor (N, h, w) or (N, T, h, w), got {type(maps).__name__}")
+    if maps.ndim not in (3, 4) or 0 in maps.shape[1:]:
+        raise InputError(f"{name} must be (N, h, w), (N, 1, h, w) or (N, T, h, w), got {tuple(maps.shape)}")
+    if maps.is_complex():
+        raise InputError(f"{name} must hold real numbers, got {maps.dtype}")
+    maps = maps.detach()
+    if maps.is_floating_point():
+        return maps
+    wide = maps.dtype in (torch.int32, torch.int64)  # float32 would merge neighbouring integers
+    return maps.to(torch.float64 if wide else torch.float32)
+
+
+def prepare(
+    maps: Tensor,
+    masks: Tensor,
+    *,
+    ignore: Tensor | None = None,
+    ignore_index: int | None = None,
+    mode: str = "bilinear",
+) -> Pairs:
+    """Check maps against masks and line them up, one map for one mask.
+
+    Args:
+        maps: ``(N, h, w)`` or ``(N, 1, h, w)``; ``(N, T, h, w)`` where masks are ``(N, T, H, W)``.
+        masks: ``(N, H, W)`` or ``(N, T, H, W)``: bool, integers (not 0 is the region) or floats (above 0.5).
+            With T masks an example, regions may overlap.
+        ignore: bool, the shape of ``masks`` or ``(N, H, W)``: pixels that do not exist for the metric.
+        ignore_index: the value in integer ``masks`` that marks such pixels.
+        mode: how maps are resized to the masks, see :func:`resize_maps`.
+
+    Raises:
+        InputError: anything else.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode must be one of {MODES}, got {mode!r}")
+    maps = check_maps(maps)
+    if not isinstance(masks, Tensor):
+        raise InputError(f"masks must be a torch.Tensor (N, H, W) or (N, T, H, W), got {type(masks).__name__}")
+    if masks.ndim not in (3, 4) or 0 in masks.shape[1:]:
+        raise InputError(f"masks must be (N, H, W) or (N, T, H, W), got {tuple(masks.shape)}")
+    lead = tuple(masks.shape[:-2])
+    fits = [lead] + [(lead[0], 1)] * (len(lead) == 1) + [lead[:1]] * (len(lead) == 2 and lead[1] == 1)
+    if tuple(maps.shape[:-2]) not in fits:
+        wanted = " or ".join(str((*f, "h", "w")).replace("'", "") for f in fits)
+        raise InputError(
+            f"maps {tuple(maps.shape)} do not fit masks {tuple(masks.shape)}: give maps {wanted}, one map for one mask"
+        )
+    if maps.device != masks.device:
+        raise InputError(f"maps are on {maps.device} but masks on {masks.device}; move one to the other")
+    regions, ignored = _regions(masks.detach(), ignore_index)
+    if ignore is not None:
+        given = _check_ignore(ignore, masks)
+        ignored = given if ignored is None else ignored | given
+    size = masks.shape[-2:]
+    return Pairs(
+        maps.reshape(-1, *maps.shape[-2:]),
+        regions.reshape(-1, *size),
+        None if ignored is None else ignored.reshape(-1, *size),
+        mode,
+        lead,
+    )
+
+
+def _regions(masks: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | None]:
+    if masks.dtype == torch.bool:
+        if ignore_index is not None:
+            raise InputError("ignore_index needs integer masks; for bool masks give ignore=, a bool tensor")
+        return masks, None
+    if masks.is_complex():
+        raise InputError(f"masks must be bool, integer or float, got {masks.dtype}")
+    if masks.is_floating_point():
+        if ignore_index is not None:
+            raise InputError(f"ignore_index needs integer masks, got {masks.dtype}; give ignore= instead")
+        if bool(masks.isnan().any()):
+            raise InputError("masks contain NaN; mark pixels of unknown label with ignore=, a bool tensor")
+        return masks > 0.5, None
+    ignored = None if ignore_index is None else masks == ignore_index
+    negative = masks < 0 if ignored is None else (masks < 0) & ~ignored
+    if bool(negative.any()):
+        raise InputError(
+            f"masks contain negative labels (least {int(masks.min())}); if they mark pixels of unknown label, "
+            "pass ignore_index="
+        )
+    return masks != 0, ignored
+
+
+def _check_ignore(ignore: Tensor, masks: Tensor) -> Tensor:
+    if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
+        kind = str(ignore.dtype) if isinstance(ignore, Tensor) else type(ignore).__name__
+        raise InputError(f"ignore must be a bool torch.Tensor (True: leave the pixel out), got {kind}")
+    if ignore.ndim == masks.ndim - 1 and ignore.shape == masks[:, 0].shape:
+        ignore = ignore[:, None].expand(masks.shape)
+    if ignore.shape != masks.shape:
+        raise InputError(f"ignore {tuple(ignore.shape)} does not fit masks {tuple(masks.shape)}")
+    if ignore.device != masks.device:
+        raise InputError(f"ignore is on {ignore.device} but masks on {masks.device}")
+    return ignore
+
+
+def check_nan_policy(nan_policy: str) -> None:
+    """Refuse anything but one of ``NAN_POLICIES``."""
+    if nan_policy not in NAN_POLICIES:
+        raise InputError(f"nan_policy must be one of {NAN_POLICIES}, got {nan_policy!r}")
+
+
+def settle(values: Tensor, nan_policy: str, what: str) -> Tensor:
+    """Apply ``nan_policy`` to per-example values before a mean is taken; ``omit`` returns fewer values."""
+    check_nan_policy(nan_policy)
+    undefined = values.isnan()
+    n = int(undefined.sum())
+    if nan_policy == "zero":
+        return values.masked_fill(undefined, 0)
+    if n and nan_policy == "raise":
+        raise InputError(f"{n} of {values.numel()} values of {what} are undefined (NaN map, empty or full mask)")
+    if n and nan_policy == "omit":
+        message = f"{n} of {values.numel()} values of {what} are undefined (NaN map, empty or full mask): left out"
+        warnings.warn(message, InputWarning, stacklevel=3)
+        return values[~undefined]
+    return values
