@@ -1,0 +1,216 @@
+"""`CaptionedScenes`: seeded synthetic scenes whose concepts, masks, captions and classes are known exactly."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from captum_concepts.datasets._drawing import COLOURS, GROUNDS, SHAPES, TEXTURES, draw_ground, draw_object
+from captum_concepts.datasets._sampling import (
+    CLASSES,
+    INDEX,
+    MAX_OBJECTS,
+    WORDS,
+    ScenePlan,
+    caption_of,
+    concept_indices,
+    plan_scene,
+)
+from captum_concepts.errors import InputError, did_you_mean
+
+
+class Scene(NamedTuple):
+    """One scene of :class:`CaptionedScenes`; T concepts, at most K=3 objects, the first row is the main object.
+
+    Every field has the same shape in every scene, so ``torch.utils.data.DataLoader`` batches it as it is: a batch is
+    a ``Scene`` again, with a leading N, ``label`` a tensor and ``caption`` a list of strings.
+
+    Attributes:
+        image: ``(3, H, W)`` float32 RGB in [0, 1].
+        label: index into ``CaptionedScenes.classes``.
+        masks: ``(T, H, W)`` bool, True at the pixels whose centre shows the concept.
+        caption: the scene in words, main object first.
+        presence: ``(T,)`` bool, whether the concept is in the scene.
+        objects: ``(K, 3)`` int64, concept index of each object's shape, colour and texture; -1 in unused rows.
+        object_masks: ``(K, H, W)`` bool, one object alone; empty in unused rows.
+        boxes: ``(K, 4)`` float32 box x0, y0, x1, y1 around each object's bounding circle, in pixels; 0 in unused rows.
+        ground: concept index of the ground.
+    """
+
+    image: Tensor
+    label: int
+    masks: Tensor
+    caption: str
+    presence: Tensor
+    objects: Tensor
+    object_masks: Tensor
+    boxes: Tensor
+    ground: int
+
+
+class CaptionedScenes(Dataset[Scene]):
+    """Seeded scenes of one to three objects (shape x colour x texture) on a textured ground, with exact masks.
+
+    *Concepts* are 21 words: 5 shapes, 6 colours and 4 textures, which describe objects, and 6 grounds. A colour word
+    belongs to objects only: the grounds are muted, and grass is not "green". A textured object is its own colour and
+    a dark shade of it; both belong to the mask. Objects lie wholly inside the picture and never overlap; the mask of
+    a ground is everything outside the objects.
+
+    *Classes* are conjunctions of two concepts of one object: "red circle", "striped circle", "red square", "striped
+    square", "blue triangle", "dotted star". Exactly one object of a scene, the main one, fulfils exactly one class;
+    the others fulfil none, so a red square beside a blue circle is not a "red circle". Labels are uniform.
+
+    *Spurious grounds.* Class c has the planted ground c: grass, sand, water, brick, snow, wood. With probability
+    ``spurious`` the ground is the planted one, otherwise any ground, all alike: ``spurious=0`` makes ground and class
+    independent, and P(planted | class) = s + (1 - s) / 6. ``spurious`` changes nothing else about a scene.
+
+    Item i depends on ``(seed, i)`` only, never on ``n`` or on the order of access; ``size`` only changes the sampling
+    of the same scene.
+
+    Args:
+        n: number of scenes.
+        seed: non-negative integer; other seeds give other scenes.
+        size: side of the square image in pixels, at least 16 (textures need 48 or more to be told apart).
+        spurious: probability in [0, 1] that the planted ground of the class is used.
+
+    Raises:
+        InputError: a value out of range.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from captum_concepts.datasets import CaptionedScenes
+        >>> scenes = CaptionedScenes(100, seed=0, size=64)
+        >>> scene = scenes[0]
+        >>> scene.image.shape, scene.masks.shape, scenes.classes[scene.label]
+        (torch.Size([3, 64, 64]), torch.Size([21, 64, 64]), 'dotted star')
+        >>> batch = next(iter(DataLoader(scenes, batch_size=8)))
+        >>> batch.image.shape, batch.label.shape, len(batch.caption)
+        (torch.Size([8, 3, 64, 64]), torch.Size([8]), 8)
+    """
+
+    concepts: list[str]
+    classes: list[str]
+
+    def __init__(self, n: int, *, seed: int, size: int, spurious: float = 0.0) -> None:
+        self.n = _whole("n", n, 0)
+        self.seed = _whole("seed", seed, 0)
+        self.size = _whole("size", size, 16)
+        if isinstance(spurious, str) or not 0.0 <= float(spurious) <= 1.0:
+            raise InputError(f"spurious={spurious!r} must be a probability in [0, 1]")
+        self.spurious = float(spurious)
+        self.concepts = list(WORDS)
+        self.classes = [" ".join(words) for words in CLASSES]
+        #: For each class, its two concept indices.
+        self.class_concepts = [tuple(INDEX[w] for w in words) for words in CLASSES]
+        #: For each class, the concept index of the ground that ``spurious`` plants.
+        self.planted_grounds = [INDEX[GROUNDS[c]] for c in range(len(CLASSES))]
+        #: The concepts by kind: "shape", "colour", "texture", "ground".
+        self.concept_groups = {
+            "shape": list(SHAPES), "colour": list(COLOURS), "texture": list(TEXTURES), "ground": list(GROUNDS),
+        }  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __repr__(self) -> str:
+        return f"CaptionedScenes({self.n}, seed={self.seed}, size={self.size}, spurious={self.spurious:g})"
+
+    def __getitem__(self, index: int) -> Scene:
+        return self.draw(index)
+
+    def draw(self, index: int, *, ground: str | None = None) -> Scene:
+        """Return scene ``index``, on another ``ground`` if one is named (its objects stay as they are).
+
+        Raises:
+            IndexError: ``index`` is outside the data set (iteration relies on it).
+            InputError: ``ground`` is not one of ``concept_groups["ground"]``.
+        """
+        plan = self._plan(self._position(index))
+        if ground is not None:
+            if ground not in GROUNDS:
+                raise InputError(f"ground={ground!r} must be one of {list(GROUNDS)}.{did_you_mean(ground, GROUNDS)}")
+            plan = plan._replace(ground=GROUNDS.index(ground))
+        image = draw_ground(plan.ground, np.random.default_rng(plan.ground_seed), self.size)
+        masks = np.zeros((len(WORDS), self.size, self.size), dtype=bool)
+        object_masks = np.zeros((MAX_OBJECTS, self.size, self.size), dtype=bool)
+        objects = np.full((MAX_OBJECTS, 3), -1, dtype=np.int64)
+        boxes = np.zeros((MAX_OBJECTS, 4), dtype=np.float32)
+        for k, spec in enumerate(plan.objects):
+            object_masks[k] = draw_object(image, spec)
+            objects[k] = concept_indices(spec)
+            masks[objects[k]] |= object_masks[k]
+            x, y, r = spec.x, spec.y, spec.radius
+            boxes[k] = np.array([x - r, y - r, x + r, y + r]) * self.size
+        ground_index = INDEX[GROUNDS[plan.ground]]
+        masks[ground_index] = ~object_masks.any(0)
+        return Scene(
+            image=torch.from_numpy(np.clip(image, 0, 1, out=image)),
+            label=plan.label,
+            masks=torch.from_numpy(masks),
+            caption=caption_of(plan),
+            presence=torch.from_numpy(masks.any((1, 2))),
+            objects=torch.from_numpy(objects),
+            object_masks=torch.from_numpy(object_masks),
+            boxes=torch.from_numpy(boxes),
+            ground=ground_index,
+        )
+
+    def stack(self, indices: Sequence[int] | None = None) -> Scene:
+        """Several scenes (default: all) as one batched :class:`Scene`.
+
+        Example:
+            >>> CaptionedScenes(5, seed=1, size=32).stack([0, 3]).masks.shape
+            torch.Size([2, 21, 32, 32])
+        """
+        chosen = list(range(self.n)) if indices is None else list(indices)
+        if not chosen:
+            raise InputError("stack needs at least one scene; the list of indices (or the data set) is empty")
+        batch: Scene = default_collate([self[i] for i in chosen])
+        return batch
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """``(n,)`` class of every scene, found without drawing."""
+        return torch.tensor([self._plan(i).label for i in range(self.n)], dtype=torch.long)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """The n captions, found without drawing."""
+        return [caption_of(self._plan(i)) for i in range(self.n)]
+
+    @cached_property
+    def presence(self) -> Tensor:
+        """``(n, T)`` bool: which concepts are in which scene, found without drawing."""
+        out = torch.zeros(self.n, len(WORDS), dtype=torch.bool)
+        for i in range(self.n):
+            plan = self._plan(i)
+            for spec in plan.objects:
+                out[i, list(concept_indices(spec))] = True
+            out[i, INDEX[GROUNDS[plan.ground]]] = True
+        return out
+
+    def _plan(self, i: int) -> ScenePlan:
+        return plan_scene(self.seed, i, self.spurious)
+
+    def _position(self, index: int) -> int:
+        i = operator.index(index)
+        if not -self.n <= i < self.n:
+            raise IndexError(f"scene {i} of {self.n}")
+        return i % self.n
+
+
+def _whole(name: str, value: int, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name}={value!r} must be an integer of at least {least}") from None
+    if isinstance(value, bool) or number < least:
+        raise InputError(f"{name}={value!r} must be an integer of at least {least}")
+    return number
