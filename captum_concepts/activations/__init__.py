@@ -11,7 +11,7 @@ from captum_concepts.activations.capture import (
     resolve_layer,
 )
 from captum_concepts.activations.layout import Layout, infer_layout
-from captum_concepts.activations.spatial import SpatialActivations, check_reaches_output, spatial_activations
+from captum_concepts.activations.spatial import SpatialActivations, spatial_activations
 
 __all__ = [
     "Captured",
@@ -19,7 +19,6 @@ __all__ = [
     "SpatialActivations",
     "capture",
     "check_images",
-    "check_reaches_output",
     "evaluation_mode",
     "find_model",
     "gradients_enabled",

@@ -231,7 +231,7 @@ def _token_grid(
     with_prefix = f"up to {most}" if prefix_tokens is None else str(prefix_tokens)
     raise LayoutError(
         f"{layer} gives {shape}: {length} tokens for an input of size {image_size}, and {why} with {with_prefix} "
-        "prefix tokens; say prefix_tokens= (CLS, registers, ...), or choose a layer whose tokens are the image's patches"
+        "prefix tokens; say prefix_tokens= (CLS, registers, ...), or choose a layer of image patches"
     )
 
 

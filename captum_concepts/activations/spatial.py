@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from captum_concepts.activations.capture import (
     resolve_layer,
 )
 from captum_concepts.activations.layout import Layout, infer_layout
-from captum_concepts.errors import InputError, LayerError
+from captum_concepts.errors import InputError, InputWarning, LayerError
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class SpatialActivations:
         raw: each layer's tensor in its own layout; the points :meth:`gradients` differentiates at.
         layouts: how each of them is read as ``(N, C, h, w)``.
         names: how messages call the layers.
+        search: finds the layer to name instead of one whose positions do not reach the output.
     """
 
     output: Tensor
     raw: tuple[Tensor, ...]
     layouts: tuple[Layout, ...]
     names: tuple[str, ...]
+    search: Callable[[str], str | None] = field(default=lambda _: None, repr=False)
 
     @property
     def maps(self) -> tuple[Tensor, ...]:
@@ -47,18 +51,48 @@ class SpatialActivations:
         """``d values.sum() / d maps`` for each layer, ``(N, C, h, w)``.
 
         Raises:
-            LayerError: ``values`` does not depend on a layer at all.
+            LayerError: ``values`` does not depend on a layer, or not on its positions (see :meth:`gradient_maps`).
         """
         if not values.requires_grad:
             raise LayerError(
                 f"the result does not depend differentiably on layer {self.names[0]!r}; choose a layer on the way to "
                 "the output, and a forward_func that does not detach it"
             )
-        gradients = torch.autograd.grad(values.sum(), self.raw, retain_graph=retain_graph, allow_unused=True)
-        for name, gradient in zip(self.names, gradients, strict=True):
+        return self.gradient_maps(
+            torch.autograd.grad(values.sum(), self.raw, retain_graph=retain_graph, allow_unused=True)
+        )
+
+    def gradient_maps(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """Gradients at :attr:`raw` as maps ``(N, C, h, w)``, never silently zero.
+
+        The patches of a ViT's last block, when only CLS is read, have a gradient of exactly zero: a map made from
+        it would be zero without a word. A gradient that is zero throughout (a saturated softmax, dead units) is a
+        result, but one that is warned about.
+
+        Raises:
+            LayerError: a layer is not on the way to the output, or only its prefix tokens are; a layer to use instead
+                is named.
+        """
+        maps = []
+        for name, layout, gradient in zip(self.names, self.layouts, gradients, strict=True):
             if gradient is None:
                 raise LayerError(f"the result does not depend on layer {name!r}; choose one on the way to the output")
-        return tuple(layout.maps(gradient) for layout, gradient in zip(self.layouts, gradients, strict=True))
+            maps.append(layout.maps(gradient))
+            if maps[-1].any():
+                continue
+            if layout.prefix_tokens and layout.prefix(gradient).any():
+                other = self.search(name)
+                raise LayerError(
+                    f"no position of layer {name!r} reaches the output, which reads only its prefix (CLS) tokens; "
+                    + (f"use layer {other!r} instead" if other else "use an earlier layer instead")
+                )
+            warnings.warn(
+                f"the gradient at layer {name!r} is zero for every example (a saturated output or dead units?); the "
+                "maps are zero too",
+                InputWarning,
+                stacklevel=4,
+            )
+        return tuple(maps)
 
 
 def spatial_activations(
@@ -128,7 +162,8 @@ def spatial_activations(
         for sample, layer in zip(samples, layers, strict=True)
     )
     names = tuple(layer_name(forward_func, layer) for layer in layers)
-    return SpatialActivations(result.output, raw, layouts, names)
+    search = functools.partial(_nearest_reaching, forward_func, inputs, additional_forward_args)
+    return SpatialActivations(result.output, raw, layouts, names, search)
 
 
 def first_example(value: Any, batch: int) -> Any:
@@ -138,60 +173,24 @@ def first_example(value: Any, batch: int) -> Any:
     return value[:1] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
 
-def check_reaches_output(
-    gradient: Tensor,
-    forward_func: Callable[..., Any],
-    inputs: Inputs,
-    layer: Layer,
-    value: Callable[[Tensor], Tensor],
-    *,
-    additional_forward_args: Any = None,
-) -> None:
-    """Refuse a layer whose positions do not reach the output, naming one to use instead.
-
-    The patches of a ViT's last block, when only CLS is read, have a gradient of exactly zero everywhere: a map
-    made from it would be zero without a word.
-
-    Args:
-        gradient: ``(N, C, h, w)`` of the explained value at the layer's positions.
-        value: the explained value as a function of the model's output, for the search.
-
-    Raises:
-        LayerError: ``gradient`` is zero at every position of every example.
-    """
-    if gradient.any():
-        return
-    name = layer_name(forward_func, layer)
-    other = _nearest_reaching(forward_func, inputs, layer, value, additional_forward_args)
-    raise LayerError(
-        f"no position of layer {name!r} influences what is explained: the gradient is zero everywhere. Its output is "
-        "probably read only through a CLS token"
-        + (f"; use layer {other!r} instead" if other else "; use an earlier layer instead")
-    )
-
-
-def _nearest_reaching(
-    forward_func: Callable[..., Any],
-    inputs: Inputs,
-    layer: Layer,
-    value: Callable[[Tensor], Tensor],
-    additional_forward_args: Any,
-) -> str | None:
-    """The last layer of the same type that runs before ``layer`` and whose positions reach the output."""
+def _nearest_reaching(forward_func: Callable[..., Any], inputs: Inputs, extra: Any, name: str) -> str | None:
+    """The last layer of the same type in front of layer ``name`` whose positions reach the output."""
     model = find_model(forward_func)
     if model is None:
         return None
-    target = resolve_layer(forward_func, layer)
+    target = resolve_layer(forward_func, name)
     first = inputs[0] if isinstance(inputs, tuple) else inputs
     parts = tuple(p[:1] for p in inputs) if isinstance(inputs, tuple) else inputs[:1]
-    extra = first_example(additional_forward_args, first.shape[0])
+    extra = first_example(extra, first.shape[0])
     same = [m for m in model.modules() if type(m) is type(target)]
     for module in reversed(same[: same.index(target)] if target in same else same):
         try:
-            with gradients_enabled():
+            with gradients_enabled(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", InputWarning)
                 seen = spatial_activations(forward_func, parts, [module], additional_forward_args=extra, gradient=True)
-                if seen.gradients(value(seen.output))[0].any():
+                # The square stands for whatever is read from the output.
+                if seen.gradients(seen.output.square())[0].any():
                     return layer_name(forward_func, module)
-        except (InputError, RuntimeError):
+        except (InputError, RuntimeError, AttributeError):
             continue  # this candidate has no grid or does not run; the one before it may
     return None

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 from captum_concepts._captum import LayerAttribution, log_usage, target_indices
 from captum_concepts.activations import (
     SpatialActivations,
-    check_reaches_output,
     evaluation_mode,
     find_model,
     gradients_enabled,
@@ -145,7 +144,7 @@ class FeatureActivationMap(LayerAttribution):
         with gradients_enabled():
             seen, embedding, bank = self._run(inputs, additional_forward_args, attribute_to_layer_input)
             index = self._index(target, embedding, bank)
-            return self._map(seen, embedding, bank[index], inputs, additional_forward_args)
+            return self._map(seen, embedding, bank[index])
 
     def scores(self, inputs: Inputs, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)`` similarities to the references: cosine in [-1, 1], euclidean in (-inf, 0]."""
@@ -179,10 +178,7 @@ class FeatureActivationMap(LayerAttribution):
             scores = similarity_scores(embedding, bank, self.similarity).detach()
             index = self._index(target, embedding, bank)
             columns = range(len(bank)) if top_k is None else scores.amax(0).argsort(descending=True)[:top_k].tolist()
-            maps = [
-                self._map(seen, embedding, bank[k].expand_as(embedding), inputs, additional_forward_args)
-                for k in columns
-            ]
+            maps = [self._map(seen, embedding, bank[k].expand_as(embedding)) for k in columns]
         names = [str(k) for k in range(len(bank))] if self.reference_names is None else list(self.reference_names)
         return ConceptExplanation(
             [names[k] for k in columns],
@@ -237,9 +233,7 @@ class FeatureActivationMap(LayerAttribution):
         names = self.reference_names or ()
         return target_indices(target, len(embedding), len(bank), names, what="reference").to(bank.device)
 
-    def _map(
-        self, seen: SpatialActivations, embedding: Tensor, references: Tensor, inputs: Inputs, extra: Any
-    ) -> Tensor:
+    def _map(self, seen: SpatialActivations, embedding: Tensor, references: Tensor) -> Tensor:
         maps = full_precision(seen.maps[0].detach())
         slope = similarity_gradient(embedding, references, self.similarity)
         scale = mean_pool_scale(maps, embedding, half=seen.output.element_size() < 4)
@@ -255,14 +249,6 @@ class FeatureActivationMap(LayerAttribution):
                 at = seen.gradients(output * slope.to(output), retain_graph=True)[0]
             finally:
                 release()
-            check_reaches_output(
-                at,
-                self.forward_func,
-                inputs,
-                self.layer,
-                lambda o: o[:1] * slope[:1].to(o),
-                additional_forward_args=extra,
-            )
             at = full_precision(at)
             gradient, contribution = at.sum((2, 3)), (maps * at).sum((2, 3))
         weight = gradient if self.weights == "gradient" else normalized(contribution, self.normalize)

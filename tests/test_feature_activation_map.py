@@ -1,0 +1,440 @@
+"""FeatureActivationMap against the paper's formula written out, on every pooling, head and similarity."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_concepts import FeatureActivationMap
+from captum_concepts.errors import InputError, LayerError, NotFittedError, TargetError
+
+
+class GeM(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp_min(1e-6).pow(3).mean((2, 3)).pow(1 / 3)
+
+
+class Pool(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if self.kind == "gap" else x.amax((2, 3))
+
+
+class AttentionPool(nn.Module):
+    """CLIP's: the mean as a query over all positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(channels, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return self.attention(tokens.mean(1, keepdim=True), tokens, tokens, need_weights=False)[0][:, 0]
+
+
+CHANNELS, WIDTH, N, K = 6, 5, 3, 4
+POOLS = {
+    "gap": lambda: Pool("gap"),
+    "gmp": lambda: Pool("gmp"),
+    "gem": GeM,
+    "attention": lambda: AttentionPool(CHANNELS),
+}
+HEADS = {
+    "identity": nn.Identity,
+    "linear": lambda: nn.Linear(CHANNELS, WIDTH, bias=False),
+    "mlp": lambda: nn.Sequential(nn.Linear(CHANNELS, 8), nn.Tanh(), nn.Linear(8, WIDTH)),
+}
+
+
+def make(pool: str, head: str) -> tuple[nn.Sequential, Tensor, Tensor]:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, stride=2), nn.ReLU())
+    net = nn.Sequential(body, POOLS[pool](), HEADS[head]()).eval().double()
+    images = torch.randn(N, 3, 11, 15, dtype=torch.double)
+    references = torch.randn(K, CHANNELS if head == "identity" else WIDTH, dtype=torch.double)
+    return net, images, references
+
+
+def paper_map(
+    net: nn.Sequential, image: Tensor, reference: Tensor, similarity: str, normalize: str, weights: str
+) -> Tensor:
+    """One image, one reference, channel by channel: sections 3.1 and 3.2 of the paper and DESIGN section 3.
+
+    The pooled z is made a free input of the head; for pools that are not the mean its derivative with respect to the
+    maps is taken position by position.
+    """
+    body, pool, head = net
+    activations = body(image[None]).detach()
+    embedding = head(pool(activations))[0].detach()
+
+    def score(maps: Tensor) -> Tensor:
+        f = head(pool(maps))[0]
+        if similarity == "cosine":
+            return (f * reference).sum() / (embedding.norm() * reference.norm())  # norms held constant
+        if similarity == "dot":
+            return (f * reference).sum()
+        if similarity == "euclidean":
+            return -(f - reference).square().sum()
+        return torch.exp(-(f - reference).abs().sum())
+
+    slope = torch.autograd.functional.jacobian(score, activations)[0]
+    contributions, slopes = [], []
+    for k in range(activations.shape[1]):
+        total, summed = 0.0, 0.0
+        for i in range(activations.shape[2]):
+            for j in range(activations.shape[3]):
+                total += activations[0, k, i, j].item() * slope[k, i, j].item()
+                summed += slope[k, i, j].item()
+        contributions.append(total)
+        slopes.append(summed)
+    if similarity == "euclidean" and isinstance(head, nn.Identity) and isinstance(pool, Pool) and pool.kind == "gap":
+        contributions = [-((embedding[k] - reference[k]).item() ** 2) for k in range(len(embedding))]
+    if weights == "gradient":
+        chosen = slopes
+    elif normalize == "minmax":
+        low, high = min(contributions), max(contributions)
+        chosen = [(c - low) / (high - low) for c in contributions]
+    elif normalize == "l1":
+        chosen = [c / sum(abs(d) for d in contributions) for c in contributions]
+    else:
+        chosen = contributions
+    return sum(w * activations[0, k] for k, w in enumerate(chosen))
+
+
+def l1_kernel(f: Tensor, r: Tensor) -> Tensor:
+    return torch.exp(-(f - r).abs().sum(1))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", l1_kernel])
+@pytest.mark.parametrize(
+    ("normalize", "weights"),
+    [("minmax", "contribution"), ("l1", "contribution"), ("none", "contribution"), ("minmax", "gradient")],
+)
+def test_equals_the_papers_formula(pool, head, similarity, normalize, weights):
+    net, images, references = make(pool, head)
+    fam = FeatureActivationMap(net, net[0], references, similarity=similarity, normalize=normalize, weights=weights)
+    target = [2, 0, 3]
+    result = fam.attribute(images, target=target)
+    assert result.shape == (N, 1, 5, 7)
+    assert not result.requires_grad
+    assert result.is_contiguous()
+    name = similarity if isinstance(similarity, str) else "callable"
+    for n in range(N):
+        expected = paper_map(net, images[n], references[target[n]], name, normalize, weights)
+        torch.testing.assert_close(result[n, 0], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("head", ["identity", "linear"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_gradient_weights_are_complete(head, similarity):
+    """Mean pooling and a linear head: the mean of the map is the similarity itself."""
+    net, images, references = make("gap", head)
+    fam = FeatureActivationMap(net, net[0], references, similarity=similarity, weights="gradient")
+    scores = fam.scores(images)
+    for k in range(K):
+        means = fam.attribute(images, target=k).mean((1, 2, 3))
+        torch.testing.assert_close(means, scores[:, k], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("pool", ["gap", "gmp", "gem"])
+@pytest.mark.parametrize("head", ["identity", "linear"])
+def test_contributions_sum_to_the_cosine_for_homogeneous_pools(pool, head):
+    net, images, references = make(pool, head)
+    fam = FeatureActivationMap(net, net[0], references, normalize="none")
+    # With one-hot maps in the place of A_k the map would be c_k; here: solve the map for its weights.
+    maps = net[0](images).detach().flatten(2)
+    result = fam.attribute(images, target=1).flatten(1)
+    weights = torch.stack([torch.linalg.lstsq(maps[n].T, result[n]).solution for n in range(N)])
+    torch.testing.assert_close(weights.sum(1), fam.scores(images)[:, 1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [lambda f: F.normalize(f, dim=1), lambda f: f / f.norm(dim=1, keepdim=True)],
+    ids=["F.normalize", "norm"],
+)
+@pytest.mark.parametrize("head", ["identity", "linear", "mlp"])
+def test_a_model_that_normalises_its_embedding_gives_the_same_map(normalise, head):
+    """The norm is held constant also where it is inside the model (most contrastive models end like that)."""
+    net, images, references = make("gap", head)
+
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return normalise(self.net(x))
+
+    plain = FeatureActivationMap(net, net[0], references).attribute(images, target=2)
+    inside = FeatureActivationMap(Normalised(), net[0], references).attribute(images, target=2)
+    torch.testing.assert_close(inside, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_no_backward_pass_where_the_embedding_is_the_pooled_map(monkeypatch):
+    net, images, references = make("gap", "identity")
+    fam = FeatureActivationMap(net, net[0], references)
+
+    def forbidden(*_args, **_kwargs):
+        raise RuntimeError("a backward pass was made")
+
+    monkeypatch.setattr(torch.autograd, "grad", forbidden)
+    fam.attribute(images)
+    with pytest.raises(RuntimeError, match="backward pass"):
+        FeatureActivationMap(make("gmp", "identity")[0], "0", references).attribute(images)
+
+
+def test_backward_never_enters_the_backbone_below_the_layer():
+    class Wall(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("entered the backbone")
+
+    class Front(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Wall.apply(x)
+
+    net, images, references = make("gmp", "mlp")
+    whole = nn.Sequential(nn.Conv2d(3, 3, 1).double(), Front(), net)
+    fam = FeatureActivationMap(whole, net[0], references)
+    assert fam.attribute(images.requires_grad_(), target=0).abs().sum() > 0
+
+
+def test_target_none_explains_the_best_match_and_pairs_are_possible():
+    net, images, references = make("gap", "mlp")
+    fam = FeatureActivationMap(net, "0", references, reference_names=["a", "b", "c", "d"])
+    best = fam.scores(images).argmax(1)
+    assert torch.equal(fam.attribute(images), fam.attribute(images, target=best))
+    pairs = fam.attribute(images, target=torch.arange(N))
+    for n in range(N):
+        torch.testing.assert_close(pairs[n : n + 1], fam.attribute(images[n : n + 1], target=n))
+    assert torch.equal(fam.attribute(images, target="c"), fam.attribute(images, target=2))
+
+
+def test_scores_equal_torch_functions():
+    net, images, references = make("gap", "linear")
+    f = net(images).detach()
+    cosine = F.cosine_similarity(f[:, None], references[None], dim=2)
+    torch.testing.assert_close(FeatureActivationMap(net, "0", references).scores(images), cosine)
+    euclidean = FeatureActivationMap(net, "0", references, similarity="euclidean").scores(images)
+    torch.testing.assert_close(euclidean, -torch.cdist(f, references).square())
+    called = FeatureActivationMap(net, "0", references, similarity=l1_kernel).scores(images)
+    torch.testing.assert_close(called[:, 1], l1_kernel(f, references[1].expand_as(f)))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_results_do_not_depend_on_the_batch(head):
+    net, images, references = make("gap", head)
+    fam = FeatureActivationMap(net, "0", references)
+    whole = fam.attribute(images)
+    for n in range(N):
+        torch.testing.assert_close(fam.attribute(images[n : n + 1])[0], whole[n], rtol=1e-9, atol=1e-12)
+
+
+def test_explain_has_every_reference_as_a_concept():
+    net, images, references = make("gap", "linear")
+    names = ["ant", "bee", "cat", "dog"]
+    fam = FeatureActivationMap(net, "0", references, reference_names=names)
+    explanation = fam.explain(images)
+    assert explanation.concepts == names
+    torch.testing.assert_close(explanation.scores, fam.scores(images))
+    torch.testing.assert_close(explanation["cat"].maps, fam.attribute(images, target="cat"))
+    assert torch.equal(explanation.target, fam.scores(images).argmax(1))
+    assert (explanation.layer, explanation.method) == ("0", "Feature Activation Map")
+    two = fam.explain(images, target="bee", top_k=2)
+    assert two.concepts == explanation.top(2).concepts
+    assert two.target.tolist() == [1, 1, 1]
+
+
+def test_prototypes_are_class_means_in_sorted_order():
+    net, images, _ = make("gap", "linear")
+    many = torch.cat([images, images + 1, images - 1])
+    labels = ["dog", "ant", "dog", "bee", "ant", "dog", "bee", "ant", "ant"]
+    embeddings = net(many).detach()
+    expected = torch.stack(
+        [embeddings[[i for i, name in enumerate(labels) if name == c]].mean(0) for c in ("ant", "bee", "dog")]
+    )
+    found = FeatureActivationMap.prototypes(net, many, labels, batch_size=4)
+    torch.testing.assert_close(found, expected)
+    numbers = torch.tensor([{"ant": 0, "bee": 1, "dog": 2}[name] for name in labels])
+    dataset = TensorDataset(many, numbers)
+    torch.testing.assert_close(FeatureActivationMap.prototypes(net, dataset, batch_size=2), expected)
+    torch.testing.assert_close(FeatureActivationMap.prototypes(net, DataLoader(dataset, batch_size=5)), expected)
+    torch.testing.assert_close(FeatureActivationMap.prototypes(net, many, numbers), expected)
+    assert not found.requires_grad
+
+
+def test_vit_patches_and_prefix_tokens():
+    """Contributions of a ViT's patches: gradient times activation through the rest of the network."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=0, depth=3, reg_tokens=2).eval()
+    images, references = torch.rand(2, 3, 48, 48), torch.randn(2, 192)
+    fam = FeatureActivationMap(vit, "blocks.1", references, normalize="none")
+    result = fam.attribute(images, target=1)
+    assert result.shape == (2, 1, 3, 3)
+    kept = {}
+    handle = vit.blocks[1].register_forward_hook(lambda m, i, o: kept.update(a=o))
+    f = vit(images)
+    handle.remove()
+    value = (f * references[1]).sum(1) / (f.detach().norm(dim=1) * references[1].norm())
+    tokens = kept["a"]
+    slope = torch.autograd.grad(value.sum(), tokens)[0][:, 3:]
+    weights = (slope * tokens[:, 3:]).sum(1)
+    expected = (tokens[:, 3:] * weights[:, None]).sum(2).reshape(2, 1, 3, 3)
+    torch.testing.assert_close(result, expected.detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(LayerError, match=r"use layer 'blocks.1' instead"):
+        FeatureActivationMap(vit, "blocks.2", references).attribute(images, target=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(dtype):
+    net, images, references = make("gap", "linear")
+    exact = FeatureActivationMap(net, "0", references).attribute(images, target=0).float()
+    half = FeatureActivationMap(net.to(dtype), "0", references.to(dtype)).attribute(images.to(dtype), target=0)
+    assert half.dtype == torch.float32
+    assert (half - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_a_saturated_model_gives_a_warned_zero_gradient_not_an_error():
+    class Saturated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (1e6 * self.conv(x).mean((2, 3))).softmax(1)
+
+    torch.manual_seed(0)
+    fam = FeatureActivationMap(Saturated(), "conv", torch.eye(4), weights="gradient")
+    with pytest.warns(UserWarning, match="zero for every example"):
+        assert not fam.attribute(torch.rand(1, 3, 4, 4)).any()
+
+
+def test_equal_contributions_get_weight_one():
+    net = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), Pool("gap"))
+    nn.init.ones_(net[0].weight)
+    images = torch.rand(1, 3, 4, 4)
+    fam = FeatureActivationMap(net, "0", torch.ones(1, 2))
+    torch.testing.assert_close(fam.attribute(images)[0, 0], 2 * images[0].sum(0))
+
+
+def test_constructor_arguments_are_attributes():
+    references = torch.rand(2, 3)
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), Pool("gap"))
+    fam = FeatureActivationMap(
+        net,
+        "0",
+        references,
+        reference_names=["a", "b"],
+        similarity="dot",
+        normalize="l1",
+        weights="gradient",
+        layout="NCHW",
+        prefix_tokens=0,
+    )
+    assert fam.forward_func is net
+    assert fam.layer == "0"
+    assert fam.references is references
+    assert (fam.reference_names, fam.similarity, fam.normalize) == (["a", "b"], "dot", "l1")
+    assert (fam.weights, fam.layout, fam.prefix_tokens) == ("gradient", "NCHW", 0)
+
+
+class TestBadInput:
+    net = make("gap", "linear")[0].float()
+    images = torch.rand(2, 3, 11, 15)
+    bank = torch.rand(4, WIDTH)
+
+    def fam(self, **options) -> FeatureActivationMap:
+        return FeatureActivationMap(
+            self.net, options.pop("layer", "0"), options.pop("references", self.bank), **options
+        )
+
+    def test_no_references(self):
+        with pytest.raises(NotFittedError, match="prototypes"):
+            self.fam(references=None).attribute(self.images)
+
+    def test_wrong_width(self):
+        with pytest.raises(InputError, match=r"width 7.*width 5"):
+            self.fam(references=torch.rand(4, 7)).attribute(self.images)
+
+    @pytest.mark.parametrize("bad", [torch.rand(5), torch.ones(2, 5, dtype=torch.long), [1.0]])
+    def test_wrong_kind_of_references(self, bad):
+        with pytest.raises(InputError, match=r"\(K, D\)"):
+            self.fam(references=bad).attribute(self.images)
+
+    def test_empty_nan_and_zero_references(self):
+        with pytest.raises(InputError, match="no row"):
+            self.fam(references=torch.rand(0, 5)).attribute(self.images)
+        with pytest.raises(InputError, match=r"NaN.*rows \[1\]"):
+            self.fam(references=torch.tensor([[1.0] * 5, [math.nan] * 5])).attribute(self.images)
+        with pytest.raises(InputError, match=r"rows \[0\] are all zero"):
+            self.fam(references=torch.zeros(1, 5)).attribute(self.images)
+        assert self.fam(references=torch.zeros(1, 5), similarity="euclidean").attribute(self.images).isfinite().all()
+
+    @pytest.mark.parametrize("target", [4, -5, [0], [0, 9], 1.5, "bee", torch.rand(2), (0, 1), [True, False]])
+    def test_targets(self, target):
+        with pytest.raises(TargetError, match="target"):
+            self.fam(reference_names=["a", "b", "c", "d"]).attribute(self.images, target=target)
+
+    def test_layers(self):
+        with pytest.raises(LayerError, match=r"no layer .*Did you mean .*0\.0"):
+            self.fam(layer="0.2").attribute(self.images)
+        with pytest.raises(LayerError, match="did not run"):
+            self.fam(layer=nn.ReLU()).attribute(self.images)
+        with pytest.raises(LayerError, match="no grid"):
+            self.fam(layer="1").attribute(self.images)
+
+    def test_images(self):
+        with pytest.raises(InputError, match="hold no example"):
+            self.fam().attribute(self.images[:0])
+        with pytest.raises(InputError, match="/ 255"):
+            self.fam().attribute((self.images * 255).to(torch.uint8))
+        broken = self.images.clone()
+        broken[0, 0, 0, 0] = math.nan
+        with pytest.warns(UserWarning, match="NaN"):
+            assert self.fam().attribute(broken, target=0)[1].isfinite().all()
+
+    def test_an_embedding_that_is_none(self):
+        with pytest.raises(InputError, match="one embedding an image"):
+            FeatureActivationMap(self.net[0], "0", self.bank).attribute(self.images)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"similarity": "cos"}, {"normalize": "max"}, {"weights": "grad"}, {"reference_names": ["a"]},
+            {"reference_names": ["a", "a", "b", "c"]},
+        ],
+    )  # fmt: skip
+    def test_options(self, options):
+        with pytest.raises(InputError, match=next(iter(options))):
+            self.fam(**options)
+
+    def test_similarity_functions(self):
+        with pytest.raises(InputError, match="one value a pair"):
+            self.fam(similarity=lambda f, r: f * r).attribute(self.images)
+        with pytest.raises(InputError, match="differentiable"):
+            self.fam(similarity=lambda f, r: r.sum(1)).attribute(self.images, target=0)
+
+    def test_prototypes(self):
+        prototypes = FeatureActivationMap.prototypes
+        with pytest.raises(InputError, match="labels are missing"):
+            prototypes(self.net, self.images)
+        with pytest.raises(InputError, match="3 labels for 2 images"):
+            prototypes(self.net, self.images, [0, 1, 2])
+        with pytest.raises(InputError, match="no image"):
+            prototypes(self.net, self.images[:0], [])
