@@ -1,0 +1,37 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer with venv, and a package index.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Plain threads oversubscribe small machines when the tests run in parallel.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: demo test lint bench clean
+
+demo: $(BIN)/.installed
+	$(BIN)/python -m captum_concepts demo --output demo_output
+
+test: $(BIN)/.installed
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(BIN)/.installed-benchmark
+	$(BIN)/python benchmarks/fam.py
+	$(BIN)/python benchmarks/solver.py
+
+# An editable install of the package with its development tools; done again when the dependencies change.
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(BIN)/.installed-benchmark: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,benchmark]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
