@@ -66,9 +66,12 @@ class Pairs:
             masks = _take(self.masks, mask_rows, start, step)
             ignore = None if self.ignore is None else _take(self.ignore, mask_rows, start, step).flatten(1)
             values = resize_maps(maps, masks.shape[-2:], mode=self.mode).flatten(1)
-            broken = values.isnan() if ignore is None else values.isnan() & ~ignore
-            masks = masks.flatten(1) if ignore is None else masks.flatten(1) & ~ignore
-            yield Chunk(values, masks, ignore, broken.any(1))
+            masks = masks.flatten(1)
+            if ignore is None:
+                broken = values.amax(1).isnan()
+            else:
+                broken, masks = (values.isnan() & ~ignore).any(1), masks & ~ignore
+            yield Chunk(values, masks, ignore, broken)
 
 
 def _take(x: Tensor, rows: Tensor | None, start: int, step: int) -> Tensor:

@@ -15,6 +15,7 @@ __all__ = ["hit_rate", "nra", "region_auc", "specificity"]
 BASELINES = ("published", "exact")
 _IGNORED_KEY = 0x7FFFFFFF  # above the key of every number, +inf included
 _ROW_BITS = 34  # a 32-bit key, the mask's bit, and a spare
+_LONG_GROUP = 512
 
 
 def nra(
@@ -211,9 +212,12 @@ def _all_areas(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """AUC, mask size, number of pixels, and whether the map has NaN, for every row."""
     device = pairs.masks.device
-    found: list[tuple[Tensor, ...]] = []
+    found = []
+    work: dict[str, Tensor] = {}
     for chunk in pairs.chunks(map_rows, mask_rows):
-        found.append(_chunk_auc(chunk))
+        if device.type == "mps":  # has no float64
+            chunk = Chunk(*(None if x is None else x.cpu() for x in vars(chunk).values()))  # type: ignore[arg-type]
+        found.append(_chunk_auc(chunk, work))
     if not found:
         none = torch.zeros(0, dtype=torch.long, device=device)
         return none.double(), none, none, none.bool()
@@ -221,41 +225,55 @@ def _all_areas(
     return auc, region, pixels, broken
 
 
-def _chunk_auc(chunk: Chunk) -> tuple[Tensor, ...]:
-    if chunk.values.device.type == "mps":  # has no float64
-        moved = Chunk(*(None if x is None else x.cpu() for x in vars(chunk).values()))  # type: ignore[arg-type]
-        return tuple(x if x.dtype == torch.float64 else x.to(chunk.values.device) for x in _chunk_auc(moved))
-    keys = _sorted_keys(chunk)
-    n, p = keys.shape
+def _chunk_auc(chunk: Chunk, work: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``work`` holds buffers from one chunk to the next: fetching fresh memory costs as much as the sorting."""
+    keys = _sorted_keys(chunk, work)
+    p = keys.shape[1]
     region = chunk.masks.sum(1)
     pixels = torch.full_like(region, p) if chunk.ignore is None else p - chunk.ignore.sum(1)
-    inside = torch.cumsum(keys & 1, 1, dtype=torch.float64)
-    count = torch.arange(1, p + 1, dtype=torch.float64, device=keys.device)
-    iou = inside / (count + region[:, None] - inside)
+    if "count" not in work:
+        work["count"] = torch.arange(1, p + 1, dtype=torch.float64, device=keys.device)
+    bits = torch.bitwise_and(keys, 1, out=_buffer(work, "bits", keys.shape, torch.int64, keys.device))
+    inside = _buffer(work, "inside", keys.shape, torch.float64, keys.device)
+    torch.cumsum(bits, 1, dtype=torch.float64, out=inside)
+    iou = _buffer(work, "iou", keys.shape, torch.float64, keys.device)
+    torch.sub(work["count"], inside, out=iou).add_(region[:, None])  # the union, M + p - intersection
+    torch.div(inside, iou, out=iou)
     _share_ties(iou, keys, inside, region)
     if chunk.ignore is not None:
-        iou.masked_fill_(count > pixels[:, None], 0)
+        iou.masked_fill_(work["count"] > pixels[:, None], 0)
     return iou.sum(1) / pixels, region, pixels, chunk.broken
 
 
-def _sorted_keys(chunk: Chunk) -> Tensor:
+def _buffer(
+    work: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if name not in work or work[name].shape[0] < shape[0]:
+        work[name] = torch.empty(shape, dtype=dtype, device=device)
+    return work[name][: shape[0]]
+
+
+def _sorted_keys(chunk: Chunk, work: dict[str, Tensor]) -> Tensor:
     """``(B, P)`` int64, each row sorted: a pixel's rank by descending saliency, times two, plus its mask bit.
 
     One sort of plain integers replaces a sort with indices and a gather. The integer order of a float's bits is
     the order of the floats once the bits below the sign of negative ones are flipped.
     """
-    values = chunk.values.masked_fill(chunk.broken[:, None], 0)
+    values = chunk.values
+    if bool(chunk.broken.any()):
+        values = values.masked_fill(chunk.broken[:, None], 0)
+    keys = _buffer(work, "keys", values.shape, torch.int64, values.device)
     if values.dtype == torch.float64:  # 64 bits leave no room for the mask's: number the distinct values instead
         ordered, order = torch.sort(values, dim=1, descending=True)
         step = torch.zeros_like(order)
         step[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        keys = torch.zeros_like(order).scatter_(1, order, step.cumsum(1))
+        keys.scatter_(1, order, step.cumsum(1))
     else:
         bits = (-values).add_(0.0).view(torch.int32)  # adding 0 makes -0.0 and 0.0 one value
-        keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+        keys.copy_(bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF)))
     if chunk.ignore is not None:
-        keys = keys.masked_fill(chunk.ignore, _IGNORED_KEY)
-    keys = keys.mul_(2).add_(chunk.masks)
+        keys.masked_fill_(chunk.ignore, _IGNORED_KEY)
+    keys.mul_(2).add_(chunk.masks)
     if keys.device.type == "cpu":
         keys.numpy().sort(axis=1)  # vectorised, and several times faster than torch.sort, which carries indices
         return keys
@@ -272,19 +290,29 @@ def _share_ties(iou: Tensor, keys: Tensor, inside: Tensor, region: Tensor) -> No
     if not len(rows):
         return
     n, p = keys.shape
-    offset = torch.arange(n, device=keys.device) << _ROW_BITS
-    flat = (keys + offset[:, None]).reshape(-1)
+    flat = keys
+    if n > 1:  # one sorted sequence of all rows
+        flat = keys + (torch.arange(n, device=keys.device) << _ROW_BITS)[:, None]
+    flat = flat.reshape(-1)
     even = flat[rows * p + cols]
     start = torch.searchsorted(flat, even)
     size = torch.searchsorted(flat, even + 1, right=True) - start
     before = inside.reshape(-1)[start]  # the first pixel of a group lies outside the mask
-    hits = inside.reshape(-1)[start + size - 1] - before
+    rate = (inside.reshape(-1)[start + size - 1] - before) / size
+    union = (start - rows * p + region[rows]) - before  # before the group's first pixel
+    small = torch.ones_like(start, dtype=torch.bool)
+    target = iou.view(-1)
+    if keys.device.type == "cpu":  # a few long groups (the zeros of a ReLU): slices beat gathers
+        small = size < _LONG_GROUP
+        for g in (~small).nonzero()[:, 0].tolist():
+            at = torch.arange(1, int(size[g]) + 1, dtype=torch.float64)
+            hits = (at * rate[g]).add_(before[g])
+            target[int(start[g]) : int(start[g] + size[g])] = hits / at.add_(union[g] + before[g]).sub_(hits)
+        start, size, before, rate, union = (x[small] for x in (start, size, before, rate, union))
     group = torch.repeat_interleave(torch.arange(len(start), device=keys.device), size)
     place = torch.arange(1, len(group) + 1, device=keys.device) - (size.cumsum(0) - size)[group]
-    at = start[group] + place - 1
-    expected = before[group] + place * hits[group] / size[group]
-    row = rows[group]
-    iou.view(-1)[at] = expected / ((at - row * p + 1) + region[row] - expected)
+    hits = before[group] + place * rate[group]
+    target[start[group] + place - 1] = hits / (union[group] + before[group] + place - hits)
 
 
 @lru_cache(maxsize=1 << 16)
