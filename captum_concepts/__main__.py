@@ -1,0 +1,115 @@
+"""Command line: ``python -m captum_concepts COMMAND --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from captum_concepts import __version__
+from captum_concepts.errors import CaptumConceptsError
+
+EPILOG = """\
+exit codes: 0 all done; 1 done, but some images could not be read (they are named); 2 nothing done, the message says
+why; 130 interrupted.
+"""
+
+EXPLAIN_EXAMPLES = (
+    r"""examples:
+  # the classes of a torchvision model (downloads its weights)
+  python -m captum_concepts explain photo.jpg --model resnet50 --weights pretrained --output out
+  # a model without a classifier head: similarity to the prototypes of your classes, one folder of images each
+  python -m captum_concepts explain photos/ --model resnet50 --weights FILE.safetensors --references classes/ \
+      --output out
+  # your own network: a function in a Python file that returns a torch.nn.Module taking RGB in [0, 1]
+  python -m captum_concepts explain photos/ --model my_model.py:build --layer backbone.layer4 --output out
+
+"""
+    + EPILOG
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="python -m captum_concepts",
+        description="What concept a vision model saw, where, and how much it moved the prediction.",
+        epilog=EPILOG,
+        formatter_class=raw,
+    )
+    top.add_argument("--version", action="version", version=f"captum_concepts {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="explain synthetic scenes with the bundled models", epilog=EPILOG, formatter_class=raw
+    )
+    demo.add_argument("--output", default="demo_output", help="folder for the pictures (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="which scenes (default: %(default)s)")
+    demo.add_argument("--json", action="store_true", help="print the table as JSON")
+
+    explain = commands.add_parser(
+        "explain", help="explain your own images", epilog=EXPLAIN_EXAMPLES, formatter_class=raw
+    )
+    explain.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
+    explain.add_argument(
+        "--model", required=True, help="torchvision or timm name, demo:classifier, demo:vit, or FILE.py:FUNCTION"
+    )
+    explain.add_argument("--weights", help="local .safetensors or .pt file, or 'pretrained' (downloads)")
+    explain.add_argument("--layer", help="dotted name (default: the last layer with a grid that reaches the output)")
+    explain.add_argument("--references", metavar="DIR", help="one folder of images a class: explain the similarity")
+    explain.add_argument("--similarity", default="cosine", choices=("cosine", "dot", "euclidean"))
+    explain.add_argument("--classes", metavar="FILE", help="names of the outputs: text, one a line, or a JSON list")
+    explain.add_argument("--num-classes", type=int, help="outputs of the model, if the weights have another number")
+    explain.add_argument("--top-k", type=int, default=3, help="concepts shown an image (default: %(default)s)")
+    explain.add_argument("--size", type=int, help="side of the input in pixels (default: the model's own)")
+    explain.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    explain.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    explain.add_argument("--output", required=True, help="folder for the pictures and explanations.json")
+    explain.add_argument("--json", action="store_true", help="print explanations.json instead of a table")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = vars(parser().parse_args(arguments))
+    command, as_json = options.pop("command"), options.pop("json")
+    try:
+        return _demo(options, as_json) if command == "demo" else _explain(options, as_json)
+    except CaptumConceptsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the files written so far are whole", file=sys.stderr)
+        return 130
+
+
+def _demo(options: dict, as_json: bool) -> int:
+    from captum_concepts.demo.run import run_demo
+
+    result = run_demo(**options)
+    print(json.dumps(result.as_dict(), indent=2) if as_json else result)
+    return 0
+
+
+def _explain(options: dict, as_json: bool) -> int:
+    from captum_concepts.commands.explain import ExplainSettings, explain
+
+    report = explain(ExplainSettings(**options))
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        for entry in report["explained"]:
+            print(f"{entry['image']}: " + ", ".join(f"{name} {score:.3g}" for name, score in entry["top"].items()))
+        print(f"{len(report['explained'])} explained at layer {report['layer']}, pictures in {options['output']}")
+        for entry in report["failed"]:
+            print(f"not explained: {entry['image']} ({entry['reason']})", file=sys.stderr)
+    if not report["explained"]:
+        print("error: no image could be explained", file=sys.stderr)
+        return 2
+    return 1 if report["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Which layers of a model have a grid of positions, and which to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts.activations.capture import (
+    check_images,
+    evaluation_mode,
+    find_model,
+    gradients_enabled,
+    resolve_layer,
+)
+from captum_concepts.activations.layout import Layout, infer_layout
+from captum_concepts.activations.spatial import spatial_activations
+from captum_concepts.errors import InputError, LayerError, LayoutError
+
+
+@dataclass(frozen=True)
+class SurveyedLayer:
+    """A layer that can be explained.
+
+    Args:
+        name: its dotted name.
+        kind: the class of the module.
+        channels: C of its maps.
+        layout: how its output is read.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    layout: Layout
+
+
+def survey_layers(forward_func: Callable[..., Any], inputs: Tensor) -> list[SurveyedLayer]:
+    """The layers with a grid, in the order they finish, found by one forward pass of the first example.
+
+    Layers that run more than once, or whose output has no grid or more than one reading, are left out.
+
+    Raises:
+        InputError: ``forward_func`` is a plain function, whose model is not known.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> [(layer.name, layer.channels, layer.layout.grid) for layer in survey_layers(net, torch.rand(1, 3, 16, 16))]
+    [('0', 4, (7, 7))]
+    """
+    model = find_model(forward_func)
+    if model is None:
+        raise InputError("forward_func is a plain function; pass a torch.nn.Module or one of its methods")
+    first = check_images(inputs)[0][:1]
+    names = {module: name for name, module in model.named_modules() if name}
+    outputs: list[tuple[nn.Module, Any]] = []
+    handles = [m.register_forward_hook(lambda m, _i, out: outputs.append((m, out))) for m in names]
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            forward_func(first)
+    finally:
+        for handle in handles:
+            handle.remove()
+    runs = [module for module, _ in outputs]
+    found = []
+    for module, output in outputs:
+        if runs.count(module) > 1 or not isinstance(output, Tensor):
+            continue
+        try:
+            size = (first.shape[-2], first.shape[-1])
+            layout = infer_layout(output, 1, size, module=module, model=model, name=names[module])
+        except LayoutError:
+            continue
+        if min(layout.grid) > 1:
+            channels = layout.maps(output).shape[1]
+            found.append(SurveyedLayer(names[module], type(module).__name__, channels, layout))
+    return found
+
+
+def suggest_layer(forward_func: Callable[..., Any], inputs: Tensor) -> str:
+    """The last stage or block with a grid whose positions influence the output.
+
+    Stages and blocks are the children of the model and of its sequences, and the sequences themselves; the projections
+    inside an attention, say, are not what one wants to look at.
+
+    Raises:
+        LayerError: there is none.
+    """
+    model = find_model(forward_func)
+    parents = {child: parent for parent in model.modules() for child in parent.children()} if model is not None else {}
+    sequences = (nn.Sequential, nn.ModuleList)
+    for layer in reversed(survey_layers(forward_func, inputs)):
+        module = resolve_layer(forward_func, layer.name)
+        if (
+            parents[module] is not model
+            and not isinstance(parents[module], sequences)
+            and not isinstance(module, sequences)
+        ):
+            continue
+        try:
+            with gradients_enabled():
+                seen = spatial_activations(forward_func, inputs[:1], [layer.name], gradient=True)
+                if seen.gradients(seen.output.square())[0].any():
+                    return layer.name
+        except (LayerError, RuntimeError):
+            continue
+    raise LayerError(
+        "no stage of this model has a grid of positions that influence its output; choose a layer yourself"
+    )

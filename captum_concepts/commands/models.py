@@ -1,0 +1,178 @@
+"""Models by name or from a file, with the preprocessing they expect."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts.activations import capture
+from captum_concepts.errors import InputError, did_you_mean
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what it wants to see.
+
+    Args:
+        model: in evaluation mode, frozen.
+        size: side of the square input in pixels.
+        mean, std: of the normalisation; zeros and ones where the model normalises itself.
+        classes: names of its outputs, empty if unknown.
+    """
+
+    model: nn.Module
+    size: int
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    classes: list[str] = field(default_factory=list)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """RGB in [0, 1] as the model wants it."""
+        mean = torch.tensor(self.mean).view(3, 1, 1)
+        return (images - mean) / torch.tensor(self.std).view(3, 1, 1)
+
+
+def load_model(
+    name: str, *, weights: str | None = None, size: int | None = None, num_classes: int | None = None
+) -> LoadedModel:
+    """A model by name or from a Python file.
+
+    Args:
+        name: ``demo:classifier`` or ``demo:vit`` (bundled), a torchvision or timm name, or ``FILE.py:FUNCTION``, where
+            the function returns a ``torch.nn.Module`` that takes RGB in [0, 1].
+        weights: for torchvision and timm names: a local ``.safetensors`` or ``.pt`` file, or ``"pretrained"``, which
+            downloads them.
+        size: input side; None takes the model's own, or 224.
+        num_classes: outputs of the model, where the weights have another number than the name.
+
+    Raises:
+        InputError: unknown name, missing weights, or weights that do not fit.
+    """
+    if name.startswith("demo:"):
+        loaded = _bundled(name.removeprefix("demo:"))
+    elif ".py:" in name:
+        loaded = LoadedModel(_from_python(name), 224)
+    else:
+        loaded = _from_zoo(name, weights, num_classes)
+    model = loaded.model.eval().requires_grad_(False)
+    return LoadedModel(model, size or loaded.size, loaded.mean, loaded.std, loaded.classes)
+
+
+def _bundled(name: str) -> LoadedModel:
+    from captum_concepts import demo
+
+    if name not in ("classifier", "vit"):
+        raise InputError(f"no bundled model {name!r}; there are demo:classifier and demo:vit")
+    model = demo.load(name)
+    return LoadedModel(model, 64, classes=list(getattr(model, "classes", [])))
+
+
+def _from_python(spec: str) -> nn.Module:
+    path, _, function = spec.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"no file at {path}")
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    if not callable(make):
+        hint = did_you_mean(function, [n for n in vars(module) if not n.startswith("_")])
+        raise InputError(f"{path} has no function {function!r}.{hint}")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec} returned {type(model).__name__}; it must return a torch.nn.Module")
+    return model
+
+
+def _from_zoo(name: str, weights: str | None, num_classes: int | None) -> LoadedModel:
+    import timm
+    import torchvision
+
+    in_torchvision = name in torchvision.models.list_models(module=torchvision.models)
+    if not in_torchvision and not timm.is_model(name):
+        hint = did_you_mean(name, [*torchvision.models.list_models(module=torchvision.models), *timm.list_models()])
+        raise InputError(
+            f"neither torchvision nor timm has a model {name!r}.{hint} A file is given as FILE.py:FUNCTION"
+        )
+    if weights is None:
+        raise InputError(
+            f"{name} has random weights unless you say --weights FILE (local .safetensors or .pt), or --weights "
+            "pretrained (downloads them)"
+        )
+    pretrained = weights == "pretrained"
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if in_torchvision:
+        model = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+        meta = torchvision.models.get_model_weights(name).DEFAULT.meta
+        loaded = LoadedModel(model, 224, IMAGENET_MEAN, IMAGENET_STD, list(meta.get("categories", [])))
+    else:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+        config = timm.data.resolve_model_data_config(model)
+        loaded = LoadedModel(model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    if not pretrained:
+        _load_weights(model, Path(weights), name)
+    return loaded
+
+
+def _load_weights(model: nn.Module, path: Path, name: str) -> None:
+    if not path.is_file():
+        raise InputError(f"no weights file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state) if isinstance(state, dict) else state
+        state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
+        model.load_state_dict(state)
+    except Exception as error:  # every reader has its own family of exceptions; all mean the same here
+        first = str(error).strip().splitlines()[:4]
+        raise InputError(f"{path} does not hold weights of {name}: {' '.join(first)}") from error
+
+
+def without_head(model: nn.Module, image: Tensor) -> nn.Module:
+    """The same model without its last linear layer, in place: its output is then the embedding before it.
+
+    A model whose output is no linear layer's stays as it is: its output is the embedding.
+    """
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name]
+    for name, module in reversed(linear):
+        try:
+            seen = capture(model, image, [module])
+        except InputError:
+            continue
+        if isinstance(seen.output, Tensor) and torch.equal(seen.output, seen.layers[0]):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Identity())
+            return model
+    return model
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Names from a text file (one a line) or a JSON list (of names, or of lists that end in one)."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file of names at {path}")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, list):
+            raise InputError(f"{path} must hold a list of names, got {type(values).__name__}")
+        return [str(v[-1] if isinstance(v, list) else v) for v in values]
+    return [line.strip() for line in text.splitlines() if line.strip()]
