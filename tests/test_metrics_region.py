@@ -119,8 +119,10 @@ def test_nra_grows_when_a_mask_pixel_takes_a_better_value(case, data):
 def test_ties_score_the_same_whatever_the_storage_order_and_near_the_mean_of_broken_ties(case):
     saliency, mask = case
     rng = np.random.default_rng(0)
-    broken = [metrics.region_auc(torch.tensor(saliency + rng.random(mask.shape) * 0.5)[None],
-                                 torch.tensor(mask)[None]).item() for _ in range(200)]
+    broken = [
+        metrics.region_auc(torch.tensor(saliency + rng.random(mask.shape) * 0.5)[None], torch.tensor(mask)[None]).item()
+        for _ in range(200)
+    ]
     tied = metrics.region_auc(torch.tensor(saliency)[None], torch.tensor(mask)[None]).item()
     # IoU is convex in the intersection, so the IoU of the expectation lies at or below the mean IoU
     assert tied <= np.mean(broken) + 4 * np.std(broken) / math.sqrt(200) + 1e-9
@@ -190,8 +192,9 @@ def test_any_batching_gives_the_same(monkeypatch):
     together = metrics.nra(maps, masks, baseline="exact")
     monkeypatch.setattr(_prepare, "_CPU_PIXELS", 1)
     torch.testing.assert_close(metrics.nra(maps, masks, baseline="exact"), together)
-    torch.testing.assert_close(torch.cat([metrics.nra(maps[:3], masks[:3]), metrics.nra(maps[3:], masks[3:])]),
-                               metrics.nra(maps, masks))
+    torch.testing.assert_close(
+        torch.cat([metrics.nra(maps[:3], masks[:3]), metrics.nra(maps[3:], masks[3:])]), metrics.nra(maps, masks)
+    )
 
 
 def test_undefined_cases_are_nan_and_hit_rate_counts_them():
@@ -249,8 +252,9 @@ def test_specificity_properties():
     maps = masks.float() + torch.randn(60, 3, 8, 8, generator=g)
     informed = metrics.specificity(maps, masks)
     assert informed.mean() > 0.3
-    torch.testing.assert_close(metrics.specificity(maps.double().exp(), masks),
-                               metrics.specificity(maps.double(), masks))
+    torch.testing.assert_close(
+        metrics.specificity(maps.double().exp(), masks), metrics.specificity(maps.double(), masks)
+    )
     wrong = metrics.specificity(maps.roll(1, dims=1), masks)  # another concept's map
     assert wrong.mean() < -0.1
     broken = maps.clone()

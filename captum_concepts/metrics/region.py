@@ -245,9 +245,7 @@ def _chunk_auc(chunk: Chunk, work: dict[str, Tensor]) -> tuple[Tensor, Tensor, T
     return iou.sum(1) / pixels, region, pixels, chunk.broken
 
 
-def _buffer(
-    work: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _buffer(work: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     if name not in work or work[name].shape[0] < shape[0]:
         work[name] = torch.empty(shape, dtype=dtype, device=device)
     return work[name][: shape[0]]

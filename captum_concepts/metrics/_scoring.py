@@ -1,0 +1,130 @@
+"""Calling the user's score function on changed images: batches, targets, the scale of scores, and baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import InputError, TargetError
+from captum_concepts.metrics._prepare import MODES, check_maps
+
+ScoreFn = Callable[..., Tensor]
+SCORES = ("raw", "probability", "similarity")
+BASELINES = ("zero", "mean", "blur")
+
+
+def blur(inputs: Tensor, *, kernel_size: int = 11, sigma: float = 5.0) -> Tensor:
+    """Images ``(N, C, H, W)`` smoothed by a Gaussian of ``kernel_size`` pixels; borders are mirrored.
+
+    The published size and width; the published code pads with zeros, which darkens the border.
+
+    >>> blur(torch.ones(1, 1, 8, 8)).allclose(torch.ones(1, 1, 8, 8))
+    True
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0 or not sigma > 0:
+        raise InputError(f"kernel_size must be odd and sigma positive, got {kernel_size} and {sigma}")
+    x = inputs if inputs.dtype == torch.float64 else inputs.float()
+    at = torch.arange(kernel_size, device=x.device, dtype=x.dtype) - kernel_size // 2
+    kernel = torch.exp(-(at**2) / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    for dim in (2, 3):
+        pad = kernel_size // 2
+        index = torch.arange(-pad, x.shape[dim] + pad, device=x.device).abs()
+        period = max(1, 2 * (x.shape[dim] - 1))  # mirrored as often as needed, so that small images work too
+        index = index % period
+        index = torch.minimum(index, period - index)
+        index = index.clamp(max=x.shape[dim] - 1)
+        x = x.index_select(dim, index).unfold(dim, kernel_size, 1).matmul(kernel)
+    return x.to(inputs.dtype)
+
+
+class Scorer:
+    """``score_fn`` over any rows of the inputs, a batch at a time, as float scores on the stated scale."""
+
+    def __init__(self, score_fn: ScoreFn, inputs: Tensor, target: Any, args: Any, scores: str, batch_size: int) -> None:
+        if not callable(score_fn):
+            raise InputError(f"score_fn must be callable (images -> scores), got {type(score_fn).__name__}")
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
+            got = (tuple(inputs.shape), inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise InputError(f"inputs must be floating point images (N, C, H, W), got {got}")
+        if scores not in SCORES:
+            raise InputError(f"scores must be one of {SCORES}, got {scores!r}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+        self.score_fn, self.scores, self.batch_size = score_fn, scores, batch_size
+        self.inputs = inputs.detach()
+        self.args = () if args is None else args if isinstance(args, tuple) else (args,)
+        self.target = self._targets(target, len(inputs), inputs.device)
+
+    @staticmethod
+    def _targets(target: Any, n: int, device: torch.device) -> Tensor | None:
+        if target is None:
+            return None
+        try:
+            chosen = torch.as_tensor(target, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TargetError(f"target must be an int or {n} ints, got {target!r}") from error
+        if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.numel() not in (1, n) or chosen.ndim > 1:
+            raise TargetError(f"target must be an int or {n} ints, one for each example, got {target!r}")
+        return chosen.reshape(-1).long().expand(n)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
+        n = len(self.inputs)
+        args = [a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in self.args]
+        out = self.score_fn(images, *args)
+        if not isinstance(out, Tensor):
+            raise InputError(f"score_fn must return a tensor, got {type(out).__name__}")
+        if out.ndim == 2 and self.target is not None:
+            chosen = self.target[rows].to(out.device)
+            if bool(((chosen < -out.shape[1]) | (chosen >= out.shape[1])).any()):
+                raise TargetError(f"target {chosen.tolist()} is out of range for {out.shape[1]} scores an image")
+            out = out.gather(1, (chosen % out.shape[1])[:, None])
+        if out.numel() != len(images) or out.ndim > 2:
+            raise InputError(
+                f"score_fn returned {tuple(out.shape)} for {len(images)} images: return ({len(images)},), "
+                "or (images, K) and give target="
+            )
+        out = out.reshape(-1).to(torch.float64 if out.dtype == torch.float64 else torch.float32)
+        low = {"raw": -torch.inf, "probability": 0.0, "similarity": -1.0}[self.scores]
+        off = (out < low - 1e-4) | (out > 1 + 1e-4) if self.scores != "raw" else torch.zeros_like(out).bool()
+        if bool(off.any()):
+            raise InputError(
+                f"scores='{self.scores}' means values in [{low:g}, 1], but score_fn returned {out[off][0]:.4g}; "
+                "use scores='raw', or turn logits into probabilities in score_fn"
+            )
+        return (1 + out) / 2 if self.scores == "similarity" else out
+
+    def check(self, maps: Tensor, mode: str) -> Tensor:
+        """``maps`` as ``(N, h, w)``, one for each input."""
+        maps = check_maps(maps)
+        n = len(self.inputs)
+        if maps.ndim == 4 and maps.shape[1] == 1:
+            maps = maps[:, 0]
+        if maps.ndim != 3 or len(maps) != n:
+            raise InputError(f"maps must be ({n}, h, w) or ({n}, 1, h, w) for {n} inputs, got {tuple(maps.shape)}")
+        if maps.device != self.inputs.device:
+            raise InputError(f"maps are on {maps.device} but inputs on {self.inputs.device}; move one to the other")
+        if mode not in MODES:
+            raise InputError(f"mode must be one of {MODES}, got {mode!r}")
+        return maps
+
+
+def baseline_images(inputs: Tensor, baseline: str | Tensor, rows: slice, like: torch.Size) -> Tensor:
+    """What replaces hidden pixels of ``inputs``, which are ``rows`` of all inputs, whose shape is ``like``."""
+    if isinstance(baseline, Tensor):
+        try:
+            whole = baseline.to(inputs).expand(like)
+        except RuntimeError as error:
+            raise InputError(f"baseline {tuple(baseline.shape)} does not fit inputs {tuple(like)}") from error
+        return whole[rows]
+    if baseline == "zero":
+        return torch.zeros_like(inputs)
+    if baseline == "mean":
+        return inputs.mean((2, 3), keepdim=True).expand_as(inputs)
+    if baseline == "blur":
+        return blur(inputs)
+    raise InputError(f"baseline must be one of {BASELINES} or a tensor, got {baseline!r}")

@@ -1,0 +1,286 @@
+"""Maps read as segmentations: IoU, pixel accuracy, mean IoU, average precision (the ImageNet-segmentation table)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import InputError
+from captum_concepts.metrics._prepare import Chunk, Pairs, min_max, prepare, settle
+
+__all__ = ["average_precision", "iou", "mean_iou", "pixel_accuracy"]
+
+
+def iou(
+    maps: Tensor,
+    masks: Tensor,
+    *,
+    threshold: float | str = "mean",
+    ignore: Tensor | None = None,
+    ignore_index: int | None = None,
+    mode: str = "bilinear",
+) -> Tensor:
+    r"""Intersection over union of the binarised map and the mask, foreground only.
+
+    .. math:: \mathrm{IoU} = |B \cap M| \,/\, |B \cup M|, \qquad B = \{x : a(x) > \theta\}
+
+    Range [0, 1], higher is better.
+
+    Args:
+        maps: ``(N, h, w)`` or ``(N, 1, h, w)``; ``(N, T, h, w)`` for masks ``(N, T, H, W)``. Resized to the masks
+            by ``mode``, ``align_corners=False``, before it is binarised.
+        masks: ``(N, H, W)`` or ``(N, T, H, W)``; bool, integers (not 0 is the region) or floats (above 0.5).
+        threshold: ``"mean"``: the map's own mean (nothing of a constant map is above it). A number: the map itself,
+            not rescaled, is compared with it. ``"minmax:0.2"`` and the like: the number is compared with the map
+            scaled to [0, 1] by its own minimum and maximum, as CAM's 20 % of the maximum.
+        ignore, ignore_index: pixels to leave out; see :func:`captum_concepts.metrics.nra`.
+        mode: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ``"nearest-exact"`` or ``"area"``.
+
+    Returns:
+        ``(N,)`` or ``(N, T)``. An empty mask scores 0 as soon as one pixel is drawn. NaN where it is undefined: a map
+        with NaN; mask and binarised map both empty.
+
+    Raises:
+        InputError: a wrong shape, dtype, device or option.
+
+    torchmetrics' ``BinaryJaccardIndex`` agrees for one image, but sums over a batch before it divides and scores
+    0 / 0 as 0.
+
+    Example:
+        >>> import torch
+        >>> iou(torch.tensor([[[0.0, 2.0, 4.0]]]), torch.tensor([[[False, True, True]]]))
+        tensor([0.5000])
+    """
+    pairs, (inter, union, _, _) = _counts(maps, masks, threshold, ignore, ignore_index, mode)
+    return (inter / union).to(pairs.dtype).reshape(pairs.shape)
+
+
+def pixel_accuracy(
+    maps: Tensor,
+    masks: Tensor,
+    *,
+    threshold: float | str = "mean",
+    ignore: Tensor | None = None,
+    ignore_index: int | None = None,
+    mode: str = "bilinear",
+) -> Tensor:
+    """Share of pixels whose binarised map agrees with the mask, of one example.
+
+    Range [0, 1], higher is better. The ImageNet-segmentation table adds correct and labelled pixels over all images
+    before it divides: the same as the mean over examples where all have equally many pixels, as there.
+
+    Args:
+        maps, masks, threshold, ignore, ignore_index, mode: as in :func:`iou`.
+
+    Returns:
+        ``(N,)`` or ``(N, T)``. Empty and full masks are defined. NaN for a map with NaN, or if all pixels are ignored.
+
+    Raises:
+        InputError: a wrong shape, dtype, device or option.
+
+    Example:
+        >>> import torch
+        >>> pixel_accuracy(torch.tensor([[[0.0, 1.0, 4.0, 5.0]]]), torch.tensor([[[0, 1, 1, 1]]]))
+        tensor([0.7500])
+    """
+    pairs, (inter, union, back, _) = _counts(maps, masks, threshold, ignore, ignore_index, mode)
+    return ((inter + back) / (union + back)).to(pairs.dtype).reshape(pairs.shape)
+
+
+def mean_iou(
+    maps: Tensor,
+    masks: Tensor,
+    *,
+    threshold: float | str = "mean",
+    ignore: Tensor | None = None,
+    ignore_index: int | None = None,
+    mode: str = "bilinear",
+    nan_policy: str = "omit",
+) -> Tensor:
+    """mIoU of the ImageNet-segmentation protocol: a quantity of the whole data set.
+
+    Intersections and unions are added over all examples, for foreground and for background; the result is the mean of
+    the two ratios. It is not the mean of :func:`iou`. Range [0, 1], higher is better.
+
+    Args:
+        maps, masks, threshold, ignore, ignore_index, mode: as in :func:`iou`; the protocol's threshold is ``"mean"``.
+        nan_policy: for examples whose map has NaN. ``"omit"``: leave them out, and say how many in an
+            ``InputWarning``; ``"zero"``: their map draws nothing, which is what the public code of the protocol
+            does; ``"propagate"``: the result is NaN; ``"raise"``.
+
+    Returns:
+        0-d tensor; NaN if no example is left, or if one of the two unions is empty.
+
+    Raises:
+        InputError: a wrong shape, dtype, device or option; NaN under ``nan_policy="raise"``.
+
+    Reference: Chefer et al., Transformer interpretability beyond attention visualization, CVPR 2021; Guillaumin et al.,
+    ImageNet auto-annotation with segmentation propagation, IJCV 2014.
+
+    Example:
+        >>> import torch
+        >>> mean_iou(torch.tensor([[[0.0, 2.0, 4.0, 0.0]]]), torch.tensor([[[0, 1, 0, 0]]]))  # (1/2 + 2/3) / 2
+        tensor(0.5833)
+    """
+    counts = segmentation_counts(
+        maps, masks, threshold=threshold, ignore=ignore, ignore_index=ignore_index, mode=mode, nan_policy=nan_policy
+    )
+    counts = counts.flatten(0, -2)
+    if nan_policy == "omit":
+        broken = counts.isnan().any(1)
+        settle(counts[:, 0], nan_policy, "mean IoU")
+        counts = counts[~broken]
+    return mean_of_ious(counts.sum(0)).to(torch.float64 if maps.dtype == torch.float64 else torch.float32)
+
+
+def average_precision(
+    maps: Tensor,
+    masks: Tensor,
+    *,
+    classes: str = "both",
+    ignore: Tensor | None = None,
+    ignore_index: int | None = None,
+    mode: str = "bilinear",
+) -> Tensor:
+    r"""Average precision of the pixels of one example; its mean over examples is the table's mAP.
+
+    .. math:: \mathrm{AP} = \sum_k (R_k - R_{k-1}) P_k
+
+    over the distinct values of the map in falling order, with precision :math:`P_k` and recall :math:`R_k` of the
+    pixels at or above the k-th value (scikit-learn's ``average_precision_score``). Range (0, 1], higher is better.
+
+    Args:
+        maps, masks, ignore, ignore_index, mode: as in :func:`iou`.
+        classes: ``"both"``: the ImageNet-segmentation protocol. The map a, scaled to [0, 1], scores the foreground and
+            1 - a the background, and all pixels of both classes are ranked together (micro average); chance is
+            0.5. ``"foreground"``: only the mask's pixels are to be found; chance is the mask's share of the image.
+
+    Returns:
+        ``(N,)`` or ``(N, T)``. A constant map scores chance. Under ``"both"`` empty and full masks are defined. NaN
+        where it is undefined: a map with NaN or infinite values; an empty mask under ``"foreground"``; all pixels
+        ignored.
+
+    Raises:
+        InputError: a wrong shape, dtype, device or option.
+
+    Reference: as :func:`mean_iou`.
+
+    Example:
+        >>> import torch
+        >>> heat, mask = torch.tensor([[[0.0, 2.0, 4.0]]]), torch.tensor([[[False, True, False]]])
+        >>> average_precision(heat, mask, classes="foreground")
+        tensor([0.5000])
+    """
+    if classes not in ("both", "foreground"):
+        raise InputError(f"classes must be 'both' or 'foreground', got {classes!r}")
+    pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
+    out = []
+    for chunk in pairs.chunks():
+        valid = chunk.valid
+        broken = chunk.broken | (chunk.values.isinf() & valid).any(1)
+        values, constant = min_max(chunk.values.masked_fill(broken[:, None] | ~valid, 0), valid)
+        positive = chunk.masks
+        if classes == "both":
+            values = torch.cat([(1 - values).masked_fill(constant[:, None], 0), values], 1)
+            positive = torch.cat([~positive & valid, positive], 1)
+            valid = torch.cat([valid, valid], 1)
+        precision = _ranked_precision(values.masked_fill(~valid, -torch.inf), positive)
+        out.append(precision.masked_fill(broken | ~positive.any(1), torch.nan))
+    return (torch.cat(out) if out else pairs.maps.new_zeros(0)).to(pairs.dtype).reshape(pairs.shape)
+
+
+def _ranked_precision(values: Tensor, positive: Tensor) -> Tensor:
+    values, order = torch.sort(values, dim=1, descending=True)
+    hits = positive.gather(1, order).cumsum(1)
+    count = torch.arange(1, values.shape[1] + 1, device=values.device)
+    last = torch.ones_like(positive)
+    last[:, :-1] = values[:, 1:] != values[:, :-1]
+    # hits at the end of the previous group: a running maximum, because hits never fall
+    ends = torch.where(last, hits, 0).cummax(1).values
+    gained = hits - torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    return (gained * hits * last / count).to(wide).sum(1) / hits[:, -1].clamp(min=1)
+
+
+def segmentation_counts(
+    maps: Tensor,
+    masks: Tensor,
+    *,
+    threshold: float | str = "mean",
+    ignore: Tensor | None = None,
+    ignore_index: int | None = None,
+    mode: str = "bilinear",
+    nan_policy: str = "omit",
+) -> Tensor:
+    """``(N, 4)`` or ``(N, T, 4)``: intersection and union of the foreground, then of the background, in pixels.
+
+    What :func:`mean_iou` adds up. Rows of maps with NaN are NaN unless ``nan_policy`` is ``"zero"``.
+
+    Example:
+        >>> import torch
+        >>> segmentation_counts(torch.tensor([[[0.0, 2.0, 4.0, 0.0]]]), torch.tensor([[[0, 1, 0, 0]]]))
+        tensor([[1., 2., 2., 3.]])
+    """
+    if nan_policy == "zero":
+        maps = maps.masked_fill(maps.isnan().flatten(-2).any(-1)[..., None, None], 0)
+    pairs, counts = _counts(maps, masks, threshold, ignore, ignore_index, mode)
+    out = torch.stack(counts, -1)
+    if nan_policy == "raise":
+        settle(out[:, 0], nan_policy, "mean IoU")
+    return out.to(torch.float64 if out.dtype == torch.float64 else torch.float32).reshape(*pairs.shape, 4)
+
+
+def mean_of_ious(counts: Tensor) -> Tensor:
+    """Mean of foreground and background IoU from ``(..., 4)`` sums of :func:`segmentation_counts`."""
+    return (counts[..., 0] / counts[..., 1] + counts[..., 2] / counts[..., 3]) / 2
+
+
+def _counts(
+    maps: Tensor,
+    masks: Tensor,
+    threshold: float | str,
+    ignore: Tensor | None,
+    ignore_index: int | None,
+    mode: str,
+) -> tuple[Pairs, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Per row: intersection and union of the foreground, the same of the background; NaN for a map with NaN."""
+    scaled, level = _parse(threshold)
+    pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
+    found = []
+    for chunk in pairs.chunks():
+        drawn = _binarise(chunk, scaled, level)
+        valid = chunk.valid
+        inter, area, drawn_area = (x.sum(1) for x in (drawn & chunk.masks, chunk.masks, drawn))
+        total = valid.sum(1)
+        union = area + drawn_area - inter
+        rows = torch.stack([inter, union, total - union, total - inter], 1).to(pairs.dtype)
+        found.append(rows.masked_fill(chunk.broken[:, None], torch.nan))
+    rows = torch.cat(found) if found else pairs.maps.new_zeros(0, 4).to(pairs.dtype)
+    inter, union, back, back_union = rows.unbind(1)
+    return pairs, (inter, union, back, back_union)
+
+
+def _parse(threshold: float | str) -> tuple[bool, float | None]:
+    """Whether the map is scaled first, and the number it is compared with (None: its mean)."""
+    if threshold == "mean":
+        return True, None
+    try:
+        if isinstance(threshold, str):
+            kind, number = threshold.split(":")
+            if kind == "minmax" and 0 <= float(number) <= 1:
+                return True, float(number)
+        elif not isinstance(threshold, bool) and float(threshold) == float(threshold):
+            return False, float(threshold)
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"threshold must be 'mean', a number, or 'minmax:<share of the range>', got {threshold!r}")
+
+
+def _binarise(chunk: Chunk, scaled: bool, level: float | None) -> Tensor:
+    values, valid = chunk.values, chunk.valid
+    values = values.masked_fill(chunk.broken[:, None] | ~valid, 0)
+    if scaled:  # the protocol scales first, so that rounding cannot lift a constant map above its own mean
+        values = min_max(values, valid)[0].masked_fill(~valid, 0)
+    if level is None:
+        return (values > values.sum(1, keepdim=True) / valid.sum(1, keepdim=True)) & valid
+    return (values > level) & valid
