@@ -1,0 +1,184 @@
+"""What part of the image a position of a layer can see, and the crops of the strongest positions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from captum_concepts.activations.capture import Inputs, Layer, check_images, find_model, layer_name
+from captum_concepts.activations.spatial import spatial_activations
+from captum_concepts.errors import InputError, LayerError
+
+
+class ReceptiveField(NamedTuple):
+    """A box of pixels: rows ``top`` to ``bottom``, columns ``left`` to ``right``, the ends excluded."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    def crop(self, image: Tensor) -> Tensor:
+        """The box of ``image`` ``(..., H, W)``."""
+        return image[..., self.top : self.bottom, self.left : self.right]
+
+
+class Crop(NamedTuple):
+    """One strong position and what it sees.
+
+    Attributes:
+        image: ``(C, h, w)`` the pixels of the receptive field.
+        example: which image.
+        position: ``(row, column)`` in the layer's grid.
+        value: of the map there.
+        field: the box in the image.
+    """
+
+    image: Tensor
+    example: int
+    position: tuple[int, int]
+    value: float
+    field: ReceptiveField
+
+
+def receptive_field(
+    model: Callable[..., Any],
+    layer: Layer,
+    input_size: int | tuple[int, int],
+    position: tuple[int, int],
+    *,
+    channels: int = 3,
+    layout: str = "auto",
+    prefix_tokens: int | None = None,
+) -> ReceptiveField:
+    """The pixels that can influence one position of a layer, exactly, for any architecture.
+
+    No kernel arithmetic: rows (columns) of the input are made NaN, and bisection finds the largest border of the image
+    that can be spoilt without the position noticing. So strides, dilations, odd paddings, branches and pooling need no
+    case of their own, dead ReLUs and zero weights do not shrink the box, and attention or squeeze-and-excitation,
+    through which every position sees everything, gives the whole image.
+
+    Args:
+        model: the model, one of its methods, or a callable.
+        layer: a module or a dotted name.
+        input_size: ``(H, W)`` of the image, or one number for a square.
+        position: ``(row, column)`` in the layer's grid; negative ones count from the end.
+        channels: of the image.
+        layout, prefix_tokens: as in :func:`~captum_concepts.activations.infer_layout`.
+
+    Returns:
+        The box, cut at the borders of the image.
+
+    Raises:
+        InputError: the position is outside the grid.
+        LayerError: the position sees nothing of the image, or is NaN whatever the image.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=2, padding=1), torch.nn.MaxPool2d(2))
+        >>> receptive_field(net, "1", 32, (3, 0))
+        ReceptiveField(top=11, left=0, bottom=16, right=4)
+    """
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    owner = find_model(model)
+    parameter = next((p for p in owner.parameters() if p.is_floating_point()), None) if owner is not None else None
+    image = torch.full((1, channels, height, width), 0.5)
+    image = image if parameter is None else image.to(parameter.device, parameter.dtype)
+
+    def is_spoilt(images: Tensor) -> list[bool]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NaN inputs here; oneDNN speaks up when it is switched off
+            # The plain kernels: fast ones (Winograd, FFT) mix neighbouring outputs and would spread the NaN.
+            with torch.no_grad(), torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+                maps = spatial_activations(model, images, [layer], layout=layout, prefix_tokens=prefix_tokens).maps[0]
+        return maps[:, :, row, column].isnan().any(1).tolist()
+
+    with torch.no_grad():
+        grid = spatial_activations(model, image, [layer], layout=layout, prefix_tokens=prefix_tokens).layouts[0].grid
+    row, column = _inside(position, grid, layer_name(model, layer))
+    if is_spoilt(image)[0]:
+        raise LayerError(f"position {position} of layer {layer_name(model, layer)!r} is NaN for a gray image")
+    if not is_spoilt(torch.full_like(image, torch.nan))[0]:
+        raise LayerError(f"position {position} of layer {layer_name(model, layer)!r} does not depend on the image")
+
+    def spoil(edge: int, lines: int) -> Tensor:
+        """The image with ``lines`` rows or columns spoilt from one edge: 0 top, 1 left, 2 bottom, 3 right."""
+        bad = image.clone()
+        along = bad if edge % 2 == 0 else bad.transpose(2, 3)
+        start = 0 if edge < 2 else along.shape[2] - lines
+        along[:, :, start : start + lines] = torch.nan
+        return bad
+
+    # free[e]: so many lines from edge e can be spoilt unnoticed; full[e]: so many cannot.
+    free, full = [0, 0, 0, 0], [height, width, height, width]
+    while any(b - a > 1 for a, b in zip(free, full, strict=True)):
+        middle = [(a + b) // 2 for a, b in zip(free, full, strict=True)]
+        hit = is_spoilt(torch.cat([spoil(e, m) for e, m in enumerate(middle)]))
+        free = [a if h else m for a, m, h in zip(free, middle, hit, strict=True)]
+        full = [m if h else b for b, m, h in zip(full, middle, hit, strict=True)]
+    return ReceptiveField(free[0], free[1], height - free[2], width - free[3])
+
+
+def strongest_crops(
+    model: Callable[..., Any],
+    layer: Layer,
+    inputs: Inputs,
+    maps: Tensor,
+    *,
+    k: int = 5,
+    lowest: bool = False,
+    per_image: int = 1,
+    layout: str = "auto",
+    prefix_tokens: int | None = None,
+) -> list[Crop]:
+    """What the positions with the highest values of a map see (paper, Fig. 2D).
+
+    Args:
+        model, layer: where the map was made.
+        inputs: the images ``(N, C, H, W)``.
+        maps: ``(N, h, w)`` or ``(N, 1, h, w)``: relevance or contribution of one concept.
+        k: how many crops, strongest first; fewer if there are not so many.
+        lowest: take the lowest values instead.
+        per_image: most crops of one image, so that one image does not fill the list.
+        layout, prefix_tokens: as in :func:`receptive_field`.
+
+    Raises:
+        InputError: the maps do not fit the images.
+    """
+    images = check_images(inputs)[0]
+    flat = maps.squeeze(1) if maps.ndim == 4 and maps.shape[1] == 1 else maps
+    if flat.ndim != 3 or len(flat) != len(images):
+        raise InputError(
+            f"maps must be ({len(images)}, h, w) or ({len(images)}, 1, h, w), one concept's, got {tuple(maps.shape)}"
+        )
+    if k < 1 or per_image < 1:
+        raise InputError(f"k and per_image must be at least 1, got {k} and {per_image}")
+    width = flat.shape[2]
+    values = flat.detach().flatten(1).float()
+    values = (-values if lowest else values).nan_to_num(nan=-torch.inf)
+    best, where = values.topk(min(per_image, values.shape[1]), 1)
+    order = best.flatten().argsort(descending=True, stable=True)[:k].tolist()
+    known: dict[tuple[int, int], ReceptiveField] = {}
+    size = (images.shape[2], images.shape[3])
+    crops = []
+    for index in order:
+        example, rank = divmod(index, best.shape[1])
+        position = divmod(int(where[example, rank]), width)
+        if position not in known:
+            known[position] = receptive_field(
+                model, layer, size, position, channels=images.shape[1], layout=layout, prefix_tokens=prefix_tokens
+            )
+        field = known[position]
+        value = float(flat[example, position[0], position[1]])
+        crops.append(Crop(field.crop(images[example]), example, position, value, field))
+    return crops
+
+
+def _inside(position: tuple[int, int], grid: tuple[int, int], name: str) -> tuple[int, int]:
+    (row, column), (h, w) = position, grid
+    if not (-h <= row < h and -w <= column < w):
+        raise InputError(f"position {tuple(position)} is outside the {h} x {w} grid of layer {name!r}")
+    return row % h, column % w

@@ -1,0 +1,122 @@
+"""Receptive fields against kernel arithmetic, and crops of the strongest positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from captum_concepts.activations.receptive_field import ReceptiveField, receptive_field, strongest_crops
+from captum_concepts.errors import InputError, LayerError
+
+
+def arithmetic(layers: list[tuple[int, int, int, int]], index: int, size: int) -> tuple[int, int]:
+    """First and last + 1 input index that output ``index`` sees, through (kernel, stride, padding, dilation) layers.
+
+    The set of indices is carried back layer by layer; taps that fall into a layer's padding see nothing.
+    """
+    sizes = [size]
+    for kernel, stride, padding, dilation in layers:
+        sizes.append((sizes[-1] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+    seen = {index}
+    for (kernel, stride, padding, dilation), length in zip(reversed(layers), reversed(sizes[:-1]), strict=True):
+        taps = {i * stride - padding + t * dilation for i in seen for t in range(kernel)}
+        seen = {i for i in taps if 0 <= i < length}
+    return min(seen), max(seen) + 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_kernel_arithmetic(seed):
+    draw = torch.Generator().manual_seed(seed)
+    pick = lambda low, high: int(torch.randint(low, high + 1, (), generator=draw))  # noqa: E731
+    settings, modules, channels = [], [], 3
+    for _ in range(3):
+        kernel, stride, dilation = pick(1, 4), pick(1, 3), pick(1, 2)
+        padding = pick(0, kernel // 2)
+        settings.append((kernel, stride, padding, dilation))
+        if pick(0, 2) == 0:
+            modules.append(nn.MaxPool2d(kernel, stride, padding, dilation))
+        else:
+            modules += [nn.Conv2d(channels, 4, kernel, stride, padding, dilation), nn.ReLU(inplace=True)]
+            channels = 4
+    net = nn.Sequential(*modules).eval()
+    height, width = 61, 47
+    h, w = net(torch.rand(1, 3, height, width)).shape[2:]
+    row, column = pick(0, h - 1), pick(0, w - 1)
+    layer = str(len(net) - 1)
+    top, bottom = arithmetic(settings, row, height)
+    left, right = arithmetic(settings, column, width)
+    for position in ((row, column), (row - h, column - w)):
+        box = receptive_field(net, layer, (height, width), position, layout="NCHW")
+        assert box == (top, left, bottom, right)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 5, padding=2)
+        self.excite = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid())
+        self.both, self.out = nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        x = self.both(self.narrow(x) + self.wide(x))
+        return self.out(x * self.excite(x))
+
+
+def test_branches_take_the_widest_and_global_gates_see_everything():
+    net = Block().eval()
+    assert receptive_field(net, "narrow", 16, (8, 8)) == (8, 8, 9, 9)
+    assert receptive_field(net, "both", 16, (8, 8)) == (6, 6, 11, 11)
+    assert receptive_field(net, "out", 16, (8, 8)) == (0, 0, 16, 16)
+
+
+def test_dead_units_do_not_shrink_the_field():
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.ReLU()).eval()
+    nn.init.constant_(net[0].bias, -100.0)
+    nn.init.zeros_(net[2].weight)
+    assert receptive_field(net, "3", 12, (0, 0)) == (0, 0, 5, 5)
+
+
+def test_tokens_see_their_patch_first_and_everything_after_attention():
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1).eval()
+    assert receptive_field(net, "patch_embed", 64, (1, 2)) == (16, 32, 32, 48)
+    assert receptive_field(net, "blocks.0", 64, (1, 2)) == (0, 0, 64, 64)
+
+
+def test_bad_questions_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU()).eval()
+    with pytest.raises(InputError, match="outside the 7 x 7 grid"):
+        receptive_field(net, "0", 16, (7, 0))
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.ones(len(x), 2, 4, 4)
+
+    with pytest.raises(LayerError, match="does not depend on the image"):
+        receptive_field(nn.Sequential(Constant()), "0", 16, (0, 0))
+
+
+def test_model_is_left_as_it_was():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    receptive_field(net, "1", 16, (3, 3))
+    assert net.training
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not net[0]._forward_hooks
+
+
+def test_strongest_crops_are_the_pixels_behind_the_highest_positions():
+    net = nn.Sequential(nn.Conv2d(3, 1, 3, stride=2, padding=1)).eval()
+    images = torch.rand(3, 3, 16, 16)
+    maps = torch.zeros(3, 1, 8, 8)
+    maps[1, 0, 2, 5], maps[0, 0, 7, 7], maps[2, 0, 0, 0], maps[1, 0, 3, 3] = 9.0, 4.0, -7.0, 8.0
+    crops = strongest_crops(net, "0", images, maps, k=2)
+    assert [(c.example, c.position, c.value) for c in crops] == [(1, (2, 5), 9.0), (0, (7, 7), 4.0)]
+    assert crops[0].field == ReceptiveField(3, 9, 6, 12)
+    assert torch.equal(crops[0].image, images[1, :, 3:6, 9:12])
+    low = strongest_crops(net, "0", images, maps, k=1, lowest=True)[0]
+    assert (low.example, low.position, low.value) == (2, (0, 0), -7.0)
+    assert [c.value for c in strongest_crops(net, "0", images, maps, k=2, per_image=2)] == [9.0, 8.0]
+    with pytest.raises(InputError, match="one concept's"):
+        strongest_crops(net, "0", images, torch.zeros(3, 2, 8, 8))
