@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._prepare import Chunk, Pairs, prepare, settle
+from captum_concepts.metrics._areas import all_areas, expected_auc
+from captum_concepts.metrics._prepare import Pairs, prepare, settle
 
 __all__ = ["hit_rate", "nra", "region_auc", "specificity"]
 
 BASELINES = ("published", "exact")
-_IGNORED_KEY = 0x7FFFFFFF  # above the key of every number, +inf included
-_ROW_BITS = 34  # a 32-bit key, the mask's bit, and a spare
-_LONG_GROUP = 512
 
 
 def nra(
@@ -95,7 +91,7 @@ def region_auc(
         tensor([0.7500])
     """
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
-    auc, region, _, broken = _all_areas(pairs)
+    auc, region, _, broken = all_areas(pairs)
     return auc.masked_fill(broken | (region == 0), torch.nan).to(pairs.dtype).reshape(pairs.shape)
 
 
@@ -193,7 +189,7 @@ def _rows(pairs: Pairs, baseline: str, map_rows: Tensor | None = None, mask_rows
     """NRA of each row (or of each given pair of rows), in float64."""
     if baseline not in BASELINES:
         raise InputError(f"baseline must be one of {BASELINES}, got {baseline!r}")
-    auc, region, pixels, broken = _all_areas(pairs, map_rows, mask_rows)
+    auc, region, pixels, broken = all_areas(pairs, map_rows, mask_rows)
     undefined = broken | (region == 0) | (region == pixels)
     m, p = region.clamp(min=1).double(), pixels.clamp(min=1).double()
     high = ((m + 1) / 2 + m * (torch.digamma(p + 1) - torch.digamma(m + 1))) / p  # sums of 1/p are harmonic numbers
@@ -201,123 +197,7 @@ def _rows(pairs: Pairs, baseline: str, map_rows: Tensor | None = None, mask_rows
         low = m / (2 * p)
     else:
         sizes = zip(region.tolist(), pixels.tolist(), strict=True)
-        low = torch.tensor([_expected_auc(*size) for size in sizes], dtype=torch.float64, device=auc.device)
+        low = torch.tensor([expected_auc(*size) for size in sizes], dtype=torch.float64, device=auc.device)
     gain = auc - low
     gain = gain.masked_fill(gain < 1e-12, 0)  # the same sum in two shapes may differ in its last bit
     return (gain / (high - low)).clamp(max=1).masked_fill(undefined, torch.nan)
-
-
-def _all_areas(
-    pairs: Pairs, map_rows: Tensor | None = None, mask_rows: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """AUC, mask size, number of pixels, and whether the map has NaN, for every row."""
-    device = pairs.masks.device
-    found = []
-    work: dict[str, Tensor] = {}
-    for chunk in pairs.chunks(map_rows, mask_rows):
-        if device.type == "mps":  # has no float64
-            chunk = Chunk(*(None if x is None else x.cpu() for x in vars(chunk).values()))  # type: ignore[arg-type]
-        found.append(_chunk_auc(chunk, work))
-    if not found:
-        none = torch.zeros(0, dtype=torch.long, device=device)
-        return none.double(), none, none, none.bool()
-    auc, region, pixels, broken = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return auc, region, pixels, broken
-
-
-def _chunk_auc(chunk: Chunk, work: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``work`` holds buffers from one chunk to the next: fetching fresh memory costs as much as the sorting."""
-    keys = _sorted_keys(chunk, work)
-    p = keys.shape[1]
-    region = chunk.masks.sum(1)
-    pixels = torch.full_like(region, p) if chunk.ignore is None else p - chunk.ignore.sum(1)
-    if "count" not in work:
-        work["count"] = torch.arange(1, p + 1, dtype=torch.float64, device=keys.device)
-    bits = torch.bitwise_and(keys, 1, out=_buffer(work, "bits", keys.shape, torch.int64, keys.device))
-    inside = _buffer(work, "inside", keys.shape, torch.float64, keys.device)
-    torch.cumsum(bits, 1, dtype=torch.float64, out=inside)
-    iou = _buffer(work, "iou", keys.shape, torch.float64, keys.device)
-    torch.sub(work["count"], inside, out=iou).add_(region[:, None])  # the union, M + p - intersection
-    torch.div(inside, iou, out=iou)
-    _share_ties(iou, keys, inside, region)
-    if chunk.ignore is not None:
-        iou.masked_fill_(work["count"] > pixels[:, None], 0)
-    return iou.sum(1) / pixels, region, pixels, chunk.broken
-
-
-def _buffer(work: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if name not in work or work[name].shape[0] < shape[0]:
-        work[name] = torch.empty(shape, dtype=dtype, device=device)
-    return work[name][: shape[0]]
-
-
-def _sorted_keys(chunk: Chunk, work: dict[str, Tensor]) -> Tensor:
-    """``(B, P)`` int64, each row sorted: a pixel's rank by descending saliency, times two, plus its mask bit.
-
-    One sort of plain integers replaces a sort with indices and a gather. The integer order of a float's bits is
-    the order of the floats once the bits below the sign of negative ones are flipped.
-    """
-    values = chunk.values
-    if bool(chunk.broken.any()):
-        values = values.masked_fill(chunk.broken[:, None], 0)
-    keys = _buffer(work, "keys", values.shape, torch.int64, values.device)
-    if values.dtype == torch.float64:  # 64 bits leave no room for the mask's: number the distinct values instead
-        ordered, order = torch.sort(values, dim=1, descending=True)
-        step = torch.zeros_like(order)
-        step[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        keys.scatter_(1, order, step.cumsum(1))
-    else:
-        bits = (-values).add_(0.0).view(torch.int32)  # adding 0 makes -0.0 and 0.0 one value
-        keys.copy_(bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF)))
-    if chunk.ignore is not None:
-        keys.masked_fill_(chunk.ignore, _IGNORED_KEY)
-    keys.mul_(2).add_(chunk.masks)
-    if keys.device.type == "cpu":
-        keys.numpy().sort(axis=1)  # vectorised, and several times faster than torch.sort, which carries indices
-        return keys
-    return torch.sort(keys, dim=1).values
-
-
-def _share_ties(iou: Tensor, keys: Tensor, inside: Tensor, region: Tensor) -> None:
-    """Put the expected IoU into every group of equal pixels that holds both kinds, in place.
-
-    In a sorted row the even (outside) keys of a group come before its odd ones, so that neighbours which differ in
-    the last bit alone mark exactly these groups.
-    """
-    rows, cols = ((keys[:, 1:] ^ keys[:, :-1]) == 1).nonzero(as_tuple=True)
-    if not len(rows):
-        return
-    n, p = keys.shape
-    flat = keys
-    if n > 1:  # one sorted sequence of all rows
-        flat = keys + (torch.arange(n, device=keys.device) << _ROW_BITS)[:, None]
-    flat = flat.reshape(-1)
-    even = flat[rows * p + cols]
-    start = torch.searchsorted(flat, even)
-    size = torch.searchsorted(flat, even + 1, right=True) - start
-    before = inside.reshape(-1)[start]  # the first pixel of a group lies outside the mask
-    rate = (inside.reshape(-1)[start + size - 1] - before) / size
-    union = (start - rows * p + region[rows]) - before  # before the group's first pixel
-    small = torch.ones_like(start, dtype=torch.bool)
-    target = iou.view(-1)
-    if keys.device.type == "cpu":  # a few long groups (the zeros of a ReLU): slices beat gathers
-        small = size < _LONG_GROUP
-        for g in (~small).nonzero()[:, 0].tolist():
-            at = torch.arange(1, int(size[g]) + 1, dtype=torch.float64)
-            hits = (at * rate[g]).add_(before[g])
-            target[int(start[g]) : int(start[g] + size[g])] = hits / at.add_(union[g] + before[g]).sub_(hits)
-        start, size, before, rate, union = (x[small] for x in (start, size, before, rate, union))
-    group = torch.repeat_interleave(torch.arange(len(start), device=keys.device), size)
-    place = torch.arange(1, len(group) + 1, device=keys.device) - (size.cumsum(0) - size)[group]
-    hits = before[group] + place * rate[group]
-    target[start[group] + place - 1] = hits / (union[group] + before[group] + place - hits)
-
-
-@lru_cache(maxsize=1 << 16)
-def _expected_auc(region: int, pixels: int) -> float:
-    """Mean over p of the expected IoU of p random pixels of ``pixels`` with a mask of ``region``."""
-    if not 0 < region <= pixels:
-        return 0.0
-    count = torch.arange(1, pixels + 1, dtype=torch.float64)
-    expected = count * region / pixels
-    return float((expected / (count + region - expected)).sum() / pixels)

@@ -1,0 +1,116 @@
+"""Whatever a user's data set yields, as batches of inputs, masks and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import InputError
+
+_KEYS = ("inputs", "masks", "target", "ignore")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``inputs`` (N, C, H, W); ``masks`` (N, H, W) or (N, T, H, W); ``target`` and ``ignore`` may be None."""
+
+    inputs: Tensor
+    masks: Tensor | None
+    target: Any
+    ignore: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+def batches(data: Iterable[Any], batch_size: int, device: torch.device | str | None) -> Iterator[Batch]:
+    """Batches as they come; single examples put together while their shapes agree, ``batch_size`` at most."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+    waiting: list[dict[str, Any]] = []
+    for item in _items(data):
+        parts = _parts(item)
+        if parts["inputs"].ndim == 4:
+            if waiting:
+                yield _collate(waiting, device)
+                waiting = []
+            yield _checked(parts, device)
+            continue
+        if waiting and _shapes(waiting[0]) != _shapes(parts):
+            yield _collate(waiting, device)
+            waiting = []
+        waiting.append(parts)
+        if len(waiting) == batch_size:
+            yield _collate(waiting, device)
+            waiting = []
+    if waiting:
+        yield _collate(waiting, device)
+
+
+def _items(data: Any) -> Iterator[Any]:
+    if isinstance(data, Tensor) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise InputError(f"data must yield (inputs, masks[, target]), got {type(data).__name__}")
+    if isinstance(data, Mapping):
+        raise InputError("data is one dict; put it into a list: [data]")
+    if isinstance(data, torch.utils.data.Dataset) and hasattr(data, "__len__"):
+        return (data[i] for i in range(len(data)))  # a Dataset need not raise IndexError at its end
+    return iter(data)
+
+
+def _parts(item: Any) -> dict[str, Any]:
+    if isinstance(item, Mapping):
+        unknown = set(item) - set(_KEYS)
+        if unknown or "inputs" not in item:
+            raise InputError(f"data items as dicts have the keys {_KEYS}, got {sorted(map(str, item))}")
+        parts = {key: item.get(key) for key in _KEYS}
+    elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
+        parts = dict.fromkeys(_KEYS)
+        parts.update(zip(_KEYS, item))  # noqa: B905  (a target is optional)
+    else:
+        raise InputError(
+            f"data must yield (inputs, masks), (inputs, masks, target) or dicts, got {type(item).__name__}"
+        )
+    inputs = parts["inputs"]
+    if not isinstance(inputs, Tensor) or inputs.ndim not in (3, 4):
+        got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise InputError(f"inputs must be tensors (C, H, W) or (N, C, H, W), got {got}")
+    for key in ("masks", "ignore"):
+        value = parts[key]
+        if value is not None and not isinstance(value, Tensor):
+            try:
+                parts[key] = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(f"{key} must be tensors, got {type(value).__name__}") from error
+    return parts
+
+
+def _shapes(parts: dict[str, Any]) -> list[Any]:
+    return [getattr(parts[key], "shape", None) if key != "target" else parts[key] is None for key in _KEYS]
+
+
+def _collate(waiting: list[dict[str, Any]], device: torch.device | str | None) -> Batch:
+    def stack(key: str) -> Any:
+        values = [parts[key] for parts in waiting]
+        if values[0] is None:
+            return None
+        return torch.stack(values) if isinstance(values[0], Tensor) else torch.as_tensor(values)
+
+    try:
+        return _checked({key: stack(key) for key in _KEYS}, device)
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"examples cannot be put into one batch: {error}") from error
+
+
+def _checked(parts: dict[str, Any], device: torch.device | str | None) -> Batch:
+    n = len(parts["inputs"])
+    for key in ("masks", "ignore"):
+        value = parts[key]
+        if value is not None and (value.ndim not in (3, 4) or len(value) != n):
+            raise InputError(f"{key} must be ({n}, H, W) or ({n}, T, H, W) for {n} inputs, got {tuple(value.shape)}")
+    if device is not None:
+        parts = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in parts.items()}
+    return Batch(**parts)

@@ -1,0 +1,97 @@
+"""Maps that know no concept: the rows every table of maps needs to be read against."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import InputError
+
+__all__ = ["CenterGaussian", "RandomMaps", "activation_energy", "center_gaussian"]
+
+
+def center_gaussian(n: int, size: tuple[int, int], *, sigma: float = 0.25) -> Tensor:
+    """``(n, h, w)`` a Gaussian in the centre, ``sigma`` as a share of each side: photographs have a centre.
+
+    >>> center_gaussian(1, (1, 3), sigma=0.5)
+    tensor([[[0.8007, 1.0000, 0.8007]]])
+    """
+    if not sigma > 0:
+        raise InputError(f"sigma must be positive (a share of the image's side), got {sigma}")
+    rows, cols = ((torch.arange(s) + 0.5) / s - 0.5 for s in size)
+    heat = torch.exp(-(rows[:, None] ** 2 + cols**2) / (2 * sigma**2))
+    return heat.expand(n, -1, -1).clone()
+
+
+def activation_energy(activations: Tensor) -> Tensor:
+    """``(N, C, h, w)`` activations -> ``(N, h, w)`` their Euclidean norm at each position: where anything is seen.
+
+    >>> activation_energy(torch.tensor([[[[3.0]], [[4.0]]]]))
+    tensor([[[5.]]])
+    """
+    if activations.ndim != 4:
+        raise InputError(f"activations must be (N, C, h, w), got {tuple(activations.shape)}")
+    wide = activations if activations.dtype == torch.float64 else activations.float()
+    return torch.linalg.vector_norm(wide, dim=1)
+
+
+class _Blind:
+    """An explainer for :func:`captum_concepts.metrics.evaluate`: images in, maps out, the target not looked at."""
+
+    def __init__(self, n_maps: int | None) -> None:
+        if n_maps is not None and n_maps < 1:
+            raise InputError(f"n_maps must be positive, or None for one map an image, got {n_maps}")
+        self.n_maps = n_maps
+
+    def _one(self, image: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, inputs: Tensor, target: Any = None) -> Tensor:  # noqa: ARG002
+        maps = torch.stack([self._one(image) for image in inputs]).to(inputs.device)
+        return maps[:, 0] if self.n_maps is None else maps
+
+
+class RandomMaps(_Blind):
+    """Uniform noise on a grid; the same image always gets the same maps, however images are batched.
+
+    Args:
+        size: the grid, by default that of a last convolutional layer.
+        n_maps: None for ``(N, h, w)``, T for ``(N, T, h, w)``.
+        seed: another seed, other maps.
+
+    Example:
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> maps = RandomMaps()(images)
+        >>> maps.shape, bool((RandomMaps()(images[1:]) == maps[1:]).all())
+        (torch.Size([2, 7, 7]), True)
+    """
+
+    def __init__(self, size: tuple[int, int] = (7, 7), *, n_maps: int | None = None, seed: int = 0) -> None:
+        super().__init__(n_maps)
+        self.size, self.seed = size, seed
+
+    def _one(self, image: Tensor) -> Tensor:
+        data = image.detach().cpu().float().contiguous().numpy().tobytes()
+        digest = hashlib.blake2b(data, digest_size=6, key=str(self.seed).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        return torch.rand(self.n_maps or 1, *self.size, generator=generator)
+
+
+class CenterGaussian(_Blind):
+    """A Gaussian in the centre of every image (:func:`center_gaussian`), at the image's own size.
+
+    Example:
+        >>> CenterGaussian(n_maps=3)(torch.rand(2, 3, 8, 6)).shape
+        torch.Size([2, 3, 8, 6])
+    """
+
+    def __init__(self, sigma: float = 0.25, *, n_maps: int | None = None) -> None:
+        super().__init__(n_maps)
+        self.sigma = sigma
+
+    def _one(self, image: Tensor) -> Tensor:
+        heat = center_gaussian(1, (image.shape[-2], image.shape[-1]), sigma=self.sigma)
+        return heat.expand(self.n_maps or 1, -1, -1)

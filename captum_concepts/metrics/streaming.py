@@ -1,0 +1,94 @@
+"""Base of the streaming metrics: sums over examples, so that any batching and any number of processes agree."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.metrics._prepare import check_nan_policy
+
+__all__ = ["ExampleMetric"]
+
+
+class ExampleMetric(Metric):
+    """A metric of a data set that follows from sums over its examples.
+
+    A subclass gives :meth:`per_example`, the functional metric; where the result is not their mean, also ``width``, the
+    numbers an example contributes, and :meth:`reduce`. States are float64 sums and two counts, so ``reset``,
+    ``forward``, ``MetricCollection`` and ``dist_sync`` over processes work as in torchmetrics. Values are moved to
+    the metric's device: left on the CPU it takes tensors of any device (MPS has no float64).
+
+    Args:
+        nan_policy: what to do with undefined (NaN) values. ``"omit"``: leave them out; ``compute`` warns with their
+            number; ``"zero"``: count them as 0; ``"propagate"``: the result is NaN; ``"raise"`` an ``InputError``.
+        kwargs: torchmetrics' own, as ``dist_sync_on_step``.
+
+    Attributes:
+        counted: how many values the result rests on.
+        skipped: how many values were undefined, whatever the policy did with them.
+    """
+
+    is_differentiable = False
+    higher_is_better: bool | None = True
+    full_state_update = False
+    width = 1
+    total: Tensor
+    counted: Tensor
+    skipped: Tensor
+
+    def __init__(self, *, nan_policy: str = "omit", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_nan_policy(nan_policy)
+        self.nan_policy = nan_policy
+        self.add_state("total", torch.zeros(self.width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counted", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def per_example(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``(N,)`` or ``(N, T)`` values; with ``width`` above 1 a last dimension of that size."""
+
+    @staticmethod
+    def reduce(total: Tensor, counted: Tensor) -> Tensor:
+        """The result from sums ``(..., width)`` over ``counted`` (...) values: here their mean."""
+        return total[..., 0] / counted
+
+    def statistics(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums ``(N, width)``, counted ``(N,)`` and undefined ``(N,)`` values of every example of a batch."""
+        values = self.per_example(*args, **kwargs)
+        if self.width == 1:
+            values = values[..., None]
+        rows = values.detach().to(torch.float64).reshape(len(values), -1, self.width)
+        undefined = rows.isnan().any(-1)
+        if self.nan_policy == "raise" and bool(undefined.any()):
+            raise InputError(
+                f"{int(undefined.sum())} of {undefined.numel()} values of {self._get_name()} are undefined"
+            )
+        if self.nan_policy in ("omit", "zero"):
+            rows = rows.masked_fill(undefined[..., None], 0)
+        used = ~undefined if self.nan_policy == "omit" else torch.ones_like(undefined)
+        return rows.sum(1), used.sum(1), undefined.sum(1)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add a batch; takes what :meth:`per_example` takes."""
+        total, counted, skipped = self.statistics(*args, **kwargs)
+        self.total = self.total + total.sum(0).to(self.total)
+        self.counted = self.counted + counted.sum().to(self.counted)
+        self.skipped = self.skipped + skipped.sum().to(self.skipped)
+
+    def compute(self) -> Tensor:
+        """The metric over everything seen since ``reset``: 0-d float32; NaN if nothing was counted."""
+        skipped = int(self.skipped)
+        if skipped and self.nan_policy == "omit":
+            n = skipped + int(self.counted)
+            message = (
+                f"{skipped} of {n} values of {self._get_name()} are undefined (NaN map, empty or full mask): left out"
+            )
+            warnings.warn(message, InputWarning, stacklevel=2)
+        return self.reduce(self.total, self.counted).float()

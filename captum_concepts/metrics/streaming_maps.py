@@ -1,0 +1,178 @@
+"""Streaming metrics of maps against masks: thin classes over the functions of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.metrics.energy import epg, pointing_game
+from captum_concepts.metrics.region import nra, region_auc, specificity
+from captum_concepts.metrics.segmentation import (
+    average_precision,
+    iou,
+    mean_of_ious,
+    pixel_accuracy,
+    segmentation_counts,
+)
+from captum_concepts.metrics.streaming import ExampleMetric
+
+__all__ = [
+    "AveragePrecision",
+    "EnergyPointingGame",
+    "HitRate",
+    "IoU",
+    "MeanIoU",
+    "NormalizedRegionAccuracy",
+    "PixelAccuracy",
+    "PointingGame",
+    "RegionAUC",
+    "Specificity",
+]
+
+
+class _MapMetric(ExampleMetric):
+    """``update(maps, masks, ignore=None)``; see the function of the same subject for shapes and outcomes."""
+
+    def __init__(self, *, ignore_index: int | None = None, mode: str = "bilinear", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.ignore_index = ignore_index
+        self.mode = mode
+
+    def _shared(self, ignore: Tensor | None) -> dict[str, Any]:
+        return {"ignore": ignore, "ignore_index": self.ignore_index, "mode": self.mode}
+
+
+class NormalizedRegionAccuracy(_MapMetric):
+    """Mean :func:`captum_concepts.metrics.nra` over examples (and concepts).
+
+    Args:
+        baseline: ``"published"`` or ``"exact"``.
+        ignore_index, mode: as in the function.
+        nan_policy, kwargs: as in :class:`ExampleMetric`.
+
+    Example:
+        >>> import torch
+        >>> metric = NormalizedRegionAccuracy(baseline="exact")
+        >>> mask = torch.tensor([[[True, False]]])
+        >>> metric.update(torch.tensor([[[2.0, 1.0]]]), mask)
+        >>> metric.update(torch.tensor([[[1.0, 1.0]]]), mask)
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    def __init__(self, *, baseline: str = "published", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.baseline = baseline
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        return nra(maps, masks, baseline=self.baseline, **self._shared(ignore))
+
+
+class HitRate(_MapMetric):
+    """Share of samples whose NRA is above ``threshold``: :func:`captum_concepts.metrics.hit_rate`, streamed."""
+
+    def __init__(self, *, threshold: float = 0.5, baseline: str = "published", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.threshold = threshold
+        self.baseline = baseline
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        scores = nra(maps, masks, baseline=self.baseline, **self._shared(ignore))
+        return (scores > self.threshold).to(scores.dtype).masked_fill(scores.isnan(), torch.nan)
+
+
+class RegionAUC(_MapMetric):
+    """Mean :func:`captum_concepts.metrics.region_auc`."""
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        return region_auc(maps, masks, **self._shared(ignore))
+
+
+class Specificity(_MapMetric):
+    """Mean :func:`captum_concepts.metrics.specificity` over (image, concept) where it is defined."""
+
+    def __init__(self, *, baseline: str = "published", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.baseline = baseline
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        return specificity(maps, masks, baseline=self.baseline, **self._shared(ignore))
+
+
+class EnergyPointingGame(_MapMetric):
+    """Mean :func:`captum_concepts.metrics.epg`."""
+
+    def __init__(self, *, normalize: str = "minmax", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.normalize = normalize
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        return epg(maps, masks, normalize=self.normalize, **self._shared(ignore))
+
+
+class PointingGame(_MapMetric):
+    """Mean :func:`captum_concepts.metrics.pointing_game`: hits / (hits + misses)."""
+
+    def __init__(self, *, tolerance: float = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tolerance = tolerance
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        return pointing_game(maps, masks, tolerance=self.tolerance, **self._shared(ignore))
+
+
+class _Binarised(_MapMetric):
+    def __init__(self, *, threshold: float | str = "mean", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.threshold = threshold
+
+
+class IoU(_Binarised):
+    """Mean over examples of :func:`captum_concepts.metrics.iou` (foreground)."""
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        return iou(maps, masks, threshold=self.threshold, **self._shared(ignore))
+
+
+class PixelAccuracy(_Binarised):
+    """Mean over examples of :func:`captum_concepts.metrics.pixel_accuracy`."""
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        return pixel_accuracy(maps, masks, threshold=self.threshold, **self._shared(ignore))
+
+
+class MeanIoU(_Binarised):
+    """:func:`captum_concepts.metrics.mean_iou`: summed intersections over summed unions, mean of both classes.
+
+    Example:
+        >>> import torch
+        >>> metric = MeanIoU(threshold=0.5)
+        >>> metric.update(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1, 1]]]))
+        >>> metric.update(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0, 0]]]))
+        >>> metric.compute()  # foreground 1/2, background 2/3
+        tensor(0.5833)
+    """
+
+    width = 4
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        return segmentation_counts(
+            maps, masks, threshold=self.threshold, nan_policy=self.nan_policy, **self._shared(ignore)
+        )
+
+    @staticmethod
+    def reduce(total: Tensor, counted: Tensor) -> Tensor:  # noqa: ARG004
+        return mean_of_ious(total)
+
+
+class AveragePrecision(_MapMetric):
+    """Mean over examples of :func:`captum_concepts.metrics.average_precision`: the table's mAP."""
+
+    def __init__(self, *, classes: str = "both", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.classes = classes
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        return average_precision(maps, masks, classes=self.classes, **self._shared(ignore))

@@ -1,0 +1,199 @@
+"""The tidy table of an evaluation: values, confidence intervals, counts; CSV, JSON and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import InputError, did_you_mean
+from captum_concepts.metrics.streaming import ExampleMetric
+
+__all__ = ["EvaluationTable"]
+
+_COLUMNS = (
+    "explainer", "metric", "value", "ci_low", "ci_high", "images", "counted", "skipped", "higher_is_better"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one explainer and metric left of every image: sums (n, width), counted and undefined values (n,)."""
+
+    total: np.ndarray
+    counted: np.ndarray
+    skipped: np.ndarray
+
+    @classmethod
+    def of(cls, total: Tensor, counted: Tensor, skipped: Tensor) -> Samples:
+        return cls(*(x.detach().cpu().double().numpy() for x in (total, counted, skipped)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Samples]) -> Samples:
+        return cls(*(np.concatenate([getattr(p, k) for p in parts]) for k in ("total", "counted", "skipped")))
+
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """One row for every (explainer, metric).
+
+    Args:
+        rows: dicts with ``explainer``, ``metric``, ``value``, ``ci_low``, ``ci_high`` (NaN without bootstrap),
+            ``images``, ``counted`` and ``skipped`` (values, of which an image with T concepts has T; skipped ones are
+            undefined), ``higher_is_better`` (None if not known).
+        confidence: coverage of the intervals.
+        resamples: ``{(explainer, metric): (n_bootstrap,)}`` the metric of each resample of the images.
+    """
+
+    rows: list[dict[str, Any]]
+    confidence: float = 0.95
+    resamples: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def summarize(
+        cls,
+        samples: Mapping[tuple[str, str], Samples],
+        metrics: Mapping[str, ExampleMetric],
+        *,
+        n_bootstrap: int,
+        confidence: float,
+        seed: int,
+    ) -> EvaluationTable:
+        """Values and percentile intervals from the sums of every image, the same resamples for all rows."""
+        if not 0 < confidence < 1:
+            raise InputError(f"confidence must lie between 0 and 1, got {confidence}")
+        if isinstance(n_bootstrap, bool) or not isinstance(n_bootstrap, int) or n_bootstrap < 0:
+            raise InputError(f"n_bootstrap must be an integer of at least 0, got {n_bootstrap!r}")
+        n = len(next(iter(samples.values())).counted)
+        drawn: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in samples}
+        rng = np.random.default_rng(seed)
+        for start in range(0, n_bootstrap, 64):
+            size = min(64, n_bootstrap - start)
+            weights = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
+            for key, part in samples.items():
+                drawn[key].append(_reduce(metrics[key[1]], weights, part))
+        rows, resamples = [], {}
+        for key, part in samples.items():
+            low = high = math.nan
+            if n_bootstrap:
+                resamples[key] = np.concatenate(drawn[key])
+                finite = resamples[key][~np.isnan(resamples[key])]
+                tail = (1 - confidence) / 2
+                if len(finite):
+                    low, high = (float(q) for q in np.quantile(finite, [tail, 1 - tail]))
+            value = float(_reduce(metrics[key[1]], np.ones((1, n)), part)[0])
+            counts = (n, int(part.counted.sum()), int(part.skipped.sum()))
+            row = (*key, value, low, high, *counts, metrics[key[1]].higher_is_better)
+            rows.append(dict(zip(_COLUMNS, row, strict=True)))
+        return cls(rows, confidence, resamples)
+
+    def row(self, explainer: str, metric: str) -> dict[str, Any]:
+        """The row of an explainer and a metric."""
+        for row in self.rows:
+            if (row["explainer"], row["metric"]) == (explainer, metric):
+                return row
+        known = [f"{row['explainer']}/{row['metric']}" for row in self.rows]
+        raise InputError(f"no row {explainer!r}, {metric!r}.{did_you_mean(f'{explainer}/{metric}', known)}")
+
+    def compare(self, metric: str, first: str, second: str) -> dict[str, float]:
+        """``first`` minus ``second`` on the same images: ``difference``, ``ci_low``, ``ci_high`` (paired bootstrap)."""
+        a, b = self.row(first, metric), self.row(second, metric)
+        keys = (first, metric), (second, metric)
+        if any(key not in self.resamples for key in keys):
+            raise InputError("compare needs resamples: call evaluate with n_bootstrap above 0")
+        differences = self.resamples[keys[0]] - self.resamples[keys[1]]
+        differences = differences[~np.isnan(differences)]
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(differences, [tail, 1 - tail]) if len(differences) else (math.nan, math.nan)
+        return {"difference": a["value"] - b["value"], "ci_low": float(low), "ci_high": float(high)}
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The rows as CSV; also written to ``path`` if given. Undefined values are empty."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: "" if _missing(v) else v for k, v in row.items()} for row in self.rows)
+        return _written(out.getvalue(), path)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """``{"confidence": ..., "rows": [...]}``; also written to ``path`` if given. Undefined values are null."""
+        rows = [{k: None if _missing(v) else v for k, v in row.items()} for row in self.rows]
+        return _written(json.dumps({"confidence": self.confidence, "rows": rows}, indent=2) + "\n", path)
+
+    @classmethod
+    def from_json(cls, text: str) -> EvaluationTable:
+        """Read what :meth:`to_json` returned (resamples are not kept)."""
+        try:
+            content = json.loads(text)
+            numbers = ("value", "ci_low", "ci_high")
+            rows = [
+                {k: math.nan if k in numbers and row[k] is None else row[k] for k in _COLUMNS}
+                for row in content["rows"]
+            ]
+            return cls(rows, content["confidence"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"not the JSON of an evaluation table: {error}") from error
+
+    def to_markdown(self, path: str | os.PathLike[str] | None = None, *, digits: int = 3) -> str:
+        """One line an explainer, one column a metric, intervals in brackets, skipped values below."""
+        explainers = list(dict.fromkeys(row["explainer"] for row in self.rows))
+        metrics = list(dict.fromkeys(row["metric"] for row in self.rows))
+        arrows = {row["metric"]: {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "") for row in self.rows}
+        lines = ["| " + " | ".join(["explainer", *(m + arrows[m] for m in metrics)]) + " |"]
+        lines.append("|" + "---|" * (len(metrics) + 1))
+        for explainer in explainers:
+            cells = [_cell(self.row(explainer, metric), digits) for metric in metrics]
+            lines.append("| " + " | ".join([explainer, *cells]) + " |")
+        images = self.rows[0]["images"] if self.rows else 0
+        note = f"{images} images."
+        if any(not _missing(row["ci_low"]) for row in self.rows):
+            note += f" In brackets: {self.confidence:.0%} interval, bootstrap over images."
+        skipped = [row for row in self.rows if row["skipped"]]
+        if skipped:
+            parts = [f"{r['explainer']}/{r['metric']} {r['skipped']} (counted {r['counted']})" for r in skipped]
+            note += " Undefined values (NaN map, empty or full mask): " + ", ".join(parts) + "."
+        return _written("\n".join([*lines, "", note]), path)
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+
+def _reduce(metric: ExampleMetric, weights: np.ndarray, part: Samples) -> np.ndarray:
+    total, counted = torch.from_numpy(weights @ part.total), torch.from_numpy(weights @ part.counted)
+    return metric.reduce(total, counted).numpy()
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _cell(row: dict[str, Any], digits: int) -> str:
+    if _missing(row["value"]):
+        return "undefined"
+    text = f"{row['value']:.{digits}f}"
+    return text if _missing(row["ci_low"]) else f"{text} [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return text
