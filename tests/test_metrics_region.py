@@ -293,3 +293,10 @@ def test_specificity_needs_several_concepts_and_hit_rate_a_share():
         metrics.specificity(torch.ones(2, 4, 4), torch.ones(2, 4, 4))
     with pytest.raises(InputError, match="threshold"):
         metrics.hit_rate(torch.ones(2, 4, 4), torch.ones(2, 4, 4), threshold=50)
+
+
+def test_a_constant_map_stays_constant_when_resized():
+    mask = torch.zeros(1, 50, 50, dtype=torch.bool)
+    mask[:, 3:20, 7:31] = True
+    assert metrics.nra(torch.full((1, 7, 7), 0.1), mask, baseline="exact").item() == 0
+    assert metrics.epg(torch.full((1, 7, 7), 0.1), mask).item() == pytest.approx(mask.float().mean().item())

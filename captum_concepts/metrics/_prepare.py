@@ -81,7 +81,7 @@ def _take(x: Tensor, rows: Tensor | None, start: int, step: int) -> Tensor:
 def resize_maps(maps: Tensor, size: tuple[int, int] | torch.Size, *, mode: str = "bilinear") -> Tensor:
     """Maps ``(N, h, w)`` at ``size``, in float32 (float64 stays), ``align_corners=False``, no antialiasing.
 
-    A map that has this size already is returned as it is.
+    A map that has this size already is returned as it is, and a constant map stays exactly constant.
     """
     if mode not in MODES:
         raise InputError(f"mode must be one of {MODES}, got {mode!r}")
@@ -90,7 +90,12 @@ def resize_maps(maps: Tensor, size: tuple[int, int] | torch.Size, *, mode: str =
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     corners = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
-    return F.interpolate(maps[:, None], size=tuple(size), mode=mode, **corners)[:, 0]
+    resized = F.interpolate(maps[:, None], size=tuple(size), mode=mode, **corners)[:, 0]
+    level = maps.flatten(1)[:, :1]
+    constant = (maps.flatten(1) == level).all(1)
+    if bool(constant.any()):  # the weights of a pixel add up to 1 only up to rounding, and rounding is not structure
+        resized = torch.where(constant[:, None, None], level[:, :, None], resized)
+    return resized
 
 
 def min_max(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ def restored(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(needed)
                 p.grad = gradient
                 if gradient is not None and value is not None:
-                    gradientensor.copy_(saved)
+                    gradient.copy_(value)
         for module, mode in modes:
             module.training = mode
         torch.set_rng_state(state)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._prepare import Chunk, Pairs, min_max, prepare, settle
+from captum_concepts.metrics._prepare import Pairs, min_max, prepare, settle
 
 __all__ = ["average_precision", "iou", "mean_iou", "pixel_accuracy"]
 
@@ -33,7 +33,8 @@ def iou(
         threshold: ``"mean"``: the map's own mean (nothing of a constant map is above it). A number: the map itself,
             not rescaled, is compared with it. ``"minmax:0.2"`` and the like: the number is compared with the map
             scaled to [0, 1] by its own minimum and maximum, as CAM's 20 % of the maximum.
-        ignore, ignore_index: pixels to leave out; see :func:`captum_concepts.metrics.nra`.
+        ignore, ignore_index: pixels that are not counted (see :func:`captum_concepts.metrics.nra` for the form). As in
+            the protocol they still take part in the map's mean, minimum and maximum.
         mode: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ``"nearest-exact"`` or ``"area"``.
 
     Returns:
@@ -157,8 +158,8 @@ def average_precision(
 
     Returns:
         ``(N,)`` or ``(N, T)``. A constant map scores chance. Under ``"both"`` empty and full masks are defined. NaN
-        where it is undefined: a map with NaN or infinite values; an empty mask under ``"foreground"``; all pixels
-        ignored.
+        where it is undefined: a map with NaN (under ``"both"``, infinite values too); an empty mask under
+        ``"foreground"``; all pixels ignored.
 
     Raises:
         InputError: a wrong shape, dtype, device or option.
@@ -176,11 +177,13 @@ def average_precision(
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
     out = []
     for chunk in pairs.chunks():
-        valid = chunk.valid
-        broken = chunk.broken | (chunk.values.isinf() & valid).any(1)
-        values, constant = min_max(chunk.values.masked_fill(broken[:, None] | ~valid, 0), valid)
-        positive = chunk.masks
-        if classes == "both":
+        valid, positive = chunk.valid, chunk.masks
+        if classes == "foreground":
+            broken = chunk.broken
+            values = chunk.values.masked_fill(broken[:, None], 0)
+        else:
+            broken = ~chunk.values.isfinite().all(1)
+            values, constant = min_max(chunk.values.masked_fill(broken[:, None], 0))
             values = torch.cat([(1 - values).masked_fill(constant[:, None], 0), values], 1)
             positive = torch.cat([~positive & valid, positive], 1)
             valid = torch.cat([valid, valid], 1)
@@ -248,13 +251,14 @@ def _counts(
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
     found = []
     for chunk in pairs.chunks():
-        drawn = _binarise(chunk, scaled, level)
         valid = chunk.valid
+        broken = chunk.values.isnan().any(1) if level is None or scaled else chunk.broken
+        drawn = _binarise(chunk.values.masked_fill(broken[:, None], 0), scaled, level) & valid
         inter, area, drawn_area = (x.sum(1) for x in (drawn & chunk.masks, chunk.masks, drawn))
         total = valid.sum(1)
         union = area + drawn_area - inter
         rows = torch.stack([inter, union, total - union, total - inter], 1).to(pairs.dtype)
-        found.append(rows.masked_fill(chunk.broken[:, None], torch.nan))
+        found.append(rows.masked_fill(broken[:, None], torch.nan))
     rows = torch.cat(found) if found else pairs.maps.new_zeros(0, 4).to(pairs.dtype)
     inter, union, back, back_union = rows.unbind(1)
     return pairs, (inter, union, back, back_union)
@@ -276,11 +280,7 @@ def _parse(threshold: float | str) -> tuple[bool, float | None]:
     raise InputError(f"threshold must be 'mean', a number, or 'minmax:<share of the range>', got {threshold!r}")
 
 
-def _binarise(chunk: Chunk, scaled: bool, level: float | None) -> Tensor:
-    values, valid = chunk.values, chunk.valid
-    values = values.masked_fill(chunk.broken[:, None] | ~valid, 0)
+def _binarise(values: Tensor, scaled: bool, level: float | None) -> Tensor:
     if scaled:  # the protocol scales first, so that rounding cannot lift a constant map above its own mean
-        values = min_max(values, valid)[0].masked_fill(~valid, 0)
-    if level is None:
-        return (values > values.sum(1, keepdim=True) / valid.sum(1, keepdim=True)) & valid
-    return (values > level) & valid
+        values = min_max(values)[0]
+    return values > (values.mean(1, keepdim=True) if level is None else level)
