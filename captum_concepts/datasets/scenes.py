@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -125,11 +125,14 @@ class CaptionedScenes(Dataset[Scene]):
     def __getitem__(self, index: int) -> Scene:
         return self.draw(index)
 
+    def __iter__(self) -> Iterator[Scene]:
+        return (self[i] for i in range(self.n))
+
     def draw(self, index: int, *, ground: str | None = None) -> Scene:
         """Return scene ``index``, on another ``ground`` if one is named (its objects stay as they are).
 
         Raises:
-            IndexError: ``index`` is outside the data set (iteration relies on it).
+            IndexError: ``index`` is outside the data set.
             InputError: ``ground`` is not one of ``concept_groups["ground"]``.
         """
         plan = self._plan(self._position(index))

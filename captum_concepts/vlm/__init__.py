@@ -1,1 +1,6 @@
-"""See the modules of this room."""
+"""Image-text models: what the package asks of one, and open_clip's models behind that interface."""
+
+from captum_concepts.vlm.encoder import ImageTextEncoder
+from captum_concepts.vlm.open_clip import OpenCLIPEncoder
+
+__all__ = ["ImageTextEncoder", "OpenCLIPEncoder"]

@@ -1,0 +1,105 @@
+"""open_clip's evaluation transform on tensors: resize, crop or pad, normalise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_concepts.errors import InputError, InputWarning, did_you_mean
+
+_DEFAULTS: dict[str, Any] = {
+    "size": 224,
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
+IMAGE_KEYS = tuple(_DEFAULTS)
+
+
+def check_preprocess(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge preprocessing dictionaries, later ones first in rank, and fill in OpenAI's defaults."""
+    config = dict(_DEFAULTS)
+    for number, layer in enumerate(layers):
+        for key, value in layer.items():
+            if key in _DEFAULTS and value is not None:
+                config[key] = value
+            elif key not in _DEFAULTS and number and key != "mode":
+                raise InputError(f"preprocess has no key {key!r}; known: {IMAGE_KEYS}.{did_you_mean(key, IMAGE_KEYS)}")
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    config["size"] = (int(height), int(width))
+    for key in ("mean", "std"):
+        value = config[key]
+        config[key] = tuple(float(v) for v in (value if isinstance(value, (tuple, list)) else (value,) * 3))
+        if len(config[key]) != 3:
+            raise InputError(f"preprocess[{key!r}]={value!r} must be three numbers, one for each of R, G, B")
+    if config["interpolation"] not in ("bicubic", "bilinear", "random"):
+        raise InputError(f"interpolation={config['interpolation']!r} must be 'bicubic' or 'bilinear'")
+    if config["interpolation"] == "random":  # open_clip's word for training; its evaluation transform is bicubic
+        config["interpolation"] = "bicubic"
+    if config["resize_mode"] not in ("shortest", "longest", "squash"):
+        raise InputError(f"resize_mode={config['resize_mode']!r} must be 'shortest', 'longest' or 'squash'")
+    return config
+
+
+def check_images(images: Tensor) -> Tensor:
+    """``images`` if they are RGB ``(N, 3, H, W)`` in floating point; warns where they do not lie in [0, 1]."""
+    shape = tuple(images.shape)
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"images of shape {shape} are not RGB images (N, 3, H, W)")
+    if 0 in shape:
+        raise InputError(f"images of shape {shape} hold no pixel")
+    if not images.is_floating_point():
+        raise InputError(f"images have dtype {images.dtype}; give RGB in [0, 1], for example images.float() / 255")
+    low, high = images.detach().aminmax()
+    if not (low >= -0.05 and high <= 1.05):
+        warnings.warn(
+            f"pixel values go from {float(low):.3g} to {float(high):.3g}, but the encoder takes RGB in [0, 1] and "
+            "normalises by itself; images that are already normalised give a wrong embedding",
+            InputWarning,
+            stacklevel=4,
+        )
+    return images
+
+
+def resize_and_normalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """``(N, 3, H, W)`` in [0, 1] to the model's size, mean and standard deviation, float32, differentiable."""
+    x = images.float()
+    height, width = config["size"]
+    mode, interpolation = config["resize_mode"], config["interpolation"]
+    if mode == "shortest" and height != width:
+        interpolation = "bicubic"  # open_clip ignores the setting in this one case
+    target = _resized(x.shape[-2], x.shape[-1], height, width, mode)
+    # Rows, then columns, each clamped: bicubic overshoots, and the 8 bits of PIL's two passes cut that off.
+    for shape in ((x.shape[-2], target[1]), target):
+        if shape != tuple(x.shape[-2:]):
+            x = F.interpolate(x, shape, mode=interpolation, align_corners=False, antialias=True).clamp(0, 1)
+    x = _center(x, height, width, config["fill_color"])
+    mean = x.new_tensor(config["mean"])[:, None, None]
+    return (x - mean) / x.new_tensor(config["std"])[:, None, None]
+
+
+def _resized(h: int, w: int, height: int, width: int, mode: str) -> tuple[int, int]:
+    if mode == "squash":
+        return height, width
+    if mode == "shortest" and height == width:  # torchvision.transforms.Resize(int) rounds down
+        return (height, int(height * w / h)) if h <= w else (int(height * h / w), height)
+    ratio = (max if mode == "longest" else min)(h / height, w / width)  # timm's ResizeKeepRatio rounds to nearest
+    return max(1, round(h / ratio)), max(1, round(w / ratio))
+
+
+def _center(x: Tensor, height: int, width: int, fill: float) -> Tensor:
+    """Pad to at least, then crop to exactly ``(height, width)`` around the centre."""
+    h, w = x.shape[-2:]
+    if h < height or w < width:
+        dy, dx = max(height - h, 0), max(width - w, 0)
+        x = F.pad(x, (dx // 2, (dx + 1) // 2, dy // 2, (dy + 1) // 2), value=fill / 255)
+        h, w = x.shape[-2:]
+    top, left = round((h - height) / 2), round((w - width) / 2)
+    return x[..., top : top + height, left : left + width]

@@ -1,0 +1,267 @@
+"""`OpenCLIPEncoder`: every open_clip model as an :class:`ImageTextEncoder`. The only file that imports open_clip."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_concepts.errors import ArtifactError, InputError, InputWarning, did_you_mean
+from captum_concepts.vlm._preprocessing import check_images, check_preprocess, resize_and_normalize
+from captum_concepts.vlm._pretrained import check_file, failure, first_line, published_preprocess
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class OpenCLIPEncoder(nn.Module):
+    """An open_clip model as a frozen image-text encoder: tensors in, embeddings out.
+
+    Images are RGB tensors in [0, 1] of any size; they are resized, cropped and normalised as the model's own PIL
+    transform does (bicubic or bilinear with anti-aliasing; "shortest", "longest" or "squash"), within 2/255 of its
+    result before normalisation: PIL rounds to 8 bits between its two passes, tensors do not. (Pillow 13 and later take
+    the passes in the other order for some images squashed in height; a few pixels at hard edges then differ by more.)
+    So the same batch feeds a classifier and this encoder.
+
+    The encoder is frozen and always in evaluation mode. ``encode_image`` follows autograd's mode: gradients flow to
+    ``images`` (or to a hooked layer) where they ask for them, and none is ever kept on the weights. It is an
+    ``nn.Module`` whose ``forward`` is ``encode_image``, so it can be explained like any network, with layers such as
+    ``"model.visual.transformer.resblocks.10"``.
+
+    Args:
+        model: an open_clip model (``CLIP``, ``CustomTextCLIP``, ``CoCa``), or any module with ``encode_image``,
+            ``encode_text`` and ``logit_scale`` (a logarithm, as open_clip keeps it).
+        tokenizer: maps a list of strings to token ids ``(T, context_length)``.
+        preprocess: ``size`` (int or (H, W)), ``mean``, ``std``, ``interpolation`` ("bicubic" or "bilinear"),
+            ``resize_mode`` ("shortest", "longest" or "squash") and ``fill_color``; what is missing comes from
+            ``model.visual.preprocess_cfg``, where open_clip's factory leaves it.
+        templates: texts with ``{}``, for example ``("a photo of a {}.", "a picture of a {}.")``. A text is then the
+            normalised mean of its unit embeddings in the templates; with None it is embedded as it is.
+        text_batch_size: texts embedded at a time.
+
+    Raises:
+        InputError: a wrong template, or a preprocessing that is unknown.
+
+    Example:
+        >>> import torch
+        >>> from captum_concepts import demo
+        >>> encoder = demo.load("clip")
+        >>> encoder.encode_image(torch.rand(2, 3, 80, 64)).shape, encoder.encode_text(["red", "a circle"]).shape
+        (torch.Size([2, 128]), torch.Size([2, 128]))
+        >>> encoder.probability
+        'softmax'
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        preprocess: Mapping[str, Any] | None = None,
+        *,
+        templates: Sequence[str] | None = None,
+        text_batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        self.preprocess = check_preprocess(
+            getattr(getattr(model, "visual", None), "preprocess_cfg", None) or {}, preprocess or {}
+        )
+        self.templates = _check_templates(templates)
+        self.text_batch_size = int(text_batch_size)
+        if self.text_batch_size < 1:
+            raise InputError(f"text_batch_size={text_batch_size!r} must be at least 1")
+        self.model = model.requires_grad_(False)
+        self.tokenizer = tokenizer
+        super().train(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        pretrained: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        templates: Sequence[str] | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
+        text_batch_size: int = 256,
+        **options: Any,
+    ) -> OpenCLIPEncoder:
+        """Build an open_clip model with pretrained weights.
+
+        Args:
+            name: a model of ``open_clip.list_models()`` such as "ViT-B-32"; or "hf-hub:org/repo"; or
+                "local-dir:/path", a folder with ``open_clip_config.json`` and weights.
+            pretrained: a tag such as "laion2b_s34b_b79k" (downloaded once, then cached), or a local file:
+                ``.safetensors``, or a state dict in ``.pt``/``.bin``/``.pth``, which is never unpickled into code
+                (``weights_only=True``). Leave None with "hf-hub:" and "local-dir:", which bring their weights;
+                with a plain name None gives random weights, and a warning.
+            device: where the model goes.
+            precision: open_clip's word: "fp32", "fp16", "bf16", "pure_fp16", "pure_bf16".
+            templates: see the class.
+            preprocess: overrides of the preprocessing. For a local file it is that of the model's published weights;
+                where those differ among themselves, open_clip's default is taken with a warning that says how.
+            tokenizer: instead of the model's own (some of open_clip's, SigLIP's for one, are downloaded).
+            text_batch_size: see the class.
+            options: passed to ``open_clip.create_model``, for example ``cache_dir`` or ``force_quick_gelu``.
+
+        Raises:
+            InputError: an unknown model, tag or file (the nearest known names are listed).
+            ArtifactError: weights that cannot be fetched, read, or do not fit the model.
+        """
+        import open_clip
+
+        plain = ":" not in name
+        known = open_clip.list_models()
+        if plain and name.replace("/", "-") not in known:
+            raise InputError(
+                f"open_clip has no model {name!r}.{did_you_mean(name, known)} open_clip.list_models() lists all; a "
+                "folder with its own config is 'local-dir:/path', a Hugging Face repository 'hf-hub:org/repo'"
+            )
+        source = None if pretrained is None else os.fspath(pretrained)
+        overrides = dict(preprocess or {})
+        if source is None:
+            if plain and options.get("load_weights", True):
+                warnings.warn(
+                    f"{name!r} gets random weights: give pretrained= one of "
+                    f"{open_clip.list_pretrained_tags_by_model(name)} or a local file",
+                    InputWarning,
+                    stacklevel=2,
+                )
+        elif not plain:
+            raise InputError(f"{name!r} brings its own weights; pretrained={source!r} has no meaning there")
+        elif not open_clip.get_pretrained_cfg(name, source) or Path(source).is_file():
+            check_file(name, source, open_clip.list_pretrained_tags_by_model(name))
+            overrides = {**published_preprocess(open_clip, name, overrides), **overrides}
+        must_load = (source is not None or not plain) and options.get("load_weights", True)
+        try:
+            model = open_clip.create_model(
+                name, pretrained=source, device=device, precision=precision, require_pretrained=must_load, **options
+            )
+        except Exception as error:
+            raise ArtifactError(failure(name, source, error)) from error
+        if tokenizer is None:
+            try:
+                tokenizer = open_clip.get_tokenizer(name, cache_dir=options.get("cache_dir"))
+            except Exception as error:
+                raise ArtifactError(
+                    f"the tokenizer of {name!r} could not be loaded ({first_line(error)}). It may have to be "
+                    "downloaded: connect once so that it is cached, or pass tokenizer=, a function from a list of "
+                    "texts to token ids"
+                ) from error
+        return cls(model, tokenizer, overrides, templates=templates, text_batch_size=text_batch_size)
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the cosine, exponentiated."""
+        return float(self.model.logit_scale.detach().float().exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """Added to the scaled cosine; 0 where the model has none."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach())
+
+    @property
+    def probability(self) -> str:
+        """ "sigmoid" for models trained with a sigmoid loss (they have a bias: SigLIP), else "softmax"."""
+        return "softmax" if getattr(self.model, "logit_bias", None) is None else "sigmoid"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.logit_scale.device
+        return device
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """What the image tower takes: the type of its first convolution, or of its first weight matrix."""
+        visual = self.model.visual
+        convolutions = (m.weight.dtype for m in visual.modules() if isinstance(m, nn.Conv2d))
+        return next(convolutions, next((p.dtype for p in visual.parameters() if p.ndim > 1), torch.float32))
+
+    def transform(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """Resize, crop and normalise RGB images in [0, 1] the way the model was trained.
+
+        Args:
+            images: ``(N, 3, H, W)``, or a list of ``(3, H, W)`` of any sizes.
+
+        Returns:
+            ``(N, 3, size, size)`` float32 on the device of ``images``; differentiable.
+
+        Raises:
+            InputError: not floating point, not RGB, or an empty batch.
+        """
+        if not isinstance(images, Tensor):
+            if not len(images):
+                raise InputError("the list of images is empty")
+            return torch.cat([self.transform(check_images(image[None])) for image in images])
+        return resize_and_normalize(check_images(images), self.preprocess)
+
+    def encode_image(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """Embed images; see :meth:`transform` for what is taken.
+
+        Returns:
+            ``(N, D)`` float32, not normalised, on the device of the weights.
+        """
+        pixels = self.transform(images).to(self.device, self.image_dtype)
+        embedding: Tensor = self.model.encode_image(pixels)
+        return embedding.float()
+
+    forward = encode_image
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts, in the templates if there are any.
+
+        Returns:
+            ``(T, D)`` float32 on the device of the weights; unit length with templates, else as the model gives it.
+
+        Raises:
+            InputError: no texts, or something that is not a list of strings.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"texts must be a list of strings, got {texts!r}")
+        texts = list(texts)
+        if not texts:
+            raise InputError("texts is empty; give at least one string")
+        if self.templates is None:
+            return self._embed(texts)
+        filled = [template.replace("{}", text) for text in texts for template in self.templates]
+        unit = F.normalize(self._embed(filled), dim=1)
+        return F.normalize(unit.view(len(texts), len(self.templates), -1).mean(1), dim=1)
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        parts = [
+            self.model.encode_text(self.tokenizer(texts[i : i + self.text_batch_size]).to(self.device)).float()
+            for i in range(0, len(texts), self.text_batch_size)
+        ]
+        return torch.cat(parts)
+
+    def train(self, mode: bool = True) -> OpenCLIPEncoder:
+        """Do nothing: a frozen encoder stays in evaluation mode, also inside a model that is being trained."""
+        del mode
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        return f"preprocess={json.dumps(self.preprocess)}, templates={self.templates}, probability={self.probability!r}"
+
+
+def _check_templates(templates: Sequence[str] | None) -> tuple[str, ...] | None:
+    if templates is None:
+        return None
+    found = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not found or not all(isinstance(t, str) and "{}" in t for t in found):
+        raise InputError(
+            f"templates={templates!r} must be texts with a place for the word, such as 'a photo of a {{}}'"
+        )
+    return found
