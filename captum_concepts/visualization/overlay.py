@@ -24,8 +24,8 @@ def as_image(image: Any) -> Tensor:
     if not isinstance(image, Tensor):
         import numpy as np
 
-        array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
-        image = torch.from_numpy(np.array(array))
+        # A copy: arrays of PIL images are read-only, which torch warns about.
+        image = torch.from_numpy(np.array(image.convert("RGB") if hasattr(image, "convert") else image))
         if image.ndim == 3 and image.shape[-1] in (1, 3) and image.shape[0] not in (1, 3):
             image = image.permute(2, 0, 1)
     if image.ndim == 4 and image.shape[0] == 1:

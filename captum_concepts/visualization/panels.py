@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CELL = 1.9  # inches a picture
-_TEXT = {"fontsize": 8, "color": "#222222"}
+_TEXT: dict[str, Any] = {"fontsize": 8, "color": "#222222"}
 POSITIVE, NEGATIVE = "#b2182b", "#2166ac"  # the ends of the diverging colour map
 
 
@@ -145,18 +145,19 @@ def _concept(
 def _map(figure: Figure, axis: Axes, picture: Tensor, heatmap: Tensor, alpha: float, label: str) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     low, high = value_range(heatmap)
     signed = low == -high
     axis.imshow(overlay(picture, heatmap, alpha=alpha).permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set_axis_off()
     scale = ScalarMappable(Normalize(low, high), DIVERGING if signed else SEQUENTIAL)
+    numbers = ScalarFormatter()
+    numbers.set_powerlimits((-2, 3))
     # An inset is as high as the image, whatever its aspect.
-    bar = figure.colorbar(scale, cax=axis.inset_axes([1.03, 0.0, 0.05, 1.0]), ticks=MaxNLocator(3))
+    bar = figure.colorbar(scale, cax=axis.inset_axes((1.03, 0.0, 0.05, 1.0)), ticks=MaxNLocator(3), format=numbers)
     bar.ax.tick_params(labelsize=6, length=2, colors="#444444")
     bar.ax.yaxis.get_offset_text().set_fontsize(6)
-    bar.formatter.set_powerlimits((-2, 3))
     bar.outline.set_linewidth(0.4)
     if label:
         bar.set_label(label, fontsize=8)
