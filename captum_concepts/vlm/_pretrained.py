@@ -47,8 +47,8 @@ def failure(name: str, source: str | None, error: Exception) -> str:
     if source is not None and Path(source).is_file():
         return (
             f"the weights in {source!r} could not be loaded into {name!r} ({reason}). The file must be a state dict of "
-            "this very model: .safetensors, or .pt/.bin/.pth holding tensors only. OpenAI's TorchScript archives have to "
-            "be saved as a state dict first; OpenAI's weights need the name with '-quickgelu'"
+            "this very model: .safetensors, or .pt/.bin/.pth holding tensors only. OpenAI's TorchScript archives have "
+            "to be saved as a state dict first; OpenAI's weights need the name with '-quickgelu'"
         )
     if name.startswith("local-dir:"):
         return (
