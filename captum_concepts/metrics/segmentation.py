@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._prepare import Pairs, min_max, prepare, settle
+from captum_concepts.metrics._prepare import Pairs, check_nan_policy, min_max, prepare, settle
 
 __all__ = ["average_precision", "iou", "mean_iou", "pixel_accuracy"]
 
@@ -224,6 +224,7 @@ def segmentation_counts(
         >>> segmentation_counts(torch.tensor([[[0.0, 2.0, 4.0, 0.0]]]), torch.tensor([[[0, 1, 0, 0]]]))
         tensor([[1., 2., 2., 3.]])
     """
+    check_nan_policy(nan_policy)
     if nan_policy == "zero":
         maps = maps.masked_fill(maps.isnan().flatten(-2).any(-1)[..., None, None], 0)
     pairs, counts = _counts(maps, masks, threshold, ignore, ignore_index, mode)

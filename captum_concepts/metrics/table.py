@@ -10,14 +10,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError, did_you_mean
-from captum_concepts.metrics.streaming import ExampleMetric
+
+if TYPE_CHECKING:
+    from captum_concepts.metrics.streaming import ExampleMetric
 
 __all__ = ["EvaluationTable"]
 

@@ -1,0 +1,261 @@
+"""`evaluate`: any explainer over any data, confidence intervals, and what the table says about it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import LayerGradCam, Saliency
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from captum_concepts import ConceptExplanation, metrics
+from captum_concepts.errors import InputError
+
+
+def scenes(n: int = 20, size: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise with a bright square; the class says whether it is red or green."""
+    g = torch.Generator().manual_seed(0)
+    masks = torch.zeros(n, size, size, dtype=torch.bool)
+    at = torch.randint(0, size - 4, (n, 2), generator=g)
+    for mask, (y, x) in zip(masks, at.tolist(), strict=True):
+        mask[y : y + 4, x : x + 4] = True
+    target = torch.randint(0, 2, (n,), generator=g)
+    images = 0.3 * torch.rand(n, 3, size, size, generator=g)
+    images[torch.arange(n), target] += masks
+    return images, masks, target
+
+
+class Net(nn.Module):
+    """Two channels that see red and green, and a linear head: its Grad-CAM is the square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1, bias=False)
+        self.conv.weight.data = torch.eye(3)[:2, :, None, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).relu().mean((2, 3)) * 5
+
+
+class Scenes(Dataset):
+    def __init__(self) -> None:
+        self.data = scenes()
+
+    def __len__(self) -> int:
+        return len(self.data[0])
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return self.data[0][i], self.data[1][i], int(self.data[2][i])
+
+
+def test_every_kind_of_explainer_and_data_gives_the_functional_value():
+    net = Net()
+    images, masks, target = scenes()
+    cam = LayerGradCam(net, net.conv)
+    maps = cam.attribute(images, target=target).detach()
+    expected = metrics.nra(maps, masks).double().mean().item()
+    explanation = ConceptExplanation(["object"], torch.ones(20, 1), maps)
+    explainers = {
+        "captum": cam,
+        "callable": lambda x, target: cam.attribute(x, target=target),
+        "explains": lambda x, target: ConceptExplanation(["o"], torch.ones(len(x), 1), cam.attribute(x, target=target)),
+        "explanation": explanation,
+    }
+    sets = {
+        "dataset": Scenes(),
+        "loader": DataLoader(Scenes(), batch_size=7),
+        "tensors": TensorDataset(images, masks, target),
+        "one batch": [(images, masks, target)],
+        "generator": ({"inputs": a, "masks": m, "target": t} for a, m, t in zip(images, masks, target, strict=True)),
+    }
+    for name, data in sets.items():
+        table = metrics.evaluate(explainers, data, ["nra"], batch_size=6, n_bootstrap=0)
+        for row in table.rows:
+            assert row["value"] == pytest.approx(expected, abs=1e-6), (name, row)
+            assert row["images"] == row["counted"] == 20
+
+
+def test_every_named_metric_and_functions_of_ones_own():
+    net = Net()
+    images, masks, target = scenes()
+    pairs = torch.stack([masks, ~masks], 1)
+    names = [name for name in metrics.METRICS if name != "specificity"]
+    table = metrics.evaluate(
+        LayerGradCam(net, net.conv),
+        [(images, masks, target)],
+        {**{name: name for name in names}, "mine": lambda maps, masks: maps.flatten(1).amax(1)},
+        score_fn=net,
+        n_bootstrap=20,
+    )
+    maps = LayerGradCam(net, net.conv).attribute(images, target=target).detach()
+    value = {row["metric"]: row["value"] for row in table.rows}
+    for name in names:
+        if name in ("average_drop", "increase_in_confidence", "insertion", "deletion"):
+            expected = getattr(metrics, name)(net, images, maps, target=target).mean()
+        elif name == "nra_exact":
+            expected = metrics.nra(maps, masks, baseline="exact").mean()
+        else:
+            expected = getattr(metrics, name)(maps, masks).mean()
+        assert value[name] == pytest.approx(expected.item(), abs=1e-5), name
+    assert value["mine"] == pytest.approx(maps.flatten(1).amax(1).mean().item(), abs=1e-6)
+    both = metrics.evaluate(
+        lambda x: torch.stack([x.sum(1), -x.sum(1)], 1), [(images, pairs)], ["specificity"], n_bootstrap=0
+    )
+    assert both.rows[0]["counted"] == 40
+    assert both.rows[0]["value"] > 0.5
+
+
+def test_worse_maps_score_worse_and_blind_maps_have_no_specificity():
+    images, masks, target = scenes(40)
+    net = Net()
+    cam = LayerGradCam(net, net.conv)
+    explainers = {
+        "cam": cam,
+        "other class": lambda x, target: cam.attribute(x, target=1 - target),
+        "other image": lambda x, target: cam.attribute(x, target=target).roll(1, 0),
+        "random": metrics.RandomMaps(),
+        "centre": metrics.CenterGaussian(),
+    }
+    table = metrics.evaluate(explainers, [(images, masks, target)], ["nra", "epg", "mean_iou", "average_precision"])
+    for metric in ("nra", "epg", "mean_iou", "average_precision"):
+        best = table.row("cam", metric)
+        for worse in list(explainers)[1:]:
+            assert best["ci_low"] > table.row(worse, metric)["ci_high"], (metric, worse)
+            assert table.compare(metric, "cam", worse)["ci_low"] > 0
+    regions = torch.stack([masks, masks.roll(5, 1)], 1)
+    blind = metrics.evaluate(
+        {"random": metrics.RandomMaps(n_maps=2), "centre": metrics.CenterGaussian(n_maps=2)},
+        [(images, regions)],
+        ["specificity"],
+    )
+    assert blind.row("centre", "specificity")["value"] == pytest.approx(0, abs=1e-9)
+    random = blind.row("random", "specificity")
+    assert random["ci_low"] < 0 < random["ci_high"]
+
+
+def test_bootstrap_intervals_cover_and_are_paired():
+    """95 % intervals of a mean cover the truth about 95 times in 100, for means and for ratios of sums."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(100):
+        values = torch.tensor(rng.random(40), dtype=torch.float32).reshape(40, 1, 1)
+        table = metrics.evaluate(
+            {"a": lambda x: x[:, 0], "b": lambda x: x[:, 0] + 0.01},
+            [(values[:, None], values > 2)],
+            {"mean": lambda maps, masks: maps.flatten(1).mean(1)},
+            n_bootstrap=200,
+            seed=trial,
+        )
+        row = table.row("a", "mean")
+        covered += row["ci_low"] <= 0.5 <= row["ci_high"]
+    assert 85 <= covered <= 100
+    paired = table.compare("mean", "b", "a")  # the images are the same, so the difference is certain
+    assert paired["ci_low"] == pytest.approx(0.01, abs=1e-6)
+    assert paired["ci_high"] == pytest.approx(0.01, abs=1e-6)
+
+
+def test_skipped_values_are_in_the_table_and_streaming_state_is_not_touched():
+    images, masks, _ = scenes(6)
+    masks[0] = False
+    metric = metrics.NormalizedRegionAccuracy(baseline="exact")
+    table = metrics.evaluate(lambda x: x.sum(1), [(images, masks)], {"nra": metric, "pixels": "pixel_accuracy"})
+    row = table.row("<lambda>", "nra")
+    assert (row["images"], row["counted"], row["skipped"]) == (6, 5, 1)
+    assert int(metric.counted) == 0
+    assert "nra 1 (counted 5)" in table.to_markdown()
+    masks[:] = False
+    empty = metrics.evaluate(lambda x: x.sum(1), [(images, masks)], ["nra"])
+    assert math.isnan(empty.rows[0]["value"])
+    assert "undefined" in str(empty)
+
+
+def test_csv_json_and_markdown(tmp_path):
+    images, masks, _ = scenes(6)
+    data = [(images, masks)]
+    table = metrics.evaluate({"a": lambda x: x.sum(1), "b": lambda x: -x.sum(1)}, data, ["nra", "epg"])
+    rows = list(csv.DictReader(io.StringIO(table.to_csv(tmp_path / "t.csv"))))
+    assert [(r["explainer"], r["metric"]) for r in rows] == [("a", "nra"), ("a", "epg"), ("b", "nra"), ("b", "epg")]
+    assert float(rows[0]["value"]) == table.rows[0]["value"]
+    assert (tmp_path / "t.csv").read_text() == table.to_csv()
+    text = table.to_json(tmp_path / "t.json")
+    assert json.loads(text)["rows"][0] == table.rows[0]
+    again = metrics.EvaluationTable.from_json((tmp_path / "t.json").read_text())
+    assert again.to_markdown() == table.to_markdown()
+    lines = table.to_markdown(digits=2).splitlines()
+    assert lines[0] == "| explainer | nra ↑ | epg ↑ |"
+    assert lines[2].startswith(f"| a | {table.rows[0]['value']:.2f} [{table.rows[0]['ci_low']:.2f}, ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.csv", "t.json"]
+    no_interval = metrics.evaluate(lambda x: x.sum(1), data, ["nra"], n_bootstrap=0)
+    assert json.loads(no_interval.to_json())["rows"][0]["ci_low"] is None
+    with pytest.raises(InputError, match="n_bootstrap"):
+        no_interval.compare("nra", "<lambda>", "<lambda>")
+    with pytest.raises(InputError, match="Did you mean"):
+        table.row("a", "nar")
+    with pytest.raises(InputError, match="not the JSON"):
+        metrics.EvaluationTable.from_json("{}")
+
+
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
+def test_input_attributions_become_one_map():
+    net = Net()
+    images, masks, target = scenes()
+    for channels, reduce in (("sum", lambda a: a.sum(1)), ("abs_sum", lambda a: a.abs().sum(1))):
+        saliency = Saliency(net)
+        table = metrics.evaluate(saliency, [(images, masks, target)], ["epg"], channels=channels, n_bootstrap=0)
+        expected = metrics.epg(reduce(saliency.attribute(images, target=target)), masks).mean().item()
+        assert table.rows[0]["value"] == pytest.approx(expected, abs=1e-6)
+        assert table.rows[0]["explainer"] == "Saliency"
+
+
+def test_examples_of_several_sizes_and_a_progress_bar(capsys):
+    data = [(torch.rand(3, s, s), torch.eye(s).bool()) for s in (8, 8, 10, 8)]
+    table = metrics.evaluate(lambda x: x.mean(1), data, ["nra"], n_bootstrap=0, show_progress=True)
+    assert table.rows[0]["images"] == 4
+    assert "evaluate" in capsys.readouterr().err
+
+
+IMAGE, MASK = torch.rand(2, 3, 8, 8), torch.ones(2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("explainer", "data", "names", "message"),
+    [
+        (lambda x: x, [(IMAGE, MASK)], ["nar"], "Did you mean 'nra'"),
+        (lambda x: x, [(IMAGE, MASK)], "nra", "list or a dict"),
+        (lambda x: x, [(IMAGE, MASK)], ["deletion"], "score_fn"),
+        (lambda x: x, [(IMAGE, MASK)], ["nra", "nra"], "two metrics"),
+        (lambda x: x, [(IMAGE, MASK)], [3], "a metric is"),
+        (lambda x: x, [], ["nra"], "empty"),
+        (3, [(IMAGE, MASK)], ["nra"], "not callable"),
+        (lambda x: x.sum(), [(IMAGE, MASK)], ["nra"], "must return maps"),
+        (lambda x: x[:1, 0], [(IMAGE, MASK)], ["nra"], "must return maps"),
+        (lambda x: x, [(IMAGE, None)], ["nra"], "needs masks"),
+        (lambda x: x, [IMAGE], ["nra"], "must yield"),
+        (lambda x: x, IMAGE, ["nra"], "must yield"),
+        (lambda x: x, {"inputs": IMAGE, "masks": MASK}, ["nra"], r"\[data\]"),
+        (lambda x: x, [{"images": IMAGE, "masks": MASK}], ["nra"], "keys"),
+        (lambda x: x, [(IMAGE, MASK[:1])], ["nra"], "masks must be"),
+        (ConceptExplanation(["a"], torch.ones(1, 1), torch.ones(1, 1, 2, 2)), [(IMAGE, MASK)], ["nra"], "more"),
+        (ConceptExplanation(["a"], torch.ones(3, 1), torch.ones(3, 1, 2, 2)), [(IMAGE, MASK)], ["nra"], "holds 2"),
+        (ConceptExplanation(["a", "b"], torch.ones(2, 2), torch.ones(2, 2, 2, 2)), [(IMAGE, MASK)], ["nra"], "select"),
+    ],
+)
+def test_wrong_input_says_what_is_allowed(explainer, data, names, message):
+    with pytest.raises(InputError, match=message):
+        metrics.evaluate(explainer, data, names)
+
+
+def test_functions_alone_do_not_load_torchmetrics_and_all_names_exist():
+    code = "import sys; from captum_concepts import metrics; metrics.nra; sys.exit('torchmetrics' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+    assert all(hasattr(metrics, name) for name in metrics.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nr'"):
+        metrics.nr

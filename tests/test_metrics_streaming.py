@@ -1,0 +1,199 @@
+"""Streaming metrics: streamed equals whole under any batching, reset, forward, half precision, several processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torchmetrics import MetricCollection
+
+from captum_concepts import metrics
+from captum_concepts.errors import InputError, InputWarning
+
+
+def score(x: torch.Tensor) -> torch.Tensor:
+    return x.square().mean((1, 2, 3))
+
+
+MAPS = {
+    metrics.NormalizedRegionAccuracy: metrics.nra,
+    metrics.HitRate: metrics.hit_rate,
+    metrics.RegionAUC: metrics.region_auc,
+    metrics.EnergyPointingGame: metrics.epg,
+    metrics.PointingGame: metrics.pointing_game,
+    metrics.IoU: metrics.iou,
+    metrics.PixelAccuracy: metrics.pixel_accuracy,
+    metrics.MeanIoU: metrics.mean_iou,
+    metrics.AveragePrecision: metrics.average_precision,
+    metrics.Specificity: metrics.specificity,
+}
+SCORES = {
+    metrics.AverageDrop: metrics.average_drop,
+    metrics.IncreaseInConfidence: metrics.increase_in_confidence,
+    metrics.Insertion: metrics.insertion,
+    metrics.Deletion: metrics.deletion,
+}
+
+
+def case(several: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    lead = (11, 3) if several else (11,)
+    maps, masks = torch.randn(*lead, 5, 6, generator=g), torch.rand(*lead, 9, 9, generator=g) > 0.6
+    return maps + 2 * torch.nn.functional.interpolate(masks.float().reshape(-1, 1, 9, 9), (5, 6)).reshape(
+        maps.shape
+    ), masks
+
+
+@pytest.mark.parametrize("kind", MAPS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("several", [False, True])
+def test_streamed_equals_whole(kind, several):
+    maps, masks = case(several or kind is metrics.Specificity)
+    expected = MAPS[kind](maps, masks).double().mean().float()
+    for size in (1, 4, 11):
+        metric = kind()
+        for part in zip(maps.split(size), masks.split(size), strict=True):
+            metric.update(*part)
+        torch.testing.assert_close(metric.compute(), expected)
+        assert int(metric.counted) == maps[..., 0, 0].numel()
+        assert int(metric.skipped) == 0
+    metric.reset()
+    batch = metric(maps[:5], masks[:5])  # forward: the value of this batch, and the state of all
+    torch.testing.assert_close(batch, MAPS[kind](maps[:5], masks[:5]).double().mean().float())
+    metric(maps[5:], masks[5:])
+    torch.testing.assert_close(metric.compute(), expected)
+
+
+@pytest.mark.parametrize("kind", SCORES, ids=lambda kind: kind.__name__)
+def test_streamed_scores_equal_whole(kind):
+    g = torch.Generator().manual_seed(1)
+    images, maps = torch.randn(7, 3, 6, 6, generator=g), torch.randn(7, 6, 6, generator=g)
+    expected = SCORES[kind](score, images, maps).double().mean().float()
+    metric = kind(score)
+    for part in zip(images.split(3), maps.split(3), strict=True):
+        metric.update(*part)
+    torch.testing.assert_close(metric.compute(), expected)
+
+
+def test_options_are_attributes_and_reach_the_function():
+    maps, masks = case()
+    labels = masks.int()
+    labels[:, 0] = 9
+    metric = metrics.NormalizedRegionAccuracy(baseline="exact", ignore_index=9, mode="nearest", nan_policy="zero")
+    assert (metric.baseline, metric.ignore_index, metric.mode, metric.nan_policy) == ("exact", 9, "nearest", "zero")
+    metric.update(maps, labels)
+    expected = metrics.nra(maps, labels, baseline="exact", ignore_index=9, mode="nearest")
+    torch.testing.assert_close(metric.compute(), expected.mean())
+    ignore = torch.rand(masks.shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    for kind, function in MAPS.items():
+        if kind is not metrics.Specificity:
+            metric = kind()
+            metric.update(maps, masks, ignore)
+            torch.testing.assert_close(metric.compute(), function(maps, masks, ignore=ignore).mean())
+
+
+def test_undefined_values_are_counted_and_treated_as_asked():
+    maps, masks = case()
+    maps[0, 0, 0], masks[1] = torch.nan, False
+    good = metrics.nra(maps[2:], masks[2:]).mean()
+    metric = metrics.NormalizedRegionAccuracy()
+    metric.update(maps, masks)
+    with pytest.warns(InputWarning, match="2 of 11"):
+        torch.testing.assert_close(metric.compute(), good)
+    assert (int(metric.counted), int(metric.skipped)) == (9, 2)
+    metric = metrics.NormalizedRegionAccuracy(nan_policy="zero")
+    metric.update(maps, masks)
+    torch.testing.assert_close(metric.compute(), good * 9 / 11)
+    assert (int(metric.counted), int(metric.skipped)) == (11, 2)
+    metric = metrics.NormalizedRegionAccuracy(nan_policy="propagate")
+    metric.update(maps, masks)
+    assert metric.compute().isnan()
+    with pytest.raises(InputError, match="2 of 11"):
+        metrics.NormalizedRegionAccuracy(nan_policy="raise").update(maps, masks)
+    with pytest.raises(InputError, match="nan_policy"):
+        metrics.MeanIoU(nan_policy="ignore")
+    for policy in ("omit", "zero"):
+        miou = metrics.MeanIoU(nan_policy=policy)
+        miou.update(maps, masks)
+        with pytest.warns(InputWarning) if policy == "omit" else _nothing():
+            value = miou.compute()
+        with pytest.warns(InputWarning) if policy == "omit" else _nothing():
+            torch.testing.assert_close(value, metrics.mean_iou(maps, masks, nan_policy=policy))
+
+
+def _nothing():
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_half_precision_and_collections():
+    maps, masks = case()
+    together = MetricCollection([metrics.NormalizedRegionAccuracy(), metrics.EnergyPointingGame(), metrics.MeanIoU()])
+    together.update(maps.half(), masks)
+    for name, function in (("NormalizedRegionAccuracy", metrics.nra), ("EnergyPointingGame", metrics.epg)):
+        torch.testing.assert_close(together.compute()[name], function(maps.half().float(), masks).mean())
+    metric = metrics.EnergyPointingGame().half()
+    metric.update(maps.bfloat16(), masks)
+    torch.testing.assert_close(metric.compute(), metrics.epg(maps.bfloat16().float(), masks).mean())
+
+
+def test_a_model_as_score_function_is_not_swallowed():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 1), torch.nn.Flatten(0))
+    metric = metrics.AverageDrop(model)
+    assert metric.score_fn is model
+    assert not list(metric.parameters())
+    assert not list(metric.children())
+    metric.double()
+    assert model[1].weight.dtype == torch.float32
+
+
+def test_two_processes_agree_with_one(tmp_path: Path):
+    maps, masks = case(True)
+    maps[4, 1, 0, 0] = torch.nan
+    torch.save({"maps": maps, "masks": masks}, tmp_path / "case.pt")
+    script = tmp_path / "worker.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, warnings
+            import torch, torch.distributed as dist
+            from captum_concepts import metrics
+            rank, folder = int(sys.argv[1]), sys.argv[2]
+            dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+            warnings.simplefilter("ignore")
+            case = torch.load(f"{folder}/case.pt")
+            mine = slice(0, 4) if rank == 0 else slice(4, None)  # uneven on purpose
+            out = []
+            for kind in (metrics.NormalizedRegionAccuracy, metrics.Specificity, metrics.MeanIoU, metrics.HitRate):
+                metric = kind()
+                for i in range(*mine.indices(len(case["maps"]))):
+                    metric.update(case["maps"][i : i + 1], case["masks"][i : i + 1])
+                out.append(float(metric.compute()))
+                with metric.sync_context():
+                    out += [int(metric.counted), int(metric.skipped)]
+            torch.save(out, f"{folder}/rank{rank}.pt")
+            dist.destroy_process_group()
+            """
+        )
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(metrics.__file__).parents[2])}
+    workers = [
+        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)], env=env, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors.decode()[-2000:]
+    expected = []
+    for kind in (metrics.NormalizedRegionAccuracy, metrics.Specificity, metrics.MeanIoU, metrics.HitRate):
+        metric = kind()
+        metric.update(maps, masks)
+        with pytest.warns(InputWarning):
+            expected += [float(metric.compute()), int(metric.counted), int(metric.skipped)]
+    for rank in range(2):
+        assert torch.load(tmp_path / f"rank{rank}.pt") == pytest.approx(expected)
