@@ -72,7 +72,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                 explanation = explainer.explain(inputs).to("cpu")
                 for path, image, one in zip(names, images, explanation, strict=True):
                     top = one.top(settings.top_k)
-                    _draw(image, top, out / pictures[path], path.name)
+                    _draw(image, top, out / pictures[path], path.name, explainer.reference_names)
                     scores = {name: round(float(s), 6) for name, s in zip(top.concepts, top.scores[0], strict=True)}
                     report["explained"].append({"image": str(path), "picture": pictures[path], "top": scores})
                 progress.update(len(names))
@@ -150,10 +150,10 @@ def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _draw(image: Tensor, explanation: ConceptExplanation, path: Path, title: str) -> None:
+def _draw(image: Tensor, explanation: ConceptExplanation, path: Path, title: str, names: Sequence[str] | None) -> None:
     from captum_concepts.visualization import panel, save_figure
 
-    save_figure(panel(image[None], explanation, title=title), path)
+    save_figure(panel(image[None], explanation, top_k=len(explanation.concepts), title=title, class_names=names), path)
 
 
 def _write(path: Path, text: str) -> None:

@@ -52,6 +52,7 @@ def panel(
         InputError: other numbers of images, titles or flags than the explanation has.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     pictures = [as_image(image) for image in images]
     n, t = len(explanation), min(top_k, len(explanation.concepts))
@@ -66,8 +67,8 @@ def panel(
     ratio = max(p.shape[1] / p.shape[2] for p in pictures)
     cell_h = _CELL * min(max(ratio, 0.6), 1.6) + 0.62
     head = 0.45 if title else 0.1
-    figure = Figure(figsize=(_CELL * 1.25 * columns, cell_h * n + head), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.05, wspace=0.05, hspace=0.04)
+    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05, wspace=0.05, hspace=0.04)
+    figure = Figure(figsize=(_CELL * 1.25 * columns, cell_h * n + head), dpi=150, layout=layout)
     axes = figure.subplots(n, columns, squeeze=False)
     if title:
         figure.suptitle(_wrap(title, 16 * columns), fontsize=10, color="#222222")

@@ -1,0 +1,216 @@
+"""The command line on real files: what it writes, what it says, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+
+from captum_concepts.__main__ import main
+from captum_concepts.commands.models import load_model, without_head
+from captum_concepts.datasets.images import load_image
+from captum_concepts.errors import InputError
+
+MODEL = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU(inplace=True)),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )
+
+def tensor():
+    return torch.zeros(1)
+"""
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> str:
+    path = tmp_path / "my_model.py"
+    path.write_text(MODEL)
+    return f"{path}:build"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two readable photographs of different sizes, one of them twice under one name, and a broken file."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name, size in (("a.jpg", (40, 60)), ("b.png", (90, 50)), ("more/a.jpg", (64, 64))):
+        Image.effect_noise(size, 80).convert("RGB").save(folder / name)
+    (folder / "broken.jpg").write_bytes(b"nothing")
+    return folder
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> Path:
+    for colour in ("blue", "red"):
+        (tmp_path / "classes" / colour).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (64, 64 + i), colour).save(tmp_path / "classes" / colour / f"{i}.png")
+    return tmp_path / "classes"
+
+
+def test_explains_what_it_can_and_names_the_rest(model_file, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = main(
+        ["explain", str(photos), "--model", model_file, "--output", str(out), "--size", "64", "--batch-size", "2"]
+    )
+    assert code == 1
+    said = capsys.readouterr()
+    assert "3 explained at layer 0" in said.out
+    assert "broken.jpg" in said.err
+    report = json.loads((out / "explanations.json").read_text())
+    assert [Path(e["image"]).name for e in report["failed"]] == ["broken.jpg"]
+    assert sorted(p.name for p in out.iterdir()) == ["a-2.png", "a.png", "b.png", "explanations.json"]
+    for entry in report["explained"]:
+        assert load_image(out / entry["picture"]).shape[2] > 300
+        assert len(entry["top"]) == 3
+
+
+def test_references_are_the_class_folders(model_file, photos, references, tmp_path, capsys):
+    (photos / "broken.jpg").unlink()
+    Image.new("RGB", (64, 64), "red").save(photos / "b.png")
+    code = main(
+        [
+            "explain",
+            str(photos / "b.png"),
+            "--model",
+            model_file,
+            "--references",
+            str(references),
+            "--output",
+            str(tmp_path / "out"),
+            "--size",
+            "64",
+            "--json",
+        ]
+    )
+    assert code == 0
+    report = json.loads(capsys.readouterr().out)
+    top = report["explained"][0]["top"]
+    assert next(iter(top)) == "red"
+    assert top["red"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_weights_from_a_local_file(tmp_path, photos):
+    torch.manual_seed(0)
+    net = torchvision.models.squeezenet1_1(num_classes=5)
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    loaded = load_model("squeezenet1_1", weights=str(tmp_path / "w.safetensors"), num_classes=5, size=64)
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), loaded.model.state_dict().values(), strict=True)
+    )
+    assert not loaded.model.training
+    with pytest.raises(InputError, match="does not hold weights of resnet18"):
+        load_model("resnet18", weights=str(tmp_path / "w.safetensors"))
+
+
+def test_without_head_gives_the_input_of_the_last_linear_layer():
+    net = torchvision.models.mobilenet_v2(num_classes=7).eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        pooled = net.features(x).mean((2, 3))
+        torch.testing.assert_close(without_head(net, x)(x), pooled)
+    headless = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    assert without_head(headless, x) is headless
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet5"], "Did you mean"),
+        (["--model", "resnet18"], "--weights FILE"),
+        (["--model", "resnet18", "--weights", "missing.safetensors"], "no weights file"),
+        (["--model", "nowhere.py:build"], "no file at nowhere.py"),
+        (["--model", "{file}:biuld"], "Did you mean 'build'"),
+        (["--model", "{file}:tensor"], "must return a torch.nn.Module"),
+        (["--model", "demo:nothing"], "demo:classifier"),
+        (["--model", "{file}:build", "--layer", "0.7"], "no layer '0.7'"),
+        (["--model", "{file}:build", "--references", "missing"], "no folder at missing"),
+        (["--model", "{file}:build", "--classes", "missing.txt"], "no file of names"),
+        (["--model", "{file}:build", "--top-k", "0"], "at least 1"),
+    ],
+)
+def test_bad_settings_exit_with_2_and_say_why(arguments, message, model_file, photos, tmp_path, capsys):
+    file = model_file.removesuffix(":build")
+    arguments = [a.replace("{file}", file) for a in arguments]
+    assert main(["explain", str(photos / "a.jpg"), "--output", str(tmp_path / "out"), "--size", "64", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_readable_exits_with_2(model_file, photos, tmp_path, capsys):
+    arguments = ["explain", str(photos / "broken.jpg"), "--model", model_file, "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "no image could be explained" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_whole_files(model_file, photos, tmp_path, monkeypatch, capsys):
+    from captum_concepts.commands import explain
+
+    drawn = []
+
+    def draw(*arguments):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(arguments)
+
+    monkeypatch.setattr(explain, "_draw", draw)
+    assert (
+        main(["explain", str(photos), "--model", model_file, "--output", str(tmp_path / "out"), "--size", "64"]) == 130
+    )
+    assert len(json.loads((tmp_path / "out" / "explanations.json").read_text())["explained"]) == 1
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["explain"]])
+def test_help_has_examples_and_exit_codes(command):
+    run = subprocess.run(
+        [sys.executable, "-m", "captum_concepts", *command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "exit codes" in run.stdout
+
+
+def test_version():
+    run = subprocess.run(
+        [sys.executable, "-m", "captum_concepts", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("captum_concepts 0.")
+
+
+def test_real_network_and_photographs(shared_data, tmp_path, capsys):
+    """MobileNetV2 and prototypes of two Caltech-101 classes: photographs of each are closest to their own."""
+    for name in ("dalmatian", "grand_piano"):
+        files = sorted((shared_data / "images" / "caltech101" / name).iterdir())
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for file in files[:5]:
+            (tmp_path / "classes" / name / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(files[8].read_bytes())
+    code = main(
+        [
+            "explain",
+            str(tmp_path / "photos"),
+            "--model",
+            f"{shared_data / 'real_models.py'}:mobilenet_v2",
+            "--json",
+            "--references",
+            str(tmp_path / "classes"),
+            "--layer",
+            "net.features.18",
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
+    assert code == 0
+    for entry in json.loads(capsys.readouterr().out)["explained"]:
+        assert next(iter(entry["top"])) == Path(entry["image"]).stem
