@@ -1,0 +1,439 @@
+"""Spatial Activation Concept Vectors: where a layer sees a concept, and where it moves the prediction."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts._captum import LayerAttribution, log_usage, select_output
+from captum_concepts.activations import (
+    SpatialActivations,
+    find_model,
+    gradients_enabled,
+    layer_name,
+    resolve_layer,
+    spatial_activations,
+)
+from captum_concepts.activations.capture import Inputs, Layer
+from captum_concepts.attr import _acv_file
+from captum_concepts.attr._acv_maps import all_channels, chunks, project, recorded_target
+from captum_concepts.attr._acv_state import FittedVectors, fit_vectors
+from captum_concepts.attr._similarity import full_precision
+from captum_concepts.errors import InputError, LayerError, NotFittedError
+from captum_concepts.explanation import ConceptExplanation
+
+
+class SpatialACV(LayerAttribution):
+    r"""Spatial Activation Concept Vectors (SACV): TCAV, position by position.
+
+    Every position of every guidance image is one training row; a linear classifier separates the concept's rows from
+    the negatives' rows, and :math:`v_k` is its weight vector, of unit length, pointing towards the concept. With the
+    layer's activations A and an output :math:`F_c`,
+
+    .. math::
+        S_k(i, j) = A_{ij}^T v_k \qquad S_{k \to c}(i, j) = \Big(\frac{\partial F_c}{\partial A_{ij}}\Big)^T v_k
+
+    say where the layer sees the concept (*relevance*) and where more of it would raise the output (*contribution*).
+    All K concepts cost one backward pass.
+
+    Args:
+        forward_func: the model, one of its methods, or any callable that gives the outputs to explain.
+        layer: where the concepts are looked for, as a module or a dotted name.
+        classifier: None for the package's L2 logistic regression, or any ``captum.concept`` ``Classifier``.
+        layout: ``"auto"``, ``"NCHW"``, ``"NHWC"``, ``"NLC"`` or ``"LNC"``.
+        prefix_tokens: tokens in front of the grid; None infers it.
+        batch_size: the most images in one forward pass, in fitting and in explaining. Results do not depend on it
+            beyond rounding.
+
+    Attributes:
+        vectors: ``(K, C)`` unit rows, towards the concept.
+        concept_names: the K names.
+        accuracies_: ``(K,)`` held-out balanced accuracy of positions in [0, 1], chance 0.5; held out by image.
+        confidence_intervals_: ``(K, 2)`` its 95 % interval (Welch's t over images).
+        contrasts_: ``(K,)`` held-out difference of the mean relevance on concept and negatives, in standard deviations.
+        p_values_: ``(K,)``, Holm-adjusted for K concepts, or None where ``n_random=0``; see :meth:`fit`.
+        significant_: ``(K,)`` bool, ``p_values_ < 0.05``: False means *not encoded here*. None where ``n_random=0``.
+        rows_: for each concept how many images and rows were seen and how many rows the budget kept.
+
+    Inside ``captum.concept.TCAV(..., layer_attr_method=SpatialACV(model, layer))``, fitted or not, it gives the
+    gradients of all channels in the layer's own layout, which TCAV multiplies with the vectors it learns itself: TCAV
+    announces itself by assigning ``.layer``, and only the call that follows is answered so.
+
+    Reference:
+        Wang, A., Lee, W.-N. *Exploring Concept Contribution Spatially: Hidden Layer Interpretation with Spatial
+        Activation Concept Vector.* arXiv:2205.11511, 2022. The published notebook reshapes (C, HW) to (HW, C) where it
+        must transpose, and gives the concept label 0, which turns the vector round; here it is as the paper says.
+
+    Example:
+        >>> from captum_concepts.attr.spatial_acv import SpatialACV
+        >>> _ = torch.manual_seed(0)
+        >>> conv = torch.nn.Conv2d(3, 8, 3)
+        >>> net = torch.nn.Sequential(conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> red = torch.rand(6, 3, 16, 16) * torch.tensor([1.0, 0.2, 0.2]).view(3, 1, 1)
+        >>> acv = SpatialACV(net, "0").fit({"red": red}, torch.rand(6, 3, 16, 16), n_random=20)
+        >>> acv.attribute(red, target=1).shape, acv.relevance(red).shape
+        (torch.Size([6, 1, 14, 14]), torch.Size([6, 1, 14, 14]))
+        >>> bool(acv.accuracies_ > 0.9), acv.significant_.tolist()
+        (True, [True])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: Layer,
+        *,
+        classifier: Any = None,
+        layout: str = "auto",
+        prefix_tokens: int | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self._layer: Layer | None = None
+        self._asked_by_tcav: nn.Module | None = None
+        super().__init__(forward_func, layer)
+        resolve_layer(forward_func, layer)
+        if classifier is not None and not all(hasattr(classifier, n) for n in ("train_and_eval", "weights", "classes")):
+            raise InputError(f"classifier must be a captum.concept Classifier or None, got {type(classifier).__name__}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        self.classifier = classifier
+        self.layout = layout
+        self.prefix_tokens = prefix_tokens
+        self.batch_size = batch_size
+        self._fitted: FittedVectors | None = None
+
+    @property
+    def layer(self) -> Any:
+        """The layer; a SpatialACV keeps the one it was made for."""
+        return self._layer
+
+    @layer.setter
+    def layer(self, value: Any) -> None:
+        if self._layer is None:
+            self._layer = value
+        elif isinstance(value, nn.Module):
+            self._asked_by_tcav = value
+        else:
+            raise InputError("the vectors belong to one layer; make another SpatialACV for another layer")
+
+    def fit(
+        self,
+        concepts: Any,
+        negatives: Any = None,
+        *,
+        n_random: int = 0,
+        seed: int = 0,
+        lam: float = 0.3,
+        folds: int = 3,
+        max_rows: int = 50_000,
+        transform: Callable[[Any], Tensor] | None = None,
+        image_size: int = 224,
+        attribute_to_layer_input: bool = False,
+        show_progress: bool = False,
+    ) -> SpatialACV:
+        r"""Learn the vectors from guidance images whose whole content shows the concept.
+
+        Args:
+            concepts: ``{name: images}`` or a list of ``captum.concept.Concept``. Images are a tensor ``(n, 3, H, W)``,
+                a list of tensors or PIL images, a data set (of images, of tuples that start with one, or of dicts), a
+                DataLoader, or the path of a folder. Grayscale is repeated and an alpha channel dropped where the model
+                takes 3 channels.
+            negatives: the same, all sets pooled, or one set alone. None takes the other concepts as negatives. An image
+                that also belongs to the concept is never its negative.
+            n_random: random sets behind ``p_values_``; 0 for none, 20 or more recommended. The test asks whether the
+                concept's images can be told from the negatives at this layer: held-out-by-image balanced accuracy of a
+                linear discriminant, against the same with the labels dealt anew among whole images ``n_random`` times,
+                by the predictive t distribution (one-sided), Holm-adjusted over the concepts.
+            seed: of the folds, of the random sets and of the row sample.
+            lam: L2 penalty of the default classifier, for features divided by their common standard deviation. A strong
+                one turns the vector from the best filter (small ``lam``) towards the difference of the means, which is
+                the concept's own direction; the default costs about a point of accuracy on real textures.
+            folds: parts that the images are dealt to for held-out accuracy.
+            max_rows: row budget: the concept keeps at most half of it and the negatives the other half (without
+                ``negatives``, each of the K sets keeps 1/K), a seeded uniform sample of all positions; ``rows_``
+                reports it. Memory is ``max_rows`` times C floats (and as much again while a classifier is fitted),
+                whatever the number of images.
+            transform: PIL image to tensor, for folders and PIL images: **give the model's own preprocessing**. None
+                gives RGB in [0, 1], shorter side ``image_size``, middle square.
+            image_size: of the default transform.
+            attribute_to_layer_input: learn in the layer's input instead of its output.
+            show_progress: show a progress bar.
+
+        Raises:
+            InputError: fewer than 2 different images on a side, concept and negatives identical, an empty folder, a
+                name twice, integer or NaN pixels, a bad option.
+            LayerError, LayoutError: the layer is unknown, does not run, or has no grid.
+        """
+        self._fitted = fit_vectors(
+            lambda images: self._maps(images, attribute_to_layer_input),
+            concepts,
+            negatives,
+            model=find_model(self.forward_func),
+            batch_size=self.batch_size,
+            classifier=self.classifier,
+            n_random=n_random,
+            seed=seed,
+            lam=lam,
+            folds=folds,
+            max_rows=max_rows,
+            transform=transform,
+            image_size=image_size,
+            of_input=attribute_to_layer_input,
+            show_progress=show_progress,
+        )
+        return self
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Tensor:
+        """Contribution maps: where more of each concept would raise the target output.
+
+        Args:
+            inputs: images ``(N, 3, H, W)`` or a tuple of tensors.
+            target: the output to explain, in any form Captum accepts; None where the model gives ``(N,)``.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+            attribute_to_layer_input: must be as it was in :meth:`fit`.
+
+        Returns:
+            ``(N, K, h, w)``, signed, in units of the output per unit of activation, fp32 (or fp64).
+
+        Raises:
+            NotFittedError: before :meth:`fit`.
+            TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
+            LayerError: unknown, not reached or repeated layer, one without a grid, or one whose positions do not
+                influence the output. A gradient that is zero for every example warns (``InputWarning``).
+        """
+        if self._asked_by_tcav is not None:
+            layer, self._asked_by_tcav = self._asked_by_tcav, None
+            return all_channels(
+                self.forward_func,
+                layer,
+                self._chunks(inputs, additional_forward_args, target),
+                attribute_to_layer_input,
+            )
+        fitted = self._need_fit()
+        if bool(attribute_to_layer_input) != fitted.of_input:
+            raise InputError(
+                f"attribute_to_layer_input={attribute_to_layer_input}, but the vectors were fitted with "
+                f"{fitted.of_input}; fit again with what you want to explain"
+            )
+        out = []
+        for part, extra, goal in self._chunks(inputs, additional_forward_args, target):
+            seen, gradient = self._gradient(part, extra, goal)
+            out.append(project(gradient, self._vectors(seen.maps[0])))
+        return torch.cat(out).contiguous()
+
+    def relevance(self, inputs: Inputs, probability: bool = False, additional_forward_args: Any = None) -> Tensor:
+        """Relevance maps: where the layer sees each concept.
+
+        Args:
+            inputs: images.
+            probability: give the classifier's probability of the concept at each position (slope and intercept
+                included, concept and negatives equally likely beforehand) instead of the bare projection.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+
+        Returns:
+            ``(N, K, h, w)``: the projection in units of the activation, or probabilities in [0, 1].
+        """
+        fitted = self._need_fit()
+        out = []
+        for part, extra, _ in self._chunks(inputs, additional_forward_args, None):
+            with torch.no_grad():
+                maps = self._maps(part, fitted.of_input, extra)
+                out.append(self._relevance(maps, probability))
+        return torch.cat(out).contiguous()
+
+    def tcav(self, inputs: Inputs, target: Any = None, additional_forward_args: Any = None) -> dict[str, Tensor]:
+        r"""TCAV scores from the contribution maps, :math:`d_{nk} = \sum_{ij} S_{k \to c}(i, j)` of each example n.
+
+        d is the derivative of the output along the concept, added at every position at once.
+
+        Returns:
+            ``"sign"`` ``(K,)``: share of the examples with d > 0, in [0, 1]; ``"magnitude"`` ``(K,)``: mean of d.
+        """
+        of_input = self._need_fit().of_input
+        maps = self.attribute(inputs, target, additional_forward_args, attribute_to_layer_input=of_input)
+        total = maps.sum((2, 3))
+        return {"sign": (total > 0).to(total.dtype).mean(0), "magnitude": total.mean(0)}
+
+    def explain(
+        self, inputs: Inputs, target: Any = None, top_k: int | None = None, additional_forward_args: Any = None
+    ) -> ConceptExplanation:
+        """What, where and how much, for every concept.
+
+        Args:
+            inputs: images.
+            target: the output whose change the contributions tell; None takes each example's highest output.
+            top_k: keep the concepts that rank highest by score; those *not encoded here* come last.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+
+        Returns:
+            Scores ``(N, K)``: the highest probability of the concept at any position. Maps: relevance. Contributions:
+            the contribution map summed over positions (as in :meth:`tcav`).
+        """
+        fitted = self._need_fit()
+        scores, maps, sums, goals = [], [], [], []
+        for part, extra, goal in self._chunks(inputs, additional_forward_args, target):
+            seen, gradient = self._gradient(part, extra, goal, best=True)
+            at = seen.maps[0].detach()
+            maps.append(self._relevance(at, False))
+            scores.append(self._relevance(at, True).amax((2, 3)))
+            sums.append(project(gradient, self._vectors(at)).sum((2, 3)))
+            goals.append(recorded_target(seen.output, goal))
+        targets = None if any(g is None for g in goals) else torch.cat([g for g in goals if g is not None])
+        explanation = ConceptExplanation(
+            list(fitted.names),
+            torch.cat(scores),
+            torch.cat(maps),
+            torch.cat(sums),
+            target=targets,
+            layer=layer_name(self.forward_func, resolve_layer(self.forward_func, self.layer)),
+            method=self.get_name(),
+        )
+        if top_k is None:
+            return explanation
+        order = explanation.top(len(fitted.names)).concepts
+        significant = fitted.significant
+        if significant is not None:
+            encoded = {name for name, yes in zip(fitted.names, significant.tolist(), strict=True) if yes}
+            order.sort(key=lambda name: name not in encoded)
+        if top_k < 1:
+            raise InputError(f"top_k must be at least 1, got {top_k}")
+        return explanation[order[:top_k]]
+
+    def save(self, path: str | os.PathLike[str]) -> Any:
+        """Write vectors, statistics and the model's fingerprint as one safetensors file, atomically."""
+        return _acv_file.save(path, self._need_fit(), self.forward_func, self.layer, self._settings())
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], forward_func: Callable[..., Any], layer: Layer | None = None
+    ) -> SpatialACV:
+        """Read what :meth:`save` wrote; maps are bit-identical to those before.
+
+        Args:
+            path: the file.
+            forward_func: the model it was fitted on.
+            layer: the layer it was fitted on; None takes the name in the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: the file is broken, or was fitted on another model or layer.
+        """
+        fitted, layer, settings = _acv_file.load(path, forward_func, layer)
+        loaded = cls(forward_func, layer, **settings)
+        loaded._fitted = fitted
+        return loaded
+
+    @classmethod
+    def layer_sweep(
+        cls,
+        forward_func: Callable[..., Any],
+        layers: Sequence[Layer],
+        concepts: Any,
+        negatives: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Fit every layer and compare: see :func:`captum_concepts.attr.layer_sweep.layer_sweep`."""
+        from captum_concepts.attr.layer_sweep import layer_sweep
+
+        return layer_sweep(forward_func, layers, concepts, negatives, **options)
+
+    @property
+    def vectors(self) -> Tensor:
+        return self._need_fit().vectors
+
+    @property
+    def concept_names(self) -> list[str]:
+        return list(self._need_fit().names)
+
+    @property
+    def accuracies_(self) -> Tensor:
+        return self._need_fit().accuracies
+
+    @property
+    def confidence_intervals_(self) -> Tensor:
+        return self._need_fit().intervals
+
+    @property
+    def contrasts_(self) -> Tensor:
+        return self._need_fit().contrasts
+
+    @property
+    def p_values_(self) -> Tensor | None:
+        return self._need_fit().p_values
+
+    @property
+    def significant_(self) -> Tensor | None:
+        return self._need_fit().significant
+
+    @property
+    def rows_(self) -> dict[str, dict[str, int]]:
+        return self._need_fit().rows
+
+    def summary(self) -> str:
+        """A table of the concepts: accuracy, interval, p-value, rows; a concept may be *not encoded here*."""
+        return self._need_fit().summary()
+
+    def _settings(self) -> dict[str, Any]:
+        return {"layout": self.layout, "prefix_tokens": self.prefix_tokens, "batch_size": self.batch_size}
+
+    def _need_fit(self) -> FittedVectors:
+        if self._fitted is None:
+            raise NotFittedError("there are no concept vectors yet; call fit(concepts, negatives), or SpatialACV.load")
+        return self._fitted
+
+    def _maps(self, inputs: Inputs, of_input: bool, extra: Any = None) -> Tensor:
+        """``(N, C, h, w)`` of the layer, without gradients."""
+        return spatial_activations(
+            self.forward_func,
+            inputs,
+            [self.layer],
+            additional_forward_args=extra,
+            attribute_to_layer_input=of_input,
+            layout=self.layout,
+            prefix_tokens=self.prefix_tokens,
+        ).maps[0]
+
+    def _gradient(
+        self, inputs: Inputs, extra: Any, target: Any, *, best: bool = False
+    ) -> tuple[SpatialActivations, Tensor]:
+        with gradients_enabled():
+            seen = spatial_activations(
+                self.forward_func,
+                inputs,
+                [self.layer],
+                additional_forward_args=extra,
+                gradient=True,
+                attribute_to_layer_input=self._need_fit().of_input,
+                layout=self.layout,
+                prefix_tokens=self.prefix_tokens,
+            )
+            goal = recorded_target(seen.output, target) if best and target is None else target
+            gradient = seen.gradients(select_output(seen.output, goal))[0]
+        return seen, gradient.detach()
+
+    def _vectors(self, maps: Tensor) -> Tensor:
+        vectors = self._need_fit().vectors
+        if vectors.shape[1] != maps.shape[1]:
+            raise LayerError(f"the vectors have {vectors.shape[1]} channels, but the layer gives {maps.shape[1]} now")
+        return vectors.to(full_precision(maps[:0]))
+
+    def _relevance(self, maps: Tensor, probability: bool) -> Tensor:
+        values = project(maps, self._vectors(maps))
+        if not probability:
+            return values
+        fitted = self._need_fit()
+        slope, intercept = (t.to(values).view(1, -1, 1, 1) for t in (fitted.slopes, fitted.intercepts))
+        return torch.sigmoid(values * slope + intercept)
+
+    def _chunks(self, inputs: Inputs, extra: Any, target: Any) -> Iterator[tuple[Inputs, Any, Any]]:
+        return chunks(inputs, extra, target, self.batch_size)
