@@ -19,20 +19,26 @@ def all_areas(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """AUC, mask size, number of pixels, and whether the map has NaN, for every row."""
     device = pairs.masks.device
-    found = []
+    n = len(pairs) if mask_rows is None else len(mask_rows)
+    home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    # Results have their place from the start: small tensors kept between the chunks' big ones would hold on to
+    # the memory around them.
+    auc = torch.empty(n, dtype=torch.float64, device=home)
+    region, pixels = (torch.empty(n, dtype=torch.long, device=home) for _ in range(2))
+    broken = torch.empty(n, dtype=torch.bool, device=home)
     work: dict[str, Tensor] = {}
+    start = 0
     for chunk in pairs.chunks(map_rows, mask_rows):
-        if device.type == "mps":  # has no float64
+        if home != device:
             chunk = Chunk(*(None if x is None else x.cpu() for x in vars(chunk).values()))  # type: ignore[arg-type]
-        found.append(_chunk_auc(chunk, work))
-    if not found:
-        none = torch.zeros(0, dtype=torch.long, device=device)
-        return none.double(), none, none, none.bool()
-    auc, region, pixels, broken = (torch.cat(parts) for parts in zip(*found, strict=True))
+        rows = slice(start, start + len(chunk.masks))
+        auc[rows], region[rows], pixels[rows] = _chunk_auc(chunk, work)
+        broken[rows] = chunk.broken
+        start = rows.stop
     return auc, region, pixels, broken
 
 
-def _chunk_auc(chunk: Chunk, work: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _chunk_auc(chunk: Chunk, work: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """``work`` holds buffers from one chunk to the next: fetching fresh memory costs as much as the sorting."""
     keys = _sorted_keys(chunk, work)
     p = keys.shape[1]
@@ -49,7 +55,7 @@ def _chunk_auc(chunk: Chunk, work: dict[str, Tensor]) -> tuple[Tensor, Tensor, T
     _share_ties(iou, keys, inside, region)
     if chunk.ignore is not None:
         iou.masked_fill_(work["count"] > pixels[:, None], 0)
-    return iou.sum(1) / pixels, region, pixels, chunk.broken
+    return iou.sum(1) / pixels, region, pixels
 
 
 def _buffer(work: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,20 @@ class Pairs:
             else:
                 broken, masks = (values.isnan() & ~ignore).any(1), masks & ~ignore
             yield Chunk(values, masks, ignore, broken)
+
+    def per_row(self, function: Callable[[Chunk], Tensor], *width: int) -> Tensor:
+        """``function`` of each chunk, ``(B, *width)``, put together: ``(*shape, *width)``.
+
+        Results have their place from the start: small tensors kept between the chunks' big ones would hold on to
+        the memory around them.
+        """
+        out = torch.empty(len(self), *width, dtype=self.dtype, device=self.masks.device)
+        start = 0
+        for chunk in self.chunks():
+            stop = start + len(chunk.masks)
+            out[start:stop] = function(chunk)
+            start = stop
+        return out.reshape(*self.shape, *width)
 
 
 def _take(x: Tensor, rows: Tensor | None, start: int, step: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._prepare import min_max, prepare
+from captum_concepts.metrics._prepare import Chunk, min_max, prepare
 
 __all__ = ["epg", "pointing_game"]
 
@@ -56,8 +56,8 @@ def epg(
     if normalize not in NORMALIZE:
         raise InputError(f"normalize must be one of {NORMALIZE}, got {normalize!r}")
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
-    out = []
-    for chunk in pairs.chunks():
+
+    def share(chunk: Chunk) -> Tensor:
         valid = chunk.valid
         broken = chunk.broken | (chunk.values.isinf() & valid).any(1)
         values = chunk.values.masked_fill(broken[:, None] | ~valid, 0)
@@ -70,9 +70,10 @@ def epg(
         values = values * valid if chunk.ignore is not None else values
         total = values.sum(1)
         values = torch.where((total > 0)[:, None], values, valid.to(values.dtype))
-        share = (values * chunk.masks).sum(1) / values.sum(1)
-        out.append(share.masked_fill(broken | ~chunk.masks.any(1), torch.nan))
-    return (torch.cat(out) if out else pairs.maps.new_zeros(0)).to(pairs.dtype).reshape(pairs.shape)
+        inside = (values * chunk.masks).sum(1) / values.sum(1)
+        return inside.masked_fill(broken | ~chunk.masks.any(1), torch.nan)
+
+    return pairs.per_row(share)
 
 
 def pointing_game(
@@ -115,14 +116,15 @@ def pointing_game(
         raise InputError(f"tolerance is a distance in pixels and must not be negative, got {tolerance}")
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
     size = pairs.masks.shape[1:]
-    out = []
-    for chunk in pairs.chunks():
+
+    def hits(chunk: Chunk) -> Tensor:
         values = chunk.values.masked_fill(chunk.broken[:, None] | ~chunk.valid, -torch.inf)
         peaks = (values == values.amax(1, keepdim=True)) & chunk.valid
         wide = _widen(chunk.masks.reshape(-1, *size), tolerance).flatten(1) if tolerance else chunk.masks
         share = (peaks & wide).sum(1).to(pairs.dtype) / peaks.sum(1)
-        out.append(share.masked_fill(chunk.broken | ~chunk.masks.any(1), torch.nan))
-    return (torch.cat(out) if out else pairs.maps.new_zeros(0)).to(pairs.dtype).reshape(pairs.shape)
+        return share.masked_fill(chunk.broken | ~chunk.masks.any(1), torch.nan)
+
+    return pairs.per_row(hits)
 
 
 def _widen(masks: Tensor, radius: float) -> Tensor:

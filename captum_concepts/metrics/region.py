@@ -69,7 +69,7 @@ def nra(
         (tensor([1.]), tensor([0.]))
     """
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
-    return _rows(pairs, baseline).to(pairs.dtype).reshape(pairs.shape)
+    return _rows(pairs, baseline).reshape(pairs.shape)
 
 
 def region_auc(
@@ -92,7 +92,8 @@ def region_auc(
     """
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
     auc, region, _, broken = all_areas(pairs)
-    return auc.masked_fill(broken | (region == 0), torch.nan).to(pairs.dtype).reshape(pairs.shape)
+    auc = auc.masked_fill(broken | (region == 0), torch.nan)
+    return auc.to(pairs.dtype).to(pairs.masks.device).reshape(pairs.shape)
 
 
 def hit_rate(
@@ -182,11 +183,11 @@ def specificity(
     own = scores.diagonal(dim1=1, dim2=2)
     others = present[:, None, :] & ~torch.eye(t, dtype=torch.bool, device=masks.device) & ~scores.isnan()
     mean = scores.nan_to_num(0).mul(others).sum(-1) / others.sum(-1)  # 0 / 0 is the NaN of "no other concept"
-    return (own - mean).to(pairs.dtype)
+    return own - mean
 
 
 def _rows(pairs: Pairs, baseline: str, map_rows: Tensor | None = None, mask_rows: Tensor | None = None) -> Tensor:
-    """NRA of each row (or of each given pair of rows), in float64."""
+    """NRA of each row (or of each given pair of rows)."""
     if baseline not in BASELINES:
         raise InputError(f"baseline must be one of {BASELINES}, got {baseline!r}")
     auc, region, pixels, broken = all_areas(pairs, map_rows, mask_rows)
@@ -200,4 +201,5 @@ def _rows(pairs: Pairs, baseline: str, map_rows: Tensor | None = None, mask_rows
         low = torch.tensor([expected_auc(*size) for size in sizes], dtype=torch.float64, device=auc.device)
     gain = auc - low
     gain = gain.masked_fill(gain < 1e-12, 0)  # the same sum in two shapes may differ in its last bit
-    return (gain / (high - low)).clamp(max=1).masked_fill(undefined, torch.nan)
+    scores = (gain / (high - low)).clamp(max=1).masked_fill(undefined, torch.nan)
+    return scores.to(pairs.dtype).to(pairs.masks.device)

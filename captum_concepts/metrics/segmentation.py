@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._prepare import Pairs, check_nan_policy, min_max, prepare, settle
+from captum_concepts.metrics._prepare import Chunk, check_nan_policy, min_max, prepare, settle
 
 __all__ = ["average_precision", "iou", "mean_iou", "pixel_accuracy"]
 
@@ -52,8 +52,8 @@ def iou(
         >>> iou(torch.tensor([[[0.0, 2.0, 4.0]]]), torch.tensor([[[False, True, True]]]))
         tensor([0.5000])
     """
-    pairs, (inter, union, _, _) = _counts(maps, masks, threshold, ignore, ignore_index, mode)
-    return (inter / union).to(pairs.dtype).reshape(pairs.shape)
+    inter, union, _, _ = _counts(maps, masks, threshold, ignore, ignore_index, mode).unbind(-1)
+    return inter / union
 
 
 def pixel_accuracy(
@@ -84,8 +84,8 @@ def pixel_accuracy(
         >>> pixel_accuracy(torch.tensor([[[0.0, 1.0, 4.0, 5.0]]]), torch.tensor([[[0, 1, 1, 1]]]))
         tensor([0.7500])
     """
-    pairs, (inter, union, back, _) = _counts(maps, masks, threshold, ignore, ignore_index, mode)
-    return ((inter + back) / (union + back)).to(pairs.dtype).reshape(pairs.shape)
+    inter, union, back, _ = _counts(maps, masks, threshold, ignore, ignore_index, mode).unbind(-1)
+    return (inter + back) / (union + back)
 
 
 def mean_iou(
@@ -131,7 +131,8 @@ def mean_iou(
         broken = counts.isnan().any(1)
         settle(counts[:, 0], nan_policy, "mean IoU")
         counts = counts[~broken]
-    return mean_of_ious(counts.sum(0)).to(torch.float64 if maps.dtype == torch.float64 else torch.float32)
+    wide = torch.float32 if counts.device.type == "mps" else torch.float64  # float32 counts exactly to 2**24 only
+    return mean_of_ious(counts.sum(0, dtype=wide)).to(counts.dtype)
 
 
 def average_precision(
@@ -175,8 +176,8 @@ def average_precision(
     if classes not in ("both", "foreground"):
         raise InputError(f"classes must be 'both' or 'foreground', got {classes!r}")
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
-    out = []
-    for chunk in pairs.chunks():
+
+    def precision(chunk: Chunk) -> Tensor:
         valid, positive = chunk.valid, chunk.masks
         if classes == "foreground":
             broken = chunk.broken
@@ -187,9 +188,10 @@ def average_precision(
             values = torch.cat([(1 - values).masked_fill(constant[:, None], 0), values], 1)
             positive = torch.cat([~positive & valid, positive], 1)
             valid = torch.cat([valid, valid], 1)
-        precision = _ranked_precision(values.masked_fill(~valid, -torch.inf), positive)
-        out.append(precision.masked_fill(broken | ~positive.any(1), torch.nan))
-    return (torch.cat(out) if out else pairs.maps.new_zeros(0)).to(pairs.dtype).reshape(pairs.shape)
+        found = _ranked_precision(values.masked_fill(~valid, -torch.inf), positive)
+        return found.masked_fill(broken | ~positive.any(1), torch.nan)
+
+    return pairs.per_row(precision)
 
 
 def _ranked_precision(values: Tensor, positive: Tensor) -> Tensor:
@@ -227,11 +229,10 @@ def segmentation_counts(
     check_nan_policy(nan_policy)
     if nan_policy == "zero":
         maps = maps.masked_fill(maps.isnan().flatten(-2).any(-1)[..., None, None], 0)
-    pairs, counts = _counts(maps, masks, threshold, ignore, ignore_index, mode)
-    out = torch.stack(counts, -1)
+    counts = _counts(maps, masks, threshold, ignore, ignore_index, mode)
     if nan_policy == "raise":
-        settle(out[:, 0], nan_policy, "mean IoU")
-    return out.to(torch.float64 if out.dtype == torch.float64 else torch.float32).reshape(*pairs.shape, 4)
+        settle(counts[..., 0], nan_policy, "mean IoU")
+    return counts
 
 
 def mean_of_ious(counts: Tensor) -> Tensor:
@@ -246,12 +247,12 @@ def _counts(
     ignore: Tensor | None,
     ignore_index: int | None,
     mode: str,
-) -> tuple[Pairs, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Per row: intersection and union of the foreground, the same of the background; NaN for a map with NaN."""
+) -> Tensor:
+    """``(..., 4)``: intersection and union of the foreground, the same of the background; NaN for a map with NaN."""
     scaled, level = _parse(threshold)
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
-    found = []
-    for chunk in pairs.chunks():
+
+    def areas(chunk: Chunk) -> Tensor:
         valid = chunk.valid
         broken = chunk.values.isnan().any(1) if level is None or scaled else chunk.broken
         drawn = _binarise(chunk.values.masked_fill(broken[:, None], 0), scaled, level) & valid
@@ -259,10 +260,9 @@ def _counts(
         total = valid.sum(1)
         union = area + drawn_area - inter
         rows = torch.stack([inter, union, total - union, total - inter], 1).to(pairs.dtype)
-        found.append(rows.masked_fill(broken[:, None], torch.nan))
-    rows = torch.cat(found) if found else pairs.maps.new_zeros(0, 4).to(pairs.dtype)
-    inter, union, back, back_union = rows.unbind(1)
-    return pairs, (inter, union, back, back_union)
+        return rows.masked_fill(broken[:, None], torch.nan)
+
+    return pairs.per_row(areas, 4)
 
 
 def _parse(threshold: float | str) -> tuple[bool, float | None]:
