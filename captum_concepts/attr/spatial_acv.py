@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from captum_concepts._captum import LayerAttribution, log_usage, select_output
-from captum_concepts.activations import (
-    SpatialActivations,
-    find_model,
-    gradients_enabled,
-    layer_name,
-    resolve_layer,
-    spatial_activations,
-)
+from captum_concepts._captum import log_usage
+from captum_concepts.activations import find_model, layer_name, resolve_layer
 from captum_concepts.activations.capture import Inputs, Layer
 from captum_concepts.attr import _acv_file
-from captum_concepts.attr._acv_maps import all_channels, chunks, project, recorded_target
-from captum_concepts.attr._acv_state import FittedVectors, fit_vectors
-from captum_concepts.attr._similarity import full_precision
-from captum_concepts.errors import InputError, LayerError, NotFittedError
+from captum_concepts.attr._acv_base import LayerVectors
+from captum_concepts.attr._acv_maps import all_channels, project, recorded_target
+from captum_concepts.attr._acv_state import fit_vectors
+from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
 
 
-class SpatialACV(LayerAttribution):
+class SpatialACV(LayerVectors):
     r"""Spatial Activation Concept Vectors (SACV): TCAV, position by position.
 
     Every position of every guidance image is one training row; a linear classifier separates the concept's rows from
@@ -49,15 +43,8 @@ class SpatialACV(LayerAttribution):
         batch_size: the most images in one forward pass, in fitting and in explaining. Results do not depend on it
             beyond rounding.
 
-    Attributes:
-        vectors: ``(K, C)`` unit rows, towards the concept.
-        concept_names: the K names.
-        accuracies_: ``(K,)`` held-out balanced accuracy of positions in [0, 1], chance 0.5; held out by image.
-        confidence_intervals_: ``(K, 2)`` its 95 % interval (Welch's t over images).
-        contrasts_: ``(K,)`` held-out difference of the mean relevance on concept and negatives, in standard deviations.
-        p_values_: ``(K,)``, Holm-adjusted for K concepts, or None where ``n_random=0``; see :meth:`fit`.
-        significant_: ``(K,)`` bool, ``p_values_ < 0.05``: False means *not encoded here*. None where ``n_random=0``.
-        rows_: for each concept how many images and rows were seen and how many rows the budget kept.
+    After :meth:`fit` there are ``vectors`` (K, C), ``concept_names``, and for each concept ``accuracies_``,
+    ``confidence_intervals_``, ``contrasts_``, ``p_values_``, ``significant_`` and ``rows_``; ``summary()`` prints them.
 
     Inside ``captum.concept.TCAV(..., layer_attr_method=SpatialACV(model, layer))``, fitted or not, it gives the
     gradients of all channels in the layer's own layout, which TCAV multiplies with the vectors it learns itself: TCAV
@@ -91,33 +78,10 @@ class SpatialACV(LayerAttribution):
         prefix_tokens: int | None = None,
         batch_size: int = 32,
     ) -> None:
-        self._layer: Layer | None = None
-        self._asked_by_tcav: nn.Module | None = None
-        super().__init__(forward_func, layer)
-        resolve_layer(forward_func, layer)
+        super().__init__(forward_func, layer, layout, prefix_tokens, batch_size)
         if classifier is not None and not all(hasattr(classifier, n) for n in ("train_and_eval", "weights", "classes")):
             raise InputError(f"classifier must be a captum.concept Classifier or None, got {type(classifier).__name__}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         self.classifier = classifier
-        self.layout = layout
-        self.prefix_tokens = prefix_tokens
-        self.batch_size = batch_size
-        self._fitted: FittedVectors | None = None
-
-    @property
-    def layer(self) -> Any:
-        """The layer; a SpatialACV keeps the one it was made for."""
-        return self._layer
-
-    @layer.setter
-    def layer(self, value: Any) -> None:
-        if self._layer is None:
-            self._layer = value
-        elif isinstance(value, nn.Module):
-            self._asked_by_tcav = value
-        else:
-            raise InputError("the vectors belong to one layer; make another SpatialACV for another layer")
 
     def fit(
         self,
@@ -298,20 +262,12 @@ class SpatialACV(LayerAttribution):
             layer=layer_name(self.forward_func, resolve_layer(self.forward_func, self.layer)),
             method=self.get_name(),
         )
-        if top_k is None:
-            return explanation
-        order = explanation.top(len(fitted.names)).concepts
-        significant = fitted.significant
-        if significant is not None:
-            encoded = {name for name, yes in zip(fitted.names, significant.tolist(), strict=True) if yes}
-            order.sort(key=lambda name: name not in encoded)
-        if top_k < 1:
-            raise InputError(f"top_k must be at least 1, got {top_k}")
-        return explanation[order[:top_k]]
+        return explanation if top_k is None else explanation[self._ranked(explanation, top_k)]
 
-    def save(self, path: str | os.PathLike[str]) -> Any:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write vectors, statistics and the model's fingerprint as one safetensors file, atomically."""
-        return _acv_file.save(path, self._need_fit(), self.forward_func, self.layer, self._settings())
+        settings = {"layout": self.layout, "prefix_tokens": self.prefix_tokens, "batch_size": self.batch_size}
+        return _acv_file.save(path, self._need_fit(), self.forward_func, self.layer, settings)
 
     @classmethod
     def load(
@@ -333,107 +289,9 @@ class SpatialACV(LayerAttribution):
         loaded._fitted = fitted
         return loaded
 
-    @classmethod
-    def layer_sweep(
-        cls,
-        forward_func: Callable[..., Any],
-        layers: Sequence[Layer],
-        concepts: Any,
-        negatives: Any = None,
-        **options: Any,
-    ) -> Any:
+    @staticmethod
+    def layer_sweep(*args: Any, **options: Any) -> Any:
         """Fit every layer and compare: see :func:`captum_concepts.attr.layer_sweep.layer_sweep`."""
         from captum_concepts.attr.layer_sweep import layer_sweep
 
-        return layer_sweep(forward_func, layers, concepts, negatives, **options)
-
-    @property
-    def vectors(self) -> Tensor:
-        return self._need_fit().vectors
-
-    @property
-    def concept_names(self) -> list[str]:
-        return list(self._need_fit().names)
-
-    @property
-    def accuracies_(self) -> Tensor:
-        return self._need_fit().accuracies
-
-    @property
-    def confidence_intervals_(self) -> Tensor:
-        return self._need_fit().intervals
-
-    @property
-    def contrasts_(self) -> Tensor:
-        return self._need_fit().contrasts
-
-    @property
-    def p_values_(self) -> Tensor | None:
-        return self._need_fit().p_values
-
-    @property
-    def significant_(self) -> Tensor | None:
-        return self._need_fit().significant
-
-    @property
-    def rows_(self) -> dict[str, dict[str, int]]:
-        return self._need_fit().rows
-
-    def summary(self) -> str:
-        """A table of the concepts: accuracy, interval, p-value, rows; a concept may be *not encoded here*."""
-        return self._need_fit().summary()
-
-    def _settings(self) -> dict[str, Any]:
-        return {"layout": self.layout, "prefix_tokens": self.prefix_tokens, "batch_size": self.batch_size}
-
-    def _need_fit(self) -> FittedVectors:
-        if self._fitted is None:
-            raise NotFittedError("there are no concept vectors yet; call fit(concepts, negatives), or SpatialACV.load")
-        return self._fitted
-
-    def _maps(self, inputs: Inputs, of_input: bool, extra: Any = None) -> Tensor:
-        """``(N, C, h, w)`` of the layer, without gradients."""
-        return spatial_activations(
-            self.forward_func,
-            inputs,
-            [self.layer],
-            additional_forward_args=extra,
-            attribute_to_layer_input=of_input,
-            layout=self.layout,
-            prefix_tokens=self.prefix_tokens,
-        ).maps[0]
-
-    def _gradient(
-        self, inputs: Inputs, extra: Any, target: Any, *, best: bool = False
-    ) -> tuple[SpatialActivations, Tensor]:
-        with gradients_enabled():
-            seen = spatial_activations(
-                self.forward_func,
-                inputs,
-                [self.layer],
-                additional_forward_args=extra,
-                gradient=True,
-                attribute_to_layer_input=self._need_fit().of_input,
-                layout=self.layout,
-                prefix_tokens=self.prefix_tokens,
-            )
-            goal = recorded_target(seen.output, target) if best and target is None else target
-            gradient = seen.gradients(select_output(seen.output, goal))[0]
-        return seen, gradient.detach()
-
-    def _vectors(self, maps: Tensor) -> Tensor:
-        vectors = self._need_fit().vectors
-        if vectors.shape[1] != maps.shape[1]:
-            raise LayerError(f"the vectors have {vectors.shape[1]} channels, but the layer gives {maps.shape[1]} now")
-        return vectors.to(full_precision(maps[:0]))
-
-    def _relevance(self, maps: Tensor, probability: bool) -> Tensor:
-        values = project(maps, self._vectors(maps))
-        if not probability:
-            return values
-        fitted = self._need_fit()
-        slope, intercept = (t.to(values).view(1, -1, 1, 1) for t in (fitted.slopes, fitted.intercepts))
-        return torch.sigmoid(values * slope + intercept)
-
-    def _chunks(self, inputs: Inputs, extra: Any, target: Any) -> Iterator[tuple[Inputs, Any, Any]]:
-        return chunks(inputs, extra, target, self.batch_size)
+        return layer_sweep(*args, **options)
