@@ -1,0 +1,201 @@
+"""ConceptExplanation: invariants, selection, files, and how it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from captum_concepts import ConceptExplanation
+from captum_concepts.errors import ArtifactError, InputError
+
+N, T = 3, 4
+NAMES = ["a", "b", "c", "d"]
+
+
+def make(**changes) -> ConceptExplanation:
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        "concepts": NAMES,
+        "scores": torch.rand(N, T, generator=generator),
+        "maps": torch.rand(N, T, 2, 5, generator=generator),
+        "contributions": torch.randn(N, T, generator=generator),
+        "target": torch.tensor([2, 0, 1]),
+        "layer": "layer4",
+        "method": "test",
+    }
+    return ConceptExplanation(**{**values, **changes})
+
+
+def assert_equal(a: ConceptExplanation, b: ConceptExplanation) -> None:
+    assert (a.concepts, a.layer, a.method) == (b.concepts, b.layer, b.method)
+    for name in ("scores", "maps", "contributions", "target"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y)
+
+
+class TestInvariants:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"concepts": "abcd"}, "list of names"),
+            ({"concepts": ["a", "b", "c", 4]}, "non-empty strings"),
+            ({"concepts": ["a", "b", "c", ""]}, "non-empty strings"),
+            ({"concepts": ["a", "b", "b", "a"]}, r"more than once: \['a', 'b'\]"),
+            ({"concepts": ["a", "b", "c"]}, r"scores must be \(N, 3\)"),
+            ({"scores": torch.rand(N)}, "scores must be"),
+            ({"scores": [[1.0]]}, "torch.Tensor, got list"),
+            ({"scores": torch.ones(N, T, dtype=torch.long)}, "floating point"),
+            ({"maps": torch.rand(N, T, 2)}, r"maps must be \(3, 4, h, w\)"),
+            ({"maps": torch.rand(N + 1, T, 2, 2)}, "maps must be"),
+            ({"maps": torch.rand(N, T, 0, 2)}, "maps must be"),
+            ({"contributions": torch.rand(N, T + 1)}, "contributions must be"),
+            ({"target": torch.tensor([0, 1])}, r"target must be \(3,\)"),
+            ({"target": torch.tensor([0.0, 1, 2])}, "integer"),
+            ({"target": torch.tensor([True, False, True])}, "integer"),
+            ({"layer": [["x"] * T] * 2}, "3 rows of 4 names"),
+            ({"scores": torch.rand(N, T, device="meta")}, "one device"),
+        ],
+    )
+    def test_bad_values_are_refused(self, changes, message):
+        with pytest.raises(InputError, match=message):
+            make(**changes)
+
+    def test_tensors_are_detached_and_the_value_is_frozen(self):
+        e = make(scores=torch.rand(N, T, requires_grad=True))
+        assert not e.scores.requires_grad
+        with pytest.raises(AttributeError):
+            e.scores = torch.zeros(1)
+
+    def test_optional_parts_may_be_missing(self):
+        e = make(contributions=None, target=None)
+        assert e.top(2).contributions is None
+        assert e[0].target is None
+
+
+class TestSelection:
+    def test_examples(self):
+        e = make()
+        assert torch.equal(e[1].scores, e.scores[1:2])
+        assert torch.equal(e[-1].maps, e.maps[2:3])
+        assert torch.equal(e[1:].target, torch.tensor([0, 1]))
+        assert torch.equal(e[torch.tensor([True, False, True])].scores, e.scores[[0, 2]])
+        assert torch.equal(e[[2, 0]].scores, e.scores[[2, 0]])
+        assert [len(one) for one in e] == [1, 1, 1]
+
+    def test_concepts(self):
+        e = make()
+        assert torch.equal(e["c"].scores, e.scores[:, 2:3])
+        assert e[["d", "a"]].concepts == ["d", "a"]
+        assert torch.equal(e[["d", "a"]].contributions, e.contributions[:, [3, 0]])
+        assert torch.equal(e[1, "b"].maps, e.maps[1:2, 1:2])
+        assert torch.equal(e[:, 1:3].scores, e.scores[:, 1:3])
+        assert torch.equal(e[:, -1].scores, e.scores[:, 3:])
+
+    def test_layers_follow(self):
+        layers = [[f"{n}{t}" for t in range(T)] for n in range(N)]
+        assert make(layer=layers)[2, ["d", "b"]].layer == (("23", "21"),)
+
+    @pytest.mark.parametrize("key", [7, "stripes", (0, "z"), (0, 9), (0, 1, 2), "aa", 1.5])
+    def test_what_is_not_there(self, key):
+        with pytest.raises(InputError):
+            make()[key]
+
+    def test_top_ranks_by_the_best_score_of_any_example(self):
+        scores = torch.tensor([[0.1, 0.9, 0.3, 0.0], [0.8, 0.2, 0.3, 0.0], [0.0, 0.0, 0.3, 0.0]])
+        e = make(scores=scores)
+        assert e.top(2).concepts == ["b", "a"]
+        assert e.top(99).concepts == ["b", "a", "c", "d"]
+        assert [one.top(1).concepts for one in e] == [["b"], ["a"], ["c"]]
+
+    def test_top_by_contribution_ignores_the_sign(self):
+        how = torch.tensor([[0.1, -0.9, 0.3, 0.0]])
+        assert make()[:1][0, NAMES].top(1).concepts
+        e = ConceptExplanation(NAMES, torch.rand(1, T), torch.rand(1, T, 2, 2), how)
+        assert e.top(2, by="contributions").concepts == ["b", "c"]
+
+    def test_nan_ranks_last_and_ties_keep_their_order(self):
+        scores = torch.tensor([[float("nan"), 0.5, 0.5, -1.0]])
+        e = ConceptExplanation(NAMES, scores, torch.rand(1, T, 2, 2))
+        assert e.top(4).concepts == ["b", "c", "d", "a"]
+
+    def test_top_refuses(self):
+        for arguments in ({"k": 0}, {"k": 1, "by": "maps"}):
+            with pytest.raises(InputError):
+                make().top(**arguments)
+        with pytest.raises(InputError, match="no contributions"):
+            make(contributions=None).top(1, by="contributions")
+
+
+class TestFiles:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_round_trip_is_exact(self, tmp_path: Path, dtype):
+        e = make(scores=torch.rand(N, T, dtype=dtype), layer=[["x"] * T] * N)
+        assert_equal(ConceptExplanation.load(e.save(tmp_path / "e.safetensors")), e)
+        assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+
+    def test_no_example_and_missing_parts(self, tmp_path: Path):
+        e = make(contributions=None, target=None)[:0]
+        assert_equal(ConceptExplanation.load(e.save(tmp_path / "e")), e)
+
+    def test_a_failed_save_leaves_the_old_file_and_no_part(self, tmp_path: Path, monkeypatch):
+        path = make().save(tmp_path / "e.safetensors")
+        before = path.read_bytes()
+
+        def fail(self, target):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            make(method="other").save(path)
+        assert path.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+
+    @pytest.mark.parametrize("cut", [0, 4, 60, 200])
+    def test_truncated_files_are_refused(self, tmp_path: Path, cut: int):
+        path = make().save(tmp_path / "e.safetensors")
+        path.write_bytes(path.read_bytes()[:cut])
+        with pytest.raises(ArtifactError, match=r"e\.safetensors"):
+            ConceptExplanation.load(path)
+
+    def test_every_single_damaged_header_byte_is_refused_or_harmless(self, tmp_path: Path):
+        path = make().save(tmp_path / "e.safetensors")
+        data = bytearray(path.read_bytes())
+        header = 8 + int.from_bytes(data[:8], "little")
+        for i in range(0, header, 7):
+            damaged = bytearray(data)
+            damaged[i] ^= 0x15
+            path.write_bytes(damaged)
+            try:
+                ConceptExplanation.load(path)
+            except ArtifactError:
+                pass  # any other exception fails the test
+
+    def test_foreign_files_are_refused(self, tmp_path: Path):
+        save_file({"scores": torch.rand(1, 1)}, tmp_path / "f.safetensors")
+        with pytest.raises(ArtifactError, match="not a saved explanation"):
+            ConceptExplanation.load(tmp_path / "f.safetensors")
+        with pytest.raises(FileNotFoundError):
+            ConceptExplanation.load(tmp_path / "missing")
+
+
+class TestPrinting:
+    def test_repr_names_what_matters(self):
+        text = repr(make())
+        assert "3 examples, 4 concepts, maps 2 x 5, test, layer layer4" in text
+        assert "[target 2]" in text
+        assert len(repr(make(scores=torch.rand(N, T)))) < 1000
+
+    def test_html_is_escaped(self):
+        e = ConceptExplanation(["<script>"], torch.rand(1, 1), torch.rand(1, 1, 2, 2))
+        assert "<script>" not in e._repr_html_()
+        assert "&lt;script&gt;" in e._repr_html_()
+
+    def test_empty(self):
+        assert "0 examples" in repr(make()[:0])
+        assert make()[:0]._repr_html_()
