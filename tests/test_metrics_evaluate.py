@@ -80,7 +80,7 @@ def test_every_kind_of_explainer_and_data_gives_the_functional_value():
         table = metrics.evaluate(explainers, data, ["nra"], batch_size=6, n_bootstrap=0)
         for row in table.rows:
             assert row["value"] == pytest.approx(expected, abs=1e-6), (name, row)
-            assert row["images"] == row["counted"] == 20
+            assert row["examples"] == row["counted"] == 20
 
 
 def test_every_named_metric_and_functions_of_ones_own():
@@ -168,7 +168,7 @@ def test_skipped_values_are_in_the_table_and_streaming_state_is_not_touched():
     metric = metrics.NormalizedRegionAccuracy(baseline="exact")
     table = metrics.evaluate(lambda x: x.sum(1), [(images, masks)], {"nra": metric, "pixels": "pixel_accuracy"})
     row = table.row("<lambda>", "nra")
-    assert (row["images"], row["counted"], row["skipped"]) == (6, 5, 1)
+    assert (row["examples"], row["counted"], row["skipped"]) == (6, 5, 1)
     assert int(metric.counted) == 0
     assert "nra 1 (counted 5)" in table.to_markdown()
     masks[:] = False
@@ -218,7 +218,7 @@ def test_input_attributions_become_one_map():
 def test_examples_of_several_sizes_and_a_progress_bar(capsys):
     data = [(torch.rand(3, s, s), torch.eye(s).bool()) for s in (8, 8, 10, 8)]
     table = metrics.evaluate(lambda x: x.mean(1), data, ["nra"], n_bootstrap=0, show_progress=True)
-    assert table.rows[0]["images"] == 4
+    assert table.rows[0]["examples"] == 4
     assert "evaluate" in capsys.readouterr().err
 
 

@@ -300,3 +300,36 @@ def test_a_constant_map_stays_constant_when_resized():
     mask[:, 3:20, 7:31] = True
     assert metrics.nra(torch.full((1, 7, 7), 0.1), mask, baseline="exact").item() == 0
     assert metrics.epg(torch.full((1, 7, 7), 0.1), mask).item() == pytest.approx(mask.float().mean().item())
+
+
+def test_the_paths_of_other_devices_agree(monkeypatch):
+    from captum_concepts.metrics import _areas
+
+    g = torch.Generator().manual_seed(8)
+    maps = (torch.randn(3, 40, 50, generator=g).clamp(min=0) * 8).round()  # one long group of ties, many short ones
+    masks = torch.rand(3, 40, 50, generator=g) > 0.5
+    expected = metrics.nra(maps, masks)
+    monkeypatch.setattr(_areas, "_sort_rows", lambda keys: torch.sort(keys, dim=1).values)
+    monkeypatch.setattr(_areas, "_LONG_GROUP", 10**9)
+    torch.testing.assert_close(metrics.nra(maps, masks), expected)
+    torch.testing.assert_close(expected[0].item(), published_loop(maps[0].numpy(), masks[0].numpy()), atol=1e-6, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu():
+    maps, masks = random_case(9, n=6, h=64, w=48)
+    for heat in (maps, maps.relu(), maps.half(), maps.double()):
+        for metric in (metrics.nra, metrics.epg, metrics.pointing_game, metrics.iou, metrics.average_precision):
+            found = metric(heat.cuda(), masks.cuda())
+            assert found.is_cuda
+            torch.testing.assert_close(found.cpu(), metric(heat, masks), atol=1e-5, rtol=1e-5)
+
+
+def test_memory_is_bounded_by_pixels_not_by_maps():
+    from captum_concepts.metrics import _prepare
+
+    masks = torch.zeros(300, 100, 100, dtype=torch.bool)
+    pairs = _prepare.prepare(torch.rand(300, 4, 4), masks)
+    sizes = [chunk.values.numel() for chunk in pairs.chunks()]
+    assert sum(sizes) == masks.numel()
+    assert max(sizes) <= _prepare._CPU_PIXELS

@@ -197,3 +197,12 @@ def test_two_processes_agree_with_one(tmp_path: Path):
             expected += [float(metric.compute()), int(metric.counted), int(metric.skipped)]
     for rank in range(2):
         assert torch.load(tmp_path / f"rank{rank}.pt") == pytest.approx(expected)
+
+
+def test_a_collection_does_not_take_two_metrics_for_one_because_both_begin_with_zero():
+    mask = torch.tensor([[[True, False, False]]])
+    hits, points = metrics.HitRate(), metrics.PointingGame()
+    together = MetricCollection([hits, points])
+    together.update(torch.tensor([[[0.0, 2.0, 1.0]]]), mask)  # 0 for both
+    together.update(torch.tensor([[[2.0, 2.0, 1.0]]]), mask)  # an NRA of exactly 0.5 is no hit; a shared peak is half
+    assert together.compute() == {"HitRate": torch.tensor(0.0), "PointingGame": torch.tensor(0.25)}

@@ -85,6 +85,10 @@ def _sorted_keys(chunk: Chunk, work: dict[str, Tensor]) -> Tensor:
     if chunk.ignore is not None:
         keys.masked_fill_(chunk.ignore, _IGNORED_KEY)
     keys.mul_(2).add_(chunk.masks)
+    return _sort_rows(keys)
+
+
+def _sort_rows(keys: Tensor) -> Tensor:
     if keys.device.type == "cpu":
         keys.numpy().sort(axis=1)  # vectorised, and several times faster than torch.sort, which carries indices
         return keys

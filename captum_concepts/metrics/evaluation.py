@@ -70,8 +70,9 @@ def evaluate(
 ) -> EvaluationTable:
     """Run one or several explainers over a data set and measure them.
 
-    Data is read once, a batch at a time; only a few numbers of every image are kept. Confidence intervals come from
-    resampling images (percentile bootstrap, the same resamples for every explainer and metric, so that
+    Data is read once, a batch at a time; only a few numbers of every example are kept. Confidence intervals come from
+    resampling examples (percentile bootstrap; give the T concepts of an image as one example with masks (T, H, W), so
+    that they are resampled together; the same resamples for every explainer and metric, so that
     differences are paired: :meth:`EvaluationTable.compare`).
 
     Args:
@@ -116,7 +117,7 @@ def evaluate(
         | brightness | 1.00 | 1.00 |
         | inverse | 0.00 | 0.00 |
         <BLANKLINE>
-        4 images.
+        4 examples.
     """
     explainers = dict(explainer) if isinstance(explainer, Mapping) else {_name(explainer): explainer}
     measures = _measures(metrics, score_fn, nan_policy, batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from abc import abstractmethod
 from typing import Any
@@ -14,6 +15,8 @@ from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.metrics._prepare import check_nan_policy
 
 __all__ = ["ExampleMetric"]
+
+_INSTANCES = itertools.count(1)
 
 
 class ExampleMetric(Metric):
@@ -49,6 +52,9 @@ class ExampleMetric(Metric):
         self.add_state("total", torch.zeros(self.width, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counted", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("skipped", torch.tensor(0), dist_reduce_fx="sum")
+        # A MetricCollection updates only one of several metrics whose states are equal after the first batch. Two
+        # different metrics that both begin with 0 must not be taken for one.
+        self.add_state("instance", torch.tensor(next(_INSTANCES)), dist_reduce_fx="max")
 
     @abstractmethod
     def per_example(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["EvaluationTable"]
 
 _COLUMNS = (
-    "explainer", "metric", "value", "ci_low", "ci_high", "images", "counted", "skipped", "higher_is_better"
+    "explainer", "metric", "value", "ci_low", "ci_high", "examples", "counted", "skipped", "higher_is_better"
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What one explainer and metric left of every image: sums (n, width), counted and undefined values (n,)."""
+    """What one explainer and metric left of every example: sums (n, width), counted and undefined values (n,)."""
 
     total: np.ndarray
     counted: np.ndarray
@@ -51,10 +51,10 @@ class EvaluationTable:
 
     Args:
         rows: dicts with ``explainer``, ``metric``, ``value``, ``ci_low``, ``ci_high`` (NaN without bootstrap),
-            ``images``, ``counted`` and ``skipped`` (values, of which an image with T concepts has T; skipped ones are
-            undefined), ``higher_is_better`` (None if not known).
+            ``examples``, ``counted`` and ``skipped`` (values, of which an example with T concepts has T; skipped
+            ones are undefined), ``higher_is_better`` (None if not known).
         confidence: coverage of the intervals.
-        resamples: ``{(explainer, metric): (n_bootstrap,)}`` the metric of each resample of the images.
+        resamples: ``{(explainer, metric): (n_bootstrap,)}`` the metric of each resample of the examples.
     """
 
     rows: list[dict[str, Any]]
@@ -71,7 +71,7 @@ class EvaluationTable:
         confidence: float,
         seed: int,
     ) -> EvaluationTable:
-        """Values and percentile intervals from the sums of every image, the same resamples for all rows."""
+        """Values and percentile intervals from the sums of every example, the same resamples for all rows."""
         if not 0 < confidence < 1:
             raise InputError(f"confidence must lie between 0 and 1, got {confidence}")
         if isinstance(n_bootstrap, bool) or not isinstance(n_bootstrap, int) or n_bootstrap < 0:
@@ -108,7 +108,7 @@ class EvaluationTable:
         raise InputError(f"no row {explainer!r}, {metric!r}.{did_you_mean(f'{explainer}/{metric}', known)}")
 
     def compare(self, metric: str, first: str, second: str) -> dict[str, float]:
-        """``first`` minus ``second`` on the same images: ``difference``, ``ci_low``, ``ci_high`` (paired bootstrap)."""
+        """``first`` minus ``second`` on the same examples, paired: ``difference``, ``ci_low`` and ``ci_high``."""
         a, b = self.row(first, metric), self.row(second, metric)
         keys = (first, metric), (second, metric)
         if any(key not in self.resamples for key in keys):
@@ -156,10 +156,10 @@ class EvaluationTable:
         for explainer in explainers:
             cells = [_cell(self.row(explainer, metric), digits) for metric in metrics]
             lines.append("| " + " | ".join([explainer, *cells]) + " |")
-        images = self.rows[0]["images"] if self.rows else 0
-        note = f"{images} images."
+        examples = self.rows[0]["examples"] if self.rows else 0
+        note = f"{examples} examples."
         if any(not _missing(row["ci_low"]) for row in self.rows):
-            note += f" In brackets: {self.confidence:.0%} interval, bootstrap over images."
+            note += f" In brackets: {self.confidence:.0%} interval, bootstrap over examples."
         skipped = [row for row in self.rows if row["skipped"]]
         if skipped:
             parts = [f"{r['explainer']}/{r['metric']} {r['skipped']} (counted {r['counted']})" for r in skipped]
