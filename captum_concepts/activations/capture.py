@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_concepts.errors import InputError, InputWarning, LayerError, did_you_mean
+from captum_concepts.activations.modes import eager_mode, evaluation_mode, gradients_enabled
+from captum_concepts.activations.modules import Layer, find_model, layer_name, resolve_layer, unwrap
+from captum_concepts.errors import InputError, InputWarning, LayerError
 
-Layer = nn.Module | str
+__all__ = [
+    "Captured",
+    "Inputs",
+    "Layer",
+    "capture",
+    "check_images",
+    "evaluation_mode",
+    "find_model",
+    "gradients_enabled",
+    "layer_name",
+    "resolve_layer",
+    "unwrap",
+]
+
 Inputs = Tensor | tuple[Tensor, ...]
 
 
@@ -33,67 +47,6 @@ class Captured:
 
     output: Any
     layers: tuple[Tensor, ...]
-
-
-def find_model(forward_func: Callable[..., Any]) -> nn.Module | None:
-    """The module behind ``forward_func``: itself, the owner of a bound method, or what a partial wraps."""
-    while isinstance(forward_func, functools.partial):
-        forward_func = forward_func.func
-    owner = forward_func if isinstance(forward_func, nn.Module) else getattr(forward_func, "__self__", None)
-    return unwrap(owner) if isinstance(owner, nn.Module) else None
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile`` and (Distributed)DataParallel wrappers.
-
-    Their copies and compiled graphs do not run hooks reliably; the module inside computes the same.
-    """
-    while True:
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            module = module.module
-        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod  # type: ignore[assignment]
-        else:
-            return module
-
-
-def resolve_layer(forward_func: Callable[..., Any], layer: Layer) -> nn.Module:
-    """The module that ``layer`` means.
-
-    Args:
-        forward_func: the model, or a method of it.
-        layer: a module, or its dotted name as in ``model.named_modules()``.
-
-    Raises:
-        LayerError: no such name; the nearest ones are offered.
-    """
-    if isinstance(layer, nn.Module):
-        return unwrap(layer)
-    if not isinstance(layer, str):
-        raise LayerError(f"layer must be a torch.nn.Module or its dotted name, got {type(layer).__name__}")
-    model = find_model(forward_func)
-    if model is None:
-        raise LayerError(
-            f"layer {layer!r} cannot be looked up, because forward_func is a plain function; "
-            "pass the layer as a module, or forward_func as a torch.nn.Module or one of its methods"
-        )
-    names = dict(model.named_modules(remove_duplicate=False))
-    for candidate in (layer, layer.removeprefix("module."), layer.removeprefix("_orig_mod.")):
-        if candidate and candidate in names:
-            return unwrap(names[candidate])
-    hint = did_you_mean(layer, [n for n in names if n])
-    hint = hint or f" Its top-level layers are {[name for name, _ in model.named_children()]}."
-    raise LayerError(f"{type(model).__name__} has no layer {layer!r}.{hint}")
-
-
-def layer_name(forward_func: Callable[..., Any], layer: Layer) -> str:
-    """The dotted name of ``layer`` in the model, or its class name where it has none."""
-    if isinstance(layer, str):
-        return layer
-    model = find_model(forward_func)
-    module = unwrap(layer)
-    named = () if model is None else model.named_modules()
-    return next((name for name, m in named if m is module and name), type(module).__name__)
 
 
 def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -114,33 +67,14 @@ def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
             f"inputs have dtype {first.dtype}; convert pixels to floating point the way the model was trained, "
             "for example images.float() / 255"
         )
-    # A sum is NaN or infinite whenever a value is, and costs a fraction of a full isfinite mask.
-    if not first.detach().sum(dtype=torch.float32).isfinite() and not first.detach().isfinite().all():
+    if any(part.is_floating_point() and _has_nonfinite(part.detach()) for part in parts):
         warnings.warn("the inputs contain NaN or infinite values; so will the result", InputWarning, stacklevel=3)
     return parts
 
 
-@contextmanager
-def gradients_enabled() -> Iterator[None]:
-    """Let autograd record inside, also when called under ``torch.no_grad()`` or ``torch.inference_mode()``."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module | None) -> Iterator[None]:
-    """Run ``model`` as in ``eval()``, then put each submodule's training flag back as it was.
-
-    In training mode batch statistics would mix the examples and every call would change the model's buffers.
-    """
-    training = [] if model is None else [m for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _has_nonfinite(values: Tensor) -> bool:
+    # A sum is NaN or infinite whenever a value is, and costs a fraction of a full isfinite mask.
+    return not bool(values.sum(dtype=torch.float32).isfinite()) and not bool(values.isfinite().all())
 
 
 def capture(
@@ -167,8 +101,8 @@ def capture(
             have another batch size. It is captured after that.
         attribute_to_layer_input: take each layer's (first) input instead of its output.
 
-    The model is left as found: hooks, training mode, ``.grad`` and random state, also after an exception.
-    Other threads may run the same model meanwhile; their calls are not recorded.
+    The model is left as found: hooks, training mode, buffers and ``.grad``, also after an exception; evaluation mode
+    draws no random numbers. Other threads may run the same model meanwhile; their calls are not recorded.
 
     Raises:
         LayerError: unknown layer, a layer that did not run, or ran more than once.
@@ -191,71 +125,126 @@ def capture(
     # Calling a wrapper (DataParallel, torch.compile) would run copies or graphs that skip the hooks.
     run = model if model is not None and isinstance(forward_func, nn.Module) else forward_func
 
-    def attempt(enabled_before: bool) -> tuple[Any, dict[nn.Module, Tensor]]:
-        record: dict[nn.Module, Tensor] = {}
+    def attempt(enabled_before: bool) -> tuple[Any, _Recorder]:
+        recorder = _Recorder(names, replace, gradient)
         with ExitStack() as stack:
-            stack.enter_context(_eager())
+            stack.enter_context(eager_mode())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(enabled_before))
             stack.enter_context(evaluation_mode(model))
             for module in dict.fromkeys([*wanted, *replace]):
-                hook = _make_hook(module, names[module], record, replace.get(module), gradient)
                 if attribute_to_layer_input:
-                    handle = module.register_forward_pre_hook(hook)
+                    handle = module.register_forward_pre_hook(recorder.at_input, with_kwargs=True)
                 else:
-                    handle = module.register_forward_hook(lambda _m, _i, out, hook=hook: hook(_m, out))
+                    handle = module.register_forward_hook(recorder.at_output, with_kwargs=True)
                 stack.callback(handle.remove)
-            args = [p.clone() if p.is_inference() else p for p in parts]
-            output = run(*args, *additional_forward_args)
-        return output, record
+            arguments = [_normal(argument) for argument in (*parts, *additional_forward_args)]
+            output = run(*arguments)
+            if recorder.gradients_put_off() and not _differentiable(output):
+                recorder.interrupted = True
+        return output, recorder
 
-    output, record = attempt(enabled_before=False)
+    output, recorder = attempt(enabled_before=False)
     for module in dict.fromkeys([*wanted, *replace]):
-        if module not in record:
+        if module not in recorder.record:
             raise LayerError(
                 f"layer {names[module]!r} did not run in this forward pass; choose a layer that forward_func "
                 "calls (a layer of another model, of another branch, or inside a compiled function does not)"
             )
-    if gradient and isinstance(output, Tensor) and not output.requires_grad:
+    if recorder.interrupted:
         # A model that runs its backbone under its own no_grad() restores "disabled" behind the layer; with
         # gradients enabled around the forward it restores "enabled".
-        output, record = attempt(enabled_before=True)
-    return Captured(output, tuple(record[module] for module in wanted))
+        output, recorder = attempt(enabled_before=True)
+    return Captured(output, tuple(recorder.record[module] for module in wanted))
 
 
-def _make_hook(
-    module: nn.Module,
-    name: str,
-    record: dict[nn.Module, Tensor],
-    replace: Callable[[Tensor], Tensor] | None,
-    gradient: bool,
-) -> Callable[[nn.Module, Any], Any]:
-    owner = threading.get_ident()
+@dataclass
+class _Recorder:
+    """The hooks of one forward pass and what they have seen."""
 
-    def hook(_module: nn.Module, value: Any) -> Any:
-        if threading.get_ident() != owner:
+    names: Mapping[nn.Module, str]
+    replace: Mapping[nn.Module, Callable[[Tensor], Tensor]]
+    gradient: bool
+    record: dict[nn.Module, Tensor] = field(default_factory=dict)
+    interrupted: bool = False
+    owner: int = field(default_factory=threading.get_ident)
+
+    def at_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook."""
+        if threading.get_ident() != self.owner:
             return None
-        if module in record:
+        tensor, rebuild = _first_tensor(output, f"layer {self.names[module]!r} gives")
+        # nn.Identity, or dropout in evaluation mode, hands its input on, which others may overwrite.
+        shared = any(_same_memory(tensor, other) for other in _tensors((args, kwargs)))
+        return rebuild(self._take(module, tensor, shared))
+
+    def at_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook."""
+        if threading.get_ident() != self.owner:
+            return None
+        name = f"layer {self.names[module]!r} is called with"
+        if kwargs and not any(value.is_floating_point() for value in _tensors(args)):
+            tensor, rebuild = _first_tensor(kwargs, name)
+            return args, rebuild(self._take(module, tensor, True))
+        tensor, rebuild = _first_tensor(args, name)
+        return rebuild(self._take(module, tensor, True)), kwargs
+
+    def _take(self, module: nn.Module, tensor: Tensor, shared: bool) -> Tensor:
+        """Record ``tensor`` (a copy, where its memory is ``shared``) and return what goes on in its place."""
+        if module in self.record:
             raise LayerError(
-                f"layer {name!r} runs more than once in one forward pass, so its activation is not one tensor; "
-                "choose a layer that runs once (a shared ReLU, for example, has the layer before it)"
+                f"layer {self.names[module]!r} runs more than once in one forward pass, so its activation is not one "
+                "tensor; choose a layer that runs once (a shared ReLU, for example, has the layer before it)"
             )
-        tensor, rebuild = _first_tensor(value, name)
-        if replace is not None:
-            tensor = replace(tensor)
-        if gradient:
+        if self.gradient and not tensor.is_floating_point():
+            raise LayerError(f"layer {self.names[module]!r} has no gradient, because it gives {tensor.dtype}")
+        self.interrupted = self.interrupted or self.gradients_put_off()
+        if self.gradient and not self.record:
+            tensor = tensor.detach()  # what is in front of the first layer is never differentiated
+        if shared:
+            tensor = tensor.clone()
+        if module in self.replace:
+            tensor = self.replace[module](tensor)
+            if not isinstance(tensor, Tensor):
+                raise InputError(f"substitute for layer {self.names[module]!r} must return a tensor, got {tensor!r}")
+        if self.gradient:
             if not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
             torch.set_grad_enabled(True)
-        record[module] = tensor
+        self.record[module] = tensor
         # A copy goes on, so that an in-place operation behind the layer cannot overwrite what was recorded.
-        return rebuild(tensor.clone())
+        return tensor.clone()
 
-    return hook
+    def gradients_put_off(self) -> bool:
+        """Whether the model itself has put gradients off again since the first layer."""
+        return self.gradient and bool(self.record) and not torch.is_grad_enabled()
+
+
+def _normal(value: Any) -> Any:
+    """Tensors made under inference_mode() cannot be recorded by autograd; their copies can."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _differentiable(output: Any) -> bool:
+    tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+    return bool(tensors) and all(tensor.requires_grad for tensor in tensors)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The (first) floating-point tensor in a layer's output and how to put another in its place."""
+    """The (first) floating-point tensor in what a layer gives or takes, and how to put another in its place."""
     if isinstance(value, Tensor):
         return value, lambda new: new
     keyed = list(enumerate(value)) if isinstance(value, (tuple, list)) else []
@@ -264,7 +253,7 @@ def _first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any
     for key, item in keyed:
         if isinstance(item, Tensor) and item.is_floating_point():
             return item, functools.partial(_put, value, key)
-    raise LayerError(f"layer {name!r} gives {type(value).__name__}, which holds no tensor; choose a layer that does")
+    raise LayerError(f"{name} {type(value).__name__}, which holds no floating-point tensor; choose a layer that does")
 
 
 def _put(value: Any, key: Any, new: Tensor) -> Any:
@@ -276,13 +265,3 @@ def _put(value: Any, key: Any, new: Tensor) -> Any:
     copied = copy.copy(value)
     copied[key] = new
     return copied
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Let compiled submodules and functions run eagerly meanwhile, because compiled graphs skip new hooks."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
