@@ -200,3 +200,17 @@ def test_wrong_targets_and_steps(case):
     for steps in (0, 65, 2.5):
         with pytest.raises(InputError, match="n_steps"):
             metrics.deletion(net, images, maps, target=0, n_steps=steps)
+
+
+def test_no_call_is_larger_than_the_batch_size(case):
+    net, images, maps = case
+    sizes: list[int] = []
+
+    def score(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        assert not torch.is_grad_enabled()
+        return net(x)[:, 0]
+
+    for metric in (metrics.average_drop, metrics.increase_in_confidence, metrics.deletion, metrics.insertion):
+        metric(score, images, maps, batch_size=3)
+    assert max(sizes) == 3
