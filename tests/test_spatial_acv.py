@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_concepts.attr import _acv_fit, _acv_rows
+from captum_concepts.attr._guidance import guidance_sets
 from captum_concepts.attr.layer_sweep import layer_sweep
 from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.datasets import CaptionedScenes
@@ -585,6 +586,59 @@ def test_layer_sweep_compares_layers_and_draws_them(planted):
     assert again.p_values is None
     with pytest.raises(InputError, match="list of at least one layer"):
         layer_sweep(planted["net"], "at", sets, planted["negatives"])
+
+
+def test_no_call_of_the_model_sees_more_than_a_batch(planted):
+    sizes = []
+    handle = planted["net"].register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    acv = SpatialACV(planted["net"], "at", batch_size=5)
+    acv.fit([Concept(0, "a", DataLoader(planted["concept"], batch_size=14))], planted["negatives"])
+    acv.attribute(planted["test"], 1), acv.relevance(planted["test"]), acv.explain(planted["test"])
+    acv.tcav(planted["test"], 1)
+    handle.remove()
+    assert max(sizes) == 5
+    assert sizes[:7] == [5, 5, 5, 3, 5, 5, 4]  # the negatives, then the concept: full batches, each image once
+
+
+def test_images_of_several_sizes_teach_together(planted):
+    small = scenes_with(torch.ones(4, 16, 20), 5)
+    acv = SpatialACV(planted["net"], "at").fit({"a": [*planted["concept"][:4], *small]}, planted["negatives"])
+    assert acv.rows_["a"]["concept_rows_seen"] == 4 * 144 + 4 * 80
+    assert float(acv.vectors[0] @ F.normalize(planted["net"].direction.detach(), dim=0)) > 0.9
+
+
+def test_the_picture_greys_what_is_not_encoded(planted):
+    from captum_concepts.visualization import panel
+
+    noise = scenes_with(torch.zeros(14, 24, 24), 9)
+    sets = {"noise": noise, "planted": planted["concept"]}
+    acv = SpatialACV(planted["net"], "at").fit(sets, planted["negatives"], n_random=20)
+    x = planted["test"][:1]
+    figure = panel(x[:, :3], acv.explain(x), significant=acv.significant_)
+    titles = [axis.get_title() for axis in figure.axes]
+    (own,) = (t for t in titles if t.startswith("noise"))
+    assert "not encoded here" in own
+    assert sum("not encoded here" in t for t in titles) == 1
+
+
+def test_real_textures_and_photographs(shared_data, monkeypatch):
+    """Stripes and checks of real photographs, in a real network."""
+    monkeypatch.syspath_prepend(str(shared_data))
+    real_models = pytest.importorskip("real_models")
+    net = real_models.mobilenet_v2()
+    files = {f.name: sorted(f.iterdir())[:10] for f in (shared_data / "images" / "dtd").iterdir()}
+    acv = SpatialACV(net, "net.features.13").fit(files, image_size=160, n_random=20)
+    assert acv.accuracies_.mean() > 0.75
+    assert bool(acv.significant_.all())
+    photographs = sorted((shared_data / "images" / "imagenet").glob("*.jpg"))
+    zebra = [f for f in photographs if "zebra" in f.name]
+    others = photographs[::30]
+    scores = []
+    for paths in (zebra, others):
+        (one,) = guidance_sets({"x": paths}, "concepts")
+        images = torch.cat(list(one.batches(32, image_size=160)))
+        scores.append(acv.relevance(images)[:, acv.concept_names.index("banded")].amax((1, 2)))
+    assert float((scores[0] > scores[1]).float().mean()) > 0.8
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -208,7 +208,8 @@ def calibrate(x: Tensor, y: Tensor, weight: Tensor, direction: Tensor) -> tuple[
 
 
 def _contrast(score: Tensor, y: Tensor) -> float:
-    a, b = score[y == LABEL_CONCEPT].double(), score[y == LABEL_NEGATIVE].double()
+    score, y = score.cpu().double(), y.cpu()
+    a, b = score[y == LABEL_CONCEPT], score[y == LABEL_NEGATIVE]
     spread = ((a.var(unbiased=False) + b.var(unbiased=False)) / 2).sqrt()
     return float((a.mean() - b.mean()) / spread.clamp_min(1e-12)) if len(a) and len(b) else 0.0
 

@@ -87,7 +87,7 @@ def fit_vectors(
     others = sets if negatives is None else guidance_sets(negatives, "negatives")
     if negatives is None and len(sets) < 2:
         raise InputError("one concept without negatives: give negatives=, or a second concept to tell it from")
-    parameter = next(model.parameters(), None) if model is not None else None
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None) if model is not None else None
 
     def place(images: Tensor) -> Tensor:
         return images if parameter is None else images.to(parameter.device, parameter.dtype)

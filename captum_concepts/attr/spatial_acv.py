@@ -45,6 +45,8 @@ class SpatialACV(LayerVectors):
 
     After :meth:`fit` there are ``vectors`` (K, C), ``concept_names``, and for each concept ``accuracies_``,
     ``confidence_intervals_``, ``contrasts_``, ``p_values_``, ``significant_`` and ``rows_``; ``summary()`` prints them.
+    ``visualization.panel(images, acv.explain(images), significant=acv.significant_)`` draws the maps, grey where a
+    concept is *not encoded here*.
 
     Inside ``captum.concept.TCAV(..., layer_attr_method=SpatialACV(model, layer))``, fitted or not, it gives the
     gradients of all channels in the layer's own layout, which TCAV multiplies with the vectors it learns itself: TCAV
@@ -118,8 +120,7 @@ class SpatialACV(LayerVectors):
             folds: parts that the images are dealt to for held-out accuracy.
             max_rows: row budget: the concept keeps at most half of it and the negatives the other half (without
                 ``negatives``, each of the K sets keeps 1/K), a seeded uniform sample of all positions; ``rows_``
-                reports it. Memory is ``max_rows`` times C floats (and as much again while a classifier is fitted),
-                whatever the number of images.
+                reports it. Memory is a few times ``max_rows`` times C floats, whatever the number of images.
             transform: PIL image to tensor, for folders and PIL images: **give the model's own preprocessing**. None
                 gives RGB in [0, 1], shorter side ``image_size``, middle square.
             image_size: of the default transform.
