@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,23 +40,36 @@ def all_areas(
 
 
 def _chunk_auc(chunk: Chunk, work: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """``work`` holds buffers from one chunk to the next: fetching fresh memory costs as much as the sorting."""
+    """``work`` holds buffers from one chunk to the next: fetching fresh memory costs as much as the sorting.
+
+    On a CPU the long loops are NumPy's: one map is too little work to share among threads, and on a busy machine
+    waiting for them takes many times longer than the work.
+    """
     keys = _sorted_keys(chunk, work)
     p = keys.shape[1]
-    region = chunk.masks.sum(1)
-    pixels = torch.full_like(region, p) if chunk.ignore is None else p - chunk.ignore.sum(1)
     if "count" not in work:
         work["count"] = torch.arange(1, p + 1, dtype=torch.float64, device=keys.device)
-    bits = torch.bitwise_and(keys, 1, out=_buffer(work, "bits", keys.shape, torch.int64, keys.device))
+    bits = _buffer(work, "bits", keys.shape, torch.int64, keys.device)
     inside = _buffer(work, "inside", keys.shape, torch.float64, keys.device)
-    torch.cumsum(bits, 1, dtype=torch.float64, out=inside)
     iou = _buffer(work, "iou", keys.shape, torch.float64, keys.device)
-    torch.sub(work["count"], inside, out=iou).add_(region[:, None])  # the union, M + p - intersection
-    torch.div(inside, iou, out=iou)
+    if keys.device.type == "cpu":
+        count, b, i, u = (x.numpy() for x in (work["count"], bits, inside, iou))
+        np.cumsum(np.bitwise_and(keys.numpy(), 1, out=b), axis=1, out=b)
+        i[...] = b
+        np.subtract(count, i, out=u)
+        u += i[:, -1:]  # the union, M + p - intersection
+        np.divide(i, u, out=u)
+    else:
+        torch.cumsum(torch.bitwise_and(keys, 1, out=bits), 1, dtype=torch.float64, out=inside)
+        torch.sub(work["count"], inside, out=iou).add_(inside[:, -1:])
+        torch.div(inside, iou, out=iou)
+    region = inside[:, -1].long()
+    pixels = torch.full_like(region, p) if chunk.ignore is None else p - chunk.ignore.sum(1)
     _share_ties(iou, keys, inside, region)
     if chunk.ignore is not None:
         iou.masked_fill_(work["count"] > pixels[:, None], 0)
-    return iou.sum(1) / pixels, region, pixels
+    total = torch.from_numpy(iou.numpy().sum(1)) if iou.device.type == "cpu" else iou.sum(1)
+    return total / pixels, region, pixels
 
 
 def _buffer(work: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -79,12 +93,24 @@ def _sorted_keys(chunk: Chunk, work: dict[str, Tensor]) -> Tensor:
         step = torch.zeros_like(order)
         step[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         keys.scatter_(1, order, step.cumsum(1))
+    elif values.device.type == "cpu":
+        bits = np.negative(values.numpy())
+        bits += np.float32(0)  # makes -0.0 and 0.0 one value
+        order32 = bits.view(np.int32)
+        flip = order32 >> 31
+        flip &= 0x7FFFFFFF
+        keys.numpy()[...] = np.bitwise_xor(order32, flip, out=flip)
     else:
-        bits = (-values).add_(0.0).view(torch.int32)  # adding 0 makes -0.0 and 0.0 one value
-        keys.copy_(bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF)))
+        order32 = (-values).add_(0.0).view(torch.int32)
+        keys.copy_(order32.bitwise_xor_((order32 >> 31).bitwise_and_(0x7FFFFFFF)))
     if chunk.ignore is not None:
         keys.masked_fill_(chunk.ignore, _IGNORED_KEY)
-    keys.mul_(2).add_(chunk.masks)
+    if keys.device.type == "cpu":
+        k = keys.numpy()
+        k <<= 1
+        k += chunk.masks.numpy()
+    else:
+        keys.mul_(2).add_(chunk.masks)
     return _sort_rows(keys)
 
 
@@ -101,7 +127,11 @@ def _share_ties(iou: Tensor, keys: Tensor, inside: Tensor, region: Tensor) -> No
     In a sorted row the even (outside) keys of a group come before its odd ones, so that neighbours which differ in
     the last bit alone mark exactly these groups.
     """
-    rows, cols = ((keys[:, 1:] ^ keys[:, :-1]) == 1).nonzero(as_tuple=True)
+    if keys.device.type == "cpu":
+        k = keys.numpy()
+        rows, cols = (torch.from_numpy(x) for x in np.nonzero(k[:, 1:] ^ k[:, :-1] == 1))
+    else:
+        rows, cols = ((keys[:, 1:] ^ keys[:, :-1]) == 1).nonzero(as_tuple=True)
     if not len(rows):
         return
     n, p = keys.shape

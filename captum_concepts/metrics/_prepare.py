@@ -68,7 +68,9 @@ class Pairs:
             values = resize_maps(maps, masks.shape[-2:], mode=self.mode).flatten(1)
             masks = masks.flatten(1)
             if ignore is None:
-                broken = values.amax(1).isnan()
+                on_cpu = values.device.type == "cpu"  # where NumPy's loop does not wait for threads
+                top = torch.from_numpy(values.numpy().max(1)) if on_cpu else values.amax(1)
+                broken = top.isnan()
             else:
                 broken, masks = (values.isnan() & ~ignore).any(1), masks & ~ignore
             yield Chunk(values, masks, ignore, broken)
