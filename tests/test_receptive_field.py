@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from captum_concepts.activations.receptive_field import ReceptiveField, receptive_field, strongest_crops
+from captum_concepts.activations.receptive_field import (
+    ReceptiveField,
+    effective_receptive_field,
+    receptive_field,
+    strongest_crops,
+)
 from captum_concepts.errors import InputError, LayerError
 
 
@@ -120,3 +125,39 @@ def test_strongest_crops_are_the_pixels_behind_the_highest_positions():
     assert [c.value for c in strongest_crops(net, "0", images, maps, k=2, per_image=2)] == [9.0, 8.0]
     with pytest.raises(InputError, match="one concept's"):
         strongest_crops(net, "0", images, torch.zeros(3, 2, 8, 8))
+
+
+def test_the_effective_field_of_equal_weights_is_known():
+    """Two 5 x 5 box filters: rows weigh 1 2 3 4 5 4 3 2 1 of 25; the middle 70 % leaves 3 of 25 off either end."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 5, bias=False), nn.Conv2d(1, 1, 5, bias=False)).eval()
+    nn.init.ones_(net[0].weight), nn.init.ones_(net[1].weight)
+    image = torch.rand(1, 24, 24)
+    assert effective_receptive_field(net, "1", image, (4, 6), share=1.0) == (4, 6, 13, 15)
+    assert effective_receptive_field(net, "1", image, (4, 6), share=0.7) == (6, 8, 11, 13)
+    assert receptive_field(net, "1", 24, (4, 6), channels=1) == (4, 6, 13, 15)
+
+
+def test_the_effective_field_lies_inside_the_field_and_leaves_the_model_alone():
+    torch.manual_seed(0)
+    convolutions = [m for _ in range(4) for m in (nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True))]
+    net = nn.Sequential(*convolutions, nn.BatchNorm2d(3)).train()
+    image = torch.rand(1, 3, 20, 20)
+    with torch.no_grad():
+        whole = receptive_field(net, "6", 20, (9, 2))
+        most = effective_receptive_field(net, "6", image, (9, 2), share=0.8)
+    assert whole.top < most.top < most.bottom < whole.bottom
+    assert whole.left <= most.left < most.right < whole.right
+    assert net.training
+    assert not net[6]._forward_hooks
+    assert all(p.grad is None for p in net.parameters())
+    maps = torch.zeros(1, 20, 20)
+    maps[0, 9, 2] = 1
+    (crop,) = strongest_crops(net, "6", image, maps, k=1, share=0.8)
+    assert crop.field == most
+    assert torch.equal(crop.image, most.crop(image[0]))
+    with pytest.raises(InputError, match="share"):
+        effective_receptive_field(net, "6", image, (9, 2), share=0.0)
+    dead = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())
+    nn.init.constant_(dead[0].bias, -1e9)
+    with pytest.raises(LayerError, match="no pixel"):
+        effective_receptive_field(dead, "1", image, (0, 0))

@@ -7,9 +7,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from captum_concepts.activations.capture import Inputs, Layer, check_images, find_model, layer_name
+from captum_concepts.activations.capture import (
+    Inputs,
+    Layer,
+    check_images,
+    evaluation_mode,
+    find_model,
+    gradients_enabled,
+    layer_name,
+    resolve_layer,
+)
 from captum_concepts.activations.spatial import spatial_activations
 from captum_concepts.errors import InputError, LayerError
 
@@ -122,6 +131,68 @@ def receptive_field(
     return ReceptiveField(free[0], free[1], height - free[2], width - free[3])
 
 
+def effective_receptive_field(
+    model: Callable[..., Any],
+    layer: Layer,
+    image: Tensor,
+    position: tuple[int, int],
+    *,
+    share: float = 0.9,
+    layout: str = "auto",
+    prefix_tokens: int | None = None,
+) -> ReceptiveField:
+    """The part of one image that does most of the influencing of one position.
+
+    Of what a deep layer can see, the middle counts most (Luo et al., *Understanding the Effective Receptive Field in
+    Deep Convolutional Neural Networks*, 2016). With g the absolute gradient of half the squared norm of the
+    position's activation by the pixels, the box spans the middle ``share`` of g's sum, for rows and for columns.
+
+    Args:
+        model, layer, position, layout, prefix_tokens: as in :func:`receptive_field`.
+        image: ``(C, H, W)`` or ``(1, C, H, W)``; the field depends on it.
+        share: in (0, 1]; 1 gives every pixel with a gradient.
+
+    Raises:
+        InputError: more than one image, a share out of range, or a position outside the grid.
+        LayerError: no pixel has a gradient.
+    """
+    batch = check_images(image.unsqueeze(0) if image.ndim == 3 else image)[0]
+    if len(batch) != 1 or not 0 < share <= 1:
+        raise InputError(f"give one image and a share in (0, 1], got {tuple(image.shape)} and {share!r}")
+    seen: list[Tensor] = []
+
+    def record(_module: nn.Module, _args: Any, output: Any) -> Any:
+        first = output if isinstance(output, Tensor) else next(o for o in output if isinstance(o, Tensor))
+        seen.append(first)
+        return output.clone() if isinstance(output, Tensor) else output  # in-place ReLUs behind change the copy
+
+    name = layer_name(model, layer)
+    read = spatial_activations(model, batch, [layer], layout=layout, prefix_tokens=prefix_tokens).layouts[0]
+    row, column = _inside(position, read.grid, name)
+    handle = resolve_layer(model, layer).register_forward_hook(record)
+    try:
+        with evaluation_mode(find_model(model)), gradients_enabled():
+            pixels = batch.detach().clone().requires_grad_()
+            model(pixels)
+            value = read.maps(seen[0])[0, :, row, column].float().square().sum() / 2
+            gradient = torch.autograd.grad(value, pixels, allow_unused=True)[0] if value.requires_grad else None
+    finally:
+        handle.remove()
+    if gradient is None or not gradient.any():
+        raise LayerError(f"no pixel of this image has a gradient at position {tuple(position)} of layer {name!r}")
+    energy = gradient[0].abs().double().sum(0) if gradient.device.type != "mps" else gradient[0].abs().sum(0)
+    (top, bottom), (left, right) = (_middle(energy.sum(dim), share) for dim in (1, 0))
+    return ReceptiveField(top, left, bottom, right)
+
+
+def _middle(weights: Tensor, share: float) -> tuple[int, int]:
+    """The shortest range that leaves at most ``(1 - share) / 2`` of the sum on either side, the end excluded."""
+    below = weights.cumsum(0) / weights.sum()
+    above = weights.flip(0).cumsum(0) / weights.sum()
+    cut = (1 - share) / 2 + 1e-9
+    return int((below <= cut).sum()), len(weights) - int((above <= cut).sum())
+
+
 def strongest_crops(
     model: Callable[..., Any],
     layer: Layer,
@@ -131,6 +202,7 @@ def strongest_crops(
     k: int = 5,
     lowest: bool = False,
     per_image: int = 1,
+    share: float | None = None,
     layout: str = "auto",
     prefix_tokens: int | None = None,
 ) -> list[Crop]:
@@ -143,6 +215,8 @@ def strongest_crops(
         k: how many crops, strongest first; fewer if there are not so many.
         lowest: take the lowest values instead.
         per_image: most crops of one image, so that one image does not fill the list.
+        share: None cuts out all that a position can see, which is nearly the whole image at deep layers; 0.9, say,
+            the :func:`effective_receptive_field`.
         layout, prefix_tokens: as in :func:`receptive_field`.
 
     Raises:
@@ -167,11 +241,17 @@ def strongest_crops(
     for index in order:
         example, rank = divmod(index, best.shape[1])
         position = divmod(int(where[example, rank]), width)
-        if position not in known:
+        if share is not None:
+            field = effective_receptive_field(
+                model, layer, images[example], position, share=share, layout=layout, prefix_tokens=prefix_tokens
+            )
+        elif position in known:
+            field = known[position]
+        else:
             known[position] = receptive_field(
                 model, layer, size, position, channels=images.shape[1], layout=layout, prefix_tokens=prefix_tokens
             )
-        field = known[position]
+            field = known[position]
         value = float(flat[example, position[0], position[1]])
         crops.append(Crop(field.crop(images[example]), example, position, value, field))
     return crops
