@@ -1,355 +1,739 @@
-"""capture: what it records, and that it leaves the model as it was found."""
+"""capture: what is recorded is right, and the model is left as it was found."""
 
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections import OrderedDict, namedtuple
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 from captum_concepts.activations import capture, find_model, gradients_enabled, layer_name, resolve_layer
 from captum_concepts.errors import InputError, InputWarning, LayerError
 
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+class ModelOutput(OrderedDict):
+    """As in transformers: a dict whose values are attributes as well."""
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
+
 
 class Net(nn.Module):
-    """Two convolutions with an in-place ReLU between, a head, and a method of its own."""
+    """A small CNN with everything a hook could disturb: batch norm, in-place ReLU, dropout, a residual."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
-        self.norm, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3)
-        self.unused = nn.Conv2d(3, 3, 1)
-        self.head = nn.Linear(5, 2)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.deep = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Dropout(0.5))
+        self.fc = nn.Linear(4, 5)
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return self.head(self.embed(x)) * scale
+    def features(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.conv(x)))
+        return x + self.deep(x)
 
-    def embed(self, x: Tensor) -> Tensor:
-        return self.conv2(self.norm(self.relu(self.conv1(x)))).relu().mean((2, 3))
+    def forward(self, x: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+        return self.fc(self.features(x).mean((2, 3))) + bias
 
 
 @pytest.fixture
 def net() -> Net:
     torch.manual_seed(0)
-    return Net().eval()
+    return Net()
 
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+def state(model: nn.Module) -> dict:
+    hooks = {
+        name: [len(getattr(m, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+        for name, m in model.named_modules()
+    }
+    return {
+        "hooks": hooks,
+        "global hooks": len(torch.nn.modules.module._global_forward_pre_hooks),
+        "training": {name: m.training for name, m in model.named_modules()},
+        "tensors": {k: v.clone() for k, v in model.state_dict().items()},
+        "requires_grad": {k: v.requires_grad for k, v in model.named_parameters()},
+        "grad": {k: None if v.grad is None else v.grad.clone() for k, v in model.named_parameters()},
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "rng": torch.get_rng_state(),
+    }
 
 
-class TestWhatIsRecorded:
-    def test_outputs_of_several_layers_in_order(self, net, images):
-        first = net.conv1(images)
-        second = net.conv2(net.norm(first.relu()))
-        result = capture(net, images, ["conv2", net.conv1])
-        torch.testing.assert_close(result.layers[0], second)
-        torch.testing.assert_close(result.layers[1], first)  # not what the in-place ReLU made of it
-        torch.testing.assert_close(result.output, net(images))
-
-    def test_a_layer_that_is_in_place_itself(self, net, images):
-        result = capture(net, images, ["conv1", "relu"])
-        torch.testing.assert_close(result.layers[1], net.conv1(images).relu())
-        assert result.layers[0].min() < 0
-
-    def test_inputs_of_layers(self, net, images):
-        result = capture(net, images, ["relu", "norm"], attribute_to_layer_input=True)
-        torch.testing.assert_close(result.layers[0], net.conv1(images))
-        torch.testing.assert_close(result.layers[1], net.conv1(images).relu())
-
-    @pytest.mark.parametrize("extra", [2.0, (2.0,)])
-    def test_additional_forward_args(self, net, images, extra):
-        torch.testing.assert_close(capture(net, images, [], additional_forward_args=extra).output, net(images) * 2)
-
-    def test_a_tuple_of_inputs(self, images):
-        class Two(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.conv = nn.Conv2d(3, 2, 1)
-
-            def forward(self, a: Tensor, b: Tensor) -> Tensor:
-                return self.conv(a + b)
-
-        two = Two()
-        torch.testing.assert_close(capture(two, (images, images), ["conv"]).layers[0], two.conv(2 * images))
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_dtypes_and_memory_formats(self, net, images, dtype):
-        net, images = net.to(dtype).to(memory_format=torch.channels_last), images.to(dtype)
-        result = capture(net, images.contiguous(memory_format=torch.channels_last), ["conv2"], gradient=True)
-        assert result.layers[0].dtype == dtype
-        assert torch.autograd.grad(result.output.sum(), result.layers)[0].shape == (3, 5, 4, 4)
-
-    @pytest.mark.parametrize("kind", ["tuple", "list", "dict", "namedtuple"])
-    def test_layers_that_give_containers(self, images, kind):
-        Pair = namedtuple("Pair", ["steps", "x"])
-        wrap = {
-            "tuple": lambda x: (7, x),
-            "list": lambda x: [7, x],
-            "dict": lambda x: OrderedDict(steps=7, x=x),
-            "namedtuple": lambda x: Pair(7, x),
-        }[kind]
-
-        class Inner(nn.Module):
-            def forward(self, x: Tensor):
-                return wrap(2 * x)
-
-        class Outer(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.inner = Inner()
-
-            def forward(self, x: Tensor) -> Tensor:
-                out = self.inner(x)
-                assert (out["steps"] if kind == "dict" else out[0]) == 7
-                return out["x"] if kind == "dict" else out[1]
-
-        outer = Outer()
-        assert torch.equal(capture(outer, images, ["inner"]).layers[0], 2 * images)
-        result = capture(outer, images, [], substitute={"inner": lambda t: t + 1})
-        assert torch.equal(result.output, 2 * images + 1)
-
-
-class TestGradients:
-    @pytest.mark.parametrize("frozen", [True, False])
-    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-    def test_equal_plain_autograd_for_several_layers_at_once(self, net, images, frozen, mode):
-        kept = {}
-        handles = [
-            m.register_forward_hook(lambda _m, _i, o, n=n: kept.update({n: o}) or o.clone())
-            for n, m in (("conv1", net.conv1), ("conv2", net.conv2))
-        ]
-        expected = torch.autograd.grad(net(images)[:, 1].sum(), [kept["conv1"], kept["conv2"]])
-        for handle in handles:
-            handle.remove()
-        net.requires_grad_(not frozen)
-        with mode(), gradients_enabled():
-            result = capture(net, images, ["conv1", "conv2"], gradient=True)
-            found = torch.autograd.grad(result.output[:, 1].sum(), result.layers)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b)
-        assert all(p.grad is None for p in net.parameters())
-
-    def test_inference_tensors_as_inputs(self, net, images):
-        with torch.inference_mode():
-            frozen = images.clone()
-        with gradients_enabled():
-            result = capture(net, frozen, ["conv2"], gradient=True)
-            assert torch.autograd.grad(result.output.sum(), result.layers)[0].any()
-
-    def test_vit(self):
-        torch.manual_seed(0)
-        vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).eval()
-        images = torch.rand(2, 3, 32, 32)
-        result = capture(vit, images, ["blocks.0", "blocks.1"], gradient=True)
-        found = torch.autograd.grad(result.output[:, 0].sum(), result.layers)
-        tokens = result.layers[0].detach().requires_grad_()
-        later = vit.blocks[1](tokens)
-        value = vit.forward_head(vit.norm(later))[:, 0].sum()
-        for a, b in zip(found, torch.autograd.grad(value, [tokens, later]), strict=True):
-            torch.testing.assert_close(a, b)
-
-    def test_nothing_in_front_of_the_first_layer_is_recorded(self, net, images):
-        result = capture(net, images.requires_grad_(), ["conv1"], gradient=True)
-        assert result.layers[0].is_leaf
-        result = capture(net, images, ["norm", "conv2"], gradient=True)
-        assert [t.is_leaf for t in result.layers] == [True, False]
-
-    def test_a_backbone_that_the_model_runs_without_gradients(self, images):
-        class Frozen(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.backbone, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
-
-            def forward(self, x: Tensor) -> Tensor:
-                with torch.no_grad():
-                    features = self.backbone(x)
-                return self.head(features.mean((2, 3)))
-
-        frozen = Frozen().requires_grad_(False)
-        result = capture(frozen, images, ["backbone"], gradient=True)
-        gradient = torch.autograd.grad(result.output[:, 1].sum(), result.layers)[0]
-        expected = (frozen.head.weight[1] / 36)[None, :, None, None].expand(3, 4, 6, 6)
-        torch.testing.assert_close(gradient, expected)
-
-
-class TestSubstitution:
-    def test_another_output(self, net, images):
-        result = capture(net, images, ["conv2"], substitute={"conv2": torch.zeros_like})
-        assert not result.layers[0].any()
-        torch.testing.assert_close(result.output, net.head(torch.zeros(3, 5)))
-
-    def test_a_larger_batch(self, net, images):
-        result = capture(net, images, [], substitute={"conv2": lambda t: t.repeat_interleave(4, 0)})
-        torch.testing.assert_close(result.output, net(images).repeat_interleave(4, 0))
-
-
-class TestTheModelIsLeftAsFound:
-    def state(self, net: nn.Module) -> tuple:
-        return (
-            [m.training for m in net.modules()],
-            [p.requires_grad for p in net.parameters()],
-            {k: v.clone() for k, v in net.state_dict().items()},
-            hooks(net),
-            torch.get_rng_state(),
-        )
-
-    def assert_same(self, before: tuple, after: tuple) -> None:
-        assert before[:2] == after[:2]
-        assert before[3] == after[3]
-        assert torch.equal(before[4], after[4])
-        for key, value in before[2].items():
-            assert torch.equal(value, after[2][key])
-
-    @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-    def test_after_success_and_errors(self, net, images, error):
-        net.train()
-        net.conv1.eval()
-        net.conv2.weight.requires_grad_(False)
-        net.register_forward_hook(lambda *_: None)
-        before = self.state(net)
-        if error is None:
-            capture(net, images, ["conv1", "conv2"], gradient=True)
+def assert_same(before: dict, after: dict) -> None:
+    for part, value in before.items():
+        now = after[part]
+        if part == "rng":
+            assert torch.equal(value, now)
+        elif part in ("tensors", "grad"):
+            assert value.keys() == now.keys()
+            for k in value:
+                assert value[k] is now[k] is None or torch.equal(value[k], now[k]), k
         else:
-
-            def fail(tensor: Tensor) -> Tensor:
-                raise error("planted")
-
-            with pytest.raises(error, match="planted"):
-                capture(net, images, ["conv1", "conv2"], gradient=True, substitute={"conv2": fail})
-        self.assert_same(before, self.state(net))
-        assert torch.is_grad_enabled()
-        assert all(p.grad is None for p in net.parameters())
-
-    def test_train_mode_does_not_mix_the_batch(self, net, images):
-        expected = capture(net, images, ["norm"]).layers[0]
-        net.train()
-        torch.testing.assert_close(capture(net, images, ["norm"]).layers[0], expected)
-        torch.testing.assert_close(capture(net, images[:1], ["norm"]).layers[0], expected[:1])
-
-    def test_a_thousand_calls_leave_no_hook(self, net, images):
-        for _ in range(200):
-            capture(net, images[:1], ["conv1"], gradient=True)
-        assert hooks(net) == 0
-
-    def test_two_threads_on_one_model(self, net, images):
-        other = images.flip(0) + 1
-        expected = [capture(net, x, ["conv2"]).layers[0] for x in (images, other)]
-        failures = []
-
-        def work(x: Tensor, wanted: Tensor) -> None:
-            for _ in range(30):
-                try:
-                    torch.testing.assert_close(capture(net, x, ["conv2"]).layers[0], wanted)
-                except Exception as error:
-                    failures.append(error)
-
-        threads = [threading.Thread(target=work, args=pair) for pair in zip((images, other), expected, strict=True)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+            assert value == now, part
 
 
-class TestWrappers:
-    def test_methods_and_partials(self, net, images):
-        assert capture(net.embed, images, ["conv2"]).output.shape == (3, 5)
-        assert capture(functools.partial(net, scale=3.0), images, ["conv2"]).output.shape == (3, 2)
-        assert find_model(functools.partial(net.embed)) is net
-        assert capture(lambda x: net(x), images, [net.conv2]).layers[0].shape == (3, 5, 4, 4)
-
-    def test_data_parallel(self, net, images):
-        parallel = nn.DataParallel(net)
-        expected = capture(net, images, ["conv2"]).layers[0]
-        for layer in ("conv2", "module.conv2", net.conv2):
-            assert torch.equal(capture(parallel, images, [layer]).layers[0], expected)
-
-    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, while it traces
-    def test_compiled_model_and_submodule(self, net, images):
-        expected = capture(net, images, ["conv1", "conv2"]).layers
-        compiled = torch.compile(net, backend="eager")
-        compiled(images)  # the graph is made before any hook is there
-        for layers in (["conv1", "conv2"], ["_orig_mod.conv1", net.conv2]):
-            for a, b in zip(capture(compiled, images, layers).layers, expected, strict=True):
-                torch.testing.assert_close(a, b)
-        net.conv2 = torch.compile(net.conv2, backend="eager")
-        net(images)
-        torch.testing.assert_close(capture(net, images, ["conv2"]).layers[0], expected[1])
-
-    def test_compiled_in_place(self, net, images):
-        expected = capture(net, images, ["conv2"]).layers[0]
-        net.compile(backend="eager")
-        net(images)
-        torch.testing.assert_close(capture(net, images, ["conv2"]).layers[0], expected)
+# ---------------------------------------------------------------- the model is left as found
 
 
-class TestErrors:
-    def test_unknown_names_offer_near_ones(self, net, images):
-        with pytest.raises(LayerError, match=r"Net has no layer 'conv3'. Did you mean 'conv2' or 'conv1'"):
-            capture(net, images, ["conv3"])
-        with pytest.raises(LayerError, match="top-level layers"):
-            capture(net, images, ["qqqqqq"])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("at_input", [False, True])
+@pytest.mark.parametrize("mixed", ["train", "eval", "frozen batch norm"])
+def test_the_model_is_left_as_found(net, images, gradient, at_input, mixed) -> None:
+    net.train(mixed != "eval")
+    net.bn.train(mixed == "train")
+    net.fc.bias.grad = torch.ones(5)
+    net.conv.weight.requires_grad_(False)
+    before = state(net)
+    result = capture(net, images, ["conv", "deep.0"], gradient=gradient, attribute_to_layer_input=at_input)
+    if gradient:
+        with gradients_enabled():
+            torch.autograd.grad(result.output.sum(), result.layers)
+    assert_same(before, state(net))
 
-    def test_names_need_a_model(self, net, images):
-        with pytest.raises(LayerError, match="plain function"):
-            capture(lambda x: net(x), images, ["conv1"])
-        with pytest.raises(LayerError, match="dotted name, got int"):
-            capture(net, images, [3])
 
-    def test_a_layer_that_does_not_run(self, net, images):
-        for layer in ("unused", nn.Conv2d(3, 3, 1)):
-            with pytest.raises(LayerError, match="did not run"):
-                capture(net, images, [layer])
-        assert hooks(net) == 0
+class Stop(BaseException):
+    pass
 
-    def test_a_layer_that_runs_twice(self, images):
-        relu = nn.ReLU()
-        net = nn.Sequential(nn.Conv2d(3, 3, 1), relu, nn.Conv2d(3, 3, 1), relu)
-        with pytest.raises(LayerError, match="more than once"):
-            capture(net, images, [relu])
-        assert hooks(net) == 0
 
-    def test_a_layer_without_a_tensor(self, images):
-        class Words(nn.Module):
-            def forward(self, x: Tensor) -> str:
-                return "words"
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Stop])
+@pytest.mark.parametrize("where", ["forward", "substitute", "user hook"])
+def test_the_model_is_left_as_found_after_an_exception(net, images, error, where) -> None:
+    def fail(*_):
+        raise error("planned")
 
-        with pytest.raises(LayerError, match="str, which holds no floating-point tensor"):
-            capture(nn.Sequential(Words()), images, ["0"])
+    substitute = {"deep": fail} if where == "substitute" else None
+    handle = net.deep[0].register_forward_pre_hook(fail) if where == "user hook" else None
+    original, net.features = net.features, fail if where == "forward" else net.features
+    net.train()
+    before = state(net)
+    with pytest.raises(error, match="planned"):
+        capture(net, images, ["conv", "deep.0", "fc"], gradient=True, substitute=substitute)
+    assert_same(before, state(net))
+    net.features = original
+    if handle is not None:
+        handle.remove()
+    capture(net, images, ["conv", "deep.0", "fc"], gradient=True)
 
-    @pytest.mark.parametrize(
-        ("bad", "message"),
-        [
-            (torch.zeros(0, 3, 8, 8), "hold no example"),
-            (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"images\.float\(\) / 255"),
-            ([[1.0]], "torch.Tensor"),
-            ((), "torch.Tensor"),
-        ],
+
+def test_a_plain_function_leaves_the_model_as_found(net, images) -> None:
+    """The model behind a lambda is not known, and is in training mode: batch statistics must not leak."""
+    net.train()
+    before = state(net)
+    result = capture(lambda x: net(x), images, [net.deep], gradient=True)
+    assert_same(before, state(net))
+    alone = torch.cat([capture(lambda x: net(x), one[None], [net.deep]).layers[0] for one in images])
+    torch.testing.assert_close(result.layers[0], alone)
+
+
+def test_frozen_weights_and_untouched_input(net, images) -> None:
+    net.requires_grad_(False)
+    x = images.clone().requires_grad_()
+    result = capture(net, x, ["deep.0"], gradient=True)
+    (gradient,) = torch.autograd.grad(result.output.sum(), result.layers)
+    assert gradient.any()
+    assert x.grad is None
+    assert torch.equal(x, images)
+
+
+# ---------------------------------------------------------------- modes around the call
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_under_a_mode_that_forbids_them(net, images, mode) -> None:
+    expected = capture(net.eval(), images, ["deep.0"], gradient=True)
+    (wanted,) = torch.autograd.grad(expected.output[:, 1].sum(), expected.layers)
+    with mode():
+        inside = images * 1  # an inference tensor under inference_mode
+        result = capture(net, inside, ["deep.0"], gradient=True, additional_forward_args=inside.new_zeros(5))
+        with gradients_enabled():
+            (gradient,) = torch.autograd.grad(result.output[:, 1].sum(), result.layers)
+        assert not torch.is_grad_enabled()
+    torch.testing.assert_close(gradient, wanted)
+
+
+class NoGradBackbone(nn.Module):
+    def __init__(self, mode) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh())
+        self.neck = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 5)
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode():
+            h = self.backbone(x)
+        return self.head(self.neck(h).tanh().mean((2, 3)))
+
+
+@pytest.mark.parametrize("layers", [["backbone.0"], ["backbone.0", "backbone.2"], ["backbone.0", "neck"]])
+def test_a_backbone_under_its_own_no_grad(images, layers) -> None:
+    torch.manual_seed(0)
+    model = NoGradBackbone(torch.no_grad)
+    result = capture(model, images, layers, gradient=True)
+    gradients = torch.autograd.grad(result.output[:, 2].sum(), result.layers)
+    model.mode = torch.enable_grad
+    expected = capture(model, images, layers, gradient=True)
+    wanted = torch.autograd.grad(expected.output[:, 2].sum(), expected.layers)
+    for one, other in zip(gradients, wanted, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other)
+
+
+def test_a_model_that_is_wholly_decorated_with_no_grad(images) -> None:
+    torch.manual_seed(0)
+    calls = []
+
+    class Encoder(Net):
+        @torch.no_grad()
+        def encode(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            return self.forward(x)
+
+    model = Encoder()
+    result = capture(model.encode, images, ["deep.0"], gradient=True)
+    assert len(calls) == 1  # nothing to try again
+    assert torch.autograd.grad(result.output.sum(), result.layers)[0].any()
+
+
+# ---------------------------------------------------------------- in-place operations
+
+
+def test_an_in_place_operation_behind_the_layer_does_not_change_the_record(net, images) -> None:
+    net.eval()
+    plain = net.bn(net.conv(images)).detach()
+    assert (plain < 0).any()
+    for gradient in (False, True):
+        result = capture(net, images, ["bn"], gradient=gradient)
+        torch.testing.assert_close(result.layers[0].detach(), plain)
+
+
+def test_the_layer_is_an_in_place_relu(net, images) -> None:
+    net.eval()
+    plain = net.bn(net.conv(images)).relu().detach()
+    result = capture(net, images, ["relu"], gradient=True)
+    torch.testing.assert_close(result.layers[0].detach(), plain)
+    assert torch.autograd.grad(result.output.sum(), result.layers)[0].any()
+    at_input = capture(net, images, ["relu"], attribute_to_layer_input=True)
+    torch.testing.assert_close(at_input.layers[0], net.bn(net.conv(images)).detach())
+
+
+class Overwriting(nn.Module):
+    """The layer hands its input on, and the model overwrites that input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.drop = nn.Dropout(0.5)
+        self.scale = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        kept = x * 2
+        y = self.drop(kept)
+        z = self.scale(y)
+        kept += 100.0
+        return (y + z + kept).mean((2, 3))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_layer_that_hands_its_input_on(images, gradient) -> None:
+    torch.manual_seed(0)
+    model = Overwriting().eval()
+    plain = model.conv(images).detach() * 2
+    record = capture(model, images, ["drop"], gradient=gradient).layers[0]
+    torch.testing.assert_close(record.detach(), plain)
+    at_input = capture(model, images, ["scale"], gradient=gradient, attribute_to_layer_input=True).layers[0]
+    torch.testing.assert_close(at_input.detach(), plain)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def test_gradients_of_several_layers_equal_plain_autograd(net, images) -> None:
+    net.eval()
+    a = net.conv(images).detach().requires_grad_()
+    b = net.bn(a)
+    h = b.clone().relu()
+    c = net.deep[0](h)
+    out = net.fc((h + c.relu()).mean((2, 3)))
+    wanted = torch.autograd.grad(out[:, 3].sum(), (a, b, c))
+    result = capture(net, images, ["conv", "bn", "deep.0"], gradient=True)
+    torch.testing.assert_close(result.output, out)
+    for one, other in zip(torch.autograd.grad(result.output[:, 3].sum(), result.layers), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_on_a_vision_transformer_equal_plain_autograd() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=3, num_heads=2, num_classes=4
+    ).eval()
+    x = torch.rand(2, 3, 32, 32)
+    kept = {}
+    handles = [
+        model.blocks[i].register_forward_hook(lambda m, _, out, i=i: (out.retain_grad(), kept.update({i: out}))[0])
+        for i in (0, 1)
+    ]
+    model(x)[:, 2].sum().backward()
+    for handle in handles:
+        handle.remove()
+    result = capture(model, x, ["blocks.1", model.blocks[0]], gradient=True)
+    gradients = torch.autograd.grad(result.output[:, 2].sum(), result.layers)
+    torch.testing.assert_close(gradients[0], kept[1].grad)
+    torch.testing.assert_close(gradients[1], kept[0].grad)
+
+
+class Untouchable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise AssertionError("the backward pass went below the first layer")
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_nothing_in_front_of_the_first_layer_is_recorded(images, mode) -> None:
+    """Also when the model's own no_grad() makes a second pass necessary."""
+
+    class Model(NoGradBackbone):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(Untouchable.apply(self.front(x)))
+
+    torch.manual_seed(0)
+    model = Model(mode)
+    model.front = nn.Conv2d(3, 3, 1)
+    x = images.clone().requires_grad_()
+    result = capture(model, x, ["backbone.0", "neck"], gradient=True)
+    assert result.layers[0].is_leaf
+    result.output.sum().backward()
+    assert x.grad is None
+    assert model.front.weight.grad is None
+    assert result.layers[0].grad.any()
+
+    def functions(node, seen):
+        if node is not None and node not in seen:
+            seen.add(node)
+            for following, _ in node.next_functions:
+                functions(following, seen)
+        return {type(one).__name__ for one in seen}
+
+    assert not any("Untouchable" in name for name in functions(result.output.grad_fn, set()))
+
+
+def test_without_gradient_nothing_is_recorded_at_all(net, images) -> None:
+    result = capture(net, images, ["conv"])
+    assert not result.output.requires_grad
+    assert not result.layers[0].requires_grad
+
+
+# ---------------------------------------------------------------- substitution
+
+
+def test_substitution_replaces_what_runs_on_and_is_what_is_captured(net, images) -> None:
+    net.eval()
+    result = capture(net, images, ["deep.0"], substitute={"deep.0": torch.zeros_like})
+    assert not result.layers[0].any()
+    h = net.relu(net.bn(net.conv(images)))
+    torch.testing.assert_close(result.output, net.fc(h.mean((2, 3))).detach())
+
+
+def test_substitution_with_a_larger_batch_runs_the_front_once(images) -> None:
+    torch.manual_seed(0)
+    sizes = []
+    front = nn.Conv2d(3, 4, 3)
+    front.register_forward_hook(lambda _m, _i, out: sizes.append(len(out)))
+    model = nn.Sequential(front, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    scale = torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1, 1)
+
+    def expand(a: Tensor) -> Tensor:
+        return torch.cat([a * s for s in scale])
+
+    result = capture(model, images, ["1", "0"], substitute={model[0]: expand}, gradient=True)
+    assert sizes == [2]
+    assert result.output.shape == (6, 2)
+    assert result.layers[1].shape[0] == result.layers[0].shape[0] == 6
+    expected = torch.cat([model[1:](front(images).detach() * s) for s in scale])
+    torch.testing.assert_close(result.output, expected)
+    assert torch.autograd.grad(result.output.sum(), result.layers)[1].shape[0] == 6
+
+
+def test_a_substituted_layer_need_not_be_captured(net, images) -> None:
+    result = capture(net, images, [], substitute={"conv": torch.zeros_like})
+    assert result.layers == ()
+    assert torch.equal(result.output[0], result.output[1])
+    net.lost = nn.Identity()
+    with pytest.raises(LayerError, match="'lost' did not run"):
+        capture(net, images, [], substitute={"lost": torch.zeros_like})
+    with pytest.raises(InputError, match="must return a tensor"):
+        capture(net, images, [], substitute={"conv": lambda a: None})
+
+
+# ---------------------------------------------------------------- inputs of layers, containers
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_attribute_to_layer_input(net, images, gradient) -> None:
+    net.eval()
+    result = capture(net, images, ["deep.0", "fc"], gradient=gradient, attribute_to_layer_input=True)
+    h = net.relu(net.bn(net.conv(images)))
+    torch.testing.assert_close(result.layers[0].detach(), h.detach())
+    pooled = (h + net.deep(h)).mean((2, 3))
+    torch.testing.assert_close(result.layers[1].detach(), pooled.detach())
+
+
+@pytest.mark.parametrize("call", ["positional", "keyword", "mixed"])
+def test_layer_inputs_given_by_keyword(images, call) -> None:
+    class Layer(nn.Module):
+        def forward(self, mask, hidden_states=None):
+            return hidden_states * mask if hidden_states is not None else mask
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, x):
+            if call == "positional":
+                return self.layer(x).mean((2, 3))
+            if call == "keyword":
+                return self.layer(mask=2, hidden_states=x).mean((2, 3))
+            return self.layer(2, hidden_states=x).mean((2, 3))
+
+    result = capture(Model(), images, ["layer"], attribute_to_layer_input=True, gradient=True)
+    assert torch.equal(result.layers[0].detach(), images)
+    factor = 1 if call == "positional" else 2
+    gradient = torch.autograd.grad(result.output.sum(), result.layers)[0]
+    torch.testing.assert_close(gradient, torch.full_like(images, factor / 64))
+    cut = capture(Model(), images, [], substitute={"layer": torch.zeros_like}, attribute_to_layer_input=True)
+    assert not cut.output.any()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (lambda t: (t, None), lambda out: out[0]),
+        (lambda t: (torch.ones(2, dtype=torch.long), t), lambda out: out[1]),
+        (lambda t: [t, "text"], lambda out: out[0]),
+        (lambda t: {"mask": None, "hidden": t}, lambda out: out["hidden"]),
+        (lambda t: Pair(None, t), lambda out: out.second),
+        (lambda t: ModelOutput(last_hidden_state=t, pooled=None), lambda out: out.last_hidden_state),
+    ],
+    ids=["tuple", "second of a tuple", "list", "dict", "namedtuple", "ModelOutput"],
+)
+def test_containers(images, wrap, unwrap) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return wrap(self.conv(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, x):
+            out = self.layer(x)
+            assert type(out) is type(wrap(x))
+            return unwrap(out).square().mean((2, 3))
+
+    torch.manual_seed(0)
+    model = Model()
+    result = capture(model, images, ["layer"], gradient=True)
+    plain = model.layer.conv(images).detach()
+    torch.testing.assert_close(result.layers[0].detach(), plain)
+    torch.testing.assert_close(torch.autograd.grad(result.output.sum(), result.layers)[0], plain * 2 / 36)
+    assert not capture(model, images, ["layer"], substitute={"layer": torch.zeros_like}).output.any()
+
+
+def test_layers_without_a_usable_tensor(images) -> None:
+    class Odd(nn.Module):
+        def __init__(self, value) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, x):
+            return self.value
+
+    class Model(nn.Module):
+        def __init__(self, value) -> None:
+            super().__init__()
+            self.odd = Odd(value)
+
+        def forward(self, x):
+            self.odd(x)
+            return x.mean((2, 3))
+
+    for value in (None, "text", (1, 2), {"ids": torch.ones(2, dtype=torch.long)}):
+        with pytest.raises(LayerError, match=r"layer 'odd' gives .* holds no floating-point tensor"):
+            capture(Model(value), images, ["odd"])
+    with pytest.raises(LayerError, match=r"layer 'odd' has no gradient.*int64"):
+        capture(Model(torch.ones(2, dtype=torch.long)), images, ["odd"], gradient=True)
+
+
+# ---------------------------------------------------------------- names and bad layers
+
+
+def test_a_layer_used_twice(images) -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 4, 3), relu)
+    with pytest.raises(LayerError, match=r"'1' runs more than once"):
+        capture(model, images, ["1"])
+    with pytest.raises(LayerError, match=r"more than once"):
+        capture(model, images, [relu], attribute_to_layer_input=True)
+
+
+def test_a_layer_that_does_not_run(net, images) -> None:
+    net.unused = nn.Conv2d(3, 4, 3)
+    with pytest.raises(LayerError, match=r"'unused' did not run"):
+        capture(net, images, ["unused"])
+    with pytest.raises(LayerError, match=r"'Conv2d' did not run"):
+        capture(net, images, [nn.Conv2d(3, 4, 3)])
+
+
+def test_unknown_names_get_the_nearest_ones(net, images) -> None:
+    with pytest.raises(LayerError, match=r"Net has no layer 'dep.0'. Did you mean 'deep.0'"):
+        capture(net, images, ["dep.0"])
+    with pytest.raises(LayerError, match=r"top-level layers are \['conv', 'bn', 'relu', 'deep', 'fc'\]"):
+        capture(net, images, ["zzzzzzzz"])
+    for bad in ("", "module", ".", "conv."):
+        with pytest.raises(LayerError, match="has no layer"):
+            capture(net, images, [bad])
+    with pytest.raises(LayerError, match=r"must be a torch\.nn\.Module or its dotted name, got int"):
+        capture(net, images, [3])
+
+
+def test_a_plain_function_needs_the_layer_as_a_module(net, images) -> None:
+    def function(x):
+        return net(x)
+
+    with pytest.raises(LayerError, match=r"'conv' cannot be looked up, because forward_func is a plain function"):
+        capture(function, images, ["conv"])
+    assert capture(function, images, [net.conv]).layers[0].shape == (2, 4, 8, 8)
+    assert layer_name(function, net.conv) == "Conv2d"
+
+
+@pytest.mark.parametrize("kind", ["method", "partial", "partial of a method", "partial of a partial"])
+def test_methods_and_partials(net, images, kind) -> None:
+    function = {
+        "method": net.features,
+        "partial": functools.partial(net, bias=1.0),
+        "partial of a method": functools.partial(net.features),
+        "partial of a partial": functools.partial(functools.partial(net), bias=2.0),
+    }[kind]
+    net.eval()
+    result = capture(function, images, ["conv"], gradient=True)
+    assert find_model(function) is net
+    assert layer_name(function, net.deep[0]) == "deep.0"
+    torch.testing.assert_close(result.output, function(images))
+    assert torch.autograd.grad(result.output.sum(), result.layers)[0].any()
+
+
+def test_a_submodule_that_is_really_called_module(images) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+
+        def forward(self, x):
+            return self.module(x)
+
+    model = Wrapper()
+    assert resolve_layer(model, "module") is model.module
+    assert resolve_layer(model, "module.0") is resolve_layer(model, "0") is model.module[0]
+
+
+# ---------------------------------------------------------------- wrappers
+
+
+@pytest.mark.parametrize("name", ["deep.0", "module.deep.0"])
+def test_data_parallel(net, images, name) -> None:
+    parallel = nn.DataParallel(net)
+    expected = capture(net, images, ["deep.0"]).layers[0]
+    torch.testing.assert_close(capture(parallel, images, [name]).layers[0], expected)
+    torch.testing.assert_close(capture(parallel, images, [parallel.module.deep[0]]).layers[0], expected)
+
+
+@pytest.fixture(scope="module")
+def compiled_forms():
+    """Each form of compilation, already used once, so that a graph without our hooks exists."""
+    compile_ = functools.partial(torch.compile, backend="eager")
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    forms = {}
+    for form in ("model", "submodule", "in place", "method", "twice"):
+        torch.manual_seed(0)
+        net = Net().eval()
+        plain = capture(net, images, ["deep.0"]).layers[0]
+        call = net
+        if form == "model":
+            call = compile_(net)
+        elif form == "submodule":
+            net.deep = compile_(net.deep)
+        elif form == "in place":
+            net.compile(backend="eager")
+        elif form == "method":
+            call = compile_(net.forward)
+        else:
+            call = nn.DataParallel(compile_(net))
+        with torch.no_grad():
+            call(images)
+        forms[form] = (call, net, images, plain)
+    return forms
+
+
+@pytest.mark.parametrize("form", ["model", "submodule", "in place", "method", "twice"])
+def test_torch_compile(compiled_forms, form) -> None:
+    call, net, images, plain = compiled_forms[form]
+    stance = torch._dynamo.eval_frame._stance
+    result = capture(call, images, ["deep.0"], gradient=True)
+    torch.testing.assert_close(result.layers[0].detach(), plain)
+    assert torch.autograd.grad(result.output.sum(), result.layers)[0].any()
+    assert torch._dynamo.eval_frame._stance is stance
+    with torch.no_grad():
+        assert call(images).shape == (2, 5)
+    if form == "submodule":
+        assert resolve_layer(net, "deep") is net.deep._orig_mod
+        assert capture(net, images, [net.deep]).layers[0].shape == plain.shape
+        assert capture(net, images, ["deep._orig_mod.0"]).layers[0].shape == plain.shape
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_two_threads_on_one_model() -> None:
+    """Each call records its own activations, and the model is in evaluation mode until the last call is over."""
+    torch.manual_seed(0)
+    meeting = threading.Barrier(2, timeout=20)
+    late = threading.Event()
+
+    class Meeting(nn.Module):
+        def forward(self, x):
+            meeting.wait()  # both are inside the forward pass
+            if x[0, 0, 0, 0] > 0.5:
+                assert late.wait(20)  # the other call has put everything back
+            return x
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Identity(), nn.BatchNorm2d(4), nn.Flatten())
+    model[0].weight.data.fill_(1.0)
+    model[0].bias.data.zero_()
+    model[2] = Meeting()
+    model.train()
+    before = state(model)
+    inputs = [torch.full((1, 3, 2, 2), 0.1), torch.full((1, 3, 2, 2), 0.3)]
+    results: dict[int, Tensor] = {}
+    errors: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            results[i] = capture(model, inputs[i], ["0"], gradient=True).layers[0].detach()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            if i == 0:
+                late.set()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == []
+    torch.testing.assert_close(results[0], torch.full((1, 4, 2, 2), 0.3))
+    torch.testing.assert_close(results[1], torch.full((1, 4, 2, 2), 0.9))
+    assert_same(before, state(model))
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def test_bad_inputs(net, images) -> None:
+    with pytest.raises(InputError, match=r"dtype torch.uint8; convert pixels.*images.float\(\) / 255"):
+        capture(net, (images * 255).byte(), ["conv"])
+    with pytest.raises(InputError, match=r"shape \(0, 3, 8, 8\) hold no example"):
+        capture(net, images[:0], ["conv"])
+    for bad in (images.tolist(), None, (), (images, 3)):
+        with pytest.raises(InputError, match=r"must be a torch.Tensor or a tuple of tensors"):
+            capture(net, bad, ["conv"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_inputs_are_warned_about(net, images, value) -> None:
+    images[1, 2, 3, 4] = value
+    with pytest.warns(InputWarning, match="NaN or infinite"):
+        capture(net, images, ["conv"])
+    with pytest.warns(InputWarning, match="NaN or infinite"):
+        capture(lambda x, y: net(x), (torch.zeros(2, 3, 8, 8), images), [net.conv])
+
+
+def test_large_finite_inputs_are_not_warned_about(net) -> None:
+    capture(net.double(), torch.full((2, 3, 8, 8), 1e300, dtype=torch.float64), ["conv"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(net, images, dtype) -> None:
+    result = capture(net.to(dtype), images.to(dtype), ["deep.0"], gradient=True)
+    assert result.layers[0].dtype == result.output.dtype == dtype
+    assert torch.autograd.grad(result.output.sum(), result.layers)[0].dtype == dtype
+
+
+def test_channels_last(net, images) -> None:
+    expected = capture(net, images, ["conv", "deep.0"], gradient=True)
+    result = capture(
+        net.to(memory_format=torch.channels_last),
+        images.to(memory_format=torch.channels_last),
+        ["conv", "deep.0"],
+        gradient=True,
     )
-    def test_bad_inputs(self, net, bad, message):
-        with pytest.raises(InputError, match=message):
-            capture(net, bad, ["conv1"])
-
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_nan_is_warned_about(self, net, images, value):
-        images[1, 0, 0, 0] = value
-        with pytest.warns(InputWarning, match="NaN or infinite"):
-            capture(net, images, ["conv1"])
+    wanted = torch.autograd.grad(expected.output.sum(), expected.layers)
+    for i, gradient in enumerate(torch.autograd.grad(result.output.sum(), result.layers)):
+        torch.testing.assert_close(result.layers[i], expected.layers[i])
+        torch.testing.assert_close(gradient, wanted[i])
 
 
-def test_names_of_layers(net):
-    assert layer_name(net, net.conv2) == "conv2"
-    assert layer_name(net.embed, "conv2") == "conv2"
-    assert layer_name(lambda x: x, net.conv2) == "Conv2d"
-    assert resolve_layer(net, "head") is net.head
+def test_several_inputs_and_additional_arguments(images) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, y, scale, flag):
+            assert flag == "flag"
+            return (self.conv(x) * scale).mean((2, 3)) + y.mean()
+
+    model = Two()
+    result = capture(model, (images, torch.ones(2)), ["conv"], additional_forward_args=(3.0, "flag"))
+    torch.testing.assert_close(result.output, (model(images, torch.ones(2), 3.0, "flag")).detach())
+
+
+def test_one_additional_argument_that_is_not_a_tuple(net, images) -> None:
+    net.eval()
+    bias = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    result = capture(net, images, ["conv"], additional_forward_args=bias)
+    torch.testing.assert_close(result.output, net(images).detach() + bias)
+
+
+def test_torchs_own_encoder_layers_run_their_hooks() -> None:
+    """Their fused path for inference would skip the layers inside."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    result = capture(encoder, torch.rand(2, 5, 8), ["layers.0.linear1", "layers.1.self_attn", "layers.0"])
+    assert [tuple(one.shape) for one in result.layers] == [(2, 5, 16), (2, 5, 8), (2, 5, 8)]
