@@ -89,8 +89,7 @@ class ConceptTranslator(nn.Module):
     @property
     def first(self) -> nn.Linear:
         """The first Linear: the only place where the pooled values enter."""
-        layer = self.network[0]
-        assert isinstance(layer, nn.Linear)  # noqa: S101  (for the type checker)
+        layer: nn.Linear = self.network[0]  # type: ignore[assignment]
         return layer
 
     def after_first(self, hidden: Tensor) -> Tensor:

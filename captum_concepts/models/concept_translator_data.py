@@ -167,7 +167,7 @@ def collect_pairs(
             done = 0
             held += (z.numel() + e.numel()) * 4
             if writer is None and held > memory_budget:
-                folder = Path(_temporary(kept))
+                folder = Path(_temporary())
                 writer = ShardWriter(folder, {})
                 for old in kept:
                     writer.append({"pooled": old[0], "embedding": old[1]})
@@ -197,7 +197,7 @@ def collect_pairs(
     return TrainingPairs(parts, channels)
 
 
-def _temporary(owner: list[Any]) -> str:
+def _temporary() -> str:
     # Deleted when the process ends: readers keep memory maps of the files until then.
     holder = tempfile.TemporaryDirectory(prefix="captum_concepts-", ignore_cleanup_errors=True)
     _HOLDERS.append(holder)

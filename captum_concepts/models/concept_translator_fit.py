@@ -43,7 +43,6 @@ def fit_translator(
     *,
     text: Tensor | None = None,
     logit_scale: float = 100.0,
-    logit_bias: float = 0.0,
     similarity_weight: float = 1e-3,
     optimizer: str = "adamw",
     lr: float | None = None,

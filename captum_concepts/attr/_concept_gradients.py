@@ -1,0 +1,213 @@
+"""From one forward pass to the derivative of many concept logits at many layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_concepts.activations import SpatialActivations, spatial_activations
+from captum_concepts.activations.capture import Inputs, Layer
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """At least fp32, so that sums over channels and positions do not round."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+Derivatives = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
+"""``(N, J, D)`` cotangents to, for each layer,
+
+- beta ``(N, J, C_l)``: the spatial mean of dS / dA_k, and
+- evidence ``(N, J, h, w)``: sum_k A_k dS / dA_k at each position (or nothing).
+"""
+
+
+@dataclass(frozen=True)
+class TextSpace:
+    """The concepts' texts and how a similarity becomes a probability.
+
+    Args:
+        text: ``(T, D)`` unit rows.
+        scale, bias: logit = scale * cosine + bias.
+        softmax: probabilities compete (CLIP); otherwise each is a sigmoid (SigLIP).
+    """
+
+    text: Tensor
+    scale: float
+    bias: float
+    softmax: bool
+
+    def logits(self, h: Tensor) -> Tensor:
+        """``(..., T)`` of embeddings ``(..., D)``."""
+        return self.scale * F.normalize(h, dim=-1) @ self.text.T + self.bias
+
+    def log_probability(self, h: Tensor, index: Tensor) -> Tensor:
+        """``log`` of the probability of concept ``index`` (same leading shape as h, one concept each)."""
+        if self.softmax:
+            return self.logits(h).log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        cosine = (F.normalize(h, dim=-1) * self.text[index]).sum(-1)
+        return F.logsigmoid(self.scale * cosine + self.bias)
+
+    def slopes(self, h: Tensor, index: Tensor, contrast: float = 0.0) -> Tensor:
+        r"""``(N, J, D)``: derivative of the logit of concept ``index[n, j]`` at the embedding ``h[n]``.
+
+        With ``contrast`` c it is the derivative of :math:`S^t - c \, \log \sum_{s \ne t} \exp S^s`, with the
+        weights of the other concepts from their logits.
+        """
+        length = h.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        unit = h / length
+        direction = self.text[index]
+        if contrast and len(self.text) > 1:
+            others = self.logits(h).unsqueeze(1).expand(-1, index.shape[1], -1)
+            others = others.scatter(-1, index.unsqueeze(-1), -torch.inf).softmax(-1)
+            direction = direction - contrast * others @ self.text
+        along = (direction * unit.unsqueeze(1)).sum(-1, keepdim=True)
+        return self.scale * (direction - along * unit.unsqueeze(1)) / length.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class ConceptPass:
+    """One forward of the classifier and the translator.
+
+    Args:
+        seen: layers and output of the classifier.
+        maps: each layer as ``(N, C, h, w)``, detached, at least fp32.
+        pooled: their means over the positions, ``(N, C)``.
+        embedding: ``(N, D)`` the translator's output, differentiable at ``sources``.
+        sources: the layers' raw tensors (total gradient) or the pooled vectors (branch gradient).
+        branch: which of the two.
+    """
+
+    seen: SpatialActivations
+    maps: tuple[Tensor, ...]
+    pooled: tuple[Tensor, ...]
+    embedding: Tensor
+    sources: tuple[Tensor, ...]
+    branch: bool
+
+    def derivatives(self, count: int, *, chunk: int, evidence: bool = False) -> Derivatives:
+        """A function from cotangents to the derivatives at every layer.
+
+        Both results are linear in the cotangent: where more than D are asked, those of a basis are computed once and
+        combined, so that D backward passes are enough for any number of concepts.
+
+        Args:
+            count: how many cotangents an example will be asked in all.
+            chunk: how many to push through the network at once.
+            evidence: also give the signed evidence.
+        """
+
+        def direct(cotangents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            return self._derive(cotangents, chunk, evidence)
+
+        n, width = self.embedding.shape
+        if count <= width:
+            return direct
+        basis_betas, basis_evidence = direct(torch.eye(width).to(self.embedding).expand(n, width, width))
+
+        def combined(cotangents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            betas = [cotangents.to(beta) @ beta for beta in basis_betas]
+            return betas, [torch.einsum("njd,ndhw->njhw", cotangents.to(e), e) for e in basis_evidence]
+
+        return combined
+
+    def _derive(self, cotangents: Tensor, chunk: int, evidence: bool) -> tuple[list[Tensor], list[Tensor]]:
+        betas: list[list[Tensor]] = [[] for _ in self.maps]
+        signed: list[list[Tensor]] = [[] for _ in self.maps]
+        for part in cotangents.split(chunk, 1):
+            for layer, gradient in enumerate(vector_products(self.embedding, self.sources, part.transpose(0, 1))):
+                maps = self.maps[layer]
+                if self.branch:
+                    betas[layer].append(gradient.transpose(0, 1).to(maps) / maps[0, 0].numel())
+                    continue
+                spatial = [full_precision(self.seen.layouts[layer].maps(one)) for one in gradient]
+                betas[layer].append(torch.stack([one.mean((2, 3)) for one in spatial], 1))
+                if evidence:
+                    signed[layer].append(torch.stack([(one * maps).sum(1) for one in spatial], 1))
+        first = [torch.cat(parts, 1) for parts in betas]
+        if evidence and self.branch:
+            return first, [
+                torch.einsum("njc,nchw->njhw", beta, maps) for beta, maps in zip(first, self.maps, strict=True)
+            ]
+        return first, [torch.cat(parts, 1) for parts in signed if parts]
+
+
+def concept_pass(
+    forward_func: Callable[..., Any],
+    inputs: Inputs,
+    layers: Sequence[Layer],
+    translator: nn.Module,
+    *,
+    branch: bool,
+    additional_forward_args: Any = None,
+    attribute_to_layer_input: bool = False,
+    layout: str = "auto",
+    prefix_tokens: int | None = None,
+) -> ConceptPass:
+    """Run classifier and translator once, recording for a backward pass (call it with gradients enabled)."""
+    seen = spatial_activations(
+        forward_func,
+        inputs,
+        layers,
+        additional_forward_args=additional_forward_args,
+        gradient=not branch,
+        attribute_to_layer_input=attribute_to_layer_input,
+        layout=layout,
+        prefix_tokens=prefix_tokens,
+    )
+    live = tuple(full_precision(maps).mean((2, 3)) for maps in seen.maps)
+    if branch:
+        live = tuple(z.detach().requires_grad_() for z in live)
+    embedding = translator(list(live))
+    return ConceptPass(
+        seen,
+        tuple(full_precision(maps.detach()) for maps in seen.maps),
+        tuple(z.detach() for z in live),
+        embedding,
+        live if branch else seen.raw,
+        branch,
+    )
+
+
+def vector_products(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor, ...]:
+    """``cotangents[i] @ d output / d source`` for every i at once: ``(c, *source.shape)`` for each source.
+
+    One batched backward where every operation has a batching rule, otherwise one backward after another.
+    """
+    cotangents = cotangents.to(output)
+    if len(cotangents) > 1:
+        try:
+            with warnings.catch_warnings():
+                # A missing batching rule is announced by a warning and then runs slower than the plain loop.
+                warnings.simplefilter("error")
+                return _fill(
+                    torch.autograd.grad(
+                        output, sources, cotangents, retain_graph=True, is_grads_batched=True, allow_unused=True
+                    ),
+                    sources,
+                    len(cotangents),
+                )
+        except (RuntimeError, NotImplementedError, Warning):
+            pass
+    each = [
+        _fill(torch.autograd.grad(output, sources, one, retain_graph=True, allow_unused=True), sources)
+        for one in cotangents
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+
+
+def _fill(
+    gradients: Sequence[Tensor | None], sources: Sequence[Tensor], count: int | None = None
+) -> tuple[Tensor, ...]:
+    """Zeros where a source is not used."""
+    lead = () if count is None else (count,)
+    return tuple(
+        source.new_zeros(lead + source.shape) if gradient is None else gradient
+        for gradient, source in zip(gradients, sources, strict=True)
+    )

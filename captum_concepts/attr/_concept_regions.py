@@ -1,0 +1,79 @@
+"""From derivatives to regions: the published map of one layer, and the fused map of all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MOST_POSITIONS = 1024  # of the fused grid: its affinity has the square of that many entries
+_STEPS = 2
+CONTRAST = 0.5
+
+
+def published_maps(betas: Sequence[Tensor], maps: Sequence[Tensor], choice: Tensor, grid: tuple[int, int]) -> Tensor:
+    """``(N, J, h, w)``: ReLU(sum_k beta_k A_k) of the layer ``choice[n, j]``, resized to ``grid``."""
+    out = maps[0].new_zeros((*choice.shape, *grid))
+    for layer, (beta, activation) in enumerate(zip(betas, maps, strict=True)):
+        here = choice == layer
+        if here.any():
+            region = torch.einsum("njc,nchw->njhw", beta.to(activation), activation).relu()
+            out = torch.where(here[:, :, None, None], resize(region, grid), out)
+    return out
+
+
+def resize(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bilinear, pixel areas aligned; the same tensor where the grid is right already."""
+    if tuple(maps.shape[-2:]) == tuple(grid):
+        return maps
+    return F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
+
+
+def finest_grid(grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The grid with the most positions."""
+    return max(grids, key=lambda grid: grid[0] * grid[1])
+
+
+def fused_grid(grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The finest grid, divided by the smallest whole number that leaves at most 1,024 positions."""
+    height, width = finest_grid(grids)
+    factor = 1
+    while -(-height // factor) * -(-width // factor) > _MOST_POSITIONS:
+        factor += 1
+    return -(-height // factor), -(-width // factor)
+
+
+def fused_maps(evidence: Sequence[Tensor], affinity: Tensor, grid: tuple[int, int]) -> Tensor:
+    """``(N, J, h, w)``: positive evidence of all layers, spread along the affinity.
+
+    Args:
+        evidence: ``(N, J, h_l, w_l)`` each, signed.
+        affinity: ``(N, P, P)`` of :func:`feature_affinity` on ``grid``.
+    """
+    total = torch.zeros(())
+    for layer in evidence:
+        positive = resize(layer.relu(), grid)
+        total = total.to(positive) + positive / positive.amax((2, 3), keepdim=True).clamp(min=1e-12)
+    spread = total.flatten(2)
+    for _ in range(_STEPS):
+        spread = spread @ affinity.transpose(1, 2).to(spread)
+    return spread.unflatten(2, grid)
+
+
+def feature_affinity(maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+    """``(N, P, P)`` with unit row sums: how alike the network itself finds two positions.
+
+    Args:
+        maps: ``(N, C_l, h_l, w_l)`` activations; layers without neighbours on both sides (the first and the last) are
+            left out where there are more than two.
+    """
+    middle = maps[1:-1] if len(maps) > 2 else maps
+    total = torch.zeros(())
+    for activation in middle:
+        unit = F.normalize(resize(activation, grid).flatten(2), dim=1)
+        unit = F.normalize(unit - unit.mean(2, keepdim=True), dim=1)
+        total = total.to(unit) + unit.transpose(1, 2) @ unit
+    weights = (total / len(middle)).clamp(min=0).square()
+    return weights / weights.sum(2, keepdim=True).clamp(min=1e-12)

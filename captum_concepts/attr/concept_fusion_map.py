@@ -1,0 +1,424 @@
+"""CE-FAM: what concepts a classifier saw, where, and how much each moved the prediction, for any words."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts._captum import log_usage
+from captum_concepts.activations import check_images, gradients_enabled, layer_name
+from captum_concepts.activations.capture import Inputs, Layer
+from captum_concepts.attr import _concept_ablation as ablation
+from captum_concepts.attr import _concept_file as concept_file
+from captum_concepts.attr._concept_base import ConceptMaps, check_concepts, check_layers, class_indices
+from captum_concepts.attr._concept_fit import encode_words, train_translator
+from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.explanation import ConceptExplanation
+
+PROBABILITIES = ("softmax", "sigmoid")
+GRADIENTS = ("total", "branch")
+
+
+class ConceptFusionMap(ConceptMaps):
+    r"""What, where and how much: zero-shot concepts of a classifier in one-to-one correspondence (CE-FAM).
+
+    A translator h maps the pooled activations :math:`z^l` of the classifier's layers to the embedding of an
+    image-text model. A concept is any text t:
+
+    - *what*: logit :math:`S^t = \text{scale} \cos(h(z), t) + \text{bias}`, and its softmax over the concepts (CLIP) or
+      its sigmoid (SigLIP): :meth:`scores`.
+    - *where*: :math:`R^t_l = \mathrm{ReLU}(\sum_k \beta_k A^l_k)` with :math:`\beta_k` the spatial mean of
+      :math:`\partial S^t / \partial A^l_k`: :meth:`attribute`.
+    - *how much*: channels of the layer are taken away in the order of :math:`\beta_k z_k`; the mean relative drop of
+      the class probability over the first 1..K of them: :meth:`contribution`. Negative: the concept spoke against the
+      class.
+
+    Args:
+        forward_func: the classifier, giving logits ``(N, classes)``: a module, one of its methods, or any callable.
+        layers: the layers read by the translator, as modules or dotted names, in the translator's order. They need not
+            lie on one path. For a ViT: the last block's tokens behind the final norm.
+        translator: a fitted :class:`ConceptTranslator`, or any module from a list of ``(N, C_l)`` to ``(N, D)``.
+        concepts: T unique names, or None for a translator without words yet (see :meth:`with_concepts`).
+        text_embeddings: ``(T, D)``, in any length; None with ``concepts=None``.
+        logit_scale, logit_bias: of the image-text model (CLIP: about 100 and 0).
+        probability: ``"softmax"`` or ``"sigmoid"``. Under a softmax, one concept alone always scores 1 (a warning says
+            so); its map is as good as ever, its layer relevance is 0 and the last layer is taken.
+        gradient: ``"total"`` (published): :math:`\partial S / \partial A^l` also through the layers behind l;
+            ``"branch"``: every :math:`z^l` is a free input, so no backward pass enters the classifier. At the last
+            layer they agree.
+        layer: where maps come from. ``"auto"``: each concept's most relevant layer (published); an index into (or a
+            member of) ``layers``; ``"fused"``: all layers, see below.
+        n_channels: K, channels taken away for relevance and contribution.
+        fill: what a channel is replaced by in the classifier: ``"layer_mean"`` (the mean of the layer's pooled vector),
+            ``"channel_mean"`` (its own mean, which keeps the pooled value) or ``"zero"``.
+        chunk_size: bound of images, and of images x concepts, in flight at once. Results do not depend on it beyond
+            rounding.
+        layout, prefix_tokens: how layers are read, as in :class:`FeatureActivationMap`.
+
+    Attributes:
+        history_: of :meth:`fit`: lists ``"train_loss"``, ``"val_loss"``, ``"val_cosine"``, ``"lr"``, an entry an epoch.
+
+    Raises:
+        InputError: empty, duplicate or unnamed concepts; texts that fit neither them nor the translator; an option that
+            does not exist.
+
+    Reference:
+        *CE-FAM: Concept-Based Explanation via Fusion of Activation Maps.* ICCV 2025, arXiv:2509.23849.
+
+    Example:
+        >>> from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
+        >>> from captum_concepts.models import ConceptTranslator
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        >>> translator = ConceptTranslator([8], 4, hidden=(16, 16))
+        >>> cefam = ConceptFusionMap(net, ["1"], translator, ["sky", "sea"], torch.eye(4)[:2])
+        >>> images = torch.rand(2, 3, 16, 16)
+        >>> cefam.attribute(images, target="sea").shape, cefam.attribute(images).shape
+        (torch.Size([2, 1, 14, 14]), torch.Size([2, 2, 14, 14]))
+        >>> cefam.contribution(images, target=3).shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layers: Sequence[Layer],
+        translator: nn.Module,
+        concepts: Sequence[str] | None,
+        text_embeddings: Tensor | None,
+        *,
+        logit_scale: float = 100.0,
+        logit_bias: float = 0.0,
+        probability: str = "softmax",
+        gradient: str = "total",
+        layer: Layer | int = "auto",
+        n_channels: int = 20,
+        fill: str = "layer_mean",
+        chunk_size: int = 32,
+        layout: str = "auto",
+        prefix_tokens: int | None = None,
+    ) -> None:
+        super().__init__(forward_func, layer)  # type: ignore[arg-type]
+        for name, value, allowed in (
+            ("probability", probability, PROBABILITIES),
+            ("gradient", gradient, GRADIENTS),
+            ("fill", fill, ablation.FILLS),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name} must be one of {allowed}, got {value!r}")
+        if n_channels < 1 or chunk_size < 1:
+            raise InputError(f"n_channels and chunk_size must be at least 1, got {n_channels} and {chunk_size}")
+        self.layers = layers
+        self.translator = translator
+        self.concepts = concepts
+        self.text_embeddings = text_embeddings
+        self.logit_scale = logit_scale
+        self.logit_bias = logit_bias
+        self.probability = probability
+        self.gradient = gradient
+        self.n_channels = n_channels
+        self.fill = fill
+        self.chunk_size = chunk_size
+        self.layout = layout
+        self.prefix_tokens = prefix_tokens
+        self.history_: dict[str, list[float]] | None = None
+        check_layers(forward_func, layers)
+        self._layer_index()
+        check_concepts(concepts, text_embeddings, getattr(translator, "embedding_dim", None))
+        if concepts is not None and len(concepts) == 1 and probability == "softmax":
+            warnings.warn(
+                f"a softmax over the single concept {concepts[0]!r} is always 1; add concepts it competes with, or use "
+                "probability='sigmoid'",
+                InputWarning,
+                stacklevel=2,
+            )
+
+    @classmethod
+    def fit(
+        cls,
+        forward_func: Callable[..., Any],
+        layers: Sequence[Layer],
+        encoder: Any,
+        data: Any,
+        concepts: Sequence[str] | None = None,
+        *,
+        similarity_weight: float = 1e-3,
+        hidden: Sequence[int] | None = None,
+        batch_size: int = 32,
+        image_size: int = 224,
+        model_transform: Callable[[Tensor], Tensor] | None = None,
+        encoder_transform: Callable[[Tensor], Tensor] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        memory_budget: int = 2**30,
+        training: dict[str, Any] | None = None,
+        show_progress: bool = False,
+        **options: Any,
+    ) -> ConceptFusionMap:
+        """Train a translator from the classifier to ``encoder``, without labels.
+
+        Args:
+            forward_func, layers: as in the constructor.
+            encoder: any object with ``encode_image(images) -> (N, D)``, ``encode_text(list) -> (T, D)``,
+                ``logit_scale`` and ``logit_bias``.
+            data: images: a tensor ``(n, 3, H, W)``, a Dataset or DataLoader of images or tuples that begin with one,
+                or a folder. Rows are read in the data set's order.
+            concepts: words that the similarity loss uses and the result starts with; None trains on embeddings alone
+                and leaves the words to :meth:`with_concepts`.
+            similarity_weight: of the similarity loss; 0 leaves it out.
+            hidden: of the translator.
+            batch_size: images a forward pass.
+            image_size: side to which files of a folder are cut.
+            model_transform, encoder_transform: applied to each batch of images for the classifier, for the encoder,
+                where they want different preprocessing.
+            cache_dir: keep activations and embeddings there; a killed run goes on, another fit reuses them. A cache of
+                another model, encoder, layer or data is refused.
+            memory_budget: bytes of cached rows above which they go to disk by themselves.
+            training: arguments of :func:`~captum_concepts.models.fit_translator`: ``optimizer``, ``epochs``,
+                ``batch_size``, ``lr``, ``seed``, ...
+            options: of the constructor.
+
+        Under ``torchrun`` every process reads its share of the data, and all take the same steps.
+
+        Returns:
+            The fitted map, with ``history_``.
+
+        Raises:
+            InputError: no data, or a word the encoder does not know (named).
+            ArtifactError: a foreign cache.
+
+        Warns:
+            ConvergenceWarning: the loss became NaN; the best weights so far are kept.
+        """
+        for name in ("logit_scale", "logit_bias"):
+            if name not in options and hasattr(encoder, name):
+                options[name] = float(getattr(encoder, name))
+        options.setdefault("probability", "sigmoid" if options.get("logit_bias") else "softmax")
+        names = None if concepts is None else list(concepts)
+        check_layers(forward_func, layers)
+        if names is not None:
+            check_concepts(names, None, None)
+        text = None if names is None else encode_words(encoder, names)
+        translator, history = train_translator(
+            forward_func,
+            layers,
+            encoder,
+            data,
+            text,
+            logit_scale=options.get("logit_scale", 100.0),
+            similarity_weight=similarity_weight,
+            hidden=hidden,
+            training={**(training or {}), "show_progress": show_progress},
+            batch_size=batch_size,
+            image_size=image_size,
+            model_transform=model_transform,
+            encoder_transform=encoder_transform,
+            cache_dir=cache_dir,
+            memory_budget=memory_budget,
+            layout=options.get("layout", "auto"),
+            prefix_tokens=options.get("prefix_tokens"),
+            show_progress=show_progress,
+        )
+        made = cls(forward_func, layers, translator, names, text, **options)
+        made.history_ = history
+        return made
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Tensor:
+        """Where each concept is.
+
+        Args:
+            inputs: images as ``forward_func`` takes them, or a tuple of tensors.
+            target: a concept, by index or name, or one for each example (1-d tensor or list). None: all T.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+            attribute_to_layer_input: read the layers' inputs; the translator must have been fitted on those.
+
+        Returns:
+            ``(N, 1, h, w)`` for one concept an example, ``(N, T, h, w)`` for None; at least 0, fp32 (or fp64). The grid
+            is the layer's own where ``layer`` is an index; the finest of ``layers`` for ``"auto"``; that, or a whole
+            fraction of it with at most 1,024 positions, for ``"fused"``.
+
+        Raises:
+            TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
+            LayerError: an unknown, unreached or repeated layer, or one without a grid.
+        """
+        batch = len(check_images(inputs)[0])
+        index = self._concept_index(target, batch)
+        parts = []
+        with gradients_enabled():
+            for start, _, _, seen in self._passes(inputs, additional_forward_args, attribute_to_layer_input):
+                parts.append(self._maps(seen, index[start : start + len(seen.embedding)]))
+        return torch.cat(parts).detach().contiguous()
+
+    def logits(self, inputs: Inputs, additional_forward_args: Any = None) -> Tensor:
+        """``(N, T)`` logits S of the concepts, before softmax or sigmoid."""
+        self._names()
+        with torch.no_grad():
+            parts = [
+                self._space(seen.embedding).logits(seen.embedding)
+                for *_, seen in self._passes(inputs, additional_forward_args, gradient=False)
+            ]
+        return torch.cat(parts)
+
+    def scores(self, inputs: Inputs, additional_forward_args: Any = None) -> Tensor:
+        """``(N, T)`` *what*: probabilities in [0, 1], summing to 1 under a softmax."""
+        logits = self.logits(inputs, additional_forward_args)
+        return logits.softmax(1) if self.probability == "softmax" else logits.sigmoid()
+
+    def relevance(self, inputs: Inputs, target: Any = None, additional_forward_args: Any = None) -> Tensor:
+        """``(N, T, L)`` how much each layer carries each concept (``(N, 1, L)`` for one target an example).
+
+        The mean over i = 1..K of the relative drop (S_0 - S_i) / S_0 of the concept's probability, where the i channels
+        of largest beta_k z_k are replaced, in the translator's input, by the mean of the layer's pooled vector.
+        """
+        batch = len(check_images(inputs)[0])
+        index = self._concept_index(target, batch)
+        parts = []
+        with gradients_enabled():
+            for start, _, _, seen in self._passes(inputs, additional_forward_args):
+                rows = [
+                    self._relevance(seen, betas, part)
+                    for part, betas, _ in self._chunks(seen, index[start : start + len(seen.embedding)])
+                ]
+                parts.append(torch.cat(rows, 1))
+        return torch.cat(parts).detach()
+
+    def contribution(
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        concepts: Sequence[str | int] | None = None,
+        *,
+        return_curve: bool = False,
+        additional_forward_args: Any = None,
+    ) -> Any:
+        """How much each concept moved the probability of a class.
+
+        Args:
+            inputs: images.
+            target: the class, as Captum accepts it; None: each example's predicted class.
+            concepts: names or indices; None: all T.
+            return_curve: also return the drop after 0, 1, ..., K channels.
+
+        Returns:
+            ``(N, T)``: mean over i = 1..K of (p_0 - p_i) / p_0 of the class' softmax probability (of the sigmoid for a
+            model with one output), at most 1; negative where the concept speaks against the class. With
+            ``return_curve`` also ``(N, T, n_channels + 1)``, which starts at 0; beyond the layer's channels it stays as it is.
+
+        Raises:
+            LayerError: the output does not depend on the chosen layer.
+        """
+        batch = len(check_images(inputs)[0])
+        index = torch.tensor(self._columns(concepts)).expand(batch, -1)
+        parts = []
+        with gradients_enabled():
+            for start, own, extra, seen in self._passes(inputs, additional_forward_args):
+                stop = start + len(seen.embedding)
+                classes = class_indices(target, seen.seen.output, start, stop, batch)
+                parts.append(self._curves(seen, own, extra, index[start:stop], classes)[:2])
+        value, curve = (torch.cat(part).detach() for part in zip(*parts, strict=True))
+        return (value, curve) if return_curve else value
+
+    def explain(
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        top_k: int = 8,
+        concepts: Sequence[str | int] | None = None,
+        additional_forward_args: Any = None,
+    ) -> ConceptExplanation:
+        """What, where and how much together.
+
+        Args:
+            inputs: images.
+            target: the class whose probability contributions refer to; None: each example's predicted class.
+            top_k: how many concepts, those of the highest scores over the examples.
+            concepts: explain just these (names or indices), in this order; ``top_k`` is then ignored.
+
+        Returns:
+            Scores, maps and contributions; ``layer`` names, for each example and concept, where they come from. Scores
+            of the chosen concepts are those among all T.
+        """
+        batch = len(check_images(inputs)[0])
+        if concepts is None and top_k < 1:
+            raise InputError(f"top_k must be at least 1, got {top_k}")
+        scores = self.scores(inputs, additional_forward_args)
+        if concepts is None:
+            columns = scores.amax(0).argsort(dim=0, descending=True, stable=True)[:top_k].tolist()
+        else:
+            columns = self._columns(concepts)
+        index = torch.tensor(columns).expand(batch, -1)
+        maps, values, targets, layers = [], [], [], []
+        names = [layer_name(self.forward_func, layer) for layer in self.layers]
+        with gradients_enabled():
+            for start, own, extra, seen in self._passes(inputs, additional_forward_args):
+                stop = start + len(seen.embedding)
+                classes = class_indices(target, seen.seen.output, start, stop, batch)
+                maps.append(self._maps(seen, index[start:stop]))
+                value, _, choice = self._curves(seen, own, extra, index[start:stop], classes)
+                values.append(value)
+                targets.append(classes)
+                layers.extend(tuple(names[number] for number in row) for row in choice.tolist())
+        fused = self.layer == "fused"
+        return ConceptExplanation(
+            [self._names()[column] for column in columns],
+            scores[:, columns],
+            torch.cat(maps),
+            torch.cat(values),
+            torch.cat(targets).to(scores.device),
+            "fused" if fused else tuple(layers),
+            self.get_name(),
+        )
+
+    def with_concepts(self, names: Sequence[str], encoder: Any) -> ConceptFusionMap:
+        """The same translator with other words, without training.
+
+        Args:
+            names: unique names; the encoder may know any text.
+            encoder: the one the translator was fitted to.
+
+        Raises:
+            InputError: a word the encoder does not know (named), an empty or duplicate list, another width.
+        """
+        words = list(names)
+        check_concepts(words, None, None)
+        text = encode_words(encoder, words)
+        made = ConceptFusionMap(
+            self.forward_func, self.layers, self.translator, words, text, **self._options(), layer=self.layer
+        )
+        made.history_ = self.history_
+        return made
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write translator, words and settings into one safetensors file, atomically."""
+        return concept_file.save(path, self)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        forward_func: Callable[..., Any],
+        layers: Sequence[Layer] | None = None,
+    ) -> ConceptFusionMap:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            forward_func: the same classifier.
+            layers: only where the saved names do not lead to them (modules of a plain function).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: broken, or saved for another classifier or other layers.
+        """
+        return concept_file.load(path, cls, forward_func, layers)
