@@ -1,1 +1,20 @@
-"""See the modules of this room."""
+"""Sparse and dense linear classifiers with a certificate: loss, penalty and solver are three separate things."""
+
+from captum_concepts.solvers.certificate import Certificate, elastic_net_certificate
+from captum_concepts.solvers.elastic_net import ElasticNetResult, fit_elastic_net, lambda_max
+from captum_concepts.solvers.loss import LogisticLoss, MultinomialLoss
+from captum_concepts.solvers.path import ElasticNetPath, elastic_net_path
+from captum_concepts.solvers.penalty import ElasticNet
+
+__all__ = [
+    "Certificate",
+    "ElasticNet",
+    "ElasticNetPath",
+    "ElasticNetResult",
+    "LogisticLoss",
+    "MultinomialLoss",
+    "elastic_net_certificate",
+    "elastic_net_path",
+    "fit_elastic_net",
+    "lambda_max",
+]

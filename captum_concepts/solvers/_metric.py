@@ -1,0 +1,136 @@
+"""Curvature models of the loss: what a step of the solver is measured in.
+
+The Hessian of the mean loss is modelled as a structured part plus what the last steps have shown:
+
+- structured: ``diag(c) (x) G``, c_k the mean of p_k (1 - p_k) and G the second moments of (x, 1) weighted by the
+  curvature of each row. One D x D matrix carries the correlations between features, which is what makes plain
+  proximal gradient slow. Where D x D is too large: its diagonal.
+- learnt: the last few (step, change of gradient) pairs in the compact form of BFGS (Byrd, Nocedal and Schnabel, 1994),
+  which learns what the structured part leaves out: the coupling between classes and the rows' different weights.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Metric(Protocol):
+    """A symmetric positive definite operator on (O, P) tensors."""
+
+    diagonal: Tensor
+
+    def apply(self, v: Tensor) -> Tensor:
+        """The operator times ``v`` (O, P)."""
+
+    def restrict(self, columns: Tensor) -> Metric:
+        """The operator on a subset of the columns."""
+
+    def solve(self, v: Tensor, ridge: float) -> Tensor:
+        """(operator + ridge on all columns but the last)^-1 times ``v``."""
+
+
+class DiagonalMetric:
+    """``diag(c) (x) diag(G)``."""
+
+    def __init__(self, diagonal: Tensor) -> None:
+        self.diagonal = diagonal
+
+    def apply(self, v: Tensor) -> Tensor:
+        return self.diagonal * v
+
+    def restrict(self, columns: Tensor) -> DiagonalMetric:
+        return DiagonalMetric(self.diagonal[:, columns])
+
+    def solve(self, v: Tensor, ridge: float) -> Tensor:
+        shift = torch.full_like(self.diagonal[:1], ridge)
+        shift[:, -1] = 0
+        return v / (self.diagonal + shift)
+
+
+class KroneckerMetric:
+    """``diag(c) (x) G``, ``c`` (O,) and ``G`` (P, P), bias in the last column."""
+
+    def __init__(self, scale: Tensor, gram: Tensor) -> None:
+        self.scale = scale[:, None]
+        self.gram = gram
+        self.diagonal = self.scale * torch.diagonal(gram)[None]
+        self._spectrum: tuple[Tensor, Tensor] | None = None
+
+    def apply(self, v: Tensor) -> Tensor:
+        return self.scale * (v @ self.gram)
+
+    def restrict(self, columns: Tensor) -> KroneckerMetric:
+        return KroneckerMetric(self.scale[:, 0], self.gram[columns][:, columns])
+
+    def solve(self, v: Tensor, ridge: float) -> Tensor:
+        # The bias is not penalised, so it is eliminated first (Schur complement); what is left shares eigenvectors
+        # over all classes, whatever their scale: one decomposition instead of O factorisations.
+        corner, edge = self.gram[-1, -1], self.gram[:-1, -1]
+        if self._spectrum is None:
+            centred = self.gram[:-1, :-1] - torch.outer(edge, edge) / corner
+            values, vectors = torch.linalg.eigh(centred)
+            self._spectrum = values.clamp_min(0), vectors
+        values, vectors = self._spectrum
+        # Rounding-sized eigenvalues (constant or repeated columns) must not turn into huge steps.
+        floor = 1e-7 * values[-1].clamp_min(1e-30)
+        reduced = v[:, :-1] - v[:, -1:] * edge / corner
+        weights = ((reduced @ vectors) / (self.scale * (values + floor) + ridge)) @ vectors.T
+        bias = (v[:, -1:] / self.scale - (weights @ edge)[:, None]) / corner
+        return torch.cat([weights, bias], 1)
+
+
+class SecantMetric:
+    """``metric`` corrected by secant pairs, as a direct operator (compact BFGS)."""
+
+    def __init__(self, metric: Metric, pairs: list[Pair]) -> None:
+        self.metric = metric
+        self.diagonal = metric.diagonal
+        self._rows: Tensor | None = None
+        pairs = [(s, y) for s, y in pairs if float((s * y).sum()) > 1e-12 * float(s.norm() * y.norm())]
+        if not pairs:
+            return
+        steps = torch.stack([s for s, _ in pairs])
+        changes = torch.stack([y for _, y in pairs]).flatten(1)
+        moved = torch.stack([metric.apply(s) for s in steps]).flatten(1)
+        steps = steps.flatten(1)
+        cross = steps @ changes.T
+        lower = torch.tril(cross, -1)
+        middle = torch.cat(
+            [torch.cat([steps @ moved.T, lower], 1), torch.cat([lower.T, -torch.diag(cross.diagonal())], 1)]
+        )
+        size = middle.diagonal().abs().rsqrt()
+        inverse = size[:, None] * torch.linalg.pinv(size[:, None] * middle * size) * size
+        rows = torch.cat([moved, changes])
+        solved = inverse @ rows
+        diagonal = self.diagonal - (rows * solved).sum(0).view_as(self.diagonal)
+        if not bool(torch.isfinite(solved).all()):
+            return
+        self._rows, self._solved = rows, solved
+        self.diagonal = torch.maximum(diagonal, 1e-3 * self.diagonal)
+
+    def apply(self, v: Tensor) -> Tensor:
+        """The operator times ``v`` (O, P)."""
+        out = self.metric.apply(v)
+        if self._rows is not None:
+            out = out - ((self._rows @ v.flatten()) @ self._solved).view_as(v)
+        return out
+
+
+def inverse_secant(metric: Metric, pairs: list[Pair], ridge: float, v: Tensor) -> Tensor:
+    """(secant-corrected metric)^-1 ``v`` by the two-loop recursion; the pairs must include the ridge."""
+    pairs = [(s, y) for s, y in pairs if float((s * y).sum()) > 1e-12 * float(s.norm() * y.norm())]
+    v = v.clone()
+    shares = []
+    for s, y in reversed(pairs):
+        a = (s * v).sum() / (s * y).sum()
+        v = v - a * y
+        shares.append(a)
+    v = metric.solve(v, ridge)
+    for (s, y), a in zip(pairs, reversed(shares), strict=True):
+        v = v + (a - (y * v).sum() / (s * y).sum()) * s
+    return v

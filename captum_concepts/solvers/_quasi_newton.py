@@ -1,0 +1,212 @@
+"""The solver: proximal quasi-Newton steps on a full-batch objective, one pass over the rows each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.solvers._metric import DiagonalMetric, KroneckerMetric, Metric, Pair, SecantMetric, inverse_secant
+from captum_concepts.solvers._objective import Evaluation, Objective
+from captum_concepts.solvers._subproblem import minimise_model
+from captum_concepts.solvers.certificate import Certificate, certify, violation
+from captum_concepts.solvers.penalty import ElasticNet
+
+#: Up to this many features the D x D second-moment matrix is used; beyond it, its diagonal.
+GRAM_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the solver stopped, why, and the certificate of that point."""
+
+    evaluation: Evaluation
+    certificate: Certificate
+    n_iter: int
+    converged: bool
+    reason: str
+
+
+class ProximalQuasiNewton:
+    """Minimises ``objective + penalty``; what it learns of the curvature is kept from one penalty to the next.
+
+    Args:
+        objective: the smooth part.
+        memory: number of secant pairs.
+    """
+
+    def __init__(self, objective: Objective, *, memory: int = 10) -> None:
+        self.objective = objective
+        self.memory = memory
+        self._pairs: list[Pair] = []
+        self._metric: Metric | None = None
+        self._outcome: Outcome | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether a problem was solved before."""
+        return self._outcome is not None
+
+    @property
+    def last_params(self) -> Tensor:
+        """Parameters (O, D + 1) of the last solution, the start of the next."""
+        return self.objective.null_params() if self._outcome is None else self._outcome.evaluation.params
+
+    def solve(
+        self, penalty: ElasticNet, start: Tensor, *, tol: float, max_iter: int, show_progress: bool = False
+    ) -> Outcome:
+        """:meth:`_solve`, remembered, with a progress bar if wanted."""
+        bar = None
+        if show_progress:
+            from tqdm import tqdm
+
+            bar = tqdm(total=max_iter, desc="elastic net")
+        try:
+            self._outcome = self._solve(penalty, start, tol=tol, max_iter=max_iter, bar=bar)
+        finally:
+            if bar is not None:
+                bar.close()
+        return self._outcome
+
+    def _solve(self, penalty: ElasticNet, start: Tensor, *, tol: float, max_iter: int, bar: Any) -> Outcome:
+        """From ``start`` until gap and violation are below ``tol`` (relative to the model without features)."""
+        objective = self.objective
+        gap_target = tol * objective.null_value()
+        slope_target = tol * max(float(objective.null_gradient().abs().amax()), 1e-300)
+        refresh = 0 if self._metric is None else 4
+        here = self._evaluate(start, gram=refresh == 0)
+        refresh = max(refresh, 1)
+        stalled = 0
+        for iteration in range(max_iter + 1):
+            slope = violation(here, penalty)
+            if bar is not None:
+                bar.update(int(iteration > 0))
+                bar.set_postfix(violation=f"{slope:.2g}", target=f"{slope_target:.2g}")
+            if slope <= slope_target or iteration == max_iter:
+                if here.negentropy_tight is None:
+                    here = self._evaluate(here.params, tight=True)
+                certificate = certify(objective, here, penalty)
+                if slope <= slope_target and (penalty.lam == 0 or certificate.gap <= gap_target):
+                    return Outcome(here, certificate, iteration, True, "")
+            if penalty.lam == 0 and here.margin > 0:
+                return self._stop(here, penalty, iteration, "separable")
+            if iteration == max_iter:
+                return self._stop(here, penalty, iteration, "max_iter")
+            # The subproblem is worth solving only as well as the model is: loosely far away, tightly at the end.
+            target = self._target(here, penalty)
+            near = slope <= 20 * slope_target
+            gram = iteration + 1 == 2 * refresh
+            if gram:
+                refresh *= 2
+            there, moved = self._line_search(here, target, penalty, gram=gram, tight=near)
+            if moved:
+                self._learn(here, there)
+                stalled = 0
+            else:
+                # No decrease that the arithmetic can see: forget what was learnt, then compute in float64, then stop.
+                stalled += 1
+                self._pairs = []
+                if stalled == 2 and self._widen():
+                    stalled = 0
+                    there = self._evaluate(here.params, gram=True, tight=True)
+                elif stalled > 2:
+                    return self._stop(here, penalty, iteration, "stalled")
+            here = there
+        raise RuntimeError("the loop above always returns")  # pragma: no cover
+
+    def _evaluate(self, params: Tensor, *, gram: bool = False, tight: bool = False) -> Evaluation:
+        kronecker = self.objective.rows.n_features <= GRAM_LIMIT
+        here = self.objective.evaluate(params, gram=gram and kronecker, tight=tight)
+        scale = here.curvature.clamp_min(1e-6 * float(here.curvature.amax()) + 1e-30)
+        if here.gram is not None:
+            self._metric = KroneckerMetric(scale, here.gram)
+        elif not kronecker and (gram or self._metric is None):
+            self._metric = DiagonalMetric(scale[:, None] * self.objective.second_moments())
+        return here
+
+    def _target(self, here: Evaluation, penalty: ElasticNet) -> Tensor:
+        metric = self._metric
+        if metric is None:
+            raise RuntimeError("a point must be evaluated before a step is asked for")
+        if penalty.l1 == 0:
+            slope = here.gradient.clone()
+            slope[:, :-1] += penalty.l2 * here.params[:, :-1]
+            ridge = torch.full_like(slope[:1], penalty.l2)
+            ridge[:, -1] = 0
+            pairs = [(s, y + ridge * s) for s, y in self._pairs]
+            return here.params - inverse_secant(metric, pairs, penalty.l2, slope)
+        columns = self._working_columns(here, penalty)
+        if columns is None:
+            model = SecantMetric(metric, self._pairs)
+            return minimise_model(model, here.gradient, here.params, penalty, tol=0.1, max_iter=400)
+        pairs = [(s[:, columns], y[:, columns]) for s, y in self._pairs]
+        model = SecantMetric(metric.restrict(columns), pairs)
+        part = minimise_model(
+            model, here.gradient[:, columns], here.params[:, columns], penalty, tol=0.1, max_iter=400
+        )
+        target = here.params.clone()
+        target[:, columns] = part
+        return target
+
+    def _working_columns(self, here: Evaluation, penalty: ElasticNet) -> Tensor | None:
+        """Features that some class uses, used lately or wants to use; None where that is nearly all of them.
+
+        A feature left out has weight zero and satisfies its optimality condition here; the next full gradient checks
+        it again, so this only saves work in the subproblem.
+        """
+        weights, gradient = here.params[:, :-1], here.gradient[:, :-1]
+        used = (weights != 0).any(0) | (gradient.abs() > penalty.l1).any(0)
+        for s, _ in self._pairs:
+            used |= (s[:, :-1] != 0).any(0)
+        if float(used.sum()) > 0.7 * used.numel():
+            return None
+        return torch.cat([used, used.new_ones(1)]).nonzero().flatten()
+
+    def _line_search(
+        self, here: Evaluation, target: Tensor, penalty: ElasticNet, *, gram: bool, tight: bool
+    ) -> tuple[Evaluation, bool]:
+        start = here.params
+        direction = target - start
+        before = penalty.value(start[:, :-1])
+        slope = float((here.gradient * direction).sum())
+        expected = slope + penalty.value(target[:, :-1]) - before
+        value = here.value + before
+        narrow = self.objective.rows.dtype == torch.float32
+        slack = (1e-7 if narrow else 4e-16) * abs(value)
+        if not math.isfinite(expected) or expected >= 0:
+            return here, False
+        share = 1.0
+        for _ in range(12):
+            point = target if share == 1.0 else start + share * direction
+            there = self._evaluate(point, gram=gram and share == 1.0, tight=tight)
+            after = there.value + penalty.value(point[:, :-1])
+            if after <= value + 1e-4 * share * expected:
+                return there, True
+            if after <= value + slack:
+                # Values agree to rounding, so ask the slopes, which are accurate long after values are not.
+                better = violation(there, penalty) < violation(here, penalty)
+                return (there, True) if better else (here, False)
+            rise = after - value if math.isfinite(after) else math.inf
+            # Minimum of the parabola through both values and the slope, kept within reason.
+            share *= min(0.5, max(0.1, -0.5 * expected * share / (rise - expected * share)))
+        return here, False
+
+    def _learn(self, here: Evaluation, there: Evaluation) -> None:
+        step, change = there.params - here.params, there.gradient - here.gradient
+        if float((step * change).sum()) > 1e-10 * float(step.norm() * change.norm()):
+            self._pairs = [*self._pairs, (step, change)][-self.memory :]
+
+    def _widen(self) -> bool:
+        rows = self.objective.rows
+        if rows.dtype == torch.float64 or rows.device.type == "mps":
+            return False
+        rows.dtype = torch.float64
+        return True
+
+    def _stop(self, here: Evaluation, penalty: ElasticNet, iteration: int, reason: str) -> Outcome:
+        if here.negentropy_tight is None:
+            here = self._evaluate(here.params, tight=True)
+        return Outcome(here, certify(self.objective, here, penalty), iteration, False, reason)

@@ -1,0 +1,289 @@
+"""Sparse and dense logistic classifiers on full batches: ``fit_elastic_net`` and ``lambda_max``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning
+from captum_concepts.solvers._objective import Objective, Reducer
+from captum_concepts.solvers._quasi_newton import Outcome, ProximalQuasiNewton
+from captum_concepts.solvers._rows import as_rows
+from captum_concepts.solvers.certificate import params_from
+from captum_concepts.solvers.penalty import ElasticNet
+
+# A class without rows has its optimum at a bias of minus infinity. This far (in nats) below every row's log-sum-exp
+# its probability is under 1e-17 on the rows, and logits stay finite.
+_EMPTY_CLASS_DEPTH = 40.0
+
+
+@dataclass(frozen=True)
+class ElasticNetResult:
+    """A fitted linear classifier and the proof of how good it is.
+
+    Attributes:
+        weight: (K, D), or (1, D) for ``loss="logistic"``; on standardised features where ``standardize=True``.
+        bias: (K,) or (1,).
+        objective: mean cross-entropy plus penalty, in nats.
+        gap: duality gap: objective minus a lower bound of the optimum. For ``lam=0`` the only bound is that the loss
+            is never negative, so gap equals objective, and convergence is judged by ``violation`` alone.
+        violation: largest distance of minus the gradient to the penalty's subdifferential.
+        n_iter: steps taken.
+        n_passes: passes over the rows, the first one for checks and statistics included.
+        converged: whether gap and violation reached ``tol``.
+        lam, alpha, loss: the problem.
+        feature_mean, feature_std: (D,) what ``standardize=True`` subtracted and divided by, else None.
+    """
+
+    weight: Tensor = field(repr=False)
+    bias: Tensor = field(repr=False)
+    objective: float
+    gap: float
+    violation: float
+    n_iter: int
+    n_passes: int
+    converged: bool
+    lam: float
+    alpha: float
+    loss: str = "multinomial"
+    feature_mean: Tensor | None = field(default=None, repr=False)
+    feature_std: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def nonzeros(self) -> Tensor:
+        """Number of nonzero weights of each class, (K,)."""
+        return (self.weight != 0).sum(1)
+
+    def raw(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias for features as they were given: undoes the standardisation, if there was one."""
+        if self.feature_mean is None or self.feature_std is None:
+            return self.weight, self.bias
+        weight = self.weight / self.feature_std.to(self.weight)
+        return weight, self.bias - weight @ self.feature_mean.to(weight)
+
+    def decision_function(self, X: Tensor) -> Tensor:  # noqa: N803
+        """Logits (N, K) or (N, 1) of features (N, D) as they were given to the fit."""
+        weight, bias = self.raw()
+        return X.to(weight) @ weight.T + bias
+
+
+def fit_elastic_net(
+    X: Any,  # noqa: N803
+    y: Any,
+    lam: float,
+    *,
+    alpha: float = 0.99,
+    num_classes: int | None = None,
+    tol: float = 1e-4,
+    loss: str = "multinomial",
+    sample_weight: Any = None,
+    warm_start: ElasticNetResult | tuple[Tensor, Tensor] | None = None,
+    standardize: bool = False,
+    max_iter: int = 1000,
+    chunk_size: int | None = None,
+    device: torch.device | str | None = None,
+    process_group: Any = None,
+    show_progress: bool = False,
+) -> ElasticNetResult:
+    r"""Logistic regression with an elastic-net penalty, to a certified optimum.
+
+    Minimises over W and b, the bias free,
+
+    .. math:: \frac{1}{\sum_i s_i} \sum_i s_i \, \mathrm{CE}(W x_i + b, y_i)
+              + \lambda \left( \tfrac{1 - \alpha}{2} \|W\|_F^2 + \alpha \|W\|_1 \right).
+
+    Proximal quasi-Newton steps: the curvature is modelled by the features' second moments, scaled for each class, and
+    corrected by the last steps (see ``_metric.py``); each step costs one pass over the rows. The pure L2 problem
+    (``alpha=0``) is solved by the same steps in closed form, preconditioned L-BFGS.
+
+    Args:
+        X: (N, D) tensor, numpy array or memory map, or a re-iterable of (m, D) chunks; float64 is computed in
+            float64, everything else in float32 with sums, parameters and steps in float64. With ``y=None`` a
+            re-iterable of ``(x, y)`` pairs.
+        y: (N,) class indices 0..K-1.
+        lam: strength of the penalty, at least 0.
+        alpha: share of the absolute values: 1 lasso, 0 ridge.
+        num_classes: K; None takes the largest label + 1.
+        tol: stops when ``gap <= tol * (entropy of the class fractions)``, the loss of the best model without features,
+            and ``violation <= tol * max |gradient|`` of that model.
+        loss: ``"multinomial"``, K weight vectors; or ``"logistic"``, one vector for y in {0, 1}, pointing towards 1.
+        sample_weight: (N,) non-negative; a weight of 2 equals the row twice.
+        warm_start: a result of the same shape, or ``(weight, bias)``.
+        standardize: penalise weights of ``(x - mean) / std``; X is not copied. A constant column gets weight 0.
+        max_iter: most steps.
+        chunk_size: rows in a chunk; memory grows with it, the answer does not depend on it (up to rounding).
+        device: where to compute; None follows X.
+        process_group: a ``torch.distributed`` group, or True for the default one: each process passes its own rows,
+            all return the same answer.
+        show_progress: show a progress bar of the steps.
+
+    Returns:
+        An :class:`ElasticNetResult`.
+
+    Raises:
+        InputError: NaN or infinite rows, labels out of range, fewer than two classes with rows, wrong shapes.
+
+    Warns:
+        ConvergenceWarning: ``tol`` was not reached, with the gap; or there is no penalty and the classes can be
+            separated, so that no optimum exists (the weights at hand separate them).
+        InputWarning: a class below ``num_classes`` has no rows: it gets zero weights and a bias so low that its
+            probability vanishes on the rows, the limit of the optimum.
+
+    >>> X = torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0], [3.0, 1.0]])
+    >>> result = fit_elastic_net(X, torch.tensor([0, 0, 1, 1]), lam=0.1)
+    >>> result.converged, result.nonzeros.tolist()  # the constant column is never used
+    (True, [1, 1])
+    """
+    objective = open_problem(
+        X, y, num_classes=num_classes, loss=loss, sample_weight=sample_weight, standardize=standardize,
+        chunk_size=chunk_size, device=device, process_group=process_group,
+    )  # fmt: skip
+    penalty = ElasticNet(lam, alpha)
+    start = objective.null_params() if warm_start is None else _warm(objective, warm_start)
+    return solve_problem(
+        ProximalQuasiNewton(objective), penalty, start, loss=loss, tol=tol, max_iter=max_iter, show_progress=show_progress
+    )
+
+
+def lambda_max(
+    X: Any,  # noqa: N803
+    y: Any,
+    alpha: float = 0.99,
+    *,
+    num_classes: int | None = None,
+    loss: str = "multinomial",
+    sample_weight: Any = None,
+    standardize: bool = False,
+    chunk_size: int | None = None,
+    device: torch.device | str | None = None,
+    process_group: Any = None,
+) -> float:
+    """The smallest ``lam`` at which all weights are zero: ``max |gradient of the mean loss at W = 0| / alpha``.
+
+    With W = 0 and the best bias, predictions are the class fractions, so the gradient is known in closed form from
+    one pass. Infinite for ``alpha=0``: ridge weights are never exactly zero.
+
+    Args:
+        X, y, num_classes, loss, sample_weight, standardize, chunk_size, device, process_group: as in
+            :func:`fit_elastic_net`.
+        alpha: share of the absolute values, in [0, 1].
+
+    Raises:
+        InputError: as :func:`fit_elastic_net`.
+
+    >>> X, y = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+    >>> lambda_max(X, y, alpha=1.0)  # both gradients are +-1/2
+    0.5
+    """
+    penalty = ElasticNet(0.0, alpha)
+    objective = open_problem(
+        X, y, num_classes=num_classes, loss=loss, sample_weight=sample_weight, standardize=standardize,
+        chunk_size=chunk_size, device=device, process_group=process_group,
+    )  # fmt: skip
+    return largest_lambda(objective, penalty.alpha)
+
+
+def largest_lambda(objective: Objective, alpha: float) -> float:
+    """:func:`lambda_max` of an opened problem."""
+    return float(objective.null_gradient().abs().amax()) / alpha if alpha > 0 else math.inf
+
+
+def open_problem(
+    X: Any,  # noqa: N803
+    y: Any,
+    *,
+    num_classes: int | None,
+    loss: str,
+    sample_weight: Any,
+    standardize: bool,
+    chunk_size: int | None,
+    device: torch.device | str | None,
+    process_group: Any,
+) -> Objective:
+    """Check the rows and gather their statistics; warns about classes without rows."""
+    rows = as_rows(
+        X, y, sample_weight=sample_weight, device=device, chunk_size=chunk_size, num_outputs_hint=num_classes or 1
+    )
+    objective = Objective(rows, loss, num_classes, standardize=standardize, reducer=Reducer(process_group))
+    empty = sorted(set(range(objective.stats.num_classes)) - set(objective.stats.present))
+    if empty:
+        shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+        warnings.warn(
+            f"{len(empty)} of {objective.stats.num_classes} classes have no rows ({shown}): their weights are zero "
+            "and their bias makes their probability vanish",
+            InputWarning,
+            stacklevel=3,
+        )
+    return objective
+
+
+def solve_problem(
+    solver: ProximalQuasiNewton,
+    penalty: ElasticNet,
+    start: Tensor,
+    *,
+    loss: str,
+    tol: float,
+    max_iter: int,
+    show_progress: bool = False,
+    stacklevel: int = 3,
+) -> ElasticNetResult:
+    """Solve one penalty from ``start`` and dress the outcome as a result; warns where it did not converge."""
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < math.inf:
+        raise InputError(f"tol must be a positive number; got {tol!r}")
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
+        raise InputError(f"max_iter must be a positive integer; got {max_iter!r}")
+    passes = solver.objective.n_passes if solver.started else 0
+    outcome = solver.solve(penalty, start, tol=tol, max_iter=max_iter, show_progress=show_progress)
+    if not outcome.converged:
+        warnings.warn(_why(outcome, tol, solver.objective.null_value()), ConvergenceWarning, stacklevel=stacklevel)
+    objective, here = solver.objective, outcome.evaluation
+    dtype = objective.rows.result_dtype
+    params = here.params
+    if len(objective.stats.present) < objective.stats.num_classes:
+        full = params.new_zeros(objective.stats.num_classes, params.shape[1])
+        full[:, -1] = here.floor - _EMPTY_CLASS_DEPTH
+        full[objective.stats.present] = params
+        params = full
+    certificate = outcome.certificate
+    return ElasticNetResult(
+        weight=params[:, :-1].to(dtype).contiguous(),
+        bias=params[:, -1].to(dtype).contiguous(),
+        objective=certificate.objective,
+        gap=certificate.gap,
+        violation=certificate.violation,
+        n_iter=outcome.n_iter,
+        n_passes=objective.n_passes - passes,
+        converged=outcome.converged,
+        lam=penalty.lam,
+        alpha=penalty.alpha,
+        loss=loss,
+        feature_mean=objective.stats.mean,
+        feature_std=objective.stats.std,
+    )
+
+
+def _why(outcome: Outcome, tol: float, null_value: float) -> str:
+    gap, slope, n = outcome.certificate.gap, outcome.certificate.violation, outcome.n_iter
+    if outcome.reason == "separable":
+        return (
+            "without a penalty (lam=0) these rows have no optimum: the classes can be separated, so the loss falls to 0 "
+            f"as the weights grow. Returned are weights that classify every row correctly, loss {gap:.3g}; use lam > 0"
+        )
+    reached = f"duality gap {gap:.3g} (asked: {tol * null_value:.3g}), optimality violation {slope:.3g}"
+    if outcome.reason == "max_iter":
+        return f"stopped after max_iter={n} steps: {reached}; raise max_iter or tol"
+    return f"stopped after {n} steps at the limit of the arithmetic: {reached}; raise tol or pass float64 rows"
+
+
+def _warm(objective: Objective, start: ElasticNetResult | tuple[Tensor, Tensor]) -> Tensor:
+    if isinstance(start, ElasticNetResult):
+        return params_from(objective, start.weight, start.bias)
+    if not isinstance(start, (tuple, list)) or len(start) != 2:
+        raise InputError(f"warm_start must be a result or a pair (weight, bias); got {type(start).__name__}")
+    return params_from(objective, start[0], start[1])

@@ -1,0 +1,195 @@
+"""Logistic losses: value, residual, curvature and the dual quantities of one chunk of logits.
+
+A loss knows nothing of features, penalties or solvers: it maps logits ``Z`` (m, O) and labels ``y`` (m,) to sums
+over the rows. Adding the sums of several chunks, or of several processes, gives the sums of all rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+#: Where between labels (0) and predictions (1) the second chord of the dual bound is taken.
+TIGHT_TAU = 0.99
+
+
+class LossTerms(NamedTuple):
+    """Sums over the rows of one chunk, s being the row weights, p the predicted probabilities.
+
+    Attributes:
+        value: sum of s * loss, 0-d.
+        residual: s * (p - onehot(y)), (m, O): the derivative of the sum by the logits.
+        negentropy: sum of s * sum_k p_k log p_k, 0-d: minus the dual objective at the residual.
+        negentropy_tight: the same at ``(1 - TIGHT_TAU) onehot(y) + TIGHT_TAU p``, or None where not asked for.
+        curvature: sum of s * p (1 - p) for each output, (O,): the diagonal of the Hessian in the logits.
+        row_curvature: s * sum_k p_k (1 - p_k), (m,): the trace of it for each row.
+        margin: smallest margin of a row with positive weight, 0-d; positive where every row is right.
+        floor: smallest log-sum-exp of a row, 0-d.
+    """
+
+    value: Tensor
+    residual: Tensor
+    negentropy: Tensor
+    negentropy_tight: Tensor | None
+    curvature: Tensor
+    row_curvature: Tensor
+    margin: Tensor
+    floor: Tensor
+
+
+class BiasMixture(NamedTuple):
+    """A constant prediction ``u`` (O,) and the share of it that makes the mean prediction equal the label mean."""
+
+    share: float
+    prediction: Tensor
+    negentropy: float
+
+
+class Loss(ABC):
+    """A logistic loss with O outputs over K classes."""
+
+    num_outputs: int
+    num_classes: int
+
+    @abstractmethod
+    def terms(self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False) -> LossTerms:
+        """The sums of one chunk; ``logits`` (m, O), ``y`` (m,) in 0..K-1, ``weight`` (m,) or None for ones."""
+
+    @abstractmethod
+    def null_bias(self, fractions: Tensor) -> Tensor:
+        """The best bias (O,) of a model without features, given the class fractions (K,)."""
+
+    @abstractmethod
+    def label_moments(self, class_sums: Tensor) -> Tensor:
+        """The mean of onehot(y) x^T (O, D), given it for every class (K, D)."""
+
+    @abstractmethod
+    def bias_mixture(self, residual_mean: Tensor, fractions: Tensor) -> BiasMixture:
+        """How to mix predictions with a constant so that the bias is exactly optimal (dual feasible).
+
+        With predictions of mean ``ybar + r``, ``(1 - e) p + e u`` has mean ``ybar`` for ``u = ybar - r / rho`` and
+        ``e = rho / (1 + rho)``; the smallest rho that keeps u a probability is taken.
+        """
+
+    def null_value(self, fractions: Tensor) -> float:
+        """The loss of the best model without features: the entropy of the class fractions, in nats."""
+        return float(-torch.special.xlogy(fractions, fractions).sum())
+
+
+class MultinomialLoss(Loss):
+    """Softmax cross-entropy: ``loss(z, y) = log sum_k exp(z_k) - z_y``, one output a class.
+
+    >>> import torch
+    >>> loss = MultinomialLoss(2)
+    >>> float(loss.terms(torch.zeros(3, 2), torch.tensor([0, 1, 1]), None).value / 3)  # log 2
+    0.693147...
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.num_outputs = num_classes
+
+    def terms(self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False) -> LossTerms:
+        acc = _wide(logits)
+        lse = torch.logsumexp(logits, 1)
+        p = torch.exp(logits - lse[:, None])
+        own = logits.gather(1, y[:, None]).squeeze(1)
+        losses = lse - own
+        entropies = torch.linalg.vecdot(p, logits) - lse
+        # margin > 0 iff the own logit is the largest; p_y > 1/2 would be too strict for many classes
+        others = logits.scatter(1, y[:, None], float("-inf")).amax(1) if self.num_classes > 1 else own - 1
+        margins = own - others
+        tight_sum = None
+        if tight:
+            q = (p * TIGHT_TAU).scatter_add(1, y[:, None], torch.full_like(own, 1 - TIGHT_TAU)[:, None])
+            tight_sum = _dot(torch.special.xlogy(q, q).sum(1), weight, acc)
+        row_curvature = 1 - torch.linalg.vecdot(p, p)
+        if weight is None:
+            curvature = p.sum(0, dtype=acc) - (p * p).sum(0, dtype=acc)
+        else:
+            curvature = (weight @ (p - p * p)).to(acc)
+            row_curvature = row_curvature * weight
+            margins = margins.masked_fill(weight == 0, float("inf"))
+        value, entropy = _dot(losses, weight, acc), _dot(entropies, weight, acc)
+        p.scatter_add_(1, y[:, None], torch.full_like(own, -1.0)[:, None])
+        if weight is not None:
+            p = p * weight[:, None]
+        return LossTerms(value, p, entropy, tight_sum, curvature, row_curvature, margins.amin(), lse.amin())
+
+    def null_bias(self, fractions: Tensor) -> Tensor:
+        return fractions.log()
+
+    def label_moments(self, class_sums: Tensor) -> Tensor:
+        return class_sums
+
+    def bias_mixture(self, residual_mean: Tensor, fractions: Tensor) -> BiasMixture:
+        r = residual_mean - fractions * residual_mean.sum()  # rounding only: residuals of a row sum to zero
+        rho = float((r / fractions).amax())
+        return _mixture(rho, r, fractions, lambda u: float(torch.special.xlogy(u, u).sum()))
+
+
+class LogisticLoss(Loss):
+    """Binary logistic loss of one weight vector: ``loss(z, y) = log(1 + exp(z)) - y z``, y in {0, 1}.
+
+    >>> import torch
+    >>> loss = LogisticLoss()
+    >>> float(loss.terms(torch.zeros(2, 1), torch.tensor([0, 1]), None).value / 2)  # log 2
+    0.693147...
+    """
+
+    num_classes = 2
+    num_outputs = 1
+
+    def terms(self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False) -> LossTerms:
+        acc = _wide(logits)
+        z = logits.squeeze(1)
+        t = y.to(z.dtype)
+        soft = F.softplus(z)
+        p = torch.sigmoid(z)
+        value = _dot(soft - t * z, weight, acc)
+        entropy = _dot(p * z - soft, weight, acc)
+        tight_sum = None
+        if tight:
+            q = p * TIGHT_TAU + t * (1 - TIGHT_TAU)
+            tight_sum = _dot(torch.special.xlogy(q, q) + torch.special.xlogy(1 - q, 1 - q), weight, acc)
+        margins = (2 * t - 1) * z
+        curve = p * (1 - p)
+        residual = p - t
+        if weight is not None:
+            curve, residual = curve * weight, residual * weight
+            margins = margins.masked_fill(weight == 0, float("inf"))
+        curvature = curve.sum(dtype=acc)[None]
+        return LossTerms(
+            value, residual[:, None], entropy, tight_sum, curvature, 2 * curve, margins.amin(), soft.amin()
+        )
+
+    def null_bias(self, fractions: Tensor) -> Tensor:
+        return (fractions[1:] / fractions[:1]).log()
+
+    def label_moments(self, class_sums: Tensor) -> Tensor:
+        return class_sums[1:]
+
+    def bias_mixture(self, residual_mean: Tensor, fractions: Tensor) -> BiasMixture:
+        positive = fractions[1:]
+        rho = float(torch.maximum(residual_mean / positive, -residual_mean / (1 - positive)).amax())
+        xlogy = torch.special.xlogy
+        return _mixture(rho, residual_mean, positive, lambda u: float((xlogy(u, u) + xlogy(1 - u, 1 - u)).sum()))
+
+
+def _mixture(rho: float, residual: Tensor, fractions: Tensor, negentropy) -> BiasMixture:  # type: ignore[no-untyped-def]
+    if rho <= 0:
+        return BiasMixture(0.0, fractions, negentropy(fractions))
+    u = (fractions - residual / rho).clamp(0, 1)
+    return BiasMixture(rho / (1 + rho), u, negentropy(u))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _dot(values: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return values.sum(dtype=dtype) if weight is None else (values.to(dtype) * weight.to(dtype)).sum()
