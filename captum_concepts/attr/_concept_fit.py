@@ -59,12 +59,13 @@ def train_translator(
     **collecting: Any,
 ) -> tuple[ConceptTranslator, dict[str, list[float]]]:
     """A fitted translator on the classifier's device, and its history."""
-    pairs = collect_pairs(forward_func, layers, encoder, data, **collecting)
-    width = pairs.embedding_dim
+    # Iterating a DataLoader draws a seed, and creating layers draws weights: the caller's random state stays as it was.
+    with torch.random.fork_rng(devices=[]):
+        pairs = collect_pairs(forward_func, layers, encoder, data, **collecting)
+        width = pairs.embedding_dim
+        translator = ConceptTranslator(pairs.in_channels, width, hidden=hidden)
     if text is not None and text.shape[1] != width:
         raise InputError(f"the encoder gives images of width {width} and texts of width {text.shape[1]}")
-    with torch.random.fork_rng(devices=[]):
-        translator = ConceptTranslator(pairs.in_channels, width, hidden=hidden)
     translator.to(device_of(forward_func) or torch.device("cpu"))
     with torch.inference_mode(False), torch.enable_grad():
         result = fit_translator(

@@ -313,7 +313,8 @@ class ConceptFusionMap(ConceptMaps):
         Returns:
             ``(N, T)``: mean over i = 1..K of (p_0 - p_i) / p_0 of the class' softmax probability (of the sigmoid for a
             model with one output), at most 1; negative where the concept speaks against the class. With
-            ``return_curve`` also ``(N, T, n_channels + 1)``, which starts at 0; beyond the layer's channels it stays as it is.
+            ``return_curve`` also ``(N, T, n_channels + 1)``, which starts at 0; beyond the layer's channels it stays as it
+            is.
 
         Raises:
             LayerError: the output does not depend on the chosen layer.
