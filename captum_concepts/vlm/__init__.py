@@ -2,5 +2,6 @@
 
 from captum_concepts.vlm.encoder import ImageTextEncoder
 from captum_concepts.vlm.open_clip import OpenCLIPEncoder
+from captum_concepts.vlm.region_prompt import RegionPrompt
 
-__all__ = ["ImageTextEncoder", "OpenCLIPEncoder"]
+__all__ = ["ImageTextEncoder", "OpenCLIPEncoder", "RegionPrompt"]

@@ -1,0 +1,105 @@
+"""What region prompts are drawn with: coverage of rings and discs, crops, blurs; tensors on any device."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def distances(centres: Tensor, height: int, width: int) -> Tensor:
+    """``(B, H, W)`` float32: from the middle of every pixel to each of ``centres`` (B, 2), given as (row, column)."""
+    rows = torch.arange(height, device=centres.device) + 0.5 - centres[:, :1]
+    columns = torch.arange(width, device=centres.device) + 0.5 - centres[:, 1:]
+    return torch.hypot(rows[:, :, None], columns[:, None, :])
+
+
+def ring(centres: Tensor, radius: float, width: float, height: int, width_px: int) -> Tensor:
+    """``(B, H, W)``: the share of every pixel that a circular line covers."""
+    d = distances(centres, height, width_px)
+    outer = torch.clamp(d + 0.5, max=radius + width / 2)
+    return outer.sub_(torch.clamp(d - 0.5, min=radius - width / 2)).clamp_(0, 1)
+
+
+class Rings(NamedTuple):
+    """The pixels that circular lines touch: a few hundred of the many thousands of each image."""
+
+    starts: Tensor  # (B + 1,): where the pixels of each circle begin
+    rows: Tensor
+    columns: Tensor
+    cover: Tensor
+
+    @classmethod
+    def of(cls, centres: Tensor, radius: float, width: float, height: int, width_px: int) -> Rings:
+        """The touched pixels of every circle, found a few circles at a time."""
+        counts, found = [], []
+        for part in centres.split(max(1, 4_000_000 // (height * width_px))):
+            cover = ring(part, radius, width, height, width_px)
+            circle, row, column = cover.nonzero(as_tuple=True)
+            counts.append(circle.bincount(minlength=len(part)))
+            found.append((row, column, cover[circle, row, column]))
+        starts = F.pad(torch.cat(counts).cumsum(0), [1, 0])
+        return cls(starts, *(torch.cat(values) for values in zip(*found, strict=True)))
+
+    def paint(self, images: Tensor, circles: Tensor, colour: Tensor) -> Tensor:
+        """``images`` (B, 3, H, W), changed in place: circle ``circles[b]`` drawn on image b."""
+        counts = (self.starts[1:] - self.starts[:-1])[circles]
+        image = torch.arange(len(circles), device=images.device).repeat_interleave(counts)
+        first = self.starts[circles] - (counts.cumsum(0) - counts)
+        entry = first.repeat_interleave(counts) + torch.arange(len(image), device=images.device)
+        row, column = self.rows[entry], self.columns[entry]
+        pixels = images[image, :, row, column]
+        images[image, :, row, column] = torch.lerp(pixels, colour, self.cover[entry, None].to(images.dtype))
+        return images
+
+
+def disc(centres: Tensor, radius: float, height: int, width: int) -> Tensor:
+    """``(B, H, W)``: the share of every pixel inside a circle."""
+    return (radius + 0.5 - distances(centres, height, width)).clamp_(0, 1)
+
+
+def crop_windows(centres: Tensor, radius: float, height: int, width: int, *, inside: bool) -> Tensor:
+    """``(B, 4)``: middle (row, column) and half sides of windows with the image's aspect ratio.
+
+    ``inside`` shrinks a window to the image and moves it until it lies within.
+    """
+    short = min(height, width)
+    if inside:
+        radius = min(radius, short / 2)
+    half = centres.new_tensor([radius * height / short, radius * width / short]).expand_as(centres)
+    if inside:
+        size = centres.new_tensor([height, width])
+        centres = torch.minimum(torch.maximum(centres, half), size - half)
+    return torch.cat([centres, half], 1)
+
+
+def resample(images: Tensor, windows: Tensor) -> Tensor:
+    """The window of each image, bilinearly enlarged to the image's size; beyond it the border repeats."""
+    height, width = images.shape[-2:]
+    size = windows.new_tensor([height, width])
+    theta = windows.new_zeros(len(windows), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = (2 * windows[:, 3] / width), (2 * windows[:, 2] / height)
+    theta[:, :, 2] = (2 * windows[:, :2] / size - 1).flip(1)
+    grid = F.affine_grid(theta, [len(windows), 3, height, width], align_corners=False)
+    # Positions in half precision would be off by pixels, so a crop of half-precision images is computed in float32.
+    small = images.dtype in (torch.float16, torch.bfloat16)
+    source = images.float() if small else images
+    out = F.grid_sample(source, grid.to(source.dtype), mode="bilinear", padding_mode="border", align_corners=False)
+    return out.to(images.dtype)
+
+
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur, cut off at three sigma, the border's pixels repeated; rows, then columns."""
+    reach = max(1, math.ceil(3 * sigma))
+    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    small = images.dtype in (torch.float16, torch.bfloat16)
+    out = images.float() if small else images
+    kernel = kernel.to(out.dtype).expand(3, 1, -1)
+    out = F.conv2d(F.pad(out, [0, 0, reach, reach], mode="replicate"), kernel[:, :, :, None], groups=3)
+    out = F.conv2d(F.pad(out, [reach, reach, 0, 0], mode="replicate"), kernel[:, :, None, :], groups=3)
+    return out.to(images.dtype)

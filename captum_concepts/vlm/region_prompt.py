@@ -1,0 +1,280 @@
+"""`RegionPrompt`: one picture a region, marked so that an image-text model describes that region (visual prompting)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import InputError, did_you_mean
+from captum_concepts.vlm._drawing import Rings, blurred, crop_windows, disc, resample
+
+KINDS = ("circle", "crop", "blur")
+PLACEMENTS = ("paper", "inset", "cells")
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (1.0, 0.0, 0.0),
+    "green": (0.0, 1.0, 0.0),
+    "blue": (0.0, 0.0, 1.0),
+    "yellow": (1.0, 1.0, 0.0),
+    "white": (1.0, 1.0, 1.0),
+    "black": (0.0, 0.0, 0.0),
+}
+#: The paper's image side, for which it gives radius 32 and a line of 2 pixels.
+PAPER_SIZE = 224
+_RADIUS, _WIDTH, _SIGMA = 32.0, 2.0, 12.0  # the blur: enough to lose a texture, not the layout
+
+
+@dataclass(frozen=True)
+class RegionPrompt:
+    """Mark one region of an image after another, on a grid of places (SALF-CBM, section 3.2 and Algorithm 1).
+
+    Three kinds of marks:
+
+    - ``"circle"``: a red line around the place, for encoders that react to it (CLIP does). The rest of the picture
+      stays visible, so the encoder keeps the context.
+    - ``"crop"``: the window around the place, enlarged to the size of the image; for every encoder. The window has the
+      image's aspect ratio; its half side along the image's shorter side is ``radius``. It is moved inside the image
+      where it would cross the border (``border="shift"``), or filled up with the border's pixels (``"replicate"``).
+    - ``"blur"``: everything outside the circle is blurred (Gaussian).
+
+    Coordinates are continuous: pixel (i, j) covers [i, i+1] x [j, j+1], and its centre is (i + 0.5, j + 0.5). Lines and
+    edges are anti-aliased: a pixel takes the colour by the share of it that the line covers,
+    ``clip(min(d + 1/2, r + w/2) - max(d - 1/2, r - w/2), 0, 1)`` for distance d of its centre from the place. What
+    crosses the image's border is cut off.
+
+    Three placements of an h x w grid on an H x W image (rows; columns likewise):
+
+    - ``"paper"``: ``i * floor(H / (h - 1))``: 0, 37, ..., 222 for H=224, h=7; the outer circles are cut by the border.
+    - ``"inset"``: even from ``radius`` to ``H - radius``, so that no circle is cut (all in the middle if it is too
+      large).
+    - ``"cells"``: ``(i + 1/2) * H / h``, the middles of the cells of an h x w feature map, so that mark and feature
+      look at the same place.
+
+    A grid of 1 lies in the middle of the image in every placement.
+
+    Args:
+        kind: "circle", "crop" or "blur".
+        grid: rows and columns (h, w), or one number for both.
+        radius: of the circle (to the middle of the line) in pixels; None stands for the paper's 32 at 224 px, scaled
+            with the shorter side of the image.
+        placement: "paper", "inset" or "cells".
+        colour: of the line: R, G, B in [0, 1], or "red", "green", "blue", "yellow", "white", "black".
+        width: of the line in pixels; None stands for the paper's 2 at 224 px, scaled likewise. Below one pixel the
+            line is drawn fainter.
+        blur_sigma: of the Gaussian in pixels; None stands for 12 at 224 px, scaled likewise.
+        border: what a crop does at the border: "shift" or "replicate".
+        reference_size: None takes ``radius``, ``width`` and ``blur_sigma`` as pixels of the image that is drawn on. A
+            number means that they are given for an image whose shorter side has so many pixels, and they are scaled
+            with ``min(H, W) / reference_size``: ``radius=32, reference_size=224`` draws radius 64 on 448 px.
+
+    Raises:
+        InputError: a value outside what is listed above.
+
+    Example:
+        >>> prompt = RegionPrompt("circle", (7, 7), 32, placement="paper")
+        >>> prompt.centers(224, 224)[:3]
+        tensor([[ 0.,  0.],
+                [ 0., 37.],
+                [ 0., 74.]])
+        >>> prompt.draw(torch.rand(2, 3, 224, 224)).shape
+        torch.Size([2, 49, 3, 224, 224])
+
+    References:
+        Benou and Riklin Raviv, "Show and Tell", 2025; Shtedritski et al., "What does CLIP know about a red circle?",
+        2023.
+    """
+
+    kind: str = "circle"
+    grid: tuple[int, int] = (7, 7)
+    radius: float | None = None
+    placement: str = "cells"
+    colour: tuple[float, float, float] = COLOURS["red"]
+    width: float | None = None
+    blur_sigma: float | None = None
+    border: str = "shift"
+    reference_size: int | None = None
+
+    # Written out, because dataclasses know keyword-only fields but not a normalised first argument as well.
+    def __init__(
+        self,
+        kind: str = "circle",
+        grid: int | Sequence[int] = (7, 7),
+        radius: float | None = None,
+        *,
+        placement: str = "cells",
+        colour: str | Sequence[float] = "red",
+        width: float | None = None,
+        blur_sigma: float | None = None,
+        border: str = "shift",
+        reference_size: int | None = None,
+    ) -> None:
+        values = {
+            "kind": _one_of("kind", kind, KINDS),
+            "grid": _grid(grid),
+            "radius": _positive("radius", radius),
+            "placement": _one_of("placement", placement, PLACEMENTS),
+            "colour": _colour(colour),
+            "width": _positive("width", width),
+            "blur_sigma": _positive("blur_sigma", blur_sigma),
+            "border": _one_of("border", border, ("shift", "replicate")),
+            "reference_size": reference_size,
+        }
+        if reference_size is not None and not (isinstance(reference_size, int) and reference_size >= 1):
+            raise InputError(f"reference_size={reference_size!r} must be a number of pixels, or None")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        """Number of places, h*w."""
+        return self.grid[0] * self.grid[1]
+
+    def pixels(self, height: int, width: int) -> dict[str, float]:
+        """``radius``, ``width`` and ``blur_sigma`` in pixels of an image of this size.
+
+        >>> RegionPrompt().pixels(64, 80)["radius"], RegionPrompt(radius=9).pixels(64, 80)["radius"]
+        (9.142857142857142, 9.0)
+        """
+        short = min(height, width)
+        given = 1.0 if self.reference_size is None else short / self.reference_size
+        default = short / PAPER_SIZE
+        return {
+            name: value * given if value is not None else paper * default
+            for name, value, paper in (
+                ("radius", self.radius, _RADIUS),
+                ("width", self.width, _WIDTH),
+                ("blur_sigma", self.blur_sigma, _SIGMA),
+            )
+        }
+
+    def centers(self, H: int, W: int) -> Tensor:
+        """The places (row, column) in pixels of an H x W image, row by row.
+
+        Returns:
+            ``(h*w, 2)`` float32; ``.view(h, w, 2)`` is the grid.
+
+        Raises:
+            InputError: "paper" places of a grid finer than the image.
+        """
+        radius = self.pixels(H, W)["radius"]
+        rows, columns = self._axis(H, self.grid[0], radius), self._axis(W, self.grid[1], radius)
+        return torch.cartesian_prod(torch.tensor(rows), torch.tensor(columns)).reshape(-1, 2)
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Every image with every place marked.
+
+        Args:
+            x: RGB images ``(N, 3, H, W)`` in [0, 1], floating point, on any device.
+
+        Returns:
+            ``(N, h*w, 3, H, W)`` of the dtype and on the device of ``x``; differentiable.
+
+        Raises:
+            InputError: not a batch of RGB images in floating point.
+        """
+        n = len(_check_images(x))
+        cells = torch.arange(len(self), device=x.device).repeat(n)
+        which = torch.arange(n, device=x.device).repeat_interleave(len(self))
+        return self.draw_cells(x, which, cells).unflatten(0, (n, len(self)))
+
+    def draw_cells(self, x: Tensor, images: Tensor, cells: Tensor) -> Tensor:
+        """Some of the pictures of :meth:`draw`, in any order: image ``images[b]`` with place ``cells[b]`` marked.
+
+        A loop over many places thus needs memory for its own batch only.
+
+        Args:
+            x: ``(N, 3, H, W)`` as in :meth:`draw`.
+            images: ``(B,)`` integers in [0, N).
+            cells: ``(B,)`` integers in [0, h*w), counted row by row.
+
+        Returns:
+            ``(B, 3, H, W)``.
+        """
+        _check_images(x)
+        height, width = x.shape[-2:]
+        size = self.pixels(height, width)
+        images, cells = images.to(x.device), cells.to(x.device)
+        if self.kind == "circle":
+            return _rings(self, height, width, x.device).paint(x[images], cells, x.new_tensor(self.colour).expand(1, 3))
+        centres = self.centers(height, width).to(x.device)
+        if self.kind == "crop":
+            windows = crop_windows(centres[cells], size["radius"], height, width, inside=self.border == "shift")
+            return resample(x[images], windows)
+        used, place = cells.unique(return_inverse=True)
+        inside = disc(centres[used], size["radius"], height, width).to(x.dtype)
+        soft, local = images.unique(return_inverse=True)
+        return torch.lerp(blurred(x[soft], size["blur_sigma"])[local], x[images], inside[place, None])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The arguments, as JSON keeps them; :meth:`from_dict` reads them back."""
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RegionPrompt:
+        """The prompt that :meth:`as_dict` described."""
+        return cls(**values)
+
+    def _axis(self, length: int, count: int, radius: float) -> list[float]:
+        if count == 1:
+            return [length / 2]
+        if self.placement == "cells":
+            return [(i + 0.5) * length / count for i in range(count)]
+        if self.placement == "paper":
+            stride = length // (count - 1)
+            if stride == 0:
+                raise InputError(f"placement='paper' has no {count} places along {length} pixels; take a coarser grid")
+            return [float(i * stride) for i in range(count)]
+        first = min(radius, length / 2)
+        return [first + i * (length - 2 * first) / (count - 1) for i in range(count)]
+
+
+@functools.lru_cache(maxsize=8)
+def _rings(prompt: RegionPrompt, height: int, width: int, device: torch.device) -> Rings:
+    size = prompt.pixels(height, width)
+    with torch.inference_mode(False), torch.no_grad():  # the table is kept: it must not belong to one call's mode
+        centres = prompt.centers(height, width).to(device)
+        return Rings.of(centres, size["radius"], size["width"], height, width)
+
+
+def _check_images(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point() or 0 in x.shape[1:]:
+        found = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"images must be RGB (N, 3, H, W) in [0, 1], floating point; got {found}")
+    return x
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InputError(f"{name}={value!r} must be one of {allowed}.{did_you_mean(str(value), allowed)}")
+    return value
+
+
+def _grid(grid: int | Sequence[int]) -> tuple[int, int]:
+    found = (grid, grid) if isinstance(grid, int) else tuple(grid)
+    if len(found) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in found):
+        raise InputError(f"grid={grid!r} must be two whole numbers (rows, columns), at least 1 each")
+    return found[0], found[1]
+
+
+def _positive(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise InputError(f"{name}={value!r} must be a positive number of pixels, or None")
+    return float(value)
+
+
+def _colour(colour: str | Sequence[float]) -> tuple[float, float, float]:
+    if isinstance(colour, str):
+        if colour not in COLOURS:
+            raise InputError(f"colour={colour!r} must be one of {tuple(COLOURS)} or three numbers (R, G, B) in [0, 1]")
+        return COLOURS[colour]
+    found = tuple(float(v) for v in colour)
+    if len(found) != 3 or not all(0 <= v <= 1 for v in found):
+        raise InputError(f"colour={colour!r} must be three numbers (R, G, B) in [0, 1]")
+    return found[0], found[1], found[2]
