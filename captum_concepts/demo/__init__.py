@@ -34,7 +34,7 @@ def load(name: str) -> Any:
     """Load a bundled model, trained on :class:`captum_concepts.datasets.CaptionedScenes` of 64 px.
 
     - ``"classifier"``: a ResNet-10 (timm) with 8 x 8 positions in ``layer2`` to ``layer4``.
-    - ``"classifier-spurious"``: the same network trained where the ground gave the class away (``spurious=0.95``); it
+    - ``"classifier-spurious"``: the same network trained where the ground gave the class away (``spurious=0.9``); it
       leans on the ground, and is wrong where the ground misleads.
     - ``"vit"``: a vision transformer (timm), patches of 8 px, 8 x 8 positions in ``blocks.0`` to ``blocks.3``.
     - ``"clip"``: an image-text model (open_clip) as an :class:`~captum_concepts.vlm.OpenCLIPEncoder`. It knows the 21

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm.models
 import timm.models.resnet
 import timm.models.vision_transformer
-from torch import Tensor
+from torch import Tensor, nn
 
 #: RGB in [0, 1] is brought to about zero mean and unit variance inside the models.
 MEAN, STD = 0.5, 0.25
@@ -36,12 +37,55 @@ class SmallResNet(timm.models.resnet.ResNet):
         return features
 
 
-class SmallViT(timm.models.vision_transformer.VisionTransformer):
-    """A vision transformer, 64 px in patches of 8, whose patch tokens are averaged before the head.
+@timm.models.register_model
+def captum_concepts_resnet10(pretrained: bool = False, **options: Any) -> timm.models.resnet.ResNet:
+    """The trunk of the bundled image-text model's image tower, under a name that open_clip's configuration can use.
 
-    Layers have timm's names: ``blocks.0`` to ``blocks.3`` (tokens: one class token, then 8 x 8 patches), ``fc_norm``,
-    ``head``. Averaging lets every patch of the last block reach the output, so its maps mean something. Takes RGB in
-    [0, 1]; returns logits.
+    Like :class:`SmallResNet` with more channels; open_clip puts its attention pooling on top and normalises before.
+    """
+    del pretrained  # open_clip loads the weights of both towers together
+    model = timm.models.resnet.ResNet(
+        timm.models.resnet.BasicBlock,  # type: ignore[arg-type]
+        (1, 1, 1, 1),
+        num_classes=int(options.get("num_classes", 0)),
+        output_stride=8,
+        channels=(32, 64, 128, 192),
+        stem_width=32,
+    )
+    model.default_cfg = {"input_size": (3, SIZE, SIZE), "pool_size": (8, 8)}
+    return model
+
+
+class ConvStem(nn.Module):
+    """Patches of 8 x 8 px through three strided convolutions (Xiao et al., 2021), instead of one.
+
+    Vision transformers learn from far fewer images with it.
+    """
+
+    def __init__(self, img_size: int = SIZE, in_chans: int = 3, embed_dim: int = 128, **options: Any) -> None:
+        super().__init__()
+        del options  # timm also gives patch_size, bias and the like, which are fixed here
+        self.img_size, self.patch_size = (img_size, img_size), (8, 8)
+        self.grid_size = (img_size // 8, img_size // 8)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        channels = [in_chans, embed_dim // 4, embed_dim // 2, embed_dim]
+        layers: list[nn.Module] = []
+        for before, after in zip(channels[:-1], channels[1:], strict=True):
+            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` to tokens ``(N, H * W / 64, embed_dim)``."""
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class SmallViT(timm.models.vision_transformer.VisionTransformer):
+    """A vision transformer with a convolutional stem, 64 px in patches of 8, whose patch tokens are averaged.
+
+    Layers have timm's names: ``patch_embed``, ``blocks.0`` to ``blocks.3`` (tokens: one class token, then 8 x 8
+    patches), ``fc_norm``, ``head``. Averaging lets every patch of the last block reach the output, so its maps mean
+    something. Takes RGB in [0, 1], ``(N, 3, 64, 64)``; returns logits.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -53,6 +97,7 @@ class SmallViT(timm.models.vision_transformer.VisionTransformer):
             num_heads=4,
             num_classes=num_classes,
             global_pool="avg",
+            embed_layer=ConvStem,
         )
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

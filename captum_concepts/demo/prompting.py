@@ -114,7 +114,7 @@ def mark(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> tuple[Tens
     named = torch.where((mode == PLAIN)[:, None], exists, named)
 
     circled = draw_circles(images, centres, radii, uniform(0.5, 1.6))
-    blurred = F.avg_pool2d(F.pad(images, [6] * 4, mode="replicate"), 13, 1)
+    blurred = F.avg_pool2d(F.avg_pool2d(F.pad(images, [6] * 4, mode="replicate"), (13, 1), 1), (1, 13), 1)
     blurred = torch.where(inside[:, None], images, blurred)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 2 * radii / size
