@@ -121,7 +121,7 @@ class ConceptMaps(LayerAttribution):
         chunk = max(1, self.chunk_size // len(h))
         derive = seen.derivatives(index.shape[1], chunk=chunk, evidence=evidence)
         for part in index.to(h.device).split(chunk, 1):
-            yield (part, *derive(space.slopes(h, part, contrast)))
+            yield (part, *derive(space.slopes(h, part, contrast, regions.TEMPERATURE)))
 
     def _relevance(self, seen: ConceptPass, betas: Sequence[Tensor], index: Tensor) -> Tensor:
         space = self._space(seen.embedding)
@@ -135,14 +135,16 @@ class ConceptMaps(LayerAttribution):
         relevance = self._relevance(seen, betas, index)
         return relevance.shape[-1] - 1 - relevance.flip(-1).argmax(-1)
 
-    def _maps(self, seen: ConceptPass, index: Tensor) -> Tensor:
+    def _maps(self, seen: ConceptPass, index: Tensor, inputs: Inputs) -> Tensor:
         """``(N, J, h, w)`` regions."""
         fused = isinstance(self.layer, str) and self.layer == "fused"
         fixed = self._layer_index()
         grids = [layout.grid for layout in seen.seen.layouts]
         grid = regions.fused_grid(grids) if fused else regions.finest_grid(grids)
         grid = grids[fixed] if fixed is not None else grid
-        affinity = regions.feature_affinity(seen.maps, grid) if fused else None
+        pixels = inputs[0] if isinstance(inputs, tuple) else inputs
+        image = pixels if pixels.ndim == 4 else None
+        affinity = regions.feature_affinity(seen.maps, grid, image) if fused else None
         parts = []
         for part, betas, evidence in self._chunks(
             seen, index, contrast=regions.CONTRAST if fused else 0.0, evidence=fused

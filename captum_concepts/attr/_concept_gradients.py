@@ -54,17 +54,17 @@ class TextSpace:
         cosine = (F.normalize(h, dim=-1) * self.text[index]).sum(-1)
         return F.logsigmoid(self.scale * cosine + self.bias)
 
-    def slopes(self, h: Tensor, index: Tensor, contrast: float = 0.0) -> Tensor:
+    def slopes(self, h: Tensor, index: Tensor, contrast: float = 0.0, temperature: float = 1.0) -> Tensor:
         r"""``(N, J, D)``: derivative of the logit of concept ``index[n, j]`` at the embedding ``h[n]``.
 
-        With ``contrast`` c it is the derivative of :math:`S^t - c \, \log \sum_{s \ne t} \exp S^s`, with the
-        weights of the other concepts from their logits.
+        With ``contrast`` c and ``temperature`` u it is the derivative of
+        :math:`S^t - c \, u \log \sum_{s \ne t} \exp(S^s / u)`.
         """
         length = h.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         unit = h / length
         direction = self.text[index]
         if contrast and len(self.text) > 1:
-            others = self.logits(h).unsqueeze(1).expand(-1, index.shape[1], -1)
+            others = (self.logits(h) / temperature).unsqueeze(1).expand(-1, index.shape[1], -1)
             others = others.scatter(-1, index.unsqueeze(-1), -torch.inf).softmax(-1)
             direction = direction - contrast * others @ self.text
         along = (direction * unit.unsqueeze(1)).sum(-1, keepdim=True)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MOST_POSITIONS = 1024  # of the fused grid: its affinity has the square of that many entries
-_STEPS = 2
-CONTRAST = 0.5
+STEPS = 2
+CONTRAST = 0.5  # share of the other likely concepts that is subtracted
+TEMPERATURE = 3.0  # of the softmax that says which are likely: half a dozen instead of one
 
 
 def published_maps(betas: Sequence[Tensor], maps: Sequence[Tensor], choice: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -46,7 +47,10 @@ def fused_grid(grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def fused_maps(evidence: Sequence[Tensor], affinity: Tensor, grid: tuple[int, int]) -> Tensor:
-    """``(N, J, h, w)``: positive evidence of all layers, spread along the affinity.
+    """``(N, J, h, w)``: positive evidence of all layers, each divided by its maximum, spread along the affinity.
+
+    The affinity's rows sum to 1, so every value of the result is a weighted mean of evidence: spreading moves evidence
+    within what the network sees as alike, and a concept without positive evidence keeps a map of zeros.
 
     Args:
         evidence: ``(N, J, h_l, w_l)`` each, signed.
@@ -57,17 +61,23 @@ def fused_maps(evidence: Sequence[Tensor], affinity: Tensor, grid: tuple[int, in
         positive = resize(layer.relu(), grid)
         total = total.to(positive) + positive / positive.amax((2, 3), keepdim=True).clamp(min=1e-12)
     spread = total.flatten(2)
-    for _ in range(_STEPS):
+    for _ in range(STEPS):
         spread = spread @ affinity.transpose(1, 2).to(spread)
     return spread.unflatten(2, grid)
 
 
-def feature_affinity(maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-    """``(N, P, P)`` with unit row sums: how alike the network itself finds two positions.
+def feature_affinity(maps: Sequence[Tensor], grid: tuple[int, int], image: Tensor | None = None) -> Tensor:
+    r"""``(N, P, P)`` with unit row sums: how alike the network itself finds two positions.
+
+    .. math:: W_{pq} \propto \max(\cos_{pq}, 0)^2 \exp(-|c_p - c_q|^2 / 2 \sigma^2)
+
+    cos is the mean over the layers of the cosine of unit features, the image's mean removed; c the mean colour, with
+    :math:`\sigma^2` its variance over the image.
 
     Args:
-        maps: ``(N, C_l, h_l, w_l)`` activations; layers without neighbours on both sides (the first and the last) are
-            left out where there are more than two.
+        maps: ``(N, C_l, h_l, w_l)`` activations; the first and the last layer are left out where there are more than
+            two: one sees edges rather than things, the other is coarse.
+        image: ``(N, c, H, W)``; None leaves colour out.
     """
     middle = maps[1:-1] if len(maps) > 2 else maps
     total = torch.zeros(())
@@ -76,4 +86,8 @@ def feature_affinity(maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         unit = F.normalize(unit - unit.mean(2, keepdim=True), dim=1)
         total = total.to(unit) + unit.transpose(1, 2) @ unit
     weights = (total / len(middle)).clamp(min=0).square()
+    if image is not None:
+        colour = F.adaptive_avg_pool2d(image.detach().to(weights), grid).flatten(2).transpose(1, 2)
+        variance = (colour - colour.mean(1, keepdim=True)).square().sum(2).mean(1).clamp(min=1e-12)
+        weights = weights * torch.exp(-torch.cdist(colour, colour).square() / (2 * variance[:, None, None]))
     return weights / weights.sum(2, keepdim=True).clamp(min=1e-12)

@@ -73,6 +73,8 @@ class ConceptTranslator(nn.Module):
 
     def concatenate(self, pooled: Sequence[Tensor] | Tensor) -> Tensor:
         """``(N, sum C_l)`` in the translator's dtype, checked against ``in_channels``."""
+        widths: tuple[int, ...]
+        whole: tuple[int, ...]
         if isinstance(pooled, Tensor):
             widths, whole = (pooled.shape[-1],), (sum(self.in_channels),)
             joined = pooled

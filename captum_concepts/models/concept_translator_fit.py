@@ -169,12 +169,14 @@ def _step(translator: nn.Module, steps: Any, rows: Tensor, losses: Any) -> float
     rank, size = world()
     mine = rows[rank::size]
     steps.zero_grad()
-    total = losses(mine)[0] if len(mine) else sum(p.sum() * 0 for p in translator.parameters())
+    nothing = torch.stack([p.sum() * 0 for p in translator.parameters()]).sum()
+    total: Tensor = losses(mine)[0] if len(mine) else nothing
     (total / len(rows)).backward()
     value = total.detach().float()
     if size > 1:
         for parameter in translator.parameters():
-            torch.distributed.all_reduce(parameter.grad)
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
         torch.distributed.all_reduce(value)
     steps.step()
     return float(value)

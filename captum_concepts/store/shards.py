@@ -132,13 +132,21 @@ class ShardReader:
         path: the folder.
         fingerprint: what the rows must have been made from; None takes any.
         verify: compare every file's checksum, which reads all of them; sizes are always compared.
+        verify_on_read: compare a file's checksum when rows of it are read for the first time.
 
     Raises:
         FileNotFoundError: there is no store.
         ArtifactError: unfinished, damaged, or made from something else.
     """
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any] | None = None, *, verify: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        fingerprint: Mapping[str, Any] | None = None,
+        *,
+        verify: bool = False,
+        verify_on_read: bool = False,
+    ) -> None:
         self.path = Path(path)
         manifest = _read_manifest(self.path)
         if manifest is None:
@@ -153,6 +161,7 @@ class ShardReader:
         self.info: dict[str, Any] = manifest.get("info", {})
         self._shards = [_map_file(self.path / shard["file"]) for shard in manifest["shards"]]
         self._starts = np.cumsum([0, *(shard["rows"] for shard in manifest["shards"])])
+        self._unchecked = dict(enumerate(manifest["shards"])) if verify_on_read and not verify else {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -173,6 +182,9 @@ class ShardReader:
         out = np.empty((len(wanted), *source.shape[1:]), source.dtype)
         which = np.searchsorted(self._starts, wanted, side="right") - 1
         for shard in np.unique(which):
+            if shard in self._unchecked:
+                _check_files(self.path, {"shards": [self._unchecked[shard]]}, verify=True)
+                del self._unchecked[shard]
             place = which == shard
             out[place] = self._shards[shard][name][wanted[place] - self._starts[shard]]
         return torch.from_numpy(out)
@@ -204,16 +216,21 @@ def _check_files(path: Path, manifest: Mapping[str, Any], *, verify: bool = Fals
 
 def _map_file(file: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Memory maps of a safetensors file: an 8-byte length, a JSON header, then raw values."""
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-    maps = {}
-    for name, info in header.items():
-        if name == "__metadata__":
-            continue
-        if info["dtype"] not in _DTYPES:
-            raise ArtifactError(f"{file} holds {name!r} as {info['dtype']}, which cannot be memory-mapped")
-        maps[name] = np.memmap(
-            file, _DTYPES[info["dtype"]], "r", 8 + length + info["data_offsets"][0], tuple(info["shape"])
-        )
+    maps: dict[str, np.ndarray[Any, Any]] = {}
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+        for name, info in header.items():
+            if name == "__metadata__":
+                continue
+            if info["dtype"] not in _DTYPES:
+                raise ArtifactError(f"{file} holds {name!r} as {info['dtype']}, which cannot be memory-mapped")
+            maps[name] = np.memmap(
+                file, _DTYPES[info["dtype"]], "r", 8 + length + info["data_offsets"][0], tuple(info["shape"])
+            )
+    except ArtifactError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise ArtifactError(f"{file} is damaged: its header cannot be read ({error})") from error
     return maps
