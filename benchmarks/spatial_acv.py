@@ -1,6 +1,6 @@
 """SpatialACV on real textures, real classifiers and real photographs: accuracy by layer, AUROC, cost, calibration.
 
-    python benchmarks/spatial_acv.py DATA [--pictures DIR] [--models mobilenet_v2 squeezenet1_0]
+    python benchmarks/spatial_acv.py DATA [--pictures DIR] [--parts cost mobilenet_v2]
 
 DATA is a folder with ``real_models.py``, ``images/dtd``, ``images/flickr8k`` and ``images/imagenet`` (see the README of
 the data). Guidance images are six textures of the Describable Textures Dataset. Negatives are the other five textures,
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import resource
 import sys
@@ -32,25 +33,10 @@ from captum_concepts.attr.layer_sweep import layer_sweep
 from captum_concepts.attr.spatial_acv import SpatialACV
 
 LAYERS = {
-    "mobilenet_v2": [
-        "features.1",
-        "features.3",
-        "features.6",
-        "features.10",
-        "features.13",
-        "features.16",
-        "features.18",
-    ],
-    "squeezenet1_0": [
-        "features.0",
-        "features.3",
-        "features.5",
-        "features.7",
-        "features.9",
-        "features.11",
-        "features.12",
-    ],
+    "mobilenet_v2": ["features.1", "features.3", "features.6", "features.13", "features.16"],
+    "squeezenet1_0": ["features.0", "features.3", "features.7", "features.10", "features.12"],
 }
+PARTS = ("cost", "memory", "calibration", *LAYERS)
 SIZE = {"mobilenet_v2": 224, "squeezenet1_0": 227}
 # ImageNet classes that have the texture, by the meaning of the two words.
 HAS = {
@@ -93,46 +79,45 @@ def highest_relevance(
 
 
 def textures_and_photographs(
-    name: str, model: nn.Module, data: Path
-) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
+    name: str, model: nn.Module, data: Path, negatives: str, images: Tensor, classes: list[str]
+) -> tuple[list[dict[str, Any]], Any]:
     """Accuracy of every texture at every layer, and AUROC of the highest relevance on the photographs."""
     size, layers = SIZE[name], [f"net.{layer}" for layer in LAYERS[name]]
     folders = {f.name: f for f in sorted((data / "images" / "dtd").iterdir()) if f.is_dir()}
     ordinary = sorted((data / "images" / "flickr8k").rglob("*.jpg"))[::5][:200]
-    images, classes = photographs(data, size)
+    given = ordinary if negatives == "photographs" else None
     draw = torch.Generator().manual_seed(0)
-    rows, sweeps = [], {}
-    for negatives, given in (("other textures", None), ("photographs", ordinary)):
-        sweep = sweeps[negatives] = layer_sweep(
-            model, layers, folders, given, n_random=40, image_size=size, max_rows=24_000, show_progress=True
-        )
-        vectors = [m.vectors for m in sweep.methods]
-        chance = [nn.functional.normalize(torch.randn(20, v.shape[1], generator=draw), dim=1) for v in vectors]
-        both = [torch.cat(pair) for pair in zip(vectors, chance, strict=True)]
-        scores = highest_relevance(model, sweep.methods, both, images)
-        for i, layer in enumerate(LAYERS[name]):
-            for k, texture in enumerate(sweep.concept_names):
-                truth = torch.tensor([c in HAS[texture] for c in classes])
-                if int(truth.sum()) != len(HAS[texture]):
-                    raise SystemExit(f"{texture}: some of the classes {HAS[texture]} are not among the photographs")
-                area, error = auroc(scores[i][:, k], truth)
-                control = [auroc(scores[i][:, r], truth)[0] for r in range(len(vectors[i]), len(both[i]))]
-                rows.append({
-                    "negatives": negatives,
-                    "layer": layer,
-                    "texture": texture,
-                    "accuracy": float(sweep.accuracies[i, k]),
-                    "interval": sweep.intervals[i, k].tolist(),
-                    "contrast": float(sweep.contrasts[i, k]),
-                    "p_holm": float(sweep.p_values[i, k]),
-                    "auroc": area,
-                    "auroc_standard_error": error,
-                    "auroc_random_directions_mean": sum(control) / len(control),
-                    "positives": int(truth.sum()),
-                    "photographs": len(classes),
-                    "rows": sweep.methods[i].rows_[texture],
-                })  # fmt: skip
-    return rows, sweeps, (images, classes)
+    sweep = layer_sweep(
+        model, layers, folders, given, n_random=40, image_size=size, max_rows=16_000, show_progress=True
+    )
+    rows = []
+    vectors = [m.vectors for m in sweep.methods]
+    chance = [nn.functional.normalize(torch.randn(20, v.shape[1], generator=draw), dim=1) for v in vectors]
+    both = [torch.cat(pair) for pair in zip(vectors, chance, strict=True)]
+    scores = highest_relevance(model, sweep.methods, both, images)
+    for i, layer in enumerate(LAYERS[name]):
+        for k, texture in enumerate(sweep.concept_names):
+            truth = torch.tensor([c in HAS[texture] for c in classes])
+            if int(truth.sum()) != len(HAS[texture]):
+                raise SystemExit(f"{texture}: some of the classes {HAS[texture]} are not among the photographs")
+            area, error = auroc(scores[i][:, k], truth)
+            control = [auroc(scores[i][:, r], truth)[0] for r in range(len(vectors[i]), len(both[i]))]
+            rows.append({
+                "negatives": negatives,
+                "layer": layer,
+                "texture": texture,
+                "accuracy": float(sweep.accuracies[i, k]),
+                "interval": sweep.intervals[i, k].tolist(),
+                "contrast": float(sweep.contrasts[i, k]),
+                "p_holm": float(sweep.p_values[i, k]),
+                "auroc": area,
+                "auroc_standard_error": error,
+                "auroc_random_directions_mean": sum(control) / len(control),
+                "positives": int(truth.sum()),
+                "photographs": len(classes),
+                "rows": sweep.methods[i].rows_[texture],
+            })  # fmt: skip
+    return rows, sweep
 
 
 def cost(model: nn.Module, layer: str, repeats: int) -> dict[str, float]:
@@ -226,7 +211,7 @@ def draw_pictures(folder: Path, name: str, model: nn.Module, sweep: Any, images:
         ("chain_mail", "crosshatched"),
         ("tiger", "banded"),
     ]
-    early, late = sweep.methods[1], sweep.methods[4]
+    early, late = sweep.methods[1], sweep.methods[3]
     figure = Figure(figsize=(13, 10), layout="constrained")
     axes = figure.subplots(len(shown), 7)
     for row, (what, texture) in enumerate(shown):
@@ -289,15 +274,15 @@ def report(record: dict[str, Any]) -> str:
         ("Permuted labels: share of small p-values", "calibration"),
         ("Peak memory growth (MiB, 28 x 28 positions)", "memory"),
     ):
-        rows = [[k, v] for k, v in record[key].items()]
-        lines += [f"## {title}", "", table(["what", "value"], rows), ""]
+        rows = [[k, v] for k, v in record.get(key, {}).items()]
+        lines += [] if not rows else [f"## {title}", "", table(["what", "value"], rows), ""]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--models", nargs="+", default=list(LAYERS), choices=list(LAYERS))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="each replaces its own record")
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--trials", type=int, default=200)
@@ -305,25 +290,36 @@ def main() -> None:
     sys.path.insert(0, str(args.data))
     import real_models
 
-    record: dict[str, Any] = {"environment": environment("torchvision"), "has": HAS, "models": {}}
+    path = RESULTS / "spatial_acv.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    record.update(environment=environment("torchvision"), has=HAS)
+
+    def keep() -> None:
+        write("spatial_acv", record)
+        (RESULTS / "spatial_acv.md").write_text(report(record) + "\n")
+
     mobilenet = real_models.mobilenet_v2()
-    record["cost"] = cost(mobilenet, "net.features.13", args.repeats)
-    print(record["cost"], flush=True)
-    record["memory"] = memory(mobilenet, "net.features.6")
-    print(record["memory"], flush=True)
-    record["calibration"] = calibration(mobilenet, "net.features.16", args.data, args.trials)
-    print(record["calibration"], flush=True)
-    for name in args.models:
-        model = getattr(real_models, name)()
-        rows, sweeps, photos = textures_and_photographs(name, model, args.data)
-        record["models"][name] = rows
-        sweeps["other textures"].plot().savefig(RESULTS / f"spatial_acv_{name}.png", dpi=100)
-        if args.pictures:
-            draw_pictures(args.pictures, name, model, sweeps["photographs"], *photos)
-    text = report(record)
-    write("spatial_acv", record)
-    (RESULTS / "spatial_acv.md").write_text(text + "\n")
-    print(text)
+    for part in args.parts:
+        if part == "cost":
+            record[part] = cost(mobilenet, "net.features.13", args.repeats)
+        elif part == "memory":
+            record[part] = memory(mobilenet, "net.features.6")
+        elif part == "calibration":
+            record[part] = calibration(mobilenet, "net.features.16", args.data, args.trials)
+        else:
+            model = getattr(real_models, part)()
+            images, classes = photographs(args.data, SIZE[part])
+            record["models"][part] = []
+            for negatives in ("other textures", "photographs"):
+                rows, sweep = textures_and_photographs(part, model, args.data, negatives, images, classes)
+                record["models"][part] += rows
+                keep()
+                if negatives == "other textures":
+                    sweep.plot().savefig(RESULTS / f"spatial_acv_{part}.png", dpi=100)
+            if args.pictures:
+                draw_pictures(args.pictures, part, model, sweep, images, classes)
+        keep()
+    print(report(record))
 
 
 if __name__ == "__main__":

@@ -144,11 +144,8 @@ def logistic_trainer(lam: float) -> Trainer:
     """L2 logistic regression with the package's solver."""
 
     def train(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        result = fit_elastic_net(x, y, lam, alpha=0.0, num_classes=2, sample_weight=weight)
-        w, b = torch.as_tensor(result.weight).to(x), torch.as_tensor(result.bias).to(x).flatten()
-        if len(w) == 2:
-            return w[1] - w[0], b[1] - b[0]
-        return w[0], b[0]
+        result = fit_elastic_net(x, y, lam, alpha=0.0, loss="logistic", num_classes=2, sample_weight=weight, tol=1e-5)
+        return torch.as_tensor(result.weight).to(x)[0], torch.as_tensor(result.bias).to(x).flatten()[0]
 
     return train
 
