@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from captum_concepts import ConceptExplanation
 from captum_concepts.errors import InputError, InputWarning
-from captum_concepts.visualization import heatmap_figure, overlay, panel, save_figure, value_range
-from captum_concepts.visualization.overlay import DIVERGING, SEQUENTIAL
+from captum_concepts.visualization import (
+    ColorScale,
+    as_image,
+    heatmap_figure,
+    overlay,
+    panel,
+    save_figure,
+    upsample,
+    value_range,
+)
+from captum_concepts.visualization._text import fit, text_width
+from captum_concepts.visualization.scale import DIVERGING, SEQUENTIAL
 
 
 def explanation(n: int = 2, t: int = 3, contributions: bool = True) -> ConceptExplanation:
     generator = torch.Generator().manual_seed(0)
-    names = ["stripes", "a concept whose name goes on and on", "grass", "sky", "brick wall"][:t]
+    known = [
+        "stripes",
+        "a concept whose name goes on and on and on, longer than any cell",
+        "grass",
+        "Donaudampfschiffe" * 4,
+    ]
+    names = (known + [f"concept {k}" for k in range(t)])[:t]
     maps = torch.rand(n, t, 7, 5, generator=generator)
     maps[:, 1::2] -= 0.5
     how = torch.randn(n, t, generator=generator) if contributions else None
@@ -31,12 +51,42 @@ def explanation(n: int = 2, t: int = 3, contributions: bool = True) -> ConceptEx
     )
 
 
+def lightness(colours: np.ndarray) -> np.ndarray:
+    """CIE L* of sRGB colours."""
+    c = colours[..., :3]
+    luminance = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+    return 116 * np.where(luminance > 0.008856, np.cbrt(luminance), 7.787 * luminance + 16 / 116) - 16
+
+
 def test_import_does_not_load_matplotlib():
     code = "import sys, captum_concepts.visualization; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 class TestOverlay:
+    def test_extremes_have_the_end_colours(self):
+        heat = torch.tensor([[0.0, 1.0, 4.0]])
+        result = overlay(torch.rand(3, 1, 3), heat, alpha=1.0)
+        for column, end in ((0, 0.0), (2, 1.0)):
+            torch.testing.assert_close(result[:, 0, column], torch.tensor(colormaps[SEQUENTIAL](end)[:3]).float())
+        signed = overlay(torch.rand(3, 1, 3), torch.tensor([[-1.0, 0.0, 4.0]]), alpha=1.0)
+        torch.testing.assert_close(signed[:, 0, 2], torch.tensor(colormaps[DIVERGING](1.0)[:3]).float())
+
+    def test_opposite_values_are_equally_light(self):
+        share = np.linspace(0, 0.5, 65)
+        negative, positive = (lightness(colormaps[DIVERGING](x)) for x in (0.5 - share, 0.5 + share))
+        assert np.abs(negative - positive).max() < 6  # 5.1; matplotlib's "bwr" has 20.9
+        assert abs(negative[-1] - positive[-1]) < 1
+        assert negative[0] > 95
+        assert (np.diff(negative) < 0.2).all()
+        assert (np.diff(positive) < 0.2).all()
+        middle = colormaps[DIVERGING](0.5)[:3]
+        assert max(middle) - min(middle) < 0.02  # no hue
+
+    def test_larger_values_are_lighter_in_an_unsigned_map(self):
+        steps = np.diff(lightness(colormaps[SEQUENTIAL](np.linspace(0, 1, 256))))
+        assert (steps > 0).all()
+
     def test_full_alpha_is_the_colour_map(self):
         heat = torch.linspace(0, 2, 12).reshape(3, 4)
         result = overlay(torch.rand(3, 3, 4), heat, alpha=1.0)
@@ -63,6 +113,56 @@ class TestOverlay:
             return overlay(torch.zeros(3, 1, 2), heat, alpha=1.0, vmin=0, vmax=1, signed=False)[:, 0, 0]
 
         assert torch.equal(colour(0.1), colour(0.9))
+
+    def test_unknown_cells_do_not_pull_their_neighbours(self):
+        image, heat = torch.zeros(3, 40, 40), torch.full((4, 4), 0.5)
+        heat[1, 1] = float("inf")
+        with pytest.warns(InputWarning):
+            result = overlay(image, heat, alpha=1.0, vmin=0, vmax=1, signed=False)
+        outside = torch.ones(40, 40, dtype=torch.bool)
+        outside[10:20, 10:20] = False
+        expected = torch.tensor(colormaps[SEQUENTIAL](0.5)[:3]).float()
+        torch.testing.assert_close(
+            result[:, outside], expected[:, None].expand(3, int(outside.sum())), atol=0.02, rtol=0
+        )
+        assert torch.equal(result[:, ~outside], image[:, ~outside])
+
+    def test_a_map_of_nothing_but_nan_is_the_image(self):
+        image = torch.rand(3, 5, 5)
+        with pytest.warns(InputWarning):
+            assert torch.equal(overlay(image, torch.full((2, 2), float("nan"))), image)
+
+    def test_images_normalised_for_a_network_warn(self):
+        with pytest.warns(InputWarning, match="normalisation"):
+            result = overlay(torch.randn(3, 8, 8) * 2, torch.rand(2, 2))
+        assert result.min() >= 0
+        assert result.max() <= 1
+
+    def test_transparency_is_on_white_and_grey_images_are_images(self):
+        rgba = np.zeros((4, 5, 4), dtype=np.uint8)
+        assert torch.equal(as_image(rgba), torch.ones(3, 4, 5))
+        assert torch.equal(as_image(Image.fromarray(rgba)), torch.ones(3, 4, 5))
+        assert torch.equal(as_image(torch.full((4, 5), 0.5)), torch.full((3, 4, 5), 0.5))
+        assert as_image(Image.new("L", (5, 4), 255)).shape == (3, 4, 5)
+
+    @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest"])
+    @pytest.mark.parametrize("size", [(7, 5), (30, 17), (224, 224), (3, 2)])
+    def test_upsampling_invents_no_value(self, mode, size):
+        heat = torch.rand(7, 5, generator=torch.Generator().manual_seed(0))
+        result = upsample(heat, size, mode=mode)
+        assert result.shape == size
+        assert result.min() >= heat.min()
+        assert result.max() <= heat.max()
+        if size == (7, 5):
+            torch.testing.assert_close(result, heat)
+
+    def test_cells_stay_where_they_are(self):
+        heat = torch.zeros(7, 7)
+        heat[2, 5] = 1
+        up = upsample(heat, (70, 70))
+        rows, columns = torch.meshgrid(torch.arange(70.0), torch.arange(70.0), indexing="ij")
+        assert float((up * rows).sum() / up.sum()) == pytest.approx(24.5, abs=0.2)
+        assert float((up * columns).sum() / up.sum()) == pytest.approx(54.5, abs=0.2)
 
     @pytest.mark.parametrize("value", [0.0, 3.0, -2.0])
     def test_constant_maps_are_finite_and_uniform(self, value):
@@ -94,6 +194,12 @@ class TestOverlay:
             (torch.rand(2, 4, 4), torch.rand(2, 2), {}, "an image must be"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"alpha": 1.5}, "alpha"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"saturation": -1}, "saturation"),
+            (torch.rand(3, 4, 4), torch.rand(2, 2), {"vmin": 1, "vmax": 0}, "vmin must be less"),
+            (torch.rand(3, 4, 4), torch.rand(2, 2), {"signed": "maybe"}, "signed must be"),
+            (torch.rand(3, 4, 4), torch.rand(2, 2), {"cmap": "no such map"}, "colour map"),
+            (torch.rand(3, 4, 4), torch.rand(2, 2), {"mode": "cubic"}, "mode must be"),
+            (torch.full((3, 4, 4), 300), torch.rand(2, 2), {}, "0 to 255"),
+            ("cat.jpg", torch.rand(2, 2), {}, "an image must be a tensor"),
         ],
     )
     def test_bad_input(self, image, heat, options, message):
@@ -106,79 +212,289 @@ def test_value_range_is_symmetric_only_where_negatives_matter():
     assert value_range(torch.tensor([-0.01, 1.0]))[0] == pytest.approx(-0.01)
     assert value_range(torch.tensor([-0.5, 1.0])) == (-1.0, 1.0)
     assert value_range(torch.tensor([0.2, 1.0])) == (0.0, 1.0)
+    assert value_range(torch.tensor([-3.0, -2.0])) == (-3.0, 3.0)
+    assert value_range(torch.tensor([-0.5, 1.0]), signed=False) == (-0.5, 1.0)
+    assert value_range(torch.tensor([0.2, 1.0]), signed=True, vmax=2.0) == (-2.0, 2.0)
+    assert value_range(torch.tensor([float("nan")])) == (0.0, 1.0)
+
+
+def test_an_unsigned_scale_that_happens_to_be_symmetric_is_not_diverging():
+    scale = ColorScale.of(torch.tensor([0.5]), signed=False, vmin=-1, vmax=1)
+    assert scale.colormap().name == SEQUENTIAL
+
+
+class TestFit:
+    @pytest.mark.parametrize(
+        "text", ["stripes", "black and white stripes of a zebra", "x" * 80, "many words " * 40, ""]
+    )
+    @pytest.mark.parametrize("width", [0.4, 1.7, 6.0])
+    def test_lines_fit_the_width(self, text, width):
+        found = fit(text, width, 8.0, lines=3)
+        lines = found.text.split("\n")
+        assert len(lines) <= 3
+        assert 6 <= found.size <= 8
+        assert all(text_width(line, found.size) <= width for line in lines)
+
+    def test_text_is_cut_only_where_nothing_else_helps(self):
+        assert fit("two words", 6.0, 8.0).text == "two words"
+        assert fit("two words", 0.4, 8.0).text == "two\nwords"
+        assert fit("many words " * 40, 1.0, 8.0).text.endswith("…")
+
+
+def texts_of(figure: Figure) -> list[Text]:
+    return [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
+
+
+def strings_of(figure: Figure) -> list[str]:
+    return [t.get_text() for t in texts_of(figure)]
+
+
+def axes_of(figure: Figure, label: str) -> list:
+    return [a for a in figure.axes if a.get_label() == label]
+
+
+def check_layout(figure: Figure) -> None:
+    """No text meets another text or a picture, and all of it lies inside the figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    boxes = []
+    for text in texts_of(figure):
+        box = text.get_window_extent(renderer)
+        assert box.x0 >= 0, text.get_text()
+        assert box.y0 >= 0, text.get_text()
+        assert box.x1 <= figure.bbox.width, text.get_text()
+        assert box.y1 <= figure.bbox.height, text.get_text()
+        boxes.append((text.get_text(), box))
+    # One pixel of overlap is the rounding of extents, not ink.
+    boxes = [(name, box.padded(-0.5)) for name, box in boxes]
+    for (a, first), (b, second) in combinations(boxes, 2):
+        assert not first.overlaps(second), (a, b)
+    areas = [axes.get_window_extent(renderer).padded(-0.5) for axes in figure.axes]
+    for a, b in combinations(areas, 2):
+        assert not a.overlaps(b)
+    for axes, area in zip(figure.axes, areas, strict=True):
+        if axes.images:
+            assert not [name for name, box in boxes if box.overlaps(area)], axes.get_label()
+
+
+LONG = "What, where and how much, in a title that is a good deal longer than a narrow figure and must be wrapped"
+
+
+class TestLayout:
+    @pytest.mark.parametrize(
+        ("n", "t", "shape", "options"),
+        [
+            (1, 1, (64, 64), {}),
+            (2, 3, (48, 96), {"scale": "map", "map_label": "relevance"}),
+            (2, 3, (150, 30), {"scale": "map", "map_label": "relevance", "cell_size": 1.0}),
+            (1, 8, (20, 200), {"cell_size": 0.9, "map_label": "contribution to the class"}),
+            (2, 8, (64, 64), {"scale": "panel", "class_names": ["tabby", "a class with, so to say, several names"]}),
+            (3, 2, (64, 64), {"cell_size": 4.0}),
+        ],
+    )
+    @pytest.mark.parametrize("contributions", [True, False])
+    def test_nothing_overlaps_and_nothing_is_clipped(self, n, t, shape, options, contributions):
+        flags = torch.arange(t) != 1
+        figure = panel(
+            torch.rand(n, 3, *shape),
+            explanation(n, t, contributions),
+            top_k=t,
+            title=LONG,
+            significant=flags,
+            **options,
+        )
+        check_layout(figure)
+
+    @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e7])
+    def test_values_of_any_size(self, scale):
+        e = explanation(2, 3)
+        e = ConceptExplanation(e.concepts, e.scores * scale, e.maps * scale, e.contributions * scale, e.target)
+        check_layout(panel(torch.rand(2, 3, 32, 32), e, map_label="value"))
+
+    def test_twenty_images_of_different_shapes(self):
+        generator = torch.Generator().manual_seed(0)
+        sizes = torch.randint(16, 65, (20, 2), generator=generator).tolist()
+        figure = panel([torch.rand(3, *size) for size in sizes], explanation(20, 2), cell_size=0.8)
+        assert len(axes_of(figure, "input")) == 20
+        check_layout(figure)
+
+    @pytest.mark.parametrize("shape", [(64, 64), (20, 200), (200, 20)])
+    def test_heatmap_figure(self, shape):
+        check_layout(heatmap_figure(torch.rand(3, *shape), torch.randn(4, 4) * 1e-4, title=LONG, label="cosine"))
+
+    def test_the_users_settings_do_not_break_it(self):
+        style = {"figure.autolayout": True, "font.family": "serif", "text.color": "white", "axes.facecolor": "black",
+                 "savefig.bbox": "tight", "xtick.color": "white", "font.size": 20, "axes.titlesize": 30}  # fmt: skip
+        with rc_context(style):
+            figure = panel(torch.rand(1, 3, 32, 32), explanation(1, 3), title="t")
+            check_layout(figure)
+        assert "white" not in {t.get_color() for t in texts_of(figure)}
+
+    def test_names_are_not_formulas(self):
+        e = ConceptExplanation(["costs $5, $6", "a_b^c & $\\frac$"], torch.rand(1, 2), torch.rand(1, 2, 3, 3))
+        figure = panel(torch.rand(1, 3, 16, 16), e, title="$x$")
+        check_layout(figure)
+        assert "costs $5, $6" in strings_of(figure)
+
+    def test_pictures_keep_their_shape(self):
+        figure = panel([torch.rand(3, 40, 80), torch.rand(3, 90, 30)], explanation(2, 1))
+        for axes, ratio in zip(axes_of(figure, "input"), (0.5, 3.0), strict=True):
+            box = axes.get_window_extent()
+            assert box.height / box.width == pytest.approx(ratio, rel=0.02)
 
 
 class TestPanel:
-    @pytest.mark.parametrize("n", [1, 3])
-    @pytest.mark.parametrize("shape", [(64, 64), (48, 96), (96, 40)])
-    @pytest.mark.parametrize("contributions", [True, False])
-    def test_no_text_overlaps_and_nothing_is_clipped(self, n, shape, contributions):
-        figure = panel(
-            torch.rand(n, 3, *shape), explanation(n, 3, contributions), title="What, where and how much, for a test"
-        )
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        renderer = canvas.get_renderer()
-        texts = [
-            t for t in figure.findobj(lambda a: hasattr(a, "get_text")) if t.get_text().strip() and t.get_visible()
-        ]
-        titles = [figure._suptitle, *(axis.title for axis in figure.axes)]
-        boxes = [t.get_window_extent(renderer) for t in texts if t in titles]
-        assert len(boxes) >= 1 + n * 3
-        for a, b in combinations(boxes, 2):
-            assert not a.overlaps(b)
-        for box in boxes:
-            assert box.x0 >= -1
-            assert box.y1 <= figure.bbox.height + 1
-
     def test_each_image_shows_its_own_strongest_concepts(self):
-        e = ConceptExplanation(["a", "b"], torch.tensor([[0.9, 0.1], [0.1, 0.9]]), torch.rand(2, 2, 3, 3))
-        figure = panel(torch.rand(2, 3, 16, 16), e, top_k=1)
-        titles = [axis.get_title() for axis in figure.axes]
-        assert "a\nscore 0.9" in titles
-        assert "b\nscore 0.9" in titles
+        e = ConceptExplanation(["a", "b"], torch.tensor([[0.9, 0.1], [0.1, 0.8]]), torch.rand(2, 2, 3, 3))
+        found = strings_of(panel(torch.rand(2, 3, 16, 16), e, top_k=1))
+        assert {"a", "b", "score 0.9", "score 0.8"} <= set(found)
+        assert "score 0.1" not in found
 
-    def test_insignificant_concepts_are_grey_and_say_so(self):
-        flags = torch.tensor([True, False, True])
-        figure = panel(torch.rand(2, 3, 16, 16), explanation(), significant=flags)
-        titles = [axis.get_title() for axis in figure.axes]
-        assert sum("not encoded here" in t for t in titles) == 2
-        for axis in figure.axes:
-            if "not encoded here" in axis.get_title():
-                pixels = axis.images[0].get_array()
-                assert np.ptp(np.asarray(pixels), axis=-1).max() < 1e-6
+    def test_order_by_contribution_shows_what_spoke_against_the_target(self):
+        how = torch.tensor([[0.1, -0.7, 0.3]])
+        e = ConceptExplanation(["x", "y", "z"], torch.tensor([[0.9, 0.5, 0.1]]), torch.rand(1, 3, 3, 3), how)
+        figure = panel(torch.rand(1, 3, 16, 16), e, top_k=2, by="contributions")
+        assert [a.get_label() for a in figure.axes if a.images and a.get_label() != "input"] == ["y", "z"]
+        assert any("contribution −0.7" in text for text in strings_of(figure))
+
+    def test_by_none_keeps_the_order(self):
+        e = ConceptExplanation(["x", "y"], torch.tensor([[0.1, 0.9]]), torch.rand(1, 2, 3, 3))
+        figure = panel(torch.rand(1, 3, 16, 16), e, by=None)
+        assert [a.get_label() for a in figure.axes if a.images] == ["input", "x", "y"]
+
+    def test_insignificant_concepts_are_grey_and_last_and_say_so(self):
+        e = ConceptExplanation(["a", "b"], torch.tensor([[0.9, 0.1]]), torch.rand(1, 2, 3, 3), torch.ones(1, 2))
+        figure = panel(torch.rand(1, 3, 16, 16), e, significant=torch.tensor([False, True]))
+        assert [a.get_label() for a in figure.axes if a.images] == ["input", "b", "a"]
+        assert strings_of(figure).count("not encoded here") == 1
+        assert "score 0.9" not in " ".join(strings_of(figure))
+        drawn = {a.get_label(): np.asarray(a.images[0].get_array(), dtype=int) for a in figure.axes if a.images}
+        assert np.ptp(drawn["a"], axis=-1).max() == 0
+        assert np.ptp(drawn["b"], axis=-1).max() > 30
+        first, second = (bar.get_facecolor() for bar in axes_of(figure, "contributions")[0].patches)
+        assert len(set(second[:3])) == 1
+        assert len(set(first[:3])) > 1
 
     def test_bars_show_the_sign(self):
         e = explanation(1)
         figure = panel(torch.rand(1, 3, 16, 16), e)
-        bars = figure.axes[4].patches
+        bars = axes_of(figure, "contributions")[0].patches
         top = e.top(3)
         assert [bar.get_width() for bar in bars] == pytest.approx(top.contributions[0].tolist())
-        assert len({bar.get_facecolor() for bar in bars}) == len({bool(v >= 0) for v in top.contributions[0]})
+        colours = {(bar.get_width() >= 0): bar.get_facecolor() for bar in bars}
+        assert colours[True][0] > colours[True][2]
+        assert colours[False][2] > colours[False][0]
 
-    def test_pyplot_state_is_not_touched(self):
-        import matplotlib.pyplot as plt
+    def test_scales_are_shared_as_stated(self):
+        maps = torch.tensor([1.0, 2.0, 4.0, 8.0]).reshape(2, 2, 1, 1).expand(2, 2, 3, 3)
+        e = ConceptExplanation(["a", "b"], torch.rand(2, 2), maps)
+        ends = {}
+        for scale in ("map", "row", "panel"):
+            figure = panel(torch.rand(2, 3, 16, 16), e, scale=scale, by=None)
+            ends[scale] = [a.get_ylim()[1] for a in axes_of(figure, "colorbar")]
+            assert any("scale" in text for text in strings_of(figure))
+        assert ends == {"map": [1, 2, 4, 8], "row": [2, 8], "panel": [8, 8]}
 
-        before = plt.get_fignums()
-        panel(torch.rand(2, 3, 16, 16), explanation())
-        heatmap_figure(torch.rand(3, 16, 16), torch.rand(3, 3), title="t", label="value")
-        assert plt.get_fignums() == before
+    def test_equal_values_have_equal_colours_within_a_row(self):
+        maps = torch.zeros(1, 2, 3, 3)
+        maps[0, 0], maps[0, 1] = 0.5, 0.5
+        maps[0, 1, 2, 2] = 2.0
+        e = ConceptExplanation(["a", "b"], torch.rand(1, 2), maps)
+        figure = panel(torch.zeros(1, 3, 30, 30), e, by=None, mode="nearest")
+        a, b = (np.asarray(x.images[0].get_array())[0, 0] for x in figure.axes if x.get_label() in ("a", "b"))
+        assert (a == b).all()
 
-    def test_bad_input(self):
+    def test_target_layer_and_method_are_named(self):
+        names = [f"name {k}" for k in range(9)]
+        text = " ".join(strings_of(panel(torch.rand(2, 3, 16, 16), explanation(), class_names=names)))
+        text = text.replace("\n", " ")
+        for part in ("target: name 1", "contribution to name 1", "layer layer4", "test"):
+            assert part in text
+        e = ConceptExplanation(["a"], torch.rand(1, 1), torch.rand(1, 1, 2, 2), layer=[["block.3"]])
+        assert any("layer block.3" in part for part in strings_of(panel(torch.rand(3, 16, 16), e)))
+
+    def test_not_finite_values(self):
+        e = ConceptExplanation(
+            ["a", "b"], torch.tensor([[float("nan"), 1.0]]), torch.rand(1, 2, 3, 3), torch.tensor([[float("inf"), 1.0]])
+        )
+        found = " ".join(strings_of(panel(torch.rand(1, 3, 16, 16), e)))
+        assert "score n/a" in found
+        assert "contribution n/a" in found
+        maps = torch.rand(1, 2, 3, 3)
+        maps[0, 0, 0, 0] = float("nan")
+        with pytest.warns(InputWarning, match="NaN"):
+            panel(torch.rand(1, 3, 16, 16), ConceptExplanation(["a", "b"], torch.rand(1, 2), maps))
+
+    def test_half_precision(self):
+        e = ConceptExplanation(["a"], torch.rand(1, 1).bfloat16(), torch.rand(1, 1, 3, 3).bfloat16())
+        panel(torch.rand(1, 3, 16, 16).half(), e)
+
+    def test_pyplot_and_settings_are_not_touched(self, tmp_path: Path):
+        code = """
+import sys, torch, matplotlib
+from captum_concepts import ConceptExplanation
+from captum_concepts.visualization import heatmap_figure, panel, save_figure
+before = dict(matplotlib.rcParams)
+e = ConceptExplanation(["a"], torch.rand(1, 1), torch.rand(1, 1, 3, 3), torch.rand(1, 1))
+save_figure(panel(torch.rand(1, 3, 16, 16), e), sys.argv[1])
+heatmap_figure(torch.rand(3, 16, 16), torch.rand(3, 3), title="t", label="value")
+sys.exit("matplotlib.pyplot" in sys.modules or dict(matplotlib.rcParams) != before)
+"""
+        command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+        assert subprocess.run(command, check=False).returncode == 0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"significant": torch.ones(2)}, "significant"),
+            ({"significant": torch.ones(3)}, "must be bool"),
+            ({"image_titles": ["one"]}, "image_titles"),
+            ({"class_names": ["one"]}, "no name for target 1"),
+            ({"top_k": 0}, "top_k"),
+            ({"by": "names"}, "by must be"),
+            ({"scale": "all"}, "scale must be"),
+            ({"cell_size": 0.1}, "cell_size"),
+        ],
+    )
+    def test_bad_input(self, options, message):
+        with pytest.raises(InputError, match=message):
+            panel(torch.rand(2, 3, 8, 8), explanation(), **options)
+
+    def test_other_numbers_of_images(self):
         with pytest.raises(InputError, match="1 images for an explanation of 2"):
             panel(torch.rand(1, 3, 8, 8), explanation())
-        with pytest.raises(InputError, match="significant"):
-            panel(torch.rand(2, 3, 8, 8), explanation(), significant=torch.ones(2))
-        with pytest.raises(InputError, match="image_titles"):
-            panel(torch.rand(2, 3, 8, 8), explanation(), image_titles=["one"])
+        with pytest.raises(InputError, match="nothing to draw"):
+            panel([], explanation()[:0])
 
 
 class TestSave:
-    @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
-    def test_formats(self, tmp_path: Path, suffix: str):
+    @pytest.mark.parametrize(("suffix", "head"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+    def test_formats(self, tmp_path: Path, suffix: str, head: bytes):
         path = save_figure(heatmap_figure(torch.rand(3, 16, 16), torch.rand(3, 3)), tmp_path / f"a.{suffix}")
-        assert path.stat().st_size > 1000
+        assert path.read_bytes().startswith(head)
         assert [p.name for p in tmp_path.iterdir()] == [f"a.{suffix}"]
+
+    @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+    def test_one_figure_gives_one_file(self, tmp_path: Path, suffix: str):
+        image, heat = torch.rand(3, 16, 16), torch.rand(3, 3)
+        files = [save_figure(heatmap_figure(image, heat), tmp_path / f"{k}.{suffix}").read_bytes() for k in "ab"]
+        assert files[0] == files[1]
+
+    def test_size_is_inches_times_dpi(self, tmp_path: Path):
+        figure = heatmap_figure(torch.rand(3, 16, 16), torch.rand(3, 3))
+        with rc_context({"savefig.bbox": "tight"}):
+            path = save_figure(figure, tmp_path / "a.png", 100)
+        with Image.open(path) as image:
+            assert image.size == pytest.approx(figure.get_size_inches() * 100, abs=1)
+
+    def test_no_figure_is_kept(self, tmp_path: Path):
+        figure = panel(torch.rand(1, 3, 16, 16), explanation(1))
+        save_figure(figure, tmp_path / "a.png", 50)
+        gone = weakref.ref(figure)
+        del figure
+        gc.collect()
+        assert gone() is None
 
     def test_a_failed_save_leaves_the_old_file_and_no_part(self, tmp_path: Path, monkeypatch):
         figure = heatmap_figure(torch.rand(3, 16, 16), torch.rand(3, 3))
@@ -193,6 +509,11 @@ class TestSave:
             save_figure(figure, tmp_path / "a.png")
         assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", b"old")]
 
-    def test_other_suffixes_are_refused(self, tmp_path: Path):
+    def test_bad_input(self, tmp_path: Path):
+        figure = heatmap_figure(torch.rand(3, 16, 16), torch.rand(3, 3))
         with pytest.raises(InputError, match=r"\.png"):
-            save_figure(heatmap_figure(torch.rand(3, 16, 16), torch.rand(3, 3)), tmp_path / "a.bmp")
+            save_figure(figure, tmp_path / "a.bmp")
+        with pytest.raises(InputError, match="dpi"):
+            save_figure(figure, tmp_path / "a.png", 0)
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            save_figure(figure, tmp_path / "absent" / "a.png")

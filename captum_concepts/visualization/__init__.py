@@ -1,6 +1,8 @@
 """Explanations as pictures. matplotlib is imported when something is drawn, not before."""
 
-from captum_concepts.visualization.overlay import as_image, overlay, upsample, value_range
-from captum_concepts.visualization.panels import heatmap_figure, panel, save_figure
+from captum_concepts.visualization.figures import save_figure
+from captum_concepts.visualization.overlay import as_image, overlay, upsample
+from captum_concepts.visualization.panels import heatmap_figure, panel
+from captum_concepts.visualization.scale import ColorScale, value_range
 
-__all__ = ["as_image", "heatmap_figure", "overlay", "panel", "save_figure", "upsample", "value_range"]
+__all__ = ["ColorScale", "as_image", "heatmap_figure", "overlay", "panel", "save_figure", "upsample", "value_range"]

@@ -10,110 +10,179 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.visualization.scale import ColorScale
 
-#: Perceptually uniform, dark to bright; and a diverging one whose middle is white.
-SEQUENTIAL, DIVERGING = "inferno", "RdBu_r"
+_MODES = ("bicubic", "bilinear", "nearest")
+_LUMA = (0.299, 0.587, 0.114)
 
 
 def as_image(image: Any) -> Tensor:
-    """An image as RGB float ``(3, H, W)`` in [0, 1], from a tensor (float in [0, 1] or uint8), array or PIL image.
+    """An image as RGB float ``(3, H, W)`` in [0, 1] on the CPU.
+
+    Args:
+        image: a tensor or array ``(3, H, W)``, ``(1, H, W)`` or ``(H, W)`` (also ``(1, 3, H, W)``; arrays also
+            ``(H, W, 3)``, ``(H, W, 4)``), floating in [0, 1] or of integers in 0 to 255, or a PIL image of any mode.
+            Transparency is put on white.
 
     Raises:
-        InputError: another shape or dtype.
+        InputError: another shape or dtype, an empty image, or integers outside 0 to 255.
+
+    Warns:
+        InputWarning: values outside [0, 1] (an image normalised for a network; clipped) or NaN (drawn black).
     """
+    if hasattr(image, "convert"):
+        has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+        image = image.convert("RGBA" if has_alpha else "RGB")
     if not isinstance(image, Tensor):
         import numpy as np
 
-        # A copy: arrays of PIL images are read-only, which torch warns about.
-        image = torch.from_numpy(np.array(image.convert("RGB") if hasattr(image, "convert") else image))
-        if image.ndim == 3 and image.shape[-1] in (1, 3) and image.shape[0] not in (1, 3):
+        try:  # A copy: arrays of PIL images are read-only, which torch warns about.
+            image = torch.from_numpy(np.array(image))
+        except TypeError as error:
+            message = f"an image must be a tensor, an array or a PIL image, got {type(image).__name__}"
+            raise InputError(message) from error
+        if image.ndim == 3 and image.shape[-1] in (1, 3, 4) and image.shape[0] not in (1, 3):
             image = image.permute(2, 0, 1)
+    given = tuple(image.shape)
     if image.ndim == 4 and image.shape[0] == 1:
         image = image[0]
     if image.ndim == 2:
         image = image[None]
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise InputError(f"an image must be (3, H, W) or (1, H, W), got {tuple(image.shape)}")
-    image = image.detach().cpu()
-    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-    return image.expand(3, -1, -1).clamp(0, 1)
+    if image.ndim != 3 or image.shape[0] not in (1, 3, 4) or image.numel() == 0:
+        raise InputError(f"an image must be (3, H, W), (1, H, W) or (H, W), got {given}; give one image at a time")
+    image = _unit_range(image.detach().cpu())
+    if image.shape[0] == 4:
+        image = image[:3] * image[3:] + (1 - image[3:])
+    return image.expand(3, -1, -1)
 
 
-def value_range(
-    heatmap: Tensor, signed: bool | str = "auto", vmin: Any = None, vmax: Any = None
-) -> tuple[float, float]:
-    """The values at the two ends of the colour map: symmetric around zero for signed maps.
+def _unit_range(image: Tensor) -> Tensor:
+    if image.is_complex():
+        raise InputError(f"an image must be floating in [0, 1] or integers in 0 to 255, got {image.dtype}")
+    if image.dtype == torch.bool:
+        return image.float()
+    if not image.is_floating_point():
+        if image.min() < 0 or image.max() > 255:
+            raise InputError(f"an image of integers must lie in 0 to 255, got {int(image.min())} to {int(image.max())}")
+        return image.float() / 255
+    image = image.float()
+    if not image.isfinite().all():
+        warnings.warn("the image holds NaN or infinite values; they are drawn black", InputWarning, stacklevel=4)
+        image = image.nan_to_num(0.0, 0.0, 0.0)
+    low, high = float(image.min()), float(image.max())
+    if low < -0.1 or high > 1.1:  # bicubic resizing alone overshoots a little
+        message = f"image values reach from {low:.3g} to {high:.3g} and are clipped to [0, 1]"
+        hint = "give the picture before the network's normalisation, divided by 255 if it is 0 to 255"
+        warnings.warn(f"{message}; {hint}", InputWarning, stacklevel=4)
+    return image.clamp(0, 1)
 
-    A map is signed by ``"auto"`` where its negative values matter: more than 5 % of its largest magnitude.
+
+def upsample(heatmap: Tensor, size: tuple[int, int], *, mode: str = "bicubic") -> Tensor:
+    """A map ``(h, w)`` at ``size``, with cell centres kept (``align_corners=False``).
+
+    Args:
+        heatmap: finite values.
+        size: ``(H, W)``; where smaller than the map, the result is antialiased.
+        mode: ``"bicubic"`` (clipped to the values of the map, so that none is invented), ``"bilinear"``, or
+            ``"nearest"``, which shows the layer's own cells.
     """
-    finite = heatmap[heatmap.isfinite()].float()
-    if not finite.numel():
-        return 0.0, 1.0
-    low, high = float(finite.min()), float(finite.max())
-    top = max(abs(low), abs(high))
-    is_signed = low < -0.05 * top if signed == "auto" else bool(signed)
-    if is_signed:
-        bound = max(abs(v) for v in (vmin, vmax) if v is not None) if (vmin, vmax) != (None, None) else top
-        return -(bound or 1.0), bound or 1.0
-    low = min(low, 0.0) if vmin is None else float(vmin)
-    high = high if vmax is None else float(vmax)
-    return (low, high) if high > low else (low, low + 1.0)
-
-
-def upsample(heatmap: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map ``(h, w)`` at ``size``, bilinear with cell centres kept (``align_corners=False``)."""
-    return F.interpolate(heatmap[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
+    if mode not in _MODES:
+        raise InputError(f"mode must be one of {_MODES}, got {mode!r}")
+    values = heatmap[None, None].float()
+    if mode == "nearest":
+        return F.interpolate(values, size, mode="nearest-exact")[0, 0]
+    # With antialias the cubic has a = -0.5 (Catmull-Rom), which overshoots less than -0.75, also where it enlarges.
+    result = F.interpolate(values, size, mode=mode, align_corners=False, antialias=True)[0, 0]
+    return result.clamp(float(heatmap.min()), float(heatmap.max()))
 
 
 def overlay(
     image: Any,
-    heatmap: Tensor,
+    heatmap: Any,
     *,
     alpha: float = 0.55,
     saturation: float = 0.3,
-    cmap: str | None = None,
+    cmap: Any = None,
     signed: bool | str = "auto",
     vmin: float | None = None,
     vmax: float | None = None,
+    mode: str = "bicubic",
 ) -> Tensor:
-    """A heat map over an image.
+    """A heat map over an image: ``(1 - alpha) * ground + alpha * colour(map)``.
 
     Args:
-        image: ``(3, H, W)`` in [0, 1] or uint8, an array ``(H, W, 3)``, or a PIL image.
-        heatmap: ``(h, w)``, enlarged bilinearly to the image.
+        image: ``(3, H, W)`` in [0, 1] or uint8, an array ``(H, W, 3)``, or a PIL image (:func:`as_image`).
+        heatmap: ``(h, w)``, tensor or array, brought to the image's size.
         alpha: share of the colour in the result, in [0, 1].
         saturation: how much of the image's own colour stays under the map, in [0, 1]; its colours would otherwise be
             read as values.
         cmap: a matplotlib colour map; None takes a perceptually uniform one, or for signed maps a diverging one whose
             middle is zero.
-        signed: True, False, or ``"auto"``.
+        signed: True, False, or ``"auto"`` (:meth:`ColorScale.of`).
         vmin, vmax: values at the ends of the colour map; None takes the map's own.
+        mode: ``"bicubic"``, ``"bilinear"`` or ``"nearest"`` (:func:`upsample`).
 
     Returns:
-        ``(3, H, W)`` in [0, 1], never NaN: cells that are not finite keep the image, with a warning.
+        ``(3, H, W)`` float in [0, 1] on the CPU, never NaN: cells that are not finite keep the image.
+
+    Raises:
+        InputError: a shape, dtype or option that does not fit.
+
+    Warns:
+        InputWarning: NaN or infinite cells; image values outside [0, 1].
 
     Example:
         >>> overlay(torch.zeros(3, 8, 8), torch.rand(2, 2)).shape
         torch.Size([3, 8, 8])
     """
-    from matplotlib import colormaps
-
-    picture = as_image(image)
-    heatmap = heatmap.detach().cpu().float()
-    if heatmap.ndim != 2:
-        raise InputError(f"heatmap must be (h, w), got {tuple(heatmap.shape)}; show one map at a time")
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha must be in [0, 1], got {alpha}")
-    if not 0 <= saturation <= 1:
-        raise InputError(f"saturation must be in [0, 1], got {saturation}")
-    known = upsample(heatmap.isfinite().float(), (picture.shape[1], picture.shape[2])) > 0.999
-    if not known.all():
+    heatmap = as_heatmap(heatmap)
+    if not heatmap.isfinite().all():
         warnings.warn("the map holds NaN or infinite values; they are left uncoloured", InputWarning, stacklevel=2)
-    low, high = value_range(heatmap, signed, vmin, vmax)
-    values = upsample(heatmap.nan_to_num(0.0, 0.0, 0.0), (picture.shape[1], picture.shape[2]))
-    name = cmap or (DIVERGING if low < 0 and low == -high else SEQUENTIAL)
-    colours = colormaps[name](((values - low) / (high - low)).clamp(0, 1).numpy())[..., :3]
-    coloured = torch.from_numpy(colours).permute(2, 0, 1).float()
-    grey = (picture * picture.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
-    ground = saturation * picture + (1 - saturation) * grey
-    return torch.where(known, (1 - alpha) * ground + alpha * coloured, picture)
+    scale = ColorScale.of(heatmap, signed, vmin, vmax, cmap)
+    return blend(as_image(image), heatmap, scale, alpha=alpha, saturation=saturation, mode=mode)
+
+
+def blend(
+    picture: Tensor, heatmap: Tensor, scale: ColorScale, *, alpha: float, saturation: float = 0.3, mode: str = "bicubic"
+) -> Tensor:
+    """What :func:`overlay` gives, for an image of :func:`as_image` and a scale that several maps may share."""
+    for name, value in (("alpha", alpha), ("saturation", saturation)):
+        if not 0 <= value <= 1:
+            raise InputError(f"{name} must be in [0, 1], got {value}")
+    size = (picture.shape[1], picture.shape[2])
+    finite = heatmap.isfinite()
+    coloured = scale.colors(upsample(_filled(heatmap), size, mode=mode))
+    ground = saturation * picture + (1 - saturation) * grey(picture)
+    result = (1 - alpha) * ground + alpha * coloured
+    if finite.all():
+        return result
+    return torch.where(upsample(finite.float(), size, mode="nearest") > 0.5, result, picture)
+
+
+def grey(picture: Tensor) -> Tensor:
+    """The luminance of an RGB image, as RGB."""
+    return (picture * picture.new_tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True).expand(3, -1, -1)
+
+
+def as_heatmap(heatmap: Any) -> Tensor:
+    """A map as float32 ``(h, w)`` on the CPU."""
+    heatmap = torch.as_tensor(heatmap).detach().cpu()
+    if heatmap.ndim != 2 or heatmap.numel() == 0:
+        raise InputError(f"heatmap must be (h, w), got {tuple(heatmap.shape)}; show one map at a time")
+    if heatmap.is_complex():
+        raise InputError(f"heatmap must be real, got {heatmap.dtype}")
+    return heatmap.float()
+
+
+def _filled(heatmap: Tensor) -> Tensor:
+    """Cells that are not finite take the mean of their finite neighbours, ring by ring, so that they do not pull the
+    interpolated values of the cells beside them towards an arbitrary number."""
+    known = heatmap.isfinite()
+    if known.all() or not known.any():
+        return heatmap if known.any() else torch.zeros_like(heatmap)
+    values, weight = heatmap.where(known, 0.0)[None, None], known.float()[None, None]
+    while not weight.all():
+        total, count = (F.avg_pool2d(x, 3, 1, 1, divisor_override=1) for x in (values, weight))
+        values = torch.where(weight > 0, values, total / count.clamp_min(1))
+        weight = (count > 0).float()
+    return values[0, 0]

@@ -1,0 +1,120 @@
+"""Which value has which colour: one `ColorScale` may serve a map, a row of maps or a whole figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import InputError
+
+#: Perceptually uniform, dark to bright; and a diverging one whose middle, zero, is near white
+#: and whose opposite values are about equally light (CIE L* differs by at most 5.1, at the ends by 0.1).
+#: Both can be read with the common kinds of colour blindness.
+SEQUENTIAL, DIVERGING = "inferno", "RdBu_r"
+
+_NEGLIGIBLE = 0.05
+
+
+@dataclass(frozen=True)
+class ColorScale:
+    """The values at the two ends of a colour map.
+
+    Args:
+        low, high: values that get the first and the last colour; values beyond are clipped to them.
+        signed: the scale is symmetric, ``low == -high``, so that zero has the neutral middle colour.
+        cmap: a matplotlib colour map or its name; None takes :data:`SEQUENTIAL` or, if signed, :data:`DIVERGING`.
+
+    Raises:
+        InputError: the ends are not finite or not in order, or there is no such colour map.
+
+    Example:
+        >>> scale = ColorScale.of(torch.tensor([[-1.0, 0.0, 2.0]]))
+        >>> scale.low, scale.high, scale.signed
+        (-2.0, 2.0, True)
+        >>> scale.colors(torch.zeros(4, 5)).shape
+        torch.Size([3, 4, 5])
+    """
+
+    low: float
+    high: float
+    signed: bool = False
+    cmap: Any = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise InputError(f"a colour scale needs finite vmin < vmax, got {self.low:g} and {self.high:g}")
+
+    @classmethod
+    def of(
+        cls,
+        heatmaps: Tensor | Iterable[Tensor],
+        signed: bool | str = "auto",
+        vmin: float | None = None,
+        vmax: float | None = None,
+        cmap: Any = None,
+    ) -> ColorScale:
+        """The scale that fits all values of one map or of several maps; cells that are not finite do not count.
+
+        Args:
+            heatmaps: one tensor of any shape, or several.
+            signed: True, False, or ``"auto"``: signed where negative values matter, which is where their largest
+                magnitude is more than 5 % of the largest of all.
+            vmin, vmax: ends to use instead of the data's; a signed scale takes the larger magnitude of the two.
+            cmap: see the class.
+
+        Returns:
+            Signed: ``(-m, m)`` with m the largest magnitude. Otherwise ``(min(lowest, 0), highest)``, so that a map of
+            positive values starts at zero. Data without any spread (constant zero, empty) get a scale of length 1.
+        """
+        if signed not in (True, False, "auto"):
+            raise InputError(f"signed must be True, False or 'auto', got {signed!r}")
+        for name, value in (("vmin", vmin), ("vmax", vmax)):
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"{name} must be finite, got {value}")
+        if vmin is not None and vmax is not None and not vmin < vmax:
+            raise InputError(f"vmin must be less than vmax, got {vmin:g} and {vmax:g}")
+        maps = [heatmaps] if isinstance(heatmaps, Tensor) else list(heatmaps)
+        values = torch.cat([m.detach().flatten().float().cpu() for m in maps] or [torch.empty(0)])
+        values = values[values.isfinite()]
+        low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
+        top = max(-low, high, 0.0)
+        if low < -_NEGLIGIBLE * top if signed == "auto" else signed:
+            given = [abs(v) for v in (vmin, vmax) if v is not None]
+            bound = max(given, default=top) or 1.0
+            return cls(-bound, bound, True, cmap)
+        low = float(vmin) if vmin is not None else min(low, 0.0 if vmax is None else min(0.0, vmax - 1.0))
+        high = float(vmax) if vmax is not None else high
+        return cls(low, high if high > low else low + 1.0, False, cmap)
+
+    def colormap(self) -> Any:
+        """The matplotlib colour map."""
+        from matplotlib import colormaps
+
+        name = self.cmap if self.cmap is not None else DIVERGING if self.signed else SEQUENTIAL
+        if not isinstance(name, str):
+            return name
+        if name not in colormaps:
+            raise InputError(f"no colour map {name!r} in matplotlib; perceptually uniform are 'viridis', 'magma', ...")
+        return colormaps[name]
+
+    def colors(self, values: Tensor) -> Tensor:
+        """The colours ``(3, ...)`` in [0, 1] of finite values of any shape."""
+        share = ((values.detach().float().cpu() - self.low) / (self.high - self.low)).clamp(0, 1)
+        return torch.from_numpy(self.colormap()(share.numpy())[..., :3]).movedim(-1, 0).float()
+
+
+def value_range(
+    heatmap: Tensor, signed: bool | str = "auto", vmin: float | None = None, vmax: float | None = None
+) -> tuple[float, float]:
+    """The values at the two ends of the colour map: symmetric around zero for signed maps (:meth:`ColorScale.of`).
+
+    >>> value_range(torch.tensor([0.2, 1.0])), value_range(torch.tensor([-0.5, 1.0]))
+    ((0.0, 1.0), (-1.0, 1.0))
+    """
+    scale = ColorScale.of(heatmap, signed, vmin, vmax)
+    return scale.low, scale.high
