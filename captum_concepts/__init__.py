@@ -13,15 +13,21 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "ConceptExplanation": "explanation",
+    "ConceptFusionMap": "attr.concept_fusion_map",
+    "ConceptTranslator": "models.concept_translator",
     "FeatureActivationMap": "attr.feature_activation_map",
+    "SpatialACV": "attr.spatial_acv",
 }
-_ROOMS = ("datasets", "demo", "errors", "metrics", "solvers", "visualization", "vlm")
+_ROOMS = ("concepts", "datasets", "demo", "errors", "metrics", "solvers", "store", "visualization", "vlm")
 
 __all__ = ["__version__", *_NAMES, *_ROOMS]
 
 if TYPE_CHECKING:
+    from captum_concepts.attr.concept_fusion_map import ConceptFusionMap as ConceptFusionMap
     from captum_concepts.attr.feature_activation_map import FeatureActivationMap as FeatureActivationMap
+    from captum_concepts.attr.spatial_acv import SpatialACV as SpatialACV
     from captum_concepts.explanation import ConceptExplanation as ConceptExplanation
+    from captum_concepts.models.concept_translator import ConceptTranslator as ConceptTranslator
 
 
 def __getattr__(name: str) -> Any:

@@ -14,18 +14,40 @@ from captum.testing.attr.helpers.test_config import config
 from captum.testing.helpers.basic_models import BasicModel_ConvNet
 from torch import Tensor, nn
 
-from captum_concepts import FeatureActivationMap
+from captum_concepts import ConceptFusionMap, ConceptTranslator, FeatureActivationMap, SpatialACV
+from captum_concepts.activations import spatial_activations
+
+
+def fitted_vectors(model: nn.Module, layer: nn.Module) -> SpatialACV:
+    images = torch.rand(12, 1, 10, 10, generator=torch.Generator().manual_seed(2))
+    return SpatialACV(model, layer).fit({"bright": images[:6] + 1}, images[6:])
+
+
+def fusion_map(model: nn.Module, layer: nn.Module) -> ConceptFusionMap:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        channels = spatial_activations(model, torch.rand(1, 1, 10, 10), [layer]).maps[0].shape[1]
+        translator = ConceptTranslator([channels], 16, hidden=(32, 32))
+        return ConceptFusionMap(model, [layer], translator, [f"word {k}" for k in range(10)], torch.randn(10, 16))
 
 
 @dataclass
 class Method:
-    """How to build a method on Captum's little convolutional network (10 outputs). A fifth method is one line."""
+    """How to build a method on Captum's little convolutional network (10 outputs). A fifth method is one line.
+
+    Args:
+        build: from the model and a layer, explaining 10 targets.
+        fitted: it is fitted to the layer's output, so it cannot read another tensor (the layer's input).
+    """
 
     build: Callable[[nn.Module, nn.Module], LayerAttribution]
+    fitted: bool = False
 
 
 METHODS = {
     "FeatureActivationMap": Method(lambda model, layer: FeatureActivationMap(model, layer, torch.eye(10))),
+    "SpatialACV": Method(fitted_vectors, fitted=True),
+    "ConceptFusionMap": Method(fusion_map, fitted=True),
 }
 
 CONVNET_CASES = [
@@ -67,6 +89,7 @@ def test_captum_ships_configurations_to_test_with():
 def test_generic_target_configurations(method, case):
     """Captum's test_targets: a batch gives what its examples give alone, for every form of target."""
     arguments = {name: v for name, v in case["attribute_args"].items() if name in ("inputs", "target")}
+    arguments.setdefault("target", 0)
     model = deepcopy(case["model"]).eval()
     model.softmax = nn.Identity()  # Captum's inputs of 100 saturate it, and gradients are then rounding noise
     explainer = method.build(model, getattr(model, case["layer"]))
@@ -181,6 +204,7 @@ def test_grad_modes_give_the_same_map(method, model, images):
     torch.testing.assert_close(explainer.attribute(images, target=2), expected)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if not m.fitted])
 def test_layer_input_equals_output_of_the_layer_before(method, model, images):
     of_input = method.build(model, model.conv2).attribute(images, target=2, attribute_to_layer_input=True)
     torch.testing.assert_close(of_input, method.build(model, model.pool1).attribute(images, target=2))
