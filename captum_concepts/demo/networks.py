@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import timm.models
@@ -52,7 +53,7 @@ def captum_concepts_resnet10(pretrained: bool = False, **options: Any) -> timm.m
         channels=(32, 64, 128, 192),
         stem_width=32,
     )
-    model.default_cfg = {"input_size": (3, SIZE, SIZE), "pool_size": (8, 8)}
+    model.default_cfg = {"input_size": (3, SIZE, SIZE), "pool_size": (8, 8)}  # type: ignore[assignment]
     return model
 
 
@@ -70,7 +71,7 @@ class ConvStem(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         channels = [in_chans, embed_dim // 4, embed_dim // 2, embed_dim]
         layers: list[nn.Module] = []
-        for before, after in zip(channels[:-1], channels[1:], strict=True):
+        for before, after in pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         self.proj = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
 
