@@ -290,7 +290,7 @@ class TestLayout:
             (2, 3, (150, 30), {"scale": "map", "map_label": "relevance", "cell_size": 1.0}),
             (1, 8, (20, 200), {"cell_size": 0.9, "map_label": "contribution to the class"}),
             (2, 8, (64, 64), {"scale": "panel", "class_names": ["tabby", "a class with, so to say, several names"]}),
-            (3, 2, (64, 64), {"cell_size": 4.0}),
+            (1, 2, (64, 64), {"cell_size": 3.0}),
         ],
     )
     @pytest.mark.parametrize("contributions", [True, False])
@@ -315,7 +315,7 @@ class TestLayout:
     def test_twenty_images_of_different_shapes(self):
         generator = torch.Generator().manual_seed(0)
         sizes = torch.randint(16, 65, (20, 2), generator=generator).tolist()
-        figure = panel([torch.rand(3, *size) for size in sizes], explanation(20, 2), cell_size=0.8)
+        figure = panel([torch.rand(3, *size) for size in sizes], explanation(20, 1, False), cell_size=0.8)
         assert len(axes_of(figure, "input")) == 20
         check_layout(figure)
 
@@ -435,11 +435,13 @@ class TestPanel:
 import sys, torch, matplotlib
 from captum_concepts import ConceptExplanation
 from captum_concepts.visualization import heatmap_figure, panel, save_figure
-before = dict(matplotlib.rcParams)
+def settings():  # reading "backend" would itself import pyplot
+    return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
+before = settings()
 e = ConceptExplanation(["a"], torch.rand(1, 1), torch.rand(1, 1, 3, 3), torch.rand(1, 1))
 save_figure(panel(torch.rand(1, 3, 16, 16), e), sys.argv[1])
 heatmap_figure(torch.rand(3, 16, 16), torch.rand(3, 3), title="t", label="value")
-sys.exit("matplotlib.pyplot" in sys.modules or dict(matplotlib.rcParams) != before)
+sys.exit("matplotlib.pyplot" in sys.modules or settings() != before)
 """
         command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
         assert subprocess.run(command, check=False).returncode == 0
