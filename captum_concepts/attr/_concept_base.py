@@ -50,6 +50,9 @@ class ConceptMaps(LayerAttribution):
         text = F.normalize(self.text_embeddings.detach().to(like), dim=1)  # type: ignore[union-attr]
         return TextSpace(text, float(self.logit_scale), float(self.logit_bias), self.probability == "softmax")
 
+    def _probability(self, logits: Tensor) -> Tensor:
+        return logits.softmax(1) if self.probability == "softmax" else logits.sigmoid()
+
     def _columns(self, concepts: Sequence[str | int] | str | int | None) -> list[int]:
         names = self._names()
         if concepts is None:
@@ -113,13 +116,19 @@ class ConceptMaps(LayerAttribution):
             yield start, own, own_extra, seen
 
     def _chunks(
-        self, seen: ConceptPass, index: Tensor, *, contrast: float = 0.0, evidence: bool = False
+        self, seen: ConceptPass, index: Tensor, *, fused: bool = False, only: int | None = None
     ) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor]]]:
-        """``(index, betas, evidence)`` of one bounded part of the concepts after another."""
+        """``(index, betas, evidence)`` of one bounded part of the concepts after another.
+
+        Args:
+            fused: with contrast, and with evidence.
+            only: the one layer to differentiate at; the other betas are zero.
+        """
         h = seen.embedding.detach()
         space = self._space(h)
         chunk = max(1, self.chunk_size // len(h))
-        derive = seen.derivatives(index.shape[1], chunk=chunk, evidence=evidence)
+        derive = seen.derivatives(index.shape[1], chunk=chunk, evidence=fused, only=only)
+        contrast = regions.CONTRAST if fused else 0.0
         for part in index.to(h.device).split(chunk, 1):
             yield (part, *derive(space.slopes(h, part, contrast, regions.TEMPERATURE)))
 
@@ -137,37 +146,42 @@ class ConceptMaps(LayerAttribution):
 
     def _maps(self, seen: ConceptPass, index: Tensor, inputs: Inputs) -> Tensor:
         """``(N, J, h, w)`` regions."""
-        fused = isinstance(self.layer, str) and self.layer == "fused"
-        fixed = self._layer_index()
-        grids = [layout.grid for layout in seen.seen.layouts]
-        grid = regions.fused_grid(grids) if fused else regions.finest_grid(grids)
-        grid = grids[fixed] if fixed is not None else grid
+        if isinstance(self.layer, str) and self.layer == "fused":
+            return self._fused(seen, index, inputs)
+        return self._channels(seen, index, maps=True, ranks=False)[0]
+
+    def _fused(self, seen: ConceptPass, index: Tensor, inputs: Inputs) -> Tensor:
+        grid = regions.fused_grid([layout.grid for layout in seen.seen.layouts])
         pixels = inputs[0] if isinstance(inputs, tuple) else inputs
-        image = pixels if pixels.ndim == 4 else None
-        affinity = regions.feature_affinity(seen.maps, grid, image) if fused else None
-        parts = []
-        for part, betas, evidence in self._chunks(
-            seen, index, contrast=regions.CONTRAST if fused else 0.0, evidence=fused
-        ):
-            if affinity is not None:
-                parts.append(regions.fused_maps(evidence, affinity, grid))
-            else:
-                choice = self._choice(seen, betas, part).to(seen.maps[0].device)
-                parts.append(regions.published_maps(betas, seen.maps, choice, grid))
+        affinity = regions.feature_affinity(seen.maps, grid, pixels if pixels.ndim == 4 else None)
+        parts = [
+            regions.fused_maps(evidence, affinity, grid) for _, _, evidence in self._chunks(seen, index, fused=True)
+        ]
         return torch.cat(parts, 1).detach()
 
-    def _curves(
-        self, seen: ConceptPass, inputs: Inputs, extra: Any, index: Tensor, classes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(N, J)`` contributions, ``(N, J, K + 1)`` curves, ``(N, J)`` the layers."""
-        choices, rankings = [], []
-        for part, betas, _ in self._chunks(seen, index):
+    def _channels(
+        self, seen: ConceptPass, index: Tensor, *, maps: bool, ranks: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Published maps (if asked), the layer of each concept, and its ranked channels at every layer (if asked)."""
+        fixed = self._layer_index()
+        grids = [layout.grid for layout in seen.seen.layouts]
+        grid = regions.finest_grid(grids) if fixed is None else grids[fixed]
+        found, choices, rankings = [], [], []
+        for part, betas, _ in self._chunks(seen, index, only=fixed):
             choices.append(self._choice(seen, betas, part))
-            rankings.append(
-                [ablation.rank_channels(beta, z, self.n_channels) for beta, z in zip(betas, seen.pooled, strict=True)]
-            )
-        choice = torch.cat(choices, 1)
-        ranked = [torch.cat(parts, 1) for parts in zip(*rankings, strict=True)]
+            if maps:
+                choice = choices[-1].to(seen.maps[0].device)
+                found.append(regions.published_maps(betas, seen.maps, choice, grid))
+            if ranks:
+                each = zip(betas, seen.pooled, strict=True)
+                rankings.append([ablation.rank_channels(beta, z, self.n_channels) for beta, z in each])
+        made = torch.cat(found, 1).detach() if maps else torch.zeros(())
+        return made, torch.cat(choices, 1), [torch.cat(parts, 1) for parts in zip(*rankings, strict=True)]
+
+    def _curves(
+        self, seen: ConceptPass, inputs: Inputs, extra: Any, choice: Tensor, ranked: Sequence[Tensor], classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``(N, J)`` contributions and ``(N, J, K + 1)`` curves."""
         curve = seen.maps[0].new_zeros((*choice.shape, self.n_channels + 1))
         mean = seen.maps[0].new_zeros(choice.shape)
         sizes = [maps[0].numel() for maps in seen.maps]
@@ -193,7 +207,7 @@ class ConceptMaps(LayerAttribution):
                 mean[i, here] = drops.mean(-1)
                 padded = F.pad(drops, (1, 0))
                 curve[i, here] = F.pad(padded.unsqueeze(1), (0, self.n_channels - drops.shape[-1]), "replicate")[:, 0]
-        return mean, curve, choice
+        return mean, curve
 
 
 def class_indices(target: Any, output: Any, start: int, stop: int, batch: int) -> Tensor:

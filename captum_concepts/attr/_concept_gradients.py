@@ -91,7 +91,7 @@ class ConceptPass:
     sources: tuple[Tensor, ...]
     branch: bool
 
-    def derivatives(self, count: int, *, chunk: int, evidence: bool = False) -> Derivatives:
+    def derivatives(self, count: int, *, chunk: int, evidence: bool = False, only: int | None = None) -> Derivatives:
         """A function from cotangents to the derivatives at every layer.
 
         Both results are linear in the cotangent: where more than D are asked, those of a basis are computed once and
@@ -101,10 +101,11 @@ class ConceptPass:
             count: how many cotangents an example will be asked in all.
             chunk: how many to push through the network at once.
             evidence: also give the signed evidence.
+            only: the one layer to differentiate at; the other betas are zero, and nothing in front of it is entered.
         """
 
         def direct(cotangents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-            return self._derive(cotangents, chunk, evidence)
+            return self._derive(cotangents, chunk, evidence, only)
 
         n, width = self.embedding.shape
         if count <= width:
@@ -117,11 +118,16 @@ class ConceptPass:
 
         return combined
 
-    def _derive(self, cotangents: Tensor, chunk: int, evidence: bool) -> tuple[list[Tensor], list[Tensor]]:
-        betas: list[list[Tensor]] = [[] for _ in self.maps]
-        signed: list[list[Tensor]] = [[] for _ in self.maps]
+    def _derive(
+        self, cotangents: Tensor, chunk: int, evidence: bool, only: int | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        layers = range(len(self.maps)) if only is None else [only]
+        betas: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        signed: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        sources = [self.sources[layer] for layer in layers]
         for part in cotangents.split(chunk, 1):
-            for layer, gradient in enumerate(vector_products(self.embedding, self.sources, part.transpose(0, 1))):
+            gradients = vector_products(self.embedding, sources, part.transpose(0, 1))
+            for layer, gradient in zip(layers, gradients, strict=True):
                 maps = self.maps[layer]
                 if self.branch:
                     betas[layer].append(gradient.transpose(0, 1).to(maps) / maps[0, 0].numel())
@@ -130,12 +136,16 @@ class ConceptPass:
                 betas[layer].append(torch.stack([one.mean((2, 3)) for one in spatial], 1))
                 if evidence:
                     signed[layer].append(torch.stack([(one * maps).sum(1) for one in spatial], 1))
-        first = [torch.cat(parts, 1) for parts in betas]
+        n, j = cotangents.shape[:2]
+        first = [
+            torch.cat(betas[layer], 1) if layer in betas else maps.new_zeros(1).expand(n, j, maps.shape[1])
+            for layer, maps in enumerate(self.maps)
+        ]
         if evidence and self.branch:
             return first, [
                 torch.einsum("njc,nchw->njhw", beta, maps) for beta, maps in zip(first, self.maps, strict=True)
             ]
-        return first, [torch.cat(parts, 1) for parts in signed if parts]
+        return first, [torch.cat(parts, 1) for parts in signed.values() if parts]
 
 
 def concept_pass(

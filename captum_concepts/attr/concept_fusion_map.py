@@ -284,8 +284,7 @@ class ConceptFusionMap(ConceptMaps):
 
     def scores(self, inputs: Inputs, additional_forward_args: Any = None) -> Tensor:
         """``(N, T)`` *what*: probabilities in [0, 1], summing to 1 under a softmax."""
-        logits = self.logits(inputs, additional_forward_args)
-        return logits.softmax(1) if self.probability == "softmax" else logits.sigmoid()
+        return self._probability(self.logits(inputs, additional_forward_args))
 
     def relevance(self, inputs: Inputs, target: Any = None, additional_forward_args: Any = None) -> Tensor:
         """``(N, T, L)`` how much each layer carries each concept (``(N, 1, L)`` for one target an example).
@@ -337,7 +336,8 @@ class ConceptFusionMap(ConceptMaps):
             for start, own, extra, seen in self._passes(inputs, additional_forward_args):
                 stop = start + len(seen.embedding)
                 classes = class_indices(target, seen.seen.output, start, stop, batch)
-                parts.append(self._curves(seen, own, extra, index[start:stop], classes)[:2])
+                _, choice, ranked = self._channels(seen, index[start:stop], maps=False, ranks=True)
+                parts.append(self._curves(seen, own, extra, choice, ranked, classes))
         value, curve = (torch.cat(part).detach() for part in zip(*parts, strict=True))
         return (value, curve) if return_curve else value
 
@@ -348,6 +348,8 @@ class ConceptFusionMap(ConceptMaps):
         top_k: int = 8,
         concepts: Sequence[str | int] | None = None,
         additional_forward_args: Any = None,
+        *,
+        contributions: bool = True,
     ) -> ConceptExplanation:
         """What, where and how much together.
 
@@ -356,6 +358,7 @@ class ConceptFusionMap(ConceptMaps):
             target: the class whose probability contributions refer to; None: each example's predicted class.
             top_k: how many concepts, those of the highest scores over the examples.
             concepts: explain just these (names or indices), in this order; ``top_k`` is then ignored.
+            contributions: False leaves the ablations of the classifier out: what and where alone.
 
         Returns:
             Scores, maps and contributions; ``layer`` names, for each example and concept, where they come from. Scores
@@ -364,31 +367,41 @@ class ConceptFusionMap(ConceptMaps):
         batch = len(check_images(inputs)[0])
         if concepts is None and top_k < 1:
             raise InputError(f"top_k must be at least 1, got {top_k}")
-        scores = self.scores(inputs, additional_forward_args)
-        if concepts is None:
-            columns = scores.amax(0).argsort(dim=0, descending=True, stable=True)[:top_k].tolist()
-        else:
-            columns = self._columns(concepts)
-        index = torch.tensor(columns).expand(batch, -1)
+        fused = isinstance(self.layer, str) and self.layer == "fused"
         maps, values, targets = [], [], []
         layers: list[tuple[str, ...]] = []
         names = [layer_name(self.forward_func, layer) for layer in self.layers]
         with gradients_enabled():
-            for start, own, extra, seen in self._passes(inputs, additional_forward_args):
+            passes: Any = self._passes(inputs, additional_forward_args)
+            if batch <= self.chunk_size:  # one forward for all
+                passes = list(passes)
+                h = passes[0][-1].embedding.detach()
+                scores = self._probability(self._space(h).logits(h))
+            else:
+                scores = self.scores(inputs, additional_forward_args)
+            if concepts is None:
+                columns = scores.amax(0).argsort(dim=0, descending=True, stable=True)[:top_k].tolist()
+            else:
+                columns = self._columns(concepts)
+            index = torch.tensor(columns).expand(batch, -1)
+            for start, own, extra, seen in passes:
                 stop = start + len(seen.embedding)
-                classes = class_indices(target, seen.seen.output, start, stop, batch)
-                maps.append(self._maps(seen, index[start:stop], own))
-                value, _, choice = self._curves(seen, own, extra, index[start:stop], classes)
-                values.append(value)
-                targets.append(classes)
-                layers.extend(tuple(names[number] for number in row) for row in choice.tolist())
-        fused = self.layer == "fused"
+                part = index[start:stop]
+                regions = self._maps(seen, part, own) if fused else None
+                if contributions or not fused:
+                    made, choice, ranked = self._channels(seen, part, maps=not fused, ranks=contributions)
+                    regions = made if regions is None else regions
+                    layers.extend(tuple(names[number] for number in row) for row in choice.tolist())
+                maps.append(regions)
+                if contributions:
+                    targets.append(class_indices(target, seen.seen.output, start, stop, batch))
+                    values.append(self._curves(seen, own, extra, choice, ranked, targets[-1])[0])
         return ConceptExplanation(
             [self._names()[column] for column in columns],
             scores[:, columns],
-            torch.cat(maps),
-            torch.cat(values),
-            torch.cat(targets).to(scores.device),
+            torch.cat([value for value in maps if value is not None]).to(scores.device),
+            torch.cat(values).to(scores.device) if contributions else None,
+            torch.cat(targets).to(scores.device) if contributions else None,
             "fused" if fused else tuple(layers),
             self.get_name(),
         )
