@@ -1,0 +1,133 @@
+"""The fused regions of ConceptFusionMap: contrast, affinity, and that spreading invents nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from captum_concepts.attr._concept_gradients import TextSpace, vector_products
+from captum_concepts.attr._concept_regions import feature_affinity, fused_grid, fused_maps
+from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
+
+
+@pytest.mark.parametrize(("contrast", "temperature"), [(0.0, 1.0), (0.5, 3.0), (1.0, 1.0)])
+def test_slopes_are_the_derivatives_of_the_stated_value(contrast, temperature):
+    torch.manual_seed(0)
+    space = TextSpace(F.normalize(torch.randn(6, 9), dim=1), 7.0, -1.0, True)
+    h = torch.randn(3, 9, requires_grad=True)
+    index = torch.tensor([[0, 3], [1, 1], [5, 2]])
+    slopes = space.slopes(h.detach(), index, contrast, temperature)
+    logits = space.logits(h)
+    for n in range(3):
+        for j in range(2):
+            t = int(index[n, j])
+            others = torch.cat([logits[n, :t], logits[n, t + 1 :]])
+            value = logits[n, t] - contrast * temperature * torch.logsumexp(others / temperature, 0)
+            expected = torch.autograd.grad(value, h, retain_graph=True)[0][n]
+            torch.testing.assert_close(slopes[n, j], expected, atol=1e-5, rtol=1e-4)
+
+
+def loops(evidence, maps, image, grid):
+    """The fused map of one example, position by position."""
+    h, w = grid
+    total = torch.zeros(h * w)
+    for layer in evidence:
+        positive = F.interpolate(layer.relu()[None, None], grid, mode="bilinear")[0, 0].flatten()
+        total += positive / positive.max()
+    features = []
+    for layer in maps[1:-1] if len(maps) > 2 else maps:
+        unit = F.normalize(F.interpolate(layer[None], grid, mode="bilinear")[0].flatten(1), dim=0)
+        features.append(F.normalize(unit - unit.mean(1, keepdim=True), dim=0))
+    colour = F.adaptive_avg_pool2d(image, grid).flatten(1)
+    variance = ((colour - colour.mean(1, keepdim=True)) ** 2).sum(0).mean()
+    walk = torch.zeros(h * w, h * w)
+    for p in range(h * w):
+        for q in range(h * w):
+            like = torch.stack([f[:, p] @ f[:, q] for f in features]).mean().clamp(min=0) ** 2
+            near = torch.exp(-((colour[:, p] - colour[:, q]) ** 2).sum() / (2 * variance))
+            walk[p, q] = like * near
+        walk[p] /= walk[p].sum()
+    return (walk @ (walk @ total)).reshape(grid)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_fused_equals_plain_loops(layers):
+    torch.manual_seed(0)
+    grid = (4, 5)
+    maps = [torch.randn(2, 6, 4 + i, 5 + i) for i in range(layers)]
+    evidence = [torch.randn(2, 3, 4 + i, 5 + i) for i in range(layers)]
+    image = torch.rand(2, 3, 16, 20)
+    fast = fused_maps(evidence, feature_affinity(maps, grid, image), grid)
+    for n in range(2):
+        for j in range(3):
+            slow = loops([e[n, j] for e in evidence], [m[n] for m in maps], image[n], grid)
+            torch.testing.assert_close(fast[n, j], slow, atol=1e-5, rtol=1e-4)
+
+
+def test_spreading_invents_no_evidence():
+    torch.manual_seed(0)
+    maps = [torch.randn(1, 6, 7, 7)]
+    affinity = feature_affinity(maps, (7, 7), torch.rand(1, 3, 28, 28))
+    torch.testing.assert_close(affinity.sum(2), torch.ones(1, 49))
+    assert (affinity >= 0).all()
+    nothing = fused_maps([-torch.rand(1, 2, 7, 7)], affinity, (7, 7))
+    assert torch.equal(nothing, torch.zeros(1, 2, 7, 7))
+    some = fused_maps([torch.randn(1, 2, 7, 7)], affinity, (7, 7))
+    assert some.min() >= 0
+    assert some.max() <= 1  # a mean of values of at most 1
+
+
+def test_spreading_stays_within_what_the_network_sees_as_alike():
+    # Two halves with opposite features: evidence in the left one never reaches the right one.
+    maps = torch.zeros(1, 2, 6, 6)
+    maps[:, 0, :, :3], maps[:, 1, :, 3:] = 1.0, 1.0
+    evidence = torch.zeros(1, 1, 6, 6)
+    evidence[..., 2, 1] = 1.0
+    out = fused_maps([evidence], feature_affinity([maps], (6, 6)), (6, 6))[0, 0]
+    assert (out[:, 3:] == 0).all()
+    torch.testing.assert_close(out[:, :3], torch.full((6, 3), 1 / 18))
+
+
+@pytest.mark.parametrize(
+    ("grids", "expected"),
+    [([(56, 56), (7, 7)], (28, 28)), ([(14, 14)], (14, 14)), ([(100, 20)], (50, 10)), ([(112, 112)], (28, 28))],
+)
+def test_grid_is_bounded(grids, expected):
+    assert fused_grid(grids) == expected
+
+
+def test_a_constant_image_and_dead_features_give_finite_maps():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2))
+
+    class Copy(nn.Module):
+        def forward(self, pooled):
+            return pooled[0]
+
+    cefam = ConceptFusionMap(net, ["1"], Copy(), ["a", "b"], torch.eye(5)[:2], layer="fused")
+    assert cefam.attribute(torch.full((1, 3, 12, 12), 0.5)).isfinite().all()
+    net[0].weight.data.zero_()
+    net[0].bias.data.fill_(-1.0)
+    assert torch.equal(cefam.attribute(torch.rand(1, 3, 12, 12)), torch.zeros(1, 2, 12, 12))
+
+
+def test_batched_products_fall_back_to_single_ones():
+    class Square(torch.autograd.Function):  # without a batching rule
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            if not isinstance(float(g.sum()), float):
+                raise AssertionError
+            return 2 * x * g
+
+    x = torch.randn(2, 4, requires_grad=True)
+    out = vector_products(Square.apply(x), [x], torch.eye(4)[:3, None].expand(3, 2, 4))[0]
+    for i in range(3):
+        torch.testing.assert_close(out[i], torch.eye(4)[i] * 2 * x.detach())
