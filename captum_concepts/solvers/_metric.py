@@ -4,7 +4,8 @@ The Hessian of the mean loss is modelled as a structured part plus what the last
 
 - structured: ``diag(c) (x) G``, c_k the mean of p_k (1 - p_k) and G the second moments of (x, 1) weighted by the
   curvature of each row. One D x D matrix carries the correlations between features, which is what makes plain
-  proximal gradient slow. Where D x D is too large: its diagonal.
+  proximal gradient slow. Where D x D is too large: its diagonal. Where they cost little next to the passes made so
+  far, the blocks of the Hessian for each class, or the whole Hessian.
 - learnt: the last few (step, change of gradient) pairs in the compact form of BFGS (Byrd, Nocedal and Schnabel, 1994),
   which learns what the structured part leaves out: the coupling between classes and the rows' different weights.
 """
@@ -84,13 +85,48 @@ class KroneckerMetric:
         return torch.cat([weights, bias], 1)
 
 
+class BlockMetric:
+    """Blocks (B, Q, Q) on the diagonal: B = O blocks of one class each, or B = 1, the whole Hessian."""
+
+    def __init__(self, blocks: Tensor, shape: tuple[int, int]) -> None:
+        self.blocks = blocks
+        self.shape = shape
+        self.diagonal = torch.diagonal(blocks, dim1=1, dim2=2).reshape(shape)
+
+    def apply(self, v: Tensor) -> Tensor:
+        flat = v.reshape(self.blocks.shape[0], -1, 1)
+        return torch.bmm(self.blocks, flat).view_as(v)
+
+    def restrict(self, columns: Tensor) -> BlockMetric:
+        n_out, n_cols = self.shape
+        chosen = columns
+        if self.blocks.shape[0] == 1:
+            chosen = (torch.arange(n_out, device=columns.device)[:, None] * n_cols + columns).flatten()
+        return BlockMetric(self.blocks[:, chosen][:, :, chosen], (n_out, columns.numel()))
+
+    def solve(self, v: Tensor, ridge: float) -> Tensor:
+        # A little of the diagonal keeps directions without curvature (repeated columns, a shift of all biases) bounded.
+        shift = torch.full_like(v, ridge)
+        shift[:, -1] = 0
+        shift = shift + 1e-9 * self.diagonal + 1e-20 * self.diagonal.amax()
+        n_blocks = self.blocks.shape[0]
+        factors, failed = torch.linalg.cholesky_ex(self.blocks + torch.diag_embed(shift.reshape(n_blocks, -1)))
+        if bool((failed != 0).any()):
+            return v / (self.diagonal + shift)
+        return torch.cholesky_solve(v.reshape(n_blocks, -1, 1), factors).view_as(v)
+
+
 class SecantMetric:
-    """``metric`` corrected by secant pairs, as a direct operator (compact BFGS)."""
+    """``metric`` corrected by secant pairs, as a direct operator (compact BFGS).
+
+    ``blocks`` (B, Q, Q) is the operator itself where it is known entry by entry, else None.
+    """
 
     def __init__(self, metric: Metric, pairs: list[Pair]) -> None:
         self.metric = metric
         self.diagonal = metric.diagonal
         self._rows: Tensor | None = None
+        self.blocks = metric.blocks if isinstance(metric, BlockMetric) else None
         pairs = [(s, y) for s, y in pairs if float((s * y).sum()) > 1e-12 * float(s.norm() * y.norm())]
         if not pairs:
             return
@@ -110,7 +146,7 @@ class SecantMetric:
         diagonal = self.diagonal - (rows * solved).sum(0).view_as(self.diagonal)
         if not bool(torch.isfinite(solved).all()):
             return
-        self._rows, self._solved = rows, solved
+        self._rows, self._solved, self.blocks = rows, solved, None
         self.diagonal = torch.maximum(diagonal, 1e-3 * self.diagonal)
 
     def apply(self, v: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captum_concepts.errors import InputError
 from captum_concepts.solvers._rows import Rows, accumulation_dtype
-from captum_concepts.solvers.loss import LogisticLoss, Loss, MultinomialLoss
+from captum_concepts.solvers.loss import LogisticLoss, Loss, LossTerms, MultinomialLoss
 
 
 class Reducer:
@@ -60,7 +60,8 @@ class Evaluation:
     curvature: Tensor
     margin: float
     floor: float
-    gram: Tensor | None
+    moments: Tensor | None
+    detail: str | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,6 @@ class Objective:
         self.loss: Loss = LogisticLoss() if loss == "logistic" else MultinomialLoss(n_present)
         self.moments = self.loss.label_moments(self.stats.class_sums)
         self.feature_mean = self.stats.class_sums.sum(0)
-        self.gram_stride = max(1, self.stats.n_rows // max(8 * (rows.n_features + 1), 2048))
 
     def _statistics(self, loss: str, num_classes: int | None, standardize: bool) -> RowStatistics:
         if loss not in ("multinomial", "logistic"):
@@ -217,13 +217,28 @@ class Objective:
         out[-1] = 1
         return out
 
-    def evaluate(self, params: Tensor, *, gram: bool = False, tight: bool = False) -> Evaluation:
+    def stride(self, detail: str) -> int:
+        """Every how many rows one is taken for second moments: they only shape steps, so a sample of rows will do."""
+        n_cols = self.rows.n_features + 1
+        size = n_cols * self.loss.num_outputs if detail == "full" else n_cols
+        return max(1, self.stats.n_rows // max(8 * size, 2048))
+
+    def cost(self, detail: str | None) -> float:
+        """Multiplications of one pass (None), or of the second moments of a given detail."""
+        n, n_cols, n_out = self.stats.n_rows, self.rows.n_features + 1, self.loss.num_outputs
+        if detail is None:
+            return 2.0 * n * n_cols * n_out
+        copies = {"shared": n_cols**2, "class": n_out * n_cols**2, "full": (n_out * n_cols) ** 2}
+        return n / self.stride(detail) * copies[detail]
+
+    def evaluate(self, params: Tensor, *, detail: str | None = None, tight: bool = False) -> Evaluation:
         """One pass over all rows at ``params`` (O, D + 1).
 
         Args:
             params: weights and, in the last column, bias.
-            gram: also the second moments of (x, 1), (D + 1, D + 1), weighted by the curvature of each row and divided
-                by its mean; from a regular subsample of the rows, since it only shapes steps.
+            detail: also second moments of (x, 1), P = D + 1, from a regular sample of the rows: ``"shared"`` (P, P)
+                weighted by each row's curvature and divided by its mean; ``"class"`` (O, P, P), the diagonal blocks of
+                the Hessian; ``"full"`` (O P, O P), the Hessian.
             tight: also the second point of the dual bound.
         """
         acc, device = self.acc, self.rows.device
@@ -232,13 +247,19 @@ class Objective:
         gradient = torch.zeros(n_out, n_cols, dtype=acc, device=device)
         curvature = torch.zeros(n_out, dtype=acc, device=device)
         ends = torch.full((2,), float("inf"), dtype=acc, device=device)
-        moments = torch.zeros(n_cols, n_cols, dtype=acc, device=device) if gram else None
+        moments = None
+        if detail is not None:
+            shape = {"shared": (n_cols, n_cols), "class": (n_out, n_cols, n_cols), "full": (n_out * n_cols,) * 2}[detail]
+            moments = torch.zeros(shape, dtype=acc, device=device)
+        stride = 1 if detail is None else self.stride(detail)
         weight = params[:, :-1].to(self.rows.dtype)
         bias = params[:, -1].to(self.rows.dtype)
         offset = 0
         self.n_passes += 1
         for x, y, s in self.rows:
-            terms = self.loss.terms(torch.addmm(bias, x, weight.T), y, s, tight=tight)
+            terms = self.loss.terms(
+                torch.addmm(bias, x, weight.T), y, s, tight=tight, probability=detail in ("class", "full")
+            )
             gradient[:, :-1] += terms.residual.T @ x
             gradient[:, -1] += terms.residual.sum(0, dtype=acc)
             curvature += terms.curvature
@@ -248,13 +269,10 @@ class Objective:
                 scalars[2] += terms.negentropy_tight
             ends = torch.minimum(ends, torch.stack([terms.margin, terms.floor]))
             if moments is not None:
-                first = -offset % self.gram_stride
-                part = x[first :: self.gram_stride]
-                share = terms.row_curvature[first :: self.gram_stride].clamp_min(0)
-                scalars[3] += share.sum()
-                root = share.sqrt()[:, None]
-                part = torch.cat([part * root, root], 1)
-                moments += part.T @ part
+                sample = slice(-offset % stride, None, stride)
+                part = torch.cat([x[sample], x.new_ones(x[sample].shape[0], 1)], 1)
+                share = x.new_ones(part.shape[0]) if s is None else s[sample]
+                scalars[3] += _add_moments(moments, part, share, terms, sample, detail)
             offset += x.shape[0]
         parts = [scalars, gradient, curvature] + ([moments] if moments is not None else [])
         reduced = self.reducer.sum(*parts)
@@ -271,5 +289,35 @@ class Objective:
             curvature=curvature / total,
             margin=float(ends[0]),
             floor=float(ends[1]),
-            gram=reduced[3] / max(share_sum, 1e-300) if moments is not None else None,
+            moments=reduced[3] / max(share_sum, 1e-300) if moments is not None else None,
+            detail=detail,
         )
+
+
+def _add_moments(
+    moments: Tensor, x: Tensor, weight: Tensor, terms: LossTerms, sample: slice, detail: str | None
+) -> Tensor:
+    """Add the second moments of some rows (m, P) in place; returns the sum of their weights."""
+    if detail == "shared":
+        share = terms.row_curvature[sample].clamp_min(0)
+        part = x * share.sqrt()[:, None]
+        moments += part.T @ part
+        return share.sum()
+    if terms.probability is None:
+        raise RuntimeError("second moments by class need the probabilities")
+    p = terms.probability[sample]
+    n_out, n_cols = p.shape[1], x.shape[1]
+    roots = (weight[:, None] * p * (1 - p)).clamp_min(0).sqrt()
+    for k in range(n_out):
+        part = x * roots[:, k : k + 1]
+        block = part.T @ part
+        if detail == "class":
+            moments[k] += block
+        else:
+            moments[k * n_cols : (k + 1) * n_cols, k * n_cols : (k + 1) * n_cols] += block
+    if detail == "full" and n_out > 1:
+        part = ((weight.sqrt()[:, None] * p)[:, :, None] * x[:, None, :]).flatten(1)
+        cross = (part.T @ part).view(n_out, n_cols, n_out, n_cols)
+        cross[range(n_out), :, range(n_out)] = 0  # the blocks on the diagonal are complete already
+        moments -= cross.view(n_out * n_cols, -1)
+    return weight.sum()

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts.solvers._metric import DiagonalMetric, KroneckerMetric, Metric, Pair, SecantMetric, inverse_secant
+from captum_concepts.solvers._metric import (
+    BlockMetric,
+    DiagonalMetric,
+    KroneckerMetric,
+    Metric,
+    Pair,
+    SecantMetric,
+    inverse_secant,
+)
 from captum_concepts.solvers._objective import Evaluation, Objective
 from captum_concepts.solvers._subproblem import minimise_model
 from captum_concepts.solvers.certificate import Certificate, certify, violation
@@ -17,6 +25,12 @@ from captum_concepts.solvers.penalty import ElasticNet
 
 #: Up to this many features the D x D second-moment matrix is used; beyond it, its diagonal.
 GRAM_LIMIT = 4096
+#: Up to this many weights and biases the whole Hessian may be used.
+HESSIAN_LIMIT = 1024
+#: Up to this many entries the blocks of the Hessian for each class may be used.
+CLASS_LIMIT = 2**19
+#: Multiplications that a step costs however small the problem is (a few milliseconds of overhead).
+_STEP_OVERHEAD = 2e7
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class ProximalQuasiNewton:
         self.memory = memory
         self._pairs: list[Pair] = []
         self._metric: Metric | None = None
+        self._spent = 0.0
         self._outcome: Outcome | None = None
 
     @property
@@ -76,9 +91,10 @@ class ProximalQuasiNewton:
         objective = self.objective
         gap_target = tol * objective.null_value()
         slope_target = tol * max(float(objective.null_gradient().abs().amax()), 1e-300)
-        refresh = 0 if self._metric is None else 4
-        here = self._evaluate(start, gram=refresh == 0)
-        refresh = max(refresh, 1)
+        fresh = self._metric is None
+        self._spent = 0.0
+        here = self._evaluate(start, detail=self._affordable(0, due=True) if fresh else None)
+        refresh = 1 if fresh else 4
         stalled = 0
         for iteration in range(max_iter + 1):
             slope = violation(here, penalty)
@@ -98,10 +114,11 @@ class ProximalQuasiNewton:
             # The subproblem is worth solving only as well as the model is: loosely far away, tightly at the end.
             target = self._target(here, penalty)
             near = slope <= 20 * slope_target
-            gram = iteration + 1 == 2 * refresh
-            if gram:
+            due = iteration + 1 >= 2 * refresh
+            if due:
                 refresh *= 2
-            there, moved = self._line_search(here, target, penalty, gram=gram, tight=near)
+            detail = self._affordable(iteration, due=due)
+            there, moved = self._line_search(here, target, penalty, detail=detail, tight=near)
             if moved:
                 self._learn(here, there)
                 stalled = 0
@@ -111,19 +128,40 @@ class ProximalQuasiNewton:
                 self._pairs = []
                 if stalled == 2 and self._widen():
                     stalled = 0
-                    there = self._evaluate(here.params, gram=True, tight=True)
+                    there = self._evaluate(here.params, detail=self._affordable(iteration, due=True), tight=True)
                 elif stalled > 2:
                     return self._stop(here, penalty, iteration, "stalled")
             here = there
         raise RuntimeError("the loop above always returns")  # pragma: no cover
 
-    def _evaluate(self, params: Tensor, *, gram: bool = False, tight: bool = False) -> Evaluation:
-        kronecker = self.objective.rows.n_features <= GRAM_LIMIT
-        here = self.objective.evaluate(params, gram=gram and kronecker, tight=tight)
+    def _affordable(self, n_steps: int, *, due: bool) -> str | None:
+        """The most detailed second moments that keep their cost, all in all, below that of the steps.
+
+        The shared ones are cheap and are taken when ``due``: at the start, then at steps 2, 4, 8, ...
+        """
+        objective = self.objective
+        n_cols, n_out = objective.rows.n_features + 1, objective.loss.num_outputs
+        if n_cols > GRAM_LIMIT + 1:
+            return None
+        budget = (n_steps + 1) * max(_STEP_OVERHEAD, objective.cost(None)) - self._spent
+        if n_cols * n_out <= HESSIAN_LIMIT:
+            if objective.cost("full") <= budget:
+                return "full"
+        elif n_out * n_cols**2 <= CLASS_LIMIT and objective.cost("class") <= budget:
+            return "class"
+        return "shared" if due and (self._metric is None or isinstance(self._metric, KroneckerMetric)) else None
+
+    def _evaluate(self, params: Tensor, *, detail: str | None = None, tight: bool = False) -> Evaluation:
+        here = self.objective.evaluate(params, detail=detail, tight=tight)
         scale = here.curvature.clamp_min(1e-6 * float(here.curvature.amax()) + 1e-30)
-        if here.gram is not None:
-            self._metric = KroneckerMetric(scale, here.gram)
-        elif not kronecker and (gram or self._metric is None):
+        if here.moments is not None:
+            self._spent += self.objective.cost(detail)
+            if detail == "shared":
+                self._metric = KroneckerMetric(scale, here.moments)
+            else:
+                blocks = here.moments if here.moments.ndim == 3 else here.moments[None]
+                self._metric = BlockMetric(blocks, (params.shape[0], params.shape[1]))
+        elif self._metric is None:
             self._metric = DiagonalMetric(scale[:, None] * self.objective.second_moments())
         return here
 
@@ -139,13 +177,15 @@ class ProximalQuasiNewton:
             pairs = [(s, y + ridge * s) for s, y in self._pairs]
             return here.params - inverse_secant(metric, pairs, penalty.l2, slope)
         columns = self._working_columns(here, penalty)
+        # With second differences alone the model is rough, and solving it well is wasted; with the Hessian it is not.
+        accuracy = 1e-3 if isinstance(metric, BlockMetric) else 0.1
         if columns is None:
             model = SecantMetric(metric, self._pairs)
-            return minimise_model(model, here.gradient, here.params, penalty, tol=0.1, max_iter=400)
+            return minimise_model(model, here.gradient, here.params, penalty, tol=accuracy, max_iter=400)
         pairs = [(s[:, columns], y[:, columns]) for s, y in self._pairs]
         model = SecantMetric(metric.restrict(columns), pairs)
         part = minimise_model(
-            model, here.gradient[:, columns], here.params[:, columns], penalty, tol=0.1, max_iter=400
+            model, here.gradient[:, columns], here.params[:, columns], penalty, tol=accuracy, max_iter=400
         )
         target = here.params.clone()
         target[:, columns] = part
@@ -166,7 +206,7 @@ class ProximalQuasiNewton:
         return torch.cat([used, used.new_ones(1)]).nonzero().flatten()
 
     def _line_search(
-        self, here: Evaluation, target: Tensor, penalty: ElasticNet, *, gram: bool, tight: bool
+        self, here: Evaluation, target: Tensor, penalty: ElasticNet, *, detail: str | None, tight: bool
     ) -> tuple[Evaluation, bool]:
         start = here.params
         direction = target - start
@@ -176,14 +216,14 @@ class ProximalQuasiNewton:
         value = here.value + before
         narrow = self.objective.rows.dtype == torch.float32
         slack = (1e-7 if narrow else 4e-16) * abs(value)
-        if not math.isfinite(expected) or expected >= 0:
+        if not math.isfinite(expected) or expected > slack:
             return here, False
         share = 1.0
         for _ in range(12):
             point = target if share == 1.0 else start + share * direction
-            there = self._evaluate(point, gram=gram and share == 1.0, tight=tight)
+            there = self._evaluate(point, detail=detail if share == 1.0 else None, tight=tight)
             after = there.value + penalty.value(point[:, :-1])
-            if after <= value + 1e-4 * share * expected:
+            if expected < -slack and after <= value + 1e-4 * share * expected:
                 return there, True
             if after <= value + slack:
                 # Values agree to rounding, so ask the slopes, which are accurate long after values are not.
@@ -195,6 +235,9 @@ class ProximalQuasiNewton:
         return here, False
 
     def _learn(self, here: Evaluation, there: Evaluation) -> None:
+        if there.detail == "full" and self.objective.stride("full") == 1:
+            self._pairs = []  # the Hessian is exact here; older differences would only blur it
+            return
         step, change = there.params - here.params, there.gradient - here.gradient
         if float((step * change).sum()) > 1e-10 * float(step.norm() * change.norm()):
             self._pairs = [*self._pairs, (step, change)][-self.memory :]

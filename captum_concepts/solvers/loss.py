@@ -7,6 +7,7 @@ over the rows. Adding the sums of several chunks, or of several processes, gives
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class LossTerms(NamedTuple):
         row_curvature: s * sum_k p_k (1 - p_k), (m,): the trace of it for each row.
         margin: smallest margin of a row with positive weight, 0-d; positive where every row is right.
         floor: smallest log-sum-exp of a row, 0-d.
+        probability: p itself, (m, O), or None where not asked for.
     """
 
     value: Tensor
@@ -39,6 +41,7 @@ class LossTerms(NamedTuple):
     row_curvature: Tensor
     margin: Tensor
     floor: Tensor
+    probability: Tensor | None = None
 
 
 class BiasMixture(NamedTuple):
@@ -56,7 +59,9 @@ class Loss(ABC):
     num_classes: int
 
     @abstractmethod
-    def terms(self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False) -> LossTerms:
+    def terms(
+        self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False, probability: bool = False
+    ) -> LossTerms:
         """The sums of one chunk; ``logits`` (m, O), ``y`` (m,) in 0..K-1, ``weight`` (m,) or None for ones."""
 
     @abstractmethod
@@ -93,7 +98,9 @@ class MultinomialLoss(Loss):
         self.num_classes = num_classes
         self.num_outputs = num_classes
 
-    def terms(self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False) -> LossTerms:
+    def terms(
+        self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False, probability: bool = False
+    ) -> LossTerms:
         acc = _wide(logits)
         lse = torch.logsumexp(logits, 1)
         p = torch.exp(logits - lse[:, None])
@@ -115,10 +122,11 @@ class MultinomialLoss(Loss):
             row_curvature = row_curvature * weight
             margins = margins.masked_fill(weight == 0, float("inf"))
         value, entropy = _dot(losses, weight, acc), _dot(entropies, weight, acc)
+        kept = p.clone() if probability else None
         p.scatter_add_(1, y[:, None], torch.full_like(own, -1.0)[:, None])
         if weight is not None:
             p = p * weight[:, None]
-        return LossTerms(value, p, entropy, tight_sum, curvature, row_curvature, margins.amin(), lse.amin())
+        return LossTerms(value, p, entropy, tight_sum, curvature, row_curvature, margins.amin(), lse.amin(), kept)
 
     def null_bias(self, fractions: Tensor) -> Tensor:
         return fractions.log()
@@ -144,7 +152,9 @@ class LogisticLoss(Loss):
     num_classes = 2
     num_outputs = 1
 
-    def terms(self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False) -> LossTerms:
+    def terms(
+        self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False, probability: bool = False
+    ) -> LossTerms:
         acc = _wide(logits)
         z = logits.squeeze(1)
         t = y.to(z.dtype)
@@ -163,8 +173,9 @@ class LogisticLoss(Loss):
             curve, residual = curve * weight, residual * weight
             margins = margins.masked_fill(weight == 0, float("inf"))
         curvature = curve.sum(dtype=acc)[None]
+        kept = p[:, None] if probability else None
         return LossTerms(
-            value, residual[:, None], entropy, tight_sum, curvature, 2 * curve, margins.amin(), soft.amin()
+            value, residual[:, None], entropy, tight_sum, curvature, 2 * curve, margins.amin(), soft.amin(), kept
         )
 
     def null_bias(self, fractions: Tensor) -> Tensor:
@@ -180,7 +191,9 @@ class LogisticLoss(Loss):
         return _mixture(rho, residual_mean, positive, lambda u: float((xlogy(u, u) + xlogy(1 - u, 1 - u)).sum()))
 
 
-def _mixture(rho: float, residual: Tensor, fractions: Tensor, negentropy) -> BiasMixture:  # type: ignore[no-untyped-def]
+def _mixture(
+    rho: float, residual: Tensor, fractions: Tensor, negentropy: Callable[[Tensor], float]
+) -> BiasMixture:
     if rho <= 0:
         return BiasMixture(0.0, fractions, negentropy(fractions))
     u = (fractions - residual / rho).clamp(0, 1)

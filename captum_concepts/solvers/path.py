@@ -37,7 +37,7 @@ class ElasticNetPath(list[ElasticNetResult]):
 
 
 def mean_nonzeros(result: ElasticNetResult) -> float:
-    """Nonzero weights of a class, averaged over the classes that have any bias of use (all K of them)."""
+    """Nonzero weights of a class, averaged over all K classes."""
     return float(result.nonzeros.double().mean())
 
 
@@ -141,18 +141,16 @@ def elastic_net_path(
 def _bisect(done: dict[float, ElasticNetResult], at: Any, target: float) -> None:
     """Halve (in log lam) the interval that holds the target, until a point is near enough."""
     for _ in range(_MAX_BISECTIONS):
-        near = min(done.values(), key=lambda r: abs(mean_nonzeros(r) - target))
-        below = [lam for lam, r in done.items() if mean_nonzeros(r) < target and lam > 0]
-        above = [lam for lam, r in done.items() if mean_nonzeros(r) > target and lam > 0]
-        if abs(mean_nonzeros(near) - target) <= SPARSITY_TOLERANCE * target or not below or not above:
+        if any(abs(mean_nonzeros(r) - target) <= SPARSITY_TOLERANCE * target for r in done.values()):
             return
-        # Counts need not be monotone along the path: take the tightest bracket.
-        high, low = min(below), max(lam for lam in above if lam < max(below)) if min(above) < max(below) else max(above)
-        if high < low:
-            high, low = low, high
-        if high / low < 1 + 1e-9:
+        order = [done[lam] for lam in sorted(done, reverse=True) if lam > 0]
+        bracket = next(
+            ((a, b) for a, b in zip(order, order[1:], strict=False) if mean_nonzeros(a) < target < mean_nonzeros(b)),
+            None,
+        )
+        if bracket is None or bracket[0].lam < bracket[1].lam * (1 + 1e-9):
             return
-        at(math.sqrt(high * low))
+        at(math.sqrt(bracket[0].lam * bracket[1].lam))
 
 
 def _check_path(lams: Sequence[float] | None, target: float | None, n_lams: int, lam_ratio: float) -> None:
