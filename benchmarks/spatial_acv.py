@@ -12,6 +12,7 @@ texture is decided by the name of their class, from the list below, which was wr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import math
@@ -34,7 +35,7 @@ from captum_concepts.attr.spatial_acv import SpatialACV
 
 LAYERS = {
     "mobilenet_v2": ["features.1", "features.3", "features.6", "features.13", "features.16"],
-    "squeezenet1_0": ["features.0", "features.3", "features.7", "features.10", "features.12"],
+    "squeezenet1_0": ["features.3", "features.5", "features.7", "features.10", "features.12"],
 }
 PARTS = ("cost", "memory", "calibration", *LAYERS)
 SIZE = {"mobilenet_v2": 224, "squeezenet1_0": 227}
@@ -65,59 +66,104 @@ def photographs(data: Path, size: int) -> tuple[Tensor, list[str]]:
     return images, [f.stem.split("_", 2)[2] for f in files]
 
 
-def highest_relevance(
-    model: nn.Module, methods: list[SpatialACV], vectors: list[Tensor], images: Tensor
-) -> list[Tensor]:
+def highest_relevance(model: nn.Module, layers: list[str], vectors: list[Tensor], images: Tensor) -> list[Tensor]:
     """Per layer ``(N, K)``: the highest relevance of each vector in each image; all layers in one forward pass."""
-    out: list[list[Tensor]] = [[] for _ in methods]
+    out: list[list[Tensor]] = [[] for _ in layers]
     for batch in images.split(25):
         with torch.no_grad():
-            seen = spatial_activations(model, batch.float(), [m.layer for m in methods])
-        for i, (maps, v) in enumerate(zip(seen.maps, vectors, strict=True)):
-            out[i].append(torch.einsum("nchw,kc->nkhw", maps, v).amax((2, 3)))
+            seen = spatial_activations(model, batch.float(), layers)
+        for parts, maps, v in zip(out, seen.maps, vectors, strict=True):
+            parts.append(torch.einsum("nchw,kc->nkhw", maps, v).amax((2, 3)))
     return [torch.cat(parts) for parts in out]
 
 
+class Replay(nn.Module):
+    """Gives back activations by number: an "image" is a number, every layer an identity.
+
+    All layers of all guidance images are computed in one pass over the model instead of one for every layer.
+    """
+
+    def __init__(self, names: list[str], features: list[Tensor]) -> None:
+        super().__init__()
+        self.features = dict(zip(names, features, strict=True))
+        self.layers = nn.ModuleDict({name: nn.Identity() for name in names})
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        rows = numbers.flatten().long()
+        for name, layer in self.layers.items():
+            layer(self.features[name][rows])
+        return numbers
+
+
+def guidance_features(model: nn.Module, layers: list[str], sets: dict[str, Any], size: int) -> tuple[list[Tensor], Any]:
+    """Activations of each layer for the images of all sets, and each set as numbers of images."""
+    out: list[list[Tensor]] = [[] for _ in layers]
+    numbers, done = {}, 0
+    for one in guidance_sets(sets, "concepts"):
+        first = done
+        for images in one.batches(32, image_size=size):
+            with torch.no_grad():
+                seen = spatial_activations(model, images, layers)
+            for parts, maps in zip(out, seen.maps, strict=True):
+                parts.append(maps)
+            done += len(images)
+        numbers[one.name] = torch.arange(first, done).float().view(-1, 1, 1, 1)
+    return [torch.cat(parts) for parts in out], numbers
+
+
 def textures_and_photographs(
-    name: str, model: nn.Module, data: Path, negatives: str, images: Tensor, classes: list[str]
-) -> tuple[list[dict[str, Any]], Any]:
+    name: str, model: nn.Module, data: Path, images: Tensor, classes: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Accuracy of every texture at every layer, and AUROC of the highest relevance on the photographs."""
     size, layers = SIZE[name], [f"net.{layer}" for layer in LAYERS[name]]
-    folders = {f.name: f for f in sorted((data / "images" / "dtd").iterdir()) if f.is_dir()}
-    ordinary = sorted((data / "images" / "flickr8k").rglob("*.jpg"))[::5][:200]
-    given = ordinary if negatives == "photographs" else None
+    sets: dict[str, Any] = {f.name: f for f in sorted((data / "images" / "dtd").iterdir()) if f.is_dir()}
+    sets["photographs"] = sorted((data / "images" / "flickr8k").rglob("*.jpg"))[::5][:200]
+    features, numbers = guidance_features(model, layers, sets, size)
+    ordinary = numbers.pop("photographs")
+    keys = [layer.replace(".", "_") for layer in layers]
+    replay = Replay(keys, features)
     draw = torch.Generator().manual_seed(0)
-    sweep = layer_sweep(
-        model, layers, folders, given, n_random=40, image_size=size, max_rows=16_000, show_progress=True
-    )
+    sweeps = {}
+    for negatives, given in (("other textures", None), ("photographs", ordinary)):
+        sweeps[negatives] = layer_sweep(
+            replay,
+            [f"layers.{key}" for key in keys],
+            numbers,
+            given,
+            layout="NCHW",
+            n_random=40,
+            max_rows=16_000,
+            show_progress=True,
+        )
+    chance = [nn.functional.normalize(torch.randn(20, f.shape[1], generator=draw), dim=1) for f in features]
+    stacked = [torch.cat([*(sweeps[n].methods[i].vectors for n in sweeps), chance[i]]) for i in range(len(layers))]
+    scores = highest_relevance(model, layers, stacked, images)
     rows = []
-    vectors = [m.vectors for m in sweep.methods]
-    chance = [nn.functional.normalize(torch.randn(20, v.shape[1], generator=draw), dim=1) for v in vectors]
-    both = [torch.cat(pair) for pair in zip(vectors, chance, strict=True)]
-    scores = highest_relevance(model, sweep.methods, both, images)
-    for i, layer in enumerate(LAYERS[name]):
-        for k, texture in enumerate(sweep.concept_names):
-            truth = torch.tensor([c in HAS[texture] for c in classes])
-            if int(truth.sum()) != len(HAS[texture]):
-                raise SystemExit(f"{texture}: some of the classes {HAS[texture]} are not among the photographs")
-            area, error = auroc(scores[i][:, k], truth)
-            control = [auroc(scores[i][:, r], truth)[0] for r in range(len(vectors[i]), len(both[i]))]
-            rows.append({
-                "negatives": negatives,
-                "layer": layer,
-                "texture": texture,
-                "accuracy": float(sweep.accuracies[i, k]),
-                "interval": sweep.intervals[i, k].tolist(),
-                "contrast": float(sweep.contrasts[i, k]),
-                "p_holm": float(sweep.p_values[i, k]),
-                "auroc": area,
-                "auroc_standard_error": error,
-                "auroc_random_directions_mean": sum(control) / len(control),
-                "positives": int(truth.sum()),
-                "photographs": len(classes),
-                "rows": sweep.methods[i].rows_[texture],
-            })  # fmt: skip
-    return rows, sweep
+    count = len(numbers)
+    for which, (negatives, sweep) in enumerate(sweeps.items()):
+        for i, layer in enumerate(LAYERS[name]):
+            for k, texture in enumerate(sweep.concept_names):
+                truth = torch.tensor([c in HAS[texture] for c in classes])
+                if int(truth.sum()) != len(HAS[texture]):
+                    raise SystemExit(f"{texture}: some of the classes {HAS[texture]} are not among the photographs")
+                area, error = auroc(scores[i][:, which * count + k], truth)
+                control = [auroc(scores[i][:, 2 * count + r], truth)[0] for r in range(20)]
+                rows.append({
+                    "negatives": negatives,
+                    "layer": layer,
+                    "texture": texture,
+                    "accuracy": float(sweep.accuracies[i, k]),
+                    "interval": sweep.intervals[i, k].tolist(),
+                    "contrast": float(sweep.contrasts[i, k]),
+                    "p_holm": float(sweep.p_values[i, k]),
+                    "auroc": area,
+                    "auroc_standard_error": error,
+                    "auroc_random_directions_mean": sum(control) / len(control),
+                    "positives": int(truth.sum()),
+                    "photographs": len(classes),
+                    "rows": sweep.methods[i].rows_[texture],
+                })  # fmt: skip
+    return rows, sweeps
 
 
 def cost(model: nn.Module, layer: str, repeats: int) -> dict[str, float]:
@@ -200,8 +246,13 @@ def memory(model: nn.Module, layer: str) -> dict[str, float]:
     return out
 
 
-def draw_pictures(folder: Path, name: str, model: nn.Module, sweep: Any, images: Tensor, classes: list[str]) -> None:
+def draw_pictures(folder: Path, name: str, model: nn.Module, data: Path) -> None:
     """Maps and receptive fields of some photographs (paper, Fig. 2)."""
+    images, classes = photographs(data, SIZE[name])
+    textures = {f.name: f for f in sorted((data / "images" / "dtd").iterdir()) if f.is_dir()}
+    ordinary = sorted((data / "images" / "flickr8k").rglob("*.jpg"))[::5][:200]
+    layers = [f"net.{LAYERS[name][i]}" for i in (1, 3)]
+    sweep = layer_sweep(model, layers, textures, ordinary, image_size=SIZE[name], max_rows=16_000)
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +262,7 @@ def draw_pictures(folder: Path, name: str, model: nn.Module, sweep: Any, images:
         ("chain_mail", "crosshatched"),
         ("tiger", "banded"),
     ]
-    early, late = sweep.methods[1], sweep.methods[3]
+    early, late = sweep.methods
     figure = Figure(figsize=(13, 10), layout="constrained")
     axes = figure.subplots(len(shown), 7)
     for row, (what, texture) in enumerate(shown):
@@ -309,16 +360,13 @@ def main() -> None:
         else:
             model = getattr(real_models, part)()
             images, classes = photographs(args.data, SIZE[part])
-            record["models"][part] = []
-            for negatives in ("other textures", "photographs"):
-                rows, sweep = textures_and_photographs(part, model, args.data, negatives, images, classes)
-                record["models"][part] += rows
-                keep()
-                if negatives == "other textures":
-                    sweep.plot().savefig(RESULTS / f"spatial_acv_{part}.png", dpi=100)
-            if args.pictures:
-                draw_pictures(args.pictures, part, model, sweep, images, classes)
+            rows, sweeps = textures_and_photographs(part, model, args.data, images, classes)
+            record["models"][part] = rows
+            figure = dataclasses.replace(sweeps["other textures"], layers=LAYERS[part]).plot()
+            figure.savefig(RESULTS / f"spatial_acv_{part}.png", dpi=100)
         keep()
+    for name in LAYERS if args.pictures else ():
+        draw_pictures(args.pictures, name, getattr(real_models, name)(), args.data)
     print(report(record))
 
 

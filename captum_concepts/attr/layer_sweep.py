@@ -80,6 +80,8 @@ def layer_sweep(
     negatives: Any = None,
     *,
     classifier: Any = None,
+    layout: str = "auto",
+    prefix_tokens: int | None = None,
     batch_size: int = 32,
     show_progress: bool = False,
     **options: Any,
@@ -92,7 +94,7 @@ def layer_sweep(
         forward_func: the model.
         layers: modules or dotted names, usually from the image to the output.
         concepts, negatives: as in :meth:`SpatialACV.fit`.
-        classifier, batch_size: as in :class:`SpatialACV`.
+        classifier, layout, prefix_tokens, batch_size: as in :class:`SpatialACV`.
         show_progress: show a bar over the layers.
         **options: of :meth:`SpatialACV.fit`: ``n_random``, ``seed``, ``lam``, ``folds``, ``max_rows``, ...
 
@@ -111,7 +113,14 @@ def layer_sweep(
         raise InputError(f"layers must be a list of at least one layer, got {layers!r}")
     methods = []
     for layer in tqdm(layers, desc="layers", disable=not show_progress):
-        method = SpatialACV(forward_func, layer, classifier=classifier, batch_size=batch_size)
+        method = SpatialACV(
+            forward_func,
+            layer,
+            classifier=classifier,
+            layout=layout,
+            prefix_tokens=prefix_tokens,
+            batch_size=batch_size,
+        )
         methods.append(method.fit(concepts, negatives, **options))
     p_values = [m.p_values_ for m in methods if m.p_values_ is not None]
     return LayerSweep(

@@ -107,8 +107,9 @@ class SpatialACV(LayerVectors):
                 a list of tensors or PIL images, a data set (of images, of tuples that start with one, or of dicts), a
                 DataLoader, or the path of a folder. Grayscale is repeated and an alpha channel dropped where the model
                 takes 3 channels.
-            negatives: the same, all sets pooled, or one set alone. None takes the other concepts as negatives. An image
-                that also belongs to the concept is never its negative.
+            negatives: the same, all sets pooled, or one set alone. None takes the other concepts (*which* of them is
+                it?); images like those to be explained (*is* it there?) find a concept better in them. An image that
+                also belongs to the concept is never its negative.
             n_random: random sets behind ``p_values_``; 0 for none, 20 or more recommended. The test asks whether the
                 concept's images can be told from the negatives at this layer: held-out-by-image balanced accuracy of a
                 linear discriminant, against the same with the labels dealt anew among whole images ``n_random`` times,
