@@ -171,6 +171,12 @@ class ShardReader:
         """The stored tensors."""
         return sorted(self._shards[0]) if self._shards else []
 
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one row of tensor ``name``; reads no row."""
+        if name not in self.names:
+            raise InputError(f"the store at {self.path} holds {self.names}, not {name!r}")
+        return self._shards[0][name].shape[1:]
+
     def rows(self, name: str, index: Any) -> Tensor:
         """The rows of tensor ``name`` at ``index`` (integers in [0, len)), in that order."""
         if name not in self.names:

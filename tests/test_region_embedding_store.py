@@ -1,0 +1,765 @@
+"""RegionEmbeddingStore: P as by Algorithm 1, resumed after kills to the same bytes, damage and misuse refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.store import RegionEmbeddingStore, _region_data, shards
+from captum_concepts.store import manifest as manifest_module
+from captum_concepts.store.lock import FolderLock
+from captum_concepts.vlm import RegionPrompt
+
+PROMPT = RegionPrompt("circle", (2, 3), 4, width=2)
+
+
+class TinyEncoder(nn.Module):
+    """A real network, small: convolution, nonlinearity, projection."""
+
+    logit_scale, logit_bias = 10.0, 0.0
+
+    def __init__(self, seed: int = 0, dim: int = 16):
+        super().__init__()
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(3, 8, 5, stride=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.out = nn.Linear(8, dim)
+        self.table = nn.Embedding(50, dim)
+        torch.set_rng_state(state)
+        self.scale = 1.0  # a setting that is not among the weights
+        self.fail_after: int | None = None
+        self.calls = 0
+
+    def encode_image(self, images):
+        self.calls += 1
+        if self.fail_after is not None and self.calls > self.fail_after:
+            raise RuntimeError("the encoder failed")
+        return self.out(torch.tanh(self.norm(self.conv(images * self.scale))).amax((2, 3)))
+
+    def encode_text(self, texts):
+        return self.table(torch.tensor([len(t) % 50 for t in texts]))
+
+
+def pictures(n: int, seed: int = 0, size: tuple[int, int] = (20, 24)) -> torch.Tensor:
+    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def build(path, data=None, encoder=None, prompt=PROMPT, **options):
+    options = {"batch_size": 7, "shard_rows": 4, **options}
+    data = pictures(19) if data is None else data
+    return RegionEmbeddingStore.build(path, data, encoder or TinyEncoder(), prompt, **options)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+def algorithm_1(images, encoder, prompt, text):
+    """Draw, encode, cosine: one image and one place at a time, as the paper prints it."""
+    h, w = prompt.grid
+    p = torch.zeros(len(images), len(text), h, w)
+    with torch.no_grad():
+        for n, image in enumerate(images):
+            for ij, view in enumerate(prompt.draw(image[None])[0]):
+                embedding = encoder.encode_image(view[None])[0]
+                for m, t in enumerate(text):
+                    cosine = embedding @ t / (embedding.norm() * t.norm())
+                    p[n, m, ij // w, ij % w] = cosine
+    return p
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, RegionPrompt("crop", (3, 2), 5), RegionPrompt("blur", 2, 6)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.float32, 1e-6)])
+def test_p_is_that_of_algorithm_1(tmp_path, prompt, dtype, tolerance):
+    encoder = TinyEncoder().eval()
+    images, text = pictures(6), torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    store = build(tmp_path, images, encoder, prompt, dtype=dtype)
+    expected = algorithm_1(images, encoder, prompt, text)
+    assert (store.similarity(text).tensor() - expected).abs().max() < tolerance
+    assert (store.similarity(text).tensor() - expected).abs().max() <= store.error_bound + 1e-6
+    assert store.error_bound < 2**-11
+
+
+def test_reading_by_image_and_by_chunk(tmp_path):
+    store = build(tmp_path)
+    everything = store.embeddings(slice(None))
+    assert everything.shape == (19, 6, 16)
+    assert everything.dtype == torch.float16
+    assert torch.equal(store.embeddings(3), everything[3])
+    assert torch.equal(store.embeddings(-1), everything[18])
+    assert torch.equal(store.embeddings([7, 2, 7]), everything[[7, 2, 7]])
+    assert torch.equal(store.embeddings(torch.tensor([5, 0])), everything[[5, 0]])
+    assert torch.equal(store.embeddings(torch.arange(19) % 2 == 0), everything[::2])
+    assert store.embeddings([]).shape == (0, 6, 16)
+    text = torch.randn(4, 16)
+    p = store.similarity(text, chunk_size=8)
+    chunks = list(p)
+    assert [len(c) for c in chunks] == [8, 8, 3]
+    assert len(p) == 3
+    assert p.shape == (19, 4, 2, 3)
+    assert torch.equal(torch.cat(chunks), p.tensor())
+    assert torch.allclose(p[5], p.tensor()[5], atol=1e-6)
+    expected = everything.float() @ F.normalize(text, dim=1).T
+    assert torch.allclose(p.tensor().flatten(2).transpose(1, 2), expected, atol=1e-6)
+    again = pickle.loads(pickle.dumps(store))
+    assert torch.equal(again.embeddings(4), everything[4])
+    assert store.verify(pictures(19)) == {"images": 19, "shards": 5, "bytes": store.nbytes}
+    assert "19 images" in repr(store)
+
+
+def test_words_need_the_encoder(tmp_path):
+    store = build(tmp_path)
+    assert torch.equal(store.similarity(["abc"]).tensor(), store.similarity(TinyEncoder().encode_text(["abc"])).tensor())
+    assert torch.equal(store.similarity("abc").tensor(), store.similarity(["abc"]).tensor())
+    bare = RegionEmbeddingStore.open(tmp_path)
+    with pytest.raises(InputError, match="encoder"):
+        bare.similarity(["abc"])
+    for bad in (torch.zeros(2, 5), torch.full((2, 16), float("nan")), torch.zeros(0, 16)):
+        with pytest.raises(InputError):
+            bare.similarity(bad)
+    with pytest.raises(InputError, match="store of 19"):
+        bare.embeddings(19)
+    with pytest.raises(InputError, match="number"):
+        bare.embeddings([0.5])
+
+
+def test_top_activations(tmp_path):
+    store = build(tmp_path)
+    text = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+    p = store.similarity(text).tensor().amax((2, 3))
+    expected = p.sort(dim=0, descending=True).values[:5].mean(0)
+    assert torch.allclose(store.top_activations(text, chunk_size=6), expected, atol=1e-6)
+    assert torch.allclose(store.top_activations(text, k=100), p.mean(0), atol=1e-6)
+
+
+def test_size_on_disk(tmp_path):
+    store = build(tmp_path, pictures(70), TinyEncoder(dim=512), RegionPrompt(grid=7, radius=3), shard_rows=None)
+    raw = RegionEmbeddingStore.expected_bytes(70, store.prompt, 512)
+    assert raw == 70 * 49 * 512 * 2
+    assert raw <= store.nbytes <= 1.01 * raw
+
+
+class Named(Dataset):
+    """Items like those of image folders: (image, label), uint8."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], index % 3
+
+
+def test_kinds_of_data_and_loading_processes(tmp_path):
+    images = (pictures(9) * 255).to(torch.uint8)
+    expected = build(tmp_path / "a", images.float() / 255).embeddings(slice(None))
+    loader = DataLoader(Named(images), batch_size=2, shuffle=True)
+    for name, data in {
+        "uint8": images,
+        "pairs": Named(images),
+        "list": list(images),
+        "dicts": [{"image": x, "label": 0} for x in images],
+        "tensors": TensorDataset(images, torch.arange(9)),
+        "loader": loader,
+    }.items():
+        assert torch.equal(build(tmp_path / name, data).embeddings(slice(None)), expected), name
+    before = torch.get_rng_state()
+    store = build(tmp_path / "workers", Named(images), num_workers=1, show_progress=True)
+    assert torch.equal(store.embeddings(slice(None)), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([torch.rand(3, 8, 8), torch.rand(3, 8, 9)], "one size.*image 1"),
+        ([torch.rand(1, 8, 8)], "item 0"),
+        ([torch.zeros(3, 8, 8, dtype=torch.long)], "dtype"),
+        ([], "no image"),
+        (torch.rand(3, 8, 8), "N, 3, H, W"),
+        ("folder", "data set"),
+        (7, "data set"),
+    ],
+)
+def test_unusable_data(tmp_path, data, message):
+    with pytest.raises(InputError, match=message):
+        build(tmp_path, data)
+
+
+def test_unusable_encoders_and_settings(tmp_path):
+    class Wrong:
+        def __init__(self, result):
+            self.result = result
+
+        def encode_image(self, images):
+            return self.result(images)
+
+    with pytest.raises(InputError, match="encode_image"):
+        RegionEmbeddingStore.build(tmp_path, pictures(2), object(), PROMPT)
+    with pytest.raises(InputError, match=r"\(1, D\)"):
+        build(tmp_path, encoder=Wrong(lambda x: x))
+    nan = Wrong(lambda x: x.mean((2, 3)) / (x.flatten(1).amax(1, keepdim=True) < 1 + (x.shape[0] == 1)))
+    images = pictures(5)
+    images[3, 0, 10, 12] = 1.5
+    with pytest.raises(InputError, match="image 3, place"):
+        build(tmp_path, images, nan)
+    for options in ({"batch_size": 0}, {"dtype": torch.bfloat16}, {"shard_rows": 0}):
+        if "shard_rows" not in options:
+            with pytest.raises(InputError):
+                build(tmp_path / "x", **options)
+    with pytest.raises(InputError, match="RegionPrompt"):
+        build(tmp_path / "y", prompt="circle")
+
+
+def test_the_encoder_is_left_as_it_was(tmp_path):
+    encoder = TinyEncoder().train()
+    encoder.norm.eval()
+    state = {k: v.clone() for k, v in encoder.state_dict().items()}
+    torch.manual_seed(3)
+    rng = torch.get_rng_state()
+    build(tmp_path, encoder=encoder)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert encoder.training
+    assert not encoder.norm.training
+    assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())
+    assert build(tmp_path, encoder=TinyEncoder().eval()).verify()  # its mode does not count
+
+
+class TestRefusals:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        build(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"encoder": TinyEncoder(seed=1)}, "encoder is"),
+            ({"prompt": RegionPrompt("circle", (3, 3), 4, width=2)}, "grid is"),
+            ({"prompt": RegionPrompt("circle", (2, 3), 5, width=2)}, "radius is 4.0, not 5.0"),
+            ({"prompt": RegionPrompt("crop", (2, 3), 4, width=2)}, "kind is"),
+            ({"data": pictures(19, seed=1)}, "other data: image 0"),
+            ({"data": pictures(20)}, "19 images, the data has 20"),
+            ({"data": pictures(19, size=(24, 20))}, "image is"),
+            ({"dtype": torch.float32}, "dtype is 'float16'"),
+        ],
+        ids=lambda v: v if isinstance(v, str) else next(iter(v)),
+    )
+    def test_another_model_grid_prompt_or_data(self, folder, change, message):
+        before = contents(folder)
+        with pytest.raises(ArtifactError, match=message):
+            build(folder, **change)
+        assert contents(folder) == before
+
+    def test_another_preprocessing(self, folder, tmp_path):
+        encoder = TinyEncoder()
+        encoder.scale = 0.5
+        with pytest.raises(ArtifactError, match="preprocessing or settings"):
+            build(folder, encoder=encoder)
+        encoder = TinyEncoder()
+        encoder.preprocess = {"size": (224, 224)}
+        with pytest.raises(ArtifactError, match="preprocess is"):
+            build(folder, encoder=encoder)
+
+    def test_opening_checks_as_well(self, folder):
+        assert len(RegionEmbeddingStore.open(folder, encoder=TinyEncoder(), prompt=PROMPT)) == 19
+        with pytest.raises(ArtifactError, match="encoder is"):
+            RegionEmbeddingStore.open(folder, encoder=TinyEncoder(seed=1))
+        with pytest.raises(ArtifactError, match="radius"):
+            RegionEmbeddingStore.open(folder, prompt=RegionPrompt("circle", (2, 3), 9))
+        with pytest.raises(FileNotFoundError):
+            RegionEmbeddingStore.open(folder / "none")
+
+    def test_a_store_of_something_else(self, tmp_path):
+        with shards.ShardWriter(tmp_path, {"model": "a"}) as writer:
+            writer.append({"z": torch.zeros(3, 2)})
+        with pytest.raises(ArtifactError, match="not one of region embeddings"):
+            RegionEmbeddingStore.open(tmp_path)
+        with pytest.raises(ArtifactError, match="not one of region embeddings"):
+            build(tmp_path)
+
+    def test_starting_anew(self, folder):
+        other = build(folder, pictures(5, seed=4), TinyEncoder(seed=1), resume=False)
+        assert len(other) == 5
+        assert contents(folder).keys() == {"manifest.json", "shard-00000.safetensors", "shard-00001.safetensors"}
+
+
+def test_a_finished_store_is_not_computed_again(tmp_path):
+    build(tmp_path)
+    encoder = TinyEncoder()
+    build(tmp_path, encoder=encoder)
+    assert encoder.calls <= 3  # one test image to recognise the encoder, in build and in open
+
+
+class TestInterruption:
+    def test_an_error_in_the_middle_then_resume(self, tmp_path):
+        build(tmp_path / "whole")
+        broken = TinyEncoder()
+        broken.fail_after = 9
+        with pytest.raises(RuntimeError, match="the encoder failed"):
+            build(tmp_path / "resumed", encoder=broken)
+        with pytest.raises(ArtifactError, match="unfinished"):
+            RegionEmbeddingStore.open(tmp_path / "resumed")
+        with pytest.raises(ArtifactError, match="19 images, the data has 18"):
+            build(tmp_path / "resumed", pictures(18))
+        with pytest.raises(ArtifactError, match="other data"):
+            build(tmp_path / "resumed", pictures(19, seed=1))
+        encoder = TinyEncoder()
+        build(tmp_path / "resumed", encoder=encoder)
+        assert encoder.calls < 5 * 4  # the first shards were not computed again
+        assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+    def test_data_that_fail(self, tmp_path):
+        class Broken(Named):
+            def __getitem__(self, index):
+                if index == 11:
+                    raise KeyError("file 11 is broken")
+                return super().__getitem__(index)
+
+        with pytest.raises(KeyError, match="file 11"):
+            build(tmp_path, Broken(pictures(19)))
+        build(tmp_path)
+        build(tmp_path.parent / "whole")
+        assert contents(tmp_path) == contents(tmp_path.parent / "whole")
+
+    def test_kill_9_at_random_moments(self, tmp_path):
+        kills = int(os.environ.get("CAPTUM_CONCEPTS_KILLS", "4"))
+        whole = tmp_path / "whole"
+        build(whole, pictures(60), shard_rows=3, batch_size=5)
+        path, done = tmp_path / "killed", 0
+        code = (
+            "import sys, time, torch\n"
+            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+            "torch.set_num_threads(1)\n"
+            "from test_region_embedding_store import TinyEncoder, build, pictures\n"
+            "class Slow(TinyEncoder):\n"
+            "    def encode_image(self, images):\n"
+            "        time.sleep(0.003)\n"
+            "        return super().encode_image(images)\n"
+            "Slow.__qualname__ = 'TinyEncoder'\n"
+            "print('ready', flush=True)\n"
+            "for line in sys.stdin:\n"
+            "    build(line.strip(), pictures(60), Slow(), shard_rows=3, batch_size=5)\n"
+        )
+        rng = random.Random(0)
+        processes = [subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) for _ in range(2)]
+        try:
+            while done < kills:
+                process = processes.pop(0)
+                assert process.stdout.readline() == "ready\n"
+                process.stdin.write(f"{path}\n")
+                process.stdin.flush()
+                time.sleep(rng.uniform(0.0, 0.35))
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                process.stdin.close()
+                process.stdout.close()
+                done += 1
+                processes.append(subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True))
+                if done % 3 == 0 and path.exists():  # now and then from a fresh start
+                    build(path, pictures(60), shard_rows=3, batch_size=5)
+                    assert contents(path) == contents(whole)
+                    path = tmp_path / f"killed-{done}"
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+                process.stdin.close()
+                process.stdout.close()
+        build(path, pictures(60), shard_rows=3, batch_size=5)
+        assert contents(path) == contents(whole)
+
+    @pytest.mark.parametrize("moment", range(0, 14))
+    def test_stopped_at_every_write(self, tmp_path, monkeypatch, moment):
+        """Power cut at the n-th file operation: nothing of the process runs afterwards, not even its cleaning up."""
+        build(tmp_path / "whole")
+        plain, count = manifest_module.write_atomically, [0]
+
+        def until(path, data):
+            count[0] += 1
+            if count[0] > moment:
+                path.with_name(f".{path.name}.1.partial").write_bytes(data[: len(data) // 2])
+                raise SystemError("cut")
+            plain(path, data)
+
+        for module in (shards, manifest_module):
+            monkeypatch.setattr(module, "write_atomically", until)
+        try:
+            build(tmp_path / "cut")
+        except SystemError:
+            pass
+        monkeypatch.undo()
+        build(tmp_path / "cut")
+        assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+class TestDamage:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        build(tmp_path / "store")
+        build(tmp_path / "whole")
+        return tmp_path / "store"
+
+    def test_truncated_shard(self, folder):
+        file = folder / "shard-00002.safetensors"
+        file.write_bytes(file.read_bytes()[:-10])
+        with pytest.raises(ArtifactError, match="shard-00002"):
+            RegionEmbeddingStore.open(folder)
+        with pytest.raises(ArtifactError, match="shard-00002"):
+            build(folder)
+
+    def test_missing_shard(self, folder):
+        (folder / "shard-00002.safetensors").unlink()
+        with pytest.raises(ArtifactError, match="shard-00002.*missing"):
+            RegionEmbeddingStore.open(folder)
+
+    @pytest.mark.parametrize("place", [3, 20, 60, -400, -1])
+    def test_flipped_byte_is_never_served(self, folder, place):
+        file = folder / "shard-00001.safetensors"
+        data = bytearray(file.read_bytes())
+        data[place] ^= 0x10
+        file.write_bytes(data)
+        with pytest.raises(ArtifactError, match="shard-00001"):
+            RegionEmbeddingStore.open(folder, verify=True)
+        with pytest.raises(ArtifactError, match="shard-00001"):
+            RegionEmbeddingStore.open(folder).embeddings(5)
+        try:
+            store = RegionEmbeddingStore.open(folder)
+        except ArtifactError:
+            return  # the header itself
+        assert torch.equal(store.embeddings(0), RegionEmbeddingStore.open(folder.parent / "whole").embeddings(0))
+        with pytest.raises(ArtifactError, match=r"shard-00001.safetensors \(images 4 to 7\): its checksum differs"):
+            store.verify()
+
+    def test_repair_computes_the_damaged_images_only(self, folder):
+        (folder / "shard-00000.safetensors").unlink()
+        file = folder / "shard-00003.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(ArtifactError, match="other data|encoder"):
+            RegionEmbeddingStore.repair(folder, pictures(19, seed=1), TinyEncoder(), batch_size=7)
+        with pytest.raises(ArtifactError, match="encoder is"):
+            RegionEmbeddingStore.repair(folder, pictures(19), TinyEncoder(seed=1), batch_size=7)
+        encoder = TinyEncoder()
+        repaired = RegionEmbeddingStore.repair(folder, pictures(19), encoder, batch_size=7)
+        assert repaired == [0, 1, 2, 3, 12, 13, 14, 15]
+        assert encoder.calls == 1 + 2 * 4  # the test image, then two shards of 24 pictures by 7
+        assert contents(folder) == contents(folder.parent / "whole")
+        assert RegionEmbeddingStore.repair(folder, pictures(19), TinyEncoder()) == []
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}'])
+    def test_broken_manifest(self, folder, text):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(ArtifactError, match=r"manifest\.json"):
+            RegionEmbeddingStore.open(folder)
+        with pytest.raises(ArtifactError, match=r"manifest\.json"):
+            build(folder)
+
+    def test_verify_sees_other_pictures(self, folder):
+        store = RegionEmbeddingStore.open(folder)
+        other = pictures(19)
+        other[13, 0, 0, 0] += 0.01
+        with pytest.raises(ArtifactError, match="image 13 "):
+            store.verify(other)
+        with pytest.raises(ArtifactError, match="19 images, the data 18"):
+            store.verify(pictures(18))
+
+    def test_verify_sees_wrong_numbers_with_right_checksums(self, tmp_path):
+        build(tmp_path)
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        with shards.ShardWriter(tmp_path / "b", manifest["fingerprint"], shard_rows=4) as writer:
+            writer.info.update(manifest["info"])
+            writer.append({"embedding": torch.ones(19, 6, 16).half(), "digest": torch.zeros(19, dtype=torch.int64)})
+        with pytest.raises(ArtifactError, match="no unit embeddings"):
+            RegionEmbeddingStore.open(tmp_path / "b").verify()
+
+
+class TestDiskAndLocks:
+    @pytest.fixture
+    def small_disk(self, tmp_path):
+        """A real file system of 64 KiB where it can be mounted."""
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+        if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+            yield None
+            return
+        yield folder
+        subprocess.run(["umount", str(folder)], check=True)
+
+    def test_full_disk(self, tmp_path, small_disk, monkeypatch):
+        build(tmp_path / "whole", pictures(60), TinyEncoder(dim=128))
+        folder = small_disk if small_disk is not None else tmp_path / "simulated"
+        if small_disk is None:
+            plain = manifest_module.write_atomically
+
+            def full(path, data):
+                held = sum(f.stat().st_size for f in folder.iterdir())
+                if held + len(data) > 65536:
+                    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+                plain(path, data)
+
+            monkeypatch.setattr(shards, "write_atomically", full)
+        with pytest.raises(OSError, match=r"No space left.* of 60 images are safe") as caught:
+            build(folder, pictures(60), TinyEncoder(dim=128))
+        assert caught.value.errno == errno.ENOSPC
+        safe = int(str(caught.value).split(" of 60 images")[0].split()[-1])
+        assert safe >= 16
+        assert not list(folder.glob(".*"))
+        monkeypatch.undo()
+        if small_disk is not None:
+            subprocess.run(["mount", "-o", "remount,size=4m", str(folder)], check=True)
+        encoder = TinyEncoder(dim=128)
+        build(folder, pictures(60), encoder)
+        assert encoder.calls == 2 + (60 - safe) // 4 * 4  # only what was missing: 24 pictures a shard, by 7
+        assert contents(folder) == contents(tmp_path / "whole")
+
+    def test_read_only_folder(self, tmp_path, small_disk, monkeypatch):
+        folder = small_disk if small_disk is not None else tmp_path / "folder"
+        build(folder, pictures(7))
+        expected = contents(folder)
+        if small_disk is not None:
+            subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        else:
+            deny = OSError(errno.EROFS, "Read-only file system", str(folder))
+            monkeypatch.setattr(Path, "open", lambda self, mode="r", *a, **k: _open_or(deny, self, mode, *a, **k))
+        assert len(RegionEmbeddingStore.open(folder, verify=True)) == 7
+        assert len(build(folder, pictures(7))) == 7  # finished: nothing to write
+        with pytest.raises(OSError, match=r"Read-only.*7 of 10 images are safe"):
+            RegionEmbeddingStore.open(folder).extend(pictures(3, seed=1), TinyEncoder())
+        with pytest.raises(OSError, match="Read-only"):
+            build(folder / "new", pictures(7))
+        assert contents(folder) == expected
+
+    def test_two_builders_at_once(self, tmp_path):
+        class Second(TinyEncoder):
+            def encode_image(self, images):
+                if self.calls == 3 and not hasattr(self, "seen"):
+                    with pytest.raises(ArtifactError, match=f"written by process {os.getpid()} on") as caught:
+                        build(tmp_path)
+                    self.seen = caught
+                return super().encode_image(images)
+
+        Second.__qualname__ = "TinyEncoder"
+        encoder = Second()
+        build(tmp_path, encoder=encoder)
+        assert encoder.seen
+        build(tmp_path.parent / "alone")
+        assert contents(tmp_path) == contents(tmp_path.parent / "alone")
+
+    def test_two_processes_at_once(self, tmp_path):
+        code = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+            "from captum_concepts.store.lock import FolderLock\n"
+            f"FolderLock({str(tmp_path)!r}).__enter__(); print('locked', flush=True); sys.stdin.read()"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+        try:
+            assert process.stdout.readline() == "locked\n"
+            with pytest.raises(ArtifactError, match=f"written by process {process.pid} on"):
+                build(tmp_path)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+        assert (tmp_path / ".lock").exists()  # left by the killed process; it holds nobody up
+        assert build(tmp_path).verify()
+        assert not (tmp_path / ".lock").exists()
+
+    def test_the_lock_is_free_after_an_error(self, tmp_path):
+        with pytest.raises(ZeroDivisionError), FolderLock(tmp_path):
+            1 / 0
+        with FolderLock(tmp_path):
+            pass
+
+
+def _open_or(error, path, mode="r", *args, **kwargs):
+    if any(c in mode for c in "wax+"):
+        raise error
+    return open(path, mode, *args, **kwargs)  # noqa: PTH123
+
+
+class TestExtension:
+    def test_it_appends(self, tmp_path):
+        store = build(tmp_path, pictures(10))
+        before = store.embeddings(slice(None))
+        encoder = TinyEncoder()
+        longer = store.extend(pictures(7, seed=1), encoder, batch_size=7)
+        assert len(longer) == 17
+        assert len(store) == 10
+        assert encoder.calls == 2 + 4 + 3  # recognised twice; shards of 4 and 3 new images
+        assert torch.equal(longer.embeddings(slice(10)), before)
+        alone = build(tmp_path.parent / "alone", pictures(7, seed=1))
+        assert torch.equal(longer.embeddings(slice(10, 17)), alone.embeddings(slice(None)))
+        both = torch.cat([pictures(10), pictures(7, seed=1)])
+        assert longer.verify(both)
+        assert len(build(tmp_path, both)) == 17
+
+    @pytest.mark.parametrize("moment", range(0, 9))
+    def test_stopped_at_every_write(self, tmp_path, monkeypatch, moment):
+        for name in ("a", "b"):
+            build(tmp_path / name, pictures(10))
+        new = pictures(11, seed=1)
+        RegionEmbeddingStore.extend_at(tmp_path / "a", new, TinyEncoder(), batch_size=7)
+        plain, count = manifest_module.write_atomically, [0]
+
+        def until(path, data):
+            count[0] += 1
+            if count[0] > moment:
+                raise SystemError("cut")
+            plain(path, data)
+
+        monkeypatch.setattr(shards, "write_atomically", until)
+        with pytest.raises(SystemError):
+            RegionEmbeddingStore.extend_at(tmp_path / "b", new, TinyEncoder(), batch_size=7)
+        monkeypatch.undo()
+        manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+        if "extension" in manifest.get("info", {}):
+            with pytest.raises(ArtifactError, match="other data|extended by"):
+                RegionEmbeddingStore.extend_at(tmp_path / "b", pictures(11, seed=5), TinyEncoder(), batch_size=7)
+            with pytest.raises(ArtifactError, match="extended by 11"):
+                RegionEmbeddingStore.extend_at(tmp_path / "b", pictures(4, seed=1), TinyEncoder(), batch_size=7)
+            with pytest.raises(ArtifactError, match="extension"):
+                build(tmp_path / "b", pictures(10))
+        RegionEmbeddingStore.extend_at(tmp_path / "b", new, TinyEncoder(), batch_size=7)
+        assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+    def test_refusals(self, tmp_path):
+        store = build(tmp_path)
+        with pytest.raises(ArtifactError, match="encoder is"):
+            store.extend(pictures(2), TinyEncoder(seed=1))
+        with pytest.raises(ArtifactError, match="image is"):
+            store.extend(pictures(2, size=(8, 8)))
+        with pytest.raises(InputError, match="encoder"):
+            RegionEmbeddingStore.open(tmp_path).extend(pictures(2))
+        with pytest.raises(FileNotFoundError):
+            RegionEmbeddingStore.extend_at(tmp_path / "none", pictures(2), TinyEncoder())
+
+
+class TestSeveralProcesses:
+    @pytest.mark.parametrize("size", [2, 3, 7])
+    def test_shares_join_to_the_store_of_one_process(self, tmp_path, size):
+        build(tmp_path / "one")
+        options = {"batch_size": 7, "shard_rows": 4, "num_replicas": size}
+        path = tmp_path / "many"
+        for rank in reversed(range(size)):
+            with pytest.raises((ArtifactError, FileNotFoundError)):
+                RegionEmbeddingStore.open(path)
+            whole = RegionEmbeddingStore.build_part(path, pictures(19), TinyEncoder(), PROMPT, rank=rank, **options)
+            assert whole == (rank == 0)
+        assert contents(path) == contents(tmp_path / "one")
+        again = TinyEncoder()
+        assert RegionEmbeddingStore.build_part(path, pictures(19), again, PROMPT, rank=1, **options)
+        assert again.calls == 1
+
+    def test_a_join_that_was_killed(self, tmp_path, monkeypatch):
+        build(tmp_path / "one")
+        options = {"batch_size": 7, "shard_rows": 4, "num_replicas": 2}
+        plain = Path.replace
+        for moment in range(5):
+            path = tmp_path / f"many{moment}"
+            RegionEmbeddingStore.build_part(path, pictures(19), TinyEncoder(), PROMPT, rank=0, **options)
+            moved = [0]
+
+            def until(self, target, path=path, moved=moved, moment=moment):
+                if Path(target).parent == path:
+                    moved[0] += 1
+                    if moved[0] > moment:
+                        raise SystemError("cut")
+                return plain(self, target)
+
+            monkeypatch.setattr(Path, "replace", until)
+            with pytest.raises(SystemError):
+                RegionEmbeddingStore.build_part(path, pictures(19), TinyEncoder(), PROMPT, rank=1, **options)
+            monkeypatch.undo()
+            assert RegionEmbeddingStore.build_part(path, pictures(19), TinyEncoder(), PROMPT, rank=0, **options)
+            assert contents(path) == contents(tmp_path / "one")
+
+    def test_another_number_of_processes_is_refused(self, tmp_path):
+        options = {"batch_size": 7, "shard_rows": 4}
+        data = (pictures(19), TinyEncoder(), PROMPT)
+        RegionEmbeddingStore.build_part(tmp_path, *data, rank=0, num_replicas=2, **options)
+        with pytest.raises(ArtifactError, match="begun by 2 processes"):
+            RegionEmbeddingStore.build_part(tmp_path, *data, rank=0, num_replicas=3, **options)
+        with pytest.raises(ArtifactError, match="begun by 2 processes"):
+            build(tmp_path)
+        assert len(build(tmp_path, resume=False)) == 19
+        with pytest.raises(InputError, match="rank=2"):
+            RegionEmbeddingStore.build_part(tmp_path, *data, rank=2, num_replicas=2, **options)
+
+    def test_two_gloo_processes(self, tmp_path):
+        build(tmp_path / "one")
+        code = (
+            "import sys, torch, torch.distributed as dist\n"
+            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+            "torch.set_num_threads(1)\n"
+            "from test_region_embedding_store import TinyEncoder, build, pictures\n"
+            "rank, folder = int(sys.argv[1]), sys.argv[2]\n"
+            "dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)\n"
+            "store = build(folder + '/two')\n"
+            "store.verify()\n"
+            "longer = store.extend(pictures(3, seed=1), TinyEncoder())\n"
+            "assert len(longer) == 22\n"
+            "try:\n"
+            "    build(folder + '/bad', pictures(19) if rank else [])\n"
+            "except Exception as error:\n"
+            "    print(type(error).__name__, error)\n"
+            "dist.destroy_process_group()\n"
+        )
+        runs = [
+            subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], stdout=-1, stderr=-1, text=True)
+            for rank in range(2)
+        ]
+        outputs = [run.communicate(timeout=120) for run in runs]
+        assert [run.returncode for run in runs] == [0, 0], outputs
+        assert "InputError data holds no image" in outputs[0][0]
+        assert "process 1 has done its part, but process 0: InputError" in outputs[1][0]
+        two, one = contents(tmp_path / "two"), contents(tmp_path / "one")
+        same = [name for name in one if name.startswith("shard")]
+        assert len(same) == 5
+        assert all(two[name] == one[name] for name in same)
+
+
+def test_digests_tell_pictures_apart():
+    a = pictures(1)[0]
+    b = a.clone()
+    b[2, 19, 23] += 1e-6
+    assert _region_data.digest(a) == _region_data.digest(a.clone().transpose(1, 2).contiguous().transpose(1, 2))
+    assert _region_data.digest(a) != _region_data.digest(b)
+
+
+def test_p_of_a_real_encoder_with_crops(shared_data, tmp_path, monkeypatch):
+    """ConSE (MobileNetV2 in CLIP's text space) on COCO images: draw, encode, cosine."""
+    monkeypatch.syspath_prepend(str(shared_data))
+    from real_models import ConSE
+
+    from captum_concepts.datasets.images import find_images, load_image
+
+    encoder = ConSE()
+    images = torch.stack([load_image(f, 96) for f in find_images(shared_data / "images" / "coco" / "images")[:3]])
+    prompt = RegionPrompt("crop", (2, 2), 30)
+    text = encoder.encode_text(["dog", "car", "banana", "zebra"])
+    expected = algorithm_1(images, encoder, prompt, text)
+    half = build(tmp_path / "half", images, encoder, prompt)
+    assert (half.similarity(text).tensor() - expected).abs().max() < 2e-3
+    full = build(tmp_path / "full", images, encoder, prompt, dtype=torch.float32, batch_size=1)
+    assert (full.similarity(text).tensor() - expected).abs().max() < 1e-6
