@@ -259,7 +259,7 @@ def _first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any
 def _put(value: Any, key: Any, new: Tensor) -> Any:
     """A copy of the container ``value`` with ``new`` at ``key``."""
     if isinstance(value, tuple) and hasattr(value, "_replace"):  # a namedtuple
-        return value._replace(**{value._fields[key]: new})
+        return value._replace(**{value._fields[key]: new})  # type: ignore[attr-defined]
     if isinstance(value, tuple):
         return (*value[:key], new, *value[key + 1 :])
     copied = copy.copy(value)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from captum_concepts.activations._grids import patch_stride, pyramid, token_grids
 from captum_concepts.errors import InputError, LayoutError
 
 LAYOUTS = ("auto", "NCHW", "NHWC", "NLC", "LNC")
-_MOST_PREFIX_TOKENS = 16  # CLS, distillation and registers; more than that is taken for a wrong guess
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def infer_layout(
         layout: one of :data:`LAYOUTS`; anything but ``"auto"`` is taken as given.
         prefix_tokens: how many tokens precede the grid; None infers it.
         module: the layer, whose type decides where sizes alone do not.
-        model: the model, whose patch embedding tells the token grid.
+        model: the model, whose patch embedding and CLS, distillation and register tokens tell the token grid.
         name: how error messages call the layer.
 
     Raises:
@@ -114,7 +114,7 @@ def infer_layout(
                 f"{layer} gives {shape} for {batch} examples: its first dimension is not the batch (a layer inside "
                 "windowed attention?); choose the block around it"
             )
-        kind = layout if layout != "auto" else _image_kind(shape, image_size, module, layer)
+        kind = layout if layout != "auto" else _image_kind(output, image_size, module, model, layer)
         if kind not in ("NCHW", "NHWC"):
             raise LayoutError(f"{layer} gives {shape}, four dimensions; layout={kind!r} is for three (tokens)")
         return Layout(kind, (shape[2], shape[3]) if kind == "NCHW" else (shape[1], shape[2]))
@@ -148,16 +148,28 @@ def _misfit(h: int, w: int, image_size: tuple[int, int] | None) -> float:
 
 
 def _image_kind(
-    shape: tuple[int, ...], image_size: tuple[int, int] | None, module: nn.Module | None, layer: str
+    output: Tensor, image_size: tuple[int, int] | None, module: nn.Module | None, model: nn.Module | None, layer: str
 ) -> str:
+    shape = tuple(output.shape)
     _, a, b, c = shape
     hint = _channel_hint(module)
-    if hint is not None and hint[1] == (a if hint[0] == "NCHW" else c):
-        return hint[0]
-    first, last = _misfit(b, c, image_size), _misfit(a, b, image_size)
-    if first != last:
-        return "NCHW" if first < last else "NHWC"
-    fit = "fits channels first and channels last" if first < math.inf else f"fits no grid of the input {image_size}"
+    if hint == ("NCHW", a) and (_is_leaf(module) or _is_dense(output)):
+        return "NCHW"
+    if hint == ("NHWC", c) and _misfit(a, b, image_size) < math.inf:
+        return "NHWC"
+    if b == c and _is_attention(output):
+        raise LayoutError(f"{layer} gives {shape}, attention weights between tokens; choose the block around it")
+    grids = {"NCHW": (b, c), "NHWC": (a, b)}
+    fits = [kind for kind, grid in grids.items() if _misfit(*grid, image_size) < math.inf]
+    stride = patch_stride(model)
+    if len(fits) > 1 and stride is not None and image_size is not None:
+        known = set().union(*pyramid(image_size, stride))
+        fits = [kind for kind in fits if grids[kind] in known] or fits
+    if len(fits) > 1 and _is_convolutional(model):
+        return "NCHW"
+    if len(fits) == 1:
+        return fits[0]
+    fit = "fits channels first and channels last" if fits else f"fits no grid of the input {image_size}"
     raise LayoutError(f"{layer} gives {shape}, which {fit}; say layout='NCHW' or layout='NHWC'")
 
 
@@ -166,14 +178,14 @@ def _channel_hint(module: nn.Module | None) -> tuple[str, int] | None:
     first: list[int] = []
     last: list[int] = []
     for leaf in module.modules() if module is not None else ():
-        if isinstance(leaf, nn.Conv2d):
+        if isinstance(leaf, (nn.Conv2d, nn.ConvTranspose2d)):
             first.append(leaf.out_channels)
         elif isinstance(leaf, (nn.BatchNorm2d, nn.InstanceNorm2d)):
             first.append(leaf.num_features)
         elif isinstance(leaf, nn.GroupNorm):
             first.append(leaf.num_channels)
         elif isinstance(leaf, nn.LayerNorm):
-            last.append(leaf.normalized_shape[-1])
+            (first if _is_norm_2d(leaf) else last).append(leaf.normalized_shape[-1])
         elif isinstance(leaf, nn.Linear):
             last.append(leaf.out_features)
     if bool(first) == bool(last):
@@ -181,13 +193,44 @@ def _channel_hint(module: nn.Module | None) -> tuple[str, int] | None:
     return ("NCHW", first[-1]) if first else ("NHWC", last[-1])
 
 
+def _is_norm_2d(norm: nn.LayerNorm) -> bool:
+    """ConvNeXt's LayerNorm over the channels of (N, C, h, w), a subclass in torchvision, timm and transformers."""
+    return type(norm).__name__.endswith("2d") or getattr(norm, "data_format", "") == "channels_first"
+
+
+def _is_leaf(module: nn.Module | None) -> bool:
+    return module is not None and next(module.children(), None) is None
+
+
+def _is_dense(output: Tensor) -> bool:
+    """Not a permuted view, which a module of convolutions may end with."""
+    return output.is_contiguous() or output.is_contiguous(memory_format=torch.channels_last)
+
+
+def _is_attention(output: Tensor) -> bool:
+    rows = output.detach().float()
+    return bool((rows >= 0).all()) and bool(((rows.sum(-1) - 1).abs() < 0.02).all())
+
+
+def _is_convolutional(model: nn.Module | None) -> bool:
+    """A model of convolutions in which nothing works on the last dimension but the head."""
+    if model is None:
+        return False
+    types = [type(module) for module in model.modules()]
+    last = (nn.LayerNorm, nn.MultiheadAttention)
+    return any(issubclass(t, nn.Conv2d) for t in types) and not any(
+        issubclass(t, last) or t.__name__ in ("Permute", "Rearrange") for t in types
+    )
+
+
 def _token_kind(shape: tuple[int, ...], batch: int, module: nn.Module | None, layer: str) -> str:
     first, second = shape[0] == batch, shape[1] == batch
     if first and second:
-        # torch's own transformer layers say which dimension is the batch; most others are batch first.
-        flags = {m.batch_first for m in (module.modules() if module is not None else ()) if hasattr(m, "batch_first")}
-        if len(flags) == 1:
-            return "NLC" if flags.pop() else "LNC"
+        # torch's own transformer layers say which dimension is the batch.
+        own = module.layers[0].self_attn if isinstance(module, nn.TransformerEncoder) else module
+        flag = getattr(own, "batch_first", getattr(getattr(own, "self_attn", None), "batch_first", None))
+        if isinstance(own, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and isinstance(flag, bool):
+            return "NLC" if flag else "LNC"
         raise LayoutError(
             f"{layer} gives {shape} for {batch} examples, which fits batch first and tokens first; say layout='NLC' or "
             "layout='LNC'"
@@ -200,16 +243,6 @@ def _token_kind(shape: tuple[int, ...], batch: int, module: nn.Module | None, la
     )
 
 
-def patch_stride(model: nn.Module | None) -> tuple[int, int] | None:
-    """The stride of the model's patch embedding: its first image convolution whose kernel equals its stride."""
-    for module in model.modules() if model is not None else ():
-        if isinstance(module, nn.Conv2d) and module.in_channels in (1, 3, 4):
-            if tuple(module.kernel_size) == tuple(module.stride) and module.stride[0] > 1:
-                return module.stride[0], module.stride[1]
-            return None
-    return None
-
-
 def _token_grid(
     length: int,
     image_size: tuple[int, int] | None,
@@ -219,34 +252,15 @@ def _token_grid(
     shape: tuple[int, ...],
 ) -> tuple[tuple[int, int], int]:
     """``((h, w), prefix)`` for a sequence of ``length`` tokens."""
-    most = _MOST_PREFIX_TOKENS if prefix_tokens is None else prefix_tokens
-    least = 0 if prefix_tokens is None else prefix_tokens
-    fits: dict[tuple[int, int], int] = {}
-    for candidates in _candidate_grids(length, least, image_size, patch_stride(model)):
-        fits = {(h, w): length - h * w for h, w in candidates if h and w and least <= length - h * w <= most}
-        grids = [grid for grid, prefix in fits.items() if prefix == min(fits.values())]
-        if len(grids) == 1:
-            return grids[0], fits[grids[0]]
+    fits = token_grids(length, image_size, prefix_tokens, model)
+    if len(fits) == 1:
+        h, w = fits.pop()
+        return (h, w), length - h * w
     why = "no grid fits" if not fits else f"several grids fit ({sorted(fits)})"
-    with_prefix = f"up to {most}" if prefix_tokens is None else str(prefix_tokens)
+    stride = patch_stride(model)
+    patches = f" in patches of {stride[0]} x {stride[1]}" if stride is not None else ""
+    with_prefix = "any usual number of" if prefix_tokens is None else str(prefix_tokens)
     raise LayoutError(
-        f"{layer} gives {shape}: {length} tokens for an input of size {image_size}, and {why} with {with_prefix} "
-        "prefix tokens; say prefix_tokens= (CLS, registers, ...), or choose a layer of image patches"
+        f"{layer} gives {shape}: {length} tokens for an input of size {image_size}{patches}, and {why} with "
+        f"{with_prefix} prefix tokens; say prefix_tokens= (CLS, registers, ...), or choose a layer of image patches"
     )
-
-
-def _candidate_grids(
-    length: int, prefix: int, image_size: tuple[int, int] | None, stride: tuple[int, int] | None
-) -> list[set[tuple[int, int]]]:
-    """Grids the tokens may form, surest source first: the model's own patches, then any one stride."""
-    if image_size is None:
-        side = math.isqrt(max(length - prefix, 0))
-        return [{(side, side)}]
-    sources = [[(s, s) for s in range(1, max(image_size) + 1)]]
-    if stride is not None:  # hierarchical models halve the grid of their patches from stage to stage
-        sources.insert(0, [(stride[0] * 2**k, stride[1] * 2**k) for k in range(8)])
-    height, width = image_size
-    return [
-        {(cut(height / a), cut(width / b)) for a, b in strides for cut in (math.floor, math.ceil)}
-        for strides in sources
-    ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_concepts.activations.capture import (
     Inputs,
@@ -137,7 +137,7 @@ def spatial_activations(
     samples, examples = raw, batch
     if batch > 1 and layout == "auto" and any(r.ndim == 3 and r.shape[:2] == (batch, batch) for r in raw):
         # As many tokens as examples: a single example shows which dimension is which.
-        parts = tuple(p[:1] for p in inputs) if isinstance(inputs, tuple) else inputs[:1]
+        parts = first_example(inputs, batch)
         one = capture(
             forward_func,
             parts,
@@ -167,29 +167,47 @@ def spatial_activations(
 
 
 def first_example(value: Any, batch: int) -> Any:
-    """``additional_forward_args`` for the first example alone: tensors of ``batch`` rows are cut to one."""
+    """Arguments for the first example alone: tensors of ``batch`` rows are cut to one."""
     if isinstance(value, tuple):
         return tuple(first_example(item, batch) for item in value)
     return value[:1] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
 
+def any_reading(output: Tensor) -> Tensor:
+    """A scalar that stands for whatever may be read from the output.
+
+    Its weights differ, because the sum of normalised embeddings, or of their squares, is constant.
+    """
+    weights = torch.arange(1, output.numel() + 1, device=output.device).sqrt().cos()
+    return (output.flatten().float() * weights).sum()
+
+
 def _nearest_reaching(forward_func: Callable[..., Any], inputs: Inputs, extra: Any, name: str) -> str | None:
-    """The last layer of the same type in front of layer ``name`` whose positions reach the output."""
+    """The last layer of the type of layer ``name`` in front of it, or else block, whose positions reach the output."""
     model = find_model(forward_func)
     if model is None:
         return None
-    target = resolve_layer(forward_func, name)
+    try:
+        target = resolve_layer(forward_func, name)
+    except LayerError:
+        return None  # it runs, but is not registered in the model
     first = inputs[0] if isinstance(inputs, tuple) else inputs
-    parts = tuple(p[:1] for p in inputs) if isinstance(inputs, tuple) else inputs[:1]
+    parts = first_example(inputs, first.shape[0])
     extra = first_example(extra, first.shape[0])
-    same = [m for m in model.modules() if type(m) is type(target)]
-    for module in reversed(same[: same.index(target)] if target in same else same):
+    modules = list(model.modules())
+    front = modules[: modules.index(target)] if target in modules else modules
+    same = [m for m in front if type(m) is type(target)]
+    # A norm or an encoder of another type than its blocks: the blocks themselves.
+    blocks = [c for m in modules if isinstance(m, (nn.Sequential, nn.ModuleList)) for c in m.children()]
+    nested = {m for block in blocks for m in list(block.modules())[1:]}
+    blocks = [block for block in blocks if block not in nested]
+    for module in dict.fromkeys([*reversed(same), *reversed(blocks)]):
         try:
             with gradients_enabled(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", InputWarning)
                 seen = spatial_activations(forward_func, parts, [module], additional_forward_args=extra, gradient=True)
-                # The square stands for whatever is read from the output.
-                if seen.gradients(seen.output.square())[0].any():
+                seen = replace(seen, search=lambda _: None)  # this loop is the search
+                if seen.gradients(any_reading(seen.output))[0].any():
                     return layer_name(forward_func, module)
         except (InputError, RuntimeError, AttributeError):
             continue  # this candidate has no grid or does not run; the one before it may

@@ -17,7 +17,7 @@ from captum_concepts.activations.capture import (
     resolve_layer,
 )
 from captum_concepts.activations.layout import Layout, infer_layout
-from captum_concepts.activations.spatial import spatial_activations
+from captum_concepts.activations.spatial import any_reading, spatial_activations
 from captum_concepts.errors import InputError, LayerError, LayoutError
 
 
@@ -102,7 +102,7 @@ def suggest_layer(forward_func: Callable[..., Any], inputs: Tensor) -> str:
         try:
             with gradients_enabled():
                 seen = spatial_activations(forward_func, inputs[:1], [layer.name], gradient=True)
-                if seen.gradients(seen.output.square())[0].any():
+                if seen.gradients(any_reading(seen.output))[0].any():
                     return layer.name
         except (LayerError, RuntimeError):
             continue
