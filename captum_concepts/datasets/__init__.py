@@ -1,5 +1,30 @@
-"""Data sets with concept masks: synthetic scenes with an exact truth."""
+"""Data sets with concept masks: synthetic scenes with an exact truth, and readers for published ones."""
 
+from captum_concepts.datasets.folders import (
+    Broden,
+    COCOPanoptic,
+    ImageNetS,
+    ImageNetSegmentation,
+    MaskFolder,
+    PascalVOC,
+    SegmentationDataset,
+    SegmentedBatch,
+    SegmentedImage,
+    collate_segmented,
+)
 from captum_concepts.datasets.scenes import CaptionedScenes, Scene
 
-__all__ = ["CaptionedScenes", "Scene"]
+__all__ = [
+    "Broden",
+    "COCOPanoptic",
+    "CaptionedScenes",
+    "ImageNetS",
+    "ImageNetSegmentation",
+    "MaskFolder",
+    "PascalVOC",
+    "Scene",
+    "SegmentationDataset",
+    "SegmentedBatch",
+    "SegmentedImage",
+    "collate_segmented",
+]

@@ -1,0 +1,112 @@
+"""`COCOPanoptic`: things and stuff of COCO's panoptic annotations."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from captum_concepts.datasets._annotation import Annotation, Ids, Layer, read_ids
+from captum_concepts.datasets._files import read_json, require, unlabelled_ids
+from captum_concepts.datasets.segmentation import SegmentationDataset
+from captum_concepts.errors import InputError
+
+_TREE = """  ROOT/SPLIT/NAME.jpg                             e.g. val2017/000000000139.jpg
+  ROOT/annotations/panoptic_SPLIT.json
+  ROOT/annotations/panoptic_SPLIT/NAME.png        pixel = segment id, R + 256 G + 65536 B"""
+_WHERE = (
+    "https://cocodataset.org/#download: 2017 images, and panoptic_annotations_trainval2017.zip, "
+    "whose inner panoptic_SPLIT.zip has to be unpacked as well"
+)
+
+
+class COCOPanoptic(SegmentationDataset):
+    """COCO panoptic segmentation: a concept's mask is the union of all its segments in a picture.
+
+    A PNG holds segment ids R + 256 G + 65536 B, the JSON gives each segment its category; 0 is void. Crowds are part
+    of their category's region. Kirillov et al., Panoptic Segmentation, CVPR 2019.
+
+    Args:
+        root: the folder that holds ``annotations/`` and the images.
+        split: "val2017" or "train2017".
+        things, stuff: keep the categories of countable things, of stuff, or both; the rest is background.
+        images, annotations, masks: the folder of the images, the JSON and the folder of its PNGs, where they are not
+            at their usual places under ``root``.
+        unlabelled: ``"ignore"`` void pixels (as COCO's own evaluation does), or count them as ``"background"``.
+        options: see :class:`SegmentationDataset`.
+
+    Attributes:
+        is_thing: for each concept, whether it is a thing.
+
+    Raises:
+        InputError: something is missing, broken or mismatched; the file is named.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str = "val2017",
+        *,
+        things: bool = True,
+        stuff: bool = True,
+        images: str | os.PathLike[str] | None = None,
+        annotations: str | os.PathLike[str] | None = None,
+        masks: str | os.PathLike[str] | None = None,
+        unlabelled: str = "ignore",
+        **options: Any,
+    ) -> None:
+        self.root, self.split = Path(root), split
+        self.void = unlabelled_ids(unlabelled)
+        if not (things or stuff):
+            raise InputError("things=False and stuff=False leave no concept")
+        path = self.root / "annotations" / f"panoptic_{split}.json" if annotations is None else Path(annotations)
+        self._json = require(path, tree=_TREE, where=_WHERE)
+        self._images = Path(images) if images is not None else self.root / split
+        self._masks = Path(masks) if masks is not None else path.with_suffix("")
+        for folder in (self._images, self._masks):
+            require(folder, tree=_TREE, where=_WHERE, folder=True)
+        index = read_json(path, dict)
+        try:
+            categories = {int(c["id"]): (str(c["name"]), bool(c.get("isthing", 1))) for c in index["categories"]}
+            files = {image["id"]: image["file_name"] for image in index["images"]}
+            self._items = [
+                (
+                    files[a["image_id"]],
+                    a["file_name"],
+                    {int(s["id"]): int(s["category_id"]) for s in a["segments_info"]},
+                )
+                for a in index["annotations"]
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{path} is not COCO's panoptic format (images, annotations with segments_info, categories): "
+                f"{type(error).__name__} {error}"
+            ) from error
+        kept = {i: name for i, (name, thing) in categories.items() if (things if thing else stuff)}
+        super().__init__(kept, **options)
+        self._known = frozenset(categories)
+        self.is_thing = [categories[i][1] for i, _ in sorted(self._row.items(), key=lambda pair: pair[1])]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _annotation(self, index: int) -> Annotation:
+        image, mask, segments = self._items[index]
+        path = self._masks / mask
+        layer = Layer(_categories(read_ids(path, "rgb"), segments, path, self._json), str(path))
+        return Annotation(self._images / image, [layer], image)
+
+
+def _categories(ids: Ids, segments: dict[int, int], path: Path, json: Path) -> Ids:
+    """The category of each pixel's segment; 0 stays 0."""
+    values, where = np.unique(ids, return_inverse=True)
+    found = set(values.tolist()) - {0}
+    if found != set(segments):
+        extra, missing = sorted(found - set(segments))[:5], sorted(set(segments) - found)[:5]
+        raise InputError(
+            f"{path} does not fit {json}: segments {extra} are in the PNG only, {missing} in the JSON only"
+        )
+    table = np.array([segments.get(value, 0) for value in values.tolist()], dtype=np.int32)
+    return np.asarray(table[where].reshape(ids.shape), dtype=np.int32)

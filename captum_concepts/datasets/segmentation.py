@@ -1,0 +1,200 @@
+"""Data sets of photographs with a mask for every concept: the options that all readers share."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from captum_concepts.datasets._annotation import Annotation, Ids, load_pair
+from captum_concepts.datasets.segmented_image import SegmentedImage
+from captum_concepts.errors import InputError, did_you_mean
+
+REGIONS = ("present", "all", "label")
+
+
+class SegmentationDataset(Dataset[SegmentedImage]):
+    """Base of the readers in :mod:`captum_concepts.datasets.folders`: pictures and the pixels of every concept.
+
+    Only the index is read at construction; pictures and masks are read when an item is asked for, in the worker that
+    asks. A picture is resized bicubically and its labels by nearest neighbour, with one and the same geometry; an EXIF
+    rotation turns both.
+
+    Args:
+        names: concept name by pixel id. A name that occurs twice gets its id behind it.
+        concepts: names to keep, in this order; None keeps all. The rest counts as background.
+        size: ``(H, W)``, or one side for a square; None keeps each file's own size.
+        crop: True: the shorter side is resized and the centre cut out, as classifiers are fed; False: the whole
+            picture is squashed to ``size``.
+        min_area: least share of the returned picture's pixels, in [0, 1), that a concept must cover to be present.
+        regions: ``"present"``: one mask for each concept that is there, ``target`` its index; ``"all"``: one for
+            every concept of the data set, empty where absent; ``"label"``: the mask of the picture's own class.
+
+    Attributes:
+        concepts: the T concept names; targets index them.
+
+    Raises:
+        InputError: a value out of range, an unknown concept; on access, a file that is missing, broken or mismatched.
+    """
+
+    void: frozenset[int] = frozenset()  #: ids of pixels to ignore
+    background: frozenset[int] = frozenset({0})  #: ids of pixels that carry no concept
+
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        *,
+        concepts: Sequence[str] | None = None,
+        size: int | Sequence[int] | None = None,
+        crop: bool = True,
+        min_area: float = 0.0,
+        regions: str = "present",
+    ) -> None:
+        twice = {name for name, count in Counter(names.values()).items() if count > 1}
+        by_name = {f"{name} ({i})" if name in twice else name: i for i, name in names.items()}
+        if concepts is not None:
+            _check_names(concepts, by_name)
+        self.concepts = list(by_name) if concepts is None else list(concepts)
+        self.size = _checked_size(size)
+        self.crop = crop
+        if not isinstance(min_area, (int, float)) or not 0 <= min_area < 1:
+            raise InputError(f"min_area={min_area!r} must be a share of the picture in [0, 1)")
+        self.min_area = float(min_area)
+        if regions not in REGIONS:
+            raise InputError(f"regions={regions!r} must be one of {REGIONS}")
+        self.regions = regions
+        self._known = frozenset(names)
+        self._row = {by_name[name]: row for row, name in enumerate(self.concepts)}
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _annotation(self, index: int) -> Annotation:
+        """Where picture ``index`` is, and its layers of ids."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} images, {len(self.concepts)} concepts)"
+
+    def __iter__(self) -> Iterator[SegmentedImage]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> SegmentedImage:
+        i = operator.index(index)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"image {i} of {len(self)}")
+        annotation = self._annotation(i % len(self))
+        image, layers = load_pair(annotation, self.size, self.crop)
+        found, void = self._regions_of(annotation, layers, tuple(image.shape[-2:]))
+        least = max(1.0, self.min_area * void.size)
+        rows = [row for row in sorted(found) if found[row].sum() >= least]
+        empty = np.zeros_like(void)
+        target: Tensor | int | None = None
+        if self.regions == "present":
+            masks = np.stack([found[row] for row in rows]) if rows else empty[None][:0]
+            target = torch.tensor(rows, dtype=torch.long)
+        elif self.regions == "all":
+            rows, present = list(range(len(self.concepts))), set(rows)
+            masks = np.stack([found[row] if row in present else empty for row in rows])
+        else:
+            row = self._label_row(annotation)
+            masks, rows = found[row] if row in rows else empty, [row]
+            target = annotation.label
+        return SegmentedImage(
+            image=image,
+            masks=torch.from_numpy(masks),
+            concepts=tuple(self.concepts[row] for row in rows),
+            ignore=torch.from_numpy(void),
+            target=target,
+            label=annotation.label,
+            name=annotation.name,
+        )
+
+    def pairs(self) -> ConceptRegions:
+        """The data set as (picture, one concept) pairs, one after the other: see :class:`ConceptRegions`."""
+        return ConceptRegions(self)
+
+    def _regions_of(
+        self, annotation: Annotation, layers: list[Ids], shape: tuple[int, ...]
+    ) -> tuple[dict[int, Any], Any]:
+        found: dict[int, Any] = {}
+        void = np.zeros(shape, dtype=bool)
+        for layer, ids in zip(annotation.layers, layers, strict=True):
+            values = _values(ids)
+            unknown = [v for v in values if v not in self._known | self.void | self.background]
+            if unknown:
+                raise InputError(f"{layer.source} holds the label ids {unknown[:8]}, which the index does not name")
+            for value in values:
+                if value in self.void:
+                    void |= ids == value
+                elif value in self._row:
+                    row = self._row[value]
+                    found[row] = found[row] | (ids == value) if row in found else ids == value
+        return found, void
+
+    def _label_row(self, annotation: Annotation) -> int:
+        if annotation.label_id is None:
+            raise InputError(f'regions="label" needs a class for each picture, but {type(self).__name__} has none')
+        if annotation.label_id not in self._row:
+            raise InputError(
+                f"the class of {annotation.name} is not among the concepts; regions='label' needs them all"
+            )
+        return self._row[annotation.label_id]
+
+
+class ConceptRegions(IterableDataset[dict[str, Any]]):
+    """One example for each concept in each picture: ``inputs (3, H, W)``, ``masks (H, W)``, ``ignore (H, W)``, and
+    ``target``, the concept's index in ``data.concepts``.
+
+    ``metrics.evaluate(method, data.pairs(), ...)`` asks ``method.attribute(inputs, target=concept)`` for every region.
+    With ``size=`` a ``DataLoader`` batches it without a collate function, and its workers share the pictures.
+    """
+
+    def __init__(self, data: SegmentationDataset) -> None:
+        self.data = copy.copy(data)
+        self.data.regions = "present"
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for i in range(start, len(self.data), step):
+            item = self.data[i]
+            for mask, target in zip(item.masks, torch.as_tensor(item.target).tolist(), strict=True):
+                yield {"inputs": item.image, "masks": mask, "ignore": item.ignore, "target": target}
+
+
+def _check_names(concepts: Sequence[str], known: Mapping[str, int]) -> None:
+    if isinstance(concepts, str) or not concepts:
+        raise InputError(f"concepts must be a list of names, got {concepts!r}")
+    for name in concepts:
+        if name not in known:
+            raise InputError(f"unknown concept {name!r} among {len(known)}.{did_you_mean(str(name), known)}")
+    if len(set(concepts)) < len(concepts):
+        raise InputError(f"concepts are named twice: {sorted(n for n, c in Counter(concepts).items() if c > 1)}")
+
+
+def _checked_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    try:
+        height, width = (size, size) if isinstance(size, int) else size
+        sides = operator.index(height), operator.index(width)
+    except (TypeError, ValueError):
+        raise InputError(f"size={size!r} must be one side or (height, width) in pixels") from None
+    if min(sides) < 1 or isinstance(size, bool):
+        raise InputError(f"size={size!r} must be at least 1")
+    return sides
+
+
+def _values(ids: Ids) -> list[int]:
+    """The different ids, ascending; counting is many times faster than sorting where ids are small."""
+    if ids.size and ids.min() >= 0 and ids.max() < 1 << 17:
+        return [int(v) for v in np.flatnonzero(np.bincount(ids.ravel()))]
+    return [int(v) for v in np.unique(ids)]
