@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -199,12 +201,9 @@ def collect_pairs(
 
 def _temporary() -> str:
     # Deleted when the process ends: readers keep memory maps of the files until then.
-    holder = tempfile.TemporaryDirectory(prefix="captum_concepts-", ignore_cleanup_errors=True)
-    _HOLDERS.append(holder)
-    return holder.name
-
-
-_HOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+    folder = tempfile.mkdtemp(prefix="captum_concepts-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _origin(
