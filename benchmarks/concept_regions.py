@@ -127,12 +127,50 @@ def interval(values: list[list[float]], rng: np.random.Generator) -> list[float]
     return [float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)]
 
 
+def sensitivity(fused: ConceptFusionMap, images: list[Any], half: int) -> None:
+    """NRA and specificity of the fused map with one constant changed at a time."""
+    from captum_concepts.attr import _concept_regions as constants
+
+    given = {name: getattr(constants, name) for name in ("STEPS", "CONTRAST", "TEMPERATURE")}
+    settings: list[dict[str, float]] = [{}, {"STEPS": 1}, {"STEPS": 3}, {"CONTRAST": 0.25}, {"CONTRAST": 0.75}]
+    settings += [{"TEMPERATURE": 1.0}, {"TEMPERATURE": 10.0}]
+    rows = []
+    for setting in settings:
+        for name, value in {**given, **setting}.items():
+            setattr(constants, name, value)
+        found: dict[str, list[list[float]]] = {"nra": [], "specificity": []}
+        for image, present in images:
+            masks = torch.stack(list(present.values()))[None]
+            maps = fused.explain(image[None], concepts=list(present), contributions=False).maps
+            found["nra"].append(nra(maps, masks)[0].tolist())
+            own = specificity(maps, masks)[0] if len(present) > 1 else torch.zeros(0)
+            found["specificity"].append(own[~own.isnan()].tolist())
+        means = {key: float(np.mean([x for v in values for x in v])) for key, values in found.items()}
+        rows.append({"changed": setting, **means})
+        print(rows[-1], flush=True)
+    for name, value in given.items():
+        setattr(constants, name, value)
+    record = {
+        "environment": environment(),
+        "half": half,
+        "images": len(images),
+        "seed": 0,
+        "given": given,
+        "rows": rows,
+    }
+    write("concept_regions_sensitivity", record)
+    lines = [[str(r["changed"] or "as given"), r["nra"], r["specificity"]] for r in rows]
+    text = table(["changed", "NRA", "specificity"], lines)
+    (RESULTS / "concept_regions_sensitivity.md").write_text(f"# Constants of the fused map, {given}\n\n{text}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--train", type=int, default=1000)
     parser.add_argument("--half", type=int, default=1)
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--sensitivity", type=int, metavar="IMAGES", help="only vary the fused map's few constants")
     args = parser.parse_args()
     sys.path.insert(0, str(args.data))
     from real_models import ConSE
@@ -146,6 +184,10 @@ def main() -> None:
     pairs = collect_pairs(model, LAYERS, encoder, Files(files), cache_dir=args.cache)
     channels, scale = list(pairs.in_channels), encoder.logit_scale
     full, result = fitted(pairs, text, scale, slice(None), channels, 1e-3)
+    if args.sensitivity:
+        fused = ConceptFusionMap(model, LAYERS, full, words, text, layer="fused")
+        sensitivity(fused, images[: args.sensitivity], args.half)
+        return
     unsupervised, _ = fitted(pairs, text, scale, slice(None), channels, 0.0)
     single, _ = fitted(pairs, text, scale, slice(sum(channels[:-1]), None), channels[-1:], 1e-3)
     z, e = pairs.rows(range(len(pairs)))
@@ -249,7 +291,7 @@ def picture(shown: list[Any], path: Path) -> None:
             axis.set_title(title)
             axis.axis("off")
     figure.tight_layout()
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=45)
 
 
 if __name__ == "__main__":
