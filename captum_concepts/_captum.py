@@ -5,9 +5,11 @@ It also turns what Captum accepts as ``target`` into tensors, with errors that s
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from captum._utils.common import _select_targets
 from captum.attr import LayerAttribution
@@ -37,6 +39,11 @@ def select_output(output: Tensor, target: Any) -> Tensor:
     >>> select_output(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1, 0])
     tensor([2., 3.])
     """
+    if not isinstance(output, Tensor):
+        raise TargetError(
+            f"the model returns {type(output).__name__}; wrap it in a forward_func that returns the tensor that target "
+            "selects from"
+        )
     shape = tuple(output.shape)
     try:
         selected = _select_targets(output, target)
@@ -77,11 +84,16 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
             return list(names).index(value)
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TargetError(f"target {target!r} is not allowed: give {_ALLOWED}{named}, indexing {size} {what}s")
-        index = value.__index__()
+        try:
+            index = operator.index(value)
+        except TypeError as error:
+            raise TargetError(f"target {target!r} is not allowed: give {_ALLOWED}{named}: {error}") from error
         if not -size <= index < size:
             raise TargetError(f"target {index} is out of range: there are {size} {what}s (0 to {size - 1})")
         return index % size
 
+    if isinstance(target, np.ndarray):
+        target = target.tolist()
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TargetError(f"target has dtype {target.dtype}: give {_ALLOWED}{named}")
     if isinstance(target, Tensor) and target.numel() != 1:

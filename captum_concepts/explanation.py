@@ -6,7 +6,8 @@ import dataclasses
 import html
 import json
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts._indexing import listed, positions
 from captum_concepts.errors import ArtifactError, InputError, did_you_mean
 
 _FORMAT = "captum_concepts.ConceptExplanation/1"
@@ -59,8 +61,8 @@ class ConceptExplanation:
     method: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.concepts, str):
-            raise InputError(f"concepts must be a list of names, got the string {self.concepts!r}")
+        if isinstance(self.concepts, str) or not isinstance(self.concepts, Iterable):
+            raise InputError(f"concepts must be a list of names, got {self.concepts!r}")
         concepts = list(self.concepts)
         object.__setattr__(self, "concepts", concepts)
         if not all(isinstance(name, str) and name for name in concepts):
@@ -76,13 +78,19 @@ class ConceptExplanation:
                 raise InputError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
             object.__setattr__(self, name, value.detach())
         self._check_shapes()
+        if not isinstance(self.method, str):
+            raise InputError(f"method must be a name, got {self.method!r}")
         if not isinstance(self.layer, str):
-            layer = tuple(tuple(row) for row in self.layer)
-            if len(layer) != len(self) or any(len(row) != len(concepts) for row in layer):
+            rows = list(self.layer) if isinstance(self.layer, Iterable) else [None]
+            good = len(rows) == len(self) and all(
+                isinstance(row, (list, tuple)) and len(row) == len(concepts) and all(isinstance(x, str) for x in row)
+                for row in rows
+            )
+            if not good:
                 raise InputError(
                     f"layer must be one name or {len(self)} rows of {len(concepts)} names, got {self.layer!r}"
                 )
-            object.__setattr__(self, "layer", layer)
+            object.__setattr__(self, "layer", tuple(tuple(row) for row in rows))
 
     def _check_shapes(self) -> None:
         t = len(self.concepts)
@@ -121,9 +129,9 @@ class ConceptExplanation:
                 hint = did_you_mean(concept, self.concepts)
                 raise InputError(f"no concept {concept!r} among the {t} explained ones.{hint}")
             return self.concepts.index(concept)
-        if not -t <= concept < t:
-            raise InputError(f"concept index {concept} is out of range for {t} concepts")
-        return int(concept) % t
+        if isinstance(concept, (list, tuple, slice)):
+            raise InputError(f"index takes one concept, got {concept!r}")
+        return positions(concept, t, "concept")[0]
 
     def __getitem__(self, key: Any) -> ConceptExplanation:
         """``e[i]``, ``e[2:5]``, ``e[mask]`` select examples; ``e["stripes"]``, ``e[["a", "b"]]`` concepts;
@@ -131,26 +139,23 @@ class ConceptExplanation:
         if isinstance(key, tuple):
             if len(key) != 2:
                 raise InputError(f"index with [examples] or [examples, concepts], got {len(key)} parts")
-            return self[key[0]]._columns(key[1])
+            return self._rows(key[0])._columns(key[1])
         is_names = isinstance(key, str) or (isinstance(key, list) and key and isinstance(key[0], str))
         return self._columns(key) if is_names else self._rows(key)
 
     def _rows(self, key: int | slice | Sequence[int] | Tensor) -> ConceptExplanation:
-        n = len(self)
-        try:
-            rows = torch.arange(n)[key.cpu() if isinstance(key, Tensor) else key].reshape(-1)
-        except (IndexError, TypeError) as error:
-            raise InputError(f"example index {key!r} does not fit {n} examples: {error}") from error
+        rows = torch.tensor(positions(key, len(self), "example"), dtype=torch.long)
         layer = self.layer if isinstance(self.layer, str) else tuple(self.layer[i] for i in rows.tolist())
         device_rows = rows.to(self.scores.device)
         pick = {name: v[device_rows] for name in _TENSORS if (v := getattr(self, name)) is not None}
         return dataclasses.replace(self, layer=layer, **pick)
 
     def _columns(self, key: str | int | slice | Sequence[str | int]) -> ConceptExplanation:
-        if isinstance(key, slice):
-            key = list(range(len(self.concepts)))[key]
-        names: Sequence[str | int] = [key] if isinstance(key, (str, int)) else list(key)
-        columns = [self.index(name) for name in names]
+        names = [key] if isinstance(key, str) else listed(key)
+        if isinstance(names, list) and any(isinstance(name, str) for name in names):
+            columns = [self.index(name) for name in names]
+        else:
+            columns = positions(key, len(self.concepts), "concept")
         layer = self.layer
         if not isinstance(layer, str):
             layer = tuple(tuple(row[j] for j in columns) for row in layer)
@@ -175,18 +180,21 @@ class ConceptExplanation:
         example this is that example's own top ``k``; for each example's own use ``[e.top(k) for e in batch]``.
         NaN ranks last.
         """
-        if k < 1:
-            raise InputError(f"k must be at least 1, got {k}")
+        if not hasattr(k, "__index__") or k < 1:
+            raise InputError(f"k must be an integer of at least 1, got {k!r}")
         if by not in ("scores", "contributions"):
             raise InputError(f"by must be 'scores' or 'contributions', got {by!r}")
         values = self.scores if by == "scores" else self.contributions
         if values is None:
             raise InputError("this explanation has no contributions to rank by; use by='scores'")
         values = values.float().abs() if by == "contributions" else values.float()
+        unknown = values.isnan().all(0)
         values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         best = values.amax(0) if len(self) else values.new_zeros(len(self.concepts))
-        order = torch.argsort(best, descending=True, stable=True)[:k]
-        return self._columns(order.tolist())
+        ranked = torch.argsort(best, descending=True, stable=True)
+        if len(self):
+            ranked = ranked[torch.argsort(unknown[ranked].int(), stable=True)]
+        return self._columns(ranked[:k].tolist())
 
     def to(self, device: torch.device | str) -> ConceptExplanation:
         """The same explanation with its tensors on ``device``."""
@@ -202,10 +210,12 @@ class ConceptExplanation:
         from safetensors.torch import save
 
         info = {"concepts": self.concepts, "layer": self.layer, "method": self.method}
-        tensors = {n: v.cpu().contiguous() for n in _TENSORS if (v := getattr(self, n)) is not None}
+        # Copies, because safetensors refuses tensors that share memory.
+        present = {n: v for n in _TENSORS if (v := getattr(self, n)) is not None}
+        tensors = {n: v.cpu().clone(memory_format=torch.contiguous_format) for n, v in present.items()}
         data = save(tensors, metadata={"format": _FORMAT, "explanation": json.dumps(info)})
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             partial.write_bytes(data)
             partial.replace(path)
@@ -224,6 +234,7 @@ class ConceptExplanation:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
+        device = torch.device(device)  # a bad device is no fault of the file
         if not path.is_file():
             raise FileNotFoundError(f"no explanation file at {path}")
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -59,6 +60,11 @@ class TestInvariants:
             ({"target": torch.tensor([0.0, 1, 2])}, "integer"),
             ({"target": torch.tensor([True, False, True])}, "integer"),
             ({"layer": [["x"] * T] * 2}, "3 rows of 4 names"),
+            ({"layer": ("abcd", "efgh", "ijkl")}, "3 rows of 4 names"),
+            ({"layer": [[1] * T] * N}, "3 rows of 4 names"),
+            ({"layer": None}, "3 rows of 4 names"),
+            ({"method": 3}, "method must be a name"),
+            ({"concepts": None}, "list of names"),
             ({"scores": torch.rand(N, T, device="meta")}, "one device"),
         ],
     )
@@ -101,7 +107,38 @@ class TestSelection:
         layers = [[f"{n}{t}" for t in range(T)] for n in range(N)]
         assert make(layer=layers)[2, ["d", "b"]].layer == (("23", "21"),)
 
-    @pytest.mark.parametrize("key", [7, "stripes", (0, "z"), (0, 9), (0, 1, 2), "aa", 1.5])
+    @pytest.mark.parametrize(
+        ("key", "rows", "columns"),
+        [
+            (slice(None, None, -1), [2, 1, 0], [0, 1, 2, 3]),
+            (np.array([0, 2]), [0, 2], [0, 1, 2, 3]),
+            (np.int64(1), [1], [0, 1, 2, 3]),
+            ([True, False, True], [0, 2], [0, 1, 2, 3]),
+            ([], [], [0, 1, 2, 3]),
+            ((..., 2), [0, 1, 2], [2]),
+            ((0, [True, False, False, True]), [0], [0, 3]),
+            ((0, torch.tensor([False, True, True, False])), [0], [1, 2]),
+            ((0, torch.tensor([3, 1])), [0], [3, 1]),
+            ((slice(1), np.array(["d", "a"])), [0], [3, 0]),
+            ((0, slice(None, None, -2)), [0], [3, 1]),
+            ((0, ["d", -4]), [0], [3, 0]),
+            ((0, []), [0], []),
+        ],
+        ids=str,
+    )
+    def test_every_kind_of_index(self, key, rows, columns):
+        e = make()
+        assert torch.equal(e[key].maps, e.maps[rows][:, columns])
+        assert e[key].concepts == [NAMES[j] for j in columns]
+        assert torch.equal(e[key].target, e.target[rows])
+
+    @pytest.mark.parametrize(
+        "key",
+        [7, "stripes", (0, "z"), (0, 9), (0, 1, 2), "aa", 1.5, True, None, [0.5], {"a"}, ("a", "b"), torch.tensor(1.0)]
+        + [(0, 1.5), (0, True), (0, None), (0, [True, False]), [True], torch.tensor([[0, 1]]), (0, [0, None]), [3], -4]
+        + [slice(0, 1, 0)],
+        ids=str,
+    )
     def test_what_is_not_there(self, key):
         with pytest.raises(InputError):
             make()[key]
@@ -123,9 +160,11 @@ class TestSelection:
         scores = torch.tensor([[float("nan"), 0.5, 0.5, -1.0]])
         e = ConceptExplanation(NAMES, scores, torch.rand(1, T, 2, 2))
         assert e.top(4).concepts == ["b", "c", "d", "a"]
+        scores = torch.tensor([[float("nan"), -torch.inf, torch.inf, -1.0]])
+        assert ConceptExplanation(NAMES, scores, torch.rand(1, T, 2, 2)).top(4).concepts == ["c", "d", "b", "a"]
 
     def test_top_refuses(self):
-        for arguments in ({"k": 0}, {"k": 1, "by": "maps"}):
+        for arguments in ({"k": 0}, {"k": 1.5}, {"k": "2"}, {"k": 1, "by": "maps"}):
             with pytest.raises(InputError):
                 make().top(**arguments)
         with pytest.raises(InputError, match="no contributions"):
@@ -142,6 +181,16 @@ class TestFiles:
     def test_no_example_and_missing_parts(self, tmp_path: Path):
         e = make(contributions=None, target=None)[:0]
         assert_equal(ConceptExplanation.load(e.save(tmp_path / "e")), e)
+
+    def test_tensors_that_share_memory(self, tmp_path: Path):
+        both = torch.rand(N, T)
+        for e in (make(scores=both, contributions=both), make(scores=torch.rand(1, T).expand(N, T))):
+            assert_equal(ConceptExplanation.load(e.save(tmp_path / "e")), e)
+
+    def test_a_bad_device_is_not_blamed_on_the_file(self, tmp_path: Path):
+        with pytest.raises(RuntimeError) as caught:
+            ConceptExplanation.load(make().save(tmp_path / "e"), device="nope")
+        assert not isinstance(caught.value, ArtifactError)
 
     def test_a_failed_save_leaves_the_old_file_and_no_part(self, tmp_path: Path, monkeypatch):
         path = make().save(tmp_path / "e.safetensors")

@@ -16,7 +16,13 @@ NAMES = ["sky", "sea", "sand"]
 @pytest.mark.parametrize(
     "target",
     [1, -2, np.int64(1), torch.tensor(1), torch.tensor([1]), (1,), [1, 1], [(1,), (1,)], torch.tensor([1, 1]), "sea"]
-    + [["sea", 1], [torch.tensor(1), torch.tensor(1)]],
+    + [
+        ["sea", 1],
+        [torch.tensor(1), torch.tensor(1)],
+        np.array(1),
+        np.array([1, 1]),
+        torch.tensor([1], dtype=torch.uint8),
+    ],
     ids=str,
 )
 def test_every_form_of_index_one(target):
@@ -26,7 +32,8 @@ def test_every_form_of_index_one(target):
 @pytest.mark.parametrize(
     "target",
     [3, -4, [0], [0, 1, 2], [], torch.tensor([[0, 1]]), 1.0, torch.tensor(1.0), (0, 1), "see", ["sea", "lake"], True]
-    + [None, [None, 1], {"a": 1}],
+    + [None, [None, 1], {"a": 1}, np.array([0.0, 1.0]), [torch.tensor(1.0), 0], [torch.tensor([0, 1]), 1]]
+    + [torch.tensor([True, False]), [[0], [1]]],
     ids=str,
 )
 def test_bad_indices(target):
@@ -61,3 +68,8 @@ def test_select_output_of_more_dimensions():
 def test_bad_targets_of_outputs(target):
     with pytest.raises(TargetError, match=r"\(2, 12\)"):
         select_output(OUTPUT, target)
+
+
+def test_an_output_that_is_no_tensor():
+    with pytest.raises(TargetError, match="the model returns tuple; wrap it"):
+        select_output((OUTPUT,), 1)
