@@ -119,7 +119,7 @@ class Rows:
 
 
 def as_rows(
-    X: Any,  # noqa: N803
+    X: Any,
     y: Any,
     *,
     sample_weight: Any = None,

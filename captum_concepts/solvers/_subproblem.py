@@ -10,7 +10,6 @@ from torch import Tensor
 from captum_concepts.solvers._metric import SecantMetric
 from captum_concepts.solvers.penalty import ElasticNet, soft_threshold
 
-
 # Accelerated steps find the nonzeros quickly and their values slowly where columns are correlated; a linear system
 # gives the values at once.
 _POLISH_EVERY = 20

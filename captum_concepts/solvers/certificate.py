@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError
-from captum_concepts.solvers._objective import Evaluation, Objective, Reducer
+from captum_concepts.solvers._objective import Evaluation, Objective
 from captum_concepts.solvers._rows import as_rows
+from captum_concepts.solvers._statistics import Reducer
 from captum_concepts.solvers.loss import TIGHT_TAU
 from captum_concepts.solvers.penalty import ElasticNet
 
@@ -100,7 +101,7 @@ def _maximise(bound: Any, penalty: ElasticNet, direction: Tensor) -> float:
 
 
 def elastic_net_certificate(
-    X: Any,  # noqa: N803
+    X: Any,
     y: Any,
     weight: Tensor,
     bias: Tensor,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning
-from captum_concepts.solvers._objective import Objective, Reducer
+from captum_concepts.solvers._objective import Objective
 from captum_concepts.solvers._quasi_newton import Outcome, ProximalQuasiNewton
 from captum_concepts.solvers._rows import as_rows
+from captum_concepts.solvers._statistics import Reducer
 from captum_concepts.solvers.certificate import params_from
 from captum_concepts.solvers.penalty import ElasticNet
 
@@ -22,7 +23,7 @@ from captum_concepts.solvers.penalty import ElasticNet
 _EMPTY_CLASS_DEPTH = 40.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ElasticNetResult:
     """A fitted linear classifier and the proof of how good it is.
 
@@ -66,14 +67,14 @@ class ElasticNetResult:
         weight = self.weight / self.feature_std.to(self.weight)
         return weight, self.bias - weight @ self.feature_mean.to(weight)
 
-    def decision_function(self, X: Tensor) -> Tensor:  # noqa: N803
+    def decision_function(self, X: Tensor) -> Tensor:
         """Logits (N, K) or (N, 1) of features (N, D) as they were given to the fit."""
         weight, bias = self.raw()
         return X.to(weight) @ weight.T + bias
 
 
 def fit_elastic_net(
-    X: Any,  # noqa: N803
+    X: Any,
     y: Any,
     lam: float,
     *,
@@ -146,12 +147,18 @@ def fit_elastic_net(
     penalty = ElasticNet(lam, alpha)
     start = objective.null_params() if warm_start is None else _warm(objective, warm_start)
     return solve_problem(
-        ProximalQuasiNewton(objective), penalty, start, loss=loss, tol=tol, max_iter=max_iter, show_progress=show_progress
+        ProximalQuasiNewton(objective),
+        penalty,
+        start,
+        loss=loss,
+        tol=tol,
+        max_iter=max_iter,
+        show_progress=show_progress,
     )
 
 
 def lambda_max(
-    X: Any,  # noqa: N803
+    X: Any,
     y: Any,
     alpha: float = 0.99,
     *,
@@ -194,7 +201,7 @@ def largest_lambda(objective: Objective, alpha: float) -> float:
 
 
 def open_problem(
-    X: Any,  # noqa: N803
+    X: Any,
     y: Any,
     *,
     num_classes: int | None,
@@ -272,8 +279,8 @@ def _why(outcome: Outcome, tol: float, null_value: float) -> str:
     gap, slope, n = outcome.certificate.gap, outcome.certificate.violation, outcome.n_iter
     if outcome.reason == "separable":
         return (
-            "without a penalty (lam=0) these rows have no optimum: the classes can be separated, so the loss falls to 0 "
-            f"as the weights grow. Returned are weights that classify every row correctly, loss {gap:.3g}; use lam > 0"
+            "without a penalty (lam=0) these rows have no optimum: the classes can be separated, so the loss falls to "
+            f"0 as the weights grow. Returned are weights that classify every row correctly, loss {gap:.3g}; use lam > 0"
         )
     reached = f"duality gap {gap:.3g} (asked: {tol * null_value:.3g}), optimality violation {slope:.3g}"
     if outcome.reason == "max_iter":

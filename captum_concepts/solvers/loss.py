@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 #: Where between labels (0) and predictions (1) the second chord of the dual bound is taken.
 TIGHT_TAU = 0.99
@@ -90,8 +90,8 @@ class MultinomialLoss(Loss):
 
     >>> import torch
     >>> loss = MultinomialLoss(2)
-    >>> float(loss.terms(torch.zeros(3, 2), torch.tensor([0, 1, 1]), None).value / 3)  # log 2
-    0.693147...
+    >>> round(float(loss.terms(torch.zeros(3, 2), torch.tensor([0, 1, 1]), None).value / 3), 4)  # log 2
+    0.6931
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -145,8 +145,8 @@ class LogisticLoss(Loss):
 
     >>> import torch
     >>> loss = LogisticLoss()
-    >>> float(loss.terms(torch.zeros(2, 1), torch.tensor([0, 1]), None).value / 2)  # log 2
-    0.693147...
+    >>> round(float(loss.terms(torch.zeros(2, 1), torch.tensor([0, 1]), None).value / 2), 4)  # log 2
+    0.6931
     """
 
     num_classes = 2
@@ -191,9 +191,7 @@ class LogisticLoss(Loss):
         return _mixture(rho, residual_mean, positive, lambda u: float((xlogy(u, u) + xlogy(1 - u, 1 - u)).sum()))
 
 
-def _mixture(
-    rho: float, residual: Tensor, fractions: Tensor, negentropy: Callable[[Tensor], float]
-) -> BiasMixture:
+def _mixture(rho: float, residual: Tensor, fractions: Tensor, negentropy: Callable[[Tensor], float]) -> BiasMixture:
     if rho <= 0:
         return BiasMixture(0.0, fractions, negentropy(fractions))
     u = (fractions - residual / rho).clamp(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -42,13 +43,13 @@ def mean_nonzeros(result: ElasticNetResult) -> float:
 
 
 def elastic_net_path(
-    X: Any,  # noqa: N803
+    X: Any,
     y: Any,
     *,
     lams: Sequence[float] | None = None,
     nonzeros_per_class: float | None = None,
     n_lams: int = 30,
-    lam_ratio: float = 1e-3,
+    lam_ratio: float | None = None,
     alpha: float = 0.99,
     num_classes: int | None = None,
     tol: float = 1e-4,
@@ -67,9 +68,12 @@ def elastic_net_path(
         X, y, alpha, num_classes, tol, loss, sample_weight, standardize, max_iter, chunk_size, device, process_group: as
             in :func:`~captum_concepts.solvers.fit_elastic_net`.
         lams: the strengths; solved from the largest down, returned in the order given. None takes ``n_lams`` values
-            in geometric steps from :func:`~captum_concepts.solvers.lambda_max` to ``lam_ratio`` times that.
+            in geometric steps from :func:`~captum_concepts.solvers.lambda_max` to ``lam_ratio`` times that (None:
+            1e-3, or 1e-6 where ``nonzeros_per_class`` ends the path on its own).
         nonzeros_per_class: stop once the mean number of nonzero weights of a class has passed this, then bisect
-            between the two neighbours until it is hit within 10 %; ``.selected`` is the nearest point.
+            between the two neighbours until it is hit within 10 %; ``.selected`` is the nearest point. With K softmax
+            vectors some class has weight zero for nearly every feature (a shift of all classes changes nothing but
+            the penalty), so more than ``D (K - 1) / K`` cannot be reached.
         n_lams, lam_ratio: shape of the default path.
         show_progress: show a progress bar of the points.
 
@@ -90,6 +94,8 @@ def elastic_net_path(
     >>> path.target_met, path.selected.nonzeros.tolist()
     (True, [1, 1, 1, 1])
     """
+    if lam_ratio is None:
+        lam_ratio = 1e-3 if nonzeros_per_class is None else 1e-6
     _check_path(lams, nonzeros_per_class, n_lams, lam_ratio)
     objective = open_problem(
         X, y, num_classes=num_classes, loss=loss, sample_weight=sample_weight, standardize=standardize,
@@ -113,7 +119,9 @@ def elastic_net_path(
 
     def at(lam: float) -> ElasticNetResult:
         nonlocal params
-        result = solve_problem(solver, ElasticNet(lam, alpha), params, loss=loss, tol=tol, max_iter=max_iter, stacklevel=5)
+        result = solve_problem(
+            solver, ElasticNet(lam, alpha), params, loss=loss, tol=tol, max_iter=max_iter, stacklevel=4
+        )
         params = solver.last_params
         done[lam] = result
         return result
@@ -145,7 +153,7 @@ def _bisect(done: dict[float, ElasticNetResult], at: Any, target: float) -> None
             return
         order = [done[lam] for lam in sorted(done, reverse=True) if lam > 0]
         bracket = next(
-            ((a, b) for a, b in zip(order, order[1:], strict=False) if mean_nonzeros(a) < target < mean_nonzeros(b)),
+            ((a, b) for a, b in itertools.pairwise(order) if mean_nonzeros(a) < target < mean_nonzeros(b)),
             None,
         )
         if bracket is None or bracket[0].lam < bracket[1].lam * (1 + 1e-9):
