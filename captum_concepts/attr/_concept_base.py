@@ -126,7 +126,9 @@ class ConceptMaps(LayerAttribution):
         """
         h = seen.embedding.detach()
         space = self._space(h)
-        chunk = max(1, self.chunk_size // len(h))
+        # Without a pass through the classifier, and without relevances, a row costs hardly anything.
+        room = self.chunk_size * 16 if seen.branch and only is not None else self.chunk_size
+        chunk = max(1, room // len(h))
         derive = seen.derivatives(index.shape[1], chunk=chunk, evidence=fused, only=only)
         contrast = regions.CONTRAST if fused else 0.0
         for part in index.to(h.device).split(chunk, 1):
