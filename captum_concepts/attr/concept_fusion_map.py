@@ -54,7 +54,10 @@ class ConceptFusionMap(ConceptMaps):
             layer they agree.
         layer: where maps come from. ``"auto"``: each concept's most relevant layer (published); an index into (or a
             member of) ``layers``; ``"fused"``: all layers, see below.
-        n_channels: K, channels taken away for relevance and contribution.
+        n_channels: K, channels taken away for relevance and contribution. A layer of little more than K channels loses
+            nearly everything, whatever the concept: in a narrow network take fewer, or ``layer=-1`` (on scenes with
+            a planted ground, a biased network's largest contribution is the ground's in 69 % at the last layer, an
+            unbiased one's in 6 %; with 20 of a first layer's 24 channels taken, in 43 % and 36 %).
         fill: what a channel is replaced by in the classifier: ``"layer_mean"`` (the mean of the layer's pooled vector),
             ``"channel_mean"`` (its own mean, which keeps the pooled value) or ``"zero"``.
         chunk_size: bound of images, and of images x concepts, in flight at once. Results do not depend on it beyond
