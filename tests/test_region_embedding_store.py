@@ -84,7 +84,9 @@ def algorithm_1(images, encoder, prompt, text):
     return p
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, RegionPrompt("crop", (3, 2), 5), RegionPrompt("blur", 2, 6)], ids=str)
+@pytest.mark.parametrize(
+    "prompt", [PROMPT, RegionPrompt("crop", (3, 2), 5), RegionPrompt("blur", 2, 6)], ids=lambda p: p.kind
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.float32, 1e-6)])
 def test_p_is_that_of_algorithm_1(tmp_path, prompt, dtype, tolerance):
     encoder = TinyEncoder().eval()
@@ -125,7 +127,9 @@ def test_reading_by_image_and_by_chunk(tmp_path):
 
 def test_words_need_the_encoder(tmp_path):
     store = build(tmp_path)
-    assert torch.equal(store.similarity(["abc"]).tensor(), store.similarity(TinyEncoder().encode_text(["abc"])).tensor())
+    assert torch.equal(
+        store.similarity(["abc"]).tensor(), store.similarity(TinyEncoder().encode_text(["abc"])).tensor()
+    )
     assert torch.equal(store.similarity("abc").tensor(), store.similarity(["abc"]).tensor())
     bare = RegionEmbeddingStore.open(tmp_path)
     with pytest.raises(InputError, match="encoder"):
@@ -216,15 +220,14 @@ def test_unusable_encoders_and_settings(tmp_path):
         RegionEmbeddingStore.build(tmp_path, pictures(2), object(), PROMPT)
     with pytest.raises(InputError, match=r"\(1, D\)"):
         build(tmp_path, encoder=Wrong(lambda x: x))
-    nan = Wrong(lambda x: x.mean((2, 3)) / (x.flatten(1).amax(1, keepdim=True) < 1 + (x.shape[0] == 1)))
+    nan = Wrong(lambda x: x.mean((2, 3)) / (x.flatten(1).amax(1, keepdim=True) < 1.2))
     images = pictures(5)
     images[3, 0, 10, 12] = 1.5
     with pytest.raises(InputError, match="image 3, place"):
         build(tmp_path, images, nan)
     for options in ({"batch_size": 0}, {"dtype": torch.bfloat16}, {"shard_rows": 0}):
-        if "shard_rows" not in options:
-            with pytest.raises(InputError):
-                build(tmp_path / "x", **options)
+        with pytest.raises(InputError):
+            build(tmp_path / "x", **options)
     with pytest.raises(InputError, match="RegionPrompt"):
         build(tmp_path / "y", prompt="circle")
 
@@ -336,57 +339,53 @@ class TestInterruption:
                 return super().__getitem__(index)
 
         with pytest.raises(KeyError, match="file 11"):
-            build(tmp_path, Broken(pictures(19)))
-        build(tmp_path)
-        build(tmp_path.parent / "whole")
-        assert contents(tmp_path) == contents(tmp_path.parent / "whole")
+            build(tmp_path / "resumed", Broken(pictures(19)))
+        assert (tmp_path / "resumed" / "shard-00001.safetensors").exists()  # what was computed is kept
+        build(tmp_path / "resumed")
+        build(tmp_path / "whole")
+        assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed processes are forks")
     def test_kill_9_at_random_moments(self, tmp_path):
-        kills = int(os.environ.get("CAPTUM_CONCEPTS_KILLS", "4"))
-        whole = tmp_path / "whole"
-        build(whole, pictures(60), shard_rows=3, batch_size=5)
-        path, done = tmp_path / "killed", 0
-        code = (
-            "import sys, time, torch\n"
+        """CAPTUM_CONCEPTS_KILLS sets how many; every third time the builder is let through to the end."""
+        kills = int(os.environ.get("CAPTUM_CONCEPTS_KILLS", "6"))
+        options = {"shard_rows": 2, "batch_size": 5}
+        build(tmp_path / "whole", pictures(60), **options)
+        expected, path, rng = contents(tmp_path / "whole"), tmp_path / "killed-0", random.Random(0)
+        server = (  # imports once, then forks a builder a line
+            "import os, sys, time, torch\n"
             f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
             "torch.set_num_threads(1)\n"
             "from test_region_embedding_store import TinyEncoder, build, pictures\n"
             "class Slow(TinyEncoder):\n"
             "    def encode_image(self, images):\n"
-            "        time.sleep(0.003)\n"
+            "        time.sleep(0.002)\n"
             "        return super().encode_image(images)\n"
             "Slow.__qualname__ = 'TinyEncoder'\n"
-            "print('ready', flush=True)\n"
             "for line in sys.stdin:\n"
-            "    build(line.strip(), pictures(60), Slow(), shard_rows=3, batch_size=5)\n"
+            "    pid = os.fork()\n"
+            "    if pid == 0:\n"
+            f"        build(line.strip(), pictures(60), Slow(), **{options!r})\n"
+            "        os._exit(0)\n"
+            "    print(pid, flush=True)\n"
+            "    print(os.waitpid(pid, 0)[1], flush=True)\n"
         )
-        rng = random.Random(0)
-        processes = [subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) for _ in range(2)]
-        try:
-            while done < kills:
-                process = processes.pop(0)
-                assert process.stdout.readline() == "ready\n"
+        interrupted = 0
+        command = [sys.executable, "-W", "ignore", "-c", server]
+        with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
+            for kill in range(1, kills + 1):
                 process.stdin.write(f"{path}\n")
                 process.stdin.flush()
-                time.sleep(rng.uniform(0.0, 0.35))
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                process.stdin.close()
-                process.stdout.close()
-                done += 1
-                processes.append(subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True))
-                if done % 3 == 0 and path.exists():  # now and then from a fresh start
-                    build(path, pictures(60), shard_rows=3, batch_size=5)
-                    assert contents(path) == contents(whole)
-                    path = tmp_path / f"killed-{done}"
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-                process.stdin.close()
-                process.stdout.close()
-        build(path, pictures(60), shard_rows=3, batch_size=5)
-        assert contents(path) == contents(whole)
+                pid = int(process.stdout.readline())
+                time.sleep(rng.uniform(0.0, 0.25))
+                os.kill(pid, signal.SIGKILL)  # a zombie at worst: its parent waits for it after our reading
+                interrupted += int(process.stdout.readline()) == signal.SIGKILL
+                if kill % 3 == 0 or kill == kills:
+                    build(path, pictures(60), **options)
+                    assert contents(path) == expected
+                    path = tmp_path / f"killed-{kill}"
+            process.stdin.close()
+        assert interrupted >= kills / 2
 
     @pytest.mark.parametrize("moment", range(0, 14))
     def test_stopped_at_every_write(self, tmp_path, monkeypatch, moment):
@@ -429,7 +428,7 @@ class TestDamage:
 
     def test_missing_shard(self, folder):
         (folder / "shard-00002.safetensors").unlink()
-        with pytest.raises(ArtifactError, match="shard-00002.*missing"):
+        with pytest.raises(ArtifactError, match=r"shard-00002.*missing"):
             RegionEmbeddingStore.open(folder)
 
     @pytest.mark.parametrize("place", [3, 20, 60, -400, -1])
@@ -454,7 +453,7 @@ class TestDamage:
         (folder / "shard-00000.safetensors").unlink()
         file = folder / "shard-00003.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
-        with pytest.raises(ArtifactError, match="other data|encoder"):
+        with pytest.raises(ArtifactError, match="other data"):
             RegionEmbeddingStore.repair(folder, pictures(19, seed=1), TinyEncoder(), batch_size=7)
         with pytest.raises(ArtifactError, match="encoder is"):
             RegionEmbeddingStore.repair(folder, pictures(19), TinyEncoder(seed=1), batch_size=7)
@@ -503,7 +502,7 @@ class TestDiskAndLocks:
             yield None
             return
         yield folder
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
     def test_full_disk(self, tmp_path, small_disk, monkeypatch):
         build(tmp_path / "whole", pictures(60), TinyEncoder(dim=128))
@@ -543,7 +542,7 @@ class TestDiskAndLocks:
             monkeypatch.setattr(Path, "open", lambda self, mode="r", *a, **k: _open_or(deny, self, mode, *a, **k))
         assert len(RegionEmbeddingStore.open(folder, verify=True)) == 7
         assert len(build(folder, pictures(7))) == 7  # finished: nothing to write
-        with pytest.raises(OSError, match=r"Read-only.*7 of 10 images are safe"):
+        with pytest.raises(OSError, match=r"Read-only.* 7 images are safe"):
             RegionEmbeddingStore.open(folder).extend(pictures(3, seed=1), TinyEncoder())
         with pytest.raises(OSError, match="Read-only"):
             build(folder / "new", pictures(7))
@@ -554,22 +553,25 @@ class TestDiskAndLocks:
             def encode_image(self, images):
                 if self.calls == 3 and not hasattr(self, "seen"):
                     with pytest.raises(ArtifactError, match=f"written by process {os.getpid()} on") as caught:
-                        build(tmp_path)
+                        build(tmp_path / "store")
                     self.seen = caught
                 return super().encode_image(images)
 
         Second.__qualname__ = "TinyEncoder"
         encoder = Second()
-        build(tmp_path, encoder=encoder)
+        build(tmp_path / "store", encoder=encoder)
         assert encoder.seen
-        build(tmp_path.parent / "alone")
-        assert contents(tmp_path) == contents(tmp_path.parent / "alone")
+        build(tmp_path / "alone")
+        assert contents(tmp_path / "store") == contents(tmp_path / "alone")
 
+    @pytest.mark.skipif(sys.platform == "win32", reason="the other process locks as POSIX does")
     def test_two_processes_at_once(self, tmp_path):
-        code = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-            "from captum_concepts.store.lock import FolderLock\n"
-            f"FolderLock({str(tmp_path)!r}).__enter__(); print('locked', flush=True); sys.stdin.read()"
+        code = (  # as lock.py does it, without the time its imports take
+            "import fcntl, json, os, sys\n"
+            f"file = open({str(tmp_path / '.lock')!r}, 'w')\n"
+            "fcntl.flock(file, fcntl.LOCK_EX)\n"
+            "file.write(json.dumps({'pid': os.getpid(), 'host': 'here'})); file.flush()\n"
+            "print('locked', flush=True); sys.stdin.read()"
         )
         process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
         try:
@@ -600,7 +602,7 @@ def _open_or(error, path, mode="r", *args, **kwargs):
 
 class TestExtension:
     def test_it_appends(self, tmp_path):
-        store = build(tmp_path, pictures(10))
+        store = build(tmp_path / "store", pictures(10))
         before = store.embeddings(slice(None))
         encoder = TinyEncoder()
         longer = store.extend(pictures(7, seed=1), encoder, batch_size=7)
@@ -608,11 +610,11 @@ class TestExtension:
         assert len(store) == 10
         assert encoder.calls == 2 + 4 + 3  # recognised twice; shards of 4 and 3 new images
         assert torch.equal(longer.embeddings(slice(10)), before)
-        alone = build(tmp_path.parent / "alone", pictures(7, seed=1))
+        alone = build(tmp_path / "alone", pictures(7, seed=1))
         assert torch.equal(longer.embeddings(slice(10, 17)), alone.embeddings(slice(None)))
         both = torch.cat([pictures(10), pictures(7, seed=1)])
         assert longer.verify(both)
-        assert len(build(tmp_path, both)) == 17
+        assert len(build(tmp_path / "store", both)) == 17
 
     @pytest.mark.parametrize("moment", range(0, 9))
     def test_stopped_at_every_write(self, tmp_path, monkeypatch, moment):
@@ -634,7 +636,7 @@ class TestExtension:
         monkeypatch.undo()
         manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
         if "extension" in manifest.get("info", {}):
-            with pytest.raises(ArtifactError, match="other data|extended by"):
+            with pytest.raises(ArtifactError, match="other data"):
                 RegionEmbeddingStore.extend_at(tmp_path / "b", pictures(11, seed=5), TinyEncoder(), batch_size=7)
             with pytest.raises(ArtifactError, match="extended by 11"):
                 RegionEmbeddingStore.extend_at(tmp_path / "b", pictures(4, seed=1), TinyEncoder(), batch_size=7)

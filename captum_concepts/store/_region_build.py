@@ -95,6 +95,8 @@ def build_part(
     """Embed this process' share; True once the store is whole."""
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1")
+    if shard_rows is not None and shard_rows < 1:
+        raise InputError(f"shard_rows={shard_rows} must be at least 1, or None")
     if not 0 <= rank < num_replicas:
         raise InputError(f"rank={rank} must lie in [0, num_replicas={num_replicas})")
     what, count = f"the store at {path}", len(pictures)
@@ -152,7 +154,7 @@ def extend(
     what, count = f"the store at {path}", len(pictures)
     made_from, probed = origin(encoder, prompt, pictures.shape, dtype), probe(encoder, pictures.shape)
     with ExitStack() as stack:
-        with _explained(path, count):
+        with _explained(path, None):
             stack.enter_context(FolderLock(path, "the store at"))
         manifest = _read_manifest(path)
         if manifest is None:
@@ -165,7 +167,7 @@ def extend(
             raise ArtifactError(
                 f"{what} is being extended by {started['images']} images, not {count}; finish that extension first"
             )
-        with _explained(path, count):
+        with _explained(path, None):
             writer = ShardWriter(path, made_from, shard_rows=manifest["info"]["shard_rows"])
         first = writer.rows if started is None else started["first"]
         if writer.rows > first:
@@ -232,7 +234,7 @@ def _check_count(manifest: Mapping[str, Any], count: int, what: str) -> None:
 
 
 @contextmanager
-def _explained(path: Path, count: int) -> Iterator[None]:
+def _explained(path: Path, count: int | None) -> Iterator[None]:
     """Say with an error of the file system what is safe and what to do."""
     try:
         yield
@@ -246,7 +248,7 @@ def _explained(path: Path, count: int) -> Iterator[None]:
         rows = sum(shard["rows"] for shard in manifest["shards"]) if manifest else 0
         raise OSError(
             error.errno,
-            f"{error.strerror}: the store at {path} cannot be written. {rows} of {count} images are safe in it; make "
-            "room or give the right to write, then make the same call again to go on",
+            f"{error.strerror}: the store at {path} cannot be written. {rows}{'' if count is None else f' of {count}'} "
+            "images are safe in it; make room or give the right to write, then make the same call again to go on",
             error.filename,
         ) from error

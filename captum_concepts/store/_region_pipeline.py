@@ -84,9 +84,9 @@ def embed_spans(
         thread.start()
     try:
         _encode(batches, results, encoder, prompt, device, stop, _bar(spans, show_progress))
+    finally:  # also after an error: what is computed is written before it goes on
         _put(results, None, stop)
         threads[1].join()
-    finally:
         stop.set()
         for thread in threads:
             thread.join()
@@ -127,18 +127,20 @@ def _encode(
 ) -> None:
     waiting: tuple[Tensor, list[int]] | None = None
     with evaluation_mode(module_of(encoder)), progress:
-        while (batch := _get(batches, stop)) is not None:
-            if isinstance(batch, _Failure):
-                raise batch.error
-            images = batch.images if device.type == "cpu" else batch.images.to(device, non_blocking=True)
-            views = images if batch.drawn else prompt.draw_cells(images, batch.which, batch.cells)
-            embedding = check_embedding(encoder.encode_image(views), len(batch.cells))
-            if waiting is not None:  # one batch late: an accelerator is given work before its last result is awaited
+        try:
+            while (batch := _get(batches, stop)) is not None:
+                if isinstance(batch, _Failure):
+                    raise batch.error
+                images = batch.images if device.type == "cpu" else batch.images.to(device, non_blocking=True)
+                views = images if batch.drawn else prompt.draw_cells(images, batch.which, batch.cells)
+                embedding = check_embedding(encoder.encode_image(views), len(batch.cells))
+                if waiting is not None:  # one batch late: an accelerator gets work before its last result is awaited
+                    _put(results, (waiting[0].cpu(), waiting[1]), stop)
+                waiting = embedding, batch.digests
+                progress.update(len(batch.digests))
+        finally:
+            if waiting is not None:
                 _put(results, (waiting[0].cpu(), waiting[1]), stop)
-            waiting = embedding, batch.digests
-            progress.update(len(batch.digests))
-        if waiting is not None:
-            _put(results, (waiting[0].cpu(), waiting[1]), stop)
 
 
 def check_embedding(embedding: Any, count: int) -> Tensor:
