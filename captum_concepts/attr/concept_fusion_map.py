@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,8 @@ from captum_concepts._captum import log_usage
 from captum_concepts.activations import check_images, gradients_enabled, layer_name
 from captum_concepts.activations.capture import Inputs, Layer
 from captum_concepts.attr import _concept_ablation as ablation
-from captum_concepts.attr import _concept_file as concept_file
-from captum_concepts.attr._concept_base import ConceptMaps, check_concepts, check_layers, class_indices
-from captum_concepts.attr._concept_fit import encode_words, train_translator
+from captum_concepts.attr._concept_base import check_concepts, check_layers, class_indices
+from captum_concepts.attr._concept_scores import ConceptScores
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import ConceptExplanation
 
@@ -25,7 +22,7 @@ PROBABILITIES = ("softmax", "sigmoid")
 GRADIENTS = ("total", "branch")
 
 
-class ConceptFusionMap(ConceptMaps):
+class ConceptFusionMap(ConceptScores):
     r"""What, where and how much: zero-shot concepts of a classifier in one-to-one correspondence (CE-FAM).
 
     A translator h maps the pooled activations :math:`z^l` of the classifier's layers to the embedding of an
@@ -153,95 +150,6 @@ class ConceptFusionMap(ConceptMaps):
                 stacklevel=2,
             )
 
-    @classmethod
-    def fit(
-        cls,
-        forward_func: Callable[..., Any],
-        layers: Sequence[Layer],
-        encoder: Any,
-        data: Any,
-        concepts: Sequence[str] | None = None,
-        *,
-        similarity_weight: float = 1e-3,
-        hidden: Sequence[int] | None = None,
-        batch_size: int = 32,
-        image_size: int = 224,
-        model_transform: Callable[[Tensor], Tensor] | None = None,
-        encoder_transform: Callable[[Tensor], Tensor] | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        memory_budget: int = 2**30,
-        training: dict[str, Any] | None = None,
-        show_progress: bool = False,
-        **options: Any,
-    ) -> ConceptFusionMap:
-        """Train a translator from the classifier to ``encoder``, without labels.
-
-        Args:
-            forward_func, layers: as in the constructor.
-            encoder: any object with ``encode_image(images) -> (N, D)``, ``encode_text(list) -> (T, D)``,
-                ``logit_scale`` and ``logit_bias``.
-            data: images: a tensor ``(n, 3, H, W)``, a Dataset or DataLoader of images or tuples that begin with one,
-                or a folder. Rows are read in the data set's order.
-            concepts: words that the similarity loss uses and the result starts with; None trains on embeddings alone
-                and leaves the words to :meth:`with_concepts`.
-            similarity_weight: of the similarity loss; 0 leaves it out.
-            hidden: of the translator.
-            batch_size: images a forward pass.
-            image_size: side to which files of a folder are cut.
-            model_transform, encoder_transform: applied to each batch of images for the classifier, for the encoder,
-                where they want different preprocessing.
-            cache_dir: keep activations and embeddings there; a killed run goes on, another fit reuses them. A cache of
-                another model, encoder, layer or data is refused.
-            memory_budget: bytes of cached rows above which they go to disk by themselves.
-            training: arguments of :func:`~captum_concepts.models.fit_translator`: ``optimizer``, ``epochs``,
-                ``batch_size``, ``lr``, ``seed``, ...
-            options: of the constructor.
-
-        Under ``torchrun`` every process reads its share of the data, and all take the same steps.
-
-        Returns:
-            The fitted map, with ``history_``.
-
-        Raises:
-            InputError: no data, or a word the encoder does not know (named).
-            ArtifactError: a foreign cache.
-
-        Warns:
-            ConvergenceWarning: the loss became NaN; the best weights so far are kept.
-        """
-        for name in ("logit_scale", "logit_bias"):
-            if name not in options and hasattr(encoder, name):
-                options[name] = float(getattr(encoder, name))
-        options.setdefault("probability", "sigmoid" if options.get("logit_bias") else "softmax")
-        names = None if concepts is None else list(concepts)
-        check_layers(forward_func, layers)
-        if names is not None:
-            check_concepts(names, None, None)
-        text = None if names is None else encode_words(encoder, names)
-        translator, history = train_translator(
-            forward_func,
-            layers,
-            encoder,
-            data,
-            text,
-            logit_scale=options.get("logit_scale", 100.0),
-            similarity_weight=similarity_weight,
-            hidden=hidden,
-            training={**(training or {}), "show_progress": show_progress},
-            batch_size=batch_size,
-            image_size=image_size,
-            model_transform=model_transform,
-            encoder_transform=encoder_transform,
-            cache_dir=cache_dir,
-            memory_budget=memory_budget,
-            layout=options.get("layout", "auto"),
-            prefix_tokens=options.get("prefix_tokens"),
-            show_progress=show_progress,
-        )
-        made = cls(forward_func, layers, translator, names, text, **options)
-        made.history_ = history
-        return made
-
     @log_usage()
     def attribute(
         self,
@@ -274,38 +182,6 @@ class ConceptFusionMap(ConceptMaps):
             for start, own, _, seen in self._passes(inputs, additional_forward_args, attribute_to_layer_input):
                 parts.append(self._maps(seen, index[start : start + len(seen.embedding)], own))
         return torch.cat(parts).detach().contiguous()
-
-    def logits(self, inputs: Inputs, additional_forward_args: Any = None) -> Tensor:
-        """``(N, T)`` logits S of the concepts, before softmax or sigmoid."""
-        self._names()
-        with torch.no_grad():
-            parts = [
-                self._space(seen.embedding).logits(seen.embedding)
-                for *_, seen in self._passes(inputs, additional_forward_args, gradient=False)
-            ]
-        return torch.cat(parts)
-
-    def scores(self, inputs: Inputs, additional_forward_args: Any = None) -> Tensor:
-        """``(N, T)`` *what*: probabilities in [0, 1], summing to 1 under a softmax."""
-        return self._probability(self.logits(inputs, additional_forward_args))
-
-    def relevance(self, inputs: Inputs, target: Any = None, additional_forward_args: Any = None) -> Tensor:
-        """``(N, T, L)`` how much each layer carries each concept (``(N, 1, L)`` for one target an example).
-
-        The mean over i = 1..K of the relative drop (S_0 - S_i) / S_0 of the concept's probability, where the i channels
-        of largest beta_k z_k are replaced, in the translator's input, by the mean of the layer's pooled vector.
-        """
-        batch = len(check_images(inputs)[0])
-        index = self._concept_index(target, batch)
-        parts = []
-        with gradients_enabled():
-            for start, _, _, seen in self._passes(inputs, additional_forward_args):
-                rows = [
-                    self._relevance(seen, betas, part)
-                    for part, betas, _ in self._chunks(seen, index[start : start + len(seen.embedding)])
-                ]
-                parts.append(torch.cat(rows, 1))
-        return torch.cat(parts).detach()
 
     def contribution(
         self,
@@ -408,46 +284,3 @@ class ConceptFusionMap(ConceptMaps):
             "fused" if fused else tuple(layers),
             self.get_name(),
         )
-
-    def with_concepts(self, names: Sequence[str], encoder: Any) -> ConceptFusionMap:
-        """The same translator with other words, without training.
-
-        Args:
-            names: unique names; the encoder may know any text.
-            encoder: the one the translator was fitted to.
-
-        Raises:
-            InputError: a word the encoder does not know (named), an empty or duplicate list, another width.
-        """
-        words = list(names)
-        check_concepts(words, None, None)
-        text = encode_words(encoder, words)
-        made = ConceptFusionMap(
-            self.forward_func, self.layers, self.translator, words, text, **self._options(), layer=self.layer
-        )
-        made.history_ = self.history_
-        return made
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write translator, words and settings into one safetensors file, atomically."""
-        return concept_file.save(path, self)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        forward_func: Callable[..., Any],
-        layers: Sequence[Layer] | None = None,
-    ) -> ConceptFusionMap:
-        """Read what :meth:`save` wrote.
-
-        Args:
-            path: the file.
-            forward_func: the same classifier.
-            layers: only where the saved names do not lead to them (modules of a plain function).
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ArtifactError: broken, or saved for another classifier or other layers.
-        """
-        return concept_file.load(path, cls, forward_func, layers)
