@@ -198,6 +198,8 @@ class RegionPrompt:
         height, width = x.shape[-2:]
         size = self.pixels(height, width)
         images, cells = images.to(x.device), cells.to(x.device)
+        if not len(cells):
+            return x.new_empty(0, *x.shape[1:])
         if self.kind == "circle":
             return _rings(self, height, width, x.device).paint(x[images], cells, x.new_tensor(self.colour).expand(1, 3))
         centres = self.centers(height, width).to(x.device)
