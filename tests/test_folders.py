@@ -106,6 +106,12 @@ class TestMaskFolder:
         with pytest.raises(InputError, match="'ignore' or 'background'"):
             MaskFolder(folder, unlabelled="drop")
 
+    def test_further_void_values(self, folder: Path):
+        save(folder / "masks" / "1.png", rectangle(255, 0, 0, 5, 5).astype(np.uint8))
+        data = MaskFolder(folder, unlabelled="background", void=[255])
+        assert (data[1].ignore.numpy() == (IDS[1] == 1)).all()
+        assert not data[0].ignore.any()
+
     def test_sequence_protocol(self, folder: Path):
         data = MaskFolder(folder)
         assert data[-1].name == "2.jpg"

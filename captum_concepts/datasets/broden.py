@@ -19,7 +19,6 @@ _TREE = """  ROOT/index.csv       image,split,ih,iw,sh,sw,color,object,part,mate
   ROOT/category.csv    name,first,last,count,frequency
   ROOT/images/...      the pictures, and PNGs of label numbers (R + 256 G) beside them"""
 _WHERE = "http://netdissect.csail.mit.edu/data/broden1_224.zip (also broden1_227, broden1_384)"
-_META = ("image", "split", "ih", "iw", "sh", "sw")
 
 
 class Broden(SegmentationDataset):
@@ -78,8 +77,11 @@ class Broden(SegmentationDataset):
         splits = sorted({row["split"] for row in rows})
         if split is not None and split not in splits:
             raise InputError(f"split={split!r} must be one of {splits}, as in {index}")
+        kept = ("image", *self.categories)
         self._rows = [
-            row for row in rows if split in (None, row["split"]) and any(row[name] for name in self.categories)
+            {name: row[name] for name in kept}
+            for row in rows
+            if split in (None, row["split"]) and any(row[name] for name in self.categories)
         ]
         names = {n: name for n, (name, kinds) in labels.items() if n and set(kinds) & set(self.categories)}
         super().__init__(names, **options)

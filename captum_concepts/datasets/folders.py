@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class MaskFolder(SegmentationDataset):
         root: the folder that holds the three.
         unlabelled: what pixels of value 0 are: ``"ignore"`` leaves them out of metrics, since nobody said what they
             show; ``"background"`` counts them as showing no concept.
+        void: further pixel values to ignore, such as 255 for borders.
         options: see :class:`SegmentationDataset`.
 
     Raises:
@@ -84,9 +86,11 @@ class MaskFolder(SegmentationDataset):
         (MaskFolder(1 images, 2 concepts), ('dog',), torch.Size([1, 30, 30]), 200)
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, unlabelled: str = "ignore", **options: Any) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], *, unlabelled: str = "ignore", void: Iterable[int] = (), **options: Any
+    ) -> None:
         self.root = Path(root)
-        self.void = unlabelled_ids(unlabelled)
+        self.void = unlabelled_ids(unlabelled) | frozenset(void)
         where = "your own masks; nothing is downloaded"
         classes = require(self.root / "classes.json", tree=_FOLDER_TREE, where=where)
         for part in ("images", "masks"):

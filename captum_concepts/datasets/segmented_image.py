@@ -100,6 +100,8 @@ class SegmentedBatch(_EvaluationItem):
 def collate_segmented(items: Sequence[SegmentedImage]) -> SegmentedBatch:
     """``collate_fn`` of a ``DataLoader`` over these data sets, for any number of concepts an image.
 
+    A batch whose images show no concept at all has R = 0 masks; ``data.pairs()`` never yields one.
+
     Raises:
         InputError: images of different sizes (give the data set ``size=``), or no items.
     """
