@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,15 +44,16 @@ class Scene(NamedTuple):
         ground: concept index of the ground.
     """
 
+    # Any: an int or a string in one scene, a tensor or a list in a batch.
     image: Tensor
-    label: int
+    label: Any
     masks: Tensor
-    caption: str
+    caption: Any
     presence: Tensor
     objects: Tensor
     object_masks: Tensor
     boxes: Tensor
-    ground: int
+    ground: Any
 
 
 class CaptionedScenes(Dataset[Scene]):
