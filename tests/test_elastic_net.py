@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning as SklearnConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from solver_reference import loss_and_gradient, objective, problem, proximal_gradient
-from torch import Tensor
 
 from captum_concepts.errors import ConvergenceWarning
 from captum_concepts.solvers import LogisticLoss, MultinomialLoss, fit_elastic_net, lambda_max
@@ -158,7 +157,7 @@ def test_loss_derivatives_match_finite_differences(loss):
     z = torch.randn(5, loss.num_outputs, generator=generator, dtype=torch.float64)
     y = torch.tensor([0, 1, 1, 0, 1])
     s = torch.tensor([1.0, 2.0, 0.5, 0.0, 1.0], dtype=torch.float64)
-    terms = loss.terms(z, y, s)
+    terms = loss.terms(z, y, s, curvature=True)
     h = 1e-5
     curvature = torch.zeros(loss.num_outputs, dtype=torch.float64)
     for i in range(5):
@@ -168,15 +167,15 @@ def test_loss_derivatives_match_finite_differences(loss):
             up, down = loss.terms(z + e, y, s).value, loss.terms(z - e, y, s).value
             assert terms.residual[i, k].item() == pytest.approx(((up - down) / (2 * h)).item(), abs=1e-8)
             curvature[k] += (up - 2 * terms.value + down) / h**2
-    torch.testing.assert_close(terms.curvature, curvature, atol=1e-4, rtol=0)
+    torch.testing.assert_close(terms.curvature.output, curvature, atol=1e-4, rtol=0)
 
 
 def test_extreme_logits_do_not_overflow():
     z = torch.tensor([[1e4, -1e4, 0.0]])
-    terms = MultinomialLoss(3).terms(z, torch.tensor([1]), None)
+    terms = MultinomialLoss(3).terms(z, torch.tensor([1]), None, curvature=True, dual=True)
     assert terms.value.item() == pytest.approx(2e4)
-    assert all(torch.isfinite(t).all() for t in terms if isinstance(t, Tensor))
-    terms = LogisticLoss().terms(torch.tensor([[1e4], [-1e4]]), torch.tensor([0, 0]), None, tight=True)
+    assert all(torch.isfinite(t).all() for t in (terms.residual, *terms.curvature, *terms.dual))
+    terms = LogisticLoss().terms(torch.tensor([[1e4], [-1e4]]), torch.tensor([0, 0]), None, dual=True)
     assert terms.value.item() == pytest.approx(1e4)
     assert torch.isfinite(terms.residual).all()
 

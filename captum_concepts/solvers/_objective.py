@@ -13,21 +13,28 @@ from torch import Tensor
 
 from captum_concepts.solvers._rows import Rows, accumulation_dtype
 from captum_concepts.solvers._statistics import Reducer, gather_statistics
-from captum_concepts.solvers.loss import LogisticLoss, Loss, LossTerms, MultinomialLoss
+from captum_concepts.solvers.loss import CurvatureTerms, LogisticLoss, Loss, MultinomialLoss
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Means and extremes that a certificate needs; see :class:`~captum_concepts.solvers.loss.DualTerms`."""
+
+    negentropy: float
+    negentropy_tight: float
+    margin: float
+    floor: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the rows at one point ``params``; see :class:`~captum_concepts.solvers.loss.LossTerms`."""
+    """Means over the rows at one point ``params`` (O, D + 1): value and gradient; moments and bound where asked for."""
 
     params: Tensor
     value: float
     gradient: Tensor
-    negentropy: float
-    negentropy_tight: float | None
+    bound: Bound | None
     curvature: Tensor
-    margin: float
-    floor: float
     moments: Tensor | None
     detail: str | None
 
@@ -105,7 +112,7 @@ class Objective:
         copies = {"shared": n_cols**2, "class": n_out * n_cols**2, "full": (n_out * n_cols) ** 2}
         return n / self.stride(detail) * copies[detail]
 
-    def evaluate(self, params: Tensor, *, detail: str | None = None, tight: bool = False) -> Evaluation:
+    def evaluate(self, params: Tensor, *, detail: str | None = None, dual: bool = False) -> Evaluation:
         """One pass over all rows at ``params`` (O, D + 1).
 
         Args:
@@ -113,7 +120,7 @@ class Objective:
             detail: also second moments of (x, 1), P = D + 1, from a regular sample of the rows: ``"shared"`` (P, P)
                 weighted by each row's curvature and divided by its mean; ``"class"`` (O, P, P), the diagonal blocks of
                 the Hessian; ``"full"`` (O P, O P), the Hessian.
-            tight: also the second point of the dual bound.
+            dual: also what the certificate needs.
         """
         acc, device = self.acc, self.rows.device
         n_out, n_cols = params.shape
@@ -133,54 +140,48 @@ class Objective:
         offset = 0
         self.n_passes += 1
         for x, y, s in self.rows:
-            terms = self.loss.terms(
-                torch.addmm(bias, x, weight.T), y, s, tight=tight, probability=detail in ("class", "full")
-            )
+            terms = self.loss.terms(torch.addmm(bias, x, weight.T), y, s, curvature=detail is not None, dual=dual)
             gradient[:, :-1] += terms.residual.T @ x
             gradient[:, -1] += terms.residual.sum(0, dtype=acc)
-            curvature += terms.curvature
             scalars[0] += terms.value
-            scalars[1] += terms.negentropy
-            if terms.negentropy_tight is not None:
-                scalars[2] += terms.negentropy_tight
-            ends = torch.minimum(ends, torch.stack([terms.margin, terms.floor]))
-            if moments is not None:
+            if terms.dual is not None:
+                scalars[1] += terms.dual.negentropy
+                scalars[2] += terms.dual.negentropy_tight
+                ends = torch.minimum(ends, torch.stack([terms.dual.margin, terms.dual.floor]))
+            if moments is not None and terms.curvature is not None:
+                curvature += terms.curvature.output
                 sample = slice(-offset % stride, None, stride)
                 part = torch.cat([x[sample], x.new_ones(x[sample].shape[0], 1)], 1)
                 share = x.new_ones(part.shape[0]) if s is None else s[sample]
-                scalars[3] += _add_moments(moments, part, share, terms, sample, detail)
+                scalars[3] += _add_moments(moments, part, share, terms.curvature, sample, detail)
             offset += x.shape[0]
         parts = [scalars, gradient, curvature] + ([moments] if moments is not None else [])
         reduced = self.reducer.sum(*parts)
-        ends = self.reducer.min(ends)
+        ends = self.reducer.min(ends) if dual else ends
         scalars, gradient, curvature = reduced[:3]
         total = self.stats.total_weight
-        value, negentropy, tight_value, share_sum = scalars.tolist()
+        value, negentropy, tight, share_sum = scalars.tolist()
+        bound = Bound(negentropy / total, tight / total, float(ends[0]), float(ends[1])) if dual else None
         return Evaluation(
             params=params,
             value=value / total,
             gradient=gradient / total,
-            negentropy=negentropy / total,
-            negentropy_tight=tight_value / total if tight else None,
+            bound=bound,
             curvature=curvature / total,
-            margin=float(ends[0]),
-            floor=float(ends[1]),
             moments=reduced[3] / max(share_sum, 1e-300) if moments is not None else None,
             detail=detail,
         )
 
 
 def _add_moments(
-    moments: Tensor, x: Tensor, weight: Tensor, terms: LossTerms, sample: slice, detail: str | None
+    moments: Tensor, x: Tensor, weight: Tensor, terms: CurvatureTerms, sample: slice, detail: str | None
 ) -> Tensor:
     """Add the second moments of some rows (m, P) in place; returns the sum of their weights."""
     if detail == "shared":
-        share = terms.row_curvature[sample].clamp_min(0)
+        share = terms.row[sample].clamp_min(0)
         part = x * share.sqrt()[:, None]
         moments += part.T @ part
         return share.sum()
-    if terms.probability is None:
-        raise RuntimeError("second moments by class need the probabilities")
     p = terms.probability[sample]
     n_out, n_cols = p.shape[1], x.shape[1]
     roots = (weight[:, None] * p * (1 - p)).clamp_min(0).sqrt()

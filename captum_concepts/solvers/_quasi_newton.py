@@ -93,7 +93,7 @@ class ProximalQuasiNewton:
         slope_target = tol * max(float(objective.null_gradient().abs().amax()), 1e-300)
         fresh = self._metric is None
         self._spent = 0.0
-        here = self._evaluate(start, detail=self._affordable(0, due=True) if fresh else None)
+        here = self._evaluate(start, detail=self._affordable(0, due=True) if fresh else None, dual=penalty.lam == 0)
         refresh = 1 if fresh else 4
         stalled = 0
         for iteration in range(max_iter + 1):
@@ -102,23 +102,23 @@ class ProximalQuasiNewton:
                 bar.update(int(iteration > 0))
                 bar.set_postfix(violation=f"{slope:.2g}", target=f"{slope_target:.2g}")
             if slope <= slope_target or iteration == max_iter:
-                if here.negentropy_tight is None:
-                    here = self._evaluate(here.params, tight=True)
+                if here.bound is None:
+                    here = self._evaluate(here.params, dual=True)
                 certificate = certify(objective, here, penalty)
                 if slope <= slope_target and (penalty.lam == 0 or certificate.gap <= gap_target):
                     return Outcome(here, certificate, iteration, True, "")
-            if penalty.lam == 0 and here.margin > 0:
+            if penalty.lam == 0 and here.bound is not None and here.bound.margin > 0:
                 return self._stop(here, penalty, iteration, "separable")
             if iteration == max_iter:
                 return self._stop(here, penalty, iteration, "max_iter")
             # The subproblem is worth solving only as well as the model is: loosely far away, tightly at the end.
             target = self._target(here, penalty)
-            near = slope <= 20 * slope_target
             due = iteration + 1 >= 2 * refresh
             if due:
                 refresh *= 2
             detail = self._affordable(iteration, due=due)
-            there, moved = self._line_search(here, target, penalty, detail=detail, tight=near)
+            dual = penalty.lam == 0 or slope <= 20 * slope_target
+            there, moved = self._line_search(here, target, penalty, detail=detail, dual=dual)
             if moved:
                 self._learn(here, there)
                 stalled = 0
@@ -128,7 +128,7 @@ class ProximalQuasiNewton:
                 self._pairs = []
                 if stalled == 2 and self._widen():
                     stalled = 0
-                    there = self._evaluate(here.params, detail=self._affordable(iteration, due=True), tight=True)
+                    there = self._evaluate(here.params, detail=self._affordable(iteration, due=True), dual=True)
                 elif stalled > 2:
                     return self._stop(here, penalty, iteration, "stalled")
             here = there
@@ -151,10 +151,10 @@ class ProximalQuasiNewton:
             return "class"
         return "shared" if due and (self._metric is None or isinstance(self._metric, KroneckerMetric)) else None
 
-    def _evaluate(self, params: Tensor, *, detail: str | None = None, tight: bool = False) -> Evaluation:
-        here = self.objective.evaluate(params, detail=detail, tight=tight)
-        scale = here.curvature.clamp_min(1e-6 * float(here.curvature.amax()) + 1e-30)
+    def _evaluate(self, params: Tensor, *, detail: str | None = None, dual: bool = False) -> Evaluation:
+        here = self.objective.evaluate(params, detail=detail, dual=dual)
         if here.moments is not None:
+            scale = here.curvature.clamp_min(1e-6 * float(here.curvature.amax()) + 1e-30)
             self._spent += self.objective.cost(detail)
             if detail == "shared":
                 self._metric = KroneckerMetric(scale, here.moments)
@@ -162,7 +162,9 @@ class ProximalQuasiNewton:
                 blocks = here.moments if here.moments.ndim == 3 else here.moments[None]
                 self._metric = BlockMetric(blocks, (params.shape[0], params.shape[1]))
         elif self._metric is None:
-            self._metric = DiagonalMetric(scale[:, None] * self.objective.second_moments())
+            fractions = self.objective.stats.fractions
+            spread = (fractions * (1 - fractions))[: params.shape[0]]
+            self._metric = DiagonalMetric(spread[:, None] * self.objective.second_moments())
         return here
 
     def _target(self, here: Evaluation, penalty: ElasticNet) -> Tensor:
@@ -206,7 +208,7 @@ class ProximalQuasiNewton:
         return torch.cat([used, used.new_ones(1)]).nonzero().flatten()
 
     def _line_search(
-        self, here: Evaluation, target: Tensor, penalty: ElasticNet, *, detail: str | None, tight: bool
+        self, here: Evaluation, target: Tensor, penalty: ElasticNet, *, detail: str | None, dual: bool
     ) -> tuple[Evaluation, bool]:
         start = here.params
         direction = target - start
@@ -221,7 +223,7 @@ class ProximalQuasiNewton:
         share = 1.0
         for _ in range(12):
             point = target if share == 1.0 else start + share * direction
-            there = self._evaluate(point, detail=detail if share == 1.0 else None, tight=tight)
+            there = self._evaluate(point, detail=detail if share == 1.0 else None, dual=dual)
             after = there.value + penalty.value(point[:, :-1])
             if expected < -slack and after <= value + 1e-4 * share * expected:
                 return there, True
@@ -250,6 +252,6 @@ class ProximalQuasiNewton:
         return True
 
     def _stop(self, here: Evaluation, penalty: ElasticNet, iteration: int, reason: str) -> Outcome:
-        if here.negentropy_tight is None:
-            here = self._evaluate(here.params, tight=True)
+        if here.bound is None:
+            here = self._evaluate(here.params, dual=True)
         return Outcome(here, certify(self.objective, here, penalty), iteration, False, reason)

@@ -53,19 +53,20 @@ def certify(objective: Objective, evaluation: Evaluation, penalty: ElasticNet) -
     """
     value = evaluation.value + penalty.value(evaluation.params[:, :-1])
     dual = 0.0  # the loss and the penalty are never negative
+    terms = evaluation.bound
+    if terms is None:
+        raise RuntimeError("a certificate needs an evaluation with dual=True")
     mix = objective.loss.bias_mixture(evaluation.gradient[:, -1], objective.stats.fractions)
     e = mix.share
     constant = mix.prediction[:, None] * objective.feature_mean - objective.moments
     direction = (1 - e) * evaluation.gradient[:, :-1] + e * constant
 
     def bound(tau: float) -> float:
-        if evaluation.negentropy_tight is None or tau <= TIGHT_TAU:
-            knee = 1.0 if evaluation.negentropy_tight is None else TIGHT_TAU
-            at_knee = evaluation.negentropy if evaluation.negentropy_tight is None else evaluation.negentropy_tight
-            own = at_knee * tau / knee
+        if tau <= TIGHT_TAU:
+            own = terms.negentropy_tight * tau / TIGHT_TAU
         else:
             share = (tau - TIGHT_TAU) / (1 - TIGHT_TAU)
-            own = (1 - share) * evaluation.negentropy_tight + share * evaluation.negentropy
+            own = (1 - share) * terms.negentropy_tight + share * terms.negentropy
         return -(1 - e) * own - e * tau * mix.negentropy - penalty.conjugate(tau * direction)
 
     if penalty.lam > 0:
@@ -138,7 +139,7 @@ def elastic_net_certificate(
     rows = as_rows(X, y, sample_weight=sample_weight, device=device, chunk_size=chunk_size)
     objective = Objective(rows, loss, num_classes, standardize=standardize, reducer=Reducer(process_group))
     params = params_from(objective, weight, bias)
-    return certify(objective, objective.evaluate(params, tight=True), penalty)
+    return certify(objective, objective.evaluate(params, dual=True), penalty)
 
 
 def params_from(objective: Objective, weight: Any, bias: Any) -> Tensor:

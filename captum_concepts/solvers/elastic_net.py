@@ -254,7 +254,7 @@ def solve_problem(
     params = here.params
     if len(objective.stats.present) < objective.stats.num_classes:
         full = params.new_zeros(objective.stats.num_classes, params.shape[1])
-        full[:, -1] = here.floor - _EMPTY_CLASS_DEPTH
+        full[:, -1] = (here.bound.floor if here.bound is not None else 0.0) - _EMPTY_CLASS_DEPTH
         full[objective.stats.present] = params
         params = full
     certificate = outcome.certificate
@@ -280,7 +280,7 @@ def _why(outcome: Outcome, tol: float, null_value: float) -> str:
     if outcome.reason == "separable":
         return (
             "without a penalty (lam=0) these rows have no optimum: the classes can be separated, so the loss falls to "
-            f"0 as the weights grow. Returned are weights that classify every row correctly, loss {gap:.3g}; use lam > 0"
+            f"0 as the weights grow. Returned weights classify every row correctly, loss {gap:.3g}; use lam > 0"
         )
     reached = f"duality gap {gap:.3g} (asked: {tol * null_value:.3g}), optimality violation {slope:.3g}"
     if outcome.reason == "max_iter":

@@ -24,24 +24,38 @@ class LossTerms(NamedTuple):
     Attributes:
         value: sum of s * loss, 0-d.
         residual: s * (p - onehot(y)), (m, O): the derivative of the sum by the logits.
-        negentropy: sum of s * sum_k p_k log p_k, 0-d: minus the dual objective at the residual.
-        negentropy_tight: the same at ``(1 - TIGHT_TAU) onehot(y) + TIGHT_TAU p``, or None where not asked for.
-        curvature: sum of s * p (1 - p) for each output, (O,): the diagonal of the Hessian in the logits.
-        row_curvature: s * sum_k p_k (1 - p_k), (m,): the trace of it for each row.
-        margin: smallest margin of a row with positive weight, 0-d; positive where every row is right.
-        floor: smallest log-sum-exp of a row, 0-d.
-        probability: p itself, (m, O), or None where not asked for.
+        curvature: what the shape of steps needs, or None where not asked for.
+        dual: what certificates need, or None where not asked for.
     """
 
     value: Tensor
     residual: Tensor
+    curvature: CurvatureTerms | None
+    dual: DualTerms | None
+
+
+class CurvatureTerms(NamedTuple):
+    """By the logits: ``output`` (O,) sums of s p (1 - p), ``row`` (m,) s sum_k p_k (1 - p_k), and p itself."""
+
+    output: Tensor
+    row: Tensor
+    probability: Tensor
+
+
+class DualTerms(NamedTuple):
+    """Sums for the dual bound, and the extremes of the chunk.
+
+    Attributes:
+        negentropy: sum of s * sum_k p_k log p_k, 0-d: minus the dual objective at the residual.
+        negentropy_tight: the same at ``(1 - TIGHT_TAU) onehot(y) + TIGHT_TAU p``.
+        margin: smallest margin of a row with positive weight, 0-d; positive where every row is right.
+        floor: smallest log-sum-exp of a row, 0-d.
+    """
+
     negentropy: Tensor
-    negentropy_tight: Tensor | None
-    curvature: Tensor
-    row_curvature: Tensor
+    negentropy_tight: Tensor
     margin: Tensor
     floor: Tensor
-    probability: Tensor | None = None
 
 
 class BiasMixture(NamedTuple):
@@ -60,9 +74,14 @@ class Loss(ABC):
 
     @abstractmethod
     def terms(
-        self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False, probability: bool = False
+        self, logits: Tensor, y: Tensor, weight: Tensor | None, *, curvature: bool = False, dual: bool = False
     ) -> LossTerms:
-        """The sums of one chunk; ``logits`` (m, O), ``y`` (m,) in 0..K-1, ``weight`` (m,) or None for ones."""
+        """The sums of one chunk; ``logits`` (m, O), ``y`` (m,) in 0..K-1, ``weight`` (m,) or None for ones.
+
+        Args:
+            logits, y, weight: the chunk.
+            curvature, dual: compute these as well; most passes of a solver need neither.
+        """
 
     @abstractmethod
     def null_bias(self, fractions: Tensor) -> Tensor:
@@ -99,34 +118,45 @@ class MultinomialLoss(Loss):
         self.num_outputs = num_classes
 
     def terms(
-        self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False, probability: bool = False
+        self, logits: Tensor, y: Tensor, weight: Tensor | None, *, curvature: bool = False, dual: bool = False
     ) -> LossTerms:
         acc = _wide(logits)
+        own_column = y[:, None]
         lse = torch.logsumexp(logits, 1)
+        own = logits.gather(1, own_column).squeeze(1)
         p = torch.exp(logits - lse[:, None])
-        own = logits.gather(1, y[:, None]).squeeze(1)
-        losses = lse - own
-        entropies = torch.linalg.vecdot(p, logits) - lse
-        # margin > 0 iff the own logit is the largest; p_y > 1/2 would be too strict for many classes
-        others = logits.scatter(1, y[:, None], float("-inf")).amax(1) if self.num_classes > 1 else own - 1
-        margins = own - others
-        tight_sum = None
-        if tight:
-            q = (p * TIGHT_TAU).scatter_add(1, y[:, None], torch.full_like(own, 1 - TIGHT_TAU)[:, None])
-            tight_sum = _dot(torch.special.xlogy(q, q).sum(1), weight, acc)
-        row_curvature = 1 - torch.linalg.vecdot(p, p)
+        value = _dot(lse - own, weight, acc)
+        second = self._curvature(p, weight, acc) if curvature else None
+        bound = self._dual(logits, lse, own, p, own_column, weight, acc) if dual else None
+        p.scatter_add_(1, own_column, torch.full_like(own, -1.0)[:, None])
+        return LossTerms(value, p if weight is None else p * weight[:, None], second, bound)
+
+    def _curvature(self, p: Tensor, weight: Tensor | None, acc: torch.dtype) -> CurvatureTerms:
+        spread = p - p * p
+        row = spread.sum(1)
         if weight is None:
-            curvature = p.sum(0, dtype=acc) - (p * p).sum(0, dtype=acc)
-        else:
-            curvature = (weight @ (p - p * p)).to(acc)
-            row_curvature = row_curvature * weight
-            margins = margins.masked_fill(weight == 0, float("inf"))
-        value, entropy = _dot(losses, weight, acc), _dot(entropies, weight, acc)
-        kept = p.clone() if probability else None
-        p.scatter_add_(1, y[:, None], torch.full_like(own, -1.0)[:, None])
-        if weight is not None:
-            p = p * weight[:, None]
-        return LossTerms(value, p, entropy, tight_sum, curvature, row_curvature, margins.amin(), lse.amin(), kept)
+            return CurvatureTerms(spread.sum(0, dtype=acc), row, p.clone())
+        return CurvatureTerms((weight @ spread).to(acc), row * weight, p.clone())
+
+    def _dual(
+        self,
+        logits: Tensor,
+        lse: Tensor,
+        own: Tensor,
+        p: Tensor,
+        own_column: Tensor,
+        weight: Tensor | None,
+        acc: torch.dtype,
+    ) -> DualTerms:
+        q = (p * TIGHT_TAU).scatter_add(1, own_column, torch.full_like(own, 1 - TIGHT_TAU)[:, None])
+        # Positive iff the own logit is the largest; p_y > 1/2 would be too strict for many classes.
+        margins = own - logits.scatter(1, own_column, float("-inf")).amax(1)
+        return DualTerms(
+            _dot(torch.linalg.vecdot(p, logits) - lse, weight, acc),
+            _dot(torch.special.xlogy(q, q).sum(1), weight, acc),
+            _smallest(margins, weight),
+            lse.amin(),
+        )
 
     def null_bias(self, fractions: Tensor) -> Tensor:
         return fractions.log()
@@ -153,30 +183,27 @@ class LogisticLoss(Loss):
     num_outputs = 1
 
     def terms(
-        self, logits: Tensor, y: Tensor, weight: Tensor | None, *, tight: bool = False, probability: bool = False
+        self, logits: Tensor, y: Tensor, weight: Tensor | None, *, curvature: bool = False, dual: bool = False
     ) -> LossTerms:
         acc = _wide(logits)
         z = logits.squeeze(1)
         t = y.to(z.dtype)
         soft = F.softplus(z)
         p = torch.sigmoid(z)
-        value = _dot(soft - t * z, weight, acc)
-        entropy = _dot(p * z - soft, weight, acc)
-        tight_sum = None
-        if tight:
+        second = bound = None
+        if curvature:
+            curve = p * (1 - p) if weight is None else p * (1 - p) * weight
+            second = CurvatureTerms(curve.sum(dtype=acc)[None], 2 * curve, p[:, None])
+        if dual:
             q = p * TIGHT_TAU + t * (1 - TIGHT_TAU)
-            tight_sum = _dot(torch.special.xlogy(q, q) + torch.special.xlogy(1 - q, 1 - q), weight, acc)
-        margins = (2 * t - 1) * z
-        curve = p * (1 - p)
-        residual = p - t
-        if weight is not None:
-            curve, residual = curve * weight, residual * weight
-            margins = margins.masked_fill(weight == 0, float("inf"))
-        curvature = curve.sum(dtype=acc)[None]
-        kept = p[:, None] if probability else None
-        return LossTerms(
-            value, residual[:, None], entropy, tight_sum, curvature, 2 * curve, margins.amin(), soft.amin(), kept
-        )
+            bound = DualTerms(
+                _dot(p * z - soft, weight, acc),
+                _dot(torch.special.xlogy(q, q) + torch.special.xlogy(1 - q, 1 - q), weight, acc),
+                _smallest((2 * t - 1) * z, weight),
+                soft.amin(),
+            )
+        residual = p - t if weight is None else (p - t) * weight
+        return LossTerms(_dot(soft - t * z, weight, acc), residual[:, None], second, bound)
 
     def null_bias(self, fractions: Tensor) -> Tensor:
         return (fractions[1:] / fractions[:1]).log()
@@ -204,3 +231,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _dot(values: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     return values.sum(dtype=dtype) if weight is None else (values.to(dtype) * weight.to(dtype)).sum()
+
+
+def _smallest(margins: Tensor, weight: Tensor | None) -> Tensor:
+    return (margins if weight is None else margins.masked_fill(weight == 0, float("inf"))).amin()
