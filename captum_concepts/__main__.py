@@ -22,6 +22,9 @@ EXPLAIN_EXAMPLES = (
   # a model without a classifier head: similarity to the prototypes of your classes, one folder of images each
   python -m captum_concepts explain photos/ --model resnet50 --weights FILE.safetensors --references classes/ \
       --output out
+  # which of your words it saw, where, and how much each moved the prediction
+  python -m captum_concepts explain photos/ --model resnet50 --weights pretrained --words "stripes, grass, sky" \
+      --encoder ViT-B-32 --encoder-weights openai --train images/ --explainer words.safetensors --output out
   # your own network: a function in a Python file that returns a torch.nn.Module taking RGB in [0, 1]
   python -m captum_concepts explain photos/ --model my_model.py:build --layer backbone.layer4 --output out
 
@@ -62,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--similarity", default="cosine", choices=("cosine", "dot", "euclidean"))
     explain.add_argument("--classes", metavar="FILE", help="names of the outputs: text, one a line, or a JSON list")
     explain.add_argument("--num-classes", type=int, help="outputs of the model, if the weights have another number")
+    words = explain.add_argument_group("words the model saw (CE-FAM)")
+    words.add_argument("--words", help="'stripes, grass, sky', or a file with one word a line")
+    words.add_argument("--encoder", help="image-text model: demo:clip, an open_clip name, or FILE.py:FUNCTION")
+    words.add_argument("--encoder-weights", help="local file or pretrained tag of an open_clip encoder")
+    words.add_argument("--train", metavar="DIR", help="images to train the translator on; no labels needed")
+    words.add_argument("--layers", help="layers the translator reads, separated by commas (default: four stages)")
+    words.add_argument("--explainer", metavar="FILE", help="keep the trained explainer here, and use it if it is there")
     explain.add_argument("--top-k", type=int, default=3, help="concepts shown an image (default: %(default)s)")
     explain.add_argument("--size", type=int, help="side of the input in pixels (default: the model's own)")
     explain.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from captum_concepts.__main__ import main
 from captum_concepts.commands.models import load_model, without_head
+from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.datasets.images import load_image
 from captum_concepts.errors import InputError
 
@@ -214,3 +215,60 @@ def test_real_network_and_photographs(shared_data, tmp_path, capsys):
     assert code == 0
     for entry in json.loads(capsys.readouterr().out)["explained"]:
         assert next(iter(entry["top"])) == Path(entry["image"]).stem
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    for i, image in enumerate(CaptionedScenes(40, seed=77, size=64).stack().image):
+        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
+    return folder
+
+
+class TestWords:
+    """`--words`: CE-FAM with a translator trained on a folder, kept in a file, and used with other words."""
+
+    def run(self, scenes: Path, out: Path, *more: str) -> int:
+        images = [str(scenes / "00.png"), str(scenes / "01.png")]
+        return main(["explain", *images, "--model", "demo:classifier", "--output", str(out), *more])
+
+    def test_train_keep_and_reuse(self, scenes, tmp_path, capsys):
+        file = tmp_path / "words.safetensors"
+        train = [
+            "--words",
+            "red, circle,wood",
+            "--encoder",
+            "demo:clip",
+            "--train",
+            str(scenes),
+            "--explainer",
+            str(file),
+        ]
+        assert self.run(scenes, tmp_path / "a", *train, "--json") == 0
+        first = json.loads(capsys.readouterr().out)
+        assert set(first["explained"][0]["contributions"]) == {"red", "circle", "wood"}
+        assert first["explained"][0]["target"] in CaptionedScenes(1, seed=0, size=64).classes
+        kept = file.read_bytes()
+        assert self.run(scenes, tmp_path / "b", "--explainer", str(file), "--json") == 0
+        again = json.loads(capsys.readouterr().out)
+        assert again["explained"][0]["top"] == pytest.approx(first["explained"][0]["top"], abs=1e-5)
+        other = ["--explainer", str(file), "--words", "star,snow", "--encoder", "demo:clip", "--json"]
+        assert self.run(scenes, tmp_path / "c", *other) == 0
+        assert set(json.loads(capsys.readouterr().out)["explained"][0]["top"]) == {"star", "snow"}
+        assert file.read_bytes() == kept
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--words", "red"], "--train DIR"),
+            (["--words", "red", "--train", "{scenes}"], "--words needs --encoder"),
+            (["--words", " , ", "--train", "{scenes}", "--encoder", "demo:clip"], "names no word"),
+            (["--words", "red,zebra", "--train", "{scenes}", "--encoder", "demo:clip"], "zebra"),
+            (["--words", "red,sky", "--train", "{scenes}", "--encoder", "ViT-B-32"], "--encoder-weights"),
+            (["--explainer", "missing.safetensors"], "no explainer file at missing.safetensors"),
+        ],
+    )
+    def test_what_is_missing_is_said(self, scenes, tmp_path, capsys, more, message):
+        more = [part.replace("{scenes}", str(scenes)) for part in more]
+        assert self.run(scenes, tmp_path / "out", *more) == 2
+        assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from captum_concepts.activations.capture import (
 )
 from captum_concepts.activations.layout import Layout, infer_layout
 from captum_concepts.activations.spatial import any_reading, spatial_activations
-from captum_concepts.errors import InputError, LayerError, LayoutError
+from captum_concepts.errors import InputError, InputWarning, LayerError, LayoutError
 
 
 @dataclass(frozen=True)
@@ -88,24 +89,48 @@ def suggest_layer(forward_func: Callable[..., Any], inputs: Tensor) -> str:
     Raises:
         LayerError: there is none.
     """
-    model = find_model(forward_func)
-    parents = {child: parent for parent in model.modules() for child in parent.children()} if model is not None else {}
-    sequences = (nn.Sequential, nn.ModuleList)
-    for layer in reversed(survey_layers(forward_func, inputs)):
-        module = resolve_layer(forward_func, layer.name)
-        if (
-            parents[module] is not model
-            and not isinstance(parents[module], sequences)
-            and not isinstance(module, sequences)
-        ):
-            continue
-        try:
-            with gradients_enabled():
-                seen = spatial_activations(forward_func, inputs[:1], [layer.name], gradient=True)
-                if seen.gradients(any_reading(seen.output))[0].any():
-                    return layer.name
-        except (LayerError, RuntimeError):
-            continue
+    for layer in reversed(_stages(forward_func, inputs)):
+        if _reaches(forward_func, inputs, layer.name):
+            return layer.name
     raise LayerError(
         "no stage of this model has a grid of positions that influence its output; choose a layer yourself"
     )
+
+
+def suggest_stages(forward_func: Callable[..., Any], inputs: Tensor, most: int = 4) -> list[str]:
+    """The last stage of each of the ``most`` coarsest grids, from fine to coarse; or some of one grid.
+
+    Raises:
+        LayerError: there is none.
+    """
+    last = suggest_layer(forward_func, inputs)
+    stages = _stages(forward_func, inputs)
+    stages = stages[: [layer.name for layer in stages].index(last) + 1]
+    ends = {layer.layout.grid: layer.name for layer in stages}
+    if len(ends) > 2:
+        return list(ends.values())[-most:]
+    same = [layer.name for layer in stages if layer.layout.grid == stages[-1].layout.grid]
+    step = max(len(same) // most, 1)
+    return same[::-1][::step][:most][::-1]
+
+
+def _stages(forward_func: Callable[..., Any], inputs: Tensor) -> list[SurveyedLayer]:
+    model = find_model(forward_func)
+    parents = {child: parent for parent in model.modules() for child in parent.children()} if model is not None else {}
+    sequences = (nn.Sequential, nn.ModuleList)
+    found = []
+    for layer in survey_layers(forward_func, inputs):
+        module = resolve_layer(forward_func, layer.name)
+        if parents[module] is model or isinstance(parents[module], sequences) or isinstance(module, sequences):
+            found.append(layer)
+    return found
+
+
+def _reaches(forward_func: Callable[..., Any], inputs: Tensor, name: str) -> bool:
+    try:
+        with gradients_enabled(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", InputWarning)
+            seen = spatial_activations(forward_func, inputs[:1], [name], gradient=True)
+            return bool(seen.gradients(any_reading(seen.output))[0].any())
+    except (LayerError, RuntimeError):
+        return False

@@ -40,6 +40,11 @@ class LayerVectors(LayerAttribution):
         self.batch_size = batch_size
         self._fitted: FittedVectors | None = None
 
+    @classmethod
+    def get_name(cls) -> str:
+        """Captum would spell the class's name "Spatial A C V"."""
+        return "Spatial ACV"
+
     @property
     def layer(self) -> Any:
         """The layer; a SpatialACV keeps the one it was made for."""

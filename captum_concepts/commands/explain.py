@@ -1,24 +1,22 @@
-"""`explain`: the user's images, the user's model, FeatureActivationMap, one picture an image."""
+"""`explain`: the user's images, the user's model, one picture an image."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_concepts.activations.survey import suggest_layer
-from captum_concepts.attr.feature_activation_map import FeatureActivationMap
-from captum_concepts.commands.models import LoadedModel, load_model, read_names, without_head
-from captum_concepts.datasets.images import class_folders, find_images, load_image
-from captum_concepts.errors import CaptumConceptsError, InputError
+from captum_concepts.commands.explainers import build_explainer, readable_images
+from captum_concepts.commands.models import load_model
+from captum_concepts.datasets.images import find_images
+from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
 
 
@@ -39,13 +37,20 @@ class ExplainSettings:
     num_classes: int | None = None
     batch_size: int = 8
     device: str = "cpu"
+    words: str | None = None
+    encoder: str | None = None
+    encoder_weights: str | None = None
+    train: str | None = None
+    layers: str | None = None
+    explainer: str | None = None
 
 
 def explain(settings: ExplainSettings) -> dict[str, Any]:
     """Explain every readable image and write ``NAME.png`` for each and ``explanations.json`` into the output folder.
 
-    With ``references`` (one folder a class) the model's embedding is compared with the class prototypes; without, the
-    model's own outputs are explained.
+    With ``words`` (or an ``explainer`` file) the words that the model saw are explained by CE-FAM; with ``references``
+    (one folder a class) the model's embedding is compared with the class prototypes by FAM; without either, the model's
+    own outputs are explained by FAM.
 
     Returns:
         ``{"explained": [...], "failed": [...], ...}``, as written to ``explanations.json``.
@@ -60,80 +65,38 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
     loaded.model.to(settings.device)
-    probe = torch.zeros(1, 3, loaded.size, loaded.size, device=settings.device)
     failed: list[dict[str, str]] = []
-    explainer = _explainer(settings, loaded, probe, failed)
-    report: dict[str, Any] = {"model": settings.model, "layer": explainer.layer, "explained": [], "failed": failed}
+    explainer = build_explainer(settings, loaded, failed)
+    report: dict[str, Any] = {"model": settings.model, "method": explainer.method, "layer": explainer.layer}
+    report |= {"explained": [], "failed": failed}
     pictures = _picture_names(paths)
     try:
         with tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None) as progress:
-            for names, images in _batches(paths, loaded.size, settings.batch_size, failed):
-                inputs = loaded.prepare(images).to(settings.device)
-                explanation = explainer.explain(inputs).to("cpu")
-                for path, image, one in zip(names, images, explanation, strict=True):
-                    top = one.top(settings.top_k)
-                    _draw(image, top, out / pictures[path], path.name, explainer.reference_names)
-                    scores = {name: round(float(s), 6) for name, s in zip(top.concepts, top.scores[0], strict=True)}
-                    report["explained"].append({"image": str(path), "picture": pictures[path], "top": scores})
-                progress.update(len(names))
+            for path, image in readable_images(paths, loaded.size, failed):
+                inputs = loaded.prepare(image[None]).to(settings.device)
+                explanation = explainer.explain(inputs, top_k=settings.top_k).to("cpu")
+                _draw(image, explanation, out / pictures[path], path.name, explainer.class_names)
+                report["explained"].append(
+                    {"image": str(path), "picture": pictures[path], **_entry(explanation, explainer.class_names)}
+                )
+                progress.update()
     finally:  # also after Ctrl-C: what was done is listed
         _write(out / "explanations.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
-def _explainer(
-    settings: ExplainSettings, loaded: LoadedModel, probe: Tensor, failed: list[dict[str, str]]
-) -> FeatureActivationMap:
-    model: nn.Module = loaded.model
-    if settings.references is None:
-        with torch.no_grad():
-            outputs = model(probe)
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-            raise InputError(f"{settings.model} does not give (N, classes); give --references DIR, one folder a class")
-        names = read_names(settings.classes) if settings.classes else loaded.classes
-        names = names or [f"output {k}" for k in range(outputs.shape[1])]
-        if len(names) != outputs.shape[1]:
-            raise InputError(f"{len(names)} class names for the {outputs.shape[1]} outputs of {settings.model}")
-        names = [name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names)]
-        references, similarity = torch.eye(outputs.shape[1], device=probe.device), "dot"
-    else:
-        model = without_head(model, probe)
-        names, rows = [], []
-        for name, files in class_folders(settings.references).items():
-            batches = list(_batches(files, loaded.size, settings.batch_size, failed))
-            if not batches:
-                raise InputError(f"no readable image in {Path(settings.references) / name}")
-            images = loaded.prepare(torch.cat([part for _, part in batches])).to(probe.device)
-            rows.append(
-                FeatureActivationMap.prototypes(model, images, [0] * len(images), batch_size=settings.batch_size)
-            )
-            names.append(name)
-        references, similarity = torch.cat(rows), settings.similarity
-    layer = settings.layer or suggest_layer(model, probe + 0.5)
-    if settings.references is None:
-        # The outputs are linear in what is read off them: gradient weights make this Grad-CAM without its ReLU.
-        return FeatureActivationMap(
-            model, layer, references, reference_names=names, similarity=similarity, weights="gradient"
-        )
-    return FeatureActivationMap(model, layer, references, reference_names=names, similarity=similarity)
-
-
-def _batches(
-    paths: Sequence[Path], size: int, batch_size: int, failed: list[dict[str, str]]
-) -> Iterator[tuple[list[Path], Tensor]]:
-    """Readable images in batches; the others go to ``failed`` and to stderr."""
-    names: list[Path] = []
-    images: list[Tensor] = []
-    for i, path in enumerate(paths):
-        try:
-            images.append(load_image(path, size))
-            names.append(path)
-        except CaptumConceptsError as error:
-            failed.append({"image": str(path), "reason": str(error)})
-            print(f"skipped: {error}", file=sys.stderr)
-        if images and (len(images) == batch_size or i == len(paths) - 1):
-            yield names, torch.stack(images)
-            names, images = [], []
+def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict[str, Any]:
+    """One image's line of ``explanations.json``."""
+    entry: dict[str, Any] = {
+        "top": {c: round(float(s), 6) for c, s in zip(explanation.concepts, explanation.scores[0], strict=True)}
+    }
+    if explanation.target is not None:
+        target = int(explanation.target[0])
+        entry["target"] = names[target] if names else target
+    if explanation.contributions is not None:
+        values = zip(explanation.concepts, explanation.contributions[0], strict=True)
+        entry["contributions"] = {c: round(float(v), 6) for c, v in values}
+    return entry
 
 
 def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:

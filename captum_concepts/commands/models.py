@@ -36,8 +36,8 @@ class LoadedModel:
 
     def prepare(self, images: Tensor) -> Tensor:
         """RGB in [0, 1] as the model wants it."""
-        mean = torch.tensor(self.mean).view(3, 1, 1)
-        return (images - mean) / torch.tensor(self.std).view(3, 1, 1)
+        mean, std = images.new_tensor(self.mean).view(3, 1, 1), images.new_tensor(self.std).view(3, 1, 1)
+        return (images - mean) / std
 
 
 def load_model(
@@ -68,14 +68,21 @@ def load_model(
 
 def _bundled(name: str) -> LoadedModel:
     from captum_concepts import demo
+    from captum_concepts.datasets import CaptionedScenes
 
     if name not in ("classifier", "vit"):
         raise InputError(f"no bundled model {name!r}; there are demo:classifier and demo:vit")
-    model = demo.load(name)
-    return LoadedModel(model, 64, classes=list(getattr(model, "classes", [])))
+    return LoadedModel(demo.load(name), 64, classes=CaptionedScenes(1, seed=0, size=64).classes)
 
 
 def _from_python(spec: str) -> nn.Module:
+    model = _call_python(spec)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec} returned {type(model).__name__}; it must return a torch.nn.Module")
+    return model
+
+
+def _call_python(spec: str) -> Any:
     path, _, function = spec.rpartition(":")
     file = Path(path)
     if not file.is_file():
@@ -89,10 +96,7 @@ def _from_python(spec: str) -> nn.Module:
     if not callable(make):
         hint = did_you_mean(function, [n for n in vars(module) if not n.startswith("_")])
         raise InputError(f"{path} has no function {function!r}.{hint}")
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{spec} returned {type(model).__name__}; it must return a torch.nn.Module")
-    return model
+    return make()
 
 
 def _from_zoo(name: str, weights: str | None, num_classes: int | None) -> LoadedModel:
@@ -141,6 +145,32 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> None:
     except Exception as error:  # every reader has its own family of exceptions; all mean the same here
         first = str(error).strip().splitlines()[:4]
         raise InputError(f"{path} does not hold weights of {name}: {' '.join(first)}") from error
+
+
+def load_encoder(name: str, weights: str | None = None) -> Any:
+    """An image-text encoder: ``demo:clip``, ``FILE.py:FUNCTION``, or an open_clip name with ``weights``.
+
+    Args:
+        name: as above; the function returns an object with ``encode_image`` and ``encode_text``.
+        weights: for an open_clip name: a local file, or a pretrained tag of open_clip (downloads).
+
+    Raises:
+        InputError: unknown, without weights, or no encoder.
+    """
+    if name == "demo:clip":
+        from captum_concepts import demo
+
+        return demo.load("clip")
+    if ".py:" in name:
+        made = _call_python(name)
+        if not (hasattr(made, "encode_image") and hasattr(made, "encode_text")):
+            raise InputError(f"{name} returned {type(made).__name__}; it needs encode_image and encode_text")
+        return made
+    if weights is None:
+        raise InputError(f"open_clip's {name} needs --encoder-weights: a local file, or a pretrained tag (downloads)")
+    from captum_concepts.vlm import OpenCLIPEncoder
+
+    return OpenCLIPEncoder.from_pretrained(name, weights)
 
 
 def without_head(model: nn.Module, image: Tensor) -> nn.Module:

@@ -34,6 +34,8 @@ def batches(data: Iterable[Any], batch_size: int, device: torch.device | str | N
     waiting: list[dict[str, Any]] = []
     for item in _items(data):
         parts = _parts(item)
+        if parts["inputs"].ndim == 4 and not len(parts["inputs"]):
+            continue  # a loader of regions yields an empty batch where no image shows a concept
         if parts["inputs"].ndim == 4:
             if waiting:
                 yield _collate(waiting, device)

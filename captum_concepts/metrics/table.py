@@ -38,10 +38,12 @@ class Samples:
 
     @classmethod
     def of(cls, total: Tensor, counted: Tensor, skipped: Tensor) -> Samples:
+        """From tensors on any device."""
         return cls(*(x.detach().cpu().double().numpy() for x in (total, counted, skipped)))
 
     @classmethod
     def join(cls, parts: Sequence[Samples]) -> Samples:
+        """Of several batches, in order."""
         return cls(*(np.concatenate([getattr(p, k) for p in parts]) for k in ("total", "counted", "skipped")))
 
 

@@ -1,0 +1,237 @@
+"""One run of the library on the embedded default: pictures, and a table of how well each map hits the exact mask."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_concepts import demo
+from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
+from captum_concepts.attr.feature_activation_map import FeatureActivationMap
+from captum_concepts.attr.spatial_acv import SpatialACV
+from captum_concepts.datasets import CaptionedScenes, Scene
+from captum_concepts.explanation import ConceptExplanation
+from captum_concepts.metrics import center_gaussian, epg, nra, specificity
+
+QUERIES, SHOWN = 48, 4
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the table.
+
+    Args:
+        method, model: what explained what.
+        question: what was explained.
+        regions: how many maps were compared with an exact mask.
+        nra: normalised region accuracy of the maps, mean (published baseline).
+        nra_centre: of a centre Gaussian, which knows nothing of the image, on the same masks.
+        epg: share of the map's energy inside the mask, mean.
+        specificity: NRA of a concept's own map less that of the other concepts' maps; None for a single region.
+        picture: file name.
+    """
+
+    method: str
+    model: str
+    question: str
+    regions: int
+    nra: float
+    nra_centre: float
+    epg: float
+    specificity: float | None
+    picture: str
+
+
+@dataclass
+class DemoResult:
+    """The table and where the pictures are; prints readably."""
+
+    output: Path
+    rows: list[DemoRow] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"output": str(self.output), "rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        head = ["method", "model", "explained", "regions", "NRA", "NRA of a centre Gaussian", "EPG", "specificity"]
+        cells = []
+        for r in self.rows:
+            special = "" if r.specificity is None else f"{r.specificity:.2f}"
+            numbers = [f"{r.nra:.2f}", f"{r.nra_centre:.2f}", f"{r.epg:.2f}", special]
+            cells.append([r.method, r.model, r.question, str(r.regions), *numbers])
+        widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
+        lines = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) for line in [head, *cells]]
+        lines.insert(1, "-" * len(lines[0]))
+        pictures = "\n".join(f"  {self.output / r.picture}" for r in self.rows)
+        return "\n".join(lines) + f"\n\nPictures:\n{pictures}"
+
+
+def run_demo(output: str | os.PathLike[str] = "demo_output", *, seed: int = 0) -> DemoResult:
+    """Explain synthetic scenes with the bundled models.
+
+    Args:
+        output: folder for ``*.png`` and ``demo.json``.
+        seed: which scenes; never those the models were trained on.
+
+    Returns:
+        A row for each method and model.
+    """
+    out = Path(output)
+    out.mkdir(parents=True, exist_ok=True)
+    result = DemoResult(out)
+    scenes = CaptionedScenes(QUERIES, seed=1_000_003 + 2 * seed, size=64)
+    for section in SECTIONS:
+        result.rows += section(scenes, out)
+    partial = out / ".demo.json.partial"
+    partial.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+    partial.replace(out / "demo.json")
+    return result
+
+
+def few_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
+    """FAM on two networks without their heads: similarity to prototypes of five images a class."""
+    examples = CaptionedScenes(120, seed=scenes.seed + 1, size=scenes.size).stack()
+    chosen = torch.cat([torch.nonzero(examples.label == c).flatten()[:5] for c in range(len(scenes.classes))])
+    queries = scenes.stack()
+    rows = []
+    for name, layer, head in (("classifier", "layer4", "fc"), ("vit", "blocks.3", "head")):
+        model = demo.load(name)
+        setattr(model, head, nn.Identity())
+        bank = FeatureActivationMap.prototypes(model, examples.image[chosen], examples.label[chosen])
+        fam = FeatureActivationMap(model, layer, bank, reference_names=scenes.classes, normalize="l1")
+        explanation = fam.explain(queries.image)
+        maps = fam.attribute(queries.image, target=queries.label)[:, 0]
+        picture = _picture(
+            queries.image, explanation, out / f"fam_{name}.png", f"FAM: similarity to class prototypes, {name} {layer}"
+        )
+        question = "class of the main object, 5 examples a class"
+        rows.append(_row("FAM", name, question, maps, queries.object_masks[:, 0], picture))
+    return rows
+
+
+def zero_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
+    """FAM on the image tower of the bundled CLIP: similarity to words."""
+    clip = demo.load("clip")
+    queries = scenes.stack()
+    layer = "model.visual.trunk.layer4"
+    text = clip.encode_text(scenes.concepts)
+    fam = FeatureActivationMap(clip, layer, text, reference_names=scenes.concepts, normalize="l1")
+    explanation = fam.explain(queries.image)
+    picture = _picture(queries.image, explanation, out / "fam_clip.png", "FAM: similarity to words, CLIP image tower")
+    return [_concept_row("FAM", "clip", "21 words", explanation.maps, queries, picture)]
+
+
+def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
+    """SACV: guidance images of one texture against the others, relevance on whole scenes."""
+    model = demo.load("classifier")
+    known = CaptionedScenes(160, seed=scenes.seed + 1, size=scenes.size).stack()
+    words = scenes.concept_groups["texture"]
+    acv = SpatialACV(model, "layer3")
+    acv.fit({word: _crops(known, scenes.concepts.index(word)) for word in words}, n_random=20)
+    queries = scenes.stack()
+    explanation = acv.explain(queries.image, target=queries.label)
+    columns = [scenes.concepts.index(word) for word in words]
+    order = [explanation.index(word) for word in words]
+    picture = _picture(
+        queries.image, explanation, out / "sacv_classifier.png", "SACV: where layer3 sees each texture",
+        class_names=scenes.classes, significant=acv.significant_[[words.index(c) for c in explanation.concepts]],
+    )  # fmt: skip
+    one = queries._replace(masks=queries.masks[:, columns], presence=queries.presence[:, columns])
+    return [_concept_row("SACV", "classifier", "4 textures, from crops", explanation.maps[:, order], one, picture)]
+
+
+def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
+    """CE-FAM: words, regions and contributions, and a wrong prediction traced to the ground it leans on."""
+    clip, queries = demo.load("clip"), scenes.stack()
+    training = CaptionedScenes(800, seed=scenes.seed + 2, size=scenes.size).stack().image
+    layers = ["layer1", "layer2", "layer3", "layer4"]
+    rows = []
+    for name in ("classifier", "classifier-spurious"):
+        model = demo.load(name)
+        cefam = ConceptFusionMap.fit(model, layers, clip, training, scenes.concepts, layer="fused", batch_size=100)
+        maps = cefam.attribute(queries.image)
+        predicted = model(queries.image).argmax(1)
+        title, chosen = "CE-FAM: what, where and how much for the predicted class", list(range(SHOWN))
+        if name == "classifier-spurious":
+            title = "CE-FAM: wrong predictions; what speaks for (red) and against (blue) the true class"
+            wrong = torch.nonzero(predicted != queries.label).flatten()
+            against = cefam.contribution(queries.image[wrong], target=queries.label[wrong])
+            ground = against.gather(1, queries.ground[wrong].unsqueeze(1)).flatten()
+            chosen = wrong[ground.argsort()[:SHOWN]].tolist()
+        images, target = queries.image[chosen], queries.label[chosen]
+        named = [(scenes.classes[int(queries.label[i])], scenes.classes[int(predicted[i])]) for i in chosen]
+        titles = [true if true == said else f"{true}, called {said}" for true, said in named]
+        explanation = cefam.explain(images, target=target, top_k=len(scenes.concepts))
+        picture = _picture(
+            images, explanation, out / f"ce_fam_{name}.png", title, class_names=scenes.classes, image_titles=titles
+        )
+        rows.append(_concept_row("CE-FAM", name, "21 words", maps, queries, picture))
+    return rows
+
+
+def _crops(known: Scene, concept: int) -> Tensor:
+    """The inner squares of objects that show ``concept``, as guidance images: nothing else is in them."""
+    size = known.image.shape[-1]
+    images = []
+    for image, objects, boxes in zip(known.image, known.objects, known.boxes, strict=True):
+        for words, (x0, y0, x1, y1) in zip(objects.tolist(), boxes.tolist(), strict=True):
+            if concept in words:
+                dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
+                part = image[:, round(y0 + dy) : round(y1 - dy) + 1, round(x0 + dx) : round(x1 - dx) + 1]
+                images.append(
+                    F.interpolate(part[None], (size // 2, size // 2), mode="bilinear", align_corners=False)[0]
+                )
+    return torch.stack(images[:30])
+
+
+SECTIONS: Sequence[Callable[[CaptionedScenes, Path], list[DemoRow]]] = (
+    few_shot,
+    zero_shot,
+    textures,
+    words_and_grounds,
+)
+
+
+def _row(method: str, model: str, question: str, maps: Tensor, masks: Tensor, picture: str) -> DemoRow:
+    """A row about one region an image."""
+    centre = center_gaussian(len(masks), (masks.shape[-2], masks.shape[-1]))
+    return DemoRow(
+        method, model, question, len(masks),
+        nra=_mean(nra(maps, masks)), nra_centre=_mean(nra(centre, masks)), epg=_mean(epg(maps, masks)),
+        specificity=None, picture=picture,
+    )  # fmt: skip
+
+
+def _concept_row(method: str, model: str, question: str, maps: Tensor, queries: Any, picture: str) -> DemoRow:
+    """A row about every concept present in every image."""
+    present = queries.presence
+    masks = queries.masks[present]
+    own = maps[present]
+    centre = center_gaussian(len(masks), (masks.shape[-2], masks.shape[-1]))
+    return DemoRow(
+        method, model, question, len(masks),
+        nra=_mean(nra(own, masks)), nra_centre=_mean(nra(centre, masks)), epg=_mean(epg(own, masks)),
+        specificity=_mean(specificity(maps, queries.masks)[present]), picture=picture,
+    )  # fmt: skip
+
+
+def _mean(values: Tensor) -> float:
+    return round(float(values.nanmean()), 4)
+
+
+def _picture(images: Tensor, explanation: ConceptExplanation, path: Path, title: str, **options: Any) -> str:
+    from captum_concepts.visualization import panel, save_figure
+
+    shown = explanation[:SHOWN]
+    options.setdefault("class_names", shown.concepts)
+    save_figure(panel(images[:SHOWN], shown, top_k=4, title=title, **options), path)
+    return path.name
