@@ -1,0 +1,91 @@
+"""How alike texts are to an encoder, and the embeddings of a vocabulary with its gaps named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_concepts.errors import InputError
+
+#: Maps two lists of texts to the matrix of their similarities.
+Similarity = Callable[[Sequence[str], Sequence[str]], Tensor]
+
+
+class TextSimilarity:
+    """Weighted mean of the cosines of one or several text encoders.
+
+    LF-CBM weighs CLIP ViT-B/16 three times and the sentence encoder all-mpnet-base-v2 once ("since mpnet has higher
+    variance"); its cutoffs 0.85 and 0.9 belong to that mixture. CLIP alone finds unlike words rather alike, so give it
+    higher cutoffs, or a sentence encoder beside it.
+
+    Args:
+        encoders: an object with ``encode_text(list[str]) -> (T, D)``, a function of that kind, or several of them.
+        weights: one for each encoder; None weighs all alike. They are divided by their sum.
+
+    Example:
+        >>> letters = lambda texts: torch.tensor([[float(t.count(c)) for c in "abc"] for t in texts])
+        >>> TextSimilarity(letters)(["ab"], ["ba", "c"]).round(decimals=3)
+        tensor([[1., 0.]])
+    """
+
+    def __init__(self, encoders: Any, weights: Sequence[float] | None = None) -> None:
+        self.encoders = list(encoders) if isinstance(encoders, (list, tuple)) else [encoders]
+        given = [1.0] * len(self.encoders) if weights is None else [float(w) for w in weights]
+        if not self.encoders or len(given) != len(self.encoders) or min(given) < 0 or sum(given) <= 0:
+            raise InputError(f"{len(self.encoders)} encoders need as many weights, not negative; got {weights}")
+        self.weights = [w / sum(given) for w in given]
+
+    def __call__(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
+        """``(len(first), len(second))`` in [-1, 1], float32 on the CPU."""
+        total = torch.zeros(len(first), len(second))
+        if not len(first) or not len(second):
+            return total
+        for encoder, weight in zip(self.encoders, self.weights, strict=True):
+            a, b = (embed(encoder, texts) for texts in (first, second))
+            total += weight * (a @ b.T)
+        return total
+
+
+def embed(encoder: Any, texts: Sequence[str]) -> Tensor:
+    """Unit embeddings ``(T, D)``, float32 on the CPU.
+
+    Raises:
+        InputError: no ``encode_text``; a wrong shape; NaN; the texts that the encoder has no embedding for.
+    """
+    function = encoder.encode_text if hasattr(encoder, "encode_text") else encoder
+    if not callable(function):
+        raise InputError(f"{type(encoder).__name__} has no encode_text; see captum_concepts.vlm.ImageTextEncoder")
+    try:
+        found = function(list(texts))
+    except (KeyError, LookupError, ValueError) as error:
+        missing = without_embedding(encoder, texts)
+        if not missing:
+            raise
+        raise InputError(
+            f"the encoder has no embedding for {missing[:10]}{' ...' if len(missing) > 10 else ''} ({error}); remove "
+            "them, or use Vocabulary.known_to(encoder)"
+        ) from error
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(texts):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"encode_text must give ({len(texts)}, D) for {len(texts)} texts, got {shape}")
+    found = found.detach().float().cpu()
+    if not found.isfinite().all():
+        bad = texts[int((~found.isfinite().all(1)).nonzero()[0])]
+        raise InputError(f"the text embedding of {bad!r} holds NaN or infinite values")
+    return F.normalize(found, dim=1)
+
+
+def without_embedding(encoder: Any, texts: Sequence[str]) -> list[str]:
+    """The texts that an encoder of a fixed vocabulary refuses (one call each)."""
+    function = encoder.encode_text if hasattr(encoder, "encode_text") else encoder
+    missing = []
+    for text in texts:
+        try:
+            function([text])
+        except (KeyError, LookupError, ValueError):
+            missing.append(text)
+    return missing
