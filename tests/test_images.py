@@ -38,9 +38,8 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str):
     if mode == "I;16":
         Image.fromarray(np.full((4, 4), 9000, dtype=np.uint16)).save(tmp_path / "a.tif")
     else:
-        Image.new("RGB", (4, 4), (200, 200, 200)).convert(mode).save(
-            tmp_path / "a.tif" if mode != "P" else tmp_path / "a.tif"
-        )
+        grey = Image.new("RGB", (4, 4), (200, 200, 200))
+        grey.convert(mode).save(tmp_path / "a.tif")
     image = load_image(tmp_path / "a.tif")
     assert image.shape == (3, 4, 4)
     assert 0 <= image.min() <= image.max() <= 1

@@ -141,9 +141,10 @@ def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     explanation = acv.explain(queries.image, target=queries.label)
     columns = [scenes.concepts.index(word) for word in words]
     order = [explanation.index(word) for word in words]
+    significant = torch.as_tensor(acv.significant_)[[words.index(c) for c in explanation.concepts]]
     picture = _picture(
         queries.image, explanation, out / "sacv_classifier.png", "SACV: where layer3 sees each texture",
-        class_names=scenes.classes, significant=acv.significant_[[words.index(c) for c in explanation.concepts]],
+        class_names=scenes.classes, significant=significant,
     )  # fmt: skip
     one = queries._replace(masks=queries.masks[:, columns], presence=queries.presence[:, columns])
     return [_concept_row("SACV", "classifier", "4 textures, from crops", explanation.maps[:, order], one, picture)]
