@@ -48,6 +48,21 @@ def test_cost_table_is_the_record():
         assert float(ratio) == pytest.approx(recorded[method], abs=0.005)
 
 
+def test_regions_table_is_the_record():
+    recorded = json.loads((ROOT / "benchmarks/results/concept_regions_coco_half1.json").read_text())["rows"]
+    names = {
+        'CE-FAM, `layer="fused"`': "fused",
+        "CE-FAM as published": "published (auto layer)",
+        "HiResCAM of the word": "HiResCAM, 4 layers",
+        "LayerCAM of the word": "LayerCAM, 4 layers",
+        "single channel (CLIP-Dissect, WWW)": "single channel",
+    }
+    for shown, (nra, special, epg) in rows_of_table("regions of words on COCO").items():
+        row = recorded[names.get(shown, shown)]
+        expected = f"{row['nra'][0]:.2f} ({row['nra_exact'][0]:.2f})"
+        assert (nra, special, epg) == (expected, f"{row['specificity'][0]:.2f}", f"{row['epg'][0]:.2f}")
+
+
 def test_every_linked_file_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).is_file()
