@@ -117,6 +117,8 @@ def test_reading_by_image_and_by_chunk(tmp_path):
     assert p.shape == (19, 4, 2, 3)
     assert torch.equal(torch.cat(chunks), p.tensor())
     assert torch.allclose(p[5], p.tensor()[5], atol=1e-6)
+    for index in ((5, 2), (slice(3, 7), 1), ([4, 2], slice(1, 3), 0), (6, 1, 0, 2)):
+        assert torch.allclose(p[index], p.tensor()[index], atol=1e-6)
     expected = everything.float() @ F.normalize(text, dim=1).T
     assert torch.allclose(p.tensor().flatten(2).transpose(1, 2), expected, atol=1e-6)
     again = pickle.loads(pickle.dumps(store))
@@ -765,3 +767,20 @@ def test_p_of_a_real_encoder_with_crops(shared_data, tmp_path, monkeypatch):
     assert (half.similarity(text).tensor() - expected).abs().max() < 2e-3
     full = build(tmp_path / "full", images, encoder, prompt, dtype=torch.float32, batch_size=1)
     assert (full.similarity(text).tensor() - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["circle", "crop"])
+def test_p_of_the_bundled_clip(tmp_path, kind):
+    from captum_concepts import demo
+    from captum_concepts.datasets import CaptionedScenes
+
+    encoder = demo.load("clip")
+    images = CaptionedScenes(3, seed=5, size=64).stack().image
+    prompt = RegionPrompt(kind, (3, 3), 9)
+    text = encoder.encode_text(["red", "a circle", "grass"])
+    expected = algorithm_1(images, encoder, prompt, text)
+    assert expected.std(dim=(2, 3)).max() > 0.02  # the encoder reacts to the mark
+    half = build(tmp_path / "half", images, encoder, prompt)
+    assert (half.similarity(text).tensor() - expected).abs().max() < 2e-3
+    full = build(tmp_path / "full", images, encoder, prompt, dtype=torch.float32, batch_size=1)
+    assert (full.similarity(["red", "a circle", "grass"]).tensor() - expected).abs().max() < 1e-6

@@ -68,7 +68,10 @@ class Similarity:
             yield self[start : start + self.chunk_size]
 
     def __getitem__(self, index: Any) -> Tensor:
-        """``(M, h, w)`` for one image, else ``(n, M, h, w)``; float32."""
+        """``(M, h, w)`` for one image, else ``(n, M, h, w)``; float32. ``p[n, m]`` is ``p[n][m]``, as in a tensor."""
+        if isinstance(index, tuple):
+            part = self[index[0]]
+            return part[index[1:] if part.ndim == 3 else (slice(None), *index[1:])]
         found = self.store.embeddings(index)
         rows = found if found.ndim == 3 else found[None]
         p = rows.to(self.text.device).float() @ self.text.T
