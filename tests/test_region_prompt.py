@@ -83,7 +83,7 @@ def slow_blur(image, centre, radius, sigma):
         ("circle", {"width": 2}),
         ("circle", {"width": 0.6, "colour": (0.2, 0.9, 0.4)}),
         ("crop", {}),
-        ("crop", {"border": "replicate"}),
+        ("crop", {"border": "shift"}),
         ("blur", {"blur_sigma": 0.9}),
     ],
 )

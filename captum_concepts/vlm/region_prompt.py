@@ -38,8 +38,8 @@ class RegionPrompt:
     - ``"circle"``: a red line around the place, for encoders that react to it (CLIP does). The rest of the picture
       stays visible, so the encoder keeps the context.
     - ``"crop"``: the window around the place, enlarged to the size of the image; for every encoder. The window has the
-      image's aspect ratio; its half side along the image's shorter side is ``radius``. It is moved inside the image
-      where it would cross the border (``border="shift"``), or filled up with the border's pixels (``"replicate"``).
+      image's aspect ratio; its half side along the image's shorter side is ``radius``. Where it crosses the border it
+      is filled up with the border's pixels (``border="replicate"``), or moved inside the image (``"shift"``).
     - ``"blur"``: everything outside the circle is blurred (Gaussian).
 
     Coordinates are continuous: pixel (i, j) covers [i, i+1] x [j, j+1], and its centre is (i + 0.5, j + 0.5). Lines and
@@ -55,7 +55,9 @@ class RegionPrompt:
     - ``"cells"``: ``(i + 1/2) * H / h``, the middles of the cells of an h x w feature map, so that mark and feature
       look at the same place.
 
-    A grid of 1 lies in the middle of the image in every placement.
+    A grid of 1 lies in the middle of the image in every placement. Measured with the bundled CLIP, how well P finds the
+    concepts of 20 scenes (7 x 7 circles of the default radius, NRA with the exact baseline, 135 masks): "paper" .751,
+    "inset" .796, "cells" .830, hence the default.
 
     Args:
         kind: "circle", "crop" or "blur".
@@ -67,7 +69,7 @@ class RegionPrompt:
         width: of the line in pixels; None stands for the paper's 2 at 224 px, scaled likewise. Below one pixel the
             line is drawn fainter.
         blur_sigma: of the Gaussian in pixels; None stands for 12 at 224 px, scaled likewise.
-        border: what a crop does at the border: "shift" or "replicate".
+        border: what a crop does at the border: "replicate" or "shift".
         reference_size: None takes ``radius``, ``width`` and ``blur_sigma`` as pixels of the image that is drawn on. A
             number means that they are given for an image whose shorter side has so many pixels, and they are scaled
             with ``min(H, W) / reference_size``: ``radius=32, reference_size=224`` draws radius 64 on 448 px.
@@ -96,7 +98,7 @@ class RegionPrompt:
     colour: tuple[float, float, float] = COLOURS["red"]
     width: float | None = None
     blur_sigma: float | None = None
-    border: str = "shift"
+    border: str = "replicate"
     reference_size: int | None = None
 
     # Written out, because dataclasses know keyword-only fields but not a normalised first argument as well.
@@ -110,7 +112,7 @@ class RegionPrompt:
         colour: str | Sequence[float] = "red",
         width: float | None = None,
         blur_sigma: float | None = None,
-        border: str = "shift",
+        border: str = "replicate",
         reference_size: int | None = None,
     ) -> None:
         values = {
