@@ -236,6 +236,13 @@ def test_correlated_columns_take_far_fewer_passes_than_plain_fista(alpha):
     assert ours.objective < plain
 
 
+def test_many_classes_of_few_rows_are_solved():
+    x, y = problem(n=600, d=30, k=60, seed=19, dtype=np.float32)
+    result = fit_elastic_net(*tensors(x, y), 5e-4)
+    assert result.converged
+    assert result.n_passes < 120
+
+
 def test_badly_scaled_columns_are_solved():
     x, y = problem(n=400, d=6, k=3, seed=15)
     x = x * np.array([1e-4, 1e-2, 1, 1e2, 1e4, 1]) + np.array([0, 0, 50, 0, 0, -3])

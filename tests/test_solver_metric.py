@@ -53,6 +53,8 @@ def test_metric_is_symmetric_positive_and_its_parts_agree(name):
     v = torch.zeros(N_OUT, N_COLS, dtype=torch.float64)
     v[:, columns] = torch.randn(N_OUT, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     torch.testing.assert_close(metric.restrict(columns).apply(v[:, columns]), metric.apply(v)[:, columns])
+    torch.testing.assert_close(metric.scaled(2.5).apply(v), 2.5 * metric.apply(v))
+    torch.testing.assert_close(metric.scaled(2.5).diagonal, 2.5 * metric.diagonal)
     for ridge in (0.0, 0.3):
         shift = torch.full((N_OUT, N_COLS), ridge, dtype=torch.float64)
         shift[:, -1] = 0

@@ -31,6 +31,9 @@ class Metric(Protocol):
     def restrict(self, columns: Tensor) -> Metric:
         """The operator on a subset of the columns."""
 
+    def scaled(self, factor: float) -> Metric:
+        """The operator times a number."""
+
     def solve(self, v: Tensor, ridge: float) -> Tensor:
         """(operator + ridge on all columns but the last)^-1 times ``v``."""
 
@@ -46,6 +49,9 @@ class DiagonalMetric:
 
     def restrict(self, columns: Tensor) -> DiagonalMetric:
         return DiagonalMetric(self.diagonal[:, columns])
+
+    def scaled(self, factor: float) -> DiagonalMetric:
+        return DiagonalMetric(self.diagonal * factor)
 
     def solve(self, v: Tensor, ridge: float) -> Tensor:
         shift = torch.full_like(self.diagonal[:1], ridge)
@@ -67,6 +73,9 @@ class KroneckerMetric:
 
     def restrict(self, columns: Tensor) -> KroneckerMetric:
         return KroneckerMetric(self.scale[:, 0], self.gram[columns][:, columns])
+
+    def scaled(self, factor: float) -> KroneckerMetric:
+        return KroneckerMetric(self.scale[:, 0] * factor, self.gram)
 
     def solve(self, v: Tensor, ridge: float) -> Tensor:
         # The bias is not penalised, so it is eliminated first (Schur complement); what is left shares eigenvectors
@@ -103,6 +112,9 @@ class BlockMetric:
         if self.blocks.shape[0] == 1:
             chosen = (torch.arange(n_out, device=columns.device)[:, None] * n_cols + columns).flatten()
         return BlockMetric(self.blocks[:, chosen][:, :, chosen], (n_out, columns.numel()))
+
+    def scaled(self, factor: float) -> BlockMetric:
+        return BlockMetric(self.blocks * factor, self.shape)
 
     def solve(self, v: Tensor, ridge: float) -> Tensor:
         # A little of the diagonal keeps directions without curvature (repeated columns, a shift of all biases) bounded.

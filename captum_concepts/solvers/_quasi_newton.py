@@ -33,6 +33,11 @@ CLASS_LIMIT = 2**19
 _STEP_OVERHEAD = 2e7
 
 
+# Trials of one step: first this many stiffer metrics, then shorter and shorter steps.
+_RESOLVES = 6
+_TRIALS = 16
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Where the solver stopped, why, and the certificate of that point."""
@@ -58,6 +63,7 @@ class ProximalQuasiNewton:
         self._pairs: list[Pair] = []
         self._metric: Metric | None = None
         self._spent = 0.0
+        self._stiffness = 1.0
         self._outcome: Outcome | None = None
 
     @property
@@ -111,14 +117,12 @@ class ProximalQuasiNewton:
                 return self._stop(here, penalty, iteration, "separable")
             if iteration == max_iter:
                 return self._stop(here, penalty, iteration, "max_iter")
-            # The subproblem is worth solving only as well as the model is: loosely far away, tightly at the end.
-            target = self._target(here, penalty)
             due = iteration + 1 >= 2 * refresh
             if due:
                 refresh *= 2
             detail = self._affordable(iteration, due=due)
             dual = penalty.lam == 0 or slope <= 20 * slope_target
-            there, moved = self._line_search(here, target, penalty, detail=detail, dual=dual)
+            there, moved = self._advance(here, penalty, detail=detail, dual=dual)
             if moved:
                 self._learn(here, there)
                 stalled = 0
@@ -171,6 +175,8 @@ class ProximalQuasiNewton:
         metric = self._metric
         if metric is None:
             raise RuntimeError("a point must be evaluated before a step is asked for")
+        if self._stiffness != 1.0:
+            metric = metric.scaled(self._stiffness)
         if penalty.l1 == 0:
             slope = here.gradient.clone()
             slope[:, :-1] += penalty.l2 * here.params[:, :-1]
@@ -207,33 +213,40 @@ class ProximalQuasiNewton:
             return None
         return torch.cat([used, used.new_ones(1)]).nonzero().flatten()
 
-    def _line_search(
-        self, here: Evaluation, target: Tensor, penalty: ElasticNet, *, detail: str | None, dual: bool
+    def _advance(
+        self, here: Evaluation, penalty: ElasticNet, *, detail: str | None, dual: bool
     ) -> tuple[Evaluation, bool]:
+        """The next point and whether it is better, by as many trials as it takes (mostly one).
+
+        A trial that goes too far still shows the true curvature on the way to it, so it is learnt from and the
+        subproblem solved again under a stiffer metric: unlike a shorter step, that keeps weights exactly zero.
+        """
         start = here.params
-        direction = target - start
         before = penalty.value(start[:, :-1])
-        slope = float((here.gradient * direction).sum())
-        expected = slope + penalty.value(target[:, :-1]) - before
         value = here.value + before
-        narrow = self.objective.rows.dtype == torch.float32
-        slack = (1e-7 if narrow else 4e-16) * abs(value)
-        if not math.isfinite(expected) or expected > slack:
-            return here, False
-        share = 1.0
-        for _ in range(12):
-            point = target if share == 1.0 else start + share * direction
-            there = self._evaluate(point, detail=detail if share == 1.0 else None, dual=dual)
+        slack = (1e-7 if self.objective.rows.dtype == torch.float32 else 4e-16) * abs(value)
+        target, share = self._target(here, penalty), 1.0
+        for trial in range(_TRIALS):
+            point = target if share == 1.0 else start + share * (target - start)
+            slope = float((here.gradient * (point - start)).sum())
+            expected = slope + penalty.value(point[:, :-1]) - before
+            if not math.isfinite(expected) or expected > slack:
+                break
+            there = self._evaluate(point, detail=detail if trial == 0 else None, dual=dual)
             after = there.value + penalty.value(point[:, :-1])
-            if expected < -slack and after <= value + 1e-4 * share * expected:
+            if expected < -slack and after <= value + 1e-4 * expected:
+                self._stiffness = max(1.0, 0.8 * self._stiffness) if trial == 0 else self._stiffness
                 return there, True
             if after <= value + slack:
                 # Values agree to rounding, so ask the slopes, which are accurate long after values are not.
                 better = violation(there, penalty) < violation(here, penalty)
                 return (there, True) if better else (here, False)
-            rise = after - value if math.isfinite(after) else math.inf
-            # Minimum of the parabola through both values and the slope, kept within reason.
-            share *= min(0.5, max(0.1, -0.5 * expected * share / (rise - expected * share)))
+            if penalty.l1 > 0 and trial < _RESOLVES and math.isfinite(after):
+                self._learn(here, there)
+                self._stiffness *= 2
+                target = self._target(here, penalty)
+            else:
+                share *= 0.3
         return here, False
 
     def _learn(self, here: Evaluation, there: Evaluation) -> None:
