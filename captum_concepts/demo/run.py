@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from captum_concepts import demo
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
@@ -89,7 +91,7 @@ def run_demo(output: str | os.PathLike[str] = "demo_output", *, seed: int = 0) -
     out.mkdir(parents=True, exist_ok=True)
     result = DemoResult(out)
     scenes = CaptionedScenes(QUERIES, seed=1_000_003 + 2 * seed, size=64)
-    for section in SECTIONS:
+    for section in tqdm(SECTIONS, desc="demo (about a minute)", unit="part", file=sys.stderr, disable=None):
         result.rows += section(scenes, out)
     partial = out / ".demo.json.partial"
     partial.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
