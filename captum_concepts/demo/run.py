@@ -166,9 +166,11 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
         title, chosen = "CE-FAM: what, where and how much for the predicted class", list(range(SHOWN))
         if name == "classifier-spurious":
             title = "CE-FAM: wrong predictions; what speaks for (red) and against (blue) the true class"
-            wrong = torch.nonzero(predicted != queries.label).flatten()
-            against = cefam.contribution(queries.image[wrong], target=queries.label[wrong])
-            ground = against.gather(1, queries.ground[wrong].unsqueeze(1)).flatten()
+            wrong = torch.nonzero(predicted != queries.label).flatten()[:12]
+            grounds = scenes.concept_groups["ground"]
+            against = cefam.contribution(queries.image[wrong], target=queries.label[wrong], concepts=grounds)
+            own = [grounds.index(scenes.concepts[int(k)]) for k in queries.ground[wrong]]
+            ground = against[torch.arange(len(own)), own]
             chosen = wrong[ground.argsort()[:SHOWN]].tolist()
         images, target = queries.image[chosen], queries.label[chosen]
         named = [(scenes.classes[int(queries.label[i])], scenes.classes[int(predicted[i])]) for i in chosen]
