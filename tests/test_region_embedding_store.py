@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -361,7 +362,7 @@ class TestInterruption:
             "from test_region_embedding_store import TinyEncoder, build, pictures\n"
             "class Slow(TinyEncoder):\n"
             "    def encode_image(self, images):\n"
-            "        time.sleep(0.002)\n"
+            "        time.sleep(0.01)\n"
             "        return super().encode_image(images)\n"
             "Slow.__qualname__ = 'TinyEncoder'\n"
             "for line in sys.stdin:\n"
@@ -380,7 +381,8 @@ class TestInterruption:
                 process.stdin.flush()
                 pid = int(process.stdout.readline())
                 time.sleep(rng.uniform(0.0, 0.25))
-                os.kill(pid, signal.SIGKILL)  # a zombie at worst: its parent waits for it after our reading
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself, and its parent has waited for it
+                    os.kill(pid, signal.SIGKILL)
                 interrupted += int(process.stdout.readline()) == signal.SIGKILL
                 if kill % 3 == 0 or kill == kills:
                     build(path, pictures(60), **options)
