@@ -173,6 +173,11 @@ def first_example(value: Any, batch: int) -> Any:
     return value[:1] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
 
 
+def full_precision(tensor: Tensor) -> Tensor:
+    """At least fp32, so that sums over channels and positions do not round."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def any_reading(output: Tensor) -> Tensor:
     """A scalar that stands for whatever may be read from the output.
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from captum_concepts._captum import LayerAttribution, select_output
 from captum_concepts.activations import SpatialActivations, gradients_enabled, resolve_layer, spatial_activations
 from captum_concepts.activations.capture import Inputs, Layer
+from captum_concepts.activations.spatial import full_precision
 from captum_concepts.attr._acv_maps import chunks, project, recorded_target
 from captum_concepts.attr._acv_state import FittedVectors
-from captum_concepts.attr._similarity import full_precision
 from captum_concepts.errors import InputError, LayerError, NotFittedError
 from captum_concepts.explanation import ConceptExplanation
 

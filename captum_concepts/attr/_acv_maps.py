@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_concepts._captum import select_output
 from captum_concepts.activations import capture, check_images, gradients_enabled
 from captum_concepts.activations.capture import Inputs
-from captum_concepts.attr._similarity import full_precision
+from captum_concepts.activations.spatial import full_precision
 from captum_concepts.errors import TargetError
 
 Chunk = tuple[Inputs, Any, Any]

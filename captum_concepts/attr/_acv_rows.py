@@ -10,8 +10,8 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from captum_concepts.activations.spatial import full_precision
 from captum_concepts.attr._guidance import digest
-from captum_concepts.attr._similarity import full_precision
 from captum_concepts.errors import InputError
 
 

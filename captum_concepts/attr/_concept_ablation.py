@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_concepts._captum import select_output
 from captum_concepts.activations import Layout, capture
 from captum_concepts.activations.capture import Inputs, Layer
+from captum_concepts.activations.spatial import full_precision
 from captum_concepts.attr._concept_gradients import TextSpace
 from captum_concepts.errors import LayerError
 from captum_concepts.models.concept_translator import ConceptTranslator
@@ -155,7 +156,7 @@ def contribution_curves(
 def log_probability(output: Tensor, target: int) -> Tensor:
     """``(N,)`` log of the softmax probability of class ``target``; of the sigmoid for a single output."""
     output = output.detach()
-    output = output if output.dtype == torch.float64 else output.float()
+    output = full_precision(output)
     if output.ndim == 1 or output.shape[-1] == 1:
         return torch.nn.functional.logsigmoid(output.reshape(-1))
     return select_output(output.log_softmax(-1), target)

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from captum_concepts.activations import SpatialActivations, spatial_activations
 from captum_concepts.activations.capture import Inputs, Layer
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """At least fp32, so that sums over channels and positions do not round."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
+from captum_concepts.activations.spatial import full_precision
 
 Derivatives = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
 """``(N, J, D)`` cotangents to, for each layer,

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from captum_concepts.activations import evaluation_mode, find_model
-from captum_concepts.attr._similarity import check_embedding, full_precision
+from captum_concepts.activations.spatial import full_precision
+from captum_concepts.attr._similarity import check_embedding
 from captum_concepts.errors import InputError
 
 

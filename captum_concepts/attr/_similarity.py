@@ -159,8 +159,3 @@ def normalized(contribution: Tensor, how: str) -> Tensor:
         return contribution / contribution.abs().sum(1, keepdim=True).clamp_min(torch.finfo(contribution.dtype).tiny)
     low, high = contribution.amin(1, keepdim=True), contribution.amax(1, keepdim=True)
     return torch.where(high > low, (contribution - low) / (high - low), torch.ones_like(contribution))
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """At least fp32, so that sums over channels and positions do not round."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

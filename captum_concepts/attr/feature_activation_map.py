@@ -19,13 +19,13 @@ from captum_concepts.activations import (
     spatial_activations,
 )
 from captum_concepts.activations.capture import Inputs, Layer
+from captum_concepts.activations.spatial import full_precision
 from captum_concepts.attr._prototypes import class_means
 from captum_concepts.attr._similarity import (
     SIMILARITIES,
     Similarity,
     check_embedding,
     check_references,
-    full_precision,
     hold_norm,
     mean_pool_scale,
     normalized,

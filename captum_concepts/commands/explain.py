@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from captum_concepts.commands.models import load_model
 from captum_concepts.datasets.images import find_images
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
+from captum_concepts.store.manifest import write_atomically
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                 )
                 progress.update()
     finally:  # also after Ctrl-C: what was done is listed
-        _write(out / "explanations.json", json.dumps(report, indent=2) + "\n")
+        write_atomically(out / "explanations.json", (json.dumps(report, indent=2) + "\n").encode())
     return report
 
 
@@ -117,9 +117,3 @@ def _draw(image: Tensor, explanation: ConceptExplanation, path: Path, title: str
     from captum_concepts.visualization import panel, save_figure
 
     save_figure(panel(image[None], explanation, top_k=len(explanation.concepts), title=title, class_names=names), path)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

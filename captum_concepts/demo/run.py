@@ -22,6 +22,7 @@ from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.datasets import CaptionedScenes, Scene
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.metrics import center_gaussian, epg, nra, specificity
+from captum_concepts.store.manifest import write_atomically
 
 QUERIES, SHOWN = 48, 4
 
@@ -93,9 +94,7 @@ def run_demo(output: str | os.PathLike[str] = "demo_output", *, seed: int = 0) -
     scenes = CaptionedScenes(QUERIES, seed=1_000_003 + 2 * seed, size=64)
     for section in tqdm(SECTIONS, desc="demo (about a minute)", unit="part", file=sys.stderr, disable=None):
         result.rows += section(scenes, out)
-    partial = out / ".demo.json.partial"
-    partial.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
-    partial.replace(out / "demo.json")
+    write_atomically(out / "demo.json", (json.dumps(result.as_dict(), indent=2) + "\n").encode())
     return result
 
 
