@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import json
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import open_artifact, save_artifact
 from captum_concepts._indexing import listed, positions
-from captum_concepts.errors import ArtifactError, InputError, did_you_mean
+from captum_concepts.errors import InputError, did_you_mean
 
 _FORMAT = "captum_concepts.ConceptExplanation/1"
 _TENSORS = ("scores", "maps", "contributions", "target")
@@ -207,21 +206,9 @@ class ConceptExplanation:
         Returns:
             The path written; ``ConceptExplanation.load`` reads it back exactly.
         """
-        from safetensors.torch import save
-
         info = {"concepts": self.concepts, "layer": self.layer, "method": self.method}
-        # Copies, because safetensors refuses tensors that share memory.
         present = {n: v for n in _TENSORS if (v := getattr(self, n)) is not None}
-        tensors = {n: v.cpu().clone(memory_format=torch.contiguous_format) for n, v in present.items()}
-        data = save(tensors, metadata={"format": _FORMAT, "explanation": json.dumps(info)})
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+        return save_artifact(path, _FORMAT, info, present)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> ConceptExplanation:
@@ -231,28 +218,12 @@ class ConceptExplanation:
             FileNotFoundError: there is no such file.
             ArtifactError: the file is truncated, corrupt, or not a saved explanation.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
         device = torch.device(device)  # a bad device is no fault of the file
-        if not path.is_file():
-            raise FileNotFoundError(f"no explanation file at {path}")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    found = metadata.get("format", "none")
-                    raise ArtifactError(f"{path} is not a saved explanation (format {found!r}, not {_FORMAT!r})")
-                info = json.loads(metadata["explanation"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            unknown = set(tensors) - set(_TENSORS)
-            if unknown:
-                raise ArtifactError(f"{path} holds unexpected tensors {sorted(unknown)}")
+        with open_artifact(path, _FORMAT, "a saved explanation", device=str(device), allowed=_TENSORS) as (
+            info,
+            tensors,
+        ):
             return cls(info["concepts"], layer=info["layer"], method=info["method"], **tensors)
-        except ArtifactError:
-            raise
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{path} cannot be read as a saved explanation: {error}") from error
 
     def _summary(self) -> str:
         n, t, h, w = self.maps.shape

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from captum_concepts import _artifacts
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store import RegionEmbeddingStore, _region_data, shards
-from captum_concepts.store import manifest as manifest_module
 from captum_concepts.store.lock import FolderLock
 from captum_concepts.vlm import RegionPrompt
 
@@ -395,7 +395,7 @@ class TestInterruption:
     def test_stopped_at_every_write(self, tmp_path, monkeypatch, moment):
         """Power cut at the n-th file operation: nothing of the process runs afterwards, not even its cleaning up."""
         build(tmp_path / "whole")
-        plain, count = manifest_module.write_atomically, [0]
+        plain, count = _artifacts.write_atomically, [0]
 
         def until(path, data):
             count[0] += 1
@@ -404,8 +404,7 @@ class TestInterruption:
                 raise SystemError("cut")
             plain(path, data)
 
-        for module in (shards, manifest_module):
-            monkeypatch.setattr(module, "write_atomically", until)
+        monkeypatch.setattr(shards, "write_atomically", until)
         try:
             build(tmp_path / "cut")
         except SystemError:
@@ -512,7 +511,7 @@ class TestDiskAndLocks:
         build(tmp_path / "whole", pictures(60), TinyEncoder(dim=128))
         folder = small_disk if small_disk is not None else tmp_path / "simulated"
         if small_disk is None:
-            plain = manifest_module.write_atomically
+            plain = _artifacts.write_atomically
 
             def full(path, data):
                 held = sum(f.stat().st_size for f in folder.iterdir())
@@ -626,7 +625,7 @@ class TestExtension:
             build(tmp_path / name, pictures(10))
         new = pictures(11, seed=1)
         RegionEmbeddingStore.extend_at(tmp_path / "a", new, TinyEncoder(), batch_size=7)
-        plain, count = manifest_module.write_atomically, [0]
+        plain, count = _artifacts.write_atomically, [0]
 
         def until(path, data):
             count[0] += 1

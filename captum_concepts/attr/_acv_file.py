@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from captum_concepts._artifacts import open_artifact, save_artifact
 from captum_concepts.activations import find_model, layer_name, resolve_layer
 from captum_concepts.activations.capture import Layer
 from captum_concepts.attr._acv_state import FittedVectors
 from captum_concepts.errors import ArtifactError, LayerError
-from captum_concepts.store.manifest import fingerprint_module, write_atomically
+from captum_concepts.store.manifest import fingerprint_module
 
 _FORMAT = "captum_concepts.SpatialACV/1"
 _TENSORS = ("vectors", "slopes", "intercepts", "accuracies", "intervals", "contrasts", "p_values")
@@ -28,8 +28,6 @@ def save(
     settings: dict[str, Any],
 ) -> Path:
     """Write everything of ``fitted`` and what it belongs to."""
-    from safetensors.torch import save as to_bytes
-
     module = resolve_layer(forward_func, layer)
     info = {
         "names": fitted.names,
@@ -39,29 +37,14 @@ def save(
         "model": _fingerprint(forward_func, module),
         "settings": settings,
     }
-    tensors = {n: v.detach().cpu().contiguous() for n in _TENSORS if (v := getattr(fitted, n)) is not None}
-    path = Path(path)
-    write_atomically(path, to_bytes(tensors, metadata={"format": _FORMAT, "spatial_acv": json.dumps(info)}))
-    return path
+    return save_artifact(path, _FORMAT, info, {n: v for n in _TENSORS if (v := getattr(fitted, n)) is not None})
 
 
 def load(
     path: str | os.PathLike[str], forward_func: Callable[..., Any], layer: Layer | None
 ) -> tuple[FittedVectors, Layer, dict[str, Any]]:
     """The fitted state, the layer and the constructor's settings, after checking that they belong to the model."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no SpatialACV file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                found = metadata.get("format", "none")
-                raise ArtifactError(f"{path} is not a saved SpatialACV (format {found!r}, not {_FORMAT!r})")
-            info = json.loads(metadata["spatial_acv"])
-            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with open_artifact(path, _FORMAT, "a saved SpatialACV", allowed=_TENSORS) as (info, tensors):
         fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
         fitted = FittedVectors(tuple(info["names"]), rows=info["rows"], of_input=info["of_input"], **fields)
         k = len(fitted.names)
@@ -69,10 +52,6 @@ def load(
         if wrong or any(name not in tensors for name in _TENSORS[:-1]):
             raise ArtifactError(f"{path} does not hold {k} concepts in all of its tensors")
         saved_layer, saved_model, settings = info["layer"], info["model"], info["settings"]
-    except ArtifactError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} cannot be read as a saved SpatialACV: {error}") from error
     chosen: Layer = saved_layer if layer is None else layer
     try:
         module = resolve_layer(forward_func, chosen)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from captum_concepts._artifacts import open_artifact, save_artifact
 from captum_concepts.activations import find_model, layer_name
 from captum_concepts.activations.capture import Layer
 from captum_concepts.errors import ArtifactError, InputError, LayerError
 from captum_concepts.models.concept_translator import ConceptTranslator
-from captum_concepts.store.manifest import check_fingerprint, fingerprint_module, write_atomically
+from captum_concepts.store.manifest import check_fingerprint, fingerprint_module
 
 _FORMAT = "captum_concepts.ConceptFusionMap/1"
 _TEXT = "text_embeddings"
@@ -20,8 +22,6 @@ _TEXT = "text_embeddings"
 
 def save(path: str | os.PathLike[str], explainer: Any) -> Path:
     """Write ``explainer`` atomically."""
-    from safetensors.torch import save as to_bytes
-
     translator = explainer.translator
     if not isinstance(translator, ConceptTranslator):
         raise InputError(
@@ -39,12 +39,10 @@ def save(path: str | os.PathLike[str], explainer: Any) -> Path:
         "history": explainer.history_,
         "model": _model(explainer.forward_func),
     }
-    tensors = {f"translator.{name}": v.detach().cpu().contiguous() for name, v in translator.state_dict().items()}
+    tensors = {f"translator.{name}": v for name, v in translator.state_dict().items()}
     if explainer.text_embeddings is not None:
-        tensors[_TEXT] = explainer.text_embeddings.detach().cpu().contiguous()
-    path = Path(path)
-    write_atomically(path, to_bytes(tensors, metadata={"format": _FORMAT, "concept_fusion_map": json.dumps(info)}))
-    return path
+        tensors[_TEXT] = explainer.text_embeddings
+    return save_artifact(path, _FORMAT, info, tensors)
 
 
 def load(
@@ -54,41 +52,26 @@ def load(
     layers: Sequence[Layer] | None,
 ) -> Any:
     """Read it, after checking that it belongs to ``forward_func``."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no ConceptFusionMap file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                found = metadata.get("format", "none")
-                raise ArtifactError(f"{path} is not a saved ConceptFusionMap (format {found!r}, not {_FORMAT!r})")
-            info = json.loads(metadata["concept_fusion_map"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with open_artifact(path, _FORMAT, "a saved ConceptFusionMap") as (info, tensors):
         model = _model(forward_func)
         if model is not None:
             check_fingerprint({"model": model}, {"model": info["model"] or model}, str(path))
         chosen: list[Layer] = list(info["layers"] if layers is None else layers)
-        if layers is not None:
+        try:
             own = [layer_name(forward_func, layer) for layer in chosen]
-            check_fingerprint({"layers": own}, info, str(path))
+        except LayerError as error:
+            raise ArtifactError(f"{path} was saved for layers that do not exist here: {error}") from error
+        check_fingerprint({"layers": own}, info, str(path))
         text = tensors.pop(_TEXT, None)
-        translator = ConceptTranslator(info["in_channels"], info["embedding_dim"], hidden=info["hidden"])
+        with torch.device("meta"):  # sizes come from the file: nothing is allocated before the tensors fit them
+            translator = ConceptTranslator(info["in_channels"], info["embedding_dim"], hidden=info["hidden"])
         state = {name.removeprefix("translator."): tensor for name, tensor in tensors.items()}
-        translator.load_state_dict(state)
+        translator.load_state_dict(state, assign=True)
         parameter = next(net.parameters(), None) if (net := find_model(forward_func)) is not None else None
         translator.to("cpu" if parameter is None else parameter.device).requires_grad_(False).eval()
         options = info["options"]
         made = kind(forward_func, chosen, translator, info["concepts"], text, layer=info["layer"], **options)
         made.history_ = info["history"]
-    except ArtifactError:
-        raise
-    except LayerError as error:
-        raise ArtifactError(f"{path} was saved for layers that do not exist here: {error}") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ArtifactError(f"{path} cannot be read as a saved ConceptFusionMap: {error}") from error
     return made
 
 

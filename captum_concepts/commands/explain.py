@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_concepts._artifacts import write_atomically
 from captum_concepts.commands.explainers import build_explainer, readable_images
 from captum_concepts.commands.models import load_model
 from captum_concepts.datasets.images import find_images
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.store.manifest import write_atomically
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from captum_concepts.concepts._files import write_text
+from captum_concepts._artifacts import write_atomically
 from captum_concepts.concepts._words import tidy
 from captum_concepts.concepts.vocabulary import Vocabulary
 from captum_concepts.errors import ArtifactError, InputError, InputWarning
@@ -92,7 +92,7 @@ def generate_concepts(
                     )
                 known.append(answer)
                 if path is not None:
-                    write_text(path, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+                    write_atomically(path, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
             found = [concept for answer in known[:repeats] for concept in parse_list(answer)]
             if not found:
                 warnings.warn(f"no concept in the answer to {question!r}", InputWarning, stacklevel=2)

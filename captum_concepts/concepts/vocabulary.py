@@ -11,8 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_concepts._artifacts import write_atomically
 from captum_concepts.concepts import filters
-from captum_concepts.concepts._files import write_text
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts._words import tidy
 from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed, without_embedding
@@ -201,9 +201,9 @@ class Vocabulary:
         if path.suffix.lower() == ".txt":
             if any("\n" in concept for concept in self.concepts):
                 raise InputError("a concept holds a line break; clean() the vocabulary, or save it as .json")
-            write_text(path, "\n".join(self.concepts) + "\n")
+            write_atomically(path, "\n".join(self.concepts) + "\n")
         elif path.suffix.lower() == ".json":
-            write_text(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+            write_atomically(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
         else:
             raise InputError(f"{path} must end in .txt or .json")
 

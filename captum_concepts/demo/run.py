@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_concepts import demo
+from captum_concepts._artifacts import write_atomically
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.attr.feature_activation_map import FeatureActivationMap
 from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.datasets import CaptionedScenes, Scene
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.metrics import center_gaussian, epg, nra, specificity
-from captum_concepts.store.manifest import write_atomically
 
 QUERIES, SHOWN = 48, 4
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from captum_concepts._artifacts import write_atomically
 from captum_concepts.errors import ArtifactError
 from captum_concepts.store.lock import FolderLock
-from captum_concepts.store.manifest import write_atomically
 from captum_concepts.store.shards import _MANIFEST, _check_files, _read_manifest
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import write_atomically
 from captum_concepts.errors import ArtifactError
 from captum_concepts.store._region_build import check_origin, origin, probe
 from captum_concepts.store._region_data import Pictures, check_pictures
 from captum_concepts.store._region_pipeline import embed_spans
 from captum_concepts.store._region_reader import RegionReader
 from captum_concepts.store.lock import FolderLock
-from captum_concepts.store.manifest import write_atomically
 from captum_concepts.store.shards import _MANIFEST, _read_manifest
 from captum_concepts.vlm import RegionPrompt
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,19 +78,6 @@ def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], wha
     ]
     if differences:
         raise ArtifactError(f"{what} was made from something else: " + "; ".join(differences))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write the whole file or nothing: a reader never sees a part of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _update(digest: Any, tensor: Tensor) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import write_atomically
 from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.store.manifest import check_fingerprint, write_atomically
+from captum_concepts.store.manifest import check_fingerprint
 
 _FORMAT = "captum_concepts.shards/1"
 _MANIFEST = "manifest.json"
