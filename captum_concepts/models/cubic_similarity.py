@@ -1,0 +1,139 @@
+"""The cubic cosine similarity that a concept bottleneck is trained by: value, gradient, and sums over parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from captum_concepts.errors import InputError
+
+#: Sums a tensor over all processes, in place or not, and returns the sum.
+Reduce = Callable[[Tensor], Tensor]
+
+
+def cubic_similarity(q: Tensor, p: Tensor) -> Tensor:
+    r"""How well q follows p over the samples, strong matches counted most (LF-CBM; SALF-CBM, equation 1).
+
+    .. math:: \operatorname{sim}(q, p) = \frac{\bar q^3 \cdot \bar p^3}{\|\bar q^3\| \, \|\bar p^3\|}, \qquad
+        \bar q = q - \operatorname{mean}_n q
+
+    with the power taken elementwise. SALF-CBM's loss is minus its sum over concepts and places, q the concept maps and
+    p the image-text similarities of a batch. It changes neither with the scale nor with the offset of q and p.
+
+    Args:
+        q: ``(N, ...)``, samples first.
+        p: as ``q``.
+
+    Returns:
+        ``(...)`` in [-1, 1], at least float32; differentiable. Exactly 0, with gradient 0, where q or p is the same for
+        all samples. Of two samples it is always -1, 0 or 1.
+
+    Raises:
+        InputError: different shapes, or fewer than two samples.
+
+    Example:
+        >>> p = torch.tensor([[0.1, 0.3], [0.2, 0.3], [0.9, 0.3]])
+        >>> cubic_similarity(-2 * p + 5, p)  # the second column is constant
+        tensor([-1.,  0.])
+    """
+    if q.shape != p.shape or q.ndim < 1 or len(q) < 2:
+        raise InputError(f"q and p must have one shape (N, ...) with N of at least 2, got {_shape(q)} and {_shape(p)}")
+    a, b = (_cubed(_centred(values)) for values in (q, p))
+    product = (a * b).sum(0)
+    lengths = a.square().sum(0) * b.square().sum(0)
+    zero = lengths == 0
+    return product.masked_fill(zero, 0) / lengths.masked_fill(zero, 1).sqrt()
+
+
+def similarity_and_gradient(q: Tensor, p: Tensor, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
+    """Cubic similarity over dimension 1 of values that have mean zero there, and its gradient by q.
+
+    The gradient is written out, because autograd would keep five tensors of this size where this keeps three.
+
+    Args:
+        q: ``(k, n, M)``, mean zero over the samples n (of all processes). Overwritten.
+        p: as ``q``. Overwritten.
+        reduce: adds up the sums of the processes that hold the other samples.
+
+    Returns:
+        ``(k, M)``, and ``(k, n, M)``: the gradient of its sum by the samples of this process.
+    """
+    p.mul_(p.square())
+    squared = q.square()
+    cubed = q.mul_(squared)
+    sums = torch.stack([(cubed * p).sum(1), cubed.square().sum(1), p.square().sum(1)])
+    if reduce is not None:
+        sums = reduce(sums)
+    product, q_length, p_length = sums
+    flat = (q_length <= 0) | (p_length <= 0)
+    # Two roots instead of the root of a product, which could underflow.
+    scale = torch.where(flat, 0.0, q_length.clamp_min(_TINY).rsqrt() * p_length.clamp_min(_TINY).rsqrt())
+    similarity = product * scale
+    slope = similarity / q_length.clamp_min(_TINY)
+    gradient = p.mul_(scale[:, None]).addcmul_(cubed, slope[:, None], value=-1).mul_(squared).mul_(3)
+    return similarity, gradient
+
+
+class CubicSums:
+    """Cubic similarities over more samples than memory holds: add parts, then read.
+
+    Args:
+        shape: of the result, e.g. ``(h*w, M)``.
+        device: of the sums.
+
+    Example:
+        >>> q, p = torch.randn(9, 2), torch.randn(9, 2)
+        >>> sums = CubicSums((2,))
+        >>> for part in torch.arange(9).split(4):
+        ...     sums.add((q - q.mean(0))[part], (p - p.mean(0))[part], dim=0)
+        >>> torch.allclose(sums.similarity(), cubic_similarity(q, p), atol=1e-6)
+        True
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> None:
+        self._sums = torch.zeros(3, *shape, device=device)
+
+    def add(self, q: Tensor, p: Tensor, *, dim: int, where: slice | None = None) -> None:
+        """Add samples along ``dim`` of values that have mean zero over *all* samples; both are overwritten.
+
+        Args:
+            where: the part of the result's first dimension that they belong to.
+        """
+        cubed, other = _cubed(q), _cubed(p)
+        rows = self._sums if where is None else self._sums[:, where]
+        rows[0] += (cubed * other).sum(dim)
+        rows[1] += cubed.square().sum(dim)
+        rows[2] += other.square().sum(dim)
+
+    def similarity(self, reduce: Reduce | None = None) -> Tensor:
+        """The result so far; see :func:`cubic_similarity`."""
+        product, q_length, p_length = self._sums if reduce is None else reduce(self._sums.clone())
+        flat = (q_length <= 0) | (p_length <= 0)
+        scale = q_length.clamp_min(_TINY).rsqrt() * p_length.clamp_min(_TINY).rsqrt()
+        return (product * scale).masked_fill(flat, 0)
+
+
+_TINY = 1e-38
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Mean zero, at most 1 in absolute value: the sixth powers of small values would vanish in float32."""
+    values = values if values.dtype == torch.float64 else values.float()
+    mean = values.mean(0)
+    centred = values - mean
+    with torch.no_grad():
+        size = centred.abs().amax(0)
+        # What rounding leaves of a constant is no signal.
+        noise = 4 * torch.finfo(values.dtype).eps * values.abs().amax(0)
+        factor = torch.where(size > noise, size.clamp_min(_TINY).reciprocal(), 0.0)
+    return centred * factor
+
+
+def _cubed(values: Tensor) -> Tensor:
+    return values * values * values
+
+
+def _shape(values: Tensor) -> tuple[int, ...]:
+    return tuple(values.shape)
