@@ -46,6 +46,20 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     return path
 
 
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` for text from outside: whatever is wrong with it is a ValueError.
+
+    >>> parse_json("[" * 100_000)
+    Traceback (most recent call last):
+    ...
+    ValueError: it is nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def save_artifact(path: str | os.PathLike[str], kind: str, info: Mapping[str, Any], tensors: Mapping[str, Any]) -> Path:
     """Write ``tensors`` and the JSON-able ``info`` as one safetensors file of format ``kind``, atomically."""
     from safetensors.torch import save
@@ -85,7 +99,7 @@ def open_artifact(
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
                 raise ArtifactError(f"{path} is not {what} (format {metadata.get('format', 'none')!r}, not {kind!r})")
-            info = json.loads(metadata[_INFO])
+            info = parse_json(metadata[_INFO])
             if not isinstance(info, dict):
                 raise ArtifactError(f"{path} is not {what}: its header holds no JSON object")
             names = list(file.keys())
@@ -95,6 +109,6 @@ def open_artifact(
         yield info, tensors
     except ArtifactError:
         raise
-    # A list nested ten thousand deep is valid JSON; sizes that a hostile header claims end in RuntimeError.
+    # Sizes that a hostile header claims end in RuntimeError.
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise ArtifactError(f"{path} cannot be read as {what}: {type(error).__name__}: {error}") from error

@@ -18,6 +18,7 @@ from captum_concepts.store.manifest import fingerprint_module
 
 _FORMAT = "captum_concepts.SpatialACV/1"
 _TENSORS = ("vectors", "slopes", "intercepts", "accuracies", "intervals", "contrasts", "p_values")
+_SETTINGS = ("layout", "prefix_tokens", "batch_size")
 
 
 def save(
@@ -35,24 +36,51 @@ def save(
         "of_input": fitted.of_input,
         "layer": layer_name(forward_func, module),
         "model": _fingerprint(forward_func, module),
-        "settings": settings,
+        "settings": {name: settings[name] for name in _SETTINGS},
     }
     return save_artifact(path, _FORMAT, info, {n: v for n in _TENSORS if (v := getattr(fitted, n)) is not None})
 
 
 def load(
-    path: str | os.PathLike[str], forward_func: Callable[..., Any], layer: Layer | None
-) -> tuple[FittedVectors, Layer, dict[str, Any]]:
-    """The fitted state, the layer and the constructor's settings, after checking that they belong to the model."""
+    path: str | os.PathLike[str], kind: Callable[..., Any], forward_func: Callable[..., Any], layer: Layer | None
+) -> Any:
+    """The fitted explainer, after checking that the file belongs to ``forward_func`` and ``layer``."""
     with open_artifact(path, _FORMAT, "a saved SpatialACV", allowed=_TENSORS) as (info, tensors):
         fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
-        fitted = FittedVectors(tuple(info["names"]), rows=info["rows"], of_input=info["of_input"], **fields)
-        k = len(fitted.names)
-        wrong = [name for name in _TENSORS if (v := getattr(fitted, name)) is not None and len(v) != k]
-        if wrong or any(name not in tensors for name in _TENSORS[:-1]):
-            raise ArtifactError(f"{path} does not hold {k} concepts in all of its tensors")
-        saved_layer, saved_model, settings = info["layer"], info["model"], info["settings"]
-    chosen: Layer = saved_layer if layer is None else layer
+        fitted = FittedVectors(tuple(info["names"]), rows=info["rows"], of_input=info["of_input"] is True, **fields)
+        _check(fitted)
+        if not (isinstance(info["layer"], str) and isinstance(info["model"], str)):
+            raise ValueError("it does not say its layer and model")
+        loaded = kind(forward_func, info["layer"] if layer is None else layer, **_settings(info["settings"]))
+    _check_origin(Path(path), info, forward_func, loaded.layer)
+    loaded._fitted = fitted
+    return loaded
+
+
+def _check(fitted: FittedVectors) -> None:
+    names, k = fitted.names, len(fitted.names)
+    given = {name: value for name in _TENSORS if (value := getattr(fitted, name)) is not None}
+    shapes = {name: tuple(value.shape) for name, value in given.items()}
+    wanted: dict[str, tuple[int, ...]] = dict.fromkeys(_TENSORS, (k,))
+    wanted |= {"vectors": (k, *shapes.get("vectors", ())[1:2]), "intervals": (k, 2)}
+    if not k or shapes != {name: wanted[name] for name in _TENSORS if name in shapes or name != "p_values"}:
+        raise ValueError(f"{k} concepts do not fit tensors of shapes {shapes}")
+    if not all(isinstance(name, str) and isinstance(fitted.rows.get(name), dict) for name in names):
+        raise ValueError("concepts need names and counts of their rows")
+    if not all(value.is_floating_point() for value in given.values()):
+        raise ValueError("its tensors are no floating-point numbers")
+
+
+def _settings(found: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: found[name] for name in _SETTINGS}
+    counts = [settings["batch_size"], *([] if settings["prefix_tokens"] is None else [settings["prefix_tokens"]])]
+    if not isinstance(settings["layout"], str) or not all(type(count) is int for count in counts):
+        raise ValueError(f"bad settings {settings}")
+    return settings
+
+
+def _check_origin(path: Path, info: dict[str, Any], forward_func: Callable[..., Any], chosen: Layer) -> None:
+    saved_layer, saved_model = info["layer"], info["model"]
     try:
         module = resolve_layer(forward_func, chosen)
     except LayerError as error:
@@ -64,7 +92,6 @@ def load(
         raise ArtifactError(
             f"{path} was fitted on another model: class, parameters or dtype of this one differ; fit again on it"
         )
-    return fitted, chosen, settings
 
 
 def _fingerprint(forward_func: Callable[..., Any], module: nn.Module) -> str:

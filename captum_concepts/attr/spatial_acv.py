@@ -286,9 +286,7 @@ class SpatialACV(LayerVectors):
             FileNotFoundError: there is no such file.
             ArtifactError: the file is broken, or was fitted on another model or layer.
         """
-        fitted, layer, settings = _acv_file.load(path, forward_func, layer)
-        loaded = cls(forward_func, layer, **settings)
-        loaded._fitted = fitted
+        loaded: SpatialACV = _acv_file.load(path, cls, forward_func, layer)
         return loaded
 
     @staticmethod

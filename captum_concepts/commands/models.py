@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._artifacts import parse_json
 from captum_concepts.activations import capture
 from captum_concepts.errors import InputError, did_you_mean
 
@@ -199,7 +199,7 @@ def read_names(path: str | Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except ValueError as error:
             raise InputError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, list):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from captum_concepts._artifacts import write_atomically
+from captum_concepts._artifacts import parse_json, write_atomically
 from captum_concepts.concepts._words import tidy
 from captum_concepts.concepts.vocabulary import Vocabulary
 from captum_concepts.errors import ArtifactError, InputError, InputWarning
@@ -127,7 +127,7 @@ def _read_cache(path: Path | None) -> dict[str, list[str]]:
     if path is None or not path.exists():
         return {}
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArtifactError(f"{path} cannot be read as a cache of answers: {error}") from error
     if not isinstance(found, dict) or not all(

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_concepts._artifacts import write_atomically
+from captum_concepts._artifacts import parse_json, write_atomically
 from captum_concepts.concepts import filters
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts._words import tidy
@@ -252,7 +252,7 @@ class Vocabulary:
             report = VocabularyReport.from_dict(found["report"])
             stored = {"templates": found["templates"], "sources": found["sources"], "report": report}
             return cls(found["concepts"], **{**stored, **options})
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path} is not a vocabulary as save() writes it: {error}") from error
 
 
@@ -271,7 +271,7 @@ def _fill(template: str, word: str) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON in UTF-8: {error}") from error
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from captum_concepts._artifacts import parse_json
 from captum_concepts.datasets.images import IMAGE_SUFFIXES
 from captum_concepts.errors import InputError
 
@@ -30,7 +31,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path, kind: type) -> Any:
     """A JSON file that holds a ``kind`` (dict or list)."""
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(value, kind):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import write_atomically
+from captum_concepts._artifacts import parse_json, write_atomically
 from captum_concepts.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -138,14 +138,14 @@ class EvaluationTable:
     def from_json(cls, text: str) -> EvaluationTable:
         """Read what :meth:`to_json` returned (resamples are not kept)."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             numbers = ("value", "ci_low", "ci_high")
             rows = [
                 {k: math.nan if k in numbers and row[k] is None else row[k] for k in _COLUMNS}
                 for row in content["rows"]
             ]
             return cls(rows, content["confidence"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"not the JSON of an evaluation table: {error}") from error
 
     def to_markdown(self, path: str | os.PathLike[str] | None = None, *, digits: int = 3) -> str:

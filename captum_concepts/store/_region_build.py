@@ -18,7 +18,8 @@ from captum_concepts.store._region_parts import check_parts, default_shard_rows,
 from captum_concepts.store._region_pipeline import check_embedding, device_of, embed_spans, module_of
 from captum_concepts.store.lock import FolderLock
 from captum_concepts.store.manifest import check_fingerprint, fingerprint_callable
-from captum_concepts.store.shards import _MANIFEST, ShardReader, ShardWriter, _check_files, _read_manifest
+from captum_concepts.store.shard_files import MANIFEST, check_files, read_manifest
+from captum_concepts.store.shards import ShardReader, ShardWriter
 from captum_concepts.vlm import RegionPrompt
 
 KIND = "region embeddings, version 1"
@@ -102,22 +103,22 @@ def build_part(
     what, count = f"the store at {path}", len(pictures)
     made_from = origin(encoder, prompt, pictures.shape, dtype)
     probed = probe(encoder, pictures.shape)
-    whole = _read_manifest(path) if resume else None
+    whole = read_manifest(path) if resume else None
     if whole is not None:
         check_origin(whole, made_from, probed, what)
         if whole["complete"]:
-            _check_files(path, whole)
+            check_files(path, whole)
             _check_count(whole, count, what)
             check_pictures(pictures, digests(path), 0, what)
             return True
     check_parts(path, num_replicas, whole, remove=not resume and num_replicas == 1)
     if not resume and num_replicas > 1:  # nobody can join before this process has finished its part
-        (path / _MANIFEST).unlink(missing_ok=True)
+        (path / MANIFEST).unlink(missing_ok=True)
     folder = path if num_replicas == 1 else path / part_name(rank, num_replicas)
     with ExitStack() as stack:
         with _explained(folder, count):
             stack.enter_context(FolderLock(folder, "the store at"))
-        manifest = _read_manifest(folder) if resume else None
+        manifest = read_manifest(folder) if resume else None
         fingerprint = made_from if num_replicas == 1 else {**made_from, "part": f"{rank} of {num_replicas}"}
         if manifest is not None:
             check_origin(manifest, fingerprint, probed, what)
@@ -156,7 +157,7 @@ def extend(
     with ExitStack() as stack:
         with _explained(path, None):
             stack.enter_context(FolderLock(path, "the store at"))
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         if manifest is None:
             raise FileNotFoundError(f"there is no store at {path}; build it first")
         check_origin(manifest, made_from, probed, what)
@@ -242,7 +243,7 @@ def _explained(path: Path, count: int | None) -> Iterator[None]:
         if error.errno is None or isinstance(error, FileNotFoundError):
             raise
         try:
-            manifest = _read_manifest(path)
+            manifest = read_manifest(path)
         except (ArtifactError, OSError):
             manifest = None
         rows = sum(shard["rows"] for shard in manifest["shards"]) if manifest else 0

@@ -13,16 +13,16 @@ from typing import Any
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.errors import ArtifactError
 from captum_concepts.store.lock import FolderLock
-from captum_concepts.store.shards import _MANIFEST, _check_files, _read_manifest
+from captum_concepts.store.shard_files import MANIFEST, check_files, read_manifest
 
 
 def join_parts(path: Path, fingerprint: dict[str, Any], num_replicas: int) -> bool:
     """Make one store of the parts once all are complete; True if it is whole. Safe to repeat after a kill."""
     names = [part_name(rank, num_replicas) for rank in range(num_replicas)]
     with _lock_patiently(path):
-        whole = _read_manifest(path)
+        whole = read_manifest(path)
         if whole is None:
-            parts = [_read_manifest(path / name) for name in names]
+            parts = [read_manifest(path / name) for name in names]
             if any(part is None or not part["complete"] for part in parts):
                 return False
             shards: list[dict[str, Any]] = []
@@ -36,8 +36,8 @@ def join_parts(path: Path, fingerprint: dict[str, Any], num_replicas: int) -> bo
             bounds = [info["error_bound"] for info in infos if "error_bound" in info]
             whole = {"format": parts[0]["format"] if parts[0] else "", "fingerprint": fingerprint, "shards": shards}
             whole |= {"complete": True, "info": {**infos[0], "error_bound": max(bounds, default=0.0)}}
-            _check_files(path, whole)
-            write_atomically(path / _MANIFEST, json.dumps(whole, indent=1).encode())
+            check_files(path, whole)
+            write_atomically(path / MANIFEST, json.dumps(whole, indent=1).encode())
         for name in names:
             shutil.rmtree(path / name, ignore_errors=True)
     return True

@@ -18,7 +18,7 @@ from captum_concepts.store._region_data import Pictures, check_pictures
 from captum_concepts.store._region_pipeline import embed_spans
 from captum_concepts.store._region_reader import RegionReader
 from captum_concepts.store.lock import FolderLock
-from captum_concepts.store.shards import _MANIFEST, _read_manifest
+from captum_concepts.store.shard_files import MANIFEST, read_manifest
 from captum_concepts.vlm import RegionPrompt
 
 
@@ -39,7 +39,7 @@ def damaged_shards(path: Path, shards: Sequence[Mapping[str, Any]]) -> list[tupl
 
 def verify(store: RegionReader, pictures: Pictures | None) -> dict[str, int]:
     """Read all of a store and compare it with what was written, and with ``pictures``."""
-    manifest = _read_manifest(store.path) or {"shards": []}
+    manifest = read_manifest(store.path) or {"shards": []}
     damaged = damaged_shards(store.path, manifest["shards"])
     if damaged:
         listed = "; ".join(
@@ -77,7 +77,7 @@ def repair(
 
     what = f"the store at {path}"
     with FolderLock(path, "the store at"):
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         if manifest is None:
             raise FileNotFoundError(f"there is no store at {path}")
         made_from = origin(encoder, prompt, pictures.shape, dtype)
@@ -101,7 +101,7 @@ def repair(
             write_atomically(path / shards[number]["file"], data)
             shards[number] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             manifest["info"]["error_bound"] = max(rounding, manifest["info"]["error_bound"])
-            write_atomically(path / _MANIFEST, json.dumps(manifest, indent=1).encode())
+            write_atomically(path / MANIFEST, json.dumps(manifest, indent=1).encode())
 
         spans = [(start, stop) for _, start, stop, _ in damaged]
         embed_spans(

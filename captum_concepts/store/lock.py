@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from captum_concepts._artifacts import parse_json
 from captum_concepts.errors import ArtifactError
 
 _NAME = ".lock"
@@ -84,7 +85,7 @@ class FolderLock:
 def _holder(file: IO[str]) -> str:
     try:
         file.seek(0)
-        note = json.loads(file.read())
+        note = parse_json(file.read())
         return f"process {note['pid']} on {note['host']}"
     except (ValueError, KeyError, TypeError, OSError):
         return "another process"

@@ -14,7 +14,7 @@ from captum_concepts.store._distributed import all_or_none, world
 from captum_concepts.store._region_data import Images, Pictures
 from captum_concepts.store._region_reader import RegionReader
 from captum_concepts.store._region_repair import repair, verify
-from captum_concepts.store.shards import _read_manifest
+from captum_concepts.store.shard_files import read_manifest
 from captum_concepts.vlm import RegionPrompt
 
 
@@ -213,7 +213,7 @@ class RegionEmbeddingStore(RegionReader):
         show_progress: bool = False,
     ) -> RegionEmbeddingStore:
         """:meth:`extend` of the store at ``path``, also of one whose extension was killed."""
-        manifest = _read_manifest(Path(path))
+        manifest = read_manifest(Path(path))
         if manifest is None:
             raise FileNotFoundError(f"there is no store at {path}; build it first")
         if encoder is None:
@@ -250,7 +250,7 @@ class RegionEmbeddingStore(RegionReader):
         Raises:
             ArtifactError: another encoder or data set, or the manifest itself is broken.
         """
-        manifest = _read_manifest(Path(path))
+        manifest = read_manifest(Path(path))
         if manifest is None:
             raise FileNotFoundError(f"there is no store at {path}")
         prompt, dtype = building.made_with(manifest)

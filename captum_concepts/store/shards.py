@@ -15,10 +15,7 @@ from torch import Tensor
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store.manifest import check_fingerprint
-
-_FORMAT = "captum_concepts.shards/1"
-_MANIFEST = "manifest.json"
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
+from captum_concepts.store.shard_files import FORMAT, MANIFEST, check_files, map_file, read_manifest
 
 
 class ShardWriter:
@@ -56,12 +53,12 @@ class ShardWriter:
         self.shard_rows = shard_rows
         self._pending: list[dict[str, Tensor]] = []
         self._waiting = 0
-        manifest = _read_manifest(self.path) if resume else None
+        manifest = read_manifest(self.path) if resume else None
         if manifest is not None:
             check_fingerprint(fingerprint, manifest["fingerprint"], f"the store at {self.path}")
-            _check_files(self.path, manifest)
+            check_files(self.path, manifest)
         else:
-            manifest = {"format": _FORMAT, "fingerprint": dict(fingerprint), "shards": [], "complete": False}
+            manifest = {"format": FORMAT, "fingerprint": dict(fingerprint), "shards": [], "complete": False}
         for leftover in [*self.path.glob(".*.partial"), *self.path.glob("shard-*.safetensors")]:
             if leftover.name not in {shard["file"] for shard in manifest["shards"]}:
                 leftover.unlink()
@@ -123,7 +120,7 @@ class ShardWriter:
         self._pending = [{name: tensor[count:] for name, tensor in joined.items()}] if self._waiting else []
 
     def _publish(self) -> None:
-        write_atomically(self.path / _MANIFEST, json.dumps(self._manifest, indent=1).encode())
+        write_atomically(self.path / MANIFEST, json.dumps(self._manifest, indent=1).encode())
 
 
 class ShardReader:
@@ -149,7 +146,7 @@ class ShardReader:
         verify_on_read: bool = False,
     ) -> None:
         self.path = Path(path)
-        manifest = _read_manifest(self.path)
+        manifest = read_manifest(self.path)
         if manifest is None:
             raise FileNotFoundError(f"no store at {self.path}")
         if fingerprint is not None:
@@ -157,10 +154,11 @@ class ShardReader:
         if not manifest["complete"]:
             rows = sum(shard["rows"] for shard in manifest["shards"])
             raise ArtifactError(f"the store at {self.path} is unfinished ({rows} rows so far); resume writing it")
-        _check_files(self.path, manifest, verify=verify)
+        check_files(self.path, manifest, verify=verify)
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
         self.info: dict[str, Any] = manifest.get("info", {})
-        self._shards = [_map_file(self.path / shard["file"]) for shard in manifest["shards"]]
+        self._shards = [map_file(self.path / shard["file"]) for shard in manifest["shards"]]
+        _check_shapes(self.path, manifest["shards"], self._shards)
         self._starts = np.cumsum([0, *(shard["rows"] for shard in manifest["shards"])])
         self._unchecked = dict(enumerate(manifest["shards"])) if verify_on_read and not verify else {}
 
@@ -190,54 +188,16 @@ class ShardReader:
         which = np.searchsorted(self._starts, wanted, side="right") - 1
         for shard in np.unique(which):
             if shard in self._unchecked:
-                _check_files(self.path, {"shards": [self._unchecked[shard]]}, verify=True)
+                check_files(self.path, {"shards": [self._unchecked[shard]]}, verify=True)
                 del self._unchecked[shard]
             place = which == shard
             out[place] = self._shards[shard][name][wanted[place] - self._starts[shard]]
         return torch.from_numpy(out)
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    file = path / _MANIFEST
-    if not file.is_file():
-        return None
-    try:
-        manifest = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"{file} cannot be read: {error}; remove the folder to start again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise ArtifactError(f"{file} is not the manifest of a store of format {_FORMAT!r}")
-    return manifest
-
-
-def _check_files(path: Path, manifest: Mapping[str, Any], *, verify: bool = False) -> None:
-    for shard in manifest["shards"]:
-        file = path / shard["file"]
-        size = file.stat().st_size if file.is_file() else None
-        if size != shard["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-            raise ArtifactError(f"{file} {found}; remove the folder to start again")
-        if verify and hashlib.sha256(file.read_bytes()).hexdigest() != shard["sha256"]:
-            raise ArtifactError(f"{file} is damaged: its checksum differs; remove the folder to start again")
-
-
-def _map_file(file: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Memory maps of a safetensors file: an 8-byte length, a JSON header, then raw values."""
-    maps: dict[str, np.ndarray[Any, Any]] = {}
-    try:
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-        for name, info in header.items():
-            if name == "__metadata__":
-                continue
-            if info["dtype"] not in _DTYPES:
-                raise ArtifactError(f"{file} holds {name!r} as {info['dtype']}, which cannot be memory-mapped")
-            maps[name] = np.memmap(
-                file, _DTYPES[info["dtype"]], "r", 8 + length + info["data_offsets"][0], tuple(info["shape"])
-            )
-    except ArtifactError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise ArtifactError(f"{file} is damaged: its header cannot be read ({error})") from error
-    return maps
+def _check_shapes(path: Path, shards: list[dict[str, Any]], maps: list[dict[str, np.ndarray[Any, Any]]]) -> None:
+    """Every shard holds the rows that the manifest says, of the tensors of the first one."""
+    kinds = [{name: (m.dtype, m.shape[1:]) for name, m in one.items()} for one in maps]
+    for shard, one, kind in zip(shards, maps, kinds, strict=True):
+        if kind != kinds[0] or any(m.ndim == 0 or len(m) != shard["rows"] for m in one.values()):
+            raise ArtifactError(f"{path / shard['file']} does not hold {shard['rows']} rows of {sorted(kinds[0])}")

@@ -1,0 +1,250 @@
+"""Every loader against damaged and hostile files: it loads, or one of the package's own exceptions comes out.
+
+``FUZZ=10000 pytest tests/test_hostile_files.py`` (`make fuzz`) tries that many files against each loader; by default a
+few hundred. A file is damaged blindly (bits, cuts, insertions) or knowingly (a value of its JSON replaced: sizes,
+types, paths, offsets), because blind damage rarely gets past a checksum.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import resource
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from captum_concepts import ConceptExplanation, ConceptFusionMap, ConceptTranslator, SpatialACV
+from captum_concepts.concepts import Vocabulary
+from captum_concepts.datasets.images import load_image
+from captum_concepts.errors import ArtifactError, CaptumConceptsError
+from captum_concepts.metrics import EvaluationTable
+from captum_concepts.store import RegionEmbeddingStore
+from captum_concepts.store.shards import ShardReader, ShardWriter
+
+FILES = int(os.environ.get("FUZZ", "300"))
+HOSTILE = [
+    None, True, -1, 0, 1, 2**31, 2**63, 2**80, -(2**40), 1e308, float("nan"), float("inf"), "", "a", "../../etc/passwd",
+    "/dev/zero", "\x00", "é" * 200, [], {}, [[]], [None], ["a", "a"], [2**40, 2**40], [0], [-1], {"a": 1}, "F64", "U8",
+    "captum_concepts", [[1, 2], [3]], {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]},
+]  # fmt: skip
+MEMORY = 2 << 30
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+
+
+def explanation(path: Path) -> None:
+    ConceptExplanation(
+        ["a", "b"], scores=torch.rand(2, 2), maps=torch.rand(2, 2, 3, 3), contributions=torch.rand(2, 2), layer="x"
+    ).save(path)
+
+
+def spatial_acv(path: Path) -> None:
+    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    SpatialACV(network(), "0").fit({"bright": images[:4] + 1}, images[4:]).save(path)
+
+
+def fusion_map(path: Path) -> None:
+    torch.manual_seed(0)
+    translator = ConceptTranslator([4], 6, hidden=(5, 5))
+    ConceptFusionMap(network(), ["0"], translator, ["a", "b"], torch.randn(2, 6)).save(path)
+
+
+def vocabulary(path: Path) -> None:
+    Vocabulary(["red ball", "blue box", "red  ball"]).clean().save(path)
+
+
+def table(path: Path) -> None:
+    row = {"explainer": "a", "metric": "nra", "value": 0.5, "ci_low": None, "ci_high": 0.6, "examples": 3}
+    row |= {"counted": 3, "skipped": 0, "higher_is_better": True}
+    path.write_text(json.dumps({"rows": [row], "confidence": 0.95}))
+
+
+def image(path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 9, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def shards(path: Path) -> None:
+    with ShardWriter(path, {"seed": 1}, shard_rows=2) as writer:
+        writer.append({"embedding": torch.rand(4, 3)})
+
+
+#: name of the file, how it is made, how it is read. A new loader is one line.
+LOADERS = {
+    "ConceptExplanation": ("a.safetensors", explanation, ConceptExplanation.load),
+    "SpatialACV": ("a.safetensors", spatial_acv, lambda path: SpatialACV.load(path, network(), "0")),
+    "ConceptFusionMap": ("a.safetensors", fusion_map, lambda path: ConceptFusionMap.load(path, network())),
+    "Vocabulary.json": ("a.json", vocabulary, Vocabulary.load),
+    "Vocabulary.txt": ("a.txt", vocabulary, Vocabulary.load),
+    "EvaluationTable": ("a.json", table, lambda path: EvaluationTable.from_json(path.read_text(errors="replace"))),
+    "image.png": ("a.png", image, load_image),
+    "image.jpg": ("a.jpg", image, load_image),
+}
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Bits flipped, cut, doubled, overwritten, or bytes that never were a file."""
+    raw = bytearray(data)
+    kind = rng.randrange(6)
+    at = rng.randrange(len(raw)) if raw else 0
+    if kind == 0:
+        for _ in range(rng.randrange(1, 8)):
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del raw[at:]
+    elif kind == 2:
+        raw[at:at] = rng.randbytes(rng.randrange(1, 40))
+    elif kind == 3:
+        raw[:8] = struct.pack("<Q", rng.choice([0, 1, len(raw), 2**31, 2**40, 2**63, rng.randrange(2**20)]))
+    elif kind == 4:
+        end = min(len(raw), at + rng.randrange(1, 64))
+        raw[at:end] = rng.randbytes(end - at)
+    else:
+        return rng.randbytes(rng.randrange(0, 200))
+    return bytes(raw)
+
+
+def poisoned(tree: object, rng: random.Random) -> object:
+    """The JSON value with one part replaced, removed, or buried in a thousand lists."""
+    tree = copy.deepcopy(tree)
+    places: list[tuple[object, object]] = []
+
+    def walk(node: object) -> None:
+        for key in list(node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else []):
+            places.append((node, key))
+            walk(node[key])
+
+    walk(tree)
+    if not places or rng.random() < 0.05:
+        return rng.choice(HOSTILE)
+    node, key = rng.choice(places)
+    if isinstance(node, dict) and rng.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = rng.choice(HOSTILE)
+    return tree
+
+
+def hostile(data: bytes, suffix: str, rng: random.Random) -> bytes:
+    """A damaged file, or for JSON and safetensors one whose content is wrong behind a flawless form."""
+    if rng.random() < 0.4 or suffix not in (".json", ".safetensors"):
+        return damaged(data, rng)
+    if suffix == ".json":
+        if rng.random() < 0.02:
+            return b"[" * 100_000
+        return json.dumps(poisoned(json.loads(data), rng)).encode()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    inner = header.get("__metadata__", {})
+    if "info" in inner and rng.random() < 0.7:
+        inner["info"] = "[" * 100_000 if rng.random() < 0.02 else json.dumps(poisoned(json.loads(inner["info"]), rng))
+    else:
+        header = poisoned(header, rng)
+    encoded = json.dumps(header).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + data[8 + length :]
+
+
+def outcome(read, path: Path) -> str | None:
+    """None where it loads or fails in the package's own words, else what came out instead."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read(path)
+    except CaptumConceptsError:
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_only_the_packages_own_exceptions_come_out(tmp_path, loader):
+    name, make, read = LOADERS[loader]
+    path = tmp_path / name
+    make(path)
+    read(path)
+    good = path.read_bytes()
+    rng = random.Random(loader)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    escaped = {}
+    for number in range(FILES):
+        path.write_bytes(hostile(good, path.suffix, rng))
+        if (found := outcome(read, path)) is not None:
+            escaped.setdefault(found[:160], number)
+    assert not escaped
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < MEMORY, f"{grown / 2**30:.1f} GB were taken for files of a few kilobytes"
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "shard"])
+def test_stores(tmp_path, file):
+    """A store's folder: its manifest and its shards, read whole and verified."""
+    shards(tmp_path)
+    path = next(p for p in sorted(tmp_path.iterdir()) if p.is_file() and (p.name == file) == (file != "shard"))
+    good, rng, escaped = path.read_bytes(), random.Random(file), {}
+
+    def read(_path: Path) -> None:
+        reader = ShardReader(tmp_path, verify=True)
+        reader.rows("embedding", range(len(reader)))
+
+    read(path)
+    for number in range(FILES):
+        path.write_bytes(hostile(good, path.suffix, rng))
+        if (found := outcome(read, path)) is not None:
+            escaped.setdefault(found[:160], number)
+    assert not escaped
+    path.write_bytes(good)
+    read(path)
+
+
+def test_a_few_bytes_that_claim_a_huge_image_are_refused_before_they_are_decoded(tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(CaptumConceptsError, match="pixels"):
+        load_image(path)
+
+
+def test_sizes_that_the_header_claims_are_not_allocated(tmp_path):
+    """A translator of 10^12 weights in a file of a kilobyte."""
+    path = tmp_path / "a.safetensors"
+    fusion_map(path)
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    info = json.loads(header["__metadata__"]["info"])
+    info["hidden"] = [10**6, 10**6]
+    header["__metadata__"]["info"] = json.dumps(info)
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])
+    with pytest.raises(ArtifactError, match="cannot be read as a saved ConceptFusionMap"):
+        ConceptFusionMap.load(path, network())
+
+
+def test_another_kind_of_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.safetensors"
+    explanation(path)
+    with pytest.raises(ArtifactError, match=r"is not a saved SpatialACV \(format 'captum_concepts.ConceptExplanation"):
+        SpatialACV.load(path, network(), "0")
+    path.write_bytes(safetensors_bytes({"a": torch.zeros(1)}))
+    with pytest.raises(ArtifactError, match="format 'none'"):
+        ConceptExplanation.load(path)
+
+
+def test_a_store_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises((ArtifactError, FileNotFoundError, NotADirectoryError)):
+        RegionEmbeddingStore.open(tmp_path / "file")
