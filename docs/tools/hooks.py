@@ -1,0 +1,53 @@
+"""MkDocs hooks: tutorials become pages; records, commands and formulas are put into Markdown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import command_line
+import formulas
+import notebooks
+import records
+
+
+def on_config(config: Any) -> Any:
+    """Give every tutorial its place in the navigation."""
+    entries: list[Any] = [{"All tutorials": "tutorials/index.md"}]
+    for path in notebooks.notebooks():
+        heading = notebooks.title(json.loads(path.read_text(encoding="utf-8")))
+        entries.append({heading: f"tutorials/{path.stem}.md"})
+    for section in config.nav:
+        if "Tutorials" in section:
+            section["Tutorials"] = entries
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the tutorials and the changelog, which are not in docs/."""
+    rows = []
+    for path in notebooks.notebooks():
+        markdown, pictures = notebooks.page(path)
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=markdown))
+        for name, data in pictures.items():
+            files.append(File.generated(config, f"tutorials/{name}", content=data))
+        about = json.loads(path.read_text(encoding="utf-8"))
+        seconds = about["metadata"].get("captum_concepts", {}).get("seconds", float("nan"))
+        rows.append(f"| [{notebooks.title(about)}]({path.stem}.md) | {seconds:.0f} |")
+    table = "\n".join(["| tutorial | seconds on two CPU cores |", "| --- | --- |", *rows])
+    index = files.get_file_from_path("tutorials/index.md")
+    index.content_string = index.content_string.replace("{{ tutorials }}", table)
+    changelog = (notebooks.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "changelog.md", content=changelog))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Records, commands, then formulas."""
+    return formulas.render(command_line.render(records.render(markdown)))

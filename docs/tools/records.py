@@ -1,0 +1,61 @@
+"""Numbers of the recorded benchmarks, put into pages when they are built, so that no page can be stale.
+
+``{{ fam.json | ratio_to_bare_forward | FAM, linear head | .2f }}`` is a value: a file in ``benchmarks/results``, the keys
+that lead to it (an integer indexes a list; ``name=value`` finds the row of a list), and a format.
+``{{ include ce_fam.md }}`` is a whole record, its headings two levels lower.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+_VALUE = re.compile(r"\{\{ *([\w.]+\.json(?: *\|[^{}]+?)+) *\}\}")
+_INCLUDE = re.compile(r"\{\{ *include ([\w.]+\.md) *\}\}")
+
+
+@cache
+def _record(name: str) -> Any:
+    weights = ROOT / "captum_concepts" / "demo" / "weights" / name
+    path = RESULTS / name if (RESULTS / name).is_file() else weights
+    if not path.is_file():
+        raise KeyError(f"no record {name} in {RESULTS}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def value(expression: str) -> str:
+    """The formatted value of ``file | key | ... | format``.
+
+    Raises:
+        KeyError: there is no such record or entry.
+    """
+    name, *keys, form = (part.strip() for part in expression.split("|"))
+    found = _record(name)
+    for key in keys:
+        column, equals, wanted = key.partition("=")
+        try:
+            if isinstance(found, list) and equals:
+                found = next(row for row in found if str(row[column]) == wanted)
+            else:
+                found = found[int(key)] if isinstance(found, list) else found[key]
+        except (KeyError, IndexError, StopIteration, ValueError) as error:
+            raise KeyError(f"{name} has no entry {key!r} in {' | '.join(keys)}") from error
+    return format(found, form)
+
+
+def render(markdown: str) -> str:
+    """A page with its numbers and records."""
+    markdown = _INCLUDE.sub(lambda found: _included(found[1]), markdown)
+    return _VALUE.sub(lambda found: value(found[1]), markdown)
+
+
+def _included(name: str) -> str:
+    path = RESULTS / name
+    if not path.is_file():
+        raise KeyError(f"no record {name} in {RESULTS}")
+    return re.sub(r"^(#+) ", r"##\1 ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
