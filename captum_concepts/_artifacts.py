@@ -19,6 +19,8 @@ import torch
 from captum_concepts.errors import ArtifactError
 
 _INFO = "info"
+#: What wrong content raises in code that was written for right content.
+_BAD_CONTENT = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, OverflowError)
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
@@ -110,5 +112,5 @@ def open_artifact(
     except ArtifactError:
         raise
     # Sizes that a hostile header claims end in RuntimeError.
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+    except (SafetensorError, *_BAD_CONTENT) as error:
         raise ArtifactError(f"{path} cannot be read as {what}: {type(error).__name__}: {error}") from error

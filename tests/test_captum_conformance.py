@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 
 import pytest
 import torch
 from captum.attr import LayerAttribution, NoiseTunnel
 from captum.metrics import infidelity, sensitivity_max
-from captum.testing.attr.helpers.test_config import config
-from captum.testing.helpers.basic_models import BasicModel_ConvNet
+from methods import METHODS, Method
 from torch import Tensor, nn
 
-from captum_concepts import ConceptFusionMap, ConceptTranslator, FeatureActivationMap, SpatialACV
-from captum_concepts.activations import spatial_activations
+pytest.importorskip("captum.testing", reason="captum ships its generic tests since 0.9")
+from captum.testing.attr.helpers.test_config import config
+from captum.testing.helpers.basic_models import BasicModel_ConvNet
 
-
-def fitted_vectors(model: nn.Module, layer: nn.Module) -> SpatialACV:
-    images = torch.rand(12, 1, 10, 10, generator=torch.Generator().manual_seed(2))
-    return SpatialACV(model, layer).fit({"bright": images[:6] + 1}, images[6:])
-
-
-def fusion_map(model: nn.Module, layer: nn.Module) -> ConceptFusionMap:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        channels = spatial_activations(model, torch.rand(1, 1, 10, 10), [layer]).maps[0].shape[1]
-        translator = ConceptTranslator([channels], 16, hidden=(32, 32))
-        return ConceptFusionMap(model, [layer], translator, [f"word {k}" for k in range(10)], torch.randn(10, 16))
-
-
-@dataclass
-class Method:
-    """How to build a method on Captum's little convolutional network (10 outputs). A fifth method is one line.
-
-    Args:
-        build: from the model and a layer, explaining 10 targets.
-        fitted: it is fitted to the layer's output, so it cannot read another tensor (the layer's input).
-    """
-
-    build: Callable[[nn.Module, nn.Module], LayerAttribution]
-    fitted: bool = False
-
-
-METHODS = {
-    "FeatureActivationMap": Method(lambda model, layer: FeatureActivationMap(model, layer, torch.eye(10))),
-    "SpatialACV": Method(fitted_vectors, fitted=True),
-    "ConceptFusionMap": Method(fusion_map, fitted=True),
-}
-
+EXAMPLE = torch.rand(1, 1, 10, 10)
 CONVNET_CASES = [
     case
     for case in config
@@ -92,7 +58,7 @@ def test_generic_target_configurations(method, case):
     arguments.setdefault("target", 0)
     model = deepcopy(case["model"]).eval()
     model.softmax = nn.Identity()  # Captum's inputs of 100 saturate it, and gradients are then rounding noise
-    explainer = method.build(model, getattr(model, case["layer"]))
+    explainer = method.build(model, getattr(model, case["layer"]), EXAMPLE)
     whole = explainer.attribute(**arguments)
     inputs, target = arguments["inputs"], arguments.get("target")
     for i in range(len(inputs)):
@@ -105,14 +71,14 @@ def test_generic_target_configurations(method, case):
     "target", [3, torch.tensor(3), torch.tensor([3]), [3, 3, 3, 3], torch.tensor([3, 3, 3, 3]), (3,), [(3,)] * 4]
 )
 def test_every_form_of_one_target_means_the_same(method, model, images, target):
-    explainer = method.build(model, model.conv2)
+    explainer = method.build(model, model.conv2, EXAMPLE)
     assert torch.equal(explainer.attribute(images, target=target), explainer.attribute(images, target=3))
 
 
 @pytest.mark.parametrize("case", ["normal", "bad target", "error in the layer", "error behind the layer"])
 def test_hooks_are_removed(method, model, images, case):
     """Captum's test_hook_removal, which asks for an AssertionError on a bad target."""
-    explainer = method.build(model, model.conv2)
+    explainer = method.build(model, model.conv2, EXAMPLE)
 
     def fail(*_args):
         raise AssertionError("planted")
@@ -135,7 +101,7 @@ def test_hooks_are_removed(method, model, images, case):
 @pytest.mark.parametrize("nt_type", ["smoothgrad", "smoothgrad_sq", "vargrad"])
 @pytest.mark.parametrize("samples_batch", [None, 2])
 def test_noise_tunnel(method, model, images, nt_type, samples_batch):
-    explainer = method.build(model, model.conv2)
+    explainer = method.build(model, model.conv2, EXAMPLE)
     torch.manual_seed(0)
     tunnel = NoiseTunnel(explainer).attribute(
         images, nt_type=nt_type, nt_samples=4, nt_samples_batch_size=samples_batch, stdevs=0.1, target=[0, 1, 2, 3]
@@ -149,13 +115,13 @@ def test_noise_tunnel(method, model, images, nt_type, samples_batch):
 
 
 def test_interpolate_to_the_image(method, model, images):
-    maps = method.build(model, model.conv1).attribute(images, target=0)
+    maps = method.build(model, model.conv1, EXAMPLE).attribute(images, target=0)
     enlarged = LayerAttribution.interpolate(maps, (10, 10), "bilinear")
     assert enlarged.shape == (4, maps.shape[1], 10, 10)
 
 
 def test_infidelity_and_sensitivity(method, model, images):
-    explainer = method.build(model, model.conv1)
+    explainer = method.build(model, model.conv1, EXAMPLE)
 
     def attribute(x: Tensor, **options) -> Tensor:
         return LayerAttribution.interpolate(explainer.attribute(x, **options)[:, :1], (10, 10))
@@ -183,7 +149,7 @@ def test_the_model_is_left_as_found(method, model, images):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
     with torch.no_grad():
-        method.build(model, model.conv2).attribute(images, target=0)
+        method.build(model, model.conv2, EXAMPLE).attribute(images, target=0)
     assert model.training
     assert not model.conv1.training
     assert [p.requires_grad for p in model.conv1.parameters()] == [False, True]
@@ -194,7 +160,7 @@ def test_the_model_is_left_as_found(method, model, images):
 
 
 def test_grad_modes_give_the_same_map(method, model, images):
-    explainer = method.build(model, model.conv2)
+    explainer = method.build(model, model.conv2, EXAMPLE)
     expected = explainer.attribute(images, target=2)
     with torch.no_grad():
         torch.testing.assert_close(explainer.attribute(images, target=2), expected)
@@ -206,12 +172,12 @@ def test_grad_modes_give_the_same_map(method, model, images):
 
 @pytest.mark.parametrize("method", [m for m in METHODS.values() if not m.fitted])
 def test_layer_input_equals_output_of_the_layer_before(method, model, images):
-    of_input = method.build(model, model.conv2).attribute(images, target=2, attribute_to_layer_input=True)
-    torch.testing.assert_close(of_input, method.build(model, model.pool1).attribute(images, target=2))
+    of_input = method.build(model, model.conv2, EXAMPLE).attribute(images, target=2, attribute_to_layer_input=True)
+    torch.testing.assert_close(of_input, method.build(model, model.pool1, EXAMPLE).attribute(images, target=2))
 
 
 def test_attribute_is_wrapped_once_and_named(method, model):
-    explainer = method.build(model, model.conv2)
+    explainer = method.build(model, model.conv2, EXAMPLE)
     assert isinstance(explainer, LayerAttribution)
     assert callable(type(explainer).attribute.__wrapped__)
     assert explainer.get_name()

@@ -252,7 +252,7 @@ class Vocabulary:
             report = VocabularyReport.from_dict(found["report"])
             stored = {"templates": found["templates"], "sources": found["sources"], "report": report}
             return cls(found["concepts"], **{**stored, **options})
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArtifactError(f"{path} is not a vocabulary as save() writes it: {error}") from error
 
 

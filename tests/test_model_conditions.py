@@ -1,0 +1,200 @@
+"""Every method on one network in every state that users' models are in: the map stays the same, or it is close."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from methods import METHODS, Method
+from torch import Tensor, nn
+
+from captum_concepts.errors import CaptumConceptsError, InputError
+
+
+class Net(nn.Module):
+    """Batch norm, in-place ReLUs, a residual addition in place, a second argument that scales the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = self.stem(x)
+        y = self.body(x)
+        y += x
+        return self.fc(self.drop(self.relu(y).mean((2, 3)))) * scale
+
+
+@pytest.fixture(params=METHODS)
+def method(request) -> Method:
+    return METHODS[request.param]
+
+
+def make_net() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture
+def net() -> Net:
+    return make_net()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 3, 16, 12, generator=torch.Generator().manual_seed(1))
+
+
+TARGET = [0, 3, 3, 7]
+
+
+@pytest.mark.parametrize("layer", ["stem", "body"])
+@pytest.mark.parametrize("condition", ["train mode", "frozen", "no_grad", "channels_last", "strided"])
+def test_the_same_map(method, net, images, layer, condition):
+    explainer = method.build(net, getattr(net, layer), images)
+    expected = explainer.attribute(images, target=TARGET)
+    assert expected.abs().sum() > 0
+    if condition == "train mode":
+        net.train()
+    elif condition == "frozen":
+        net.requires_grad_(False)
+    elif condition == "channels_last":
+        net, images = net.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    elif condition == "strided":
+        images = images.repeat_interleave(2, dim=3)[..., ::2]
+    with torch.set_grad_enabled(condition != "no_grad"):
+        found = explainer.attribute(images, target=TARGET)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.is_contiguous()
+    assert not found.requires_grad
+    assert net.training == (condition == "train mode")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(method, net, images, dtype):
+    expected = method.build(net, net.body, images).attribute(images, target=TARGET)
+    net, images = net.to(dtype), images.to(dtype)
+    found = method.build(net, net.body, images).attribute(images, target=TARGET)
+    assert correlation(found, expected) > (0.999999 if dtype == torch.float64 else 0.97)
+
+
+def test_autocast(method, net, images):
+    explainer = method.build(net, net.body, images)
+    expected = explainer.attribute(images, target=TARGET)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = explainer.attribute(images, target=TARGET)
+    assert correlation(found, expected) > 0.97
+
+
+def test_deepcopy_explains_its_own_copy(method, net, images):
+    explainer = method.build(net, net.body, images)
+    expected = explainer.attribute(images, target=TARGET)
+    other = copy.deepcopy(explainer)
+    assert other.forward_func is not net
+    with torch.no_grad():
+        net.body[0].weight.zero_()
+    torch.testing.assert_close(other.attribute(images, target=TARGET), expected)
+
+
+def test_additional_forward_args(method, net, images):
+    explainer = method.build(net, net.body, images)
+    expected = explainer.attribute(images, target=TARGET)
+    found = explainer.attribute(images, target=TARGET, additional_forward_args=(2.0,))
+    assert found.shape == expected.shape
+    assert correlation(found, expected) > 0.99
+
+
+def test_results_repeat_bit_by_bit_and_do_not_depend_on_the_batch(method, net, images):
+    explainer = method.build(net, net.body, images)
+    first = explainer.attribute(images, target=TARGET)
+    assert torch.equal(first, explainer.attribute(images, target=TARGET))
+    alone = torch.cat([explainer.attribute(images[i : i + 1], target=TARGET[i]) for i in range(4)])
+    torch.testing.assert_close(alone, first, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (7, 5), (64, 64), (33, 128)])
+def test_grids_of_any_size(method, net, images, size):
+    explainer = method.build(net, net.body, images)
+    big = torch.rand(1, 3, 2 * size[0], 2 * size[1], generator=torch.Generator().manual_seed(2))
+    found = explainer.attribute(big, target=1)
+    assert found.shape[-2:] == size
+    assert found.isfinite().all()
+
+
+def test_two_explainers_in_two_threads(method, net, images):
+    """Right, or refused in the package's own words: never another thread's map."""
+    explainers = [method.build(net, layer, images) for layer in (net.body, net.stem)]
+    expected = [explainer.attribute(images, target=TARGET) for explainer in explainers]
+    wrong: list[str] = []
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            try:
+                found = explainers[number].attribute(images, target=TARGET)
+            except CaptumConceptsError:
+                continue
+            if not torch.allclose(found, expected[number], rtol=1e-4, atol=1e-6):
+                wrong.append(f"thread {number}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert hooks(net) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_piles_up(method, net, images, fails):
+    """Tensors and hooks after many calls, also where every other call ends in an exception."""
+    explainer = method.build(net, net.body, images)
+
+    def calls(count: int) -> None:
+        for i in range(count):
+            if fails and i % 2:
+                with pytest.raises(InputError):
+                    explainer.attribute(images, target=99)
+            else:
+                explainer.attribute(images, target=TARGET)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+
+    calls(4)
+    before = tensors()
+    calls(40)
+    assert tensors() <= before
+    assert hooks(net) == 0
+
+
+def test_an_explainer_lets_its_model_go(method, images):
+    net = make_net()
+    explainer = method.build(net, net.body, images)
+    explainer.attribute(images, target=TARGET)
+    alive = weakref.ref(net)
+    del explainer, net
+    gc.collect()
+    assert alive() is None
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.double().flatten(), b.double().flatten()]))[0, 1])
