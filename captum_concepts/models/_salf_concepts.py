@@ -1,0 +1,89 @@
+"""Which concepts a model keeps: those that the data show, and those that its bottleneck can follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from captum_concepts.concepts import Drop, Vocabulary
+from captum_concepts.errors import InputError
+from captum_concepts.models._salf_objective import ahead
+from captum_concepts.models._salf_steps import share_of, world
+from captum_concepts.store import RegionEmbeddingStore
+
+
+def concept_presence(store: RegionEmbeddingStore, text: Tensor, *, k: int = 5, batch_size: int = 256) -> Tensor:
+    """How strongly each concept appears in the data: the mean of the k largest P over images, the best place of each.
+
+    :meth:`RegionEmbeddingStore.top_activations`, with the images shared among the processes of ``torch.distributed``.
+
+    Returns:
+        ``(M,)`` float32.
+    """
+    if k < 1:
+        raise InputError(f"presence_k={k} must be at least 1")
+    share = share_of(len(store))
+    similarity = store.similarity(text)
+    best = torch.empty(0, len(text), device=text.device)
+    parts = [slice(s, min(s + batch_size, share.stop)) for s in range(share.start, share.stop, batch_size)]
+    for p in ahead(similarity.__getitem__, parts, depth=1):
+        joined = torch.cat([best, p.flatten(2).amax(2)])
+        best = joined.topk(min(k, len(joined)), dim=0).values
+    if world()[1] > 1:
+        found: list[Tensor] = [best] * world()[1]
+        torch.distributed.all_gather_object(found, best.cpu())
+        joined = torch.cat(found).to(text.device)
+        best = joined.topk(min(k, len(joined)), dim=0).values
+    return best.mean(0)
+
+
+def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | None, k: int = 5) -> Vocabulary:
+    """The concepts whose presence is above ``cutoff``; None keeps all.
+
+    Raises:
+        InputError: none is; says how high the highest comes, because the scale is the encoder's own.
+    """
+    if cutoff is None:
+        return vocabulary
+    best = float(presence.max())
+    if best <= cutoff:
+        raise InputError(
+            f"no concept is left: the most present one, {vocabulary[int(presence.argmax())]!r}, has a mean top-{k} "
+            f"similarity of {best:.3g}, not above presence_cutoff={cutoff:g}. The published 0.25 belongs to CLIP "
+            "ViT-B/16; give another cutoff, None for no such filter, or other concepts"
+        )
+    return vocabulary.present_in(presence.cpu(), k=k, cutoff=cutoff)
+
+
+def interpretable_concepts(vocabulary: Vocabulary, similarity: Tensor, cutoff: float | None) -> Vocabulary:
+    """The concepts whose validation similarity is at least ``cutoff`` (LF-CBM drops those below 0.45); None keeps all.
+
+    Raises:
+        InputError: none does; says how high the highest comes.
+    """
+    values = similarity.tolist()
+    if len(values) != len(vocabulary):
+        raise InputError(f"{len(values)} similarities for {len(vocabulary)} concepts")
+    if cutoff is None:
+        return vocabulary
+    best = max(values)
+    if best < cutoff:
+        raise InputError(
+            f"no concept is left: the best one, {vocabulary[values.index(best)]!r}, has a validation similarity of "
+            f"{best:.3g}, below interpretability_cutoff={cutoff:g}; give a lower cutoff, None for no such filter, "
+            "a layer with more information, or more images"
+        )
+    drops = [
+        Drop(concept, "low validation similarity", value, cutoff)
+        for concept, value in zip(vocabulary, values, strict=True)
+        if value < cutoff
+    ]
+    return vocabulary.without(drops) if drops else vocabulary
+
+
+def places_of(kept: Vocabulary, before: Vocabulary) -> Sequence[int]:
+    """The numbers of the kept concepts in the vocabulary before."""
+    number = {concept: i for i, concept in enumerate(before)}
+    return [number[concept] for concept in kept]

@@ -1,0 +1,250 @@
+"""Backbone features on the grid, by image: cached on disk once, or computed each time they are asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from captum_concepts.activations import evaluation_mode
+from captum_concepts.errors import InputError
+from captum_concepts.models._salf_steps import digest, progress, say, world
+from captum_concepts.store._distributed import all_or_none
+from captum_concepts.store._region_data import Pictures
+from captum_concepts.store._region_parts import check_parts, default_shard_rows, join_parts, part_name, share
+from captum_concepts.store.lock import FolderLock
+from captum_concepts.store.shard_files import read_manifest
+from captum_concepts.store.shards import ShardReader, ShardWriter
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class GridFeatures(Protocol):
+    """Features of image n at every place of the grid."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        ...
+
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """``(n, h*w, D)``, places row by row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class LiveFeatures:
+    """Features computed from the images whenever they are asked for.
+
+    Args:
+        model: has ``features(x) -> (N, D, h, w)``, as :class:`~captum_concepts.models.salf_cbm.SALFCBM`.
+        pictures: the images.
+        transform: from RGB in [0, 1] to what the backbone takes; None gives them as they are.
+        batch_size: images in one forward pass.
+
+    Attributes:
+        places: h*w.
+        dim: D.
+        device: where they are computed.
+    """
+
+    def __init__(
+        self, model: Any, pictures: Pictures, transform: Transform | None = None, batch_size: int = 32
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        self.model, self.pictures, self.transform, self.batch_size = model, pictures, transform, batch_size
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with torch.no_grad(), evaluation_mode(model):
+            self.places, self.dim = self._compute([pictures[0]]).shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """``(n, h*w, D)`` float32 on the model's device; differentiable where gradients are enabled."""
+        if not len(index):
+            return torch.empty(0, self.places, self.dim, device=self.device)
+        return torch.cat(list(self.batches([int(i) for i in index])))
+
+    def batches(self, index: Sequence[int]) -> Iterator[Tensor]:
+        """:meth:`rows` in parts of ``batch_size`` images.
+
+        Raises:
+            InputError: NaN or infinite features; the image is named.
+        """
+        kept: list[Tensor] = []
+        first = 0
+        for number, image in enumerate(self.pictures.read(index)):
+            kept.append(image)
+            if len(kept) == self.batch_size or number == len(index) - 1:
+                found = self._compute(kept)
+                finite = found.detach().isfinite().flatten(1).all(1)
+                if not bool(finite.all()):
+                    bad = index[first + int((~finite).nonzero()[0])]
+                    raise InputError(f"the backbone's features of image {bad} hold NaN or infinite values")
+                yield found
+                kept, first = [], number + 1
+
+    def _compute(self, images: list[Tensor]) -> Tensor:
+        batch = torch.stack(images).to(self.device)
+        maps = self.model.features(batch if self.transform is None else self.transform(batch))
+        return maps.flatten(2).transpose(1, 2).float()
+
+
+class CachedFeatures:
+    """Features read from the folder that :func:`cache_features` wrote, through memory maps.
+
+    Args:
+        path: the folder.
+        made_from: refuses a folder made from something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self._reader = ShardReader(self.path, made_from, verify_on_read=True)
+        self.dim: int = self._reader.row_shape("features")[-1]
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """``(n, h*w, D)`` as stored, on the CPU."""
+        return self._reader.rows("features", index)
+
+
+def features_bytes(images: int, places: int, dim: int, dtype: torch.dtype) -> int:
+    """Size of a cache.
+
+    >>> features_bytes(1_281_167, 49, 2048, torch.float16) / 1e9
+    257.135341568
+    """
+    return images * places * dim * dtype.itemsize
+
+
+def fits(path: Path, size: int, limit: int | None) -> bool:
+    """Whether a cache of ``size`` bytes may be written: up to ``limit``, or (None) to half of the free disk."""
+    return size <= (free_bytes(path) // 2 if limit is None else limit)
+
+
+def free_bytes(path: Path) -> int:
+    """Free room on the disk that ``path`` is or will be on."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def cache_features(
+    path: Path,
+    source: LiveFeatures,
+    made_from: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float16,
+    shard_rows: int | None = None,
+    show_progress: bool = False,
+) -> CachedFeatures:
+    """Compute all features once and keep them in ``path``; goes on with what a killed run has written.
+
+    Each process writes its run of whole shards, so the files do not depend on the number of processes, nor on where a
+    run was interrupted. Shards carry checksums that are compared when they are first read.
+
+    Args:
+        path: the folder.
+        source: where the features come from.
+        made_from: see :class:`~captum_concepts.store.ShardWriter`.
+        dtype: ``torch.float16`` or ``torch.float32``.
+        shard_rows: images in one file; None chooses.
+        show_progress: show a bar.
+
+    Raises:
+        InputError: NaN, or values beyond half precision.
+        ArtifactError: the folder holds features of something else, or is being written.
+    """
+    if dtype not in (torch.float16, torch.float32):
+        raise InputError(f"feature_dtype={dtype} must be torch.float16 or torch.float32")
+    rank, size = world()
+    count = len(source)
+
+    def write() -> None:
+        whole = read_manifest(path)
+        if whole is not None and whole["complete"]:
+            return
+        check_parts(path, size, whole, remove=False)
+        folder = path if size == 1 else path / part_name(rank, size)
+        fingerprint = dict(made_from) if size == 1 else {**made_from, "part": f"{rank} of {size}"}
+        with FolderLock(folder, "the features at"):
+            rows = shard_rows or default_shard_rows(count)
+            writer = ShardWriter(folder, fingerprint, shard_rows=rows)
+            writer.info["images"] = count
+            if not writer.complete:
+                first, last = share(count, rows, rank, size)
+                _fill(writer, source, range(first + writer.rows, last), dtype, show_progress)
+                writer.finish()
+        if size > 1:
+            join_parts(path, dict(made_from), size)
+
+    all_or_none(write)
+    return CachedFeatures(path, made_from)
+
+
+def _fill(writer: ShardWriter, source: LiveFeatures, wanted: range, dtype: torch.dtype, show: bool) -> None:
+    with (
+        torch.no_grad(),
+        evaluation_mode(source.model),
+        progress(len(wanted), "backbone features", "image", show) as advance,
+    ):
+        for start in range(wanted.start, wanted.stop, writer.shard_rows):  # batches begin anew with each file
+            for found in source.batches(range(start, min(start + writer.shard_rows, wanted.stop))):
+                values = found.to(dtype)
+                if not bool(values.isfinite().all()):
+                    raise InputError(
+                        f"features reach {float(found.abs().max()):.3g}, beyond half precision; use "
+                        "feature_dtype=torch.float32"
+                    )
+                writer.append({"features": values})
+                advance(len(found))
+
+
+def open_features(
+    root: Path,
+    name: str,
+    source: LiveFeatures,
+    made_from: Mapping[str, Any],
+    *,
+    cache: bool | str,
+    max_bytes: int | None,
+    dtype: torch.dtype,
+    show_progress: bool,
+) -> GridFeatures:
+    """Cached features under ``root``, or ``source`` itself where a cache is unwanted or would be too large."""
+    if cache not in (True, False, "auto"):
+        raise InputError(f"cache_features must be True, False or 'auto', got {cache!r}")
+    if cache is False:
+        return source
+    folder = root / f"{name}-{digest(made_from)}"
+    size = features_bytes(len(source), source.places, source.dim, dtype)
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest["complete"]:
+        say(f"{name}: taken from an earlier run ({folder.name})")
+    elif cache == "auto" and not _agreed(fits(root, size, max_bytes)):
+        say(f"{name}: computed on the fly, because a cache of {size / 1e9:.2f} GB is too large")
+        return source
+    else:
+        say(f"{name}: computing once, {size / 1e9:.3g} GB ({folder.name})")
+    return cache_features(folder, source, made_from, dtype=dtype, show_progress=show_progress)
+
+
+def _agreed(value: bool) -> bool:
+    """The first process decides: others may see another free space."""
+    if world()[1] > 1:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        value = box[0]
+    return value

@@ -1,0 +1,341 @@
+"""The steps of `fit_salf_cbm` in order: what each takes from the ones before, and under which name it is kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts.activations import evaluation_mode, layer_name
+from captum_concepts.activations.capture import Layer
+from captum_concepts.concepts import Vocabulary
+from captum_concepts.errors import InputError
+from captum_concepts.models._salf_bottleneck_fit import BottleneckFit, fit_bottleneck
+from captum_concepts.models._salf_concepts import concept_presence, interpretable_concepts, places_of, present_concepts
+from captum_concepts.models._salf_data import FEWEST, LabelledImages
+from captum_concepts.models._salf_feature_cache import GridFeatures, LiveFeatures, Transform, open_features
+from captum_concepts.models._salf_head import HeadFit, accuracy, compute_activations, fit_head
+from captum_concepts.models._salf_objective import Samples
+from captum_concepts.models._salf_settings import BottleneckSettings
+from captum_concepts.models._salf_steps import StepFolder, StepResult, digest, share_of
+from captum_concepts.models.salf_cbm import SALFCBM
+from captum_concepts.store import RegionEmbeddingStore
+from captum_concepts.store.manifest import fingerprint_callable, fingerprint_module, fingerprint_tensor
+from captum_concepts.vlm import RegionPrompt
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The options of :func:`~captum_concepts.models.salf_cbm_fit.fit_salf_cbm`, as it describes them."""
+
+    prompt: RegionPrompt
+    lam: float | None = None
+    nonzeros_per_class: float | None = None
+    head: str = "sparse"
+    alpha: float = 0.99
+    head_tol: float = 1e-4
+    cls_token: bool = False
+    layout: str = "auto"
+    prefix_tokens: int | None = None
+    class_names: tuple[str, ...] | None = None
+    model_transform: Transform | None = None
+    presence_cutoff: float | None = 0.25
+    presence_k: int = 5
+    interpretability_cutoff: float | None = 0.45
+    validation_fraction: float = 0.1
+    train_backbone: bool = False
+    bottleneck: BottleneckSettings = field(default_factory=BottleneckSettings)
+    cache_features: bool | str = "auto"
+    max_cache_bytes: int | None = None
+    feature_dtype: torch.dtype = torch.float16
+    batch_size: int = 32
+    prompt_batch_size: int = 64
+    num_workers: int = 0
+    show_progress: bool = False
+
+
+class Split:
+    """One data set on its way: images, regions, features."""
+
+    def __init__(self, name: str, images: LabelledImages, live: LiveFeatures) -> None:
+        self.name, self.images, self.live = name, images, live
+        self.features: GridFeatures = live
+        self.regions: Any = None
+        self.made_from: dict[str, Any] = {}
+
+    def samples(self, rows: Tensor) -> Samples:
+        """Some of its images."""
+        return Samples(self.features, self.regions, rows)
+
+
+class FitRun:
+    """One fit: construct it, which checks what can be checked without long work, then :meth:`run`."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layer: Layer,
+        encoder: Any,
+        train: LabelledImages,
+        val: LabelledImages | None,
+        vocabulary: Vocabulary,
+        num_classes: int,
+        path: Path,
+        options: FitOptions,
+    ) -> None:
+        self.encoder, self.num_classes, self.path, self.options = encoder, num_classes, path, options
+        self.layer = layer_name(backbone, layer)
+        self.backbone = copy.deepcopy(backbone) if options.train_backbone else backbone
+        self.place: Layer = self.layer if options.train_backbone else layer
+        self.vocabulary = vocabulary
+        self.text = vocabulary.encode(encoder)  # fails now, not after hours, where a concept has no text
+        self.input_size = _input_size(train, options.model_transform)
+        self.model = self._model(vocabulary)
+        parts = [("train", train), *([("val", val)] if val is not None else [])]
+        self.splits = [
+            Split(name, images, LiveFeatures(self.model, images.pictures, options.model_transform, options.batch_size))
+            for name, images in parts
+        ]
+        self.device = self.splits[0].live.device
+        self.text = self.text.to(self.device)
+
+    def run(self) -> SALFCBM:
+        """All steps."""
+        steps = StepFolder(self.path)
+        for split in self.splits:
+            self._embed(split)
+        vocabulary = self._present(steps)
+        for split in self.splits:
+            self._features(split)
+        fit, made_from = self._bottleneck(steps, *self._rows())
+        kept = interpretable_concepts(vocabulary, fit.validation_similarity.cpu(), self.options.interpretability_cutoff)
+        chosen = torch.tensor(places_of(kept, vocabulary))
+        weight = fit.weight[chosen.to(fit.weight.device)].contiguous()
+        head, accuracies = self._head(steps, weight, made_from)
+        model = self._model(kept)
+        with torch.no_grad():
+            model.bottleneck.weight.copy_(weight[:, :, None, None])
+            model.head.weight.copy_(head.weight)
+            model.head.bias.copy_(head.bias)
+        model.set_standardization(head.mean, head.std)
+        model.metadata.update(self._metadata(kept, fit, chosen, head, accuracies))
+        return model.eval()
+
+    def _model(self, vocabulary: Vocabulary) -> SALFCBM:
+        o = self.options
+        model = SALFCBM(
+            self.backbone,
+            self.place,
+            list(vocabulary),
+            self.num_classes,
+            o.prompt.grid,
+            cls_token=o.cls_token,
+            class_names=None if o.class_names is None else list(o.class_names),
+            layout=o.layout,
+            prefix_tokens=o.prefix_tokens,
+            freeze_backbone=not o.train_backbone,
+            input_size=self.input_size,
+        )
+        parameter = next(self.backbone.parameters(), None)
+        return model if parameter is None else model.to(parameter.device)
+
+    def _embed(self, split: Split) -> None:
+        o = self.options
+        split.regions = RegionEmbeddingStore.build(
+            self.path / f"regions-{split.name}",
+            split.images.pictures.data,
+            self.encoder,
+            o.prompt,
+            batch_size=o.prompt_batch_size,
+            num_workers=o.num_workers,
+            show_progress=o.show_progress,
+        )
+        split.made_from = {
+            "images": fingerprint_tensor(split.regions.digests()),
+            "encoder": split.regions.fingerprint["encoder"],
+            "prompt": o.prompt.as_dict(),
+        }
+
+    def _present(self, steps: StepFolder) -> Vocabulary:
+        o, split = self.options, self.splits[0]
+        made_from = {**split.made_from, "text": fingerprint_tensor(self.text.cpu()), "k": o.presence_k}
+        found = steps.run(
+            "presence",
+            made_from,
+            lambda: StepResult({"presence": concept_presence(split.regions, self.text, k=o.presence_k).cpu()}, {}),
+        )
+        kept = present_concepts(self.vocabulary, found.tensors["presence"], o.presence_cutoff, o.presence_k)
+        self.text = self.text[torch.tensor(places_of(kept, self.vocabulary), device=self.text.device)]
+        return kept
+
+    def _features(self, split: Split) -> None:
+        o = self.options
+        split.made_from |= {"features": digest(self._features_from(split))}
+        if o.train_backbone:
+            return
+        split.features = open_features(
+            self.path,
+            f"features-{split.name}",
+            split.live,
+            self._features_from(split),
+            cache=o.cache_features,
+            max_bytes=o.max_cache_bytes,
+            dtype=o.feature_dtype,
+            show_progress=o.show_progress,
+        )
+
+    def _features_from(self, split: Split) -> dict[str, Any]:
+        o = self.options
+        return {
+            "images": split.made_from["images"],
+            "backbone": fingerprint_module(self.backbone),
+            "layer": self.layer,
+            "grid": list(o.prompt.grid),
+            "cls_token": o.cls_token,
+            "layout": o.layout,
+            "prefix_tokens": o.prefix_tokens,
+            "transform": _transform_fingerprint(o.model_transform, split.images.pictures[0]),
+            "dtype": str(o.feature_dtype).removeprefix("torch."),
+        }
+
+    def _rows(self) -> tuple[Samples, Samples]:
+        """Images to train the bottleneck on, and to validate it on: those of val_data, or some held out."""
+        train = self.splits[0]
+        everything = torch.arange(len(train.images))
+        if len(self.splits) > 1:
+            return train.samples(everything), self.splits[1].samples(torch.arange(len(self.splits[1].images)))
+        generator = torch.Generator().manual_seed(self.options.bottleneck.seed)
+        order = torch.randperm(len(everything), generator=generator)
+        held = max(FEWEST, round(len(order) * self.options.validation_fraction))
+        if len(order) - held < FEWEST:
+            raise InputError(
+                f"train_data has {len(order)} images, too few to hold {held} out for validation; give val_data, or "
+                "more images"
+            )
+        return train.samples(order[held:].sort().values), train.samples(order[:held].sort().values)
+
+    def _bottleneck(
+        self, steps: StepFolder, train: Samples, validation: Samples
+    ) -> tuple[BottleneckFit, dict[str, Any]]:
+        o = self.options
+        made_from = {
+            **{split.name: split.made_from for split in self.splits},
+            "rows": fingerprint_tensor(torch.cat([train.rows, torch.tensor([-1]), validation.rows])),
+            "text": fingerprint_tensor(self.text.cpu()),
+            "settings": asdict(o.bottleneck),
+            "train_backbone": o.train_backbone,
+        }
+        backbone = self.backbone if o.train_backbone else None
+
+        def compute() -> StepResult:
+            fit = fit_bottleneck(
+                train,
+                validation,
+                self.text,
+                o.bottleneck,
+                backbone=backbone,
+                resume=steps.load("bottleneck.progress", made_from),
+                checkpoint=lambda state: steps.save("bottleneck.progress", made_from, state),
+                show_progress=o.show_progress,
+            )
+            tensors = {"weight": fit.weight, "similarity": fit.validation_similarity}
+            tensors |= {f"backbone.{name}": value for name, value in fit.backbone.items()}
+            notes = {"history": fit.history, "best_epoch": fit.best_epoch, "stopped": fit.stopped}
+            return StepResult(tensors, notes | {"start_similarity": fit.start_similarity})
+
+        with evaluation_mode(self.backbone):
+            found = steps.run("bottleneck", made_from, compute)
+        steps.remove("bottleneck.progress", made_from)
+        trained = {n.removeprefix("backbone."): v for n, v in found.tensors.items() if n.startswith("backbone.")}
+        if trained:
+            self.backbone.load_state_dict(trained, strict=False)
+        weight, similarity = (found.tensors[name].to(self.device) for name in ("weight", "similarity"))
+        return BottleneckFit(weight, similarity, **found.notes, backbone=trained), made_from
+
+    def _head(
+        self, steps: StepFolder, weight: Tensor, bottleneck_from: Mapping[str, Any]
+    ) -> tuple[HeadFit, dict[str, float | None]]:
+        o = self.options
+        made_from = {"weight": fingerprint_tensor(weight.cpu()), "bottleneck": digest(bottleneck_from)}
+        found = [
+            compute_activations(
+                self.path,
+                f"activations-{split.name}",
+                split.features,
+                weight,
+                {**made_from, "data": split.made_from},
+                show_progress=o.show_progress,
+            )
+            for split in self.splits
+        ]
+        labels = [split.images.labels[torch.tensor(share_of(len(split.images)))] for split in self.splits]
+        head_from = {
+            **made_from,
+            "labels": [fingerprint_tensor(split.images.labels) for split in self.splits],
+            "head": [o.head, o.lam, o.nonzeros_per_class, o.alpha, o.head_tol, self.num_classes],
+        }
+
+        def compute() -> StepResult:
+            fit = fit_head(
+                found[0].rows(),
+                labels[0],
+                self.num_classes,
+                lam=o.lam,
+                nonzeros_per_class=o.nonzeros_per_class,
+                head=o.head,
+                alpha=o.alpha,
+                tol=o.head_tol,
+                show_progress=o.show_progress,
+            )
+            scores = [accuracy(a, y, fit) for a, y in zip(found, labels, strict=True)]
+            tensors = {"weight": fit.weight, "bias": fit.bias, "mean": fit.mean, "std": fit.std}
+            return StepResult(tensors, {"fit": fit.notes, "accuracy": scores})
+
+        kept = steps.run("head", head_from, compute)
+        t, scores = kept.tensors, kept.notes["accuracy"]
+        head = HeadFit(t["weight"], t["bias"], t["mean"], t["std"], kept.notes["fit"])
+        return head, {"train": scores[0], "validation": scores[1] if len(scores) > 1 else None}
+
+    def _metadata(
+        self, kept: Vocabulary, fit: BottleneckFit, chosen: Tensor, head: HeadFit, accuracies: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        o = self.options
+        settings = {**asdict(replace(o, model_transform=None)), "feature_dtype": str(o.feature_dtype)}
+        unsaid = ("prompt", "model_transform", "class_names", "num_workers", "show_progress", "max_cache_bytes")
+        similarity = fit.validation_similarity.cpu()[chosen].tolist()
+        return {
+            "data": {split.name: {"images": len(split.images), **split.made_from} for split in self.splits},
+            "encoder": type(self.encoder).__name__,
+            "prompt": o.prompt.as_dict(),
+            "settings": {key: value for key, value in settings.items() if key not in unsaid},
+            "vocabulary": kept.as_dict(),
+            "validation_similarity": dict(zip(kept, similarity, strict=True)),
+            "bottleneck": {"start": fit.start_similarity, "best_epoch": fit.best_epoch, "stopped": fit.stopped},
+            "history": fit.history,
+            "head": head.notes,
+            "accuracy": dict(accuracies),
+        }
+
+
+def _input_size(images: LabelledImages, transform: Transform | None) -> tuple[int, int]:
+    """Height and width of what the backbone sees."""
+    image = images.pictures[0][None]
+    found = image if transform is None else transform(image)
+    if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"model_transform must map images {tuple(image.shape)} to such a batch, got {shape}")
+    return found.shape[-2], found.shape[-1]
+
+
+def _transform_fingerprint(transform: Transform | None, image: Tensor) -> str | None:
+    """By what it does to an image: rounded, so that another machine's last bit makes no difference."""
+    if transform is None:
+        return None
+    with torch.no_grad():
+        found = transform(image[None]).cpu().float().round(decimals=3)
+    return f"{fingerprint_callable(transform)[:40]}:{fingerprint_tensor(found)}"
