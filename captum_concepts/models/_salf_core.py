@@ -60,18 +60,20 @@ class SALFCore(nn.Module):
         self.layout = layout
         self.prefix_tokens = prefix_tokens
         self.input_size = None if input_size is None else check_size(input_size, "input_size")
+        if metadata is not None and not isinstance(metadata, dict):
+            raise InputError(f"metadata must be a dictionary, got {type(metadata).__name__}")
         self.metadata = copy.deepcopy(metadata or {})
         self.layer = name_in(backbone, layer)
         self.backbone = backbone
         self._reading: Reading | None = None
-        if freeze_backbone:
-            backbone.requires_grad_(False).eval()
         if feature_dim is None:
             self._reading, image = probe(backbone, self.layer, layout, prefix_tokens, self.input_size)
             self._check_reading(self._reading)
             feature_dim = self._reading.channels * (2 if cls_token else 1)
             if not freeze_backbone:
                 freeze_unreached(backbone, self.layer, image)
+        if freeze_backbone:
+            backbone.requires_grad_(False).eval()
         self.feature_dim = check_size((feature_dim, 1), "feature_dim")[0]
         like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
         place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from captum_concepts.models._salf_explore import SALFExploration
+from captum_concepts.models._salf_hub import SALFHub
 
 
-class SALFCBM(SALFExploration):
+class SALFCBM(SALFHub):
     r"""Spatially-aware, label-free concept bottleneck model (SALF-CBM, "Show and Tell").
 
     The backbone's features :math:`f(x)`, resized bilinearly to the grid, are projected by a 1 x 1 convolution into one
