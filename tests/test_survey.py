@@ -36,6 +36,17 @@ def test_the_suggestion_is_the_last_layer_that_reaches_the_output(build, size, e
     assert suggest_layer(build().eval(), torch.rand(2, 3, size, size)) == expected
 
 
+def test_a_layer_whose_first_dimension_is_no_batch_is_no_stage():
+    """The bias of Swin V2's attention, (1, 15, 15, C): with one example it would look like a grid."""
+    model = torchvision.models.swin_transformer.SwinTransformer(
+        [4, 4], 8, [1, 1], [1, 2], [4, 4], block=torchvision.models.swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=torchvision.models.swin_transformer.PatchMergingV2,
+    )  # fmt: skip
+    found = [layer.name for layer in survey_layers(model.eval(), torch.rand(1, 3, 64, 64))]
+    assert found
+    assert not [name for name in found if "cpb_mlp" in name]
+
+
 def test_a_plain_function_has_no_layers_to_survey():
     with pytest.raises(InputError, match="plain function"):
         survey_layers(lambda x: x, torch.rand(1, 3, 8, 8))

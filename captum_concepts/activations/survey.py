@@ -40,7 +40,7 @@ class SurveyedLayer:
 
 
 def survey_layers(forward_func: Callable[..., Any], inputs: Tensor) -> list[SurveyedLayer]:
-    """The layers with a grid, in the order they finish, found by one forward pass of the first example.
+    """The layers with a grid, in the order they finish, found by one forward pass of the first example (twice).
 
     Layers that run more than once, or whose output has no grid or more than one reading, are left out.
 
@@ -55,12 +55,13 @@ def survey_layers(forward_func: Callable[..., Any], inputs: Tensor) -> list[Surv
     if model is None:
         raise InputError("forward_func is a plain function; pass a torch.nn.Module or one of its methods")
     first = check_images(inputs)[0][:1]
+    twice = first.repeat(2, *[1] * (first.ndim - 1))  # one example cannot show which dimension is the batch
     names = {module: name for name, module in model.named_modules() if name}
     outputs: list[tuple[nn.Module, Any]] = []
     handles = [m.register_forward_hook(lambda m, _i, out: outputs.append((m, out))) for m in names]
     try:
         with torch.no_grad(), evaluation_mode(model):
-            forward_func(first)
+            forward_func(twice)
     finally:
         for handle in handles:
             handle.remove()
@@ -71,7 +72,7 @@ def survey_layers(forward_func: Callable[..., Any], inputs: Tensor) -> list[Surv
             continue
         try:
             size = (first.shape[-2], first.shape[-1])
-            layout = infer_layout(output, 1, size, module=module, model=model, name=names[module])
+            layout = infer_layout(output, 2, size, module=module, model=model, name=names[module])
         except LayoutError:
             continue
         if min(layout.grid) > 1:
