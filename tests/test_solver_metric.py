@@ -140,3 +140,19 @@ def test_details_are_taken_only_where_they_are_affordable():
     assert objective.cost(None) == 2 * 3000 * 5 * 3
     assert objective.stride("shared") == 1
     assert objective.cost("full") == 3000 * 15**2
+
+
+def test_factors_and_eigenvectors_solve_the_same(monkeypatch):
+    """Few classes are factored, many share an eigendecomposition: both are the inverse of the operator."""
+    from captum_concepts.solvers import _metric
+
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(30, 9, generator=generator, dtype=torch.float64)
+    scale = torch.rand(3, generator=generator, dtype=torch.float64) + 0.1
+    v = torch.randn(3, 9, generator=generator, dtype=torch.float64)
+    factored = KroneckerMetric(scale, root.T @ root).solve(v, 0.7)
+    monkeypatch.setattr(_metric, "_FACTORED", 0)
+    shared = KroneckerMetric(scale, root.T @ root).solve(v, 0.7)
+    torch.testing.assert_close(factored, shared, rtol=1e-5, atol=1e-7)
+    penalised = 0.7 * torch.cat([factored[:, :-1], torch.zeros(3, 1, dtype=torch.float64)], 1)
+    torch.testing.assert_close(scale[:, None] * (factored @ (root.T @ root)) + penalised, v, rtol=1e-4, atol=1e-5)

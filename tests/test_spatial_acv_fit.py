@@ -357,3 +357,19 @@ def test_input_channels_are_read_off_the_first_convolution():
     assert input_channels(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, 3))) == 1
     assert input_channels(nn.Linear(2, 2)) is None
     assert input_channels(None) is None
+
+
+def test_fewer_rows_than_channels_give_the_solution_of_the_whole_problem():
+    """The row-space shortcut against the solver on all channels, and against the optimality condition."""
+    from captum_concepts.solvers import fit_elastic_net
+
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 60, generator=draw, dtype=torch.float64)
+    y = (x[:, 0] + 0.1 * x[:, 1] > 0).long()
+    weight = torch.rand(20, generator=draw, dtype=torch.float64) + 0.5
+    w, b = logistic_trainer(0.3)(x, y, weight)
+    whole = fit_elastic_net(x, y, 0.3, alpha=0.0, loss="logistic", num_classes=2, sample_weight=weight, tol=1e-9)
+    torch.testing.assert_close(w, torch.as_tensor(whole.weight)[0].to(w), rtol=1e-3, atol=1e-4)
+    residual = weight / weight.sum() * (torch.sigmoid(x @ w + b) - y.double())
+    assert float((residual @ x + 0.3 * w).abs().max()) < 1e-4
+    assert float(residual.sum().abs()) < 1e-4

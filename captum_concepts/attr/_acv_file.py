@@ -51,8 +51,10 @@ def load(
         _check(fitted)
         if not (isinstance(info["layer"], str) and isinstance(info["model"], str)):
             raise ValueError("it does not say its layer and model")
-        loaded = kind(forward_func, info["layer"] if layer is None else layer, **_settings(info["settings"]))
-    _check_origin(Path(path), info, forward_func, loaded.layer)
+        settings = _settings(info["settings"])
+    chosen: Layer = info["layer"] if layer is None else layer
+    _check_origin(Path(path), info, forward_func, chosen)
+    loaded = kind(forward_func, chosen, **settings)
     loaded._fitted = fitted
     return loaded
 

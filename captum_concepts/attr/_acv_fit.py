@@ -144,8 +144,15 @@ def logistic_trainer(lam: float) -> Trainer:
     """L2 logistic regression with the package's solver."""
 
     def train(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        basis = None
+        if len(x) < x.shape[1] and x.device.type != "mps":
+            # Fewer rows than channels: with a ridge the solution lies in the span of the rows, so the same problem
+            # has as many unknowns as rows (x = R^T Q^T, w = Q u, |w| = |u|).
+            basis, triangle = torch.linalg.qr(x.T)
+            x = triangle.T.contiguous()
         result = fit_elastic_net(x, y, lam, alpha=0.0, loss="logistic", num_classes=2, sample_weight=weight, tol=1e-5)
-        return torch.as_tensor(result.weight).to(x)[0], torch.as_tensor(result.bias).to(x).flatten()[0]
+        found, bias = torch.as_tensor(result.weight).to(x)[0], torch.as_tensor(result.bias).to(x).flatten()[0]
+        return found if basis is None else basis @ found, bias
 
     return train
 

@@ -19,6 +19,14 @@ from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 
+#: Up to this many classes, a Cholesky factor of each: all classes share eigenvectors, whatever their scale, but one
+#: eigendecomposition costs some twenty-five factorisations.
+_FACTORED = 16
+#: Entries of the factors that may be kept.
+_FACTORED_SIZE = 2**26
+#: Rounding-sized eigenvalues (constant or repeated columns) must not turn into huge steps.
+_FLOOR = 1e-7
+
 
 class Metric(Protocol):
     """A symmetric positive definite operator on (O, P) tensors."""
@@ -67,6 +75,7 @@ class KroneckerMetric:
         self.gram = gram
         self.diagonal = self.scale * torch.diagonal(gram)[None]
         self._spectrum: tuple[Tensor, Tensor] | None = None
+        self._factors: tuple[float, Tensor | None] | None = None
 
     def apply(self, v: Tensor) -> Tensor:
         return self.scale * (v @ self.gram)
@@ -78,20 +87,35 @@ class KroneckerMetric:
         return KroneckerMetric(self.scale[:, 0] * factor, self.gram)
 
     def solve(self, v: Tensor, ridge: float) -> Tensor:
-        # The bias is not penalised, so it is eliminated first (Schur complement); what is left shares eigenvectors
-        # over all classes, whatever their scale: one decomposition instead of O factorisations.
+        # The bias is not penalised, so it is eliminated first (Schur complement).
         corner, edge = self.gram[-1, -1], self.gram[:-1, -1]
-        if self._spectrum is None:
-            centred = self.gram[:-1, :-1] - torch.outer(edge, edge) / corner
-            values, vectors = torch.linalg.eigh(centred)
-            self._spectrum = values.clamp_min(0), vectors
-        values, vectors = self._spectrum
-        # Rounding-sized eigenvalues (constant or repeated columns) must not turn into huge steps.
-        floor = 1e-7 * values[-1].clamp_min(1e-30)
         reduced = v[:, :-1] - v[:, -1:] * edge / corner
-        weights = ((reduced @ vectors) / (self.scale * (values + floor) + ridge)) @ vectors.T
+        weights = self._solve_centred(reduced, ridge)
         bias = (v[:, -1:] / self.scale - (weights @ edge)[:, None]) / corner
         return torch.cat([weights, bias], 1)
+
+    def _solve_centred(self, v: Tensor, ridge: float) -> Tensor:
+        n_out, n_cols = v.shape
+        if self._spectrum is None and n_out <= _FACTORED and n_out * n_cols**2 <= _FACTORED_SIZE:
+            if self._factors is None or self._factors[0] != ridge:
+                centred = self._centred()
+                floor = _FLOOR * torch.linalg.matrix_norm(centred).clamp_min(1e-30)
+                stiff = self.scale[:, :, None] * centred
+                stiff.diagonal(dim1=1, dim2=2).add_(self.scale * floor + ridge)
+                factors, failed = torch.linalg.cholesky_ex(stiff)
+                self._factors = (ridge, None if bool((failed != 0).any()) else factors)
+            if (known := self._factors[1]) is not None:
+                return torch.cholesky_solve(v[:, :, None], known)[:, :, 0]
+        if self._spectrum is None:
+            values, vectors = torch.linalg.eigh(self._centred())
+            self._spectrum = values.clamp_min(0), vectors
+        values, vectors = self._spectrum
+        floor = _FLOOR * values[-1].clamp_min(1e-30)
+        return ((v @ vectors) / (self.scale * (values + floor) + ridge)) @ vectors.T
+
+    def _centred(self) -> Tensor:
+        corner, edge = self.gram[-1, -1], self.gram[:-1, -1]
+        return self.gram[:-1, :-1] - torch.outer(edge, edge) / corner
 
 
 class BlockMetric:
