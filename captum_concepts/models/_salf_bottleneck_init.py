@@ -48,7 +48,8 @@ def gather_moments(samples: Samples, device: torch.device, *, seed: int = 0, bat
     sums = [torch.zeros(shape, dtype=wide, device=device) for shape in ((count, d), (count, e), (d, d), (d, e))]
     for features, embeddings in samples.batches(mine.split(batch_size)):
         for where in places(count, len(features) * max(d, e)):
-            f, g = by_place(features, where, device), by_place(embeddings, where, device)
+            # In single precision the weak directions would be noise, amplified by the inverse.
+            f, g = (by_place(values, where, device).to(wide) for values in (features, embeddings))
             sums[0][where] += f.sum(1)
             sums[1][where] += g.sum(1)
             f, g = f.flatten(0, 1), g.flatten(0, 1)

@@ -51,8 +51,12 @@ class Activations:
         )
 
     def rows(self) -> Any:
-        """What the solver takes: one tensor, or these chunks."""
-        return torch.cat(list(self)) if len(self) * self.concepts * 4 <= IN_MEMORY else self
+        """What the solver takes: one tensor, or these chunks.
+
+        Double precision where there is room: nearly collinear concepts (which are usual) leave the solver's certificate
+        in single precision short of its tolerance.
+        """
+        return torch.cat([chunk.double() for chunk in self]) if len(self) * self.concepts * 8 <= IN_MEMORY else self
 
 
 def compute_activations(
@@ -212,8 +216,10 @@ def _head_fit(found: ElasticNetResult) -> HeadFit:
         "converged": found.converged,
         "nonzeros_per_class": float(found.nonzeros.double().mean()),
     }
+    bias = found.bias.detach().double().cpu()
+    bias -= bias.mean()  # a shift of all logits changes nothing, and the solver leaves it where it happens to be
     weight, mean, std = (v.detach().float().cpu() for v in (found.weight, found.feature_mean, found.feature_std))
-    return HeadFit(weight, found.bias.detach().float().cpu(), mean, std, notes)
+    return HeadFit(weight, bias.float(), mean, std, notes)
 
 
 def accuracy(activations: Activations, labels: Tensor, head: HeadFit) -> float:

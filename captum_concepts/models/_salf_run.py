@@ -128,19 +128,20 @@ class FitRun:
 
     def _model(self, vocabulary: Vocabulary) -> SALFCBM:
         o = self.options
-        model = SALFCBM(
-            self.backbone,
-            self.place,
-            list(vocabulary),
-            self.num_classes,
-            o.prompt.grid,
-            cls_token=o.cls_token,
-            class_names=None if o.class_names is None else list(o.class_names),
-            layout=o.layout,
-            prefix_tokens=o.prefix_tokens,
-            freeze_backbone=not o.train_backbone,
-            input_size=self.input_size,
-        )
+        with torch.random.fork_rng(devices=[]):  # its first weights are replaced
+            model = SALFCBM(
+                self.backbone,
+                self.place,
+                list(vocabulary),
+                self.num_classes,
+                o.prompt.grid,
+                cls_token=o.cls_token,
+                class_names=None if o.class_names is None else list(o.class_names),
+                layout=o.layout,
+                prefix_tokens=o.prefix_tokens,
+                freeze_backbone=not o.train_backbone,
+                input_size=self.input_size,
+            )
         parameter = next(self.backbone.parameters(), None)
         return model if parameter is None else model.to(parameter.device)
 
@@ -309,7 +310,7 @@ class FitRun:
         unsaid = ("prompt", "model_transform", "class_names", "num_workers", "show_progress", "max_cache_bytes")
         similarity = fit.validation_similarity.cpu()[chosen].tolist()
         return {
-            "data": {split.name: {"images": len(split.images), **split.made_from} for split in self.splits},
+            "data": {split.name: {"count": len(split.images), **split.made_from} for split in self.splits},
             "encoder": type(self.encoder).__name__,
             "prompt": o.prompt.as_dict(),
             "settings": {key: value for key, value in settings.items() if key not in unsaid},
