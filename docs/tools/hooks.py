@@ -38,9 +38,9 @@ def on_files(files: Files, config: Any) -> Files:
         for name, data in pictures.items():
             files.append(File.generated(config, f"tutorials/{name}", content=data))
         about = json.loads(path.read_text(encoding="utf-8"))
-        seconds = about["metadata"].get("captum_concepts", {}).get("seconds", float("nan"))
+        seconds = about["metadata"].get("captum_concepts", {}).get("cpu_seconds", float("nan"))
         rows.append(f"| [{notebooks.title(about)}]({path.stem}.md) | {seconds:.0f} |")
-    table = "\n".join(["| tutorial | seconds on two CPU cores |", "| --- | --- |", *rows])
+    table = "\n".join(["| tutorial | CPU seconds |", "| --- | --- |", *rows])
     index = files.get_file_from_path("tutorials/index.md")
     index.content_string = index.content_string.replace("{{ tutorials }}", table)
     changelog = (notebooks.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

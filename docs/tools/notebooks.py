@@ -38,9 +38,9 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
         parts.append(f"```python\n{source}\n```")
         for output in cell.get("outputs", []):
             parts.append(_output(output, path.stem, pictures, _alt(cell, parts)))
-    seconds = notebook["metadata"].get("captum_concepts", {}).get("seconds")
+    seconds = notebook["metadata"].get("captum_concepts", {}).get("cpu_seconds")
     where = f"[`tutorials/{path.stem}.py`](https://github.com/captum-concepts/captum_concepts/tree/main/tutorials)"
-    note = f"*Runs in {seconds:.0f} s on two CPU cores. Source: {where}.*" if seconds else f"*Source: {where}.*"
+    note = f"*Takes {seconds:.0f} CPU seconds. Source: {where}.*" if seconds else f"*Source: {where}.*"
     parts.insert(1, note)
     return "\n\n".join(part for part in parts if part) + "\n", pictures
 

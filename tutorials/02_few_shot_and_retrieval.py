@@ -1,0 +1,180 @@
+# %% [markdown]
+# # Few-shot classes and retrieval: where does a similarity come from?
+#
+# Grad-CAM needs a class score. Few-shot classifiers, face verification, image search and CLIP have none: they compare
+# embeddings. `FeatureActivationMap` (FAM) is the class activation map of a *similarity*: it splits
+# $s(f, r)$ into what each channel contributes and adds up the channels' maps with these weights.
+#
+# We ask three questions of bundled models: why this class, from five examples? Why does this image fit these words?
+# Why did the search return that image?
+
+# %%
+# %matplotlib inline
+import matplotlib.pyplot as plt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from captum_concepts import FeatureActivationMap, demo
+from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.metrics import CenterGaussian, RandomMaps, evaluate
+from captum_concepts.visualization import overlay, panel
+
+torch.manual_seed(0)
+data = CaptionedScenes(48, seed=11, size=64)
+queries = data.stack()
+
+# %% [markdown]
+# ## Five images a class
+#
+# The model is an encoder: a network without its head. **Your own:** `encoder = torchvision.models.resnet50(weights=
+# "DEFAULT")`, `encoder.fc = nn.Identity()`; or any callable that gives one embedding an image.
+
+# %%
+encoder = demo.load("classifier")
+encoder.fc = nn.Identity()  # (N, 3, 64, 64) -> (N, 128)
+
+pool = CaptionedScenes(120, seed=12, size=64).stack()
+support = torch.cat([torch.nonzero(pool.label == c).flatten()[:5] for c in range(len(data.classes))])
+prototypes = FeatureActivationMap.prototypes(encoder, pool.image[support], pool.label[support])
+print("prototypes:", tuple(prototypes.shape))
+
+# %% [markdown]
+# A prototype is the mean embedding of its class; a query gets the class of the most similar prototype. That is all
+# there is of a classifier, and it works.
+
+# %%
+fam = FeatureActivationMap(encoder, "layer4", prototypes, reference_names=data.classes, normalize="l1")
+similarity = fam.scores(queries.image)  # (48, 6) cosines
+print(f"{(similarity.argmax(1) == queries.label).float().mean():.0%} of {len(data)} queries right (chance 17%)")
+
+# %% picture="fam.png" alt="Three scenes, each with the maps of its similarity to three class prototypes"
+shown = [0, 3, 5]
+panel(
+    queries.image[shown],
+    fam.explain(queries.image[shown]),
+    top_k=3,
+    class_names=data.classes,
+    image_titles=[data.classes[queries.label[i]] for i in shown],
+    title="Where the similarity to each class prototype comes from",
+    map_label="weighted activation",
+)
+
+# %% [markdown]
+# Is that better than pointing at the middle of the picture? The scenes come with exact masks of the object that makes
+# the class, so we can ask. `nra` is 0 for a map that orders the pixels like chance and 1 for the ideal order; `epg` is
+# the share of the map's energy inside the mask. Every table of maps needs a row that knows nothing.
+
+# %%
+table = evaluate(
+    {"FAM": fam, "centre Gaussian": CenterGaussian(), "random": RandomMaps()},
+    [(queries.image, queries.object_masks[:, 0], queries.label)],
+    metrics=["nra", "epg", "pointing_game"],
+    n_bootstrap=300,
+)
+table
+
+# %% [markdown]
+# ## Keep it, and explain a new image
+#
+# Nothing was trained: what is worth keeping are the prototypes, one tensor.
+
+# %%
+save_file({"prototypes": prototypes}, "prototypes.safetensors")
+bank = load_file("prototypes.safetensors")["prototypes"]
+again = FeatureActivationMap(encoder, "layer4", bank, reference_names=data.classes, normalize="l1")
+new = CaptionedScenes(1, seed=2026, size=64).stack()
+print(again.explain(new.image, top_k=3))
+print("truth:", data.classes[new.label[0]])
+
+# %% [markdown]
+# ## Words: an image-text model
+#
+# For CLIP the references are texts. **Your own:** `clip = OpenCLIPEncoder.from_pretrained("ViT-B-32", "openai")`. The
+# image tower of the bundled one ends in attention pooling, which no Grad-CAM recipe expects; FAM differentiates
+# through whatever lies between the layer and the embedding, and never below the layer.
+
+# %%
+clip = demo.load("clip")
+words = ["circle", "star", "red", "striped", "grass", "brick"]
+layer = "model.visual.trunk.layer4"
+to_words = FeatureActivationMap(clip, layer, clip.encode_text(words), reference_names=words, normalize="l1")
+panel(
+    queries.image[[1, 6]],
+    to_words.explain(queries.image[[1, 6]]),
+    top_k=4,
+    class_names=words,
+    title="Where the similarity of image and word comes from",
+    map_label="weighted activation",
+)
+
+# %% [markdown]
+# Read such maps with care. FAM says which positions carry the channels that make the similarity. In a network in which
+# every position has already mixed with its neighbours, that is not always where the thing is. How much it finds here,
+# against the exact masks of all words in all queries:
+
+# %%
+every = FeatureActivationMap(clip, layer, clip.encode_text(data.concepts), normalize="l1")
+table = evaluate(
+    {
+        "FAM": lambda images: every.explain(images).maps,
+        "centre Gaussian": CenterGaussian(n_maps=len(data.concepts)),
+    },
+    [(queries.image, queries.masks)],
+    metrics=["nra", "specificity"],
+    n_bootstrap=300,
+)
+table
+
+# %% [markdown]
+# `specificity` takes away what the other words' maps would have found as well: 0 for any map that ignores its word.
+#
+# ## Retrieval: why did I get this image?
+#
+# A gallery is a bank of image embeddings. Search it with a text, then turn the question round: *where in each result*
+# does the similarity to the query come from?
+
+# %%
+gallery = CaptionedScenes(200, seed=13, size=64).stack()
+with torch.no_grad():
+    stored = torch.cat([clip.encode_image(part) for part in gallery.image.split(50)])
+save_file({"gallery": stored}, "gallery.safetensors")
+
+query = "a photo of a blue triangle on snow"
+text = clip.encode_text([query])
+cosines = nn.functional.cosine_similarity(stored, text)
+found = cosines.topk(4).indices
+for i in found:
+    print(f"{cosines[i]:.3f}  {gallery.caption[i]}")
+
+# %% picture="fam_retrieval.png" alt="Four images found for a text, each with the map of its similarity to the text"
+maps = FeatureActivationMap(clip, layer, text, normalize="l1").attribute(gallery.image[found], target=0)[:, 0]
+high = float(maps.max())
+figure, axes = plt.subplots(1, 5, figsize=(10, 2.7), layout="constrained", width_ratios=[1, 1, 1, 1, 0.06])
+for i, one, each in zip(found, maps, axes, strict=False):
+    each.imshow(overlay(gallery.image[i], one, vmin=0, vmax=high).permute(1, 2, 0))
+    each.set_title(f"cosine {cosines[i]:.3f}", fontsize=9)
+    each.set_axis_off()
+scale = plt.cm.ScalarMappable(plt.Normalize(0, high), "inferno")
+figure.colorbar(scale, cax=axes[-1], label="weighted activation")
+figure.suptitle(f"found for “{query}”", fontsize=11)
+
+# %% [markdown]
+# Pairs of images work alike: `references` are the embeddings of the second images, and `target=torch.arange(N)` pairs
+# example *i* with reference *i*. Calling it twice, with the roles exchanged, shows both sides of the match.
+
+# %%
+left, right = queries.image[[0, 4]], queries.image[[2, 9]]
+with torch.no_grad():
+    a, b = clip.encode_image(left), clip.encode_image(right)
+pairs = torch.arange(2)
+in_left = FeatureActivationMap(clip, layer, b, normalize="l1").attribute(left, target=pairs)
+in_right = FeatureActivationMap(clip, layer, a, normalize="l1").attribute(right, target=pairs)
+print(in_left.shape, in_right.shape)
+
+# %% [markdown]
+# ## Remember
+#
+# - References may be prototypes, texts or gallery items; `similarity` may be `"cosine"`, `"dot"`, `"euclidean"` or your own.
+# - `weights="gradient"` gives maps whose mean is the similarity itself (for mean pooling and a linear head).
+# - On the last blocks of vision transformers, channel weights say little: see [your own model](06_your_own_model.ipynb).

@@ -1,0 +1,161 @@
+# %% [markdown]
+# # Is it the stripes?
+#
+# "Is it a zebra because of the stripes?" TCAV answers with one number for a class. `SpatialACV` (SACV) answers for every
+# position of an image: does the layer see stripes *here* (relevance), and would more of them here raise the output
+# (contribution)? And it says when a layer does not encode the concept at all, instead of drawing a map of nothing.
+#
+# All it needs are guidance images: some that show the concept and nothing else, some that do not.
+
+# %%
+# %matplotlib inline
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+
+from captum_concepts import SpatialACV, demo
+from captum_concepts.activations.receptive_field import strongest_crops
+from captum_concepts.attr.layer_sweep import layer_sweep
+from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.visualization import panel
+
+torch.manual_seed(0)
+model = demo.load("classifier")
+data = CaptionedScenes(200, seed=31, size=64)
+scenes = data.stack()
+
+# %% [markdown]
+# **Your own model:** `model = torchvision.models.vgg19(weights="DEFAULT").eval()`; **your own images:** a folder for each
+# side, `acv.fit({"striped": "guidance/striped"}, "guidance/other", transform=weights.transforms())`.
+#
+# ## Guidance images
+#
+# Patches from the inside of objects. What is not in them cannot be learnt by mistake: no outlines, no ground.
+
+# %%
+def patches(texture: str, scenes, most: int = 30) -> torch.Tensor:
+    """Inner squares of objects with this texture."""
+    wanted, found = data.concepts.index(texture), []
+    for image, objects, boxes in zip(scenes.image, scenes.objects, scenes.boxes, strict=True):
+        for words, (x0, y0, x1, y1) in zip(objects.tolist(), boxes.tolist(), strict=True):
+            if wanted in words:
+                dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
+                inner = image[:, round(y0 + dy) : round(y1 - dy) + 1, round(x0 + dx) : round(x1 - dx) + 1]
+                found.append(F.interpolate(inner[None], (32, 32), mode="bilinear", align_corners=False)[0])
+    return torch.stack(found[:most])
+
+
+textures = data.concept_groups["texture"]
+guidance = {texture: patches(texture, scenes) for texture in textures}
+
+# %%
+figure, axes = plt.subplots(4, 8, figsize=(6.4, 3.4), layout="constrained")
+for row, texture in zip(axes, textures, strict=True):
+    for each, image in zip(row, guidance[texture], strict=False):
+        each.imshow(image.permute(1, 2, 0))
+        each.set(xticks=[], yticks=[])
+    row[0].set_ylabel(texture, rotation=0, ha="right", va="center")
+figure.suptitle("Guidance images", fontsize=11)
+
+# %% [markdown]
+# ## Which layer knows stripes?
+#
+# One call fits every layer and compares accuracy on held-out *images* (positions of one image are no independent
+# examples). `n_random` deals the labels anew among whole images and so gives each concept a p-value. As a control we
+# also ask for a concept that does not exist: half of the images of all textures, at random, against the other half.
+
+# %%
+everything = torch.cat(list(guidance.values()))
+shuffled = everything[torch.randperm(len(everything), generator=torch.Generator().manual_seed(1))]
+concepts = {"striped": guidance["striped"], "nothing": shuffled[:30]}
+others = torch.cat([guidance[t] for t in textures if t != "striped"])
+layers = ["act1", "layer1", "layer2", "layer3", "layer4"]
+sweep = layer_sweep(model, layers, concepts, torch.cat([others, shuffled[30:60]]), n_random=20)
+print(sweep.best())
+
+# %% picture="sacv_layers.png" alt="Held-out accuracy and relevance contrast of stripes and of a concept that does not exist, over five layers"
+sweep.plot()
+
+# %% [markdown]
+# Hollow points are *not encoded here*: stripes are there from early on, and the control stays at chance, hollow, at
+# every layer.
+#
+# ## Where are the stripes, and do they matter?
+
+# %%
+acv = SpatialACV(model, "layer3").fit(guidance, n_random=20)  # each texture against the other three
+print(acv.summary())
+
+# %% picture="sacv.png" alt="Three scenes with the relevance maps of three textures and bars of their contribution to the class"
+shown = [i for i in range(len(data)) if data.classes[scenes.label[i]] == "striped circle"][:3]
+explanation = acv.explain(scenes.image[shown], target=scenes.label[shown])
+panel(
+    scenes.image[shown],
+    explanation,
+    top_k=3,
+    class_names=data.classes,
+    significant=acv.significant_,
+    title="Where layer3 sees each texture, and what more of it would do to “striped circle”",
+    map_label="relevance $A_{ij} \\cdot v$",
+)
+
+# %% [markdown]
+# The bar is the derivative of the class score along the concept, added over all positions. Is it the stripes? For the
+# class that is defined by them it should be; for "red circle", where any texture goes, it should not. Over all scenes
+# of each class, the share in which more stripes raise the class (TCAV's sign score) and the mean effect:
+
+# %%
+print(f"{'class':16s} {'texture':10s} sign  magnitude")
+for name in ("striped circle", "red circle", "dotted star"):
+    label = data.classes.index(name)
+    scores = acv.tcav(scenes.image[scenes.label == label], target=label)
+    for texture, sign, size in zip(acv.concept_names, scores["sign"], scores["magnitude"], strict=True):
+        print(f"{name:16s} {texture:10s} {sign:.2f}  {size:+9.1f}")
+
+# %% [markdown]
+# ## Against the truth
+#
+# Scenes have exact masks, so "where" can be checked: the mean relevance of stripes on striped objects, on other objects,
+# and on the ground.
+
+# %%
+relevance = F.interpolate(acv.relevance(scenes.image)[:, [acv.concept_names.index("striped")]], (64, 64))[:, 0]
+striped = scenes.masks[:, data.concepts.index("striped")]
+objects = scenes.object_masks.any(1)
+for name, mask in (("striped objects", striped), ("other objects", objects & ~striped), ("ground", ~objects)):
+    print(f"{name}: {relevance[mask].mean():+.2f}")
+
+# %% [markdown]
+# ## What exactly did it see? The strongest patches
+#
+# The receptive field tells which pixels a position depends on; `share=0.9` keeps the part that does most of it. The crops
+# of the strongest positions show what the vector answers to (Fig. 2D of the paper).
+
+# %%
+maps = acv.relevance(scenes.image)[:, acv.concept_names.index("striped")]
+crops = strongest_crops(model, "layer3", scenes.image, maps, k=6, share=0.9)
+figure, axes = plt.subplots(1, len(crops), figsize=(8, 1.8), layout="constrained")
+for each, crop in zip(axes, crops, strict=True):
+    each.imshow(crop.image.permute(1, 2, 0))
+    each.set_title(f"{crop.value:.1f}", fontsize=9)
+    each.set_axis_off()
+figure.suptitle("Crops around the six positions with the highest relevance for “striped”", fontsize=10)
+
+# %% [markdown]
+# ## Keep it, and explain a new image
+
+# %%
+acv.save("textures.safetensors")
+again = SpatialACV.load("textures.safetensors", model)
+new = CaptionedScenes(1, seed=2026, size=64).stack()
+print("caption:", new.caption[0])
+print(again.explain(new.image, target=new.label))
+
+# %% [markdown]
+# ## Remember
+#
+# - Guidance images should show the concept everywhere: every position becomes an example of it.
+# - The negatives are half of the question. None: *which* of the concepts is it? Images like those to be explained: *is*
+#   it there?
+# - Look at `significant_` before you look at a map.
+# - Inside Captum's own `TCAV`, `SpatialACV` serves as `layer_attr_method`: [beside Captum](08_beside_captum.ipynb).
