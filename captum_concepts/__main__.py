@@ -33,6 +33,23 @@ EXPLAIN_EXAMPLES = (
 )
 
 
+FIT_SALF_EPILOG = """\
+exit codes: 0 done; 1 done, but some images could not be read (they are named); 2 not done, the message says why;
+130 interrupted: what was computed is kept, and the same command goes on from there.
+"""
+
+
+class _HelpWithConfiguration(argparse.Action):
+    """Help whose epilog is only put together when it is asked for: it needs half of the package."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from captum_concepts.commands.fit_salf_config import help_text
+
+        parser.epilog = help_text() + FIT_SALF_EPILOG
+        parser.print_help()
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -78,6 +95,18 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
     explain.add_argument("--output", required=True, help="folder for the pictures and explanations.json")
     explain.add_argument("--json", action="store_true", help="print explanations.json instead of a table")
+
+    fit_salf = commands.add_parser(
+        "fit-salf",
+        help="make a classifier that says what it saw where (SALF-CBM)",
+        formatter_class=raw,
+        add_help=False,
+    )
+    shown = {"nargs": 0, "default": argparse.SUPPRESS, "help": "show this, with an example"}
+    fit_salf.add_argument("-h", "--help", action=_HelpWithConfiguration, **shown)
+    fit_salf.add_argument("--config", required=True, metavar="FILE", help="what to fit, JSON; see the example")
+    fit_salf.add_argument("--dry-run", action="store_true", help="print disk, time and machines needed; write nothing")
+    fit_salf.add_argument("--json", action="store_true", help="print the report (or plan) as JSON")
     return top
 
 
@@ -86,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     command, as_json = options.pop("command"), options.pop("json")
     try:
-        return _demo(options, as_json) if command == "demo" else _explain(options, as_json)
+        return {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}[command](options, as_json)
     except CaptumConceptsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -119,6 +148,21 @@ def _explain(options: dict, as_json: bool) -> int:
         print("error: no image could be explained", file=sys.stderr)
         return 2
     return 1 if report["failed"] else 0
+
+
+def _fit_salf(options: dict, as_json: bool) -> int:
+    from captum_concepts.commands.fit_salf import FitSettings, fit_salf
+
+    try:
+        report = fit_salf(FitSettings(**options))
+    except OSError as error:  # a full or read-only disk: what is there is whole
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if report["first"]:  # of several processes one speaks
+        print(
+            json.dumps({key: report[key] for key in report if key != "text"}, indent=2) if as_json else report["text"]
+        )
+    return 1 if report["skipped"] else 0
 
 
 if __name__ == "__main__":

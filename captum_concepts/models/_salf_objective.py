@@ -77,7 +77,8 @@ def places(count: int, numbers_each: int) -> Iterator[slice]:
 
 def by_place(values: Tensor, where: slice, device: torch.device) -> Tensor:
     """``(k, n, D)`` in float32: some places of ``(n, h*w, D)``."""
-    return values[:, where].to(device).transpose(0, 1).float().contiguous()
+    source = values[:, where].to(device).transpose(0, 1)
+    return torch.empty(source.shape, device=device).copy_(source)  # widened and transposed in one pass
 
 
 def centred(values: Tensor, total: int) -> Tensor:
@@ -86,7 +87,13 @@ def centred(values: Tensor, total: int) -> Tensor:
 
 
 def batch_similarity(
-    features: Tensor, embeddings: Tensor, weight: Tensor, text: Tensor, total: int, *, feature_gradient: bool = False
+    features: Tensor,
+    embeddings: Tensor,
+    weight: Tensor,
+    text: Tensor,
+    total: int,
+    *,
+    feature_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The batch's similarity and its gradients.
 

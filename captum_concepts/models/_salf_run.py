@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +18,14 @@ from captum_concepts.errors import InputError
 from captum_concepts.models._salf_bottleneck_fit import BottleneckFit, fit_bottleneck
 from captum_concepts.models._salf_concepts import concept_presence, interpretable_concepts, places_of, present_concepts
 from captum_concepts.models._salf_data import FEWEST, LabelledImages
-from captum_concepts.models._salf_feature_cache import GridFeatures, LiveFeatures, Transform, open_features
+from captum_concepts.models._salf_feature_cache import GridFeatures, LiveFeatures, open_features
 from captum_concepts.models._salf_head import HeadFit, accuracy, compute_activations, fit_head
 from captum_concepts.models._salf_objective import Samples
-from captum_concepts.models._salf_settings import BottleneckSettings
+from captum_concepts.models._salf_options import FitOptions, input_size, transform_fingerprint
 from captum_concepts.models._salf_steps import StepFolder, StepResult, digest, share_of
 from captum_concepts.models.salf_cbm import SALFCBM
 from captum_concepts.store import RegionEmbeddingStore
-from captum_concepts.store.manifest import fingerprint_callable, fingerprint_module, fingerprint_tensor
-from captum_concepts.vlm import RegionPrompt
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """The options of :func:`~captum_concepts.models.salf_cbm_fit.fit_salf_cbm`, as it describes them."""
-
-    prompt: RegionPrompt
-    lam: float | None = None
-    nonzeros_per_class: float | None = None
-    head: str = "sparse"
-    alpha: float = 0.99
-    head_tol: float = 1e-4
-    cls_token: bool = False
-    layout: str = "auto"
-    prefix_tokens: int | None = None
-    class_names: tuple[str, ...] | None = None
-    model_transform: Transform | None = None
-    presence_cutoff: float | None = 0.25
-    presence_k: int = 5
-    interpretability_cutoff: float | None = 0.45
-    validation_fraction: float = 0.1
-    train_backbone: bool = False
-    bottleneck: BottleneckSettings = field(default_factory=BottleneckSettings)
-    cache_features: bool | str = "auto"
-    max_cache_bytes: int | None = None
-    feature_dtype: torch.dtype = torch.float16
-    batch_size: int = 32
-    prompt_batch_size: int = 64
-    num_workers: int = 0
-    show_progress: bool = False
+from captum_concepts.store.manifest import fingerprint_module, fingerprint_tensor
 
 
 class Split:
@@ -94,7 +63,7 @@ class FitRun:
         self.place: Layer = self.layer if options.train_backbone else layer
         self.vocabulary = vocabulary
         self.text = vocabulary.encode(encoder)  # fails now, not after hours, where a concept has no text
-        self.input_size = _input_size(train, options.model_transform)
+        self.input_size = input_size(train, options.model_transform)
         self.model = self._model(vocabulary)
         parts = [("train", train), *([("val", val)] if val is not None else [])]
         self.splits = [
@@ -200,7 +169,7 @@ class FitRun:
             "cls_token": o.cls_token,
             "layout": o.layout,
             "prefix_tokens": o.prefix_tokens,
-            "transform": _transform_fingerprint(o.model_transform, split.images.pictures[0]),
+            "transform": transform_fingerprint(o.model_transform, split.images.pictures[0]),
             "dtype": str(o.feature_dtype).removeprefix("torch."),
         }
 
@@ -321,22 +290,3 @@ class FitRun:
             "head": head.notes,
             "accuracy": dict(accuracies),
         }
-
-
-def _input_size(images: LabelledImages, transform: Transform | None) -> tuple[int, int]:
-    """Height and width of what the backbone sees."""
-    image = images.pictures[0][None]
-    found = image if transform is None else transform(image)
-    if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise InputError(f"model_transform must map images {tuple(image.shape)} to such a batch, got {shape}")
-    return found.shape[-2], found.shape[-1]
-
-
-def _transform_fingerprint(transform: Transform | None, image: Tensor) -> str | None:
-    """By what it does to an image: rounded, so that another machine's last bit makes no difference."""
-    if transform is None:
-        return None
-    with torch.no_grad():
-        found = transform(image[None]).cpu().float().round(decimals=3)
-    return f"{fingerprint_callable(transform)[:40]}:{fingerprint_tensor(found)}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from captum_concepts.activations.capture import Layer
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.errors import InputError
 from captum_concepts.models._salf_bottleneck_fit import BottleneckFit, fit_bottleneck
 from captum_concepts.models._salf_concepts import concept_presence, interpretable_concepts, present_concepts
 from captum_concepts.models._salf_data import Data, LabelledImages
 from captum_concepts.models._salf_feature_cache import CachedFeatures, LiveFeatures, cache_features
-from captum_concepts.models._salf_head import Activations, HeadFit, check_head, compute_activations, fit_head
+from captum_concepts.models._salf_head import Activations, HeadFit, compute_activations, fit_head
 from captum_concepts.models._salf_objective import Samples
-from captum_concepts.models._salf_run import FitOptions, FitRun
+from captum_concepts.models._salf_options import checked_options, checked_vocabulary
+from captum_concepts.models._salf_plan import FitPlan, make_plan
+from captum_concepts.models._salf_run import FitRun
 from captum_concepts.models._salf_settings import BottleneckSettings
 from captum_concepts.models._salf_steps import world
 from captum_concepts.models.salf_cbm import SALFCBM
@@ -33,6 +34,7 @@ __all__ = [
     "BottleneckFit",
     "BottleneckSettings",
     "CachedFeatures",
+    "FitPlan",
     "HeadFit",
     "LabelledImages",
     "LiveFeatures",
@@ -44,6 +46,7 @@ __all__ = [
     "fit_head",
     "fit_salf_cbm",
     "interpretable_concepts",
+    "plan_salf_cbm",
     "present_concepts",
 ]
 
@@ -166,83 +169,43 @@ def fit_salf_cbm(
         >>> model.concepts, bool((model(images).argmax(1) == labels).float().mean() > 0.9)
         (['red', 'green', 'blue'], True)
     """
-    vocabulary = concepts if isinstance(concepts, Vocabulary) else Vocabulary(concepts)
-    _check_vocabulary(vocabulary)
-    check_head(head, lam, nonzeros_per_class, len(vocabulary))
-    if not 0 < validation_fraction < 1:
-        raise InputError(f"validation_fraction must lie in (0, 1), got {validation_fraction!r}")
-    settings = bottleneck if isinstance(bottleneck, BottleneckSettings) else _settings(bottleneck or {})
-    options = FitOptions(
-        prompt=_prompt(grid, prompt),
-        lam=lam,
-        nonzeros_per_class=nonzeros_per_class,
-        head=head,
-        alpha=alpha,
-        head_tol=head_tol,
-        cls_token=cls_token,
-        layout=layout,
-        prefix_tokens=prefix_tokens,
-        class_names=_class_names(class_names, train_data, num_classes),
-        model_transform=model_transform,
-        presence_cutoff=presence_cutoff,
-        presence_k=presence_k,
-        interpretability_cutoff=interpretability_cutoff,
-        validation_fraction=validation_fraction,
-        train_backbone=train_backbone,
-        bottleneck=replace(settings, seed=seed),
-        cache_features=cache_features,
-        max_cache_bytes=max_cache_bytes,
-        feature_dtype=feature_dtype,
-        batch_size=batch_size,
-        prompt_batch_size=prompt_batch_size,
-        num_workers=num_workers,
-        show_progress=show_progress,
-    )
-    path = Path(store_path)
+    run = prepare(dict(locals()))
     first = world()[0] == 0
-    with FolderLock(path, "the results at") if first else nullcontext():
-        reading: dict[str, Any] = {"num_workers": num_workers, "show_progress": show_progress and first}
-        train = LabelledImages(train_data, num_classes, **reading)
-        val = (
-            None
-            if val_data is None
-            else LabelledImages(val_data, num_classes, what="val_data", all_classes=False, **reading)
-        )
-        run = FitRun(backbone, layer, encoder, train, val, vocabulary, num_classes, path, options)
+    with FolderLock(run.path, "the results at") if first else nullcontext():
         return run.run()
 
 
-def _check_vocabulary(vocabulary: Vocabulary) -> None:
-    if not len(vocabulary):
-        raise InputError(f"there is no concept: {vocabulary.report.summary()}; give at least one")
-    if len(set(vocabulary)) != len(vocabulary):
-        twice = next(c for i, c in enumerate(vocabulary) if c in vocabulary.concepts[:i])
-        raise InputError(f"concept {twice!r} is there twice; Vocabulary(...).clean() removes duplicates")
+def plan_salf_cbm(*arguments: Any, within_hours: float = 24.0, **options: Any) -> FitPlan:
+    """What :func:`fit_salf_cbm` with the same arguments would take: disk, time and processes. Writes nothing.
+
+    A few images go through encoder and backbone, and a few steps of the bottleneck are taken on random numbers; the
+    rest is multiplication. Times are those of this machine as busy as it is now, without reading from a slow disk or
+    talking between processes.
+
+    Args:
+        arguments, options: as for :func:`fit_salf_cbm`.
+        within_hours: for which the number of processes is worked out.
+
+    Returns:
+        A :class:`FitPlan`: ``print`` it, or take ``as_dict()``.
+    """
+    bound = inspect.signature(fit_salf_cbm).bind(*arguments, **options)
+    bound.apply_defaults()
+    return make_plan(prepare(bound.arguments), within_hours)
 
 
-def _settings(values: Mapping[str, Any]) -> BottleneckSettings:
-    try:
-        return BottleneckSettings(**values)
-    except TypeError as error:
-        known = list(BottleneckSettings.__dataclass_fields__)
-        raise InputError(f"bottleneck={dict(values)!r} has an unknown setting ({error}); there are {known}") from None
-
-
-def _prompt(grid: int | Sequence[int] | None, prompt: RegionPrompt | None) -> RegionPrompt:
-    if prompt is None:
-        return RegionPrompt("circle", (7, 7) if grid is None else grid)
-    if not isinstance(prompt, RegionPrompt):
-        raise InputError(f"prompt must be a RegionPrompt, got {type(prompt).__name__}")
-    if grid is not None and RegionPrompt(grid=grid).grid != prompt.grid:
-        raise InputError(f"grid={grid} is not the prompt's {prompt.grid}; give one of the two")
-    return prompt
-
-
-def _class_names(names: Sequence[str] | None, data: Any, num_classes: int) -> tuple[str, ...] | None:
-    if names is not None:
-        if len(names) != num_classes:
-            raise InputError(f"{len(names)} class_names for num_classes={num_classes}")
-        return tuple(names)
-    found = getattr(getattr(data, "dataset", data), "classes", None)
-    fits = isinstance(found, (list, tuple)) and len(found) == num_classes and all(isinstance(n, str) for n in found)
-    return tuple(found) if fits and found is not None else None
+def prepare(given: Mapping[str, Any]) -> FitRun:
+    """Check the arguments of :func:`fit_salf_cbm`, and open the data."""
+    vocabulary = checked_vocabulary(given["concepts"])
+    options = checked_options(given, vocabulary)
+    count, first = given["num_classes"], world()[0] == 0
+    reading: dict[str, Any] = {
+        "num_workers": options.num_workers,
+        "show_progress": options.show_progress and first,
+    }
+    train = LabelledImages(given["train_data"], count, **reading)
+    val = None
+    if given["val_data"] is not None:
+        val = LabelledImages(given["val_data"], count, what="val_data", all_classes=False, **reading)
+    path = Path(given["store_path"])
+    return FitRun(given["backbone"], given["layer"], given["encoder"], train, val, vocabulary, count, path, options)

@@ -1,0 +1,146 @@
+"""`fit-salf`: a SALFCBM from a configuration file, its report, and the plan of a dry run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captum_concepts._artifacts import write_atomically
+from captum_concepts.commands.fit_salf_config import fit_arguments, read_config
+from captum_concepts.errors import InputError
+from captum_concepts.models.salf_cbm_fit import fit_salf_cbm, plan_salf_cbm
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What ``fit-salf`` was asked to do.
+
+    Args:
+        config: a JSON file; see ``fit-salf --help``.
+        dry_run: plan only, write nothing.
+    """
+
+    config: str
+    dry_run: bool = False
+
+
+def fit_salf(settings: FitSettings) -> dict[str, Any]:
+    """Fit, and write model and report into the output folder; or, with ``dry_run``, only plan.
+
+    Returns:
+        ``{"plan": ...}`` of a dry run, else the report: output, concepts kept and dropped, accuracies, files.
+
+    Raises:
+        InputError, ArtifactError: nothing can be done with this configuration.
+    """
+    config = read_config(settings.config)
+    with _processes(config) as device, _told():
+        data, arguments, skipped = fit_arguments(config, device)
+        if settings.dry_run:
+            plan = plan_salf_cbm(**arguments, within_hours=config.get("within_hours", 24.0))
+            return {"plan": plan.as_dict(), "text": str(plan), "skipped": skipped, "first": _is_first()}
+        out = Path(config["output"])
+        if out.exists() and not out.is_dir():
+            raise InputError(f"output {out} is a file; give a folder")
+        model = fit_salf_cbm(**arguments, show_progress=True)
+        report = _report(model, config, skipped)
+        if _is_first():
+            model.metadata["configuration"] = {key: value for key, value in config.items() if key != "device"}
+            model.metadata["preprocessing"] = data
+            out.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(out)
+            write_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")
+            write_atomically(out / "report.md", report_text(report))
+        return {**report, "text": report_text(report), "first": _is_first()}
+
+
+def _report(model: Any, config: Mapping[str, Any], skipped: list[dict[str, str]]) -> dict[str, Any]:
+    found = model.metadata
+    vocabulary = found["vocabulary"]["report"]
+    rules = model.class_names or [f"class {k}" for k in range(model.num_classes)]
+    return {
+        "output": str(config["output"]),
+        "store": str(config["store"]),
+        "concepts": {"kept": len(model.concepts), "started": vocabulary["started"], "dropped": vocabulary["counts"]},
+        "validation_similarity": found["validation_similarity"],
+        "accuracy": found["accuracy"],
+        "head": found["head"],
+        "rules": {
+            name: [[concept, round(weight, 4)] for concept, weight in model.decision_rules(k)[:5]]
+            for k, name in enumerate(rules)
+        },
+        "skipped": skipped,
+    }
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """The report in Markdown, as it is written beside the model and printed."""
+    kept, scores = report["concepts"], report["accuracy"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in kept["dropped"].items()) or "none"
+    validation = "not measured (no val)" if scores["validation"] is None else f"{scores['validation']:.1%}"
+    similarity = list(report["validation_similarity"].values())
+    lines = [
+        "# SALF-CBM",
+        f"- accuracy: {scores['train']:.1%} on training images, {validation} on validation images",
+        f"- concepts: {kept['kept']} of {kept['started']} kept; dropped: {dropped}",
+        f"- validation similarity: {sum(similarity) / len(similarity):.3f} on average, "
+        f"{min(similarity):.3f} to {max(similarity):.3f}",
+        f"- head: {report['head']['nonzeros_per_class']:.3g} weights a class, lam {report['head']['lam']:.3g}",
+        "",
+        "Strongest rules of each class:",
+        "",
+        *(
+            f"- {name}: " + ", ".join(f"{concept} {weight:+.2f}" for concept, weight in rules)
+            for name, rules in report["rules"].items()
+        ),
+    ]
+    if report["skipped"]:
+        lines += ["", f"{len(report['skipped'])} images could not be read:", ""]
+        lines += [f"- {entry['image']}: {entry['reason']}" for entry in report["skipped"]]
+    return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def _processes(config: Mapping[str, Any]) -> Iterator[str]:
+    """Join the process group that torchrun describes, if it does; gives this process' device."""
+    device = str(config.get("device", "cpu"))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _is_first() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the steps say goes to stderr."""
+    logger, handler = logging.getLogger("captum_concepts"), logging.StreamHandler(sys.stderr)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # libraries set up the root logger, and would say it again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -1,0 +1,218 @@
+"""The configuration of `fit-salf`: read, checked, and turned into the arguments of `fit_salf_cbm`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captum_concepts._artifacts import parse_json
+from captum_concepts.activations.survey import suggest_layer
+from captum_concepts.commands.labelled_folder import open_images
+from captum_concepts.commands.models import load_encoder, load_model, read_names
+from captum_concepts.concepts import Vocabulary
+from captum_concepts.errors import InputError, did_you_mean
+from captum_concepts.models.salf_cbm_fit import fit_salf_cbm
+from captum_concepts.vlm import RegionPrompt
+
+EXAMPLE = {
+    "model": "resnet50",
+    "weights": "pretrained",
+    "layer": "layer4",
+    "encoder": "ViT-B-16",
+    "encoder_weights": "openai",
+    "train": "images/train",
+    "val": "images/val",
+    "concepts": "concepts.txt",
+    "prompt": {"kind": "circle", "grid": 7, "radius": 32},
+    "nonzeros_per_class": 30,
+    "store": "work/store",
+    "output": "work/model",
+}
+TRIAL = {
+    "model": "demo:classifier",
+    "layer": "layer4",
+    "encoder": "demo:clip",
+    "train": "demo:scenes:200",
+    "val": "demo:scenes:100",
+    "concepts": ["circle", "square", "triangle", "star", "red", "blue", "striped", "dotted"],
+    "store": "work/store",
+    "output": "work/model",
+}
+_REQUIRED = ("model", "encoder", "train", "concepts", "store", "output")
+_OWN = (
+    *_REQUIRED,
+    "weights",
+    "layer",
+    "size",
+    "num_classes",
+    "encoder_weights",
+    "val",
+    "templates",
+    "clean",
+    "filter",
+    "classes",
+    "prompt",
+    "device",
+    "skip_unreadable",
+    "within_hours",
+)
+_NOT_HERE = (
+    "backbone", "encoder", "train_data", "val_data", "concepts", "store_path", "class_names", "model_transform",
+    "show_progress", "prompt",
+)  # fmt: skip
+
+
+def fit_options() -> dict[str, Any]:
+    """The options of :func:`fit_salf_cbm` that a configuration may hold, with their defaults."""
+    parameters = inspect.signature(fit_salf_cbm).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in (*_NOT_HERE, *_OWN)}
+
+
+def help_text() -> str:
+    """The configuration, by example."""
+    options = ", ".join(sorted(fit_options()))
+    return f"""\
+the configuration is JSON; relative paths are relative to the folder the command runs in:
+
+{json.dumps(EXAMPLE, indent=2)}
+
+  model, weights, layer, size, num_classes, encoder, encoder_weights, device: as the options of explain
+  train, val: a folder with one folder of images a class, or demo:scenes:N (the bundled synthetic scenes)
+  concepts: a list, a file (one a line, or JSON), or "classes" for "An image of a CLASS"
+  templates: texts with {{}} for the concept; clean: true drops near duplicates;
+  filter: drops what is too long or too similar, e.g. {{"max_length": 30, "class_cutoff": 0.85, "concept_cutoff": 0.9}}
+  classes: a file of class names, in the order of the folders
+  prompt: {{"kind": "circle", "crop" or "blur", "grid": 7, "radius": 32, ...}} (RegionPrompt)
+  skip_unreadable: true looks at every image first and leaves out what cannot be read
+  within_hours: what the dry run works the number of machines out for (default: 24)
+  and of fit_salf_cbm: {options}
+
+without network, in a few minutes:
+
+{json.dumps(TRIAL, indent=2)}
+
+several processes: torchrun --nproc-per-node 4 -m captum_concepts fit-salf --config FILE
+interrupted or killed, the same command goes on where it was.
+
+"""
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration, checked for missing and unknown entries.
+
+    Raises:
+        InputError: no such file, no JSON object, an entry missing or unknown (the nearest name is offered).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"no configuration at {file}")
+    try:
+        config = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file} must hold an object {{...}}, got {type(config).__name__}")
+    missing = [name for name in _REQUIRED if name not in config]
+    if missing:
+        raise InputError(f"{file} does not say {', '.join(missing)}; see fit-salf --help for an example")
+    known = [*_OWN, *fit_options()]
+    for name in config:
+        if name not in known:
+            raise InputError(f"{file} has an unknown entry {name!r}.{did_you_mean(name, known)}")
+    return config
+
+
+def fit_arguments(
+    config: Mapping[str, Any], device: str
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, str]]]:
+    """What the model's user must know of the images, the arguments of :func:`fit_salf_cbm`, and skipped files.
+
+    Raises:
+        InputError: model, encoder, images, concepts or an option cannot be used.
+    """
+    skipped: list[dict[str, str]] = []
+    loaded = load_model(
+        config["model"], weights=config.get("weights"), size=config.get("size"), num_classes=config.get("num_classes")
+    )
+    loaded.model.to(device)
+    encoder = load_encoder(config["encoder"], config.get("encoder_weights"))
+    if callable(getattr(encoder, "to", None)):
+        encoder = encoder.to(device)
+    opened = {
+        name: open_images(config[name], loaded.size, skipped if config.get("skip_unreadable") else None, seed=seed)
+        for seed, name in enumerate(("train", "val"))
+        if config.get(name) is not None
+    }
+    train = opened["train"]
+    if "val" in opened and opened["val"].classes != train.classes:
+        different = sorted(set(opened["val"].classes) ^ set(train.classes))
+        raise InputError(f"train and val have different classes: {different[:10]}")
+    names = read_names(config["classes"]) if "classes" in config else train.classes
+    if len(names) != len(train.classes):
+        raise InputError(f"{len(names)} names in {config['classes']} for {len(train.classes)} class folders")
+    options = {name: config[name] for name in fit_options() if name in config}
+    if "feature_dtype" in options:
+        options["feature_dtype"] = _dtype(options["feature_dtype"])
+    if isinstance(config.get("prompt"), dict):
+        try:
+            options["prompt"] = RegionPrompt(**config["prompt"])
+        except TypeError as error:
+            raise InputError(f"prompt {config['prompt']} is not one of a RegionPrompt: {error}") from None
+    elif config.get("prompt") is not None:
+        raise InputError(f"prompt must be an object such as {EXAMPLE['prompt']}, got {config['prompt']!r}")
+    layer = config.get("layer")
+    if layer is None:
+        layer = suggest_layer(loaded.model, torch.full((1, 3, loaded.size, loaded.size), 0.5, device=device))
+    arguments = {
+        "backbone": loaded.model,
+        "layer": layer,
+        "encoder": encoder,
+        "train_data": train,
+        "val_data": opened.get("val"),
+        "concepts": _vocabulary(config, names, encoder),
+        "num_classes": len(names),
+        "class_names": names,
+        "model_transform": loaded.prepare,
+        "store_path": config["store"],
+        **options,
+    }
+    seen = {"size": loaded.size, "mean": list(loaded.mean), "std": list(loaded.std), "pixels": "RGB in [0, 1]"}
+    return seen, arguments, skipped
+
+
+def _vocabulary(config: Mapping[str, Any], names: list[str], encoder: Any) -> Vocabulary:
+    given, templates = config["concepts"], config.get("templates")
+    if given == "classes":
+        made = Vocabulary.from_classes(names)
+    elif isinstance(given, str):
+        if not Path(given).is_file():
+            raise InputError(f"no file of concepts at {given}; give a file, a list, or 'classes'")
+        made = Vocabulary.load(given)
+    elif isinstance(given, list):
+        made = Vocabulary(given)
+    else:
+        raise InputError(f"concepts must be a list, a file, or 'classes', got {given!r}")
+    if templates is not None:
+        made = Vocabulary(made, templates=templates, sources=made.sources, report=made.report)
+    if config.get("clean"):
+        made = made.clean()
+    if config.get("filter"):
+        wanted = config["filter"] if isinstance(config["filter"], dict) else {}
+        try:
+            made = made.filter(names, encoder, **wanted)
+        except TypeError as error:
+            raise InputError(f"filter {wanted}: {error}") from None
+    return made
+
+
+def _dtype(name: Any) -> torch.dtype:
+    found = {"float16": torch.float16, "float32": torch.float32}.get(name)
+    if found is None:
+        raise InputError(f"feature_dtype must be 'float16' or 'float32', got {name!r}")
+    return found
