@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_concepts.activations.capture import Layer
+from captum_concepts.activations.layout import LAYOUTS
 from captum_concepts.activations.spatial import full_precision
 from captum_concepts.errors import InputError, LayerError, LayoutError
 from captum_concepts.models._salf_features import (
@@ -57,6 +58,8 @@ class SALFCore(nn.Module):
         self.class_names = None if class_names is None else check_names(class_names, "class", self.num_classes)
         self.cls_token = bool(cls_token)
         self.freeze_backbone = bool(freeze_backbone)
+        if layout not in LAYOUTS:
+            raise InputError(f"layout must be one of {LAYOUTS}, got {layout!r}")
         self.layout = layout
         self.prefix_tokens = prefix_tokens
         self.input_size = None if input_size is None else check_size(input_size, "input_size")
