@@ -3,6 +3,19 @@
 from captum_concepts.visualization.figures import save_figure
 from captum_concepts.visualization.overlay import as_image, overlay, upsample
 from captum_concepts.visualization.panels import heatmap_figure, panel
+from captum_concepts.visualization.report import report
+from captum_concepts.visualization.report_writer import ReportWriter
 from captum_concepts.visualization.scale import ColorScale, value_range
 
-__all__ = ["ColorScale", "as_image", "heatmap_figure", "overlay", "panel", "save_figure", "upsample", "value_range"]
+__all__ = [
+    "ColorScale",
+    "ReportWriter",
+    "as_image",
+    "heatmap_figure",
+    "overlay",
+    "panel",
+    "report",
+    "save_figure",
+    "upsample",
+    "value_range",
+]
