@@ -16,7 +16,9 @@ _NAMES = {
     "ConceptFusionMap": "attr.concept_fusion_map",
     "ConceptTranslator": "models.concept_translator",
     "FeatureActivationMap": "attr.feature_activation_map",
+    "SALFCBM": "models.salf_cbm",
     "SpatialACV": "attr.spatial_acv",
+    "fit_salf_cbm": "models.salf_cbm_fit",
 }
 _ROOMS = ("concepts", "datasets", "demo", "errors", "metrics", "solvers", "store", "visualization", "vlm")
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from captum_concepts.attr.spatial_acv import SpatialACV as SpatialACV
     from captum_concepts.explanation import ConceptExplanation as ConceptExplanation
     from captum_concepts.models.concept_translator import ConceptTranslator as ConceptTranslator
+    from captum_concepts.models.salf_cbm import SALFCBM as SALFCBM
+    from captum_concepts.models.salf_cbm_fit import fit_salf_cbm as fit_salf_cbm
 
 
 def __getattr__(name: str) -> Any:
