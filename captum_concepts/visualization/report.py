@@ -85,8 +85,8 @@ def report(
         path, title=title, class_names=class_names, top_k=top_k, by=by, settings=settings,
         scale=scale, alpha=alpha, cmap=cmap, signed=signed, mode=mode,
     )  # fmt: skip
-    single = isinstance(explanations, ConceptExplanation)
-    several = single and len(explanations) > 1 and significant is not None and torch.as_tensor(significant).ndim == 2
+    flat = significant is None or torch.as_tensor(significant).ndim == 1
+    several = not flat and isinstance(explanations, ConceptExplanation) and len(explanations) > 1
     with writer:
         names: Iterator[Any] = iter(()) if image_titles is None else iter(image_titles)
         pairs = zip_longest(_examples(explanations), _pictures(images), fillvalue=_NOTHING)
