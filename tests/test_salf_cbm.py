@@ -364,8 +364,12 @@ class TestSelectConcepts:
 
     def test_a_backbone_in_training_stays_in_training(self):
         model = SALFCBM(ConvNet(), "body", CONCEPTS, 3, freeze_backbone=False).train()
-        assert model.select_concepts([0]).training
+        model.backbone.body.eval()  # batch statistics of a part held still
+        part = model.select_concepts([0])
+        assert part.training
+        assert part.head.training
         assert model.backbone.stem[1].training
+        assert not model.backbone.body[1].training
 
     @pytest.mark.parametrize(
         ("chosen", "message"),

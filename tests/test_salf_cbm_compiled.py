@@ -76,6 +76,14 @@ def test_exported_graph_without_what_is_behind_the_layer():
     assert not [name for name in used if "backbone_fc" in name]
 
 
+def test_compiled_before_any_image_was_seen():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = SALFCBM(ConvNet().eval(), "body", CONCEPTS, 3, feature_dim=8).eval()  # no probe
+    logits = torch.compile(model, backend="eager")(pictures())
+    torch.testing.assert_close(logits, model(pictures()))
+
+
 def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)

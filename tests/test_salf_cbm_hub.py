@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -127,6 +128,46 @@ class TestRoundTrip:
         model = conv_model()
         assert isinstance(model, huggingface_hub.PyTorchModelHubMixin)
         assert callable(model.push_to_hub)
+
+    def test_pushed_to_the_hub(self, monkeypatch, tmp_path):
+        sent = {}
+
+        class HfApi:
+            def __init__(self, **options):
+                pass
+
+            def create_repo(self, repo_id, **options):
+                return type("Repo", (), {"repo_id": repo_id})()
+
+            def upload_folder(self, *, folder_path, repo_id, **options):
+                sent.update({file.name: file.read_bytes() for file in Path(folder_path).iterdir()}, repo_id=repo_id)
+                return "https://hub/me/cats"
+
+        monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", HfApi)
+        model = conv_model()
+        assert model.push_to_hub("me/cats") == "https://hub/me/cats"
+        assert sent["repo_id"] == "me/cats"
+        assert {"README.md", "config.json", "model.safetensors"} <= set(sent)
+        sent.clear()
+        address = model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/more", save_backbone=True)
+        assert address == "https://hub/me/cats"
+        assert b"# me/more" in sent["README.md"]
+        for name in ("config.json", "model.safetensors"):
+            assert (tmp_path / name).read_bytes() == sent[name]
+
+    def test_a_save_that_fails_leaves_the_old_model(self, saved, monkeypatch):
+        from captum_concepts.models import _salf_hub
+
+        model, folder = saved
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+        def full_disk(path, data):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(_salf_hub, "write_atomically", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            model.select_concepts([0]).save_pretrained(folder)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 class TestCard:

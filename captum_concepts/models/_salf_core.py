@@ -184,7 +184,6 @@ class SALFCore(nn.Module):
             InputError: none left, one twice, or unknown (the nearest names are offered).
         """
         rows = concept_positions(concepts, self.concepts)
-        training = self.backbone.training
         new = type(self)(
             self.backbone,
             self.layer,
@@ -200,14 +199,15 @@ class SALFCore(nn.Module):
             input_size=self.input_size,
             metadata=self.metadata,
         ).to(device=self.concept_mean.device, dtype=self.concept_mean.dtype)
-        self.backbone.train(training and not self.freeze_backbone)
         new._reading = self._reading
         new.bottleneck.weight.copy_(self.bottleneck.weight[rows])
         new.head.weight.copy_(self.head.weight[:, rows])
         new.head.bias.copy_(self.head.bias)
         new.concept_mean.copy_(self.concept_mean[rows])
         new.concept_std.copy_(self.concept_std[rows])
-        return new.train(self.training)
+        for module in (new, new.bottleneck, new.head):  # not the backbone, parts of which may be held in another mode
+            module.training = self.training
+        return new
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -24,7 +24,7 @@ def parse_edits(
     if many and concept and all(isinstance(edit, Mapping) for edit in concept):
         if beta is not None or any(value is not None for value in regions.values()):
             raise InputError("a list of edits brings betas and regions of its own; give them there only")
-        found = []
+        found: list[tuple[int, float, Mapping[str, Any]]] = []
         for edit in concept:
             if unknown := sorted(set(edit) - set(_EDIT)):
                 raise InputError(f"an edit has {list(_EDIT)}, got {unknown}")

@@ -273,8 +273,10 @@ class SALFExplanations(SALFCore):
         """``(N, M)``: sums over the grid of the concept maps times ``weights`` (N, h, w)."""
         with evaluation_mode(self.bottleneck):
             if not self._is_pointwise() or self.bottleneck.bias is not None:
-                return torch.einsum("nmhw,nhw->nm", full_precision(self.bottleneck(features)), weights)
-            pooled = torch.einsum("ndhw,nhw->nd", full_precision(features), weights.to(full_precision(features)))
+                maps = full_precision(self.bottleneck(features))
+                return torch.einsum("nmhw,nhw->nm", maps, weights.to(maps))
+            wide = full_precision(features)
+            pooled = torch.einsum("ndhw,nhw->nd", wide, weights.to(wide))
             return full_precision(self.bottleneck(pooled.to(features.dtype)[..., None, None]).flatten(1))
 
     def _region(self, x: Tensor, points: Any = None, boxes: Any = None, mask: Any = None) -> Tensor:

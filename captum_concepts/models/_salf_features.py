@@ -124,7 +124,7 @@ def _read_compiled(model: nn.Module, layer: nn.Module, name: str, x: Tensor) -> 
 
     # torch._dynamo traces neither register_forward_hook nor an assignment into an OrderedDict; it does trace this.
     kept = layer._forward_hooks
-    layer._forward_hooks = {**kept, "captum_concepts": hook}  # type: ignore[assignment, dict-item]
+    layer._forward_hooks = {**kept, "captum_concepts": hook}  # type: ignore[dict-item]
     try:
         model(x)
     finally:
@@ -270,7 +270,7 @@ def freeze_unreached(backbone: nn.Module, name: str, image: Tensor) -> None:
             parameter.requires_grad_(False)
 
 
-def _declared(model: nn.Module) -> Iterator[tuple[int, int]]:
+def _declared(model: Any) -> Iterator[tuple[int, int]]:
     """The sizes that timm, torchvision, open_clip and transformers models say they take."""
     places: list[Callable[[], Any]] = [
         lambda: model.patch_embed.img_size,  # before timm's configuration, which tells of the pretrained weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -55,27 +56,51 @@ class SALFHub(
 
     _save_backbone: bool | None = None
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], *, save_backbone: bool | None = None, **options: Any
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        save_backbone: bool | None = None,
+        config: Any = None,  # noqa: ARG002
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Write ``model.safetensors``, ``config.json`` and a model card (``README.md``) into a folder.
+
+        All are complete before the first of an older model is replaced.
 
         Args:
             save_directory: the folder; it is made where it does not exist.
             save_backbone: store the backbone's weights, too; None stores those of a backbone that was not frozen.
                 Otherwise a fingerprint is stored, and loading checks that the same backbone is given.
-            options: of ``huggingface_hub``: ``push_to_hub``, ``repo_id``, ...
+            config: not used; ``config.json`` is written from the model.
+            repo_id, push_to_hub, push_to_hub_kwargs: of ``huggingface_hub``.
+            model_card_kwargs: ``{"name": ...}``, the title of the card; else the folder's name.
+
+        Returns:
+            The address on the Hub, or None.
 
         Raises:
             InputError: ``metadata`` is no JSON, or bottleneck or head were replaced by something else.
         """
-        card = dict(options.pop("model_card_kwargs", None) or {})
-        card.setdefault("name", options.get("repo_id") or Path(save_directory).resolve().name)
-        self._save_backbone = save_backbone
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        card = {"name": repo_id or folder.resolve().name, **(model_card_kwargs or {})}
+        before = self._save_backbone  # pushing to the Hub saves once more, into a folder of its own
+        self._save_backbone = before if save_backbone is None else save_backbone
         try:
-            return super().save_pretrained(Path(save_directory), model_card_kwargs=card, **options)
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+                self._save_pretrained(Path(new))
+                write_atomically(Path(new) / _CARD, str(self.generate_model_card(**card)))
+                for name in (_WEIGHTS, _CONFIG, _CARD):
+                    (Path(new) / name).replace(folder / name)
+            if push_to_hub:
+                return self.push_to_hub(repo_id or folder.name, model_card_kwargs=card, **push_to_hub_kwargs)
+            return None
         finally:
-            del self._save_backbone
+            self._save_backbone = before
 
     def _save_pretrained(self, save_directory: Path) -> None:
         stored = not self.freeze_backbone if self._save_backbone is None else self._save_backbone
@@ -94,7 +119,6 @@ class SALFHub(
         tensors = {name: v for name, v in _plain(state).items() if isinstance(v, Tensor)} if stored else own
         save_artifact(save_directory / _WEIGHTS, _KIND, {"config": _digest(config)}, tensors)
         write_atomically(save_directory / _CONFIG, text)
-        (save_directory / _CARD).unlink(missing_ok=True)  # the one that lies there may be another model's
 
     def _config(self, stored: bool) -> dict[str, Any]:
         backbone = unwrap(self.backbone)
@@ -110,7 +134,7 @@ class SALFHub(
             "reading": None if self._reading is None else asdict(self._reading),
         }
 
-    def generate_model_card(self, name: str = "SALF-CBM", **_options: Any) -> ModelCard:  # type: ignore[override]
+    def generate_model_card(self, name: str = "SALF-CBM", **_options: Any) -> ModelCard:
         """The model card, with data, accuracy and drops from :attr:`metadata`."""
         stored = not self.freeze_backbone if self._save_backbone is None else self._save_backbone
         return ModelCard(card_text(self._config(stored), name, self._hub_mixin_info.model_card_data.to_yaml()))
@@ -123,7 +147,7 @@ class SALFHub(
         backbone: nn.Module | None = None,
         check_backbone: bool = True,
         revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,

@@ -96,7 +96,7 @@ def _each(values: Any, n: int, width: int, name: str) -> list[Tensor]:
             found = [torch.as_tensor(v, dtype=torch.float64) for v in values]
             found = [torch.stack(found)] if len({v.shape for v in found}) == 1 else found
         else:
-            found = [torch.as_tensor(values, dtype=torch.float64)]
+            found = [torch.as_tensor(values, dtype=torch.float64, device="cpu")]
     except (TypeError, ValueError, RuntimeError) as error:
         try:  # another number for each image
             found = [torch.as_tensor(own, dtype=torch.float64) for own in values]
