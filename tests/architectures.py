@@ -1,6 +1,6 @@
 """Networks of the model zoos, as they are, with random weights: what each method says to each.
 
-``python tests/architectures.py`` writes ``docs/architectures.md``; ``test_architectures.py`` runs the same and compares.
+``python tests/architectures.py`` writes ``docs/architectures.md``; ``test_architectures.py`` runs the same again.
 A network is one line.
 """
 

@@ -189,6 +189,40 @@ def test_only_the_packages_own_exceptions_come_out(tmp_path, loader):
     assert grown < MEMORY, f"{grown / 2**30:.1f} GB were taken for files of a few kilobytes"
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_pretrained_models(tmp_path, file):
+    """A SALFCBM's folder, also where the digest that ties its two files together is forged."""
+    from captum_concepts import SALFCBM
+    from captum_concepts.models import _salf_hub
+
+    backbone = network()
+    SALFCBM(backbone, "0", ["a", "b"], 3, grid=(2, 2)).save_pretrained(tmp_path)
+    config, weights = (tmp_path / name for name in ("config.json", "model.safetensors"))
+    path = tmp_path / file
+    good, forged, rng, escaped = path.read_bytes(), weights.read_bytes(), random.Random(file), {}
+    length = struct.unpack("<Q", forged[:8])[0]
+
+    def read(folder: Path) -> None:
+        SALFCBM.from_pretrained(folder, backbone=backbone)
+
+    read(tmp_path)
+    for number in range(FILES):
+        path.write_bytes(hostile(good, path.suffix, rng))
+        if file == "config.json":
+            try:
+                content = json.loads(config.read_bytes())
+                digest = _salf_hub._digest(content)
+            except (ValueError, LookupError, TypeError, RecursionError, AttributeError):
+                continue  # damaged blindly: the plain loaders above are tried with such files
+            header = json.loads(forged[8 : 8 + length])
+            header["__metadata__"]["info"] = json.dumps({"config": digest})
+            encoded = json.dumps(header).encode()
+            weights.write_bytes(struct.pack("<Q", len(encoded)) + encoded + forged[8 + length :])
+        if (found := outcome(read, tmp_path)) is not None:
+            escaped.setdefault(found[:160], number)
+    assert not escaped
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "shard"])
 def test_stores(tmp_path, file):
     """A store's folder: its manifest and its shards, read whole and verified."""
