@@ -102,8 +102,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
         add_help=False,
     )
-    shown = {"nargs": 0, "default": argparse.SUPPRESS, "help": "show this, with an example"}
-    fit_salf.add_argument("-h", "--help", action=_HelpWithConfiguration, **shown)
+    fit_salf.add_argument(
+        "-h", "--help", action=_HelpWithConfiguration, nargs=0, default=argparse.SUPPRESS, help="show an example"
+    )
     fit_salf.add_argument("--config", required=True, metavar="FILE", help="what to fit, JSON; see the example")
     fit_salf.add_argument("--dry-run", action="store_true", help="print disk, time and machines needed; write nothing")
     fit_salf.add_argument("--json", action="store_true", help="print the report (or plan) as JSON")
@@ -159,9 +160,8 @@ def _fit_salf(options: dict, as_json: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if report["first"]:  # of several processes one speaks
-        print(
-            json.dumps({key: report[key] for key in report if key != "text"}, indent=2) if as_json else report["text"]
-        )
+        text = report.pop("text")
+        print(json.dumps(report, indent=2) if as_json else text)
     return 1 if report["skipped"] else 0
 
 

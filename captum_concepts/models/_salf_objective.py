@@ -39,7 +39,7 @@ class Samples(NamedTuple):
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``(n, h*w, D)`` features and ``(n, h*w, E)`` embeddings of ``rows``, as stored."""
-        wanted = rows.numpy()
+        wanted: Any = rows.numpy()
         return self.features.rows(wanted), self.regions.embeddings(wanted)
 
     def batches(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -61,7 +61,7 @@ def checked_options(given: Mapping[str, Any], vocabulary: Vocabulary) -> FitOpti
         raise InputError(f"validation_fraction must lie in (0, 1), got {fraction!r}")
     bottleneck = given["bottleneck"]
     settings = bottleneck if isinstance(bottleneck, BottleneckSettings) else _settings(bottleneck or {})
-    own = {
+    own: dict[str, Any] = {
         "prompt": _prompt(given["grid"], given["prompt"]),
         "class_names": _class_names(given["class_names"], given["train_data"], given["num_classes"]),
         "bottleneck": replace(settings, seed=given["seed"]),

@@ -70,6 +70,7 @@ class FitRun:
             Split(name, images, LiveFeatures(self.model, images.pictures, options.model_transform, options.batch_size))
             for name, images in parts
         ]
+        self.rows = self._rows()
         self.device = self.splits[0].live.device
         self.text = self.text.to(self.device)
 
@@ -81,7 +82,7 @@ class FitRun:
         vocabulary = self._present(steps)
         for split in self.splits:
             self._features(split)
-        fit, made_from = self._bottleneck(steps, *self._rows())
+        fit, made_from = self._bottleneck(steps)
         kept = interpretable_concepts(vocabulary, fit.validation_similarity.cpu(), self.options.interpretability_cutoff)
         chosen = torch.tensor(places_of(kept, vocabulary))
         weight = fit.weight[chosen.to(fit.weight.device)].contiguous()
@@ -173,12 +174,11 @@ class FitRun:
             "dtype": str(o.feature_dtype).removeprefix("torch."),
         }
 
-    def _rows(self) -> tuple[Samples, Samples]:
-        """Images to train the bottleneck on, and to validate it on: those of val_data, or some held out."""
-        train = self.splits[0]
-        everything = torch.arange(len(train.images))
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Which images train the bottleneck, and which validate it: those of val_data, or some held out."""
+        everything = torch.arange(len(self.splits[0].images))
         if len(self.splits) > 1:
-            return train.samples(everything), self.splits[1].samples(torch.arange(len(self.splits[1].images)))
+            return everything, torch.arange(len(self.splits[1].images))
         generator = torch.Generator().manual_seed(self.options.bottleneck.seed)
         order = torch.randperm(len(everything), generator=generator)
         held = max(FEWEST, round(len(order) * self.options.validation_fraction))
@@ -187,12 +187,11 @@ class FitRun:
                 f"train_data has {len(order)} images, too few to hold {held} out for validation; give val_data, or "
                 "more images"
             )
-        return train.samples(order[held:].sort().values), train.samples(order[:held].sort().values)
+        return order[held:].sort().values, order[:held].sort().values
 
-    def _bottleneck(
-        self, steps: StepFolder, train: Samples, validation: Samples
-    ) -> tuple[BottleneckFit, dict[str, Any]]:
+    def _bottleneck(self, steps: StepFolder) -> tuple[BottleneckFit, dict[str, Any]]:
         o = self.options
+        train, validation = self.splits[0].samples(self.rows[0]), self.splits[-1].samples(self.rows[1])
         made_from = {
             **{split.name: split.made_from for split in self.splits},
             "rows": fingerprint_tensor(torch.cat([train.rows, torch.tensor([-1]), validation.rows])),
