@@ -216,10 +216,14 @@ class TestBackbones:
     def test_a_backbone_compiled_in_place(self):
         model, x = conv_model(), pictures()
         expected = model(x)
+        runs = []
+        model.backbone.stem[0].register_forward_hook(lambda *_: runs.append(1))
         model.backbone.body.compile(backend="eager")
         model.backbone.compile(backend="eager")
         model.backbone(x)
+        runs.clear()
         torch.testing.assert_close(model(x), expected)
+        assert len(runs) == 1
 
     def test_a_wrapped_backbone(self):
         net, x = awake(ConvNet()), pictures()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,10 +108,9 @@ def read_layer(backbone: nn.Module, name: str, x: Tensor) -> Tensor:
     layer = model.get_submodule(name)
     if torch.compiler.is_compiling():
         return _read_compiled(model, layer, name, x)
-    seen = _read_eager(model, layer, name, x)
-    if not seen:
-        with eager_mode():  # a part of the backbone was compiled in place
-            seen = _read_eager(model, layer, name, x)
+    in_place = any(getattr(m, "_compiled_call_impl", None) is not None for m in (*_around(model, name), layer))
+    with eager_mode() if in_place else nullcontext():  # parts compiled by module.compile() would not see the hook
+        seen = _read_eager(model, layer, name, x)
     if not seen:
         raise LayerError(f"layer {name!r} did not run in the backbone's forward; choose one that does")
     return seen[0]

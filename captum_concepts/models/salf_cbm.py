@@ -57,4 +57,18 @@ class SALFCBM(SALFHub):
         >>> images = torch.rand(4, 3, 64, 64)
         >>> model(images).shape, model.concept_maps(images).shape, model.concept_activations(images).shape
         (torch.Size([4, 2]), torch.Size([4, 3, 7, 7]), torch.Size([4, 3]))
+
+        What it saw, where, and how much that moved a logit; in the whole image, and in a part of it:
+
+        >>> explanation = model.explain(images, target=0, top_k=2)
+        >>> explanation.scores.shape, explanation.maps.shape, explanation.contributions.shape
+        (torch.Size([4, 2]), torch.Size([4, 2, 7, 7]), torch.Size([4, 2]))
+        >>> len(model.explain_region(images, boxes=(0, 0, 32, 32), top_k=1).concepts)
+        1
+
+        What it would say without grass in the lower half, and its rules:
+
+        >>> before, after = model.intervene(images, "grass", boxes=(0, 32, 64, 64), beta=-1.0)
+        >>> bool((before != after).any()), len(model.decision_rules(0))
+        (True, 3)
     """
