@@ -1,0 +1,99 @@
+"""The results page, the README's table and the plots, made of the recorded JSONs and of nothing else.
+
+    python -m benchmarks.page             # benchmarks/results/README.md and the plots
+    python -m benchmarks.page --readme    # and the table between the markers of the repository's README.md
+    python -m benchmarks.page --check     # exit code 1 if one of the texts is not what the records say
+
+No number is typed: the same records give the same text. A record that this page does not know is shown as it is, so a
+new benchmark needs nothing here but, if wanted, a title in :mod:`sections`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import sections  # noqa: E402
+from _record import RESULTS  # noqa: E402
+from headlines import headlines  # noqa: E402
+
+PAGE = "README.md"
+START, END = "<!-- benchmark-table -->", "<!-- /benchmark-table -->"
+
+HEAD = """# What was measured
+
+Made by `python -m benchmarks.page` from the JSON files beside it; none of the numbers is typed, and a test compares
+the two. `make bench` runs the short ones (minutes), `make bench-full` all of them (an hour on 2 cores); both end with
+this page. Each part states when, where and with which versions it was recorded; parts are recorded one by one, so
+these differ.
+
+How to read the tables. Brackets are 95 % intervals, bootstrap over images unless a part says otherwise. **NRA** says
+how well a map finds its region without a threshold; its published baseline gives random maps more than 0, the exact
+one about 0. **Specificity** is NRA less that of the image's other concepts' maps on the same mask: 0 for any map that
+knows no concept. *Random*, *centre Gaussian* and *activation energy* know none: a map that is not above them has
+shown nothing, however good it looks. Rows in italics are maps made worse on purpose, exchanged between images or made
+for a target that is not there; a table in which they do not fall says little. Arrows show which direction is better.
+"""
+
+
+def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Every record of the folder by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def page(records: dict[str, dict[str, Any]], pictures: list[str] | None = None) -> str:
+    """The whole page as Markdown.
+
+    Args:
+        records: by name.
+        pictures: files that lie beside the page; a section shows those that belong to it.
+    """
+    made = sections.sections(records, pictures or [])
+    lines = [HEAD, "## In short", "", headlines(records), "", "## Contents", ""]
+    lines += [f"- [{one.title}](#{one.anchor})" for one in made]
+    for one in made:
+        lines += ["", f"## {one.title}", "", *one.lines]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def with_table(text: str, records: dict[str, dict[str, Any]]) -> str:
+    """``text`` with the summary put between its markers."""
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise SystemExit(f"the README must hold the two lines {START} and {END}, once each and in this order")
+    before, after = text[: text.index(START) + len(START)], text[text.index(END) :]
+    return f"{before}\n{headlines(records)}\n{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--readme", nargs="?", type=Path, const=HERE.parent / "README.md", help="also fill its table")
+    parser.add_argument("--check", action="store_true", help="write nothing; say whether the texts are up to date")
+    parser.add_argument("--no-plots", action="store_true")
+    args = parser.parse_args()
+    records = load(args.results)
+    if not args.check and not args.no_plots:
+        import plots
+
+        plots.draw(records, args.results)
+    texts = {args.results / PAGE: page(records, [path.name for path in sorted(args.results.glob("*.png"))])}
+    if args.readme is not None:
+        texts[args.readme] = with_table(args.readme.read_text(encoding="utf-8"), records)
+    stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if args.check:
+        raise SystemExit("\n".join(f"{path.name} is not what the records say" for path in stale) or 0)
+    for path, text in texts.items():
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+        print(f"{path.name}: {'written' if path in stale else 'as before'}")
+
+
+if __name__ == "__main__":
+    main()

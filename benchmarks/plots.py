@@ -1,0 +1,139 @@
+"""The plots of the results page, drawn from the recorded JSONs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from map_tables import COLUMNS
+from sections import is_interval
+
+Record = dict[str, Any]
+
+#: What is drawn of a table of maps, if it is there.
+SHOWN = ("nra", "specificity", "average_drop")
+BLIND = ("random", "centre Gaussian", "activation energy")
+#: Tables that get a plot, by record.
+PLOTTED = {
+    "fam_quality": (
+        "few-shot, scenes, a CNN", "few-shot, COCO, mobilenet_v2", "a classifier with a head, COCO, MobileNetV2",
+        "which similarity, COCO, MobileNetV2",
+    ),
+    "concept_words": ("words, scenes",),
+}  # fmt: skip
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def tables(record: Record) -> dict[str, list[Record]]:
+    """Tables of maps by title."""
+    found = {}
+    for part in record.get("parts", {}).values():
+        for one in part["tables"]:
+            if one["rows"] and "method" in one["rows"][0]:
+                found[one["title"]] = one["rows"]
+    return found
+
+
+def colour(row: Record) -> str:
+    if row.get("kind") == "degraded":
+        return "tab:red"
+    return "0.55" if row["method"] in BLIND else "tab:blue"
+
+
+def forest(title: str, rows: list[Record], path: Path) -> None:
+    """A dot and its interval for every method, a panel for every quantity."""
+    from matplotlib.figure import Figure
+
+    keys = [key for key in SHOWN if any(is_interval(row.get(key)) for row in rows)]
+    figure = Figure(figsize=(3.2 + 2.2 * len(keys), 0.9 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for axis, key in zip(axes, keys, strict=True):
+        for place, row in enumerate(rows):
+            if not is_interval(row.get(key)):
+                continue
+            middle, low, high = row[key]
+            axis.plot([low, high], [place, place], color=colour(row), linewidth=1.5)
+            axis.plot(middle, place, "o", color=colour(row), markersize=4)
+        heading, up = COLUMNS[key]
+        axis.set_xlabel(f"{heading} ({'more' if up else 'less'} is better)", fontsize=8)
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(labelsize=7)
+        if key == "specificity":
+            axis.axvline(0, color="0.7", linewidth=0.8)
+    axes[0].set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=7)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.suptitle(f"{title} (95 % intervals; grey: knows no concept; red: made worse)", fontsize=8)
+    save(figure, path)
+
+
+def plane(title: str, rows: list[Record], path: Path) -> None:
+    """NRA against specificity: finding the object is not finding the concept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for row in rows:
+        if not (is_interval(row.get("nra")) and is_interval(row.get("specificity"))):
+            continue
+        (x, x0, x1), (y, y0, y1) = row["nra"], row["specificity"]
+        axis.errorbar(x, y, xerr=[[x - x0], [x1 - x]], yerr=[[y - y0], [y1 - y]], fmt="o", markersize=4,
+                      linewidth=0.8, color=colour(row))  # fmt: skip
+        axis.annotate(row["method"], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6.5)
+    axis.axhline(0, color="0.7", linewidth=0.8)
+    axis.set_xlabel("NRA: it finds the region", fontsize=8)
+    axis.set_ylabel("specificity: of this concept, not of any", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.set_title(f"{title} (95 % intervals; grey knows no concept)", fontsize=8)
+    save(figure, path)
+
+
+def bars(title: str, heading: str, values: dict[str, float], path: Path) -> None:
+    """Times, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 0.9 + 0.27 * len(values)), layout="constrained")
+    axis = figure.subplots()
+    places = range(len(values))
+    axis.barh(places, list(values.values()), color=["tab:blue", *["0.6"] * (len(values) - 1)], height=0.6)
+    for place, value in zip(places, values.values(), strict=True):
+        axis.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
+    axis.set_yticks(places, list(values), fontsize=7)
+    axis.set_xscale("log")
+    axis.set_ylim(len(values) - 0.5, -0.5)
+    axis.set_xlim(right=max(values.values()) * 2)
+    axis.set_xlabel(heading, fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.set_title(title, fontsize=8)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    partial = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(partial, dpi=110, metadata={"Software": None})
+    partial.replace(path)
+    print(path.name)
+
+
+def draw(records: dict[str, Record], folder: Path) -> None:
+    """Every plot whose record is there, as ``<record>_<what>.png``."""
+    for name, titles in PLOTTED.items():
+        found = tables(records.get(name, {}))
+        for title in titles:
+            if title in found:
+                forest(title, found[title], folder / f"{name}_{slug(title)}.png")
+    for name, record in records.items():
+        if name.startswith("concept_regions") and isinstance(record["rows"], dict):
+            rows = [{"method": method, **row} for method, row in record["rows"].items()]
+            plane("words on COCO", rows, folder / f"{name}_plane.png")
+    if "peers" in records.get("solver", {}):
+        one = records["solver"]["peers"]["solvers"]
+        bars("Elastic net, 10,000 x 256, 20 classes", "seconds of CPU",
+             {n: r["cpu"] for n, r in one.items()}, folder / "solver_peers.png")  # fmt: skip
+    if "nra" in records:
+        ms = records["nra"]["timings"][0]["ms_per_map"]
+        order = ("nra", "nra_exact", "plain_vectorised", "published_loop")
+        bars("NRA of a 224 px map", "milliseconds", {k.replace("_", " "): ms[k] for k in order}, folder / "nra_ms.png")
