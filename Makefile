@@ -5,13 +5,24 @@ BIN := $(VENV)/bin
 # Plain threads oversubscribe small machines when the tests run in parallel.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest fuzz lint bench clean
 
 demo: $(BIN)/.installed
 	$(BIN)/python -m captum_concepts demo --output demo_output
 
 test: $(BIN)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Ten thousand damaged and forged files against every loader (about ten minutes); `make test` tries a few hundred.
+fuzz: $(BIN)/.installed
+	FUZZ=10000 $(TEST_ENV) $(BIN)/python -m pytest -n auto tests/test_hostile_files.py
+
+# The same tests with the oldest versions that pyproject.toml allows. Their own deprecations are no failures here.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[dev]'
+	$(TEST_ENV) $(VENV)-oldest/bin/python -m pytest -n auto --dist loadfile -W ignore::DeprecationWarning \
+	  -W ignore::PendingDeprecationWarning -W ignore::FutureWarning
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
