@@ -72,7 +72,7 @@ def fit(path, data=None, **options):
     options = {"presence_cutoff": None, "interpretability_cutoff": None, "lam": 0.01, "prompt": PROMPT, **options}
     network, words = options.pop("network", None) or backbone(), options.pop("words", WORDS)
     return fit_salf_cbm(
-        network, "1", options.pop("encoder", None) or Colours(), data, words, 3,
+        network, options.pop("layer", "1"), options.pop("encoder", None) or Colours(), data, words, 3,
         store_path=path, bottleneck=settings, **options,
     )  # fmt: skip
 

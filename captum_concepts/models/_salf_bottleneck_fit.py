@@ -25,6 +25,7 @@ from captum_concepts.models._salf_steps import StepResult, all_reduce, world
 CHECKPOINT_SECONDS = 5.0
 #: Steps without progress before training may stop, however few an epoch has.
 _LEAST_STEPS = 50
+_REDUCTIONS, _FACTOR = 2, 0.3
 
 
 @dataclass
@@ -127,6 +128,7 @@ class _State:
     ) -> None:
         self.settings, self.text, self.backbone, self.validate = settings, text, backbone, validate
         self.stopped, self.next_epoch, self.steps_waited, self.best_epoch = "", 0, 0, -1
+        self.reduced_at: list[int] = []  # the epochs behind which the rate was lowered
         self.history: dict[str, list[float]] = {"train_similarity": [], "val_similarity": []}
         kept = None if resume is None else resume.tensors
         if kept is None:
@@ -180,8 +182,26 @@ class _State:
             self.steps_waited = 0
             return
         self.steps_waited += steps
-        if epoch - self.best_epoch >= self.settings.patience and self.steps_waited >= _LEAST_STEPS:
+        since = max([self.best_epoch, *self.reduced_at])
+        if epoch - since < self.settings.patience or self.steps_waited < _LEAST_STEPS:
+            return
+        if len(self.reduced_at) == _REDUCTIONS:
             self.stopped = "early"
+            return
+        self.reduced_at.append(epoch)
+        self.steps_waited = 0
+        self._take_best()
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        rates = [self.settings.lr, self.settings.backbone_lr]
+        for group, rate in zip(self.adam.param_groups, rates, strict=False):
+            group["lr"] = rate * _FACTOR ** len(self.reduced_at)
+
+    @torch.no_grad()
+    def _take_best(self) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(self.best[name])
 
     def dump(self) -> StepResult:
         """The state behind the last finished epoch."""
@@ -190,12 +210,15 @@ class _State:
         for name, parameter in self.trained.items():
             tensors |= {f"adam.{name}.{key}": value for key, value in self.adam.state[parameter].items()}
         notes = {"history": self.history, "best_epoch": self.best_epoch, "next_epoch": self.next_epoch}
-        return StepResult(tensors, notes | {"steps_waited": self.steps_waited, "start": self.start})
+        notes |= {"steps_waited": self.steps_waited, "reduced_at": self.reduced_at, "start": self.start}
+        return StepResult(tensors, notes)
 
     def _load(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         self.history = {key: list(values) for key, values in notes["history"].items()}
         self.best_epoch, self.next_epoch = notes["best_epoch"], notes["next_epoch"]
         self.steps_waited, self.start = notes["steps_waited"], notes["start"]
+        self.reduced_at = list(notes["reduced_at"])
+        self._set_rates()
         self.best_similarity = tensors["best_similarity"].to(self.text)
         self.best = {name: tensors[f"best.{name}"].to(p.device) for name, p in self.trained.items()}
         for name, parameter in self.trained.items():
@@ -217,8 +240,7 @@ class _State:
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        for name, parameter in self.trained.items():
-            parameter.data.copy_(self.best[name])
+        self._take_best()
         weight = self.weight() / self.validate.spread(self.weight())[:, None]
         backbone = {name.removeprefix("backbone."): v for name, v in self.best.items() if name != "weight"}
         return BottleneckFit(

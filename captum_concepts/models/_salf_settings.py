@@ -16,16 +16,18 @@ class BottleneckSettings:
     Args:
         init: ``"least_squares"``, the ridge fit of P by the features (its strength chosen on the validation images),
             or ``"random"``, as published.
-        lr: Adam's rate, on features of unit variance.
+        lr: Adam's rate, on features of unit variance. Where no progress is made it is multiplied by 0.3, twice, each
+            time from the best weights.
         batch_size: images of a step; the similarity is taken over them. An epoch is cut into equal batches.
         max_epochs: at most so many; 0 keeps the start.
-        patience: epochs (and at least 50 steps) without a higher validation similarity that end the training.
+        patience: epochs (and at least 50 steps) without a higher validation similarity after which the rate is lowered,
+            or, the third time, training ends.
         backbone_lr: rate of a backbone that is trained too.
         seed: of the start, the order and the choice of images.
     """
 
     init: str = "least_squares"
-    lr: float = 1e-3
+    lr: float = 1e-2
     batch_size: int = 512
     max_epochs: int = 100
     patience: int = 5

@@ -1,0 +1,322 @@
+"""The steps of a fit alone, against slow references: objective, start, cache, activations, head, concepts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from salf_tiny import PROMPT, WORDS, Colours, backbone, fit, images_and_labels
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from captum_concepts.concepts import Vocabulary
+from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.models import _salf_objective
+from captum_concepts.models._salf_bottleneck_init import gather_moments, least_squares, unit_variance
+from captum_concepts.models._salf_data import known_labels, label_of
+from captum_concepts.models._salf_objective import Samples, Validation, ahead, batch_similarity
+from captum_concepts.models.cubic_similarity import cubic_similarity
+from captum_concepts.models.salf_cbm import SALFCBM
+from captum_concepts.models.salf_cbm_fit import (
+    CachedFeatures,
+    LabelledImages,
+    LiveFeatures,
+    cache_features,
+    compute_activations,
+    concept_presence,
+    fit_head,
+    interpretable_concepts,
+    present_concepts,
+)
+from captum_concepts.store import RegionEmbeddingStore
+
+
+class InMemory:
+    """Features, or region embeddings, that are simply there."""
+
+    def __init__(self, values):
+        self.values, self.dim, self.embedding_dim, self.prompt = values, values.shape[2], values.shape[2], values[0]
+
+    def rows(self, index):
+        return self.values[torch.as_tensor(index)]
+
+    embeddings = rows
+
+    def __len__(self):
+        return len(self.values)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def problem():
+    """21 images, 6 places, 7 features, 5 embedding dimensions, 4 concepts."""
+    features, embeddings = random(21, 6, 7), F.normalize(random(21, 6, 5, seed=1), dim=2)
+    return InMemory(features), InMemory(embeddings), F.normalize(random(4, 5, seed=2), dim=1), random(4, 7, seed=3)
+
+
+def expected_similarity(features, embeddings, weight, text):
+    """(M,) by the plain formula on whole tensors."""
+    q, p = features @ weight.T, embeddings @ text.T
+    return cubic_similarity(q, p).mean(0)
+
+
+@pytest.mark.parametrize("part", [1, 200, 1 << 21])
+def test_batch_similarity_and_its_gradients(problem, monkeypatch, part):
+    monkeypatch.setattr(_salf_objective, "PART", part)
+    features, embeddings, text, weight = problem
+    f, w = features.values.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = expected_similarity(f, embeddings.values, w, text)
+    expected.sum().backward()
+    found, by_weight, by_features = batch_similarity(
+        features.values, embeddings.values, weight, text, 21, feature_gradient=True
+    )
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by_weight, w.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(by_features, f.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("part", "batch_size"), [(1, 1), (50, 4), (1 << 21, 256)])
+def test_validation_in_parts_is_validation_at_once(problem, monkeypatch, part, batch_size):
+    monkeypatch.setattr(_salf_objective, "PART", part)
+    features, embeddings, text, weight = problem
+    rows = torch.tensor([20, 3, 4, 9, 11, 0, 17, 5, 6])
+    validate = Validation(Samples(features, embeddings, rows), text, batch_size=batch_size)
+    found = validate([weight, -weight, weight * 0])
+    f, e = features.values[rows], embeddings.values[rows]
+    torch.testing.assert_close(found[0], expected_similarity(f, e, weight, text), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1], -found[0])
+    assert torch.equal(found[2], torch.zeros(4))
+    q = f @ weight.T
+    torch.testing.assert_close(validate.spread(weight), (q - q.mean(0)).square().mean((0, 1)).sqrt())
+    assert torch.equal(validate.spread(weight * 0), torch.ones(4))
+
+
+def test_start_is_the_ridge_solution_of_p(problem):
+    features, embeddings, text, _ = problem
+    features.values[:, :, 6] = 3.0  # a channel that never changes
+    moments = gather_moments(Samples(features, embeddings, torch.arange(21)), torch.device("cpu"), batch_size=5)
+    centred = (features.values - features.values.mean(0)).flatten(0, 1).double()
+    p = (embeddings.values @ text.T).double()
+    p = (p - p.mean(0)).flatten(0, 1)
+    assert moments.scale[6] == 0
+    x = centred[:, :6] * moments.scale[:6]
+    torch.testing.assert_close(x.square().mean(0), torch.ones(6, dtype=torch.float64), atol=1e-5, rtol=1e-5)
+    for strength, found in zip((0.01, 0.5), least_squares(moments, text, (0.01, 0.5)), strict=True):
+        expected = torch.linalg.solve(x.T @ x / len(x) + strength * torch.eye(6), x.T @ p / len(x)).T
+        torch.testing.assert_close(found[:, :6], expected, atol=1e-5, rtol=1e-4)
+        maps = x @ unit_variance(found, moments)[:, :6].T
+        torch.testing.assert_close(maps.square().mean(0), torch.ones(4, dtype=torch.float64), atol=1e-5, rtol=1e-5)
+
+
+def test_start_from_some_of_many_images(problem, monkeypatch):
+    features, embeddings, _, _ = problem
+    monkeypatch.setattr("captum_concepts.models._salf_bottleneck_init.MOST_IMAGES", 10)
+    samples = Samples(features, embeddings, torch.arange(21))
+    first, again = (gather_moments(samples, torch.device("cpu"), seed=3) for _ in range(2))
+    other = gather_moments(samples, torch.device("cpu"), seed=4)
+    assert torch.equal(first.features, again.features)
+    assert not torch.equal(first.features, other.features)
+
+
+def test_reading_ahead_keeps_order_and_passes_errors_on():
+    assert list(ahead(lambda x: x + 1, range(7), depth=3)) == list(range(1, 8))
+
+    def fail(x):
+        if x == 3:
+            raise InputError("three")
+        return x
+
+    seen = []
+    with pytest.raises(InputError, match="three"):
+        seen += [x for x in ahead(fail, range(9))]  # noqa: C416
+    reader = ahead(fail, range(3))
+    assert next(reader) == 0
+    reader.close()
+
+
+@pytest.fixture
+def source():
+    x, _ = images_and_labels(30)
+    model = SALFCBM(backbone(), "1", WORDS, 3, (2, 2))
+    return LiveFeatures(model, LabelledImages((x, torch.arange(30) % 3), 3).pictures, batch_size=7), x
+
+
+def test_features_are_those_of_the_backbone(source):
+    live, x = source
+    with torch.no_grad():
+        expected = F.interpolate(backbone()[:2](x), (2, 2), mode="bilinear", align_corners=False)
+    expected = expected.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(live.rows(range(30)), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(live.rows([5, 2]), expected[[5, 2]], atol=1e-6, rtol=1e-5)
+    assert live.rows([]).shape == (0, 4, 12)
+    assert (live.places, live.dim, len(live)) == (4, 12, 30)
+
+
+def test_a_cache_is_resumed_to_the_same_bytes(source, tmp_path, monkeypatch):
+    live, _ = source
+    whole = cache_features(tmp_path / "whole", live, {"a": 1}, shard_rows=8)
+    assert torch.equal(whole.rows(range(30)), live.rows(range(30)).half())
+    batches = LiveFeatures.batches
+
+    def broken(self, index):
+        if index[0] == 16:
+            raise KeyboardInterrupt
+        return batches(self, index)
+
+    monkeypatch.setattr(LiveFeatures, "batches", broken)
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(tmp_path / "broken", live, {"a": 1}, shard_rows=8)
+    assert len(list((tmp_path / "broken").glob("shard-*"))) == 2
+    with pytest.raises(ArtifactError, match="unfinished"):
+        CachedFeatures(tmp_path / "broken")
+    seen = []
+    monkeypatch.setattr(LiveFeatures, "batches", lambda self, index: seen.append(index) or batches(self, index))
+    cache_features(tmp_path / "broken", live, {"a": 1}, shard_rows=8)
+    assert seen == [range(16, 24), range(24, 30)]
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "broken" / file.name).read_bytes()
+    with pytest.raises(ArtifactError, match="a is 1, not 2"):
+        cache_features(tmp_path / "whole", live, {"a": 2})
+    with pytest.raises(InputError, match=r"float16 or torch\.float32"):
+        cache_features(tmp_path / "other", live, {"a": 1}, dtype=torch.bfloat16)
+
+
+def test_activations_are_pooled_maps(problem, tmp_path):
+    features, _, _, weight = problem
+    found = compute_activations(tmp_path, "activations", features, weight, {"a": 1}, batch_size=4)
+    expected = (features.values @ weight.T).mean(1)
+    torch.testing.assert_close(torch.cat(list(found)), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.rows(), expected.double(), atol=1e-6, rtol=1e-5)
+
+
+def test_more_activations_than_memory_are_read_in_chunks(tmp_path, monkeypatch):
+    values = InMemory(random(300, 2, 6))
+    y = (values.values.mean(1) @ random(6, 3, seed=5)).argmax(1)
+    monkeypatch.setattr("captum_concepts.models._salf_head._ROWS", 64)
+    activations = compute_activations(tmp_path, "activations", values, torch.eye(6), {"a": 1}, batch_size=50)
+    at_once = fit_head(activations.rows(), y, 3, lam=0.01, tol=1e-6)
+    monkeypatch.setattr("captum_concepts.models._salf_head.IN_MEMORY", 10)
+    assert activations.rows() is activations
+    in_chunks = fit_head(activations.rows(), y, 3, lam=0.01, tol=1e-4)
+    torch.testing.assert_close(in_chunks.weight, at_once.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_head_against_scikit_learn():
+    x = random(200, 6) * torch.tensor([1.0, 5, 0.1, 2, 1, 1]) + 3
+    y = (x @ random(6, 3, seed=1)).argmax(1)
+    found = fit_head(x, y, 3, lam=0.01, tol=1e-7)
+    standard = ((x - x.mean(0)) / x.std(0, correction=0)).double().numpy()
+    peer = LogisticRegression(l1_ratio=0.99, C=1 / (200 * 0.01), solver="saga", max_iter=20_000, tol=1e-7)
+    peer.fit(standard, y.numpy())
+    torch.testing.assert_close(found.weight, torch.tensor(peer.coef_).float(), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(found.mean, x.mean(0))
+    torch.testing.assert_close(found.std, x.std(0, correction=0))
+    assert abs(found.bias.mean()) < 1e-6
+
+
+def test_presence_is_top_activations(tmp_path):
+    x, _ = images_and_labels(30)
+    store = RegionEmbeddingStore.build(tmp_path, x, Colours(), PROMPT)
+    text = Colours().encode_text(WORDS)
+    for k in (1, 5, 100):
+        torch.testing.assert_close(concept_presence(store, text, k=k, batch_size=7), store.top_activations(text, k))
+    with pytest.raises(InputError, match="presence_k"):
+        concept_presence(store, text, k=0)
+
+
+def test_filters_keep_order_and_reasons():
+    words = Vocabulary(["a", "b", "c"])
+    assert present_concepts(words, torch.tensor([0.3, 0.1, 0.4]), None) is words
+    kept = present_concepts(words, torch.tensor([0.3, 0.1, 0.4]), 0.25)
+    assert list(kept) == ["a", "c"]
+    kept = interpretable_concepts(kept, torch.tensor([0.2, 0.5]), 0.45)
+    assert list(kept) == ["c"]
+    assert [(d.concept, d.reason) for d in kept.report.drops] == [
+        ("b", "absent from the data"),
+        ("a", "low validation similarity"),
+    ]
+    assert kept.report.drops[1].value == pytest.approx(0.2)
+    assert interpretable_concepts(words, torch.ones(3), 0.45) is words
+    with pytest.raises(InputError, match="2 similarities for 3 concepts"):
+        interpretable_concepts(words, torch.ones(2), 0.45)
+
+
+def test_labels_are_found_without_reading_images():
+    class Silent:
+        targets = (0, 1, 2)
+
+        def __len__(self):
+            return 3
+
+    assert known_labels(Silent()).tolist() == [0, 1, 2]
+    Silent.targets = [0, 1]  # of something else
+    assert known_labels(Silent()) is None
+    Silent.targets, Silent.target_transform = [0, 1, 2], int
+    assert known_labels(Silent()) is None
+    assert label_of((0, torch.tensor([4])), 0, "x") == 4
+    assert label_of({"image": 0, "target": 2.0}, 0, "x") == 2
+    with pytest.raises(InputError, match="item 7 of x has no label"):
+        label_of((0, 1.5), 7, "x")
+
+
+def test_targets_that_disagree_with_the_items_are_not_believed(tmp_path):
+    x, y = images_and_labels()
+
+    class Remapped(torch.utils.data.Dataset):
+        targets = ((y + 1) % 3).tolist()
+
+        def __len__(self):
+            return len(y)
+
+        def __getitem__(self, index):
+            return x[index], int(y[index])
+
+    assert torch.equal(LabelledImages(Remapped(), 3).labels, y)
+
+
+def test_vit_with_cls_token(tmp_path):
+    class Tokens(nn.Module):
+        """A patch embedding with a class token in front, as ViTs have it."""
+
+        def __init__(self):
+            super().__init__()
+            self.patch_embed = nn.Conv2d(3, 8, 4, stride=4)
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+            self.block = nn.Linear(8, 8)
+
+        def forward(self, images):
+            patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+            mean = patches.mean(1, keepdim=True) + self.cls_token
+            return self.block(torch.cat([mean, patches], 1))[:, 0]
+
+    torch.manual_seed(0)
+    network = Tokens()
+    x, _ = images_and_labels(5)
+    for cls_token, channels in ((False, 8), (True, 16)):
+        model = fit(tmp_path, network=network, cls_token=cls_token, layer="block")
+        assert model.bottleneck.weight.shape == (5, channels, 1, 1)
+        assert model.concept_maps(x).shape == (5, 5, 2, 2)
+
+
+def test_the_rate_falls_where_no_progress_is_made(tmp_path, monkeypatch):
+    from captum_concepts.models import _salf_bottleneck_fit as module
+
+    monkeypatch.setattr(module, "_LEAST_STEPS", 3)
+    rates, finish = [], module._State.finish_epoch
+
+    def watch(self, *arguments):
+        rates.append(self.adam.param_groups[0]["lr"])
+        finish(self, *arguments)
+
+    monkeypatch.setattr(module._State, "finish_epoch", watch)
+    settings = {"init": "random", "lr": 0.3, "max_epochs": 400, "patience": 3}
+    model = fit(tmp_path, bottleneck=settings)
+    assert model.metadata["bottleneck"]["stopped"] == "early"
+    assert sorted(set(rates), reverse=True) == pytest.approx([0.3, 0.09, 0.027])
+    history = model.metadata["history"]["val_similarity"]
+    kept = sum(model.metadata["validation_similarity"].values()) / 5
+    assert kept == pytest.approx(max(history), abs=1e-6)
+    assert len(rates) == len(history) < 400
