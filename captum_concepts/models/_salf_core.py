@@ -161,7 +161,7 @@ class SALFCore(nn.Module):
             InputError: another shape, not finite, or a standard deviation that is not positive.
         """
         for name, values in (("mean", mean), ("std", std)):
-            given = torch.as_tensor(values, dtype=torch.float64)
+            given = torch.as_tensor(values).detach().cpu().double()  # not every device has doubles
             if given.shape != self.concept_mean.shape or not bool(given.isfinite().all()):
                 raise InputError(
                     f"{name} must be {len(self.concepts)} finite numbers, one a concept, got {tuple(given.shape)}"

@@ -96,7 +96,8 @@ def _each(values: Any, n: int, width: int, name: str) -> list[Tensor]:
             found = [torch.as_tensor(v, dtype=torch.float64) for v in values]
             found = [torch.stack(found)] if len({v.shape for v in found}) == 1 else found
         else:
-            found = [torch.as_tensor(values, dtype=torch.float64, device="cpu")]
+            values = values.cpu() if isinstance(values, Tensor) else values  # not every device has doubles
+            found = [torch.as_tensor(values, dtype=torch.float64)]
     except (TypeError, ValueError, RuntimeError) as error:
         try:  # another number for each image
             found = [torch.as_tensor(own, dtype=torch.float64) for own in values]
