@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 #: Tools that do not run in the tests, and libraries that are only needed elsewhere.
 NOT_IN_TESTS = {"ruff", "mypy"}
+PEERS = {"grad-cam", "quantus", "scikit-learn", "scipy", "opencv-python", "glm-saga", "pandas"}
 
 
 def bounds(section: str) -> dict[str, str]:
@@ -31,8 +32,8 @@ def test_every_dependency_is_justified_in_its_line():
     block = re.search(r"^dependencies = \[\n(.*?)^\]", PYPROJECT, re.MULTILINE | re.DOTALL).group(1)
     lines = block.strip().splitlines()
     assert lines
-    assert all(re.search(r'",\s+# .{10,}', line) for line in lines)
+    assert all(re.search(r'",?\s+# \w.{5,}', line) for line in lines)
 
 
 def test_peers_and_oracles_are_no_runtime_dependencies():
-    assert not set(bounds("dependencies")) & {"grad-cam", "quantus", "scikit-learn", "scipy", "opencv-python", "glm-saga", "pandas"}
+    assert not set(bounds("dependencies")) & PEERS
