@@ -62,7 +62,7 @@ chosen = wrong[against.amin(1).argsort()[:3]]
 titles = [f"{data.classes[field.label[i]]}, called {data.classes[predicted[i]]}" for i in chosen]
 explanation = cefam.explain(field.image[chosen], target=field.label[chosen], top_k=len(data.concepts))
 
-# %% picture="ce_fam.png" alt="Three misclassified scenes; for each, four words with their regions and contributions; the ground speaks against the true class"
+# %% picture="ce_fam" alt="Three misclassified scenes; for each, four words with their regions and contributions; the ground speaks against the true class"
 panel(
     field.image[chosen],
     explanation,
@@ -98,15 +98,25 @@ grounds = [data.concepts.index(word) for word in data.concept_groups["ground"]]
 leads = torch.isin(every.argmin(1), torch.tensor(grounds)).float().mean()
 print(f"a ground leads in {leads:.0%} of the errors (by chance {len(grounds) / len(data.concepts):.0%})")
 
-# %% picture="ce_fam_mean.png" alt="Bars of the mean contribution of every word to the true class of misclassified scenes"
-mean = every.mean(0)
-order = mean.argsort()
-figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-colours = ["#b2182b" if k in grounds else "#878787" for k in order.tolist()]
-axes.barh([data.concepts[k] for k in order], mean[order], color=colours)
-axes.axvline(0, color="black", lw=0.8)
-axes.set(xlabel="mean contribution to the true class", title="Misclassified scenes: grounds in red, objects' words grey")
-axes.tick_params(axis="y", labelsize=8)
+# %% alt="Contributions to the true class of misclassified scenes, by kind of word: the scene's own ground is far below the others"
+there = field.presence[wrong]
+is_ground = torch.zeros_like(there)
+is_ground[:, grounds] = True
+kinds = {
+    "the scene's ground": there & is_ground,
+    "words of its objects": there & ~is_ground,
+    "other grounds": ~there & is_ground,
+    "words of other objects": ~there & ~is_ground,
+}
+figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+for height, where in enumerate(reversed(kinds.values())):
+    values = every[where]
+    axes.scatter(values, height + 0.3 * (torch.rand(len(values)) - 0.5), s=9, alpha=0.4)
+    axes.plot([values.mean()] * 2, [height - 0.35, height + 0.35], color="black", lw=2)
+axes.axvline(0, color="0.6", lw=0.8)
+axes.set_yticks(range(4), list(reversed(kinds)))
+axes.set_xscale("symlog", linthresh=0.1)
+axes.set(xlabel="contribution to the true class (a dot a word and scene; black: mean)")
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]

@@ -41,21 +41,23 @@ print("prototypes:", tuple(prototypes.shape))
 
 # %% [markdown]
 # A prototype is the mean embedding of its class; a query gets the class of the most similar prototype. That is all
-# there is of a classifier, and it works.
+# there is of a classifier, and it works. The second picture is one of its few errors: the map shows which object it
+# took for the class.
 
 # %%
 fam = FeatureActivationMap(encoder, "layer4", prototypes, reference_names=data.classes, normalize="l1")
 similarity = fam.scores(queries.image)  # (48, 6) cosines
 print(f"{(similarity.argmax(1) == queries.label).float().mean():.0%} of {len(data)} queries right (chance 17%)")
 
-# %% picture="fam.png" alt="Three scenes, each with the maps of its similarity to three class prototypes"
-shown = [0, 3, 5]
+# %% picture="fam" alt="Three scenes, each with the maps of its similarity to three class prototypes"
+missed = int(torch.nonzero(similarity.argmax(1) != queries.label)[0])
+shown = [0, missed, 5]
 panel(
     queries.image[shown],
     fam.explain(queries.image[shown]),
     top_k=3,
     class_names=data.classes,
-    image_titles=[data.classes[queries.label[i]] for i in shown],
+    image_titles=[f"truth: {data.classes[queries.label[i]]}" for i in shown],
     title="Where the similarity to each class prototype comes from",
     map_label="weighted activation",
 )
@@ -147,7 +149,7 @@ found = cosines.topk(4).indices
 for i in found:
     print(f"{cosines[i]:.3f}  {gallery.caption[i]}")
 
-# %% picture="fam_retrieval.png" alt="Four images found for a text, each with the map of its similarity to the text"
+# %% picture="fam_retrieval" alt="Four images found for a text, each with the map of its similarity to the text"
 maps = FeatureActivationMap(clip, layer, text, normalize="l1").attribute(gallery.image[found], target=0)[:, 0]
 high = float(maps.max())
 figure, axes = plt.subplots(1, 5, figsize=(10, 2.7), layout="constrained", width_ratios=[1, 1, 1, 1, 0.06])
@@ -157,7 +159,7 @@ for i, one, each in zip(found, maps, axes, strict=False):
     each.set_axis_off()
 scale = plt.cm.ScalarMappable(plt.Normalize(0, high), "inferno")
 figure.colorbar(scale, cax=axes[-1], label="weighted activation")
-figure.suptitle(f"found for “{query}”", fontsize=11)
+_ = figure.suptitle(f"found for “{query}”", fontsize=11)
 
 # %% [markdown]
 # Pairs of images work alike: `references` are the embeddings of the second images, and `target=torch.arange(N)` pairs

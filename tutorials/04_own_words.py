@@ -36,9 +36,8 @@ scenes = data.stack()
 # (they would explain "red circle" by "red circle"), and words that the image-text model does not know.
 
 # %%
-words = Vocabulary(
-    ["Circle", "star", "stars", "red", "blue", "striped", "dotted", "plain", "grass", "sand", "brick", "red circle", "zebra"]
-)
+words = ["Circle", "star", "stars", "red", "blue", "striped", "dotted", "plain", "grass", "sand", "brick"]
+words = Vocabulary([*words, "red circle", "zebra"])
 words = words.clean(lowercase=True).filter(data.classes).known_to(clip)
 print(words.concepts)
 for drop in words.report.drops:
@@ -54,7 +53,8 @@ for drop in words.report.drops:
 layers = ["layer1", "layer2", "layer3", "layer4"]
 images = CaptionedScenes(400, seed=42, size=64).stack().image
 translator = ConceptFusionMap.fit(classifier, layers, clip, images, layer="fused", batch_size=100)
-print(f"{len(translator.history_['lr'])} epochs; held-out cosine to the image embedding {max(translator.history_['val_cosine']):.2f}")
+history = translator.history_
+print(f"{len(history['lr'])} epochs; held-out cosine to the image embedding {max(history['val_cosine']):.2f}")
 cefam = translator.with_concepts(words.concepts, clip)
 
 # %% [markdown]

@@ -26,7 +26,7 @@ from captum_concepts.errors import LayerError
 from captum_concepts.metrics import center_gaussian, nra
 from captum_concepts.visualization import heatmap_figure, overlay
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## Which layers are there?
@@ -113,11 +113,9 @@ class Segmenter(nn.Module):
 segmenter = Segmenter()
 optimizer = torch.optim.AdamW(segmenter.parameters(), lr=5e-3)
 small = F.interpolate(striped[:, None], (32, 32), mode="area")[:, 0]
-for step in range(120):
+for _step in range(200):
     rows = torch.randint(0, 240, (16,))
-    loss = F.binary_cross_entropy_with_logits(
-        segmenter(scenes.image[rows]), small[rows], pos_weight=torch.tensor(4.0)
-    )
+    loss = F.binary_cross_entropy_with_logits(segmenter(scenes.image[rows]), small[rows], pos_weight=torch.tensor(4.0))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -127,6 +125,7 @@ with torch.no_grad():
 truth = small[240:] > 0.5
 print(f"held-out IoU {(said & truth).sum() / (said | truth).sum():.2f}")
 
+
 # %%
 def area(images: torch.Tensor) -> torch.Tensor:
     """(N,): how much of each image is called striped (soft, so that it has a gradient)."""
@@ -134,14 +133,17 @@ def area(images: torch.Tensor) -> torch.Tensor:
 
 
 def inside(word: str, most: int = 24) -> torch.Tensor:
-    """Patches that show nothing but this texture."""
+    """Pictures of nothing but this texture: patches from inside objects, mirrored until they fill 64 pixels."""
     found = []
     for image, things, boxes in zip(scenes.image, scenes.objects, scenes.boxes, strict=True):
         for words, (x0, y0, x1, y1) in zip(things.tolist(), boxes.tolist(), strict=True):
             if data.concepts.index(word) in words:
                 dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
                 patch = image[:, round(y0 + dy) : round(y1 - dy) + 1, round(x0 + dx) : round(x1 - dx) + 1]
-                found.append(F.interpolate(patch[None], (32, 32), mode="bilinear", align_corners=False)[0])
+                while min(patch.shape[1:]) < 64:
+                    patch = torch.cat([patch, patch.flip(1)], 1)
+                    patch = torch.cat([patch, patch.flip(2)], 2)
+                found.append(patch[:, :64, :64])
     return torch.stack(found[:most])
 
 
@@ -172,6 +174,7 @@ heatmap_figure(
 # Grey "scans" of 96 x 64 pixels, half of them with a small bright spot among bright bars. The network has one output.
 # FAM takes it with a single reference, the number 1.
 
+
 # %%
 def scans(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images (n, 1, 96, 64), whether there is a spot (n,), and its mask (n, 96, 64)."""
@@ -195,7 +198,7 @@ detector = nn.Sequential(
 )
 images, sick, _ = scans(600, seed=0)
 optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
-for step in range(120):
+for _step in range(120):
     rows = torch.randint(0, len(images), (32,))
     loss = F.binary_cross_entropy_with_logits(detector(images[rows])[:, 0], sick[rows])
     optimizer.zero_grad()
@@ -207,7 +210,9 @@ with torch.no_grad():
     print(f"held out: {((detector(test)[:, 0] > 0) == (label == 1)).float().mean():.0%} right")
 
 # %%
-fam = FeatureActivationMap(detector, "2", torch.ones(1, 1), reference_names=["spot"], similarity="dot", normalize="none")
+fam = FeatureActivationMap(
+    detector, "2", torch.ones(1, 1), reference_names=["spot"], similarity="dot", normalize="none"
+)
 positive = torch.nonzero(label == 1).flatten()
 maps = fam.attribute(test[positive], target="spot")
 found = nra(maps, spot[positive]).mean()
@@ -225,7 +230,7 @@ for k in range(4):
     axes[2 * k + 1].set_title("spot?", fontsize=9)
 for each in axes[:-1]:
     each.set_axis_off()
-figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(-high, high), "RdBu_r"), cax=axes[-1], label="contribution")
+_ = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(-high, high), "RdBu_r"), cax=axes[-1], label="contribution")
 
 # %% [markdown]
 # ## Remember

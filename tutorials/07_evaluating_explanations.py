@@ -6,6 +6,10 @@
 # against a model with its knowledge taken away.
 
 # %%
+# %matplotlib inline
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import torch
 from captum.attr import LayerAttribution, LayerGradCam
 
@@ -22,6 +26,7 @@ from captum_concepts.metrics import (
     evaluate,
     parameter_randomization,
 )
+from captum_concepts.visualization import overlay
 
 torch.manual_seed(0)
 model = demo.load("classifier")
@@ -36,6 +41,7 @@ scenes = data.stack()
 #
 # `evaluate` takes anything that makes maps: Captum's attributions, this package's methods, plain functions. The three last
 # rows know nothing about the class. They belong into every table.
+
 
 # %%
 def energy(images: torch.Tensor) -> torch.Tensor:
@@ -65,13 +71,33 @@ regions
 # - **EPG** is the share of the map's energy inside the mask. It rewards concentrated maps.
 # - **Pointing game**: is the highest value inside?
 #
+# Look at the third row. Where the layer is active at all, without any class, is a good map here: one object stands out in
+# these scenes. A table without that row would have sold the others as better than they are.
+#
 # Intervals overlap, but the examples are the same: compare pairs. If the interval of the difference excludes 0, the
 # difference is more than chance.
 
 # %%
 for other in ("LayerGradCam", "activation energy", "centre Gaussian"):
-    difference = regions.compare("nra", "FAM", other)
-    print(f"NRA of FAM minus {other}: {difference['difference']:+.3f} [{difference['ci_low']:+.3f}, {difference['ci_high']:+.3f}]")
+    pair = regions.compare("nra", "FAM", other)
+    print(f"NRA of FAM minus {other}: {pair['difference']:+.3f} [{pair['ci_low']:+.3f}, {pair['ci_high']:+.3f}]")
+
+# %% [markdown]
+# The maps of one scene, each on its own colour scale:
+
+# %% alt="One scene and its maps by LayerGradCam, FAM, activation energy, a centre Gaussian and random"
+figure, axes = plt.subplots(1, 6, figsize=(10, 2.1), layout="constrained")
+axes[0].imshow(scenes.image[1].permute(1, 2, 0))
+axes[0].set_title(f"“{data.classes[scenes.label[1]]}”", fontsize=9)
+for each, (name, explainer) in zip(axes[1:], explainers.items(), strict=True):
+    if hasattr(explainer, "attribute"):
+        heat = explainer.attribute(scenes.image[1:2], target=scenes.label[1:2])[0, 0]
+    else:
+        heat = explainer(scenes.image[1:2])[0]
+    each.imshow(overlay(scenes.image[1], heat).permute(1, 2, 0))
+    each.set_title(name, fontsize=9)
+for each in axes:
+    each.set_axis_off()
 
 # %% [markdown]
 # ## Does it find *this* concept, or just objects?
@@ -102,6 +128,7 @@ evaluate(
 # Masks say what *we* take for the object. Insertion and deletion ask the model: how fast does the probability rise when
 # the pixels appear in the map's order (higher is better), how fast does it fall when they go (lower is better)?
 
+
 # %%
 def probability(images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
@@ -125,6 +152,7 @@ moves
 # Randomise the weights, from the last layer to the first. A map that stays the same explains edges, not the model. The
 # model is restored afterwards.
 
+
 # %%
 def edges(images: torch.Tensor) -> torch.Tensor:
     grey = images.mean(1)
@@ -144,8 +172,7 @@ for name, explain in (("LayerGradCam", explainers["LayerGradCam"]), ("FAM", expl
 
 # %%
 regions.to_json("regions.json")
-with open("regions.json", encoding="utf-8") as file:
-    same = EvaluationTable.from_json(file.read())
+same = EvaluationTable.from_json(Path("regions.json").read_text(encoding="utf-8"))
 print(same.row("FAM", "nra"))
 
 # %% [markdown]

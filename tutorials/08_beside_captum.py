@@ -33,6 +33,7 @@ images, target, masks = scenes.image[:16], scenes.label[:16], scenes.object_mask
 #
 # Attribution, enlarged to the image, judged by the mask. It never learns whose attribution it is.
 
+
 # %%
 def pipeline(attribution, **options) -> torch.Tensor:
     """Maps (N, H, W) at the size of the images."""
@@ -100,7 +101,7 @@ for each in axes.flat:
 for row, name in enumerate(("image", *rows)):
     axes[row, 0].set_ylabel(name, fontsize=9)
 scale = plt.cm.ScalarMappable(plt.Normalize(-1, 1), "RdBu_r")
-figure.colorbar(scale, ax=axes[1:], shrink=0.8, label="contribution, each map by its own maximum")
+_ = figure.colorbar(scale, ax=axes[1:], shrink=0.8, label="contribution, each map by its own maximum")
 
 # %% [markdown]
 # ## TCAV
@@ -108,23 +109,27 @@ figure.colorbar(scale, ax=axes[1:], shrink=0.8, label="contribution, each map by
 # Captum's `TCAV` learns a vector per concept from whole activations and multiplies it with the gradient. The part that
 # makes the gradient is exchangeable: `layer_attr_method`. Here it is ours, and the scores agree.
 
+
 # %%
 def patches(word: str, most: int = 24) -> torch.Tensor:
-    """Inner squares of objects that show this texture, at the size of the images."""
+    """Pictures of nothing but this texture: inner squares of objects, mirrored until they fill 64 pixels."""
     found = []
     for image, things, boxes in zip(scenes.image, scenes.objects, scenes.boxes, strict=True):
         for words, (x0, y0, x1, y1) in zip(things.tolist(), boxes.tolist(), strict=True):
             if data.concepts.index(word) in words:
                 dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
                 inner = image[:, round(y0 + dy) : round(y1 - dy) + 1, round(x0 + dx) : round(x1 - dx) + 1]
-                found.append(F.interpolate(inner[None], (64, 64), mode="bilinear", align_corners=False)[0])
+                while min(inner.shape[1:]) < 64:
+                    inner = torch.cat([inner, inner.flip(1)], 1)
+                    inner = torch.cat([inner, inner.flip(2)], 2)
+                found.append(inner[:, :64, :64])
     return torch.stack(found[:most])
 
 
 guidance = {word: patches(word) for word in ("striped", "dotted")}
 concepts = [Concept(k, word, DataLoader(x, batch_size=8)) for k, (word, x) in enumerate(guidance.items())]
-striped_circle = data.classes.index("striped circle")
-queries = scenes.image[scenes.label == striped_circle]
+striped_square = data.classes.index("striped square")
+queries = scenes.image
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # captum's default classifier says at length that it keeps its data in memory
@@ -134,7 +139,7 @@ with warnings.catch_warnings():
     ):
         torch.manual_seed(0)
         tcav = TCAV(model, ["layer3"], layer_attr_method=method, save_path=f"cav-{name}")
-        scores = tcav.interpret(queries, [concepts], target=striped_circle)["0-1"]["layer3"]
+        scores = tcav.interpret(queries, [concepts], target=striped_square)["0-1"]["layer3"]
         print(f"{name:14s} sign {[round(float(s), 2) for s in scores['sign_count']]}")
 
 # %% [markdown]
@@ -146,9 +151,9 @@ with warnings.catch_warnings():
 # %%
 acv = SpatialACV(model, "layer3").fit([concepts[0]], [concepts[1]], n_random=20)
 print(acv.summary())
-scores = acv.tcav(queries, target=striped_circle)
+scores = acv.tcav(queries, target=striped_square)
 print({word: round(float(sign), 2) for word, sign in zip(acv.concept_names, scores["sign"], strict=True)})
-print("maps:", tuple(acv.attribute(queries, target=striped_circle).shape))
+print("maps:", tuple(acv.attribute(queries, target=striped_square).shape))
 
 # %% [markdown]
 # Kept and used on a new image, as with every fitted method here:
@@ -166,7 +171,9 @@ print(again.explain(new.image))
 # %%
 for name, attribution in (("LayerGradCam", gradcam), ("FAM", fam)):
     torch.manual_seed(0)
-    value = sensitivity_max(attribution.attribute, images[:1], target=int(target[0]), perturb_radius=0.01, n_perturb_samples=4)
+    value = sensitivity_max(
+        attribution.attribute, images[:1], target=int(target[0]), perturb_radius=0.01, n_perturb_samples=4
+    )
     print(f"{name:14s} sensitivity_max {float(value[0]):.3f}")
 
 # %% [markdown]

@@ -1,7 +1,7 @@
 """Run the tutorials and write the notebooks: ``python tutorials/build.py [NAME ...]``.
 
 The sources are ``[0-9]*.py`` in jupytext's percent format. Each is run from start to end in a fresh kernel, in a
-temporary folder; its outputs and pictures go into the ``.ipynb`` beside it. A cell with ``picture="NAME.png"`` in its
+temporary folder; its outputs and pictures go into the ``.ipynb`` beside it. A cell with ``picture="NAME"`` in its
 head also gives its picture to ``docs/images``. The CPU time that a notebook took on one thread is in its metadata.
 """
 
@@ -19,6 +19,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 IMAGES = HERE.parent / "docs" / "images"
 LARGEST = 1_000_000
+LARGEST_PNG = 60_000
+WIDEST = 1400
 SLOWEST = 180.0
 
 
@@ -28,7 +30,7 @@ def sources() -> list[Path]:
 
 
 def run(source: Path) -> float:
-    """Run one tutorial and write its notebook; returns the CPU seconds it took (wall time depends on who else computes).
+    """Run one tutorial and write its notebook; returns its CPU seconds (wall time depends on who else computes).
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.
@@ -63,7 +65,8 @@ def run(source: Path) -> float:
         pictures = _shrink(cell)
         name = cell.metadata.get("picture")
         if name:
-            (IMAGES / name).write_bytes(pictures[0])
+            suffix = ".jpg" if pictures[0].startswith(b"\xff\xd8") else ".png"
+            (IMAGES / name).with_suffix(suffix).write_bytes(pictures[0])
     target = source.with_suffix(".ipynb")
     text = nbformat.writes(notebook) + "\n"
     if len(text) > LARGEST:
@@ -83,21 +86,25 @@ def _cpu_seconds() -> float:
 
 
 def _shrink(cell: Any) -> list[bytes]:
-    """Pictures with a palette of 256 colours: a third of the bytes, the same to the eye."""
+    """Large pictures (photographs under heat maps) become JPEG, which has no visible steps; drawings stay PNG."""
     from PIL import Image
 
     pictures = []
     for output in cell.get("outputs", []):
         data = output.get("data", {})
-        if "image/png" in data:
-            image = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
-            small = io.BytesIO()
-            image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
-                small, "PNG", optimize=True
-            )
-            pictures.append(small.getvalue())
-            data["image/png"] = base64.b64encode(small.getvalue()).decode()
-            data.pop("text/plain", None)  # "<Figure size ...>"
+        if "image/png" not in data:
+            continue
+        data.pop("text/plain", None)  # "<Figure size ...>"
+        given = base64.b64decode(data.pop("image/png"))
+        image = Image.open(io.BytesIO(given)).convert("RGB")
+        if image.width > WIDEST:
+            image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
+        kind = "png" if len(given) < LARGEST_PNG else "jpeg"
+        options = {"optimize": True} if kind == "png" else {"quality": 88, "subsampling": 0, "optimize": True}
+        small = io.BytesIO()
+        image.save(small, kind, **options)
+        pictures.append(small.getvalue())
+        data[f"image/{kind}"] = base64.b64encode(small.getvalue()).decode()
     return pictures
 
 

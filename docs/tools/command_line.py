@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 
 
-def sub_commands() -> dict[str, argparse.ArgumentParser]:
-    """Name -> parser, in the order of ``--help``."""
+def helps() -> dict[str, str]:
+    """What ``python -m captum_concepts COMMAND --help`` prints, for each command, in the order of ``--help``."""
     from captum_concepts.__main__ import parser
 
-    actions = parser()._actions
-    groups = [action for action in actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(groups[0].choices)
+    groups = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return {name: _printed(parser(), [name, "--help"]) for name in groups[0].choices}
+
+
+def _printed(parser: argparse.ArgumentParser, arguments: list[str]) -> str:
+    found = io.StringIO()
+    before = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR")}
+    os.environ.update(COLUMNS="100", NO_COLOR="1")  # argparse wraps at the terminal's width; Python 3.14 colours
+    try:
+        with contextlib.redirect_stdout(found), contextlib.suppress(SystemExit):
+            parser.parse_args(arguments)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return found.getvalue().rstrip()
 
 
 def render(markdown: str) -> str:
     """A page in which ``{{ command line }}`` is every command's help."""
     if "{{ command line }}" not in markdown:
         return markdown
-    os.environ["COLUMNS"] = "100"  # argparse wraps at the terminal's width
-    os.environ["NO_COLOR"] = "1"  # Python 3.14 colours help
-    parts = [f"## {name}\n\n```text\n{one.format_help().rstrip()}\n```\n" for name, one in sub_commands().items()]
+    parts = [f"## {name}\n\n```text\n{text}\n```\n" for name, text in helps().items()]
     return markdown.replace("{{ command line }}", "\n".join(parts))

@@ -34,10 +34,11 @@ def public_paths(package: griffe.Module) -> dict[str, str]:
     """The last part of each documented name -> the identifier on its page, which is the one a user imports."""
     found: dict[str, str] = {}
     for room in (package, *package.modules.values()):
+        if room.name.startswith("__"):
+            continue
         for name, member in room.members.items():
-            if name.startswith("_") or not (member.is_alias or room is not package):
-                continue
-            if member.is_alias and str(member.target_path).startswith(package.name):
+            own = member.is_alias and str(member.target_path).startswith(package.name)
+            if not name.startswith("_") and (own or (room.name == "errors" and member.is_class)):
                 found.setdefault(name, f"{room.path}.{name}")
     return found
 
@@ -70,6 +71,9 @@ def _formula(latex: str, display: bool) -> str:
 
 
 def _link(role: str, name: str, known: dict[str, str]) -> str:
+    title = re.fullmatch(r"(.+?) <(.+)>", name)
+    if title:
+        return f"`{title[1]}`"
     short, _, member = name.removeprefix("captum_concepts.").partition(".")
     last = name.rpartition(".")[2]
     shown = f"`{last if name.startswith('captum_concepts.') else name}{'()' if role == 'meth' else ''}`"

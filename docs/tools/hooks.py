@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
-
-from mkdocs.structure.files import File, Files
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import command_line
 import formulas
 import notebooks
 import records
+from mkdocs.structure.files import File, Files
 
 
 def on_config(config: Any) -> Any:
     """Give every tutorial its place in the navigation."""
+    sys.path.append(str(notebooks.ROOT))  # the command line page asks the package itself
     entries: list[Any] = [{"All tutorials": "tutorials/index.md"}]
     for path in notebooks.notebooks():
         heading = notebooks.title(json.loads(path.read_text(encoding="utf-8")))

@@ -33,7 +33,7 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(re.sub(r"\]\((\d\w+)\.ipynb\)", r"](\1.md)", source))
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell.get("outputs", []):
@@ -61,10 +61,11 @@ def _output(output: dict[str, Any], stem: str, pictures: dict[str, bytes], alt: 
     if output["output_type"] == "error":
         raise ValueError(f"tutorial {stem} holds an error: {output['evalue']}")
     data = output["data"]
-    if "image/png" in data:
-        name = f"{stem}_{len(pictures) + 1}.png"
-        pictures[name] = base64.b64decode("".join(data["image/png"]))
-        return f"![{alt}]({name})"
+    for kind, suffix in (("image/png", "png"), ("image/jpeg", "jpg")):
+        if kind in data:
+            name = f"{stem}_{len(pictures) + 1}.{suffix}"
+            pictures[name] = base64.b64decode("".join(data[kind]))
+            return f"![{alt}]({name})"
     if "text/markdown" in data:
         return "".join(data["text/markdown"])
     if "text/html" in data:

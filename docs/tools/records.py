@@ -1,7 +1,8 @@
 """Numbers of the recorded benchmarks, put into pages when they are built, so that no page can be stale.
 
-``{{ fam.json | ratio_to_bare_forward | FAM, linear head | .2f }}`` is a value: a file in ``benchmarks/results``, the keys
-that lead to it (an integer indexes a list; ``name=value`` finds the row of a list), and a format.
+``{{ fam.json | ratio_to_bare_forward | FAM, linear head | .2f }}`` is a value: a file in ``benchmarks/results``, the
+keys that lead to it (an integer indexes a list; ``name=value & name=value`` finds the
+one row of a list), and a format.
 ``{{ include ce_fam.md }}`` is a whole record, its headings two levels lower.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-_VALUE = re.compile(r"\{\{ *([\w.]+\.json(?: *\|[^{}]+?)+) *\}\}")
+_VALUE = re.compile(r"\{\{ *([\w.-]+\.json(?: *\|[^{}]+?)+) *\}\}")
 _INCLUDE = re.compile(r"\{\{ *include ([\w.]+\.md) *\}\}")
 
 
@@ -37,13 +38,13 @@ def value(expression: str) -> str:
     name, *keys, form = (part.strip() for part in expression.split("|"))
     found = _record(name)
     for key in keys:
-        column, equals, wanted = key.partition("=")
+        wanted = [part.partition("=")[::2] for part in key.split(" & ")] if "=" in key else []
         try:
-            if isinstance(found, list) and equals:
-                found = next(row for row in found if str(row[column]) == wanted)
+            if isinstance(found, list) and wanted:
+                (found,) = (row for row in found if all(str(row[column]) == what for column, what in wanted))
             else:
                 found = found[int(key)] if isinstance(found, list) else found[key]
-        except (KeyError, IndexError, StopIteration, ValueError) as error:
+        except (KeyError, IndexError, ValueError) as error:
             raise KeyError(f"{name} has no entry {key!r} in {' | '.join(keys)}") from error
     return format(found, form)
 

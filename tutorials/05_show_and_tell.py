@@ -1,0 +1,235 @@
+# %% [markdown]
+# # Show and tell: a classifier that explains itself
+#
+# The other methods explain a model that is there. `SALFCBM` (Show and Tell) *is* the model: the backbone's features become
+# one map for each concept, and a sparse linear layer decides from these maps' means alone. So an explanation is not a
+# guess about the model, it is the model's own arithmetic: you can read its rules, ask what it saw in a region, and change
+# what it saw to see what it would have said.
+#
+# Concept labels are not needed: an image-text model provides them, looking at each image many times with a red circle
+# drawn round another place.
+
+# %%
+# %matplotlib inline
+import matplotlib.pyplot as plt
+import torch
+
+from captum_concepts import SALFCBM, demo, fit_salf_cbm
+from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.metrics import CenterGaussian, RandomMaps, evaluate
+from captum_concepts.visualization import overlay, panel
+from captum_concepts.vlm import RegionPrompt
+
+_ = torch.manual_seed(0)
+backbone = demo.load("classifier")
+clip = demo.load("clip")
+data = CaptionedScenes(240, seed=51, size=64)
+train = data.stack()
+test = CaptionedScenes(120, seed=52, size=64).stack()
+
+# %% [markdown]
+# **Your own:** `backbone = torchvision.models.resnet50(weights="DEFAULT")`, `layer="layer4"`,
+# `clip = OpenCLIPEncoder.from_pretrained("ViT-B-16", "openai")`, and an `ImageFolder` for the data. On real data the
+# step with the circles is the long one; it resumes after a kill, runs on several machines, and
+# `python -m captum_concepts fit-salf --help` tells how to plan it.
+#
+# ## Look where the circle is
+#
+# A 7 x 7 grid of circles makes 49 pictures of each image. The image-text model describes what is circled: this is where
+# the *where* comes from, without any mask.
+
+# %%
+prompt = RegionPrompt("circle", (7, 7), 32, reference_size=224)  # the paper's circle, for images of any size
+circled = prompt.draw(test.image[1:2])[0]
+shown = [9, 24, 31, 39]
+with torch.no_grad():
+    similarity = clip.encode_image(circled[shown]) @ clip.encode_text(data.concepts).T
+figure, axes = plt.subplots(1, 4, figsize=(9, 2.7), layout="constrained")
+for each, image, row in zip(axes, circled[shown], similarity, strict=True):
+    each.imshow(image.permute(1, 2, 0))
+    each.set_title(", ".join(data.concepts[k] for k in row.topk(3).indices), fontsize=9)
+    each.set_axis_off()
+_ = figure.suptitle("The three words nearest to each circled picture", fontsize=11)
+
+# %% [markdown]
+# ## Train
+#
+# One call: embed the circled pictures into a store on disk, drop concepts that the data do not show, train the 1 x 1
+# bottleneck, drop concepts it cannot follow, fit the sparse head. Every step lands in `store_path`; the same call again
+# finds it all there.
+
+# %%
+model = fit_salf_cbm(
+    backbone,
+    "layer4",
+    clip,
+    (train.image, train.label),
+    data.concepts,
+    len(data.classes),
+    store_path="salf",
+    prompt=prompt,
+    class_names=data.classes,
+    nonzeros_per_class=6,
+    batch_size=60,
+    prompt_batch_size=98,
+)
+print(f"{len(model.concepts)} of {len(data.concepts)} concepts kept")
+for drop in model.metadata["vocabulary"]["report"]["drops"]:
+    print(f"dropped {drop['concept']}: {drop['reason']}")
+
+# %% [markdown]
+# What does transparency cost? The same backbone with its own dense head, and the model whose six concepts a class are all
+# it can use:
+
+# %%
+with torch.no_grad():
+    dense = (backbone(test.image).argmax(1) == test.label).float().mean()
+    sparse = (model(test.image).argmax(1) == test.label).float().mean()
+print(f"held out: backbone {dense:.0%}, bottleneck {sparse:.0%} (trained on {len(data)} images; chance 17%)")
+
+# %% [markdown]
+# ## Read: the rules of a class
+#
+# The head's weights are the rules. They hold for every image.
+
+# %%
+for name in data.classes:
+    rules = ", ".join(f"{concept} {weight:+.2f}" for concept, weight in model.decision_rules(name, top_k=5))
+    print(f"{name:15s} {rules}")
+
+# %% [markdown]
+# ## One decision: what, where and how much
+#
+# Contributions add up to the logit (plus the head's bias): nothing else goes into it.
+
+# %% picture="salf_cbm" alt="Three scenes with the maps of the concepts that decided, and bars of their contributions"
+chosen = [int(torch.nonzero(test.label == c)[0]) for c in (0, 3, 5)]
+explanation = model.explain(test.image[chosen], top_k=None)
+panel(
+    test.image[chosen],
+    explanation,
+    by="contributions",
+    top_k=3,
+    class_names=data.classes,
+    image_titles=[f"truth: {data.classes[test.label[i]]}" for i in chosen],
+    title="What decided, where it was seen, and how much it counted",
+    map_label="concept map",
+)
+
+# %%
+with torch.no_grad():
+    logits = model(test.image[chosen])
+parts = model.contributions(test.image[chosen]).sum(1) + model.head.bias[logits.argmax(1)]
+print("largest difference of logit and sum:", f"{(parts - logits.amax(1)).abs().max():.1e}")
+
+# %% [markdown]
+# ## Are the maps where the things are?
+#
+# Nobody showed the model a mask. Scenes have exact ones:
+
+# %%
+columns = [data.concepts.index(concept) for concept in model.concepts]
+evaluate(
+    {
+        "SALF-CBM": model.concept_maps,
+        "centre Gaussian": CenterGaussian(n_maps=len(columns)),
+        "random": RandomMaps(n_maps=len(columns)),
+    },
+    [(test.image, test.masks[:, columns])],
+    metrics=["nra", "specificity"],
+    n_bootstrap=300,
+)
+
+# %% [markdown]
+# ## Ask about a region
+#
+# "Explain anything": a point, a box or a mask, and the answer is what the model saw *there*, strongest first, in standard
+# deviations. One forward pass, no click model.
+
+# %%
+i = int(torch.nonzero((test.objects[:, 1, 0] >= 0) & (test.objects[:, 2, 0] < 0))[2])
+figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
+for each, k in zip(axes, (0, 1), strict=True):
+    box = test.boxes[i, k]
+    seen = model.explain_region(test.image[i : i + 1], boxes=box, top_k=3)
+    x0, y0, x1, y1 = box.tolist()
+    each.imshow(test.image[i].permute(1, 2, 0), extent=(0, 64, 64, 0))
+    each.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", lw=2))
+    words = ", ".join(f"{c} {s:+.1f}" for c, s in zip(seen.concepts, seen.scores[0], strict=True))
+    each.set_title(f"seen in the box:\n{words}", fontsize=9)
+    each.set_axis_off()
+_ = figure.suptitle(f"in truth: {test.caption[i]}", fontsize=10)
+
+# %% [markdown]
+# ## Intervene
+#
+# What would it have said, had it seen less of one concept in that region, and more of another? Take the first image
+# called "striped square", take the stripes away inside the object's box, and add dots: the logits before and after come
+# from one forward pass.
+
+# %%
+j = int(torch.nonzero((test.label == 3) & (model(test.image).argmax(1) == 3))[0])
+image, box = test.image[j : j + 1], test.boxes[j, 0]
+edits = [
+    {"concept": "striped", "beta": -12.0, "boxes": box},
+    {"concept": "red", "beta": 12.0, "boxes": box},
+]
+before, after = model.intervene(image, edits, standardize=True)
+for name, logits in (("before", before), ("after", after)):
+    probability = logits.softmax(1)[0]
+    ranked = probability.argsort(descending=True)[:3].tolist()
+    print(f"{name:7s}", ", ".join(f"{data.classes[k]} {probability[k]:.2f}" for k in ranked))
+
+# %%
+strengths = torch.linspace(0, 12, 13)
+curves = []
+for beta in strengths.tolist():
+    edits = [
+        {"concept": "striped", "beta": -beta, "boxes": box},
+        {"concept": "red", "beta": beta, "boxes": box},
+    ]
+    curves.append(model.intervene(image, edits, standardize=True)[1].softmax(1)[0])
+curves = torch.stack(curves)
+figure, axes = plt.subplots(figsize=(6.4, 3), layout="constrained")
+for k in curves.amax(0).argsort(descending=True)[:3].tolist():
+    axes.plot(strengths, curves[:, k], label=data.classes[k])
+axes.set(xlabel="stripes taken from the box, red added (standard deviations)", ylabel="probability", ylim=(0, 1))
+axes.legend(frameon=False)
+axes.spines[["top", "right"]].set_visible(False)
+
+# %% [markdown]
+# ## What does a concept really stand for?
+#
+# A name is a promise. The images with the highest activation show whether it is kept.
+
+# %%
+top = model.most_activating(test.image, ["striped", "star"], k=4)
+figure, axes = plt.subplots(2, 4, figsize=(6.4, 3.5), layout="constrained")
+for row, (concept, found) in zip(axes, top.items(), strict=True):
+    heat = model.explain(test.image[[k for k, _ in found]], concepts=concept).maps[:, 0]
+    for each, (k, value), one in zip(row, found, heat, strict=True):
+        each.imshow(overlay(test.image[k], one).permute(1, 2, 0))
+        each.set(xticks=[], yticks=[])
+        each.set_title(f"{value:.1f}", fontsize=8)
+    row[0].set_ylabel(concept)
+_ = figure.suptitle("Highest activations (standard deviations), each map on its own scale", fontsize=10)
+
+# %% [markdown]
+# ## Keep it, and explain a new image
+#
+# A folder with weights, a JSON of settings and a model card, ready for the Hugging Face Hub. The backbone's weights are
+# not stored but recognised: another backbone is refused.
+
+# %%
+model.save_pretrained("show-and-tell")
+again = SALFCBM.from_pretrained("show-and-tell", backbone=demo.load("classifier"))
+new = CaptionedScenes(1, seed=2026, size=64).stack()
+print("caption:", new.caption[0])
+print(again.explain(new.image, top_k=4))
+
+# %% [markdown]
+# ## Remember
+#
+# - The concept list decides what can be said: see [own words](04_own_words.ipynb) for cleaning one.
+# - `nonzeros_per_class` trades accuracy for rules that fit on a line; `head="dense"` shows what the bottleneck itself costs.
+# - An intervention edits maps, not the world. It shows what the decision hangs on.
