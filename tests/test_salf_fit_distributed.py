@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from salf_tiny import fit, images_and_labels, state
 
 from captum_concepts.errors import CaptumConceptsError
+from captum_concepts.store.lock import FolderLock
 
 CASES = {
     "cached": {"bottleneck": {"init": "random"}},
@@ -46,6 +48,13 @@ def worker(rank: int, folder: str) -> None:
             x[70] = float("nan")
         with pytest.raises(CaptumConceptsError, match="NaN"):
             fit(Path(folder) / "nan", (x, y))
+        with pytest.raises(CaptumConceptsError, match="has label 3"):
+            fit(Path(folder) / "label", (x, y + rank))
+        if rank == 0:
+            (Path(folder) / "held").mkdir()
+        lock = FolderLock(Path(folder) / "held") if rank == 0 else nullcontext()
+        with lock, pytest.raises(CaptumConceptsError, match="being written"):
+            fit(Path(folder) / "held")
     finally:
         dist.destroy_process_group()
 

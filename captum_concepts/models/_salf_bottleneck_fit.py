@@ -19,7 +19,7 @@ from captum_concepts.models._salf_data import FEWEST
 from captum_concepts.models._salf_feature_cache import LiveFeatures
 from captum_concepts.models._salf_objective import Samples, Validation, batch_similarity
 from captum_concepts.models._salf_settings import BottleneckSettings
-from captum_concepts.models._salf_steps import StepResult, all_reduce, world
+from captum_concepts.models._salf_steps import StepResult, all_reduce, first_decides, world
 
 #: Seconds between two saved states: a kill costs no more than that and the epoch at hand.
 CHECKPOINT_SECONDS = 5.0
@@ -108,7 +108,11 @@ def fit_bottleneck(
             state.stopped = "nan"
             break
         state.finish_epoch(epoch, trained, validate([state.weight()])[0], len(parts))
-        if checkpoint is not None and time.monotonic() - saved >= CHECKPOINT_SECONDS and not state.stopped:
+        if (
+            checkpoint is not None
+            and not state.stopped
+            and first_decides(time.monotonic() - saved >= CHECKPOINT_SECONDS)
+        ):
             checkpoint(state.dump())
             saved = time.monotonic()
     return state.result()

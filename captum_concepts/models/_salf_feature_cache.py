@@ -13,7 +13,7 @@ from torch import Tensor
 
 from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import InputError
-from captum_concepts.models._salf_steps import digest, progress, say, world
+from captum_concepts.models._salf_steps import digest, first_decides, progress, say, world
 from captum_concepts.store._distributed import all_or_none
 from captum_concepts.store._region_data import Pictures
 from captum_concepts.store._region_parts import check_parts, default_shard_rows, join_parts, part_name, share
@@ -233,18 +233,9 @@ def open_features(
     manifest = read_manifest(folder)
     if manifest is not None and manifest["complete"]:
         say(f"{name}: taken from an earlier run ({folder.name})")
-    elif cache == "auto" and not _agreed(fits(root, size, max_bytes)):
+    elif cache == "auto" and not first_decides(fits(root, size, max_bytes)):
         say(f"{name}: computed on the fly, because a cache of {size / 1e9:.2f} GB is too large")
         return source
     else:
         say(f"{name}: computing once, {size / 1e9:.3g} GB ({folder.name})")
     return cache_features(folder, source, made_from, dtype=dtype, show_progress=show_progress)
-
-
-def _agreed(value: bool) -> bool:
-    """The first process decides: others may see another free space."""
-    if world()[1] > 1:
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        value = box[0]
-    return value

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from captum_concepts._artifacts import open_artifact, save_artifact
 from captum_concepts.errors import ArtifactError
+from captum_concepts.store._distributed import all_or_none, world
 from captum_concepts.store.manifest import fingerprint_tensor
 
 logger = logging.getLogger("captum_concepts")
@@ -72,7 +73,10 @@ class StepFolder:
         return found
 
     def save(self, step: str, made_from: Mapping[str, Any], result: StepResult) -> None:
-        """Write a result, whole or not at all."""
+        """Write a result, whole or not at all; all processes fail if the first one cannot."""
+        all_or_none(lambda: self._write(step, made_from, result))
+
+    def _write(self, step: str, made_from: Mapping[str, Any], result: StepResult) -> None:
         if world()[0] == 0:
             sums = {name: fingerprint_tensor(value) for name, value in result.tensors.items()}
             info = {"step": step, "made_from": made_from, "notes": result.notes, "sums": sums}
@@ -126,18 +130,20 @@ def say(message: str) -> None:
         logger.info(message)
 
 
-def world() -> tuple[int, int]:
-    """``(rank, number of processes)``; ``(0, 1)`` outside ``torch.distributed``."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def all_reduce(values: Tensor) -> Tensor:
     """The sum over all processes, in place."""
     if world()[1] > 1:
         torch.distributed.all_reduce(values)
     return values
+
+
+def first_decides(value: bool) -> bool:
+    """The first process' answer to what each might answer differently (clocks, free disk)."""
+    if world()[1] > 1:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        value = box[0]
+    return value
 
 
 def share_of(count: int) -> range:

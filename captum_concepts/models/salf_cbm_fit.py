@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from captum_concepts.models._salf_run import FitRun
 from captum_concepts.models._salf_settings import BottleneckSettings
 from captum_concepts.models._salf_steps import world
 from captum_concepts.models.salf_cbm import SALFCBM
+from captum_concepts.store._distributed import all_or_none
 from captum_concepts.store.lock import FolderLock
 from captum_concepts.vlm import RegionPrompt
 
@@ -169,10 +170,16 @@ def fit_salf_cbm(
         >>> model.concepts, bool((model(images).argmax(1) == labels).float().mean() > 0.9)
         (['red', 'green', 'blue'], True)
     """
-    run = prepare(dict(locals()))
-    first = world()[0] == 0
-    with FolderLock(run.path, "the results at") if first else nullcontext():
-        return run.run()
+    given, runs = dict(locals()), []
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            runs.append(prepare(given))
+            if world()[0] == 0:
+                stack.enter_context(FolderLock(runs[0].path, "the results at"))
+
+        all_or_none(begin)
+        return runs[0].run()
 
 
 def plan_salf_cbm(*arguments: Any, within_hours: float = 24.0, **options: Any) -> FitPlan:
