@@ -214,6 +214,12 @@ class TestExplainRegion:
         assert model.explain_region(x, boxes=(32, 32, 64, 64)).concepts[0] == CONCEPTS[1]
         assert model.explain_region(x, points=(50, 40)).concepts[0] == CONCEPTS[1]
         assert model.explain_region(x, points=(40, 10)).concepts[0] not in CONCEPTS[:2]
+        # Blue everywhere, and a little red: the weaker one on its own scale, the stronger one in plain sums.
+        x[:, 2] = 1
+        x[:, 0] = 0.1
+        assert model.explain_region(x, boxes=(0, 0, 64, 64)).concepts[0] == CONCEPTS[1]
+        plain = model.explain_region(x, boxes=(0, 0, 64, 64), standardize=False)
+        assert plain.concepts[0] == CONCEPTS[0]
 
     def test_the_parts_of_a_tiling_add_up(self):
         model, x = conv_model(), pictures(2, 32, 24)
