@@ -21,6 +21,7 @@ from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.attr.feature_activation_map import FeatureActivationMap
 from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.datasets import CaptionedScenes, Scene
+from captum_concepts.demo import show_and_tell
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.metrics import center_gaussian, epg, nra, specificity
 
@@ -182,6 +183,28 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     return rows
 
 
+def rules_and_corrections(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
+    """SALF-CBM: a model trained here, its rules, and wrong predictions that one edit of one concept corrects."""
+    from captum_concepts.demo._corrections_figure import corrections_figure
+    from captum_concepts.visualization import save_figure
+
+    model = show_and_tell.train(scenes)
+    search = CaptionedScenes(show_and_tell.SEARCHED, seed=scenes.seed + 4, size=scenes.size).stack()
+    found = show_and_tell.find_corrections(model, search)
+    right = float((show_and_tell.logits(model, search.image).argmax(1) == search.label).float().mean())
+    note = (
+        f"SALFCBM   ·   trained on {show_and_tell.TRAIN} scenes, right on {right:.1%} of {len(search.label)} others   "
+        f"·   {found.corrected} of the {found.wrong} wrong predictions are corrected by taking one concept, which is not "
+        "there, back to its usual value in one box"
+    )
+    title = "SALF-CBM: what a model goes by, and wrong predictions corrected by one edit of one concept in one box"
+    name = "salf_cbm_classifier.png"
+    save_figure(corrections_figure(model, found.shown, title, note), out / name)
+    queries = scenes.stack()
+    maps = model.concept_maps(queries.image).detach()
+    return [_concept_row("SALF-CBM", "classifier", "21 words", maps, queries, name)]
+
+
 def _crops(known: Scene, concept: int) -> Tensor:
     """The inner squares of objects that show ``concept``, as guidance images: nothing else is in them."""
     size = known.image.shape[-1]
@@ -202,6 +225,7 @@ SECTIONS: Sequence[Callable[[CaptionedScenes, Path], list[DemoRow]]] = (
     zero_shot,
     textures,
     words_and_grounds,
+    rules_and_corrections,
 )
 
 

@@ -1,0 +1,88 @@
+"""SALF-CBM in the demo: its corrections are what `intervene` gives, and nothing in its picture overlaps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.demo import show_and_tell
+from captum_concepts.demo._corrections_figure import corrections_figure
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return CaptionedScenes(250, seed=77, size=64)
+
+
+@pytest.fixture(scope="module")
+def model(scenes):
+    return show_and_tell.train(scenes, 64)  # as few as that: the test needs mistakes
+
+
+@pytest.fixture(scope="module")
+def found(model, scenes):
+    return show_and_tell.find_corrections(model, scenes.stack())
+
+
+def test_the_model_has_learnt_something(model, scenes):
+    labels = scenes.labels
+    assert (show_and_tell.logits(model, scenes.stack().image).argmax(1) == labels).float().mean() > 0.6
+
+
+def test_a_search_counts_the_wrong_and_the_corrected(model, scenes, found):
+    batch = scenes.stack()
+    wrong = (show_and_tell.logits(model, batch.image).argmax(1) != batch.label).sum()
+    assert found.wrong == int(wrong)
+    assert 0 < found.corrected <= found.wrong
+    assert len(found.shown) == min(3, found.corrected)
+
+
+def test_each_correction_is_what_intervene_gives(model, scenes, found):
+    for c in found.shown:
+        assert c.called != c.truth == c.corrected
+        before, after = model.intervene(c.image[None], c.concept, boxes=c.box, beta=c.beta, standardize=True)
+        for logits, shown, name in ((before, c.before, c.called), (after, c.after, c.truth)):
+            assert torch.allclose(logits.softmax(1)[0], shown, atol=1e-6)
+            assert scenes.classes[int(logits.argmax())] == name
+        region = model.explain_region(c.image[None], boxes=c.box, top_k=None)
+        for word, score in c.seen:
+            assert float(region.scores[0, region.index(word)]) == pytest.approx(score, abs=1e-5)
+        assert c.concept in dict(c.seen)
+
+
+def test_the_edited_concept_is_not_in_the_object(scenes, found):
+    batch = scenes.stack()
+    for c in found.shown:
+        i = next(i for i, image in enumerate(batch.image) if torch.equal(image, c.image))
+        k = next(k for k in range(3) if torch.allclose(batch.boxes[i, k].clamp(0, 64), torch.tensor(c.box)))
+        assert c.concept not in {scenes.concepts[int(word)] for word in batch.objects[i, k]}
+
+
+def test_the_map_after_is_the_map_before_and_beta_in_the_box(found):
+    for c in found.shown:
+        share = show_and_tell.cells_of(c.box, 64, (7, 7))
+        assert torch.allclose(c.map_after - c.map_before, c.beta * share, atol=1e-4)
+
+
+def test_share_of_cells_by_counting_points():
+    box = (10.0, 3.0, 41.5, 30.0)
+    at = (torch.arange(4200) + 0.5) / 4200 * 64
+    inside = ((at >= box[1]) & (at < box[3])).float()[:, None] * ((at >= box[0]) & (at < box[2])).float()
+    slow = torch.nn.functional.avg_pool2d(inside[None], (4200 // 5, 4200 // 7))[0]
+    assert torch.allclose(show_and_tell.cells_of(box, 64, (5, 7)), slow, atol=2e-3)
+
+
+def test_no_text_of_the_picture_overlaps_or_is_cut(model, found):
+    figure = corrections_figure(model, found.shown, "A title " * 8, "A note that is long enough for two lines. " * 6)
+    figure.canvas.draw()
+    whole = figure.bbox
+    boxes = [(t.get_text(), t.get_window_extent()) for t in figure.texts if t.get_text()]
+    assert len(boxes) > 40
+    for text, box in boxes:
+        assert min(box.x0 - whole.x0, whole.x1 - box.x1, box.y0 - whole.y0, whole.y1 - box.y1) >= 0, text
+    for i, (text, box) in enumerate(boxes):
+        for other, second in boxes[i + 1 :]:
+            across = min(box.x1, second.x1) - max(box.x0, second.x0)
+            down = min(box.y1, second.y1) - max(box.y0, second.y0)
+            assert across <= 1 or down <= 2, (text, other)
