@@ -194,8 +194,8 @@ def rules_and_corrections(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     right = float((show_and_tell.logits(model, search.image).argmax(1) == search.label).float().mean())
     note = (
         f"SALFCBM   ·   trained on {show_and_tell.TRAIN} scenes, right on {right:.1%} of {len(search.label)} others   "
-        f"·   {found.corrected} of the {found.wrong} wrong predictions are corrected by taking one concept, which is not "
-        "there, back to its usual value in one box"
+        f"·   {found.corrected} of the {found.wrong} wrong predictions are corrected by taking one concept, "
+        "which is not there, back to its usual value in one box"
     )
     title = "SALF-CBM: what a model goes by, and wrong predictions corrected by one edit of one concept in one box"
     name = "salf_cbm_classifier.png"
