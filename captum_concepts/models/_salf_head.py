@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.models._salf_feature_cache import GridFeatures
 from captum_concepts.models._salf_objective import ahead
 from captum_concepts.models._salf_steps import all_reduce, digest, progress, say, share_of, world
@@ -169,7 +170,7 @@ def fit_head(
         num_classes: K.
         lam: strength. For a sparse head None aims at ``nonzeros_per_class``; for a dense one it is 1e-4.
         nonzeros_per_class: mean number of weights a class keeps (met within 10 % where possible); None stands for 30,
-            or half of the concepts where that is less.
+            or half of the concepts where that is less, or as many as it takes where classes are told apart by fewer.
         head: ``"sparse"``, or ``"dense"``: ridge alone (alpha 0).
         alpha: share of the absolute values, for a sparse head.
         tol: accuracy of the optimum; see :func:`~captum_concepts.solvers.fit_elastic_net`.
@@ -198,7 +199,10 @@ def fit_head(
         found = fit_elastic_net(activations, labels, lam, alpha=alpha, **options)
     else:
         wanted = nonzeros_per_class or min(NONZEROS, width / 2)
-        path = elastic_net_path(activations, labels, nonzeros_per_class=wanted, alpha=alpha, **options)
+        with warnings.catch_warnings():
+            if nonzeros_per_class is None:  # nobody asked for that number: classes that are easily told apart need less
+                warnings.filterwarnings("ignore", "no point of the path", InputWarning)
+            path = elastic_net_path(activations, labels, nonzeros_per_class=wanted, alpha=alpha, **options)
         if path.selected is None:
             raise InputError("the elastic-net path is empty")
         found = path.selected
