@@ -46,3 +46,23 @@ $(BIN)/.installed-benchmark: $(BIN)/.installed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: docs tutorials
+
+# The site in site/: warnings are errors, nothing is fetched from elsewhere, links, descriptions and spelling are checked.
+docs: $(BIN)/.installed-docs
+	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs tutorials/*.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/tools/check_site.py site
+
+# Run all notebooks from their sources, and write them and the pictures of the documentation (some minutes).
+tutorials: $(BIN)/.installed-tutorials
+	$(BIN)/python tutorials/build.py
+
+$(BIN)/.installed-docs: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]'
+	touch $@
+
+$(BIN)/.installed-tutorials: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,tutorials]'
+	touch $@

@@ -116,6 +116,7 @@ for height, where in enumerate(reversed(kinds.values())):
 axes.axvline(0, color="0.6", lw=0.8)
 axes.set_yticks(range(4), list(reversed(kinds)))
 axes.set_xscale("symlog", linthresh=0.1)
+axes.set_xlim(1.5 * float(every.min()), 1.5)
 axes.set(xlabel="contribution to the true class (a dot a word and scene; black: mean)")
 axes.spines[["top", "right"]].set_visible(False)
 

@@ -21,7 +21,7 @@ from captum_concepts.visualization import panel
 
 torch.manual_seed(0)
 model = demo.load("classifier")
-data = CaptionedScenes(200, seed=31, size=64)
+data = CaptionedScenes(300, seed=31, size=64)
 scenes = data.stack()
 
 # %% [markdown]
@@ -46,12 +46,13 @@ def filled(patch: torch.Tensor, size: int) -> torch.Tensor:
 def patches(texture: str, scenes, most: int = 30) -> torch.Tensor:
     """Inner squares of objects with this texture, as pictures."""
     wanted, found = data.concepts.index(texture), []
-    for image, objects, boxes in zip(scenes.image, scenes.objects, scenes.boxes, strict=True):
-        for words, (x0, y0, x1, y1) in zip(objects.tolist(), boxes.tolist(), strict=True):
-            if wanted in words:
-                dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
-                inner = image[:, round(y0 + dy) : round(y1 - dy) + 1, round(x0 + dx) : round(x1 - dx) + 1]
-                found.append(filled(inner, 64))
+    parts = scenes.image, scenes.objects, scenes.boxes, scenes.object_masks
+    for image, objects, boxes, masks in zip(*parts, strict=True):
+        for words, (x0, y0, x1, y1), mask in zip(objects.tolist(), boxes.tolist(), masks, strict=True):
+            dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
+            inner = slice(round(y0 + dy), round(y1 - dy) + 1), slice(round(x0 + dx), round(x1 - dx) + 1)
+            if wanted in words and mask[inner].all():
+                found.append(filled(image[(slice(None), *inner)], 64))
     return torch.stack(found[:most])
 
 

@@ -135,11 +135,13 @@ def area(images: torch.Tensor) -> torch.Tensor:
 def inside(word: str, most: int = 24) -> torch.Tensor:
     """Pictures of nothing but this texture: patches from inside objects, mirrored until they fill 64 pixels."""
     found = []
-    for image, things, boxes in zip(scenes.image, scenes.objects, scenes.boxes, strict=True):
-        for words, (x0, y0, x1, y1) in zip(things.tolist(), boxes.tolist(), strict=True):
-            if data.concepts.index(word) in words:
-                dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
-                patch = image[:, round(y0 + dy) : round(y1 - dy) + 1, round(x0 + dx) : round(x1 - dx) + 1]
+    parts = scenes.image, scenes.objects, scenes.boxes, scenes.object_masks
+    for image, things, boxes, masks in zip(*parts, strict=True):
+        for words, (x0, y0, x1, y1), mask in zip(things.tolist(), boxes.tolist(), masks, strict=True):
+            dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
+            inner = slice(round(y0 + dy), round(y1 - dy) + 1), slice(round(x0 + dx), round(x1 - dx) + 1)
+            if data.concepts.index(word) in words and mask[inner].all():
+                patch = image[(slice(None), *inner)]
                 while min(patch.shape[1:]) < 64:
                     patch = torch.cat([patch, patch.flip(1)], 1)
                     patch = torch.cat([patch, patch.flip(2)], 2)
@@ -151,7 +153,7 @@ textures = {word: inside(word) for word in data.concept_groups["texture"]}
 acv = SpatialACV(area, segmenter.body).fit(textures, n_random=20)
 scores = acv.tcav(scenes.image[240:])
 for word, sign, p in zip(acv.concept_names, scores["sign"], acv.p_values_, strict=True):
-    print(f"{word:10s} p {p:.3f}   more of it enlarges the striped area in {sign:.0%} of the images")
+    print(f"{word:10s} p {p:.0e}   more of it enlarges the striped area in {sign:.0%} of the images")
 
 # %% [markdown]
 # The fitted vectors are kept and used on a new image as ever. A plain function has no fingerprint of its own, so the

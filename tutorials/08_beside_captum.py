@@ -24,7 +24,7 @@ from captum_concepts.visualization import overlay
 
 torch.manual_seed(0)
 model = demo.load("classifier")  # yours: torchvision.models.resnet50(weights="DEFAULT").eval(), layers named likewise
-data = CaptionedScenes(120, seed=81, size=64)
+data = CaptionedScenes(200, seed=81, size=64)
 scenes = data.stack()
 images, target, masks = scenes.image[:16], scenes.label[:16], scenes.object_masks[:16, 0]
 
@@ -114,15 +114,17 @@ _ = figure.colorbar(scale, ax=axes[1:], shrink=0.8, label="contribution, each ma
 def patches(word: str, most: int = 24) -> torch.Tensor:
     """Pictures of nothing but this texture: inner squares of objects, mirrored until they fill 64 pixels."""
     found = []
-    for image, things, boxes in zip(scenes.image, scenes.objects, scenes.boxes, strict=True):
-        for words, (x0, y0, x1, y1) in zip(things.tolist(), boxes.tolist(), strict=True):
-            if data.concepts.index(word) in words:
-                dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
-                inner = image[:, round(y0 + dy) : round(y1 - dy) + 1, round(x0 + dx) : round(x1 - dx) + 1]
-                while min(inner.shape[1:]) < 64:
-                    inner = torch.cat([inner, inner.flip(1)], 1)
-                    inner = torch.cat([inner, inner.flip(2)], 2)
-                found.append(inner[:, :64, :64])
+    parts = scenes.image, scenes.objects, scenes.boxes, scenes.object_masks
+    for image, things, boxes, masks in zip(*parts, strict=True):
+        for words, (x0, y0, x1, y1), mask in zip(things.tolist(), boxes.tolist(), masks, strict=True):
+            dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
+            inner = slice(round(y0 + dy), round(y1 - dy) + 1), slice(round(x0 + dx), round(x1 - dx) + 1)
+            if data.concepts.index(word) in words and mask[inner].all():
+                patch = image[(slice(None), *inner)]
+                while min(patch.shape[1:]) < 64:
+                    patch = torch.cat([patch, patch.flip(1)], 1)
+                    patch = torch.cat([patch, patch.flip(2)], 2)
+                found.append(patch[:, :64, :64])
     return torch.stack(found[:most])
 
 

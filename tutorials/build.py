@@ -52,6 +52,7 @@ def run(source: Path) -> float:
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             record_timing=False,
+            coalesce_streams=True,
         ).execute()
         seconds = _cpu_seconds() - began
     notebook.metadata = nbformat.from_dict(
