@@ -23,7 +23,7 @@ def real(shared_data):
     return module
 
 
-def test_four_classes_of_caltech(real, shared_data, tmp_path):
+def test_three_classes_of_caltech(real, shared_data, tmp_path):
     folders = class_folders(shared_data / "images" / "caltech101")
     chosen = [(file, k) for k, name in enumerate(CLASSES) for file in folders[name][:11]]
     images = torch.stack([load_image(file, 128) for file, _ in chosen])
@@ -45,15 +45,10 @@ def test_four_classes_of_caltech(real, shared_data, tmp_path):
         interpretability_cutoff=0.1,
         bottleneck={"max_epochs": 20},
     )
-    print(
-        model.metadata["accuracy"],
-        model.metadata["validation_similarity"],
-        model.metadata["vocabulary"]["report"],
-        model.metadata["head"],
-        words,
-    )
     assert model.metadata["accuracy"]["validation"] >= 0.75
-    assert {"butterfly", "motorcycle"} & set(model.concepts)
+    assert "butterfly" in model.concepts
+    drops = {drop["concept"]: drop["reason"] for drop in model.metadata["vocabulary"]["report"]["drops"]}
+    assert drops["sunflower"] == "absent from the data"  # no image shows one
 
 
 def known(encoder, word):
