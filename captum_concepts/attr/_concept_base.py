@@ -15,6 +15,7 @@ from captum_concepts.activations.capture import Inputs, Layer
 from captum_concepts.attr import _concept_ablation as ablation
 from captum_concepts.attr import _concept_regions as regions
 from captum_concepts.attr._concept_gradients import ConceptPass, TextSpace, concept_pass
+from captum_concepts.attr._concept_local import read_locally
 from captum_concepts.errors import InputError, LayerError, NotFittedError
 
 _OPTIONS = ("logit_scale", "logit_bias", "probability", "gradient", "n_channels", "fill", "chunk_size", "layout")
@@ -156,8 +157,11 @@ class ConceptMaps(LayerAttribution):
         grid = regions.fused_grid([layout.grid for layout in seen.seen.layouts])
         pixels = inputs[0] if isinstance(inputs, tuple) else inputs
         affinity = regions.feature_affinity(seen.maps, grid, pixels if pixels.ndim == 4 else None)
+        space = self._space(seen.embedding.detach())
+        local = read_locally(self.translator, seen.maps, grid, space)
         parts = [
-            regions.fused_maps(evidence, affinity, grid) for _, _, evidence in self._chunks(seen, index, fused=True)
+            regions.fused_maps(evidence, affinity, grid, local.excess(part))
+            for part, _, evidence in self._chunks(seen, index, fused=True)
         ]
         return torch.cat(parts, 1).detach()
 

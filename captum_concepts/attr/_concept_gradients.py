@@ -15,6 +15,8 @@ from captum_concepts.activations import SpatialActivations, spatial_activations
 from captum_concepts.activations.capture import Inputs, Layer
 from captum_concepts.activations.spatial import full_precision
 
+_ENTRIES = 2**23  # of gradients at once: more leaves the processor's caches and is slower
+
 Derivatives = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
 """``(N, J, D)`` cotangents to, for each layer,
 
@@ -183,36 +185,25 @@ def concept_pass(
 def vector_products(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor, ...]:
     """``cotangents[i] @ d output / d source`` for every i at once: ``(c, *source.shape)`` for each source.
 
-    One batched backward where every operation has a batching rule, otherwise one backward after another.
+    A few backward passes at once where every operation has a batching rule (``torch.func.vmap``; the older
+    ``is_grads_batched`` falls back to a loop inside, and copies), otherwise one after another.
     """
     cotangents = cotangents.to(output)
+
+    def one(cotangent: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(output, sources, cotangent, retain_graph=True, allow_unused=True)
+        return tuple(
+            torch.zeros_like(source) if gradient is None else gradient
+            for source, gradient in zip(sources, found, strict=True)
+        )
+
     if len(cotangents) > 1:
+        together = max(1, _ENTRIES // sum(source.numel() for source in sources))
         try:
             with warnings.catch_warnings():
                 # A missing batching rule is announced by a warning and then runs slower than the plain loop.
                 warnings.simplefilter("error")
-                return _fill(
-                    torch.autograd.grad(
-                        output, sources, cotangents, retain_graph=True, is_grads_batched=True, allow_unused=True
-                    ),
-                    sources,
-                    len(cotangents),
-                )
-        except (RuntimeError, NotImplementedError, Warning):
+                return torch.func.vmap(one, chunk_size=min(together, len(cotangents)))(cotangents)
+        except (RuntimeError, NotImplementedError, ValueError, Warning):
             pass
-    each = [
-        _fill(torch.autograd.grad(output, sources, one, retain_graph=True, allow_unused=True), sources)
-        for one in cotangents
-    ]
-    return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
-
-
-def _fill(
-    gradients: Sequence[Tensor | None], sources: Sequence[Tensor], count: int | None = None
-) -> tuple[Tensor, ...]:
-    """Zeros where a source is not used."""
-    lead = () if count is None else (count,)
-    return tuple(
-        source.new_zeros(lead + source.shape) if gradient is None else gradient
-        for gradient, source in zip(gradients, sources, strict=True)
-    )
+    return tuple(torch.stack(parts) for parts in zip(*map(one, cotangents), strict=True))

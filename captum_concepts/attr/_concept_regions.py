@@ -10,6 +10,7 @@ from torch import Tensor
 
 _MOST_POSITIONS = 1024  # of the fused grid: its affinity has the square of that many entries
 STEPS = 2
+LOCAL = 0.25  # weight of the local reading beside that of all layers
 CONTRAST = 0.5  # share of the other likely concepts that is subtracted
 TEMPERATURE = 3.0  # of the softmax that says which are likely: half a dozen instead of one
 
@@ -39,14 +40,21 @@ def finest_grid(grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 def fused_grid(grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The finest grid, divided by the smallest whole number that leaves at most 1,024 positions."""
-    height, width = finest_grid(grids)
+    return coarser_grid(finest_grid(grids), _MOST_POSITIONS)
+
+
+def coarser_grid(grid: tuple[int, int], most: int) -> tuple[int, int]:
+    """``grid`` divided by the smallest whole number that leaves at most ``most`` positions."""
+    height, width = grid
     factor = 1
-    while -(-height // factor) * -(-width // factor) > _MOST_POSITIONS:
+    while -(-height // factor) * -(-width // factor) > most:
         factor += 1
     return -(-height // factor), -(-width // factor)
 
 
-def fused_maps(evidence: Sequence[Tensor], affinity: Tensor, grid: tuple[int, int]) -> Tensor:
+def fused_maps(
+    evidence: Sequence[Tensor], affinity: Tensor, grid: tuple[int, int], local: Tensor | None = None
+) -> Tensor:
     """``(N, J, h, w)``: positive evidence of all layers, each divided by its maximum, spread along the affinity.
 
     The affinity's rows sum to 1, so every value of the result is a weighted mean of evidence: spreading moves evidence
@@ -55,11 +63,14 @@ def fused_maps(evidence: Sequence[Tensor], affinity: Tensor, grid: tuple[int, in
     Args:
         evidence: ``(N, J, h_l, w_l)`` each, signed.
         affinity: ``(N, P, P)`` of :func:`feature_affinity` on ``grid``.
+        local: ``(N, J, h, w)`` what each position says alone, in [0, 1]; it counts as much as LOCAL of the layers.
     """
     total = torch.zeros(())
     for layer in evidence:
         positive = resize(layer.relu(), grid)
         total = total.to(positive) + positive / positive.amax((2, 3), keepdim=True).clamp(min=1e-12)
+    if local is not None:
+        total = total + LOCAL * len(evidence) * resize(local.to(total), grid)
     spread = total.flatten(2)
     for _ in range(STEPS):
         spread = spread @ affinity.transpose(1, 2).to(spread)
