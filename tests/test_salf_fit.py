@@ -9,6 +9,7 @@ import salf_tiny
 import torch
 import torch.nn.functional as F
 from salf_tiny import PROMPT, WORDS, Colours, backbone, fit, images_and_labels, state
+from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from captum_concepts.concepts import Vocabulary
@@ -290,3 +291,24 @@ def test_settings_object_and_dictionary_agree(tmp_path):
         for settings in (BottleneckSettings(max_epochs=2, batch_size=32), {"max_epochs": 2, "batch_size": 32})
     )
     assert torch.equal(first.bottleneck.weight, second.bottleneck.weight)
+
+
+def test_backbone_in_half_precision(tmp_path):
+    full, half = fit(tmp_path), fit(tmp_path, network=backbone().to(torch.bfloat16))
+    assert half.bottleneck.weight.dtype == torch.bfloat16
+    x, y = images_and_labels()
+    dtype = [model.head.weight.dtype for model in (full, half)]
+    right = [(m(x.to(d)).argmax(1) == y).float().mean() for m, d in zip((full, half), dtype, strict=True)]
+    assert right[1] > right[0] - 0.1
+
+
+def test_scenes_are_data_as_they_are(tmp_path):
+    from captum_concepts.datasets import CaptionedScenes
+
+    scenes = CaptionedScenes(40, seed=0, size=16)
+    model = salf_tiny.fit_salf_cbm(
+        nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.AdaptiveAvgPool2d(1)), "0", Colours(), scenes, WORDS, 6,
+        store_path=tmp_path, prompt=PROMPT, presence_cutoff=None, interpretability_cutoff=None, lam=0.05,
+        bottleneck={"max_epochs": 1},
+    )  # fmt: skip
+    assert model.class_names == scenes.classes

@@ -60,7 +60,8 @@ class LiveFeatures:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.model, self.pictures, self.transform, self.batch_size = model, pictures, transform, batch_size
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        self.device, self.dtype = like.device, like.dtype
         with torch.no_grad(), evaluation_mode(model):
             self.places, self.dim = self._compute([pictures[0]]).shape[1:]
 
@@ -94,7 +95,8 @@ class LiveFeatures:
 
     def _compute(self, images: list[Tensor]) -> Tensor:
         batch = torch.stack(images).to(self.device)
-        maps = self.model.features(batch if self.transform is None else self.transform(batch))
+        inputs = batch if self.transform is None else self.transform(batch)
+        maps = self.model.features(inputs.to(self.dtype))
         return maps.flatten(2).transpose(1, 2).float()
 
 
@@ -231,7 +233,7 @@ def open_features(
     folder = root / f"{name}-{digest(made_from)}"
     size = features_bytes(len(source), source.places, source.dim, dtype)
     manifest = read_manifest(folder)
-    if manifest is not None and manifest["complete"]:
+    if first_decides(manifest is not None and manifest["complete"]):
         say(f"{name}: taken from an earlier run ({folder.name})")
     elif cache == "auto" and not first_decides(fits(root, size, max_bytes)):
         say(f"{name}: computed on the fly, because a cache of {size / 1e9:.2f} GB is too large")
