@@ -435,6 +435,8 @@ def test_bad_arguments_are_refused():
         ({"gradient": "half"}, "gradient"),
         ({"fill": "noise"}, "fill"),
         ({"n_channels": 0}, "n_channels"),
+        ({"channel_share": 0.0}, "channel_share"),
+        ({"channel_share": 1.5}, "channel_share"),
         ({"chunk_size": 0}, "chunk_size"),
     ):
         with pytest.raises(InputError, match=words):
@@ -448,6 +450,31 @@ def test_bad_arguments_are_refused():
     empty = ConceptFusionMap(model, layers, translator, None, None)
     with pytest.raises(NotFittedError, match="with_concepts"):
         empty.attribute(images(1))
+
+
+def test_a_narrow_layer_keeps_most_of_its_channels():
+    x = images(2)
+    taken = {}
+    for name, options in {
+        "published": {"n_channels": 20},
+        "own": {"n_channels": 19},
+        "half": {"n_channels": 20, "channel_share": 0.5},
+        "three": {"n_channels": 3, "channel_share": 1.0},
+    }.items():
+        cefam = build("cnn", layer=0, **options)  # 12 channels
+        value, curve = cefam.contribution(x, target=1, return_curve=True)
+        assert curve.shape == (2, len(CONCEPTS), cefam.n_channels + 1)
+        # Constant from the last channel taken on.
+        changes = (curve[..., 1:] != curve[..., :-1]).flatten(0, 1).any(0)
+        taken[name] = int(changes.nonzero().max()) + 1
+        torch.testing.assert_close(value, curve[..., 1 : taken[name] + 1].mean(-1), atol=1e-6, rtol=1e-5)
+    assert taken == {"published": 3, "own": 12, "half": 6, "three": 3}
+    same = [build("cnn", **options) for options in ({"n_channels": 20}, {"n_channels": 20, "channel_share": 0.25})]
+    assert torch.equal(same[0].relevance(x), same[1].relevance(x))
+    assert torch.equal(
+        build("cnn", layer=0, n_channels=20).contribution(x, target=1),
+        build("cnn", layer=0, n_channels=3).contribution(x, target=1),
+    )
 
 
 def test_constructor_arguments_are_attributes():

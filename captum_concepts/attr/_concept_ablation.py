@@ -17,12 +17,17 @@ from captum_concepts.errors import LayerError
 from captum_concepts.models.concept_translator import ConceptTranslator
 
 FILLS = ("layer_mean", "channel_mean", "zero")
+PUBLISHED = 20  # K, in networks whose layers have hundreds of channels
+SHARE = 0.25  # of a layer's channels, where that is fewer
 
 
-def rank_channels(beta: Tensor, pooled: Tensor, count: int) -> Tensor:
-    """``(N, J, K)``: the channels of largest ``beta_k * z_k``, strongest first; K is at most the channels there are."""
+def rank_channels(beta: Tensor, pooled: Tensor, count: int, share: float = 1.0) -> Tensor:
+    """``(N, J, K)``: the channels of largest ``beta_k * z_k``, strongest first.
+
+    K is ``count``, but at most ``share`` of the channels there are, and at least one.
+    """
     order = (beta * pooled.unsqueeze(1)).argsort(dim=-1, descending=True, stable=True)
-    return order[..., : min(count, beta.shape[-1])]
+    return order[..., : min(count, max(1, int(share * beta.shape[-1])))]
 
 
 def relative_drop(before: Tensor, after: Tensor) -> Tensor:
@@ -38,6 +43,7 @@ def layer_relevance(
     space: TextSpace,
     index: Tensor,
     n_channels: int,
+    share: float = 1.0,
 ) -> Tensor:
     """``(N, J, L)``: mean relative drop of the concept's probability over 1..K masked channels of each layer.
 
@@ -45,12 +51,13 @@ def layer_relevance(
         pooled: ``(N, C_l)`` each.
         betas: ``(N, J, C_l)`` each.
         index: ``(N, J)`` the concepts.
+        n_channels, share: see :func:`rank_channels`.
     """
     columns = []
     start = 0
     whole = [z.unsqueeze(1) for z in pooled]
     for layer, (z, beta) in enumerate(zip(pooled, betas, strict=True)):
-        ranked = rank_channels(beta, z, n_channels)
+        ranked = rank_channels(beta, z, n_channels, share)
         mean = z.mean(1)
         if isinstance(translator, ConceptTranslator):
             linear = translator.first

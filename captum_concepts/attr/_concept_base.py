@@ -18,7 +18,8 @@ from captum_concepts.attr._concept_gradients import ConceptPass, TextSpace, conc
 from captum_concepts.attr._concept_local import read_locally
 from captum_concepts.errors import InputError, LayerError, NotFittedError
 
-_OPTIONS = ("logit_scale", "logit_bias", "probability", "gradient", "n_channels", "fill", "chunk_size", "layout")
+_OPTIONS = ("logit_scale", "logit_bias", "probability", "gradient", "n_channels", "channel_share", "fill", "chunk_size",
+            "layout")  # fmt: skip
 
 
 class ConceptMaps(LayerAttribution):
@@ -33,6 +34,7 @@ class ConceptMaps(LayerAttribution):
     probability: str
     gradient: str
     n_channels: int
+    channel_share: float | None
     fill: str
     chunk_size: int
     layout: str
@@ -40,6 +42,11 @@ class ConceptMaps(LayerAttribution):
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*_OPTIONS, "prefix_tokens")}
+
+    def _share(self) -> float:
+        if self.channel_share is not None:
+            return self.channel_share
+        return ablation.SHARE if self.n_channels == ablation.PUBLISHED else 1.0
 
     def _names(self) -> list[str]:
         if self.concepts is None:
@@ -137,7 +144,9 @@ class ConceptMaps(LayerAttribution):
 
     def _relevance(self, seen: ConceptPass, betas: Sequence[Tensor], index: Tensor) -> Tensor:
         space = self._space(seen.embedding)
-        return ablation.layer_relevance(self.translator, seen.pooled, betas, space, index, self.n_channels)
+        return ablation.layer_relevance(
+            self.translator, seen.pooled, betas, space, index, self.n_channels, self._share()
+        )
 
     def _choice(self, seen: ConceptPass, betas: Sequence[Tensor], index: Tensor) -> Tensor:
         """``(N, J)`` the layer of each concept; of equally relevant ones the last."""
@@ -180,7 +189,7 @@ class ConceptMaps(LayerAttribution):
                 found.append(regions.published_maps(betas, seen.maps, choice, grid))
             if ranks:
                 each = zip(betas, seen.pooled, strict=True)
-                rankings.append([ablation.rank_channels(beta, z, self.n_channels) for beta, z in each])
+                rankings.append([ablation.rank_channels(beta, z, self.n_channels, self._share()) for beta, z in each])
         made = torch.cat(found, 1).detach() if maps else torch.zeros(())
         return made, torch.cat(choices, 1), [torch.cat(parts, 1) for parts in zip(*rankings, strict=True)]
 
