@@ -183,3 +183,17 @@ def test_a_rare_class_is_fitted():
     y = np.where(np.arange(1000) == 13, 2, y)
     result = fit_elastic_net(torch.as_tensor(x), torch.as_tensor(y), 1e-3, tol=1e-6)
     assert result.converged
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.99])
+def test_the_bias_does_not_drift_along_the_shift_of_all_classes(alpha):
+    """Nearly collinear float32 columns: without a gauge the biases reached hundreds and ate the digits."""
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        base = torch.randn(96, 2, generator=draw)
+        x = torch.cat([base, base @ torch.randn(2, 3, generator=draw) + 0.05 * torch.randn(96, 3, generator=draw)], 1)
+        y = (base @ torch.randn(2, 3, generator=draw) + 0.3 * torch.randn(96, 3, generator=draw)).argmax(1)
+        result = fit_elastic_net(x / x.std(0), y, 0.01, alpha=alpha, num_classes=3)
+        assert result.converged
+        assert result.n_iter < 30
+        assert abs(float(torch.as_tensor(result.bias).mean())) < 1e-5

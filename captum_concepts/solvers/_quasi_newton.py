@@ -172,6 +172,15 @@ class ProximalQuasiNewton:
         return here
 
     def _target(self, here: Evaluation, penalty: ElasticNet) -> Tensor:
+        """Where the model of the objective is least."""
+        target = self._least(here, penalty)
+        if target.shape[0] > 1:
+            target = target.clone()
+            # A shift of all biases changes nothing, so nothing holds it: it would eat the arithmetic's digits.
+            target[:, -1] -= target[:, -1].mean()
+        return target
+
+    def _least(self, here: Evaluation, penalty: ElasticNet) -> Tensor:
         metric = self._metric
         if metric is None:
             raise RuntimeError("a point must be evaluated before a step is asked for")
