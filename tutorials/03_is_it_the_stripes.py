@@ -124,7 +124,7 @@ for name in ("striped square", "dotted star", "red circle"):
 
 # %% [markdown]
 # Stripes for the striped square, dots against it; dots for the dotted star, stripes against it; and for the red circle,
-# where any texture goes, an effect near zero. Mind that this is a derivative: where a class is already certain, more of
+# where any texture goes, smaller effects. Mind that this is a derivative: where a class is already certain, more of
 # its own concept adds little.
 #
 # ## Against the truth

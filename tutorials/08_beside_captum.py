@@ -107,7 +107,8 @@ _ = figure.colorbar(scale, ax=axes[1:], shrink=0.8, label="contribution, each ma
 # ## TCAV
 #
 # Captum's `TCAV` learns a vector per concept from whole activations and multiplies it with the gradient. The part that
-# makes the gradient is exchangeable: `layer_attr_method`. Here it is ours, and the scores agree.
+# makes the gradient is exchangeable: `layer_attr_method`. Here it is ours; the second `TCAV` reads the vectors that the
+# first one saved, and the scores are the same.
 
 
 # %%
@@ -140,7 +141,7 @@ with warnings.catch_warnings():
         ("SpatialACV", SpatialACV(model, "layer3")),  # <- the one line
     ):
         torch.manual_seed(0)
-        tcav = TCAV(model, ["layer3"], layer_attr_method=method, save_path=f"cav-{name}")
+        tcav = TCAV(model, ["layer3"], layer_attr_method=method, save_path="cav")
         scores = tcav.interpret(queries, [concepts], target=striped_square)["0-1"]["layer3"]
         print(f"{name:14s} sign {[round(float(s), 2) for s in scores['sign_count']]}")
 

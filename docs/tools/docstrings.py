@@ -38,7 +38,9 @@ def public_paths(package: griffe.Module) -> dict[str, str]:
             continue
         for name, member in room.members.items():
             own = member.is_alias and str(member.target_path).startswith(package.name)
-            if not name.startswith("_") and (own or (room.name == "errors" and member.is_class)):
+            if not name.startswith("_") and (
+                own or (room.name == "errors" and not member.is_alias and member.is_class)
+            ):
                 found.setdefault(name, f"{room.path}.{name}")
     return found
 
