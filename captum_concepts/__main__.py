@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from captum_concepts import __version__
+from captum_concepts.commands.command_line import add_commands, explainer_options, run_command
 from captum_concepts.errors import CaptumConceptsError
 
 EPILOG = """\
@@ -25,6 +26,9 @@ EXPLAIN_EXAMPLES = (
   # which of your words it saw, where, and how much each moved the prediction
   python -m captum_concepts explain photos/ --model resnet50 --weights pretrained --words "stripes, grass, sky" \
       --encoder ViT-B-32 --encoder-weights openai --train images/ --explainer words.safetensors --output out
+  # all of them on one HTML page as well, and kept for later
+  python -m captum_concepts explain photos/ --model resnet50 --weights pretrained --output out --save \
+      --report out/report.html
   # your own network: a function in a Python file that returns a torch.nn.Module taking RGB in [0, 1]
   python -m captum_concepts explain photos/ --model my_model.py:build --layer backbone.layer4 --output out
 
@@ -73,28 +77,15 @@ def parser() -> argparse.ArgumentParser:
         "explain", help="explain your own images", epilog=EXPLAIN_EXAMPLES, formatter_class=raw
     )
     explain.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
-    explain.add_argument(
-        "--model", required=True, help="torchvision or timm name, demo:classifier, demo:vit, or FILE.py:FUNCTION"
-    )
-    explain.add_argument("--weights", help="local .safetensors or .pt file, or 'pretrained' (downloads)")
-    explain.add_argument("--layer", help="dotted name (default: the last layer with a grid that reaches the output)")
-    explain.add_argument("--references", metavar="DIR", help="one folder of images a class: explain the similarity")
-    explain.add_argument("--similarity", default="cosine", choices=("cosine", "dot", "euclidean"))
-    explain.add_argument("--classes", metavar="FILE", help="names of the outputs: text, one a line, or a JSON list")
-    explain.add_argument("--num-classes", type=int, help="outputs of the model, if the weights have another number")
-    words = explain.add_argument_group("words the model saw (CE-FAM)")
-    words.add_argument("--words", help="'stripes, grass, sky', or a file with one word a line")
-    words.add_argument("--encoder", help="image-text model: demo:clip, an open_clip name, or FILE.py:FUNCTION")
-    words.add_argument("--encoder-weights", help="local file or pretrained tag of an open_clip encoder")
-    words.add_argument("--train", metavar="DIR", help="images to train the translator on; no labels needed")
-    words.add_argument("--layers", help="layers the translator reads, separated by commas (default: four stages)")
-    words.add_argument("--explainer", metavar="FILE", help="keep the trained explainer here, and use it if it is there")
+    explainer_options(explain)
     explain.add_argument("--top-k", type=int, default=3, help="concepts shown an image (default: %(default)s)")
-    explain.add_argument("--size", type=int, help="side of the input in pixels (default: the model's own)")
-    explain.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
-    explain.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
     explain.add_argument("--output", required=True, help="folder for the pictures and explanations.json")
+    explain.add_argument("--report", metavar="FILE.html", help="also write one HTML page of all images")
+    explain.add_argument("--title", help="of that page")
+    explain.add_argument("--save", action="store_true", help="also keep each explanation as NAME.safetensors")
     explain.add_argument("--json", action="store_true", help="print explanations.json instead of a table")
+
+    add_commands(commands, epilog=EPILOG, formatter_class=raw)
 
     fit_salf = commands.add_parser(
         "fit-salf",
@@ -116,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(arguments))
     command, as_json = options.pop("command"), options.pop("json")
     try:
-        return {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}[command](options, as_json)
+        own = {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}
+        return own[command](options, as_json) if command in own else run_command(command, options, as_json)
     except CaptumConceptsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -143,6 +135,8 @@ def _explain(options: dict, as_json: bool) -> int:
         for entry in report["explained"]:
             print(f"{entry['image']}: " + ", ".join(f"{name} {score:.3g}" for name, score in entry["top"].items()))
         print(f"{len(report['explained'])} explained at layer {report['layer']}, pictures in {options['output']}")
+        if options["report"] and report["explained"]:
+            print(f"all of them on one page: {options['report']}")
         for entry in report["failed"]:
             print(f"not explained: {entry['image']} ({entry['reason']})", file=sys.stderr)
     if not report["explained"]:

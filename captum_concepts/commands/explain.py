@@ -1,10 +1,11 @@
-"""`explain`: the user's images, the user's model, one picture an image."""
+"""`explain`: the user's images, the user's model, one picture an image; and all of them in one HTML report."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import write_atomically
-from captum_concepts.commands.explainers import build_explainer, readable_images
+from captum_concepts.commands.explainers import Explainer, build_explainer
+from captum_concepts.commands.image_files import readable_images
 from captum_concepts.commands.models import load_model
+from captum_concepts.commands.report import facts, open_report
 from captum_concepts.datasets.images import find_images
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
@@ -22,11 +25,17 @@ from captum_concepts.explanation import ConceptExplanation
 
 @dataclass(frozen=True)
 class ExplainSettings:
-    """What ``explain`` was asked to do; every field is an option of the command line."""
+    """What ``explain`` or ``report`` was asked to do; every field is an option of the command line.
+
+    Args:
+        output: folder for pictures and ``explanations.json``; None writes neither.
+        report: an HTML file; None writes none.
+        save: keep each explanation as ``NAME.safetensors`` in ``output``.
+    """
 
     images: Sequence[str]
     model: str
-    output: str
+    output: str | None = None
     layer: str | None = None
     references: str | None = None
     weights: str | None = None
@@ -43,46 +52,61 @@ class ExplainSettings:
     train: str | None = None
     layers: str | None = None
     explainer: str | None = None
+    report: str | None = None
+    save: bool = False
+    title: str | None = None
 
 
 def explain(settings: ExplainSettings) -> dict[str, Any]:
-    """Explain every readable image and write ``NAME.png`` for each and ``explanations.json`` into the output folder.
+    """Explain every readable image, one after another: pictures, ``explanations.json``, an HTML report.
 
-    With ``words`` (or an ``explainer`` file) the words that the model saw are explained by CE-FAM; with ``references``
-    (one folder a class) the model's embedding is compared with the class prototypes by FAM; without either, the model's
-    own outputs are explained by FAM.
+    With ``words`` (or an ``explainer`` that was saved) concepts are explained by CE-FAM, SpatialACV or SALF-CBM; with
+    ``references`` (one folder a class) the model's embedding is compared with the class prototypes by FAM; without
+    either, the model's own outputs are explained by FAM.
 
     Returns:
         ``{"explained": [...], "failed": [...], ...}``, as written to ``explanations.json``.
 
     Raises:
-        InputError, LayerError: nothing can be explained with these settings.
+        InputError, LayerError, ArtifactError: nothing can be explained with these settings.
     """
     paths = find_images(settings.images)
     if settings.top_k < 1 or settings.batch_size < 1:
         raise InputError("--top-k and --batch-size must be at least 1")
-    out = Path(settings.output)
-    out.mkdir(parents=True, exist_ok=True)
+    out = None if settings.output is None else Path(settings.output)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
     loaded.model.to(settings.device)
     failed: list[dict[str, str]] = []
     explainer = build_explainer(settings, loaded, failed)
-    report: dict[str, Any] = {"model": settings.model, "method": explainer.method, "layer": explainer.layer}
-    report |= {"explained": [], "failed": failed}
+    summary: dict[str, Any] = {"model": settings.model, "method": explainer.method, "layer": explainer.layer}
+    summary |= {"size": loaded.size, "classes": list(explainer.class_names or []), "explained": [], "failed": failed}
     pictures = _picture_names(paths)
-    try:
-        with tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None) as progress:
-            for path, image in readable_images(paths, loaded.size, failed):
-                inputs = loaded.prepare(image[None]).to(settings.device)
-                explanation = explainer.explain(inputs, top_k=settings.top_k).to("cpu")
-                _draw(image, explanation, out / pictures[path], path.name, explainer.class_names)
-                report["explained"].append(
-                    {"image": str(path), "picture": pictures[path], **_entry(explanation, explainer.class_names)}
-                )
-                progress.update()
-    finally:  # also after Ctrl-C: what was done is listed
-        write_atomically(out / "explanations.json", (json.dumps(report, indent=2) + "\n").encode())
-    return report
+    with ExitStack() as stack:
+        if out is not None:  # also after Ctrl-C: what was done is listed
+            stack.callback(lambda: write_atomically(out / "explanations.json", json.dumps(summary, indent=2) + "\n"))
+        page = None
+        if settings.report is not None:
+            page = open_report(settings, explainer.class_names, facts(settings, loaded, explainer), failed)
+            stack.push(page)
+        progress = stack.enter_context(tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None))
+        for path, image in readable_images(paths, loaded.size, failed):
+            inputs = loaded.prepare(image[None]).to(settings.device)
+            explanation = explainer.explain(inputs, top_k=settings.top_k).to("cpu")
+            entry = {"image": str(path), **_entry(explanation, explainer.class_names)}
+            if out is not None:
+                _draw(image, explanation, out / pictures[path], path.name, explainer)
+                entry["picture"] = pictures[path]
+                if settings.save:
+                    entry["explanation"] = Path(pictures[path]).with_suffix(".safetensors").name
+                    explanation.save(out / entry["explanation"])
+                    entry["significant"] = explainer.significant(explanation)
+            if page is not None:
+                page.add(image[None], explanation, path.name, explainer.significant(explanation))
+            summary["explained"].append(entry)
+            progress.update()
+    return summary
 
 
 def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict[str, Any]:
@@ -113,7 +137,9 @@ def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _draw(image: Tensor, explanation: ConceptExplanation, path: Path, title: str, names: Sequence[str] | None) -> None:
+def _draw(image: Tensor, explanation: ConceptExplanation, path: Path, title: str, explainer: Explainer) -> None:
     from captum_concepts.visualization import panel, save_figure
 
-    save_figure(panel(image[None], explanation, top_k=len(explanation.concepts), title=title, class_names=names), path)
+    flags, names = explainer.significant(explanation), explainer.class_names
+    k = len(explanation.concepts)
+    save_figure(panel(image[None], explanation, top_k=k, title=title, class_names=names, significant=flags), path)

@@ -1,25 +1,24 @@
-"""From the options of ``explain`` to something that explains an image."""
+"""From the options of a command to something that explains an image."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_concepts.activations.survey import suggest_layer, suggest_stages
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.attr.feature_activation_map import FeatureActivationMap
+from captum_concepts.commands.image_files import Failed, ImageFiles, readable_images
 from captum_concepts.commands.models import LoadedModel, load_encoder, read_names, without_head
-from captum_concepts.datasets.images import class_folders, load_image
-from captum_concepts.errors import CaptumConceptsError, InputError
+from captum_concepts.commands.saved_explainers import format_of, load_acv, load_salf
+from captum_concepts.datasets.images import class_folders, find_images
+from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
-
-Failed = list[dict[str, str]]
 
 
 class Settings(Protocol):
@@ -32,7 +31,7 @@ class Settings(Protocol):
     classes: str | None
     similarity: str
     batch_size: int
-    words: str | None
+    words: Any
     encoder: str | None
     encoder_weights: str | None
     train: str | None
@@ -47,19 +46,52 @@ class Explainer:
         explain: ``(inputs, top_k=)`` to a :class:`ConceptExplanation`.
         method, layer: for the report.
         class_names: what a target index means, or None.
+        concepts: the names that it can explain.
+        maps: ``(inputs, columns)`` to ``(N, k, h, w)``, the maps of the concepts ``columns (N, k)`` of each image.
+        model, looks_at: a model and a layer whose activations show where anything is seen at all.
+        encoded: for each concept whether the layer encodes it, where that was tested.
     """
 
     explain: Callable[..., ConceptExplanation]
     method: str
     layer: str
     class_names: Sequence[str] | None
+    concepts: Sequence[str]
+    maps: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module
+    looks_at: str
+    encoded: Mapping[str, bool] | None = None
+
+    def significant(self, explanation: ConceptExplanation) -> list[bool] | None:
+        """Flags for the concepts of ``explanation``, as the pictures take them."""
+        return None if self.encoded is None else [self.encoded[name] for name in explanation.concepts]
+
+
+def one_by_one(method: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Maps by a method whose ``attribute`` takes one concept an image."""
+    return lambda inputs, columns: torch.cat([method.attribute(inputs, target=c) for c in columns.T], 1)
+
+
+def all_at_once(maps: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Maps by a method that gives those of all concepts at the price of one."""
+
+    def picked(inputs: Tensor, columns: Tensor) -> Tensor:
+        found = maps(inputs)
+        return found[torch.arange(len(found), device=found.device)[:, None], columns.to(found.device)]
+
+    return picked
 
 
 def build_explainer(settings: Any, loaded: LoadedModel, failed: Failed) -> Explainer:
-    """CE-FAM where words or a saved explainer are given, FAM otherwise."""
-    if settings.words is not None or settings.explainer is not None:
-        return _words(settings, loaded)
+    """What was saved, or CE-FAM where words are given, or else FAM."""
     probe = _probe(loaded)
+    saved = None if settings.explainer is None else Path(settings.explainer)
+    if saved is not None and saved.is_dir():
+        return _bottleneck(saved, loaded)
+    if saved is not None and saved.is_file() and format_of(saved) == "SpatialACV":
+        return _vectors(saved, settings, loaded, probe)
+    if settings.words is not None or saved is not None:
+        return _words(settings, loaded, probe, failed)
     if settings.references is None:
         return _outputs(settings, loaded, probe)
     return _prototypes(settings, loaded, probe, failed)
@@ -88,7 +120,7 @@ def _outputs(settings: Settings, loaded: LoadedModel, probe: Tensor) -> Explaine
     layer = settings.layer or suggest_layer(loaded.model, probe)
     bank = torch.eye(outputs.shape[1], device=probe.device)
     fam = FeatureActivationMap(loaded.model, layer, bank, reference_names=names, similarity="dot", weights="gradient")
-    return Explainer(fam.explain, fam.get_name(), layer, names)
+    return Explainer(fam.explain, fam.get_name(), layer, names, names, one_by_one(fam), loaded.model, layer)
 
 
 def _prototypes(settings: Settings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
@@ -104,67 +136,94 @@ def _prototypes(settings: Settings, loaded: LoadedModel, probe: Tensor, failed: 
         names.append(name)
     layer = settings.layer or suggest_layer(model, probe)
     fam = FeatureActivationMap(model, layer, torch.cat(rows), reference_names=names, similarity=settings.similarity)
-    return Explainer(fam.explain, fam.get_name(), layer, names)
+    return Explainer(fam.explain, fam.get_name(), layer, names, names, one_by_one(fam), model, layer)
 
 
-def _words(settings: Settings, loaded: LoadedModel) -> Explainer:
+def _vectors(file: Path, settings: Settings, loaded: LoadedModel, probe: Tensor) -> Explainer:
+    """Concept vectors of ``fit-concepts --concepts``."""
+    if settings.words is not None:
+        raise InputError(f"{file} holds concept vectors, whose concepts are fixed; leave --words out")
+    acv = load_acv(file, loaded.model)
+    with torch.no_grad():
+        names = _class_names(settings, loaded, loaded.model(probe).shape[1])
+    flags = None if acv.significant_ is None else dict(zip(acv.concept_names, acv.significant_.tolist(), strict=True))
+    return Explainer(
+        acv.explain, acv.get_name(), acv.layer, names, acv.concept_names, all_at_once(acv.relevance), loaded.model,
+        acv.layer, flags,
+    )  # fmt: skip
+
+
+def _bottleneck(folder: Path, loaded: LoadedModel) -> Explainer:
+    """A model of ``fit-salf`` on its backbone."""
+    salf = load_salf(folder, loaded.model)
+    return Explainer(
+        salf.explain, "SALF-CBM", salf.layer, salf.class_names, list(salf.concepts), all_at_once(salf.concept_maps),
+        loaded.model, salf.layer,
+    )  # fmt: skip
+
+
+def _words(settings: Settings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
     """Words the model saw: a translator to an image-text model, read from a file or trained on a folder of images."""
-    probe = _probe(loaded)
     file = None if settings.explainer is None else Path(settings.explainer)
     if file is not None and file.is_file():
         made = ConceptFusionMap.load(file, loaded.model)
         if settings.words is not None:
-            made = made.with_concepts(_word_list(settings.words), _encoder(settings))
+            made = made.with_concepts(word_list(settings.words), encoder_of(settings))
     else:
         if settings.words is None or settings.train is None:
             missing = f"no explainer file at {file}; " if file else ""
             raise InputError(
                 f"{missing}to train one, give --words, --encoder and --train DIR (some thousand such images)"
             )
-        layers = settings.layers.split(",") if settings.layers else suggest_stages(loaded.model, probe)
-        made = ConceptFusionMap.fit(
-            loaded.model,
-            layers,
-            _encoder(settings),
-            settings.train,
-            _word_list(settings.words),
-            image_size=loaded.size,
-            model_transform=loaded.prepare,
-            batch_size=settings.batch_size,
-            layer="fused",
-            show_progress=True,
-        )
+        made = fit_words(settings, loaded, failed)
         if file is not None:
             made.save(file)
+    if made.concepts is None:
+        raise InputError(f"{file} was fitted without words; give --words and --encoder")
     with torch.no_grad():
         outputs = loaded.model(probe)
     names = _class_names(settings, loaded, outputs.shape[1])
-    return Explainer(made.explain, made.get_name(), str(made.layer), names)
+    last = made.layers[-1] if isinstance(made.layers[-1], str) else suggest_layer(loaded.model, probe)
+    return Explainer(
+        made.explain, made.get_name(), str(made.layer), names, list(made.concepts), one_by_one(made), loaded.model, last
+    )
 
 
-def _encoder(settings: Settings) -> Any:
+def fit_words(settings: Settings, loaded: LoadedModel, failed: Failed) -> ConceptFusionMap:
+    """CE-FAM trained on the images below ``settings.train``, with the words of ``settings.words``, if any."""
+    encoder = encoder_of(settings)
+    words = None if settings.words is None else word_list(settings.words)
+    layers = settings.layers.split(",") if settings.layers else suggest_stages(loaded.model, _probe(loaded))
+    images = ImageFiles(find_images(settings.train or ""), loaded.size, failed, what="training images")
+    made: ConceptFusionMap = ConceptFusionMap.fit(
+        loaded.model,
+        layers,
+        encoder,
+        images,
+        words,
+        image_size=loaded.size,
+        model_transform=loaded.prepare,
+        batch_size=settings.batch_size,
+        layer="fused",
+        show_progress=True,
+    )
+    return made
+
+
+def encoder_of(settings: Settings) -> Any:
+    """The image-text model of ``--encoder``."""
     if settings.encoder is None:
         raise InputError("--words needs --encoder: demo:clip, an open_clip name, or FILE.py:FUNCTION")
     return load_encoder(settings.encoder, settings.encoder_weights)
 
 
-def _word_list(words: str) -> list[str]:
-    """Words of a file, or of a text separated by commas."""
+def word_list(words: str | Sequence[str]) -> list[str]:
+    """Words of a file, of a text separated by commas, or as they are."""
+    if not isinstance(words, str):
+        return list(words)
     if Path(words).is_file():
         return read_names(words)
     found = [word.strip() for word in words.split(",") if word.strip()]
     if not found:
         raise InputError(f"--words {words!r} names no word and is no file; give 'stripes, grass, sky' or a file")
     return found
-
-
-def readable_images(paths: Sequence[Path], size: int, failed: Failed) -> Iterator[tuple[Path, Tensor]]:
-    """Each readable image; the others go to ``failed`` and to stderr."""
-    for path in paths:
-        try:
-            image = load_image(path, size)
-        except CaptumConceptsError as error:
-            failed.append({"image": str(path), "reason": str(error)})
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        yield path, image

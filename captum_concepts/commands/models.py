@@ -41,7 +41,12 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, weights: str | None = None, size: int | None = None, num_classes: int | None = None
+    name: str,
+    *,
+    weights: str | None = None,
+    size: int | None = None,
+    num_classes: int | None = None,
+    random_weights: bool = False,
 ) -> LoadedModel:
     """A model by name or from a Python file.
 
@@ -52,6 +57,7 @@ def load_model(
             downloads them.
         size: input side; None takes the model's own, or 224.
         num_classes: outputs of the model, where the weights have another number than the name.
+        random_weights: a zoo's model without ``weights`` gets random ones, instead of being refused.
 
     Raises:
         InputError: unknown name, missing weights, or weights that do not fit.
@@ -61,7 +67,7 @@ def load_model(
     elif ".py:" in name:
         loaded = LoadedModel(_from_python(name), 224)
     else:
-        loaded = _from_zoo(name, weights, num_classes)
+        loaded = _from_zoo(name, weights, num_classes, random_weights)
     model = loaded.model.eval().requires_grad_(False)
     return LoadedModel(model, size or loaded.size, loaded.mean, loaded.std, loaded.classes)
 
@@ -99,7 +105,7 @@ def _call_python(spec: str) -> Any:
     return make()
 
 
-def _from_zoo(name: str, weights: str | None, num_classes: int | None) -> LoadedModel:
+def _from_zoo(name: str, weights: str | None, num_classes: int | None, random_weights: bool = False) -> LoadedModel:
     import timm
     import torchvision
 
@@ -109,7 +115,7 @@ def _from_zoo(name: str, weights: str | None, num_classes: int | None) -> Loaded
         raise InputError(
             f"neither torchvision nor timm has a model {name!r}.{hint} A file is given as FILE.py:FUNCTION"
         )
-    if weights is None:
+    if weights is None and not random_weights:
         raise InputError(
             f"{name} has random weights unless you say --weights FILE (local .safetensors or .pt), or --weights "
             "pretrained (downloads them)"
@@ -124,7 +130,7 @@ def _from_zoo(name: str, weights: str | None, num_classes: int | None) -> Loaded
         model = timm.create_model(name, pretrained=pretrained, **options)
         config = timm.data.resolve_model_data_config(model)
         loaded = LoadedModel(model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
-    if not pretrained:
+    if weights is not None and not pretrained:
         _load_weights(model, Path(weights), name)
     return loaded
 

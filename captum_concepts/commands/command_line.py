@@ -1,0 +1,238 @@
+"""Options of the commands, and what they print. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_MODEL = "torchvision or timm name, demo:classifier, demo:vit, or FILE.py:FUNCTION"
+
+_MODELS = r"""examples:
+  # which layers there are, and which to choose (no weights needed)
+  python -m captum_concepts models resnet50
+  # your own network: a function in a Python file that returns a torch.nn.Module
+  python -m captum_concepts models my_model.py:build --all --json
+  # names of models
+  python -m captum_concepts models --find 'convnext*'
+
+"""
+_FIT_CONCEPTS = r"""examples:
+  # concept vectors (SpatialACV): concepts/striped/*.jpg, concepts/dotted/*.jpg, ...; is it there at all?
+  python -m captum_concepts fit-concepts --model resnet50 --weights FILE.safetensors --concepts concepts/ \
+      --negatives other_images/ --layer layer3 --output textures.safetensors
+  # words (CE-FAM): a translator from the network to an image-text model, trained on images without labels
+  python -m captum_concepts fit-concepts --model resnet50 --weights pretrained --train images/ \
+      --words "stripes, grass, sky" --encoder ViT-B-32 --encoder-weights openai --output words.safetensors
+  # then
+  python -m captum_concepts explain photos/ --model resnet50 --weights pretrained --explainer words.safetensors \
+      --output out
+
+"""
+_EVALUATE = r"""examples:
+  # your own masks: DIR/images/*.jpg, DIR/masks/*.png (pixel = id), DIR/classes.json {"1": "dog", ...}
+  python -m captum_concepts evaluate DIR --model resnet50 --weights FILE.safetensors --explainer words.safetensors
+  # words of the data set itself, into a table
+  python -m captum_concepts evaluate VOC2012/ --format voc --model resnet50 --weights pretrained \
+      --explainer words.safetensors --encoder ViT-B-32 --encoder-weights openai --output table.md
+  # try it without any data
+  python -m captum_concepts evaluate demo:scenes:50 --model demo:classifier --explainer words.safetensors
+
+The table has a row for maps that know no concept: activation energy, a Gaussian in the centre, noise.
+"""
+_REPORT = r"""examples:
+  # explain now, into one HTML file that opens anywhere
+  python -m captum_concepts report photos/ --model resnet50 --weights pretrained --output report.html
+  # words, regions and contributions
+  python -m captum_concepts report photos/ --model resnet50 --weights pretrained --explainer words.safetensors \
+      --output report.html
+  # of what was saved before: the output folder of 'explain --save', or a file of ConceptExplanation.save and its images
+  python -m captum_concepts report --explanations out --output report.html
+  python -m captum_concepts report a.jpg b.jpg --explanations two.safetensors --output report.html
+
+"""
+
+
+def add_commands(commands: Any, **shared: Any) -> None:
+    """Put ``models``, ``fit-concepts``, ``evaluate`` and ``report`` on the command line.
+
+    Args:
+        commands: what ``ArgumentParser.add_subparsers`` returned.
+        shared: ``formatter_class``, and ``epilog``, which follows the examples.
+    """
+    epilog = shared.pop("epilog")
+    listing = commands.add_parser("models", help="list the layers of a model", epilog=_MODELS + epilog, **shared)
+    listing.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL)
+    listing.add_argument("--find", metavar="PATTERN", help="list names of models instead, such as 'resnet*'")
+    listing.add_argument("--weights", help="local .safetensors or .pt file, 'pretrained' (downloads); default: random")
+    listing.add_argument("--num-classes", type=int, help="outputs of the model, if the weights have another number")
+    listing.add_argument("--size", type=int, help="side of the input in pixels (default: the model's own)")
+    listing.add_argument("--all", action="store_true", help="also the layers inside blocks")
+    _json(listing, "print as JSON")
+
+    fit = commands.add_parser(
+        "fit-concepts",
+        help="learn concepts from folders of images, or words from an image-text model",
+        epilog=_FIT_CONCEPTS + epilog,
+        **shared,
+    )
+    model_options(fit)
+    vectors = fit.add_argument_group("from folders (SpatialACV)")
+    vectors.add_argument("--concepts", metavar="DIR", help="one folder of images a concept; 20 or more images each")
+    vectors.add_argument("--negatives", metavar="DIR", help="images without them (default: the other concepts)")
+    vectors.add_argument("--layer", help="dotted name (default: the last layer with a grid that reaches the output)")
+    vectors.add_argument("--n-random", type=int, default=20, help="permutations of the test, 0 for none (%(default)s)")
+    vectors.add_argument("--seed", type=int, default=0, help="of the test and the row sample (default: %(default)s)")
+    word_options(fit)
+    fit.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file, for --explainer")
+    _json(fit, "print what was fitted as JSON")
+
+    measure = commands.add_parser(
+        "evaluate", help="measure an explainer against masks", epilog=_EVALUATE + epilog, **shared
+    )
+    measure.add_argument("data", metavar="DATA", help="folder of the data set, or demo:scenes:N")
+    measure.add_argument("--format", default="folder", help="folder, voc, broden, imagenet-s, coco (%(default)s)")
+    measure.add_argument("--split", help="of the data set, such as val")
+    measure.add_argument("--metrics", default="nra,nra_exact,specificity,epg", help="(default: %(default)s)")
+    measure.add_argument("--limit", type=int, metavar="N", help="the first N images only")
+    measure.add_argument("--min-area", type=float, default=0.0, help="least share of an image a concept must cover")
+    measure.add_argument("--no-baselines", dest="baselines", action="store_false", help="the explainer's row alone")
+    measure.add_argument("--n-bootstrap", type=int, default=1000, help="resamples of the intervals (%(default)s)")
+    measure.add_argument("--seed", type=int, default=0, help="of the resamples and scenes (default: %(default)s)")
+    explainer_options(measure)
+    measure.add_argument("--output", metavar="FILE", help="also write the table: .csv, .json or .md")
+    _json(measure, "print the table as JSON")
+
+    page = commands.add_parser("report", help="explanations as one HTML file", epilog=_REPORT + epilog, **shared)
+    page.add_argument("images", nargs="*", metavar="IMAGE", help="image files or folders")
+    page.add_argument("--explanations", metavar="PATH", help="show these instead of explaining anew")
+    explainer_options(page, required=False)
+    page.add_argument("--top-k", type=int, default=8, help="concepts shown an image (default: %(default)s)")
+    page.add_argument("--title", help="of the page")
+    page.add_argument("--output", dest="report", required=True, metavar="FILE", help="the HTML file")
+    _json(page, "print what was explained as JSON")
+
+
+def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Which model, with which weights, on which device."""
+    parser.add_argument("--model", required=required, help=_MODEL)
+    parser.add_argument("--weights", help="local .safetensors or .pt file, or 'pretrained' (downloads)")
+    parser.add_argument("--num-classes", type=int, help="outputs of the model, if the weights have another number")
+    parser.add_argument("--size", type=int, help="side of the input in pixels (default: the model's own)")
+    parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+
+
+def word_options(parser: argparse.ArgumentParser) -> Any:
+    """What CE-FAM is trained from."""
+    words = parser.add_argument_group("words the model saw (CE-FAM)")
+    words.add_argument("--words", help="'stripes, grass, sky', or a file with one word a line")
+    words.add_argument("--encoder", help="image-text model: demo:clip, an open_clip name, or FILE.py:FUNCTION")
+    words.add_argument("--encoder-weights", help="local file or pretrained tag of an open_clip encoder")
+    words.add_argument("--train", metavar="DIR", help="images to train the translator on; no labels needed")
+    words.add_argument("--layers", help="layers the translator reads, separated by commas (default: four stages)")
+    return words
+
+
+def explainer_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Which model is explained, and how."""
+    model_options(parser, required=required)
+    parser.add_argument("--layer", help="dotted name (default: the last layer with a grid that reaches the output)")
+    parser.add_argument("--references", metavar="DIR", help="one folder of images a class: explain the similarity")
+    parser.add_argument("--similarity", default="cosine", choices=("cosine", "dot", "euclidean"))
+    parser.add_argument("--classes", metavar="FILE", help="names of the outputs: text, one a line, or a JSON list")
+    word_options(parser).add_argument(
+        "--explainer",
+        metavar="PATH",
+        help="what fit-concepts or fit-salf saved; a file that is not there yet keeps the words trained now",
+    )
+
+
+def run_command(name: str, options: dict[str, Any], as_json: bool) -> int:
+    """Run one of the commands of this module; gives the exit code."""
+    runs: dict[str, Callable[[dict[str, Any], bool], int]] = {
+        "models": _models, "fit-concepts": _fit_concepts, "evaluate": _evaluate, "report": _report,
+    }  # fmt: skip
+    try:
+        return runs[name](options, as_json)
+    except OSError as error:  # a missing folder, a full or read-only disk: what is there is whole
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _models(options: dict[str, Any], as_json: bool) -> int:
+    from captum_concepts.commands.list_layers import ModelsSettings, find_models, list_layers, table
+
+    if options["find"] is not None:
+        names = find_models(options["find"])
+        lines = [f"{source}: {', '.join(found)}" for source, found in names.items() if found]
+        print(json.dumps(names, indent=2) if as_json else "\n".join(lines))
+        return 0
+    found = list_layers(ModelsSettings(**options))
+    print(json.dumps(found, indent=2) if as_json else table(found))
+    return 0
+
+
+def _fit_concepts(options: dict[str, Any], as_json: bool) -> int:
+    from captum_concepts.commands.fit_concepts import FitConceptsSettings, fit_concepts
+
+    fitted = fit_concepts(FitConceptsSettings(**options))
+    text = fitted.pop("text")
+    print(json.dumps(fitted, indent=2) if as_json else f"{text}\nwritten to {fitted['output']}")
+    return _named(fitted["failed"], "not used")
+
+
+def _evaluate(options: dict[str, Any], as_json: bool) -> int:
+    from captum_concepts.commands.evaluate import EvaluateSettings, evaluate_command
+
+    table, summary = evaluate_command(EvaluateSettings(**options))
+    if as_json:
+        print(json.dumps({**summary, **json.loads(table.to_json())}, indent=2))
+    else:
+        counts = f"{summary['images']} images, {summary['regions']} regions of {len(summary['matched'])} concepts"
+        print(f"{table}\n{counts}; layer {summary['layer']}")
+    return _named(summary["failed"], "not measured")
+
+
+def _report(options: dict[str, Any], as_json: bool) -> int:
+    from captum_concepts.errors import InputError
+
+    saved = options.pop("explanations")
+    if saved is None:
+        from captum_concepts.commands.explain import ExplainSettings, explain
+
+        missing = [what for what, given in (("--model", options["model"]), ("IMAGE", options["images"])) if not given]
+        if missing:
+            raise InputError(f"give {' and '.join(missing)}, or --explanations PATH")
+        made = explain(ExplainSettings(**options))
+        done = len(made["explained"])
+    else:
+        from captum_concepts.commands.models import read_names
+        from captum_concepts.commands.report import SavedSettings, report_saved
+
+        names = None if options["classes"] is None else read_names(options["classes"])
+        kept = {key: options[key] for key in ("report", "images", "title", "model", "size", "top_k")}
+        made = report_saved(SavedSettings(saved, class_names=names, **kept))
+        done = made["explained"]
+    if as_json:
+        print(json.dumps(made, indent=2))
+    elif done:
+        print(f"{done} explained in {options['report']}")
+    code = _named(made["failed"], "not explained")
+    if not done:
+        print("error: no image could be explained", file=sys.stderr)
+        return 2
+    return code
+
+
+def _named(failed: list[dict[str, str]], what: str) -> int:
+    """Name what failed on stderr; the exit code that says so."""
+    for entry in failed:
+        print(f"{what}: {entry['image']} ({entry['reason']})", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _json(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--json", action="store_true", help=help_text)

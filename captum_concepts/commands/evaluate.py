@@ -1,0 +1,228 @@
+"""`evaluate`: how well an explainer finds the concepts of a data set with masks, beside maps that know nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_concepts.activations import spatial_activations
+from captum_concepts.commands.explainers import Explainer, build_explainer
+from captum_concepts.commands.image_files import Failed, note_failure
+from captum_concepts.commands.models import LoadedModel, load_model
+from captum_concepts.datasets import (
+    Broden,
+    CaptionedScenes,
+    COCOPanoptic,
+    ImageNetS,
+    MaskFolder,
+    PascalVOC,
+    SegmentationDataset,
+)
+from captum_concepts.errors import CaptumConceptsError, InputError, did_you_mean
+from captum_concepts.metrics import CenterGaussian, RandomMaps, activation_energy, evaluate
+from captum_concepts.metrics.evaluation import METRICS
+from captum_concepts.metrics.table import EvaluationTable
+
+FORMATS: dict[str, Callable[..., SegmentationDataset]] = {
+    "folder": MaskFolder, "voc": PascalVOC, "broden": Broden, "imagenet-s": ImageNetS, "coco": COCOPanoptic,
+}  # fmt: skip
+SCORE_METRICS = ("average_drop", "increase_in_confidence", "insertion", "deletion")
+MASK_METRICS = tuple(name for name in METRICS if name not in SCORE_METRICS)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What ``evaluate`` was asked to do; every field is an option of the command line."""
+
+    data: str
+    model: str
+    format: str = "folder"
+    split: str | None = None
+    metrics: str = "nra,nra_exact,specificity,epg"
+    limit: int | None = None
+    min_area: float = 0.0
+    baselines: bool = True
+    n_bootstrap: int = 1000
+    seed: int = 0
+    output: str | None = None
+    layer: str | None = None
+    references: str | None = None
+    weights: str | None = None
+    classes: str | None = None
+    similarity: str = "cosine"
+    size: int | None = None
+    num_classes: int | None = None
+    batch_size: int = 8
+    device: str = "cpu"
+    words: Any = None
+    encoder: str | None = None
+    encoder_weights: str | None = None
+    train: str | None = None
+    layers: str | None = None
+    explainer: str | None = None
+
+
+def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[str, Any]]:
+    """Measure the maps of every concept that data set and explainer have in common, by name.
+
+    All concepts of an image are one example, so that intervals resample images.
+
+    Returns:
+        The table, and ``{"data", "images", "matched", "unmatched", "failed", ...}``.
+
+    Raises:
+        InputError: no data, an unknown metric or format, no concept in common.
+    """
+    metrics = _metric_names(settings.metrics)
+    write = _writer(settings.output)
+    if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
+        raise InputError("--batch-size and --limit must be at least 1")
+    loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
+    loaded.model.to(settings.device)
+    data, known = open_data(settings, loaded.size)
+    if settings.words is None and settings.encoder is not None:
+        settings = replace(settings, words=known)  # the data set's own names
+    failed: Failed = []
+    explainer = build_explainer(settings, loaded, failed)
+    columns = match_names(known, explainer.concepts)
+    matched = [known[row] for row in columns]
+    if not matched:
+        raise InputError(
+            f"no name of the data set ({', '.join(known[:8])}, ...) is one of the explainer's "
+            f"({', '.join(list(explainer.concepts)[:8])}, ...); give --words, or --classes with the data set's names"
+        )
+    print(f"{len(matched)} of the {len(known)} concepts of the data set can be explained", file=sys.stderr)
+    total = len(data) if settings.limit is None else min(settings.limit, len(data))
+    counts = {"images": 0, "regions": 0}
+    examples = _examples(data, total, columns, failed, counts)
+    bar = tqdm(examples, total=total, desc="evaluate", unit="image", file=sys.stderr, disable=None)
+    table = evaluate(
+        _rows(explainer, loaded, settings.baselines), bar, metrics, batch_size=settings.batch_size,
+        n_bootstrap=settings.n_bootstrap, seed=settings.seed, device=settings.device,
+    )  # fmt: skip
+    summary = {
+        "data": settings.data, "model": settings.model, "method": explainer.method, "layer": explainer.layer, **counts,
+        "matched": matched, "unmatched": [name for i, name in enumerate(known) if i not in columns], "failed": failed,
+    }  # fmt: skip
+    if write is not None:
+        write(table)
+    return table, summary
+
+
+def open_data(settings: EvaluateSettings, size: int) -> tuple[Any, list[str]]:
+    """The data set, its images cut to the model's size, and the names of its concepts."""
+    if settings.data.startswith("demo:"):
+        number = settings.data.removeprefix("demo:scenes:")
+        if not number.isdigit() or int(number) < 1:
+            raise InputError(f"{settings.data!r} is not demo:scenes:N, N a number of scenes")
+        scenes = CaptionedScenes(int(number), seed=settings.seed + 1_000_003, size=size)
+        return scenes, list(scenes.concepts)
+    if settings.format not in FORMATS:
+        raise InputError(f"--format {settings.format!r} is none of {', '.join(FORMATS)}")
+    options: dict[str, Any] = {"size": size, "min_area": settings.min_area}
+    if settings.split is not None:
+        if settings.format == "folder":
+            raise InputError("a folder of images/ and masks/ has no --split")
+        options["split"] = settings.split
+    data = FORMATS[settings.format](settings.data, **options)
+    return data, list(data.concepts)
+
+
+def match_names(known: Sequence[str], explained: Sequence[str]) -> dict[int, int]:
+    """For each name of the data set that the explainer has, its column there; case, ``_`` and ``-`` do not count.
+
+    A comma separates synonyms, as in ImageNet's class names.
+
+    >>> match_names(["Dog", "traffic light", "sea"], ["n/a", "traffic_light", "dog, domestic dog"])
+    {0: 2, 1: 1}
+    """
+    columns: dict[str, int] = {}
+    for column, name in enumerate(explained):
+        for part in (name, *name.split(",")):
+            columns.setdefault(_plain(part), column)
+    return {row: columns[_plain(name)] for row, name in enumerate(known) if _plain(name) in columns}
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _examples(
+    data: Any, total: int, columns: dict[int, int], failed: Failed, counts: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    """One image with the masks of the concepts it shows; unreadable ones are named and left out."""
+    for i in range(total):
+        try:
+            item = data[i]
+        except (CaptumConceptsError, OSError) as error:
+            note_failure(f"image {i}", error, failed)
+            continue
+        if isinstance(data, CaptionedScenes):
+            rows = torch.nonzero(item.presence).flatten().tolist()
+            masks, ignore = item.masks[rows], None
+        else:
+            rows, masks, ignore = torch.as_tensor(item.target).tolist(), item.masks, item.ignore
+        kept = [k for k, row in enumerate(rows) if row in columns]
+        if not kept:
+            continue
+        counts["images"] += 1
+        counts["regions"] += len(kept)
+        target = torch.tensor([columns[rows[k]] for k in kept])
+        yield {"inputs": item.image, "masks": masks[kept], "ignore": ignore, "target": target}
+
+
+def _rows(explainer: Explainer, loaded: LoadedModel, baselines: bool) -> dict[str, Callable[..., Tensor]]:
+    """The explainer and, under it, what knows no concept: each gives (N, k, h, w)."""
+
+    def maps(inputs: Tensor, target: Tensor) -> Tensor:
+        return explainer.maps(loaded.prepare(inputs), target)
+
+    def energy(inputs: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = spatial_activations(explainer.model, loaded.prepare(inputs), [explainer.looks_at])
+        return activation_energy(seen.maps[0])[:, None].expand(-1, target.shape[1], -1, -1)
+
+    def centre(inputs: Tensor, target: Tensor) -> Tensor:
+        return CenterGaussian(n_maps=target.shape[1])(inputs)
+
+    def noise(inputs: Tensor, target: Tensor) -> Tensor:
+        return RandomMaps(n_maps=target.shape[1])(inputs)
+
+    rows: dict[str, Callable[..., Tensor]] = {explainer.method: maps}
+    return rows | ({"activation energy": energy, "centre Gaussian": centre, "random": noise} if baselines else {})
+
+
+def _metric_names(given: str) -> list[str]:
+    names = list(dict.fromkeys(part.strip() for part in given.split(",") if part.strip()))
+    for name in names:
+        if name in SCORE_METRICS:
+            raise InputError(f"{name} measures a score, not a region; call captum_concepts.metrics.{name} from Python")
+        if name not in MASK_METRICS:
+            hint = did_you_mean(name, MASK_METRICS)
+            raise InputError(f"no metric {name!r}; there are {', '.join(MASK_METRICS)}.{hint}")
+    if not names:
+        raise InputError(f"--metrics names none; there are {', '.join(MASK_METRICS)}")
+    return names
+
+
+def _writer(output: str | None) -> Callable[[EvaluationTable], Any] | None:
+    """How a table is written, by suffix; asked before the work starts."""
+    if output is None:
+        return None
+    path = Path(output)
+    writers: dict[str, Callable[[EvaluationTable], Any]] = {
+        ".csv": lambda table: table.to_csv(path),
+        ".json": lambda table: table.to_json(path),
+        ".md": lambda table: table.to_markdown(path),
+    }
+    if path.suffix.lower() not in writers:
+        raise InputError(f"--output {output!r} must end in {', '.join(writers)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return writers[path.suffix.lower()]

@@ -1,0 +1,125 @@
+"""`fit-concepts`: vectors from folders of images (SpatialACV), or words through an image-text model (CE-FAM)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captum_concepts.activations.survey import suggest_layer
+from captum_concepts.attr.spatial_acv import SpatialACV
+from captum_concepts.commands.explainers import fit_words
+from captum_concepts.commands.image_files import Failed, ImageFiles
+from captum_concepts.commands.models import LoadedModel, load_model
+from captum_concepts.datasets.images import class_folders, find_images
+from captum_concepts.errors import InputError
+
+
+@dataclass(frozen=True)
+class FitConceptsSettings:
+    """What ``fit-concepts`` was asked to do; every field is an option of the command line."""
+
+    model: str
+    output: str
+    weights: str | None = None
+    size: int | None = None
+    num_classes: int | None = None
+    batch_size: int = 8
+    device: str = "cpu"
+    concepts: str | None = None
+    negatives: str | None = None
+    layer: str | None = None
+    n_random: int = 20
+    seed: int = 0
+    words: str | None = None
+    encoder: str | None = None
+    encoder_weights: str | None = None
+    train: str | None = None
+    layers: str | None = None
+
+
+def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
+    """Fit, and write one file that ``explain``, ``report`` and ``evaluate`` take as ``--explainer``.
+
+    Returns:
+        ``{"method", "output", "seconds", "failed", ...}``; for vectors, ``"concepts"`` with accuracy, interval, p-value
+        and whether the layer encodes each; for words, ``"words"``, ``"layers"`` and the last losses.
+
+    Raises:
+        InputError, LayerError: nothing can be fitted with these settings.
+    """
+    if (settings.concepts is None) == (settings.train is None):
+        raise InputError(
+            "give either --concepts DIR (one folder of images a concept), or --train DIR with --encoder and --words"
+        )
+    out = Path(settings.output)
+    if out.is_dir():
+        raise InputError(f"output {out} is a folder; give the name of a file, such as {out / 'concepts.safetensors'}")
+    if settings.batch_size < 1:
+        raise InputError("--batch-size must be at least 1")
+    loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
+    loaded.model.to(settings.device)
+    failed: Failed = []
+    started = time.monotonic()
+    made = _vectors(settings, loaded, failed) if settings.concepts is not None else _words(settings, loaded, failed)
+    explainer = made.pop("explainer")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    explainer.save(out)
+    seconds = round(time.monotonic() - started, 1)
+    return {"method": explainer.get_name(), "model": settings.model, "output": str(out), "seconds": seconds, **made,
+            "failed": failed}  # fmt: skip
+
+
+def _vectors(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed) -> dict[str, Any]:
+    if settings.words is not None or settings.layers is not None:
+        raise InputError("--words and --layers go with --train; for --concepts DIR give one --layer")
+    device = next(loaded.model.parameters(), torch.zeros(())).device
+
+    def on_device(image: torch.Tensor) -> torch.Tensor:
+        return loaded.prepare(image).to(device)
+
+    def files(paths: list[Path], what: str) -> ImageFiles:
+        return ImageFiles(paths, loaded.size, failed, transform=on_device, what=what)
+
+    folders = class_folders(settings.concepts or "")
+    concepts = {name: files(paths, f"concept {name!r}") for name, paths in folders.items()}
+    negatives = None if settings.negatives is None else files(find_images(settings.negatives), "negatives")
+    if negatives is None and len(concepts) == 1:
+        raise InputError(f"{settings.concepts} holds one concept only; say what it is told from: --negatives DIR")
+    layer = settings.layer or suggest_layer(
+        loaded.model, torch.full((1, 3, loaded.size, loaded.size), 0.5, device=device)
+    )
+    acv = SpatialACV(loaded.model, layer, batch_size=settings.batch_size)
+    acv.fit(concepts, negatives, n_random=settings.n_random, seed=settings.seed, show_progress=True)
+    rows = []
+    for k, name in enumerate(acv.concept_names):
+        low, high = acv.confidence_intervals_[k].tolist()
+        rows.append(
+            {
+                "name": name,
+                "images": len(concepts[name]),
+                "accuracy": round(float(acv.accuracies_[k]), 4),
+                "interval": [round(low, 4), round(high, 4)],
+                "p_value": None if acv.p_values_ is None else float(acv.p_values_[k]),
+                "encoded": None if acv.significant_ is None else bool(acv.significant_[k]),
+            }
+        )
+    return {"explainer": acv, "layer": layer, "concepts": rows, "text": acv.summary()}
+
+
+def _words(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed) -> dict[str, Any]:
+    if settings.negatives is not None or settings.layer is not None:
+        raise InputError("--negatives and --layer go with --concepts; for --train DIR give --layers A,B,C")
+    made = fit_words(settings, loaded, failed)  # type: ignore[arg-type]
+    history = made.history_ or {}
+    last = {name: round(values[-1], 6) for name, values in history.items() if values}
+    words = list(made.concepts or [])
+    said = f"{len(words)} words" if words else "no words yet (give --words to explain)"
+    text = f"CE-FAM translator: {said}, layers {', '.join(map(str, made.layers))}\n" + "\n".join(
+        f"{name.replace('_', ' ')}: {value:.4g}" for name, value in last.items()
+    )
+    return {"explainer": made, "layers": [str(layer) for layer in made.layers], "words": words, "last": last,
+            "epochs": len(history.get("train_loss", [])), "text": text}  # fmt: skip
