@@ -32,9 +32,12 @@ def test_every_code_block_runs_in_order(tmp_path, monkeypatch):
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
-    assert {p.name for p in tmp_path.iterdir()} == {"explanation.png", "explanation.safetensors", "words.safetensors"}
+    written = {"explanation.png", "explanation.safetensors", "words.safetensors", "store", "salf"}
+    assert {p.name for p in tmp_path.iterdir()} == written
     assert namespace["maps"].shape == (6, 1, 7, 7)
     assert namespace["contribution"].shape == (4, 1, 16, 16)
+    assert namespace["after"].shape == (1, 6)
+    assert not namespace["after"].equal(namespace["before"])
 
 
 def test_the_first_lines_are_the_two_commands():
