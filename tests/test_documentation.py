@@ -101,8 +101,6 @@ def test_a_record_that_is_not_there_stops_the_build():
         records.render("{{ fam.json | ratio_to_bare_forward | FAM, quadratic head | .2f }}")
     with pytest.raises(KeyError, match="no record"):
         records.render("{{ nothing.json | a | .2f }}")
-    with pytest.raises(KeyError, match="no record"):
-        records.render("{{ include nothing.md }}")
 
 
 def test_links_lead_to_pages_and_pictures():

@@ -19,7 +19,7 @@ def helps() -> dict[str, str]:
 def _printed(parser: argparse.ArgumentParser, arguments: list[str]) -> str:
     found = io.StringIO()
     before = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR")}
-    os.environ.update(COLUMNS="100", NO_COLOR="1")  # argparse wraps at the terminal's width; Python 3.14 colours
+    os.environ.update(COLUMNS="84", NO_COLOR="1")  # argparse wraps at the terminal's width; Python 3.14 colours
     try:
         with contextlib.redirect_stdout(found), contextlib.suppress(SystemExit):
             parser.parse_args(arguments)

@@ -15,7 +15,9 @@ def to_mathml(latex: str, display: bool) -> str:
 
     # \mathrm{NRA} as one word: the converter makes a row of single letters, which screen readers spell out.
     words = re.sub(r"\\(?:mathrm|text|operatorname)\{([^}]*)\}", r"\\text{\1}", latex)
-    return convert(" ".join(words.split()), display="block" if display else "inline")
+    found = convert(" ".join(words.split()), display="block" if display else "inline")
+    # Inside Markdown a line that begins with <math> would become a paragraph of its own.
+    return f'<div class="formula">{found}</div>' if display else f"<span>{found}</span>"
 
 
 def render(markdown: str) -> str:
@@ -26,6 +28,6 @@ def render(markdown: str) -> str:
     """
     parts = _CODE.split(markdown)
     for k in range(0, len(parts), 2):
-        text = _DISPLAY.sub(lambda found: f"{found[1]}{to_mathml(found[2], True)}\n", parts[k])
+        text = _DISPLAY.sub(lambda found: f"\n{found[1]}{to_mathml(found[2], True)}\n", parts[k])
         parts[k] = _INLINE.sub(lambda found: to_mathml(found[1], False), text)
     return "".join(parts)

@@ -3,7 +3,7 @@
 ``{{ fam.json | ratio_to_bare_forward | FAM, linear head | .2f }}`` is a value: a file in ``benchmarks/results``, the
 keys that lead to it (an integer indexes a list; ``name=value & name=value`` finds the
 one row of a list), and a format.
-``{{ include ce_fam.md }}`` is a whole record, its headings two levels lower.
+``{{ include all }}`` is every record that is a page (``*.md``), headings one level lower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 _VALUE = re.compile(r"\{\{ *([\w.-]+\.json(?: *\|[^{}]+?)+) *\}\}")
-_INCLUDE = re.compile(r"\{\{ *include ([\w.]+\.md) *\}\}")
+_INCLUDE = "{{ include all }}"
 
 
 @cache
@@ -51,12 +51,9 @@ def value(expression: str) -> str:
 
 def render(markdown: str) -> str:
     """A page with its numbers and records."""
-    markdown = _INCLUDE.sub(lambda found: _included(found[1]), markdown)
+    markdown = markdown.replace(_INCLUDE, "\n\n".join(_included(path) for path in sorted(RESULTS.glob("*.md"))))
     return _VALUE.sub(lambda found: value(found[1]), markdown)
 
 
-def _included(name: str) -> str:
-    path = RESULTS / name
-    if not path.is_file():
-        raise KeyError(f"no record {name} in {RESULTS}")
-    return re.sub(r"^(#+) ", r"##\1 ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+def _included(path: Path) -> str:
+    return re.sub(r"^(#+) ", r"#\1 ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
