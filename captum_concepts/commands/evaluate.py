@@ -103,10 +103,15 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     counts = {"images": 0, "regions": 0}
     examples = _examples(data, total, columns, failed, counts)
     bar = tqdm(examples, total=total, desc="evaluate", unit="image", file=sys.stderr, disable=None)
-    table = evaluate(
-        _rows(explainer, loaded, settings.baselines), bar, metrics, batch_size=settings.batch_size,
-        n_bootstrap=settings.n_bootstrap, seed=settings.seed, device=settings.device,
-    )  # fmt: skip
+    try:
+        table = evaluate(
+            _rows(explainer, loaded, settings.baselines), bar, metrics, batch_size=settings.batch_size,
+            n_bootstrap=settings.n_bootstrap, seed=settings.seed, device=settings.device,
+        )  # fmt: skip
+    except InputError as error:
+        if counts["images"]:
+            raise
+        raise InputError(f"none of the {total} images shows any of {', '.join(matched[:8])}") from error
     summary = {
         "data": settings.data, "model": settings.model, "method": explainer.method, "layer": explainer.layer, **counts,
         "matched": matched, "unmatched": [name for i, name in enumerate(known) if i not in columns], "failed": failed,

@@ -1,0 +1,288 @@
+"""`fit-concepts`, then `explain`, `report` and `evaluate` with what it saved, with broken files among the images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captum_concepts import ConceptExplanation, SpatialACV, demo
+from captum_concepts.__main__ import main
+from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.datasets.images import load_image
+
+MODEL = ["--model", "demo:classifier"]
+
+
+def save(image: torch.Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Thirty scenes and a file that is no image."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for i, image in enumerate(CaptionedScenes(30, seed=77, size=64).stack().image):
+        save(image, folder / f"{i:02}.png")
+    (folder / "broken.png").write_bytes(b"nothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> Path:
+    """Two concepts that differ in colour, and a file that is no image."""
+    folder = tmp_path_factory.mktemp("colours")
+    generator = torch.Generator().manual_seed(0)
+    for k, name in enumerate(("reddish", "bluish")):
+        tint = torch.tensor([0.9, 0.2, 0.2] if k == 0 else [0.2, 0.2, 0.9]).view(3, 1, 1)
+        for i in range(8):
+            save(torch.rand(3, 64, 64, generator=generator) * 0.3 + tint * 0.7, folder / name / f"{i}.png")
+    (folder / "bluish" / "broken.png").write_bytes(b"nothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vectors(colours, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("vectors") / "new" / "colours.safetensors"
+    options = ["--concepts", str(colours), "--layer", "layer2", "--n-random", "5", "--output", str(out)]
+    assert main(["fit-concepts", *MODEL, *options]) == 1  # the broken file
+    return out
+
+
+@pytest.fixture(scope="module")
+def words(scenes, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("words") / "words.safetensors"
+    options = ["--train", str(scenes), "--encoder", "demo:clip", "--words", "red,circle,grass", "--output", str(out)]
+    assert main(["fit-concepts", *MODEL, *options, "--layers", "layer3,layer4"]) == 1
+    return out
+
+
+@pytest.fixture(scope="module")
+def mask_folder(tmp_path_factory) -> Path:
+    """Twelve scenes as images/, masks/ of shapes and grounds, and classes.json; one image of them is broken."""
+    root = tmp_path_factory.mktemp("masks")
+    scenes = CaptionedScenes(12, seed=5, size=64)
+    names = {0: "unlabeled"} | {k + 1: name.upper() for k, name in enumerate(scenes.concepts)}
+    (root / "classes.json").write_text(json.dumps(names))
+    (root / "masks").mkdir()
+    shown = [scenes.concepts.index(n) for group in ("ground", "shape") for n in scenes.concept_groups[group]]
+    for i in range(12):
+        scene = scenes[i]
+        ids = np.zeros((64, 64), np.uint8)
+        for concept in shown:
+            ids[scene.masks[concept].numpy()] = concept + 1
+        save(scene.image, root / "images" / f"{i}.png")
+        Image.fromarray(ids).save(root / "masks" / f"{i}.png")
+    (root / "images" / "11.png").write_bytes(b"nothing")
+    return root
+
+
+class TestFitConcepts:
+    def test_vectors_are_those_of_the_library(self, vectors, colours):
+        model = demo.load("classifier")
+        loaded = SpatialACV.load(vectors, model)
+        images = {}
+        for name in ("bluish", "reddish"):
+            files = sorted(path for path in (colours / name).iterdir() if path.name != "broken.png")
+            images[name] = torch.stack([load_image(path, 64) for path in files])
+        own = SpatialACV(model, "layer2", batch_size=8).fit(images, n_random=5)
+        assert loaded.concept_names == own.concept_names == ["bluish", "reddish"]
+        torch.testing.assert_close(loaded.vectors, own.vectors)
+
+    def test_it_says_what_was_learned_and_names_the_broken_file(self, colours, tmp_path, capsys):
+        options = ["--concepts", str(colours), "--layer", "layer2", "--n-random", "0", "--json"]
+        assert main(["fit-concepts", *MODEL, *options, "--output", str(tmp_path / "c.safetensors")]) == 1
+        said = capsys.readouterr()
+        fitted = json.loads(said.out)
+        assert [row["name"] for row in fitted["concepts"]] == ["bluish", "reddish"]
+        assert [row["images"] for row in fitted["concepts"]] == [8, 8]
+        assert all(row["accuracy"] > 0.9 for row in fitted["concepts"])
+        assert [Path(entry["image"]).name for entry in fitted["failed"]] == ["broken.png"]
+        assert "broken.png" in said.err
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ([], "give either --concepts"),
+            (["--concepts", "{colours}", "--train", "{colours}"], "give either --concepts"),
+            (["--concepts", "{colours}", "--words", "red"], "go with --train"),
+            (["--concepts", "{colours}/bluish"], "holds no folders"),
+            (["--concepts", "{colours}", "--layer", "nowhere"], "nowhere"),
+            (["--train", "{colours}", "--layer", "layer2"], "go with --concepts"),
+            (["--train", "{colours}"], "needs --encoder"),
+            (["--train", "missing", "--encoder", "demo:clip"], "no file or folder at missing"),
+            (["--concepts", "{colours}", "--output", "{colours}"], "is a folder"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, more, message, colours, tmp_path, capsys):
+        more = [part.replace("{colours}", str(colours)) for part in more]
+        assert main(["fit-concepts", *MODEL, "--output", str(tmp_path / "c.safetensors"), *more]) == 2
+        assert message in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_interrupt_writes_nothing(self, colours, tmp_path, monkeypatch, capsys):
+        def interrupted(*arguments, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(SpatialACV, "fit", interrupted)
+        options = ["--concepts", str(colours), "--layer", "layer2", "--output", str(tmp_path / "c.safetensors")]
+        assert main(["fit-concepts", *MODEL, *options]) == 130
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestReport:
+    def test_of_images_and_saved_words(self, words, scenes, tmp_path, capsys):
+        out = tmp_path / "new" / "r.html"
+        images = [str(scenes / name) for name in ("00.png", "01.png", "broken.png")]
+        assert main(["report", *images, *MODEL, "--explainer", str(words), "--output", str(out)]) == 1
+        page = out.read_text()
+        assert page.count("<article") == 2
+        for part in ("00.png", "circle", "grass", "Fingerprints", "explainer file", "Not explained", "broken.png"):
+            assert part in page
+        assert "2 explained in" in capsys.readouterr().out
+        assert [path.name for path in out.parent.iterdir()] == ["r.html"]
+
+    def test_of_vectors_marks_what_is_not_encoded(self, vectors, scenes, tmp_path, monkeypatch):
+        monkeypatch.setattr(SpatialACV, "significant_", torch.tensor([True, False]))
+        out = tmp_path / "r.html"
+        assert main(["report", str(scenes / "00.png"), *MODEL, "--explainer", str(vectors), "--output", str(out)]) == 0
+        assert out.read_text().count("not encoded here") >= 1
+
+    def test_explain_keeps_explanations_that_report_shows(self, words, scenes, tmp_path, capsys):
+        first, again = tmp_path / "first.html", tmp_path / "again.html"
+        images = [str(scenes / name) for name in ("00.png", "01.png")]
+        options = ["--explainer", str(words), "--output", str(tmp_path / "out"), "--save", "--report", str(first)]
+        assert main(["explain", *images, *MODEL, *options]) == 0
+        saved = ConceptExplanation.load(tmp_path / "out" / "00.safetensors")
+        assert len(saved.concepts) == 3
+        capsys.readouterr()
+        assert main(["report", "--explanations", str(tmp_path / "out"), "--output", str(again), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["explained"] == 2
+        cards = [path.read_text().split("<article")[1:3] for path in (first, again)]
+        assert cards[0][0] == cards[1][0]
+
+    def test_of_one_file_and_its_images(self, scenes, tmp_path, capsys):
+        e = ConceptExplanation(["a", "b"], torch.rand(2, 2), torch.rand(2, 2, 4, 4))
+        e.save(tmp_path / "e.safetensors")
+        options = ["--explanations", str(tmp_path / "e.safetensors"), "--output", str(tmp_path / "r.html")]
+        images = [str(scenes / "00.png"), str(scenes / "01.png")]
+        assert main(["report", *images, *options, "--title", "Two <b>images</b>"]) == 0
+        assert "Two &lt;b&gt;images" in (tmp_path / "r.html").read_text()
+        assert main(["report", images[0], *options]) == 2
+        assert "1 images for the 2 explanations" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "give --model and IMAGE, or --explanations"),
+            (["--explanations", "missing"], "no saved explanations at missing"),
+            (["--explanations", "{tmp}"], "no explanations.json"),
+            (["{scenes}/00.png", *MODEL, "--output", "{tmp}"], "is a folder"),
+            (["{scenes}/broken.png", *MODEL], "no image could be explained"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, arguments, message, scenes, tmp_path, capsys):
+        arguments = [a.replace("{scenes}", str(scenes)).replace("{tmp}", str(tmp_path)) for a in arguments]
+        assert main(["report", "--output", str(tmp_path / "r.html"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_interrupt_leaves_a_whole_page_of_what_was_done(self, scenes, tmp_path, monkeypatch):
+        from captum_concepts.commands import explain
+
+        done = []
+
+        def entry(*arguments):
+            if done:
+                raise KeyboardInterrupt
+            done.append(arguments)
+            return {"top": {}}
+
+        monkeypatch.setattr(explain, "_entry", entry)
+        images = [str(scenes / "00.png"), str(scenes / "01.png")]
+        assert main(["report", *images, *MODEL, "--output", str(tmp_path / "r.html")]) == 130
+        page = (tmp_path / "r.html").read_text()
+        assert page.count("<article") == 1
+        assert page.endswith("</html>\n")
+
+
+class TestEvaluate:
+    def run(self, capsys, *arguments: str, code: int = 0) -> dict:
+        assert main(["evaluate", *arguments, *MODEL, "--n-bootstrap", "20", "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    def test_masks_of_a_folder(self, mask_folder, words, capsys):
+        found = self.run(capsys, str(mask_folder), "--explainer", str(words), code=1)
+        assert sorted(name.lower() for name in found["matched"]) == ["circle", "grass", "red"]
+        assert "STAR" in found["unmatched"]
+        assert len(found["failed"]) == 1
+        assert "11.png" in found["failed"][0]["reason"]
+        rows = {(row["explainer"], row["metric"]): row for row in found["rows"]}
+        methods = list(dict.fromkeys(row["explainer"] for row in found["rows"]))
+        assert methods[1:] == ["activation energy", "centre Gaussian", "random"]
+        assert rows["centre Gaussian", "specificity"]["value"] in (None, pytest.approx(0, abs=1e-6))
+        assert all(row["examples"] == found["images"] <= 11 for row in rows.values())
+
+    def test_the_numbers_are_those_of_the_library(self, words, capsys):
+        from captum_concepts import ConceptFusionMap
+        from captum_concepts.metrics import nra
+
+        arguments = ["--explainer", str(words), "--metrics", "nra", "--no-baselines", "--seed", "3"]
+        found = self.run(capsys, "demo:scenes:12", *arguments)
+        cefam = ConceptFusionMap.load(words, demo.load("classifier"))
+        scenes = CaptionedScenes(12, seed=1_000_006, size=64)
+        values = []
+        for i in range(12):
+            scene = scenes[i]
+            for k, name in enumerate(cefam.concepts):
+                row = scenes.concepts.index(name)
+                if scene.presence[row]:
+                    own = cefam.attribute(scene.image[None], target=k)[:, 0]
+                    values.append(nra(own, scene.masks[row][None]))
+        assert found["regions"] == len(values)
+        assert len(found["rows"]) == 1
+        assert found["rows"][0]["value"] == pytest.approx(float(torch.cat(values).nanmean()), abs=1e-4)
+
+    def test_words_of_the_data_set_and_a_table_as_file(self, words, tmp_path, capsys):
+        out = tmp_path / "new" / "t.csv"
+        arguments = ["--explainer", str(words), "--encoder", "demo:clip", "--metrics", "epg", "--output", str(out)]
+        found = self.run(capsys, "demo:scenes:3", *arguments)
+        assert len(found["matched"]) == 21
+        assert out.read_text().startswith("explainer,metric,value")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["demo:scenes:0"], "demo:scenes:N"),
+            (["missing"], "missing"),
+            (["demo:scenes:2", "--metrics", "nar"], "Did you mean 'nra'"),
+            (["demo:scenes:2", "--metrics", "deletion"], "measures a score"),
+            (["demo:scenes:2", "--format", "x", "--output", "t.xls"], "must end in .csv"),
+            (["missing", "--format", "x"], "is none of folder"),
+            (["demo:scenes:2"], "no name of the data set"),
+            (["demo:scenes:1", "--classes", "{classes}"], "none of the 1 images shows"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, arguments, message, tmp_path, capsys):
+        concepts = CaptionedScenes(1, seed=1_000_003, size=64)
+        absent = concepts.concepts[int(torch.nonzero(~concepts[0].presence)[0])]
+        (tmp_path / "classes.txt").write_text("\n".join([absent, *"uvwxy"]))
+        arguments = [a.replace("{classes}", str(tmp_path / "classes.txt")) for a in arguments]
+        assert main(["evaluate", *arguments, *MODEL]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["models", "fit-concepts", "evaluate", "report"])
+def test_help_has_examples_and_exit_codes(command):
+    run = subprocess.run(
+        [sys.executable, "-m", "captum_concepts", command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "examples:" in run.stdout
+    assert "exit codes" in run.stdout

@@ -1,0 +1,86 @@
+"""`models`: which layers there are, and which suit which method."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from captum_concepts.__main__ import main
+from captum_concepts.activations import capture
+from captum_concepts.commands.models import load_model
+
+
+def run(capsys, *arguments: str) -> dict:
+    assert main(["models", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["demo:classifier", "demo:vit", "squeezenet1_1"])
+def test_what_is_listed_is_what_the_network_gives(name, capsys):
+    found = run(capsys, name)
+    model = load_model(name, random_weights=True).model
+    names = [row["name"] for row in found["layers"]]
+    seen = capture(model, torch.rand(1, 3, *found["input"]), names)
+    assert list(seen.output.shape[1:]) == found["outputs"]
+    for row, raw in zip(found["layers"], seen.layers, strict=True):
+        positions = row["grid"][0] * row["grid"][1] + row["prefix_tokens"]
+        assert raw.numel() == (row["channels"] * positions)
+        assert min(row["grid"]) > 1
+    advised = {layer for value in found["advice"].values() for layer in ([value] if isinstance(value, str) else value)}
+    assert advised <= set(names)
+
+
+def test_all_lists_the_layers_inside_blocks_as_well(capsys):
+    few = {row["name"] for row in run(capsys, "demo:classifier")["layers"]}
+    many = {row["name"] for row in run(capsys, "demo:classifier", "--all")["layers"]}
+    assert few < many
+    assert "layer4.0.conv1" in many - few
+
+
+def test_a_layer_whose_positions_do_not_reach_the_output_is_for_relevance_only(tmp_path, capsys):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.first = nn.Conv2d(3, 4, 3, stride=8)\n"
+        "        self.aside = nn.Conv2d(4, 4, 1)\n"
+        "        self.head = nn.Linear(4, 2)\n"
+        "    def forward(self, x):\n"
+        "        x = self.first(x)\n"
+        "        self.aside(x)\n"
+        "        return self.head(x.mean((2, 3)))\n"
+    )
+    rows = {row["name"]: row for row in run(capsys, f"{tmp_path / 'net.py'}:Net", "--size", "64")["layers"]}
+    assert rows["first"]["reaches_output"]
+    assert not rows["aside"]["reaches_output"]
+    assert rows["aside"]["suits"][0] == "SpatialACV (relevance only)"
+    assert "FAM*" in rows["first"]["suits"]
+
+
+def test_the_table_is_for_people(capsys):
+    assert main(["models", "demo:classifier"]) == 0
+    said = capsys.readouterr().out
+    assert "input 64 x 64" in said
+    assert "--layer layer4" in said
+
+
+def test_names_are_found_by_pattern(capsys):
+    assert run(capsys, "--find", "resnet1?")["torchvision"] == ["resnet18"]
+    assert "demo:vit" in run(capsys, "--find", "vit")["bundled"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--find PATTERN"),
+        (["resnet5"], "Did you mean"),
+        (["--find", "no such network"], "no model matches"),
+        (["resnet18", "--weights", "missing.pt"], "no weights file"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments, message, capsys):
+    assert main(["models", *arguments]) == 2
+    assert message in capsys.readouterr().err
