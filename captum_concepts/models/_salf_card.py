@@ -102,7 +102,7 @@ def _listed(value: Any, depth: int = 0) -> str:
         lines = []
         for key, item in value.items():
             nested = isinstance(item, Mapping) and item and depth < 3
-            end = "\n" + _listed(item, depth + 1) if nested else f" {_text(item)}"
+            end = "\n" + _listed(item, depth + 1) if nested else f" {'none' if item is None else _text(item)}"
             lines.append(f"{'  ' * depth}- {_text(key)}:{end}")
         return "\n".join(lines)
     return f"{'  ' * depth}{_text(value)}"
