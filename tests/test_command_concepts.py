@@ -286,3 +286,33 @@ def test_help_has_examples_and_exit_codes(command):
     )
     assert "examples:" in run.stdout
     assert "exit codes" in run.stdout
+
+
+class TestBottleneck:
+    """A folder of `fit-salf` is an explainer too."""
+
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        from captum_concepts import SALFCBM
+
+        torch.manual_seed(0)
+        salf = SALFCBM(
+            demo.load("classifier"), "layer4", ["red", "circle", "grass"], 2, (4, 4), class_names=["first", "second"]
+        )
+        salf.save_pretrained(tmp_path / "salf")
+        return tmp_path / "salf"
+
+    def test_explained_reported_and_measured(self, folder, scenes, tmp_path, capsys):
+        out = tmp_path / "r.html"
+        options = [*MODEL, "--explainer", str(folder)]
+        assert main(["report", str(scenes / "00.png"), *options, "--output", str(out), "--json"]) == 0
+        made = json.loads(capsys.readouterr().out)
+        assert set(made["explained"][0]["top"]) == {"red", "circle", "grass"}
+        assert made["explained"][0]["target"] in ("first", "second")
+        assert main(["evaluate", "demo:scenes:4", *options, "--metrics", "nra", "--n-bootstrap", "0", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["rows"][0]["explainer"] == "SALF-CBM"
+
+    def test_another_folder_is_refused(self, scenes, tmp_path, capsys):
+        options = ["--explainer", str(scenes), "--output", str(tmp_path / "r.html")]
+        assert main(["report", str(scenes / "00.png"), *MODEL, *options]) == 2
+        assert str(scenes) in capsys.readouterr().err
