@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         own = {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}
         return own[command](options, as_json) if command in own else run_command(command, options, as_json)
-    except CaptumConceptsError as error:
+    except (CaptumConceptsError, OSError) as error:  # OSError: a full or read-only disk; what is there is whole
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -133,7 +133,7 @@ def _explain(options: dict, as_json: bool) -> int:
         print(json.dumps(report, indent=2))
     else:
         for entry in report["explained"]:
-            print(f"{entry['image']}: " + ", ".join(f"{name} {score:.3g}" for name, score in entry["top"].items()))
+            print(f"{entry['image']}: " + ", ".join(f"{name} {_shown(score)}" for name, score in entry["top"].items()))
         print(f"{len(report['explained'])} explained at layer {report['layer']}, pictures in {options['output']}")
         if options["report"] and report["explained"]:
             print(f"all of them on one page: {options['report']}")
@@ -143,6 +143,10 @@ def _explain(options: dict, as_json: bool) -> int:
         print("error: no image could be explained", file=sys.stderr)
         return 2
     return 1 if report["failed"] else 0
+
+
+def _shown(score: float | None) -> str:
+    return "n/a" if score is None else f"{score:.3g}"
 
 
 def _fit_salf(options: dict, as_json: bool) -> int:

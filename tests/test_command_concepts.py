@@ -316,3 +316,34 @@ class TestBottleneck:
         options = ["--explainer", str(scenes), "--output", str(tmp_path / "r.html")]
         assert main(["report", str(scenes / "00.png"), *MODEL, *options]) == 2
         assert str(scenes) in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(scenes, tmp_path, capsys):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Conv2d(3, 4, 3, stride=8)\n"
+        "        self.head = nn.Linear(4, 2)\n"
+        "        self.head.bias.data[1] = torch.inf\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.conv(x).mean((2, 3)))\n"
+    )
+    options = ["--model", f"{tmp_path / 'net.py'}:Net", "--layer", "conv", "--size", "64", "--json"]
+    assert main(["report", str(scenes / "00.png"), *options, "--output", str(tmp_path / "r.html")]) == 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    made = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert None in made["explained"][0]["top"].values()
+    assert "n/a" in (tmp_path / "r.html").read_text()
+
+
+def test_a_folder_that_cannot_be_made_is_said(scenes, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for command in ("explain", "report"):
+        output = str(tmp_path / "file" / "out")
+        assert main([command, str(scenes / "00.png"), *MODEL, "--output", output]) == 2
+        assert "error:" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -112,15 +113,21 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
 def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict[str, Any]:
     """One image's line of ``explanations.json``."""
     entry: dict[str, Any] = {
-        "top": {c: round(float(s), 6) for c, s in zip(explanation.concepts, explanation.scores[0], strict=True)}
+        "top": {c: _number(s) for c, s in zip(explanation.concepts, explanation.scores[0], strict=True)}
     }
     if explanation.target is not None:
         target = int(explanation.target[0])
         entry["target"] = names[target] if names else target
     if explanation.contributions is not None:
         values = zip(explanation.concepts, explanation.contributions[0], strict=True)
-        entry["contributions"] = {c: round(float(v), 6) for c, v in values}
+        entry["contributions"] = {c: _number(v) for c, v in values}
     return entry
+
+
+def _number(value: Tensor) -> float | None:
+    """Six digits; None, which JSON can hold, where it is not finite."""
+    number = float(value)
+    return round(number, 6) if math.isfinite(number) else None
 
 
 def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
