@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Plain threads oversubscribe small machines when the tests run in parallel.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-oldest fuzz lint bench clean
+.PHONY: demo test test-oldest fuzz lint bench bench-full bench-page clean
 
 demo: $(BIN)/.installed
 	$(BIN)/python -m captum_concepts demo --output demo_output
@@ -29,9 +29,16 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Minutes; `bench-full` an hour at most on 2 cores. Both end with benchmarks/results/README.md and its plots.
 bench: $(BIN)/.installed-benchmark
-	$(BIN)/python benchmarks/fam.py
-	$(BIN)/python benchmarks/solver.py
+	$(BIN)/python benchmarks/suite.py
+
+bench-full: $(BIN)/.installed-benchmark
+	$(BIN)/python benchmarks/suite.py --full
+
+# The page, the plots and the README's table again, from the records as they are.
+bench-page: $(BIN)/.installed
+	$(BIN)/python -m benchmarks.page
 
 # An editable install of the package with its development tools; done again when the dependencies change.
 $(BIN)/.installed: pyproject.toml

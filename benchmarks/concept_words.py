@@ -72,7 +72,7 @@ def main() -> None:
         explainers[name] = lambda x, target, fam=fam: fam.attribute(x, target=target)
     score = lambda x: first.scores(x)  # noqa: E731
     note = (
-        f"{len(regions)} regions of {len(words)} words in {args.scenes} held-out scenes. CE-FAM and the single channels "
+        f"{len(regions)} regions of {len(words)} words in {args.scenes} held-out scenes. CE-FAM and single channels "
         "explain the bundled classifier, FAM the image tower of the image-text model itself."
     )
     energy = peers.activations(model, "layer4")

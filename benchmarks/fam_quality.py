@@ -209,44 +209,48 @@ def _embeddings(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def questions(args: argparse.Namespace) -> list[Table]:
-    """Other similarities, normalisations and weights; other poolings; layers of a ViT."""
-    out = []
+    """Other similarities, normalisations and weights, other poolings, and the layers of a ViT, on scenes."""
     few = tasks.scenes(args.images or 60, 5, SEED)
-    cases: list[tuple[str, nn.Module, Any, tasks.Task]] = []
     bundled = headless(demo.load("classifier"), "fc")
-    cases.append(("scenes", bundled, bundled.layer4, few))
-    if args.data:
-        real = imagenet_encoder(args.data)
-        photos = tasks.coco_few_shot(tasks.coco(args.data / "images" / "coco"), args.images or 45, SEED)
-        cases.append(("COCO, MobileNetV2", real, real.net.features, photos))
-    for name, encoder, layer, task in cases:
-        bank = task.bank(encoder)
-        learned = learned_similarity(_embeddings(encoder, task.support))
-        rows: dict[str, Explainer] = {}
-        for label, similarity in (("cosine", "cosine"), ("dot", "dot"), ("euclidean", "euclidean"),
-                                  ("learned (whitened cosine)", learned)):  # fmt: skip
-            rows[label] = fam(encoder, layer, bank, similarity=similarity)
-        for normalize in ("l1", "none"):
-            rows[f"cosine, normalize {normalize}"] = fam(encoder, layer, bank, normalize=normalize)
-        for label, similarity in (("cosine", "cosine"), ("euclidean", "euclidean"), ("learned", learned)):
-            rows[f"{label}, weights gradient"] = fam(encoder, layer, bank, similarity=similarity, weights="gradient")
-        energy = peers.activations(encoder, layer)
-        note = "Few-shot; the paper's setting is the first row (cosine, contributions scaled to [0, 1])."
-        known = "cosine, weights gradient"
-        out.append(measure(f"which similarity, {name}", note, rows, task.queries, energy=energy, degrade=known))
-        out.append(poolings(name, encoder, layer, task))
+    out = [similarities("scenes", bundled, bundled.layer4, few), poolings("scenes", bundled, bundled.layer4, few)]
     vit = headless(demo.load("vit"), "head")
-    rows = {}
+    rows: dict[str, Explainer] = {}
     for block in (3, 2, 1, 0):
         module = vit.get_submodule(f"blocks.{block}")
         for weights in ("contribution", "gradient"):
             rows[f"blocks.{block}, {weights}"] = fam(vit, module, few.bank(vit), weights=weights)
     energy = peers.activations(vit, vit.get_submodule("blocks.3"))
     note = "Few-shot, the bundled ViT (patch tokens averaged); contributions as published, or the gradient alone."
-    known = "blocks.3, gradient"
-    title = "which layer of a vision transformer, scenes"
+    known, title = "blocks.3, gradient", "which layer of a vision transformer, scenes"
     out.append(measure(title, note, rows, few.queries, energy=energy, degrade=known))
     return out
+
+
+def coco_questions(args: argparse.Namespace) -> list[Table]:
+    """The same of MobileNetV2 on photographs."""
+    encoder, name = imagenet_encoder(args.data), "COCO, MobileNetV2"
+    task = tasks.coco_few_shot(tasks.coco(args.data / "images" / "coco"), args.images or 45, SEED)
+    return [
+        similarities(name, encoder, encoder.net.features, task),
+        poolings(name, encoder, encoder.net.features, task),
+    ]
+
+
+def similarities(name: str, encoder: nn.Module, layer: Any, task: tasks.Task) -> Table:
+    """FAM under other similarities, normalisations and weights."""
+    bank = task.bank(encoder)
+    learned = learned_similarity(_embeddings(encoder, task.support))
+    rows: dict[str, Explainer] = {}
+    for label, similarity in (("cosine", "cosine"), ("dot", "dot"), ("euclidean", "euclidean"),
+                              ("learned (whitened cosine)", learned)):  # fmt: skip
+        rows[label] = fam(encoder, layer, bank, similarity=similarity)
+    for normalize in ("l1", "none"):
+        rows[f"cosine, normalize {normalize}"] = fam(encoder, layer, bank, normalize=normalize)
+    for label, similarity in (("cosine", "cosine"), ("euclidean", "euclidean"), ("learned", learned)):
+        rows[f"{label}, weights gradient"] = fam(encoder, layer, bank, similarity=similarity, weights="gradient")
+    note = "Few-shot; the paper's setting is the first row (cosine, contributions scaled to [0, 1])."
+    energy, known = peers.activations(encoder, layer), "cosine, weights gradient"
+    return measure(f"which similarity, {name}", note, rows, task.queries, energy=energy, degrade=known)
 
 
 class Pooled(nn.Module):
@@ -295,20 +299,21 @@ def poolings(name: str, encoder: nn.Module, layer: Any, task: tasks.Task) -> Tab
 
 def with_head(args: argparse.Namespace) -> list[Table]:
     """Against Grad-CAM where a classifier head exists: FAM's references are then the rows of the head."""
-    out = []
     model = demo.load("classifier")
     task = tasks.scenes(args.images or 60, 5, SEED)
-    out.append(head_table("scenes", model, model.layer4, model.fc.weight, task.queries, headless_of(model, "fc")))
-    if args.data:
-        found = coco_classes(args.data, args.images or 60)
-        sys.path.insert(0, str(args.data))
-        import real_models
+    return [head_table("scenes", model, model.layer4, model.fc.weight, task.queries, headless_of(model, "fc"))]
 
-        full, trunk = real_models.mobilenet_v2(), imagenet_encoder(args.data)
-        weight = full.net.classifier[1].weight
-        trunk.net.features = full.net.features
-        out.append(head_table("COCO, MobileNetV2", full, full.net.features, weight, found, trunk))
-    return out
+
+def coco_with_head(args: argparse.Namespace) -> list[Table]:
+    """The same of MobileNetV2 on photographs: things that are ImageNet classes."""
+    found = coco_classes(args.data, args.images or 30)
+    sys.path.insert(0, str(args.data))
+    import real_models
+
+    full, trunk = real_models.mobilenet_v2(), imagenet_encoder(args.data)
+    weight = full.net.classifier[1].weight
+    trunk.net.features = full.net.features
+    return [head_table("COCO, MobileNetV2", full, full.net.features, weight, found, trunk)]
 
 
 def headless_of(model: nn.Module, head: str) -> nn.Module:
@@ -384,18 +389,17 @@ def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torchvision
 
     rows = []
-    for name, layer, width in (("mobilenet_v2", "features", 1280), ("resnet18", "layer4", 512),
-                               ("resnet50", "layer4", 2048)):  # fmt: skip
+    for name, layer, width in (("mobilenet_v2", "features", 1280), ("resnet50", "layer4", 2048)):
         for size in (112, 224, 448):
             torch.manual_seed(SEED)
             model = getattr(torchvision.models, name)().eval().to(args.device)
             encoder = getattr(torchvision.models, name)().eval().to(args.device)
             headless(encoder, "classifier" if name == "mobilenet_v2" else "fc")
-            x = torch.rand(2, 3, size, size, device=args.device)
+            x = torch.rand(1, 3, size, size, device=args.device)
             bank = torch.rand(10, width, device=args.device)
             ours = FeatureActivationMap(encoder, layer, bank)
             theirs = peers.captum_grad_cam(model, model.get_submodule(layer))
-            target = torch.zeros(2, dtype=torch.long, device=args.device)
+            target = torch.zeros(1, dtype=torch.long, device=args.device)
             seconds = median_times(
                 {
                     "forward": lambda m=encoder, x=x: _forward(m, x),
@@ -412,7 +416,7 @@ def cost(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {
             "title": "cost by size of network and image",
-            "note": "Random weights, 2 images; in bare forward passes of the same network, median, in turn.",
+            "note": "Random weights, one image; in bare forward passes of the same network, median, in turn.",
             "rows": rows,
         }
     ]
@@ -430,10 +434,12 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Any]]] = {
     "coco-pairs": coco_pairs,
     "caltech": caltech,
     "questions": questions,
+    "coco-questions": coco_questions,
     "with-head": with_head,
+    "coco-with-head": coco_with_head,
     "cost": cost,
 }
-NEEDS_DATA = ("coco-few-shot", "coco-pairs", "caltech")
+NEEDS_DATA = ("coco-few-shot", "coco-pairs", "caltech", "coco-questions", "coco-with-head")
 
 
 def main() -> None:

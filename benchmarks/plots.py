@@ -71,23 +71,26 @@ def forest(title: str, rows: list[Record], path: Path) -> None:
 
 
 def plane(title: str, rows: list[Record], path: Path) -> None:
-    """NRA against specificity: finding the object is not finding the concept."""
+    """NRA against specificity: finding the object is not finding the concept. Points are numbered, best NRA first."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    drawn = [row for row in rows if is_interval(row.get("nra")) and is_interval(row.get("specificity"))]
+    drawn = sorted(drawn, key=lambda row: -row["nra"][0])
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
-    for row in rows:
-        if not (is_interval(row.get("nra")) and is_interval(row.get("specificity"))):
-            continue
+    for i, row in enumerate(drawn, 1):
         (x, x0, x1), (y, y0, y1) = row["nra"], row["specificity"]
-        axis.errorbar(x, y, xerr=[[x - x0], [x1 - x]], yerr=[[y - y0], [y1 - y]], fmt="o", markersize=4,
-                      linewidth=0.8, color=colour(row))  # fmt: skip
-        axis.annotate(row["method"], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6.5)
+        axis.errorbar(x, y, xerr=[[x - x0], [x1 - x]], yerr=[[y - y0], [y1 - y]], fmt="o", markersize=11,
+                      linewidth=0.7, color=colour(row), label=f"{i}  {row['method']}")  # fmt: skip
+        axis.annotate(str(i), (x, y), ha="center", va="center", fontsize=7, color="white")
     axis.axhline(0, color="0.7", linewidth=0.8)
     axis.set_xlabel("NRA: it finds the region", fontsize=8)
     axis.set_ylabel("specificity: of this concept, not of any", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.set_title(f"{title} (95 % intervals; grey knows no concept)", fontsize=8)
+    handles = [one.lines[0] for one in axis.containers]
+    axis.legend(handles, [one.get_label() for one in axis.containers], fontsize=7, loc="center left",
+                bbox_to_anchor=(1.01, 0.5), frameon=False, markerscale=0.5)  # fmt: skip
     save(figure, path)
 
 
@@ -98,7 +101,8 @@ def bars(title: str, heading: str, values: dict[str, float], path: Path) -> None
     figure = Figure(figsize=(6.5, 0.9 + 0.27 * len(values)), layout="constrained")
     axis = figure.subplots()
     places = range(len(values))
-    axis.barh(places, list(values.values()), color=["tab:blue", *["0.6"] * (len(values) - 1)], height=0.6)
+    own = ["tab:blue" if name.startswith(("ours", "nra")) else "0.6" for name in values]
+    axis.barh(places, list(values.values()), color=own, height=0.6)
     for place, value in zip(places, values.values(), strict=True):
         axis.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
     axis.set_yticks(places, list(values), fontsize=7)
@@ -130,10 +134,16 @@ def draw(records: dict[str, Record], folder: Path) -> None:
             rows = [{"method": method, **row} for method, row in record["rows"].items()]
             plane("words on COCO", rows, folder / f"{name}_plane.png")
     if "peers" in records.get("solver", {}):
-        one = records["solver"]["peers"]["solvers"]
-        bars("Elastic net, 10,000 x 256, 20 classes", "seconds of CPU",
-             {n: r["cpu"] for n, r in one.items()}, folder / "solver_peers.png")  # fmt: skip
+        one = records["solver"]["peers"]
+        title = f"Elastic net, {one['rows']:,} x {one['columns']}, {one['classes']} classes"
+        seconds = {name: r["cpu"] for name, r in one["solvers"].items()}
+        bars(title, "seconds of CPU", seconds, folder / "solver_peers.png")
     if "nra" in records:
         ms = records["nra"]["timings"][0]["ms_per_map"]
         order = ("nra", "nra_exact", "plain_vectorised", "published_loop")
-        bars("NRA of a 224 px map", "milliseconds", {k.replace("_", " "): ms[k] for k in order}, folder / "nra_ms.png")
+        bars(
+            f"NRA of a {records['nra']['size']} px map",
+            "milliseconds",
+            {k.replace("_", " "): ms[k] for k in order},
+            folder / "nra_ms.png",
+        )

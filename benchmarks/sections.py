@@ -15,7 +15,7 @@ Record = dict[str, Any]
 #: Not results, but how they came about: shown in one line.
 CIRCUMSTANCES = (
     "environment", "arguments", "seed", "seeds", "date", "python", "machine", "device", "threads", "versions", "torch",
-    "benchmark",
+    "benchmark", "details",
 )  # fmt: skip
 
 
@@ -335,6 +335,7 @@ KNOWN: dict[str, tuple[str, str, Renderer]] = {
         "Real MobileNetV2 and a zero-shot image-text model in CLIP's text space.",
         regions,
     ),
+    "concept_regions_vit": ("ConceptFusionMap on COCO, a vision transformer", "", regions),
     "concept_regions_sensitivity": ("ConceptFusionMap: its few constants, one changed at a time", "", anything),
     "ce_fam_scenes": ("ConceptFusionMap against truth", "", truth),
     "ce_fam": ("ConceptFusionMap: cost", "ResNet-50, one image, in bare forward passes.", anything),

@@ -1,0 +1,151 @@
+"""The metrics beside quantus, torchmetrics and scikit-learn: do they agree, and how long does each take?
+
+    python benchmarks/metrics_peers.py [--maps 64]
+
+224 px maps, smooth, without ties, on random rectangles. quantus and scikit-learn come with the ``benchmark`` extra; a
+peer that is not installed has no row, and the output says so. Agreement is the largest difference over all examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from _record import environment, median_times, write
+from nra import inputs
+from torch import Tensor
+
+from captum_concepts import metrics
+
+SEED = 0
+Row = tuple[str, str, Callable[[], Tensor], Callable[[], Tensor], str]
+
+
+def with_quantus(maps: Tensor, masks: Tensor) -> list[Row]:
+    import quantus
+
+    x = np.zeros((len(maps), 3, *maps.shape[1:]), dtype=np.float32)
+    a, s, y = maps[:, None].numpy(), masks[:, None].numpy(), np.zeros(len(maps), dtype=int)
+    quiet = {"abs": False, "normalise": False, "disable_warnings": True, "display_progressbar": False}
+
+    def run(kind: str, **options: Any) -> Callable[[], Tensor]:
+        metric = getattr(quantus, kind)(**quiet, **options)
+        # copies: quantus writes into what it is given
+        return lambda: torch.tensor(
+            np.array(metric(model=None, x_batch=x.copy(), y_batch=y, a_batch=a.copy(), s_batch=s.copy()), dtype=float)
+        ).flatten()
+
+    return [
+        ("EPG without scaling", "quantus RelevanceMassAccuracy", lambda: metrics.epg(maps, masks, normalize="none"),
+         run("RelevanceMassAccuracy"), "the same; epg scales to [0, 1] unless normalize='none'"),
+        ("pointing game", "quantus PointingGame", lambda: metrics.pointing_game(maps, masks), run("PointingGame"),
+         "the same without tolerance and without tied maxima"),
+        ("share of the |M| largest inside (from IoU)", "quantus RelevanceRankAccuracy",
+         lambda: rank_accuracy(maps, masks), run("RelevanceRankAccuracy"),
+         "a single point p = |M| of the curve that NRA integrates"),
+    ]  # fmt: skip
+
+
+def rank_accuracy(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of the |M| most salient pixels that are in the mask, from this package's IoU at that threshold."""
+    out = []
+    for heat, mask in zip(maps, masks, strict=True):
+        size = int(mask.sum())
+        cut = float(heat.flatten().topk(size + 1).values[-1])
+        one = metrics.iou(heat[None], mask[None], threshold=cut)
+        out.append(2 * one / (1 + one))  # |B| = |M|: the share is the Dice coefficient
+    return torch.cat(out)
+
+
+def with_torchmetrics(maps: Tensor, masks: Tensor) -> list[Row]:
+    from torchmetrics.functional.classification import binary_accuracy, binary_jaccard_index
+
+    drawn = maps > maps.mean((1, 2), keepdim=True)
+    each = lambda f: lambda: torch.stack([f(d, m) for d, m in zip(drawn, masks, strict=True)])  # noqa: E731
+    return [
+        ("IoU", "torchmetrics binary_jaccard_index", lambda: metrics.iou(maps, masks),
+         each(lambda d, m: binary_jaccard_index(d, m.int())), "an image at a time; theirs sums a batch, 0 / 0 is 0"),
+        ("pixel accuracy", "torchmetrics binary_accuracy", lambda: metrics.pixel_accuracy(maps, masks),
+         each(lambda d, m: binary_accuracy(d, m.int())), "the same, an image at a time"),
+        ("mean IoU", "torchmetrics multiclass_jaccard_index", lambda: metrics.mean_iou(maps, masks)[None],
+         lambda: _mean_iou(drawn, masks)[None], "both from summed intersections and unions"),
+    ]  # fmt: skip
+
+
+def _mean_iou(drawn: Tensor, masks: Tensor) -> Tensor:
+    from torchmetrics.functional.classification import multiclass_jaccard_index
+
+    return multiclass_jaccard_index(drawn.long(), masks.long(), num_classes=2, average="macro")
+
+
+def with_sklearn(maps: Tensor, masks: Tensor) -> list[Row]:
+    from sklearn.metrics import average_precision_score
+
+    def foreground() -> Tensor:
+        pairs = zip(maps, masks, strict=True)
+        return torch.tensor([average_precision_score(m.flatten().numpy(), a.flatten().numpy()) for a, m in pairs])
+
+    def both() -> Tensor:
+        """The ImageNet-segmentation protocol: map and 1 - map of the scaled map against mask and ground."""
+        out = []
+        for heat, mask in zip(maps, masks, strict=True):
+            a = (heat - heat.min()) / (heat.max() - heat.min())
+            scores, truth = torch.cat([1 - a.flatten(), a.flatten()]), torch.cat([~mask.flatten(), mask.flatten()])
+            out.append(average_precision_score(truth.numpy(), scores.numpy()))
+        return torch.tensor(out)
+
+    name = "scikit-learn average_precision_score"
+    return [
+        ("average precision, foreground", name,
+         lambda: metrics.average_precision(maps, masks, classes="foreground"), foreground, "the same"),
+        ("average precision, both (published)", name, lambda: metrics.average_precision(maps, masks), both, "the same"),
+    ]  # fmt: skip
+
+
+PEERS: dict[str, Callable[[Tensor, Tensor], list[Row]]] = {
+    "quantus": with_quantus,
+    "torchmetrics": with_torchmetrics,
+    "sklearn": with_sklearn,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--maps", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    maps, masks = inputs("smooth", args.maps)
+    rows, missing = [], []
+    for package, make in PEERS.items():
+        if importlib.util.find_spec(package) is None:
+            missing.append(package)
+            print(f"{package} is not installed (pip install '.[benchmark]'): its rows are missing")
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the peers' own
+            for what, peer, ours, theirs, how in make(maps, masks):
+                difference = float((ours().double() - theirs().double()).abs().max())
+                seconds = median_times({"ours": ours, "theirs": theirs}, repeats=args.repeats)
+                per = {name: 1e3 * value / args.maps for name, value in seconds.items()}
+                rows.append({"metric": what, "peer": peer, "largest_difference": difference,
+                             "ms_a_map": per["ours"], "peer_ms_a_map": per["theirs"],
+                             "times_faster": per["theirs"] / per["ours"], "definitions": how})  # fmt: skip
+                print(rows[-1], flush=True)
+    packages = {"quantus": "quantus", "torchmetrics": "torchmetrics", "sklearn": "scikit-learn"}
+    part = {
+        "environment": environment(*(packages[p] for p in PEERS if p not in missing)),
+        "arguments": {"maps": args.maps, "repeats": args.repeats, "seed": SEED, "not installed": missing},
+        "tables": [{"title": "agreement and speed", "note": "Smooth 224 px maps, one thread.", "rows": rows}],
+    }
+    write("metrics_peers", {"parts": {"peers": part}})
+
+
+if __name__ == "__main__":
+    main()

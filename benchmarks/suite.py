@@ -1,0 +1,127 @@
+"""Run the benchmarks one after another, then make the results page.
+
+    python benchmarks/suite.py                        # the short ones: minutes
+    python benchmarks/suite.py --full                 # all: an hour at most on 2 cores
+    python benchmarks/suite.py --only nra fam         # some
+    python benchmarks/suite.py --list                 # what there is, and what each would run
+
+Scripts that need photographs get ``--data`` (by default ``../shared/data`` beside the checkout); where it is not there
+they are left out, which the end of the output says, and the page keeps what was recorded last. Each script runs in a
+process of its own and writes its own record, so one that fails takes nothing with it. Where there is a GPU, scripts use
+it and their records say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+DATA = "{data}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One script with its arguments: short, as ``make bench`` runs it, and full.
+
+    Args:
+        name: how it is asked for.
+        short, full: arguments; None leaves it out of that run. ``{data}`` is the folder of photographs; a job that
+            names it is left out where there is none.
+        module: file name; by default the name's.
+        minutes: what the full one took at most.
+    """
+
+    name: str
+    short: str | None
+    full: str | None
+    module: str = ""
+    minutes: float = 1
+
+    def command(self, full: bool, data: Path | None) -> list[str] | None:
+        """The command line, or None if it is left out."""
+        given = self.full if full else self.short
+        if given is None or (DATA in given and data is None):
+            return None
+        parts = [part.replace(DATA, str(data)) for part in shlex.split(given)]
+        return [sys.executable, "-W", "ignore", str(HERE / f"{self.module or self.name}.py"), *parts]
+
+
+SCENES = "scenes-few-shot scenes-pairs with-head questions cost"
+PHOTOS = "coco-few-shot coco-pairs caltech coco-questions coco-with-head"
+JOBS = [
+    Job("nra", "--repeats 3 --maps 16", "", minutes=1),
+    Job("metrics_peers", "--maps 8 --repeats 3", "", minutes=1),
+    Job("fam", "--repeats 5", "", minutes=2),
+    Job("fam_quality", f"--images 24 --parts {SCENES}", f"--images 60 --parts {SCENES}", minutes=4),
+    Job("fam_photos", None, f"--images 30 --data {DATA} --parts {PHOTOS}", "fam_quality", minutes=8),
+    Job("tcav", "--images 6 --scenes 10", "--images 15 --scenes 30", minutes=1),
+    Job("spatial_acv", None, f"{DATA} --parts cost mobilenet_v2 squeezenet1_0", minutes=9),
+    Job("concept_words", "--train 600 --epochs 25 --scenes 12", "--scenes 40", minutes=3),
+    Job("ce_fam", "--concepts 4 --repeats 1", "", minutes=4),
+    Job("ce_fam_scenes", None, "", minutes=6),
+    Job("concept_regions", None, f"--data {DATA}", minutes=10),
+    Job("region_store", None, "--images 4 --repeats 3", minutes=2),
+    Job("solver", "--only peers", "", minutes=8),
+]
+
+
+def jobs(only: list[str] | None) -> list[Job]:
+    """By name; scripts of the same folder that this list does not know are still run by hand."""
+    known = {job.name: job for job in JOBS}
+    unknown = [name for name in only or () if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    return [known[name] for name in only] if only else JOBS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
+    parser.add_argument("--timeout", type=float, default=30, help="minutes a script may take")
+    args = parser.parse_args()
+    data = args.data.resolve() if (args.data / "real_models.py").is_file() else None
+    outcome: dict[str, str] = {}
+    begun = time.perf_counter()
+    for job in jobs(args.only):
+        command = job.command(args.full, data)
+        if command is None:
+            given = job.full if args.full else job.short
+            outcome[job.name] = "left out: part of --full" if given is None else "left out: no photographs (--data)"
+            continue
+        if args.list:
+            print(job.name, f"(about {job.minutes:g} min)" if args.full else "", *command[3:])
+            continue
+        print(f"== {job.name}", flush=True)
+        start = time.perf_counter()
+        outcome[job.name] = run(command, 60 * args.timeout, start)
+    if not args.list:
+        subprocess.run([sys.executable, str(HERE / "page.py")], cwd=ROOT, check=True)
+    for name, how in outcome.items():
+        print(f"{name}: {how}")
+    print(f"{(time.perf_counter() - begun) / 60:.1f} min")
+    if any(how.startswith("failed") for how in outcome.values()):
+        raise SystemExit(1)
+
+
+def run(command: list[str], limit: float, start: float) -> str:
+    """How it ended."""
+    try:
+        code = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return f"failed: took more than {limit / 60:g} min"
+    spent = f"{time.perf_counter() - start:.0f} s"
+    return f"done in {spent}" if code == 0 else f"failed with exit code {code} after {spent}"
+
+
+if __name__ == "__main__":
+    main()
