@@ -122,8 +122,11 @@ def test_repairs_by_hand():
     label = torch.tensor([0, 0, 1, 1])
     before = F.one_hot(torch.tensor([0, 1, 1, 0]), 2).float()
     after = F.one_hot(torch.tensor([0, 0, 0, 0]), 2).float()
-    row = salf_cbm_planted.repaired(before, after, label)
+    row = salf_cbm_planted.repaired(before, after, label, torch.tensor([0, 1, 0, 1]))
     assert [row[k][0] for k in ("accuracy", "wrong_repaired", "right_broken")] == [0.5, 0.5, 0.5]
+    assert row["planted_errors_repaired"][0] == 1  # scene 1, called class 1 on the ground of class 1
+    none = salf_cbm_planted.repaired(before, after, label, torch.tensor([1, 0, 0, 1]))
+    assert none["planted_errors_repaired"] is None
 
 
 def test_intervention_takes_the_region_back_to_the_training_mean():
