@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 from captum_concepts.activations import spatial_activations
-from captum_concepts.activations.survey import suggest_layer, survey_layers
+from captum_concepts.activations.survey import suggest_layer, suggest_stages, survey_layers
 from captum_concepts.errors import InputError
 
 
@@ -34,6 +34,22 @@ def test_every_surveyed_layer_can_be_captured():
 )
 def test_the_suggestion_is_the_last_layer_that_reaches_the_output(build, size, expected):
     assert suggest_layer(build().eval(), torch.rand(2, 3, size, size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (torchvision.models.resnet18, ["layer1", "layer2", "layer3", "layer4"]),
+        (torchvision.models.mobilenet_v2, ["features.3", "features.6", "features.13", "features"]),
+        (lambda: timm.create_model("convnextv2_atto"), ["stem", "stages.1", "stages.2", "norm_pre"]),
+        (
+            lambda: timm.create_model("vit_tiny_patch16_224", img_size=96, depth=8),
+            ["blocks.1", "blocks.3", "blocks.5", "blocks.6"],
+        ),
+    ],
+)
+def test_stages_are_blocks_from_fine_to_coarse(build, expected):
+    assert suggest_stages(build().eval(), torch.rand(1, 3, 96, 96)) == expected
 
 
 def test_a_layer_whose_first_dimension_is_no_batch_is_no_stage():

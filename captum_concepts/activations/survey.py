@@ -99,20 +99,33 @@ def suggest_layer(forward_func: Callable[..., Any], inputs: Tensor) -> str:
 
 
 def suggest_stages(forward_func: Callable[..., Any], inputs: Tensor, most: int = 4) -> list[str]:
-    """The last stage of each of the ``most`` coarsest grids, from fine to coarse; or some of one grid.
+    """The last stage of each of the ``most`` coarsest grids, from fine to coarse; where there are fewer grids, filled
+    up with blocks of the coarsest.
 
     Raises:
         LayerError: there is none.
     """
     last = suggest_layer(forward_func, inputs)
     stages = _stages(forward_func, inputs)
-    stages = stages[: [layer.name for layer in stages].index(last) + 1]
-    ends = {layer.layout.grid: layer.name for layer in stages}
-    if len(ends) > 2:
-        return list(ends.values())[-most:]
-    same = [layer.name for layer in stages if layer.layout.grid == stages[-1].layout.grid]
-    step = max(len(same) // most, 1)
-    return same[::-1][::step][:most][::-1]
+    names = [layer.name for layer in stages]
+    stages = stages[: names.index(last) + 1]
+    grid = stages[-1].layout.grid
+    ends: dict[tuple[int, int], str] = {}
+    for layer in stages:  # of one grid, the last of the outermost: what is inside a block is no stage
+        known = ends.get(layer.layout.grid)
+        if known is None or layer.name.count(".") <= known.count("."):
+            ends[layer.layout.grid] = layer.name
+    ends[grid] = last
+    chosen = list(ends.values())[-most:] if len(ends) > 2 else [last]
+    families: dict[str, list[str]] = {}
+    for layer in stages:
+        inner = any(resolve_layer(forward_func, layer.name).children())
+        if layer.layout.grid == grid and inner and layer.name != last:
+            families.setdefault(layer.name.rpartition(".")[0], []).append(layer.name)
+    spare = max(families.values(), key=len, default=[])
+    missing = min(most - len(chosen), len(spare))
+    chosen += [spare[(2 * k + 1) * len(spare) // (2 * missing)] for k in range(missing)]
+    return sorted(chosen, key=names.index)
 
 
 def _stages(forward_func: Callable[..., Any], inputs: Tensor) -> list[SurveyedLayer]:
