@@ -470,7 +470,8 @@ def record(part: str, made: list[Any], arguments: dict[str, Any], start: float) 
         "seconds": time.perf_counter() - start,
         "tables": [t.record() if isinstance(t, Table) else t for t in made],
     }
-    kept["parts"] = {name: kept["parts"][name] for name in PARTS if name in kept["parts"]}
+    order = [*PARTS, *(name for name in kept["parts"] if name not in PARTS)]
+    kept["parts"] = {name: kept["parts"][name] for name in order if name in kept["parts"]}
     write("fam_quality", kept)
     for one in kept["parts"][part]["tables"]:
         if "method" not in one["rows"][0]:
