@@ -31,6 +31,8 @@ def run(folder: Path) -> None:
         val = images_and_labels(41, seed=1) if options.pop("val", False) else None
         model = fit(folder / name, val_data=val, feature_dtype=torch.float32, head_tol=1e-6, **options)
         found = {**state(model), "backbone": model.backbone[0].weight.detach().clone()}
+        with torch.no_grad():
+            found["logits"] = model(images_and_labels()[0])
         found["history"] = torch.tensor(model.metadata["history"]["val_similarity"])
         save_file(found, folder / f"{name}-{rank}.safetensors")
 
@@ -69,9 +71,11 @@ def test_two_processes_make_the_model_of_one(tmp_path):
         first, second = (load_file(tmp_path / "two" / f"{name}-{rank}.safetensors") for rank in (0, 1))
         for key, value in one.items():
             assert torch.equal(first[key], second[key]), (name, key)
-            torch.testing.assert_close(
-                first[key], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name, k=key: f"{n} {k} {m}"
-            )
+            # After a few epochs from random weights two concepts are nearly collinear: what they share between them is
+            # hardly determined, what they say together is.
+            flat = name == "cached" and key == "head.weight"
+            difference = (first[key] - value).abs().max() / value.abs().max()
+            assert difference < (1e-4 if flat else 1e-5), (name, key, difference)
         for folder in ("regions-train", *(["regions-val"] if "val" in CASES[name] else [])):
             shards = sorted((tmp_path / "one" / name / folder).glob("shard-*"))
             assert shards

@@ -69,6 +69,10 @@ for row, texture in zip(axes, textures, strict=True):
 _ = figure.suptitle("Guidance images", fontsize=11)
 
 # %% [markdown]
+# Look at them before you fit anything. The plain patches are nearly all red: in these scenes plain circles and squares
+# mostly are. A vector learnt from them is as much *red* as *plain*, so we shall not trust it; stripes and dots come in all
+# colours.
+#
 # ## Which layer knows stripes?
 #
 # One call fits every layer and compares accuracy on held-out *images* (positions of one image are no independent
@@ -156,6 +160,9 @@ for each, crop in zip(axes, crops, strict=True):
 _ = figure.suptitle("Crops around the six positions with the highest relevance for “striped”", fontsize=10)
 
 # %% [markdown]
+# They are all yellow, the colour with the strongest contrast to its dark stripes. Striped things they are, but a relevance
+# is not about the pattern alone.
+#
 # ## Keep it, and explain a new image
 
 # %%

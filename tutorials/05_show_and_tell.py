@@ -97,10 +97,10 @@ for drop in models["layer4"].metadata["vocabulary"]["report"]["drops"]:
 
 # %% [markdown]
 # So there is a choice between accuracy and knowing what is where. The last layer has forgotten the grounds, which do not
-# matter for the class: those concepts are dropped, because the bottleneck cannot follow them. We read the earliest one.
+# matter for the class: those concepts are dropped, because the bottleneck cannot follow them. We take the middle one.
 
 # %%
-model = models["layer2"]
+model = models["layer3"]
 
 # %% [markdown]
 # ## Read: the rules of a class
@@ -118,7 +118,8 @@ for name in data.classes:
 # Contributions add up to the logit (plus the head's bias): nothing else goes into it.
 
 # %% picture="salf_cbm" alt="Three scenes with the maps of the concepts that decided, and bars of their contributions"
-chosen = [int(torch.nonzero(test.label == c)[0]) for c in (0, 3, 5)]
+right = model(test.image).argmax(1) == test.label
+chosen = [int(torch.nonzero((test.label == c) & right)[0]) for c in (0, 3, 4)]
 explanation = model.explain(test.image[chosen], top_k=None)
 panel(
     test.image[chosen],
@@ -218,7 +219,7 @@ axes.spines[["top", "right"]].set_visible(False)
 # A name is a promise. The images with the highest activation show whether it is kept.
 
 # %%
-top = model.most_activating(test.image, ["striped", "star"], k=4)
+top = model.most_activating(test.image, ["striped", "red"], k=4)
 figure, axes = plt.subplots(2, 4, figsize=(6.4, 3.5), layout="constrained")
 for row, (concept, found) in zip(axes, top.items(), strict=True):
     heat = model.explain(test.image[[k for k, _ in found]], concepts=concept).maps[:, 0]

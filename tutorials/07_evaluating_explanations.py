@@ -24,6 +24,7 @@ from captum_concepts.metrics import (
     RandomMaps,
     activation_energy,
     evaluate,
+    nra,
     parameter_randomization,
 )
 from captum_concepts.visualization import overlay
@@ -83,18 +84,20 @@ for other in ("LayerGradCam", "activation energy", "centre Gaussian"):
     print(f"NRA of FAM minus {other}: {pair['difference']:+.3f} [{pair['ci_low']:+.3f}, {pair['ci_high']:+.3f}]")
 
 # %% [markdown]
-# The maps of one scene, each on its own colour scale:
+# The maps of one scene, the one in the middle of FAM's ranking, each on its own colour scale:
 
 # %% alt="One scene and its maps by LayerGradCam, FAM, activation energy, a centre Gaussian and random"
+quality = nra(explainers["FAM"].attribute(scenes.image, target=scenes.label)[:, 0], scenes.object_masks[:, 0])
+i = int(quality.argsort()[len(quality) // 2])
 figure, axes = plt.subplots(1, 6, figsize=(10, 2.1), layout="constrained")
-axes[0].imshow(scenes.image[1].permute(1, 2, 0))
-axes[0].set_title(f"“{data.classes[scenes.label[1]]}”", fontsize=9)
+axes[0].imshow(scenes.image[i].permute(1, 2, 0))
+axes[0].set_title(f"“{data.classes[scenes.label[i]]}”", fontsize=9)
 for each, (name, explainer) in zip(axes[1:], explainers.items(), strict=True):
     if hasattr(explainer, "attribute"):
-        heat = explainer.attribute(scenes.image[1:2], target=scenes.label[1:2])[0, 0]
+        heat = explainer.attribute(scenes.image[i : i + 1], target=scenes.label[i : i + 1])[0, 0]
     else:
-        heat = explainer(scenes.image[1:2])[0]
-    each.imshow(overlay(scenes.image[1], heat).permute(1, 2, 0))
+        heat = explainer(scenes.image[i : i + 1])[0]
+    each.imshow(overlay(scenes.image[i], heat).permute(1, 2, 0))
     each.set_title(name, fontsize=9)
 for each in axes:
     each.set_axis_off()
