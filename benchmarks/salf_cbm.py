@@ -36,7 +36,7 @@ def scenes(args: argparse.Namespace) -> tuple[list[Record], Record]:
         for name, row in found["nra_exact_by_kind"].items()
     ]
     return [
-        {"title": "accuracy on scenes, 21 concepts", "note": of, "rows": found["accuracy"]},
+        {"title": "accuracy on scenes, 21 concepts", "note": of, "rows": counted(found)},
         {
             "title": "maps of the 21 words on scenes",
             "note": "Every concept that is present, against its exact mask. P is what the bottleneck learns from: the "
@@ -112,7 +112,7 @@ def caltech(args: argparse.Namespace) -> tuple[list[Record], Record]:
         + ", ".join(f"{name} {value:.2f}" for name, value in found["similarity_on_validation"].items())
         + "."
     )
-    return [{"title": "accuracy on Caltech-101", "note": note, "rows": found["accuracy"]}], found
+    return [{"title": "accuracy on Caltech-101", "note": note, "rows": counted(found)}], found
 
 
 def speed(args: argparse.Namespace) -> tuple[list[Record], Record]:
@@ -141,9 +141,20 @@ PARTS: dict[str, Callable[[argparse.Namespace], tuple[list[Record], Record]]] = 
 }
 
 
+def counted(found: Record) -> list[Record]:
+    """Rows of accuracies, with the number of images beside the rounded share."""
+    n = found["test_images"]
+    return [{**row, "right": f"{round(row['accuracy'][0] * n)} of {n}"} for row in found["accuracy"]]
+
+
 def by_method(rows: dict[str, Record]) -> list[Record]:
     """Rows of a table of maps."""
     return [{"method": name, **row} for name, row in rows.items()]
+
+
+def shown(value: Any) -> Any:
+    """Lists of settings as text: three numbers in a list are an interval elsewhere in a record."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def main() -> None:
@@ -170,7 +181,7 @@ def main() -> None:
         tables, details = PARTS[part](args)
         record = {
             "environment": environment("open-clip-torch", "torchvision"),
-            "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path) and k != "part"},
+            "arguments": {k: shown(v) for k, v in vars(args).items() if not isinstance(v, Path) and k != "part"},
             "seeds": {**SEEDS, "torch": args.seed},
             "tables": tables,
             "details": details,
