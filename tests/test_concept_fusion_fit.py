@@ -160,8 +160,7 @@ def test_cache_resumes_and_refuses(tmp_path):
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     import captum_concepts.models.concept_translator_data as module
 
-    plain = module.ShardWriter
-    monkeypatch.setattr(module, "ShardWriter", lambda path, origin: plain(path, origin, shard_rows=10))
+    monkeypatch.setattr(module, "_SHARD_ROWS", 10)
 
     class Killed(Colour):
         def encode_image(self, batch):
@@ -209,8 +208,28 @@ def test_a_nan_loss_stops_and_keeps_the_best():
         fit_translator(translator, bad)
 
 
+@pytest.mark.parametrize("length", [10.0, 1.0])
+def test_the_loss_is_the_stated_one(length):
+    g = torch.Generator().manual_seed(2)
+    z, e, text = torch.rand(9, 4, generator=g), torch.randn(9, 6, generator=g), torch.randn(3, 6, generator=g)
+    e = F.normalize(e, dim=1) * length
+    translator = ConceptTranslator([4], 6, hidden=(8, 8))
+    with torch.random.fork_rng():
+        result = fit_translator(translator, TrainingPairs([(z, e)], [4]), text=text, logit_scale=7.0, lr=0.0,
+                                weight_decay=0.0, similarity_weight=0.5, epochs=1, validation_fraction=0)  # fmt: skip
+    similarity = nn.CosineSimilarity(dim=0)
+    total = 0.0
+    for h, wanted in zip(translator([z]).detach(), e, strict=True):
+        total += ((h - wanted) ** 2).mean() / len(z)
+        for word in text:
+            # The published weight where embeddings are 10 long, and the same balance of both terms elsewhere.
+            off = 7 * (similarity(h, word) - similarity(wanted, word))
+            total += 0.5 * (length / 10) ** 2 * off**2 / len(text) / len(z)
+    assert result.history["val_loss"][0] == pytest.approx(float(total), rel=1e-4)
+
+
 def test_the_published_optimiser():
-    cefam = fit(images(100), training={"optimizer": "sgd", "epochs": 12, "batch_size": 10})
+    cefam = fit(images(100), training={"optimizer": "sgd", "epochs": 12, "batch_size": 10, "patience": 0})
     assert cefam.history_["lr"][:6] == pytest.approx([0.1, 0.12, 0.14, 0.16, 0.18, 0.2])
     assert cefam.history_["train_loss"][-1] < cefam.history_["train_loss"][0]
 

@@ -51,7 +51,8 @@ class ConceptLifecycle(ConceptMaps):
                 or a folder. Rows are read in the data set's order.
             concepts: words that the similarity loss uses and the result starts with; None trains on embeddings alone
                 and leaves the words to :meth:`with_concepts`.
-            similarity_weight: of the similarity loss; 0 leaves it out.
+            similarity_weight: of the similarity loss, where embeddings are 10 long as CLIP's are (balanced alike for
+                others, see :func:`~captum_concepts.models.fit_translator`); 0 leaves it out.
             hidden: of the translator.
             batch_size: images a forward pass.
             image_size: side to which files of a folder are cut.

@@ -21,6 +21,8 @@ from captum_concepts.errors import InputError
 from captum_concepts.store.manifest import fingerprint_callable, fingerprint_tensor
 from captum_concepts.store.shards import ShardReader, ShardWriter
 
+_SHARD_ROWS = 512  # what a killed run loses at most
+
 Images = Tensor | Dataset[Any] | DataLoader[Any] | str | Path
 
 
@@ -153,7 +155,7 @@ def collect_pairs(
     folder: Path | None = None
     if cache_dir is not None:
         folder = Path(cache_dir) / (f"part-{rank:03d}-of-{size:03d}" if size > 1 else "")
-        writer = ShardWriter(folder, _origin(forward_func, layers, encoder, loader))
+        writer = ShardWriter(folder, _origin(forward_func, layers, encoder, loader), shard_rows=_SHARD_ROWS)
     done = writer.rows if writer is not None else 0
     kept: list[tuple[Tensor, Tensor]] = []
     held = 0
@@ -170,7 +172,7 @@ def collect_pairs(
             held += (z.numel() + e.numel()) * 4
             if writer is None and held > memory_budget:
                 folder = Path(_temporary())
-                writer = ShardWriter(folder, {})
+                writer = ShardWriter(folder, {}, shard_rows=_SHARD_ROWS)
                 for old in kept:
                     writer.append({"pooled": old[0], "embedding": old[1]})
                 kept = []

@@ -19,6 +19,7 @@ from captum_concepts.models.concept_translator_data import TrainingPairs, world
 
 _WARM_UP_EPOCHS = 5
 _ROWS = 1024  # rows of one validation or statistics step
+_PUBLISHED_LENGTH = 10.0  # of CLIP's raw image embeddings, to which the published similarity weight belongs
 
 
 @dataclass
@@ -58,8 +59,12 @@ def fit_translator(
 ) -> FitResult:
     r"""Fit ``translator`` in place.
 
-    .. math:: \operatorname{mean} (h(z) - e)^2 + \lambda \, \operatorname{mean} (S(h(z)) - S(e))^2, \qquad
-        S^t(v) = \text{scale} \cdot \cos(v, t) + \text{bias}
+    .. math:: \operatorname{mean} (h(z) - e)^2 + \lambda \frac{\ell^2}{10^2} \operatorname{mean} (S(h(z)) - S(e))^2,
+        \qquad S^t(v) = \text{scale} \cdot \cos(v, t) + \text{bias}
+
+    with :math:`\ell^2` the mean squared length of the e. CLIP's raw embeddings are about 10 long, which gives the
+    published loss; those of an encoder that divides by the length are 1 long, and their first term is a hundred times
+    smaller beside the same second one (validation cosine .44 instead of .68 on 3,040 images, were it not balanced).
 
     Args:
         translator: changed in place; on another device, training happens there.
@@ -108,7 +113,7 @@ def fit_translator(
     if standardize if standardize is not None else optimizer == "adamw":
         mean, std = _moments(pairs, training)
     mean, std = mean.to(device), std.to(device)
-    weight = similarity_weight if text is not None else 0.0
+    weight = similarity_weight * _squared_length(pairs, training) / _PUBLISHED_LENGTH**2 if text is not None else 0.0
     texts = F.normalize(text.to(device).float(), dim=1) if text is not None and weight else None
 
     def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,6 +214,12 @@ def _moments(pairs: TrainingPairs, rows: Tensor) -> tuple[Tensor, Tensor]:
         (layer.square().mean().sqrt() * 0.05).clamp(min=1e-6).expand_as(layer) for layer in std.split(pairs.in_channels)
     ]
     return mean.float(), (torch.maximum(std, torch.cat(floors)) * len(std) ** 0.5).float()
+
+
+def _squared_length(pairs: TrainingPairs, rows: Tensor) -> float:
+    """Mean squared length of the embeddings."""
+    total = sum(float(pairs.rows(part)[1].double().square().sum()) for part in rows.split(_ROWS))
+    return total / len(rows)
 
 
 def _make_optimizer(name: str, translator: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
