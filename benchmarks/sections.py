@@ -47,14 +47,19 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
-def bracketed(value: list[Any] | None, digits: int = 2) -> str:
-    """``0.43 [0.39, 0.50]``."""
-    if value is None or value[0] is None:
+def fixed(value: float, digits: int = 2) -> str:
+    """Without a minus before nothing but zeros."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def bracketed(value: list[Any] | float | None, digits: int = 2) -> str:
+    """``0.43 [0.39, 0.50]``; a number without an interval alone."""
+    middle, low, high = value if isinstance(value, list) else (value, None, None)
+    if middle is None:
         return ""
-    middle, low, high = value
     if low is None:
-        return f"{middle:.{digits}f}"
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        return fixed(middle, digits)
+    return f"{fixed(middle, digits)} [{fixed(low, digits)}, {fixed(high, digits)}]"
 
 
 def cell(value: Any) -> str:
