@@ -25,7 +25,7 @@ from captum_concepts.demo import show_and_tell
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.metrics import center_gaussian, epg, nra, specificity
 
-QUERIES, SHOWN = 48, 4
+QUERIES, SHOWN, PAGE = 48, 4, "report.html"
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class DemoResult:
         lines = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) for line in [head, *cells]]
         lines.insert(1, "-" * len(lines[0]))
         pictures = "\n".join(f"  {self.output / r.picture}" for r in self.rows)
-        return "\n".join(lines) + f"\n\nPictures:\n{pictures}"
+        return "\n".join(lines) + f"\n\nPictures:\n{pictures}\n\nPage (open it in a browser):\n  {self.output / PAGE}"
 
 
 def run_demo(output: str | os.PathLike[str] = "demo_output", *, seed: int = 0) -> DemoResult:
     """Explain synthetic scenes with the bundled models.
 
     Args:
-        output: folder for ``*.png`` and ``demo.json``.
+        output: folder for ``*.png``, ``report.html`` and ``demo.json``.
         seed: which scenes; never those the models were trained on.
 
     Returns:
@@ -153,7 +153,9 @@ def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
 
 
 def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
-    """CE-FAM: words, regions and contributions, and a wrong prediction traced to the ground it leans on."""
+    """CE-FAM: words, regions, contributions; wrong predictions traced to the ground they lean on, also as a page."""
+    from captum_concepts.visualization import report
+
     clip, queries = demo.load("clip"), scenes.stack()
     training = CaptionedScenes(800, seed=scenes.seed + 2, size=scenes.size).stack().image
     layers = ["layer1", "layer2", "layer3", "layer4"]
@@ -180,6 +182,11 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
             images, explanation, out / f"ce_fam_{name}.png", title, class_names=scenes.classes, image_titles=titles
         )
         rows.append(_concept_row("CE-FAM", name, "21 words", maps, queries, picture))
+    settings = {"model": name, "layers": layers, "training images": len(training), "seed": scenes.seed}
+    report(
+        explanation, images, out / PAGE, title="Wrong predictions, in words", class_names=scenes.classes,
+        image_titles=titles, settings=settings,
+    )  # fmt: skip
     return rows
 
 

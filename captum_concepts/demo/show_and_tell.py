@@ -105,7 +105,11 @@ def find_corrections(model: SALFCBM, scenes: Scene, most: int = 3) -> Search:
             found.append(min(worked, key=lambda c: abs(c.beta)))
     found.sort(key=lambda c: float(c.after.max()), reverse=True)
     first_of_kind = {(c.called, c.concept): c for c in reversed(found)}
-    varied = sorted(found, key=lambda c: first_of_kind[c.called, c.concept] is not c or float(c.after.max()) < 0.5)
+    # What was seen too strongly reads more easily than what was missed.
+    varied = sorted(
+        found,
+        key=lambda c: (c.beta > 0, first_of_kind[c.called, c.concept] is not c or float(c.after.max()) < 0.5),
+    )
     return Search(len(wrong), len(found), varied[:most])
 
 
