@@ -118,11 +118,11 @@ def _peer_rows(
     rows.append(_accuracy_row("backbone's features, sparse", "sparse", sparse(x, x_val), args.name))
     rows.append(_accuracy_row("backbone's features, dense", "dense", dense, args.name))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: args.peer_images]
-    held, rest = order[: max(2, len(order) // 10)], order[max(2, len(order) // 10) :]
+    held, rest = order[: max(3, len(order) // 10)], order[max(3, len(order) // 10) :]
     text = concepts.encode(encoder)
     p = F.normalize(_outputs(_Encoded(encoder), _Subset(train, order), args.device), dim=1) @ text.cpu().float().T
     n = len(held)
-    cut = -1.0 if args.interpretability_cutoff is None else args.interpretability_cutoff
+    cut = -2.0 if args.interpretability_cutoff is None else args.interpretability_cutoff
     lf = fit_lf_cbm(x[rest], p[n:], list(concepts), (x[held], p[:n]), cutoff=cut)
     if not lf.concepts:
         raise SystemExit("LF-CBM's units follow none of the concepts; lower --interpretability-cutoff")
