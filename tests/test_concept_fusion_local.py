@@ -10,7 +10,7 @@ from torch import nn
 from captum_concepts.attr import _concept_local as local
 from captum_concepts.attr._concept_gradients import TextSpace
 from captum_concepts.attr._concept_local import read_locally
-from captum_concepts.attr._concept_regions import LOCAL, TEMPERATURE, coarser_grid, fused_maps
+from captum_concepts.attr._concept_regions import FAINT, TEMPERATURE, coarser_grid, fused_maps
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.models import ConceptTranslator
 
@@ -111,14 +111,28 @@ def test_the_number_of_cells_is_bounded():
     assert read_locally(translator, maps, (28, 28), space).grid == (14, 14)
 
 
-def test_it_counts_as_its_share_of_the_layers():
+def test_it_counts_as_one_more_layer():
     evidence = [torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4)]
-    reading = torch.rand(1, 1, 2, 2)
+    reading = F.interpolate(torch.rand(1, 1, 2, 2), (4, 4), mode="bilinear")
     still = torch.eye(16)[None]  # nothing spreads
-    without = fused_maps(evidence, still, (4, 4))
-    with_it = fused_maps(evidence, still, (4, 4), reading)
-    expected = without + LOCAL * 2 * F.interpolate(reading, (4, 4), mode="bilinear")
-    torch.testing.assert_close(with_it, expected)
+    torch.testing.assert_close(
+        fused_maps(evidence, still, (4, 4), reading), fused_maps([*evidence, reading], still, (4, 4))
+    )
+
+
+def test_a_reading_that_is_nearly_the_same_everywhere_hardly_counts():
+    evidence = [torch.rand(1, 1, 4, 4)]
+    reading = torch.rand(1, 1, 4, 4)
+    reading = reading / reading.square().mean().sqrt()
+    still = torch.eye(16)[None]
+    faint = fused_maps(evidence, still, (4, 4), FAINT / 10 * reading) - fused_maps(evidence, still, (4, 4))
+    torch.testing.assert_close(faint, reading / 10, atol=1e-5, rtol=1e-4)
+
+
+def test_evidence_far_below_one_counts_as_any_other():
+    evidence = torch.rand(1, 1, 4, 4)
+    still = torch.eye(16)[None]
+    torch.testing.assert_close(fused_maps([evidence * 1e-10], still, (4, 4)), fused_maps([evidence], still, (4, 4)))
 
 
 @pytest.mark.parametrize("probability", ["softmax", "sigmoid"])

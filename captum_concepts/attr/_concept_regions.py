@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MOST_POSITIONS = 1024  # of the fused grid: its affinity has the square of that many entries
-STEPS = 2
-LOCAL = 0.25  # weight of the local reading beside that of all layers
+STEPS = 3
+LOCAL = 1.0  # weight of the local reading: one more layer
+FAINT = 0.05  # root mean square of a local reading below which it counts less: it is nearly the same everywhere
 CONTRAST = 0.5  # share of the other likely concepts that is subtracted
 TEMPERATURE = 3.0  # of the softmax that says which are likely: half a dozen instead of one
 
@@ -55,26 +56,36 @@ def coarser_grid(grid: tuple[int, int], most: int) -> tuple[int, int]:
 def fused_maps(
     evidence: Sequence[Tensor], affinity: Tensor, grid: tuple[int, int], local: Tensor | None = None
 ) -> Tensor:
-    """``(N, J, h, w)``: positive evidence of all layers, each divided by its maximum, spread along the affinity.
+    """``(N, J, h, w)``: positive evidence of all layers, each of mean square 1, spread along the affinity.
 
-    The affinity's rows sum to 1, so every value of the result is a weighted mean of evidence: spreading moves evidence
-    within what the network sees as alike, and a concept without positive evidence keeps a map of zeros.
+    Equal energy, not equal maxima: one bright cell, as first layers have at edges and late ones at borders, would make
+    the rest of its layer count for little. The affinity's rows sum to 1, so every value of the result is a weighted
+    mean of evidence: spreading moves evidence within what the network sees as alike, and a concept without positive
+    evidence keeps a map of zeros.
 
     Args:
         evidence: ``(N, J, h_l, w_l)`` each, signed.
         affinity: ``(N, P, P)`` of :func:`feature_affinity` on ``grid``.
-        local: ``(N, J, h, w)`` what each position says alone, in [0, 1]; it counts as much as LOCAL of the layers.
+        local: ``(N, J, h, w)`` what each position says alone, in [0, 1]; it counts as one more layer.
     """
     total = torch.zeros(())
     for layer in evidence:
         positive = resize(layer.relu(), grid)
-        total = total.to(positive) + positive / positive.amax((2, 3), keepdim=True).clamp(min=1e-12)
+        total = total.to(positive) + _equal_energy(positive, 1e-12)
     if local is not None:
-        total = total + LOCAL * len(evidence) * resize(local.to(total), grid)
+        total = total + LOCAL * _equal_energy(resize(local.to(total), grid), FAINT)
     spread = total.flatten(2)
     for _ in range(STEPS):
         spread = spread @ affinity.transpose(1, 2).to(spread)
     return spread.unflatten(2, grid)
+
+
+def _equal_energy(maps: Tensor, least: float) -> Tensor:
+    # Divided by the maximum first: squares of tiny gradients underflow.
+    peak = maps.amax((2, 3), keepdim=True)
+    shape = maps / peak.clamp(min=1e-30)
+    energy = shape.square().mean((2, 3), keepdim=True).sqrt()
+    return shape / torch.maximum(energy, least / peak.clamp(min=1e-30))
 
 
 def feature_affinity(maps: Sequence[Tensor], grid: tuple[int, int], image: Tensor | None = None) -> Tensor:

@@ -69,10 +69,16 @@ class ConceptFusionMap(ConceptScores):
         S' = S^t - \tfrac12 \, u \log \sum_{s \ne t} \exp(S^s / u), \quad u = 3
 
     with its sign (HiResCAM's product; rectifying the gradient first finds objects, not the concept); the second term
-    takes away what speaks for other likely concepts as well. The positive parts of all layers, each divided by its
-    maximum, are added: late layers know the concept, early ones its place. What is found is mostly the telling part
-    of a thing; two steps of a random walk on the network's own feature affinity (and the image's colours) spread it
-    over the rest of the thing. A walk averages, so it invents no evidence: without any, the map is zero.
+    takes away what speaks for other likely concepts as well. The positive parts of all layers are added with equal
+    energy: late layers know the concept, early ones its place. One more layer is what the translator says of each cell
+    alone: a gradient tells what would change the concept, this what is seen there. What is found is mostly the telling
+    part of a thing; three steps of a random walk on the network's own feature affinity (and the image's colours) spread
+    it over the rest of the thing. A walk averages, so it invents no evidence: without any, the map is zero.
+
+    Prefer ``"fused"`` where the region is what you want: in every comparison so far (photographs and drawn scenes, CNN
+    and ViT; ``benchmarks/results/concept_regions_*.md``) it lies closer to the concept than the published one, and
+    deleting it lowers the concept's logit more. Prefer ``"auto"`` for the published method, or where the region must
+    belong to the one layer whose channels :meth:`contribution` takes away.
 
     Attributes:
         history_: of :meth:`fit`: lists ``"train_loss"``, ``"val_loss"``, ``"val_cosine"``, ``"lr"``, an entry an epoch.
