@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+#: Where records go; another folder for a trial that must not replace them.
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results").resolve()
 
 
 def environment(*packages: str) -> dict[str, Any]:
@@ -27,8 +28,16 @@ def environment(*packages: str) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in names},
+        "versions": {name: version for name in names if (version := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: its rows are missing then."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def median_times(functions: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 1) -> dict[str, float]:
@@ -45,7 +54,7 @@ def median_times(functions: dict[str, Callable[[], Any]], *, repeats: int, warmu
 
 def write(name: str, record: dict[str, Any]) -> Path:
     """Write ``results/<name>.json`` whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n")

@@ -6,23 +6,29 @@ from collections.abc import Callable
 from typing import Any
 
 from _record import table
-from sections import bracketed, number
+from cells import bracketed, fixed, number
 
 Record = dict[str, Any]
 Line = tuple[str, str, str]
 
 
-def _part(record: Record, title: str) -> dict[str, Record]:
-    """The rows, by method, of the table with this title; empty if it was not recorded."""
-    for part in record["parts"].values():
-        for one in part["tables"]:
+def _rows(record: Record, title: str) -> list[Record]:
+    """The rows of the table with this title; none if it was not recorded."""
+    for part in record.get("parts", {"": record}).values():
+        for one in part.get("tables", []):
             if one["title"] == title:
-                return {row["method"]: row for row in one["rows"] if "method" in row}
-    return {}
+                return list(one["rows"])
+    return []
+
+
+def _part(record: Record, title: str) -> dict[str, Record]:
+    """The same by method."""
+    return {row["method"]: row for row in _rows(record, title) if "method" in row}
 
 
 def _beside(rows: dict[str, Record], key: str, names: dict[str, str], digits: int = 2) -> str:
-    return "; ".join(f"{shown} {rows[n][key][0]:.{digits}f}" for n, shown in names.items() if rows.get(n, {}).get(key))
+    found = {shown: rows[n][key] for n, shown in names.items() if rows.get(n, {}).get(key)}
+    return "; ".join(f"{shown} {fixed(value[0], digits)}" for shown, value in found.items())
 
 
 BLIND = {"activation energy": "activation energy", "centre Gaussian": "centre Gaussian", "random": "random"}
@@ -83,6 +89,24 @@ def _tcav(r: Record) -> list[Line]:
     ]  # fmt: skip
 
 
+def _salf(r: Record) -> list[Line]:
+    heads = {(row["model"], row["head"]): row for row in _rows(r, "accuracy on scenes, 21 concepts")}
+    few, lines = "sparse, at most 5 a class", []
+    if ("SALF-CBM", few) in heads:
+        known = (("LF-CBM", few), ("backbone's features", few), ("backbone, its own head", "as trained"))
+        beside = "; ".join(f"{model} {bracketed(heads[model, head]['accuracy'])}" for model, head in known
+                           if (model, head) in heads)  # fmt: skip
+        own = bracketed(heads["SALF-CBM", few]["accuracy"])
+        lines.append(("SALF-CBM, accuracy on scenes, at most 5 concepts a class", own, beside))
+    rows = _part(r, "maps of the 21 words on scenes")
+    if "SALF-CBM" in rows:
+        names = {"LF-CBM, activation map of the concept unit": "LF-CBM, activation map of the unit", **BLIND}
+        for key, what in (("nra", "NRA"), ("specificity", "specificity")):
+            own = bracketed(rows["SALF-CBM"][key])
+            lines.append((f"SALF-CBM, words on scenes, {what}", own, _beside(rows, key, names)))
+    return lines
+
+
 def _solver(r: Record) -> list[Line]:
     if "peers" not in r:
         return []
@@ -104,12 +128,18 @@ HEADLINES: dict[str, Callable[[Record], list[Line]]] = {
     "tcav": _tcav,
     "concept_words": _words,
     "concept_regions_coco_half1": _regions,
+    "salf_cbm_scenes": _salf,
     "solver": _solver,
     "nra": _nra,
 }
 
 
 def headlines(records: dict[str, Record]) -> str:
-    """A Markdown table; a record that is missing has no line."""
-    lines = [line for name, make in HEADLINES.items() if name in records for line in make(records[name])]
+    """A Markdown table; a record that is missing, or has another shape, has no line."""
+    lines: list[Line] = []
+    for name, make in HEADLINES.items():
+        try:
+            lines += make(records[name])
+        except (KeyError, TypeError, IndexError):
+            continue
     return table(["what", "here", "beside it, in the same run"], [list(line) for line in lines])

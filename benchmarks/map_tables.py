@@ -2,7 +2,7 @@
 
 Every table of maps made here has the rows without which it would mislead: random, centre Gaussian and activation energy
 know no concept, and the first method's maps are shown made worse on purpose, once exchanged between images and once
-made for a target that is not there.
+made for a target that is not there. Where the image is changed, what the map hides becomes the image's mean colour.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def quality(
         values["specificity"] = special
     if score is not None:
         images = regions.images[regions.index]
-        shared = {"target": regions.target, "batch_size": batch}
+        # As published for normalised images, whose zero is the mean colour. Black would be a shape of its own: before
+        # it, the map of another class scored better than the right one.
+        shared = {"target": regions.target, "batch_size": batch, "baseline": "mean"}
         heat = maps.to(images.device)
         values["average_drop"] = metrics.average_drop(score, images, heat, **shared).cpu()
         values["increase_in_confidence"] = metrics.increase_in_confidence(score, images, heat, **shared).cpu()

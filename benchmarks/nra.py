@@ -1,6 +1,6 @@
 """NRA: time against the published per-pixel loop and a plain vectorised version, and memory of 1,000 maps.
 
-    python benchmarks/nra.py [--maps 32] [--repeats 5] [--output benchmarks/results/nra.json]
+    python benchmarks/nra.py [--maps 32] [--repeats 5] [--output FILE.json]
 
 All versions run in one process, one after another in every repeat, on one thread; the time is the median over
 repeats of the time a map. The values are compared as well. Memory is the growth of the process's peak while the
@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from _record import RESULTS
 from torch import Tensor
 
 SIZE = 224
@@ -144,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "nra.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "nra.json")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """The results page, the README's table and the plots, made of the recorded JSONs and of nothing else.
 
-    python -m benchmarks.page             # benchmarks/results/README.md and the plots
-    python -m benchmarks.page --readme    # and the table between the markers of the repository's README.md
-    python -m benchmarks.page --check     # exit code 1 if one of the texts is not what the records say
+    python -m benchmarks.page               # benchmarks/results/README.md, the plots, and the table in README.md
+    python -m benchmarks.page --check       # exit code 1 if one of the texts is not what the records say
+    python -m benchmarks.page --no-readme   # leaves the repository's README.md alone
 
 No number is typed: the same records give the same text. A record that this page does not know is shown as it is, so a
 new benchmark needs nothing here but, if wanted, a title in :mod:`sections`.
@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE))
 
 import sections  # noqa: E402
 from _record import RESULTS  # noqa: E402
+from coverage import peers_table, worse_on_purpose  # noqa: E402
 from headlines import headlines  # noqa: E402
 
 PAGE = "README.md"
@@ -38,8 +39,15 @@ how well a map finds its region without a threshold; its published baseline give
 one about 0. **Specificity** is NRA less that of the image's other concepts' maps on the same mask: 0 for any map that
 knows no concept. *Random*, *centre Gaussian* and *activation energy* know none: a map that is not above them has
 shown nothing, however good it looks. Rows in italics are maps made worse on purpose, exchanged between images or made
-for a target that is not there; a table in which they do not fall says little. Arrows show which direction is better.
+for a target that is not there; a table in which they do not fall says little. **Average drop** and **increase in
+confidence** keep what the map shows and paint the rest in the image's mean colour; they reward maps that show much.
+Arrows show which direction is better.
 """
+
+WORSE = """In how many tables a value falls (average drop: rises) when the maps are made worse on purpose. Few images or
+targets that look alike are the reasons where it does not."""
+
+PEERS = "Which records have a row of each peer, and of the maps that know no concept."
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -55,7 +63,10 @@ def page(records: dict[str, dict[str, Any]], pictures: list[str] | None = None) 
         pictures: files that lie beside the page; a section shows those that belong to it.
     """
     made = sections.sections(records, pictures or [])
-    lines = [HEAD, "## In short", "", headlines(records), "", "## Contents", ""]
+    lines = [HEAD, "## In short", "", headlines(records), ""]
+    worse = worse_on_purpose(records)
+    lines += ["## Made worse on purpose", "", WORSE, "", worse, ""] if worse else []
+    lines += ["## Peers", "", PEERS, "", peers_table(records), "", "## Contents", ""]
     lines += [f"- [{one.title}](#{one.anchor})" for one in made]
     for one in made:
         lines += ["", f"## {one.title}", "", *one.lines]
@@ -73,7 +84,8 @@ def with_table(text: str, records: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--readme", nargs="?", type=Path, const=HERE.parent / "README.md", help="also fill its table")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="its table is filled as well")
+    parser.add_argument("--no-readme", dest="readme", action="store_const", const=None)
     parser.add_argument("--check", action="store_true", help="write nothing; say whether the texts are up to date")
     parser.add_argument("--no-plots", action="store_true")
     args = parser.parse_args()

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cells import is_interval
 from map_tables import COLUMNS
-from sections import is_interval
+from sections import topic_of
 
 Record = dict[str, Any]
 
@@ -80,35 +81,58 @@ def plane(title: str, rows: list[Record], path: Path) -> None:
     axis = figure.subplots()
     for i, row in enumerate(drawn, 1):
         (x, x0, x1), (y, y0, y1) = row["nra"], row["specificity"]
-        axis.errorbar(x, y, xerr=[[x - x0], [x1 - x]], yerr=[[y - y0], [y1 - y]], fmt="o", markersize=11,
-                      linewidth=0.7, color=colour(row), label=f"{i}  {row['method']}")  # fmt: skip
-        axis.annotate(str(i), (x, y), ha="center", va="center", fontsize=7, color="white")
+        axis.errorbar(x, y, xerr=[[x - x0], [x1 - x]], yerr=[[y - y0], [y1 - y]], fmt="o", markersize=5,
+                      linewidth=0.5, color=colour(row), label=f"{i}  {row['method']}")  # fmt: skip
     axis.axhline(0, color="0.7", linewidth=0.8)
     axis.set_xlabel("NRA: it finds the region", fontsize=8)
     axis.set_ylabel("specificity: of this concept, not of any", fontsize=8)
     axis.tick_params(labelsize=7)
-    axis.set_title(f"{title} (95 % intervals; grey knows no concept)", fontsize=8)
+    figure.suptitle(f"{title} (95 % intervals; grey knows no concept)", fontsize=8)
     handles = [one.lines[0] for one in axis.containers]
     axis.legend(handles, [one.get_label() for one in axis.containers], fontsize=7, loc="center left",
-                bbox_to_anchor=(1.01, 0.5), frameon=False, markerscale=0.5)  # fmt: skip
+                bbox_to_anchor=(1.01, 0.5), frameon=False)  # fmt: skip
+    number_points(figure, axis, [(row["nra"][0], row["specificity"][0]) for row in drawn])
     save(figure, path)
 
 
-def bars(title: str, heading: str, values: dict[str, float], path: Path) -> None:
+def number_points(figure: Any, axis: Any, points: list[tuple[float, float]]) -> None:
+    """A number beside every point, on the side where no other point or number is near."""
+    figure.canvas.draw()  # places the axes
+    pixels = [tuple(axis.transData.transform(point)) for point in points]
+    taken: list[tuple[float, float]] = []
+    sides = [(r * dx, r * dy) for r in (8, 14, 20) for dx, dy in ((0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))]
+    scale = figure.dpi / 72
+    for i, (point, (x, y)) in enumerate(zip(points, pixels, strict=True), 1):
+        others = [p for j, p in enumerate(pixels, 1) if j != i] + taken
+
+        def room(side: tuple[float, float], x: float = x, y: float = y, others: Any = others) -> float:
+            at = x + scale * side[0], y + scale * side[1]
+            near = min((abs(at[0] - p[0]) + abs(at[1] - p[1]) for p in others), default=99.0)
+            return min(near, 16 * scale) - 0.1 * (abs(side[0]) + abs(side[1]))
+
+        side = max(sides, key=room)
+        taken.append((x + scale * side[0], y + scale * side[1]))
+        axis.annotate(str(i), point, textcoords="offset points", xytext=side, ha="center", va="center", fontsize=7)
+
+
+def times(title: str, heading: str, values: dict[str, float], path: Path) -> None:
     """Times, on a logarithmic axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 0.9 + 0.27 * len(values)), layout="constrained")
     axis = figure.subplots()
     places = range(len(values))
-    own = ["tab:blue" if name.startswith(("ours", "nra")) else "0.6" for name in values]
-    axis.barh(places, list(values.values()), color=own, height=0.6)
-    for place, value in zip(places, values.values(), strict=True):
-        axis.annotate(f" {value:.3g}", (value, place), va="center", fontsize=7)
+    for place, (name, value) in enumerate(values.items()):
+        own = "tab:blue" if name.startswith(("ours", "nra")) else "0.5"
+        axis.plot(value, place, "o", color=own, markersize=6)
+        axis.annotate(
+            f"{value:.3g}", (value, place), xytext=(7, 0), textcoords="offset points", va="center", fontsize=7
+        )
+    axis.grid(axis="x", alpha=0.3)
     axis.set_yticks(places, list(values), fontsize=7)
     axis.set_xscale("log")
     axis.set_ylim(len(values) - 0.5, -0.5)
-    axis.set_xlim(right=max(values.values()) * 2)
+    axis.set_xlim(min(values.values()) / 1.5, max(values.values()) * 2)
     axis.set_xlabel(heading, fontsize=8)
     axis.tick_params(labelsize=7)
     axis.set_title(title, fontsize=8)
@@ -130,18 +154,18 @@ def draw(records: dict[str, Record], folder: Path) -> None:
             if title in found:
                 forest(title, found[title], folder / f"{name}_{slug(title)}.png")
     for name, record in records.items():
-        if name.startswith("concept_regions") and isinstance(record["rows"], dict):
+        if name.startswith("concept_regions") and isinstance(record.get("rows"), dict):
             rows = [{"method": method, **row} for method, row in record["rows"].items()]
-            plane("words on COCO", rows, folder / f"{name}_plane.png")
+            plane(f"regions of words, {topic_of(name).title}", rows, folder / f"{name}_plane.png")
     if "peers" in records.get("solver", {}):
         one = records["solver"]["peers"]
         title = f"Elastic net, {one['rows']:,} x {one['columns']}, {one['classes']} classes"
         seconds = {name: r["cpu"] for name, r in one["solvers"].items()}
-        bars(title, "seconds of CPU", seconds, folder / "solver_peers.png")
+        times(title, "seconds of CPU", seconds, folder / "solver_peers.png")
     if "nra" in records:
         ms = records["nra"]["timings"][0]["ms_per_map"]
         order = ("nra", "nra_exact", "plain_vectorised", "published_loop")
-        bars(
+        times(
             f"NRA of a {records['nra']['size']} px map",
             "milliseconds",
             {k.replace("_", " "): ms[k] for k in order},

@@ -711,7 +711,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for name in args.only:
         record[name] = {
-            "environment": environment("scikit-learn"),
+            "environment": environment("scikit-learn", "glm_saga"),
             "arguments": arguments,
             **RUNS[name](args),
         }

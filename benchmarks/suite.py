@@ -4,6 +4,7 @@
     python benchmarks/suite.py --full                 # all: an hour at most on 2 cores
     python benchmarks/suite.py --only nra fam         # some
     python benchmarks/suite.py --list                 # what there is, and what each would run
+    python benchmarks/suite.py --results /tmp/trial   # leaves the records of the repository alone
 
 Scripts that need photographs get ``--data`` (by default ``../shared/data`` beside the checkout); where it is not there
 they are left out, which the end of the output says, and the page keeps what was recorded last. Each script runs in a
@@ -14,6 +15,7 @@ it and their records say so.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -67,6 +69,7 @@ JOBS = [
     Job("ce_fam", "--concepts 4 --repeats 1", "", minutes=4),
     Job("ce_fam_scenes", None, "", minutes=6),
     Job("concept_regions", None, f"--data {DATA}", minutes=10),
+    Job("salf_cbm", "scenes speed --train 300 --test 200 --epochs 15", "scenes planted speed", minutes=12),
     Job("region_store", None, "--images 4 --repeats 3", minutes=2),
     Job("solver", "--only peers", "", minutes=8),
 ]
@@ -87,9 +90,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
+    parser.add_argument("--results", type=Path, help="another folder for records, page and plots")
     parser.add_argument("--timeout", type=float, default=30, help="minutes a script may take")
     args = parser.parse_args()
     data = args.data.resolve() if (args.data / "real_models.py").is_file() else None
+    folder = HERE / "results" if args.results is None else args.results.resolve()
+    where = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # not installed: still found
+    env = {**os.environ, "BENCHMARK_RESULTS": str(folder), "PYTHONPATH": where}
     outcome: dict[str, str] = {}
     begun = time.perf_counter()
     for job in jobs(args.only):
@@ -103,9 +110,10 @@ def main() -> None:
             continue
         print(f"== {job.name}", flush=True)
         start = time.perf_counter()
-        outcome[job.name] = run(command, 60 * args.timeout, start)
+        outcome[job.name] = run(command, 60 * args.timeout, start, env)
     if not args.list:
-        subprocess.run([sys.executable, str(HERE / "page.py")], cwd=ROOT, check=True)
+        page = [sys.executable, str(HERE / "page.py"), *([] if args.results is None else ["--no-readme"])]
+        subprocess.run(page, cwd=ROOT, check=True, env=env)
     for name, how in outcome.items():
         print(f"{name}: {how}")
     print(f"{(time.perf_counter() - begun) / 60:.1f} min")
@@ -113,10 +121,10 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def run(command: list[str], limit: float, start: float) -> str:
+def run(command: list[str], limit: float, start: float, env: dict[str, str]) -> str:
     """How it ended."""
     try:
-        code = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
+        code = subprocess.run(command, cwd=ROOT, timeout=limit, check=False, env=env).returncode
     except subprocess.TimeoutExpired:
         return f"failed: took more than {limit / 60:g} min"
     spent = f"{time.perf_counter() - start:.0f} s"
