@@ -1,10 +1,14 @@
-"""Where are the concepts? Regions of ConceptFusionMap on COCO, beside its peers and beside maps that know no concept.
+"""Where are the concepts? Regions of ConceptFusionMap beside its peers and beside maps that know no concept.
 
-    python benchmarks/concept_regions.py --data ../shared/data [--train 1000] [--half 1] [--cache FOLDER]
+    python benchmarks/concept_regions.py [--task coco] --data ../shared/data [--train 5000] [--half 1] [--cache FOLDER]
+    python benchmarks/concept_regions.py --task scenes      # the bundled ResNet and image-text model
+    python benchmarks/concept_regions.py --task vit         # the bundled ViT
+    python benchmarks/concept_regions.py --sensitivity 40   # the fused map's constants, all three tasks
 
-Real MobileNetV2 and ConSE (a zero-shot model in CLIP's text space); the translator is fitted on other images, without
-labels. The design of ``layer="fused"`` was chosen on the images of half 0 only; half 1 is held out. Intervals: 95 %
-bootstrap over images.
+``coco``: real MobileNetV2 and ConSE (a zero-shot model in CLIP's text space); the translator is fitted to other images,
+without labels. The design of ``layer="fused"`` was chosen on the images of half 0 only; half 1 is held out. ``scenes``
+and ``vit``: drawn scenes with the exact mask of each concept (those of ``--sensitivity``, and of the design, have
+another seed). Intervals: 95 % bootstrap over images.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import json
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,15 @@ import torch
 import torch.nn.functional as F
 from _record import RESULTS, environment, table, write
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captum_concepts.activations import gradients_enabled
+from captum_concepts import demo
+from captum_concepts.activations import gradients_enabled, spatial_activations
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
+from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.datasets.images import find_images, load_image
 from captum_concepts.metrics import epg, nra, specificity
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
@@ -46,6 +55,21 @@ ALIASES = {
     "potted plant": "flowerpot",
     "sports ball": "ball",
 }
+
+
+@dataclass
+class Task:
+    """What is explained: a classifier, words, training pairs, and images with the masks of their words."""
+
+    name: str
+    model: Any
+    layers: list[str]
+    words: list[str]
+    text: Tensor
+    scale: float
+    pairs: TrainingPairs
+    images: list[tuple[Tensor, dict[str, Tensor]]]
+    facts: dict[str, Any]
 
 
 class Files(Dataset[Tensor]):
@@ -93,28 +117,91 @@ def regions(data: Path, encoder: Any, half: int) -> tuple[list[str], list[tuple[
     return sorted(set(known.values())), chosen
 
 
-def fitted(pairs: TrainingPairs, text: Tensor, scale: float, columns: slice, channels: list[int], weight: float) -> Any:
-    z, e = pairs.rows(range(len(pairs)))
-    part = TrainingPairs([(z[:, columns], e)], channels)
-    hidden = (2048, 1024)
-    translator = ConceptTranslator(channels, e.shape[1], hidden=hidden)
-    result = fit_translator(translator, part, text=text, logit_scale=scale, similarity_weight=weight, epochs=20, seed=0)
-    return translator, result
+def coco(args: argparse.Namespace) -> Task:
+    sys.path.insert(0, str(args.data))
+    from real_models import ConSE
+
+    encoder = ConSE()
+    words, images = regions(args.data, encoder, args.half)
+    files = training_files(args.data, args.train, 0)
+    kept = args.cache / f"pairs{len(files)}" if args.cache else None
+    pairs = collect_pairs(encoder.classifier, LAYERS, encoder, Files(files), cache_dir=kept)
+    facts: dict[str, Any] = {"half": args.half, "train_images": len(files)}
+    text = encoder.encode_text(words)
+    name = f"coco_half{args.half}"
+    return Task(name, encoder.classifier, LAYERS, words, text, encoder.logit_scale, pairs, images, facts)
 
 
-def direct(cefam: ConceptFusionMap, x: Tensor, columns: list[int], rectify: bool) -> Tensor:
-    """HiResCAM, or LayerCAM, of the concept logits: all layers, each divided by its maximum, summed."""
+def scenes(args: argparse.Namespace, seed: int) -> Task:
+    vit = args.task == "vit"
+    layers = [f"blocks.{i}" for i in range(4)] if vit else [f"layer{i}" for i in range(1, 5)]
+    model, encoder = demo.load("vit" if vit else "classifier"), demo.load("clip")
+    training = CaptionedScenes(600, seed=5, size=64)
+    test = CaptionedScenes(args.scenes, seed=seed, size=64).stack()
+    words = list(training.concepts)
+    pairs = collect_pairs(model, layers, encoder, training.stack().image, batch_size=100)
+    images = [
+        (image, {word: mask for word, mask, here in zip(words, masks, present.tolist(), strict=True) if here})
+        for image, masks, present in zip(test.image, test.masks, test.presence, strict=True)
+    ]
+    facts: dict[str, Any] = {"train_images": len(pairs), "seed_of_scenes": seed}
+    return Task(args.task, model, layers, words, encoder.encode_text(words), encoder.logit_scale, pairs, images, facts)
+
+
+def fitted(task: Task, weight: float, args: argparse.Namespace, last: bool = False) -> ConceptTranslator:
+    """A translator (of the last layer only), kept in the cache folder; its validation cosine goes to ``facts``."""
+    z, e = task.pairs.rows(range(len(task.pairs)))
+    channels = list(task.pairs.in_channels)[-1:] if last else list(task.pairs.in_channels)
+    translator = ConceptTranslator(channels, e.shape[1])
+    kind = "coco" if task.name.startswith("coco") else task.name  # both halves share one translator
+    name = f"{kind}-{len(z)}-{weight:g}-{args.epochs}{'-last' if last else ''}"
+    cosines = task.facts.setdefault("validation_cosines", {})
+    file = args.cache / f"{name}.safetensors" if args.cache else None
+    if file is not None and file.exists():
+        with safe_open(file, "pt") as kept:
+            translator.load_state_dict({key: kept.get_tensor(key) for key in kept.keys()})  # noqa: SIM118
+            cosines[name] = float(kept.metadata()["cosine"])
+        return translator.eval()
+    part = TrainingPairs([(z[:, -sum(channels) :], e)], channels)
+    options: dict[str, Any] = {"logit_scale": task.scale, "similarity_weight": weight, "epochs": args.epochs}
+    result = fit_translator(translator, part, text=task.text, seed=0, **options)
+    cosines[name] = result.history["val_cosine"][result.best_epoch]
+    print(name, f"{cosines[name]:.3f}", flush=True)
+    if file is not None:
+        save_file(translator.state_dict(), file, {"cosine": str(cosines[name])})
+    return translator
+
+
+def direct(task: Task, translator: Any, x: Tensor, columns: list[int]) -> tuple[dict[str, Tensor], Tensor]:
+    """HiResCAM and LayerCAM of the concept logits (all layers, each divided by its maximum, summed); the last layer."""
+    total: dict[str, Any] = {"HiResCAM, all layers": 0.0, "LayerCAM, all layers": 0.0}
     with gradients_enabled():
-        _, _, _, seen = next(cefam._passes(x, None))
-        logits = cefam._space(seen.embedding).logits(seen.embedding)[0, columns]
-        total = torch.zeros(len(columns), 28, 28)
-        gradients = [torch.autograd.grad(value, seen.sources, retain_graph=True) for value in logits]
-        for layer, maps in enumerate(seen.maps):
-            g = torch.cat([row[layer] for row in gradients])
-            one = ((g.relu() if rectify else g) * maps).sum(1).relu()
-            one = F.interpolate(one[None], (28, 28), mode="bilinear")[0]
-            total += one / one.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    return total.detach()[None]
+        seen = spatial_activations(task.model, x, task.layers, gradient=True)
+        h = F.normalize(translator([maps.mean((2, 3)) for maps in seen.maps]), dim=1)
+        logits = task.scale * (h @ F.normalize(task.text, dim=1).T)[0, columns]
+        raw = [torch.autograd.grad(logit, seen.raw, retain_graph=True) for logit in logits]
+    for number, (maps, layout) in enumerate(zip(seen.maps, seen.layouts, strict=True)):
+        products = torch.stack([layout.maps(one[number])[0] for one in raw])
+        for name, rectify in zip(total, (False, True), strict=True):
+            one = ((products.relu() if rectify else products) * maps.detach()).sum(1).relu()[None]
+            one = F.interpolate(one, (28, 28), mode="bilinear")
+            total[name] += one / one.amax((2, 3), keepdim=True).clamp(min=1e-12)
+    return total, seen.maps[-1].detach()
+
+
+def channels_of_words(task: Task) -> dict[str, Tensor]:
+    """For each word a channel of the last layer, as CLIP-Dissect and WWW choose them (the other way round)."""
+    z, e = task.pairs.rows(range(len(task.pairs)))
+    last = z[:, -task.pairs.in_channels[-1] :]
+    wanted = F.normalize(e, dim=1) @ F.normalize(task.text, dim=1).T
+    cubed = [((v - v.mean(0)) / v.std(0).clamp(min=1e-6)) ** 3 for v in (wanted, last)]
+    cosine = F.normalize(cubed[0], dim=0).T @ F.normalize(cubed[1], dim=0)
+    telling = wanted - wanted.mean(1, keepdim=True)  # less what resembles any word
+    examples = telling[last.topk(min(20, len(last)), dim=0).indices].mean(0)
+    return {
+        "single channel (CLIP-Dissect, cubed cosine)": cosine.argmax(1),
+        "single channel (WWW, 20 top images)": examples.argmax(0),
+    }
 
 
 def interval(values: list[list[float]], rng: np.random.Generator) -> list[float]:
@@ -127,105 +214,97 @@ def interval(values: list[list[float]], rng: np.random.Generator) -> list[float]
     return [float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)]
 
 
-def sensitivity(fused: ConceptFusionMap, images: list[Any], half: int) -> None:
+def sensitivity(tasks: list[tuple[Task, ConceptFusionMap]], count: int) -> None:
     """NRA and specificity of the fused map with one constant changed at a time."""
+    from captum_concepts.attr import _concept_local as reading
     from captum_concepts.attr import _concept_regions as constants
 
-    given = {name: getattr(constants, name) for name in ("STEPS", "CONTRAST", "TEMPERATURE")}
-    settings: list[dict[str, float]] = [{}, {"STEPS": 1}, {"STEPS": 3}, {"CONTRAST": 0.25}, {"CONTRAST": 0.75}]
-    settings += [{"TEMPERATURE": 1.0}, {"TEMPERATURE": 10.0}]
-    rows = []
+    changes: dict[str, list[float]] = {"STEPS": [1, 2, 4], "LOCAL": [0.0, 0.5, 2.0], "FAINT": [0.0, 0.1]}
+    changes |= {"CONTRAST": [0.0, 0.25, 0.75], "TEMPERATURE": [1.5, 6.0]}
+    given = {name: getattr(constants, name) for name in changes}
+    settings: list[dict[str, float]] = [{}, *({name: v} for name, values in changes.items() for v in values)]
+    rows: list[dict[str, Any]] = []
     for setting in settings:
         for name, value in {**given, **setting}.items():
             setattr(constants, name, value)
-        found: dict[str, list[list[float]]] = {"nra": [], "specificity": []}
-        for image, present in images:
-            masks = torch.stack(list(present.values()))[None]
-            maps = fused.explain(image[None], concepts=list(present), contributions=False).maps
-            found["nra"].append(nra(maps, masks)[0].tolist())
-            own = specificity(maps, masks)[0] if len(present) > 1 else torch.zeros(0)
-            found["specificity"].append(own[~own.isnan()].tolist())
-        means = {key: float(np.mean([x for v in values for x in v])) for key, values in found.items()}
-        rows.append({"changed": setting, **means})
-        print(rows[-1], flush=True)
+        reading.TEMPERATURE = constants.TEMPERATURE
+        row: dict[str, Any] = {"changed": ", ".join(f"{k} = {v:g}" for k, v in setting.items()) or "nothing"}
+        for task, fused in tasks:
+            found: dict[str, list[float]] = {"NRA": [], "specificity": []}
+            for image, present in task.images[:count]:
+                masks = torch.stack(list(present.values()))[None]
+                maps = fused.explain(image[None], concepts=list(present), contributions=False).maps
+                found["NRA"] += nra(maps, masks)[0].tolist()
+                own = specificity(maps, masks)[0] if len(present) > 1 else torch.zeros(0)
+                found["specificity"] += own[~own.isnan()].tolist()
+            row |= {f"{task.name}, {key}": float(np.mean(values)) for key, values in found.items()}
+        rows.append(row)
+        print(row, flush=True)
     for name, value in given.items():
         setattr(constants, name, value)
-    record = {
-        "environment": environment(),
-        "half": half,
-        "images": len(images),
-        "seed": 0,
-        "given": given,
-        "rows": rows,
-    }
-    write("concept_regions_sensitivity", record)
-    lines = [[str(r["changed"] or "as given"), r["nra"], r["specificity"]] for r in rows]
-    text = table(["changed", "NRA", "specificity"], lines)
-    (RESULTS / "concept_regions_sensitivity.md").write_text(f"# Constants of the fused map, {given}\n\n{text}\n")
+    reading.TEMPERATURE = constants.TEMPERATURE
+    facts = {task.name: {**task.facts, "images": len(task.images[:count])} for task, _ in tasks}
+    write("concept_regions_sensitivity", {"environment": environment(), **facts, "given": given, "rows": rows})
+    text = table(list(rows[0]), [list(row.values()) for row in rows])
+    head = f"# Constants of the fused map, one changed at a time\n\nAs given: {given}. {facts}"
+    (RESULTS / "concept_regions_sensitivity.md").write_text(f"{head}\n\n{text}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=1000)
+    parser.add_argument("--task", choices=("coco", "scenes", "vit"), default="coco")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--train", type=int, default=5000, help="at most so many photographs")
+    parser.add_argument("--epochs", type=int, default=30, help="at most so many")
+    parser.add_argument("--similarity", type=float, default=1e-3, help="weight of the similarity loss")
     parser.add_argument("--half", type=int, default=1)
+    parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--sensitivity", type=int, metavar="IMAGES", help="only vary the fused map's few constants")
     args = parser.parse_args()
-    sys.path.insert(0, str(args.data))
-    from real_models import ConSE
-
     torch.manual_seed(0)
-    encoder = ConSE()
-    model = encoder.classifier
-    words, images = regions(args.data, encoder, args.half)
-    text = encoder.encode_text(words)
-    files = training_files(args.data, args.train, 0)
-    pairs = collect_pairs(model, LAYERS, encoder, Files(files), cache_dir=args.cache)
-    channels, scale = list(pairs.in_channels), encoder.logit_scale
-    full, result = fitted(pairs, text, scale, slice(None), channels, 1e-3)
+
+    def explainer(task: Task, translator: Any, layers: list[str] | None = None, **options: Any) -> ConceptFusionMap:
+        read = task.layers if layers is None else layers
+        return ConceptFusionMap(task.model, read, translator, task.words, task.text, logit_scale=task.scale, **options)
+
     if args.sensitivity:
-        fused = ConceptFusionMap(model, LAYERS, full, words, text, layer="fused")
-        sensitivity(fused, images[: args.sensitivity], args.half)
+        tasks = []
+        for name in ("coco", "scenes", "vit"):
+            args.task, args.half = name, 0
+            task = coco(args) if name == "coco" else scenes(args, seed=101)
+            tasks.append((task, explainer(task, fitted(task, args.similarity, args), layer="fused")))
+        sensitivity(tasks, args.sensitivity)
         return
-    unsupervised, _ = fitted(pairs, text, scale, slice(None), channels, 0.0)
-    single, _ = fitted(pairs, text, scale, slice(sum(channels[:-1]), None), channels[-1:], 1e-3)
-    z, e = pairs.rows(range(len(pairs)))
-    wanted = F.normalize(e, dim=1) @ text.T
-    last = z[:, -channels[-1] :]
-    standard = [(v - v.mean(0)) / v.std(0).clamp(min=1e-6) for v in (wanted, last)]
-    channel = (standard[0].T @ standard[1]).argmax(1)  # CLIP-Dissect's idea: the unit that goes with the word
-
-    def explainer(translator: Any, layers: Any = LAYERS, **options: Any) -> ConceptFusionMap:
-        return ConceptFusionMap(model, layers, translator, words, text, **options)
-
+    task = coco(args) if args.task == "coco" else scenes(args, seed=77)
+    full = fitted(task, args.similarity, args)
+    free, single = fitted(task, 0.0, args), fitted(task, args.similarity, args, last=True)
     makers = {
-        "published (auto layer)": explainer(full),
-        "published, no similarity loss": explainer(unsupervised),
-        "published, single layer": explainer(single, LAYERS[-1:]),
-        "branch gradient": explainer(full, gradient="branch"),
-        "fused": explainer(full, layer="fused"),
-        "fused, branch gradient": explainer(full, layer="fused", gradient="branch"),
+        "published (auto layer)": explainer(task, full),
+        "published, no similarity loss": explainer(task, free),
+        "published, single-layer translator": explainer(task, single, task.layers[-1:]),
+        "branch gradient": explainer(task, full, gradient="branch"),
+        "fused": explainer(task, full, layer="fused"),
+        "fused, no similarity loss": explainer(task, free, layer="fused"),
+        "fused, branch gradient": explainer(task, full, layer="fused", gradient="branch"),
     }
+    chosen = channels_of_words(task)
     generator = torch.Generator().manual_seed(0)
     rows: dict[str, dict[str, list[list[float]]]] = {}
     drops: dict[str, list[list[float]]] = {"published (auto layer)": [], "fused": [], "random": []}
-    shown = []
-    for image, present in images:
+    shown: list[Any] = []
+    for image, present in task.images:
         names = list(present)
         masks = torch.stack([present[name] for name in names])[None]
-        columns = [words.index(name) for name in names]
+        columns = [task.words.index(name) for name in names]
         x = image[None]
-        repeated = image.expand(len(names), -1, -1, -1)
         maps = {k: m.explain(x, concepts=names, contributions=False).maps for k, m in makers.items()}
-        maps["HiResCAM, 4 layers"] = direct(makers["fused"], x, columns, False)
-        maps["LayerCAM, 4 layers"] = direct(makers["fused"], x, columns, True)
-        with torch.no_grad():
-            activation = next(makers["fused"]._passes(x, None, gradient=False))[3].maps[-1]
-        maps["single channel"] = activation[:, channel[columns]]
-        maps["activation energy"] = activation_energy(activation).reshape(1, 1, 7, 7).expand(-1, len(names), -1, -1)
-        centre = center_gaussian(1, (56, 56)).reshape(1, 1, 56, 56)
-        maps["centre Gaussian"] = centre.expand(-1, len(names), -1, -1)
+        peers, activation = direct(task, full, x, columns)
+        maps.update(peers)
+        for name, channel in chosen.items():
+            maps[name] = activation[:, channel[columns]]
+        maps["activation energy"] = activation_energy(activation)[:, None].expand(-1, len(names), -1, -1)
+        maps["centre Gaussian"] = center_gaussian(1, (56, 56))[:, None].expand(-1, len(names), -1, -1)
         maps["random"] = torch.rand(1, len(names), 14, 14, generator=generator)
         for name, value in maps.items():
             into = rows.setdefault(name, {key: [] for key in ("nra", "nra_exact", "specificity", "epg", "hit_rate")})
@@ -236,45 +315,45 @@ def main() -> None:
             into["specificity"].append(own[~own.isnan()].tolist())
             into["epg"].append(epg(value, masks)[0].tolist())
             into["hit_rate"].append((published[0] > 0.5).float().tolist())
-        base = makers["fused"].logits(x)[0, columns]
         for name, into_drop in drops.items():
-            area = F.interpolate(maps[name], (SIZE, SIZE), mode="bilinear")[0].flatten(1)
-            area = area + 1e-9 * torch.rand(area.shape, generator=generator)
-            cut = area.argsort(1, descending=True).argsort(1) < SIZE * SIZE // 5
-            gone = torch.where(cut.view(-1, 1, SIZE, SIZE), image.mean((1, 2))[None, :, None, None], repeated)
-            after = makers["fused"].logits(gone)[range(len(columns)), columns]
-            into_drop.append((base - after).tolist())
+            into_drop.append(deleted(makers["fused"], image, maps[name], columns, generator))
         if len(shown) < 4 and len(names) > 1:
             shown.append((image, names[0], masks[0, 0], maps["published (auto layer)"][0, 0], maps["fused"][0, 0]))
     rng = np.random.default_rng(0)
+    sizes = {"images": len(task.images), "regions": sum(len(m) for _, m in task.images), "words": len(task.words)}
     record = {
         "environment": environment("torchvision"),
-        "data": {
-            "images": len(images),
-            "regions": sum(len(m) for _, m in images),
-            "half": args.half,
-            "train_images": len(files),
-            "seed": 0,
-            "words": len(words),
-        },
-        "translator": {"val_cosine": result.history["val_cosine"][result.best_epoch], "best_epoch": result.best_epoch},
+        "data": {"task": task.name, **sizes, **task.facts, "similarity_weight": args.similarity, "seed": 0},
         "rows": {name: {key: interval(v, rng) for key, v in row.items()} for name, row in rows.items()},
         "deletion": {name: interval(values, rng) for name, values in drops.items()},
     }
-    write(f"concept_regions_coco_half{args.half}", record)
-    columns = ["method", "NRA", "NRA exact", "specificity", "EPG", "hit rate"]
+    write(f"concept_regions_{task.name}", record)
+    head = ["method", "NRA", "NRA exact", "specificity", "EPG", "hit rate"]
     lines = [
         [name, *(f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for v in row.values())] for name, row in record["rows"].items()
     ]
-    deleted = [[name, f"{v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]"] for name, v in record["deletion"].items()]
+    cut = [[name, f"{v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]"] for name, v in record["deletion"].items()]
     report = (
-        f"# Concept regions on COCO, half {args.half}\n\n{record['data']}\n\n{table(columns, lines)}\n\n"
+        f"# Concept regions, {task.name}\n\n{record['data']}\n\n{table(head, lines)}\n\n"
         f"Drop of the concept's logit when the fifth of the pixels its map ranks highest becomes the mean colour:\n\n"
-        f"{table(['region deleted', 'drop'], deleted)}\n"
+        f"{table(['region deleted', 'drop'], cut)}\n"
     )
-    (RESULTS / f"concept_regions_coco_half{args.half}.md").write_text(report)
+    (RESULTS / f"concept_regions_{task.name}.md").write_text(report)
     print(report)
-    picture(shown, RESULTS / f"concept_regions_coco_half{args.half}.png")
+    picture(shown, RESULTS / f"concept_regions_{task.name}.png")
+
+
+def deleted(
+    cefam: ConceptFusionMap, image: Tensor, maps: Tensor, columns: list[int], generator: torch.Generator
+) -> list[float]:
+    """How far each concept's logit falls without the fifth of the pixels that its map ranks highest."""
+    side = image.shape[-2:]
+    area = F.interpolate(maps, side, mode="bilinear")[0].flatten(1)
+    area = area + 1e-9 * torch.rand(area.shape, generator=generator)
+    cut = area.argsort(1, descending=True).argsort(1) < area.shape[1] // 5
+    gone = torch.where(cut.view(-1, 1, *side), image.mean((1, 2))[None, :, None, None], image)
+    logits = cefam.logits(torch.cat([image[None], gone]))
+    return (logits[0, columns] - logits[range(1, len(columns) + 1), columns]).tolist()
 
 
 def picture(shown: list[Any], path: Path) -> None:
@@ -287,7 +366,13 @@ def picture(shown: list[Any], path: Path) -> None:
         ):
             axis.imshow(image.permute(1, 2, 0))
             if value is not None:
-                axis.imshow(value, cmap="inferno", alpha=0.6, extent=(0, SIZE, SIZE, 0), interpolation="bilinear")
+                axis.imshow(
+                    value,
+                    cmap="inferno",
+                    alpha=0.6,
+                    extent=(0, image.shape[-1], image.shape[-2], 0),
+                    interpolation="bilinear",
+                )
             axis.set_title(title)
             axis.axis("off")
     figure.tight_layout()
