@@ -6,6 +6,20 @@ from typing import Any
 
 Record = dict[str, Any]
 
+#: Every column of a table of maps: heading and whether more is better.
+COLUMNS: dict[str, tuple[str, bool]] = {
+    "nra": ("NRA", True),
+    "nra_exact": ("NRA exact", True),
+    "specificity": ("specificity", True),
+    "hit_rate": ("hit rate", True),
+    "iou": ("IoU", True),
+    "epg": ("EPG", True),
+    "average_drop": ("average drop", False),
+    "increase_in_confidence": ("increase in confidence", True),
+}
+#: What the rows of maps made worse on purpose are called.
+SHUFFLED, OTHER = "maps shuffled between images", "maps of another target"
+
 #: Not results, but how they came about: shown in one line.
 CIRCUMSTANCES = (
     "environment", "arguments", "seed", "seeds", "date", "python", "machine", "device", "threads", "versions", "torch",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from _record import table
-from map_tables import COLUMNS, OTHER, SHUFFLED
+from cells import COLUMNS, OTHER, SHUFFLED
 
 Record = dict[str, Any]
 

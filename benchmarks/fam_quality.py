@@ -24,7 +24,8 @@ import peers
 import torch
 import torch.nn.functional as F
 from _record import RESULTS, environment, median_times, table, write
-from map_tables import COLUMNS, Explainer, Regions, Table, measure
+from cells import COLUMNS
+from map_tables import Explainer, Regions, Table, measure
 from torch import Tensor, nn
 
 from captum_concepts import FeatureActivationMap, demo

@@ -14,26 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import COLUMNS, OTHER, SHUFFLED
 from torch import Tensor
 
 from captum_concepts import metrics
 
 Explainer = Callable[[Tensor, Tensor], Tensor]  # images (R, 3, H, W), targets (R,) -> maps (R, h, w)
 
-#: Every column of a table of maps: heading and whether more is better.
-COLUMNS: dict[str, tuple[str, bool]] = {
-    "nra": ("NRA", True),
-    "nra_exact": ("NRA exact", True),
-    "specificity": ("specificity", True),
-    "hit_rate": ("hit rate", True),
-    "iou": ("IoU", True),
-    "epg": ("EPG", True),
-    "average_drop": ("average drop", False),
-    "increase_in_confidence": ("increase in confidence", True),
-}
 WITH_MASKS = ("nra", "nra_exact", "specificity", "hit_rate", "iou", "epg")
 WITH_SCORES = ("average_drop", "increase_in_confidence")
-SHUFFLED, OTHER = "maps shuffled between images", "maps of another target"
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--no-plots", action="store_true")
     args = parser.parse_args()
     records = load(args.results)
+    if not args.check:
+        args.results.mkdir(parents=True, exist_ok=True)
     if not args.check and not args.no_plots:
         import plots
 

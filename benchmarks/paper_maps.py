@@ -10,7 +10,8 @@ from typing import Any
 import peers
 import torch
 import torch.nn.functional as F
-from map_tables import OTHER, SHUFFLED, Explainer, interval
+from cells import OTHER, SHUFFLED
+from map_tables import Explainer, interval
 from paper_inputs import Files, classifier, image_text, words_of
 from torch import Tensor, nn
 

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cells import is_interval
-from map_tables import COLUMNS
+from cells import COLUMNS, is_interval
 from sections import topic_of
 
 Record = dict[str, Any]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from _record import table
-from cells import CIRCUMSTANCES, Record, bracketed, cell, circumstances, is_interval, number, words
-from map_tables import COLUMNS
+from cells import CIRCUMSTANCES, COLUMNS, Record, bracketed, cell, circumstances, is_interval, number, words
 
 
 def map_table(one: Record) -> list[str]:

@@ -1,0 +1,237 @@
+"""The results page and the README's table say what the records say, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import cells
+import coverage
+import headlines
+import page
+import plots
+import sections
+import suite
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def records() -> dict:
+    return page.load(RESULTS)
+
+
+def pictures() -> list[str]:
+    return sorted(path.name for path in RESULTS.glob("*.png"))
+
+
+class TestWhatIsCommitted:
+    def test_page_is_what_the_records_say(self, records):
+        assert (RESULTS / page.PAGE).read_text(encoding="utf-8") == page.page(records, pictures()), "make bench-page"
+
+    def test_readme_is_what_the_records_say(self, records):
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert page.with_table(readme, records) == readme, "make bench-page"
+
+    def test_check_says_so(self, tmp_path: Path):
+        """As a program, also from another folder; a changed number is noticed."""
+        command = [sys.executable, str(ROOT / "benchmarks" / "page.py"), "--check"]
+        assert subprocess.run(command, cwd=tmp_path).returncode == 0
+        for path in RESULTS.glob("*"):
+            if path.suffix in (".json", ".png", ".md"):
+                (tmp_path / path.name).write_bytes(path.read_bytes())
+        record = json.loads((tmp_path / "nra.json").read_text())
+        record["timings"][0]["ms_per_map"]["nra"] *= 2
+        (tmp_path / "nra.json").write_text(json.dumps(record))
+        own = ["--results", str(tmp_path), "--no-readme"]
+        found = subprocess.run([*command, *own], cwd=tmp_path, capture_output=True, text=True)
+        assert (found.returncode, found.stderr.strip()) == (1, "README.md is not what the records say")
+
+    def test_every_picture_is_shown_and_every_link_leads_somewhere(self, records):
+        text = page.page(records, pictures())
+        assert sorted(re.findall(r"\]\(([^)]+\.png)\)", text)) == pictures()
+        anchors = {one.anchor for one in sections.sections(records, [])}
+        assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors
+        assert len(anchors) == len(records)
+
+    def test_records_are_json_without_places_of_this_machine(self, records):
+        for path in RESULTS.glob("*"):
+            if path.suffix in (".json", ".md"):
+                text = path.read_text(encoding="utf-8")
+                assert not re.search(r"NaN|Infinity", text) or path.suffix == ".md", path.name
+                assert not re.search(r"(?<![\w.])/(work|tmp|home|root|Users)/", text), path.name
+
+    def test_circumstances_are_in_every_section(self, records):
+        """Machine, versions and date."""
+        for one in sections.sections(records, []):
+            text = "\n".join(one.lines)
+            assert re.search(r"Recorded 20\d\d-\d\d-\d\d on \S+", text), one.title
+            assert re.search(r"torch 2\.\d+", text), one.title
+
+    def test_every_peer_has_a_row(self, records):
+        found = coverage.whereabouts(records)
+        assert [peer for peer, names in found.items() if not names] == []
+
+    def test_tables_of_maps_have_the_rows_without_which_they_mislead(self, records):
+        seen = 0
+        for name in ("fam_quality", "concept_words", "tcav"):
+            for title, rows in coverage.map_rows(records[name]):
+                methods = {row["method"] for row in rows}
+                assert methods >= {"random", "centre Gaussian", "activation energy"}, title
+                assert sum(row.get("kind") == "degraded" for row in rows) == 2, title
+                seen += 1
+        assert seen > 10
+
+    def test_maps_made_worse_fall(self, records):
+        """Not in each table of twelve images, but nearly; and never by more than the intervals allow."""
+        for way, columns in coverage.falls(records).items():
+            for column in ("nra", "nra_exact", "specificity", "iou"):
+                worse, of = columns[column]
+                assert worse >= 0.85 * of, (way, column)
+        for record in records.values():
+            for title, rows in coverage.map_rows(record):
+                by_name = {row["method"]: row for row in rows}
+                for row in rows:
+                    if row.get("kind") == "degraded" and row.get("nra"):
+                        assert row["nra"][1] < by_name[row["of"]]["nra"][2], (title, row["method"])
+
+
+class TestAnyRecords:
+    def test_every_subset_gives_a_page(self, records):
+        for name, record in records.items():
+            one = page.page({name: record}, pictures())
+            assert f"`{name}.json`" in one
+            rest = page.page({n: r for n, r in records.items() if n != name})
+            assert f"`{name}.json`" not in rest
+        assert "## Contents" in page.page({})
+
+    def test_no_record_gives_a_table_without_rows(self):
+        assert headlines.headlines({}).count("\n") == 1
+        assert coverage.worse_on_purpose({}) == ""
+        assert "no row" in coverage.peers_table({})
+
+    def test_a_changed_number_changes_page_and_readme(self, records):
+        """Nothing is typed: every number that the summary shows comes from a record."""
+        before = headlines.headlines(records)
+        changed = copy.deepcopy(records)
+        changed["nra"]["timings"][0]["ms_per_map"]["nra"] = 123.4
+        after = headlines.headlines(changed)
+        assert "| 123 |" in after
+        assert [a for a, b in zip(before.splitlines(), after.splitlines(), strict=True) if a != b] == [
+            line for line in before.splitlines() if line.startswith("| NRA of a 224 px map")
+        ]
+
+    def test_records_that_are_not_known_or_have_changed(self, records):
+        strange = {
+            "a_new_one": {"rows": [{"x": [1.0, 0.5, 2.0], "y": None, "z": "a|b"}]},
+            "solver": {"peers": "gone"},
+            "concept_regions_coco_half1": {"rows": [{"method": "fused", "nra": [0.5, 0.4, 0.6]}]},
+            "fam": {"median_seconds": 3.0},
+            "nothing": {},
+        }  # fmt: skip
+        text = page.page({**records, **strange})
+        assert "## a new one" in text
+        assert "1.00 [0.50, 2.00]" in text
+        assert "a\\|b" in text
+        assert page.page(strange)
+
+    def test_the_longest_topic_counts(self):
+        assert sections.topic_of("fam_quality").title == "FeatureActivationMap: quality"
+        assert sections.topic_of("fam").title == "FeatureActivationMap: cost"
+        assert sections.topic_of("family").title == "family"
+        (one,) = sections.sections(
+            {"salf_cbm_caltech": {}}, ["salf_cbm_caltech.png", "salf_cbm_caltech_x.png", "salf_cbm.png"]
+        )
+        assert one.title == "SALFCBM: caltech"
+        assert [line.count("](") for line in one.lines].count(1) == 2
+
+    def test_readme_without_markers_is_refused(self, records):
+        with pytest.raises(SystemExit, match="once each"):
+            page.with_table("# no markers", records)
+        with pytest.raises(SystemExit, match="once each"):
+            page.with_table(f"{page.END}\n{page.START}", records)
+        text = page.with_table(f"a\n{page.START}\nold\n{page.END}\nb\n", records)
+        assert "old" not in text
+        assert text.startswith("a\n")
+        assert text.endswith("\nb\n")
+
+
+class TestCells:
+    @pytest.mark.parametrize(
+        ("value", "shown"),
+        [(None, ""), (0.5, "0.5"), (1234.5, "1,234"), (3, "3"), (True, "True"), ([0.5, 0.4, 0.6], "0.50 [0.40, 0.60]"),
+         ([-1e-9, -0.001, 0.004], "0.00 [0.00, 0.00]"), ([0.5, None, None], "0.50"), ([None, None, None], ""),
+         ([1, 2], "1, 2"), ({"a": 1}, "a 1"), ("x\ny", "x y")],
+    )  # fmt: skip
+    def test_shown(self, value, shown: str):
+        assert cells.cell(value) == shown
+
+    def test_lists_of_arguments_are_no_intervals(self):
+        line = cells.circumstances({"arguments": {"grids": [5, 7, 9], "data": "/home/me/data", "seed": 0}})
+        assert line == "<sub>grids 5, 7, 9; seed 0.</sub>"
+
+
+class TestPlots:
+    def test_every_plot_of_the_records_can_be_drawn(self, records, tmp_path: Path):
+        pytest.importorskip("matplotlib", reason="plots of the results page")
+        plots.draw(records, tmp_path)
+        drawn = {path.name for path in tmp_path.iterdir()}
+        assert "nra_ms.png" in drawn
+        assert drawn <= set(pictures()), "make bench-page"
+        plots.draw({"nra": records["nra"], "solver": {}, "concept_regions_x": {}}, tmp_path)
+
+    def test_points_that_coincide_are_numbered_apart(self):
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        axis = figure.subplots()
+        axis.plot([0, 0, 1], [0, 0, 1], "o")
+        plots.number_points(figure, axis, [(0, 0), (0, 0), (1, 1)])
+        assert len({one.xyann for one in axis.texts[:2]}) == 2
+
+
+class TestSuite:
+    def test_commands(self):
+        for job in suite.JOBS:
+            assert (ROOT / "benchmarks" / f"{job.module or job.name}.py").is_file()
+            command = job.command(True, Path("/data"))
+            assert command is not None
+            assert suite.DATA not in " ".join(command)
+        photos = next(job for job in suite.JOBS if job.name == "fam_photos")
+        assert photos.command(False, Path("/data")) is None
+        assert photos.command(True, None) is None
+        with pytest.raises(SystemExit, match="known: nra"):
+            suite.jobs(["nrra"])
+
+    def test_arguments_are_those_the_scripts_take(self):
+        for job in suite.JOBS:
+            source = (ROOT / "benchmarks" / f"{job.module or job.name}.py").read_text(encoding="utf-8")
+            for given in (job.short, job.full):
+                for option in re.findall(r"--[\w-]+", given or ""):
+                    assert f'"{option}"' in source, (job.name, option)
+
+    def test_a_failure_takes_nothing_with_it(self, tmp_path: Path):
+        """One script that works, into a folder of its own, and one that fails."""
+        code = (
+            "import suite\n"
+            "bad, good = suite.Job('bad', '--no-such', None, 'page'), suite.Job('good', '--help', None, 'page')\n"
+            "suite.JOBS = [bad, good]\n"
+            "suite.main()\n"
+        )
+        command = [sys.executable, "-c", code, "--results", str(tmp_path / "out"), "--data", str(tmp_path)]
+        before = {path.name: path.read_bytes() for path in RESULTS.iterdir()}
+        found = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
+        assert found.returncode == 1
+        assert "bad: failed with exit code 2" in found.stdout
+        assert "good: done" in found.stdout
+        assert (tmp_path / "out" / "README.md").read_text().startswith("# What was measured")
+        assert {path.name: path.read_bytes() for path in RESULTS.iterdir()} == before
