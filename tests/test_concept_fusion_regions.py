@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,9 @@ def test_slopes_are_the_derivatives_of_the_stated_value(contrast, temperature):
             torch.testing.assert_close(slopes[n, j], expected, atol=1e-5, rtol=1e-4)
 
 
-def loops(evidence, maps, image, grid):
-    """The fused map of one example, position by position."""
+def loops(evidence, maps, image, grid, local=None, relevance=None):
+    """The fused map of one example and concept, position by position; layers in the order in which they run."""
     h, w = grid
-    total = torch.zeros(h * w)
-    for layer in evidence:
-        positive = F.interpolate(layer.relu()[None, None], grid, mode="bilinear")[0, 0].flatten()
-        total += positive / (positive**2).mean().sqrt()
     features = []
     for layer in maps[1:-1] if len(maps) > 2 else maps:
         unit = F.normalize(F.interpolate(layer[None], grid, mode="bilinear")[0].flatten(1), dim=0)
@@ -49,21 +46,90 @@ def loops(evidence, maps, image, grid):
             near = torch.exp(-((colour[:, p] - colour[:, q]) ** 2).sum() / (2 * variance))
             walk[p, q] = like * near
         walk[p] /= walk[p].sum()
-    return (walk @ (walk @ (walk @ total))).reshape(grid)
+
+    def reading(one):
+        values = F.interpolate(one.clamp(min=0)[None, None], grid, mode="bilinear")[0, 0].flatten()
+        return walk @ (walk @ (walk @ (values / (values**2).mean().sqrt())))
+
+    alone = reading(local) if local is not None else torch.zeros(h * w)
+    layers = [reading(layer) for layer in evidence]
+    shares = [1.0] * len(layers)
+    if relevance is not None and (relevance > 0).any():
+        positive = [max(float(r), 0.0) for r in relevance]
+        shares = [sum(positive[number:]) / sum(positive) for number in range(len(layers))]
+    everything = alone + sum(share**2 * layer for share, layer in zip(shares, layers, strict=True))
+    total = alone
+    for share, layer in zip(shares, layers, strict=True):
+        agreement = max(0.0, float(np.corrcoef(layer, everything)[0, 1]))
+        total = total + agreement * share**2 * layer
+    return total.reshape(grid)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])
-def test_fused_equals_plain_loops(layers):
+@pytest.mark.parametrize("with_relevance", [False, True])
+def test_fused_equals_plain_loops(layers, with_relevance):
     torch.manual_seed(0)
     grid = (4, 5)
     maps = [torch.randn(2, 6, 4 + i, 5 + i) for i in range(layers)]
     evidence = [torch.randn(2, 3, 4 + i, 5 + i) for i in range(layers)]
     image = torch.rand(2, 3, 16, 20)
-    fast = fused_maps(evidence, feature_affinity(maps, grid, image), grid)
+    local, relevance = (torch.rand(2, 3, 2, 3), torch.randn(2, 3, layers)) if with_relevance else (None, None)
+    fast = fused_maps(evidence, feature_affinity(maps, grid, image), grid, local, relevance)
     for n in range(2):
         for j in range(3):
-            slow = loops([e[n, j] for e in evidence], [m[n] for m in maps], image[n], grid)
+            more = (local[n, j], relevance[n, j]) if with_relevance else ()
+            slow = loops([e[n, j] for e in evidence], [m[n] for m in maps], image[n], grid, *more)
             torch.testing.assert_close(fast[n, j], slow, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_behind_the_concept_is_not_asked():
+    evidence = [torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4)]
+    still = torch.eye(16)[None]
+    only_first = fused_maps(evidence, still, (4, 4), None, torch.tensor([[[0.7, -0.1]]]))
+    expected = evidence[0] / evidence[0].square().mean().sqrt()
+    torch.testing.assert_close(only_first, expected)
+    # All of the relevance lies at the second layer: the derivative at the first one holds all of it too.
+    both = fused_maps(evidence, still, (4, 4), None, torch.tensor([[[0.0, 0.7]]]))
+    torch.testing.assert_close(both, fused_maps(evidence, still, (4, 4)))
+    nowhere = fused_maps(evidence, still, (4, 4), None, torch.zeros(1, 1, 2))
+    torch.testing.assert_close(nowhere, fused_maps(evidence, still, (4, 4)))
+
+
+def test_a_layer_that_contradicts_the_others_is_not_asked():
+    left, right = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    left[..., :2], right[..., 2:] = 1.0, 1.0
+    still = torch.eye(16)[None]
+    torch.testing.assert_close(fused_maps([left, left, right], still, (4, 4)), fused_maps([left, left], still, (4, 4)))
+
+
+def test_evidence_that_is_the_same_everywhere_stays():
+    still = torch.eye(16)[None]
+    torch.testing.assert_close(fused_maps([torch.full((1, 1, 1, 1), 0.3)], still, (4, 4)), torch.ones(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("gradient", ["total", "branch"])
+def test_the_order_of_the_layers_does_not_matter(gradient):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 1, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+    class Reads(nn.Module):
+        def __init__(self, places):
+            super().__init__()
+            self.places = places
+            self.weight = torch.randn(18, 5, generator=torch.Generator().manual_seed(1)) * 3
+
+        def forward(self, pooled):
+            return torch.cat([pooled[place] for place in self.places], -1) @ self.weight
+
+    def maps(layers, places):
+        cefam = ConceptFusionMap(net, layers, Reads(places), list("abc"), torch.eye(5)[:3], layer="fused",
+                                 gradient=gradient, logit_scale=20.0)  # fmt: skip
+        return cefam.attribute(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
+
+    torch.testing.assert_close(maps(["5", "1", "3"], [1, 2, 0]), maps(["1", "3", "5"], [0, 1, 2]))
 
 
 def test_spreading_invents_no_evidence():

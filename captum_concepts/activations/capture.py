@@ -43,10 +43,12 @@ class Captured:
         output: what ``forward_func`` returned.
         layers: the captured tensor of each asked layer, in order, in the layer's own layout. With
             ``gradient=True`` they are the points to differentiate ``output`` at.
+        order: numbers of the asked layers in the order in which they ran.
     """
 
     output: Any
     layers: tuple[Tensor, ...]
+    order: tuple[int, ...] = ()
 
 
 def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -155,7 +157,9 @@ def capture(
         # A model that runs its backbone under its own no_grad() restores "disabled" behind the layer; with
         # gradients enabled around the forward it restores "enabled".
         output, recorder = attempt(enabled_before=True)
-    return Captured(output, tuple(recorder.record[module] for module in wanted))
+    ran = list(recorder.record)
+    order = tuple(sorted(range(len(wanted)), key=lambda number: ran.index(wanted[number])))
+    return Captured(output, tuple(recorder.record[module] for module in wanted), order)
 
 
 @dataclass

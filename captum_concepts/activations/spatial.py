@@ -34,6 +34,7 @@ class SpatialActivations:
         layouts: how each of them is read as ``(N, C, h, w)``.
         names: how messages call the layers.
         search: finds the layer to name instead of one whose positions do not reach the output.
+        order: numbers of the layers in the order in which they ran.
     """
 
     output: Tensor
@@ -41,6 +42,7 @@ class SpatialActivations:
     layouts: tuple[Layout, ...]
     names: tuple[str, ...]
     search: Callable[[str], str | None] = field(default=lambda _: None, repr=False)
+    order: tuple[int, ...] = ()
 
     @property
     def maps(self) -> tuple[Tensor, ...]:
@@ -163,7 +165,7 @@ def spatial_activations(
     )
     names = tuple(layer_name(forward_func, layer) for layer in layers)
     search = functools.partial(_nearest_reaching, forward_func, inputs, additional_forward_args)
-    return SpatialActivations(result.output, raw, layouts, names, search)
+    return SpatialActivations(result.output, raw, layouts, names, search, result.order)
 
 
 def first_example(value: Any, batch: int) -> Any:

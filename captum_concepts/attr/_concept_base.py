@@ -163,15 +163,18 @@ class ConceptMaps(LayerAttribution):
         return self._channels(seen, index, maps=True, ranks=False)[0]
 
     def _fused(self, seen: ConceptPass, index: Tensor, inputs: Inputs) -> Tensor:
+        order = list(seen.seen.order)
         grid = regions.fused_grid([layout.grid for layout in seen.seen.layouts])
         pixels = inputs[0] if isinstance(inputs, tuple) else inputs
-        affinity = regions.feature_affinity(seen.maps, grid, pixels if pixels.ndim == 4 else None)
+        maps = [seen.maps[number] for number in order]
+        affinity = regions.feature_affinity(maps, grid, pixels if pixels.ndim == 4 else None)
         space = self._space(seen.embedding.detach())
         local = read_locally(self.translator, seen.maps, grid, space)
-        parts = [
-            regions.fused_maps(evidence, affinity, grid, local.excess(part))
-            for part, _, evidence in self._chunks(seen, index, fused=True)
-        ]
+        parts = []
+        for part, betas, evidence in self._chunks(seen, index, fused=True):
+            relevance = self._relevance(seen, betas, part)[..., order] if len(order) > 1 else None
+            ordered = [evidence[number] for number in order]
+            parts.append(regions.fused_maps(ordered, affinity, grid, local.excess(part), relevance))
         return torch.cat(parts, 1).detach()
 
     def _channels(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 _MOST_POSITIONS = 1024  # of the fused grid: its affinity has the square of that many entries
 STEPS = 3
+SHARE = 2  # power of the share of a concept's relevance that lies at a layer or behind it
 LOCAL = 1.0  # weight of the local reading: one more layer
 FAINT = 0.05  # root mean square of a local reading below which it counts less: it is nearly the same everywhere
 CONTRAST = 0.5  # share of the other likely concepts that is subtracted
@@ -54,30 +55,63 @@ def coarser_grid(grid: tuple[int, int], most: int) -> tuple[int, int]:
 
 
 def fused_maps(
-    evidence: Sequence[Tensor], affinity: Tensor, grid: tuple[int, int], local: Tensor | None = None
+    evidence: Sequence[Tensor],
+    affinity: Tensor,
+    grid: tuple[int, int],
+    local: Tensor | None = None,
+    relevance: Tensor | None = None,
 ) -> Tensor:
-    """``(N, J, h, w)``: positive evidence of all layers, each of mean square 1, spread along the affinity.
+    r"""``(N, J, h, w)``: positive evidence of all layers, each of mean square 1, spread along the affinity and added.
 
     Equal energy, not equal maxima: one bright cell, as first layers have at edges and late ones at borders, would make
     the rest of its layer count for little. The affinity's rows sum to 1, so every value of the result is a weighted
     mean of evidence: spreading moves evidence within what the network sees as alike, and a concept without positive
     evidence keeps a map of zeros.
 
+    With :math:`g_l` the spread evidence, the result is :math:`\sum_l a_l \, \rho_l^2 \, g_l + g_{local}`, where
+
+    - :math:`\rho_l = \sum_{m \ge l} r_m / \sum_m r_m` is the share of the concept's relevance at layer l or behind
+      it: so much of the concept does the derivative at layer l hold. Behind the last layer that carries a concept there
+      is none of it to be found (in a small ViT late tokens no longer say where anything is);
+    - :math:`a_l = \max(0, \operatorname{corr}(g_l, \sum_m \rho_m^2 g_m + g_{local}))` is how far the layer agrees
+      with all of them.
+
     Args:
-        evidence: ``(N, J, h_l, w_l)`` each, signed.
+        evidence: ``(N, J, h_l, w_l)`` each, signed, in the order in which the layers run.
         affinity: ``(N, P, P)`` of :func:`feature_affinity` on ``grid``.
         local: ``(N, J, h, w)`` what each position says alone, in [0, 1]; it counts as one more layer.
+        relevance: ``(N, J, L)``: r, of which the positive part is taken; None, and all zeros, is :math:`\rho = 1`.
     """
-    total = torch.zeros(())
-    for layer in evidence:
-        positive = resize(layer.relu(), grid)
-        total = total.to(positive) + _equal_energy(positive, 1e-12)
+
+    def spread(maps: Tensor) -> Tensor:
+        flat = maps.flatten(2)
+        for _ in range(STEPS):
+            flat = flat @ affinity.transpose(1, 2).to(flat)
+        return flat.unflatten(2, grid)
+
+    layers = torch.stack([spread(_equal_energy(resize(layer.relu(), grid), 1e-12)) for layer in evidence], -1)
+    weights = layers.new_ones((*layers.shape[:2], len(evidence)))
+    if relevance is not None:
+        positive = relevance.to(layers).clamp(min=0)
+        behind = positive.flip(-1).cumsum(-1).flip(-1)
+        weights = torch.where(behind[..., :1] > 0, behind / behind[..., :1].clamp(min=1e-12), weights) ** SHARE
+    alone = torch.zeros_like(layers[..., 0])
     if local is not None:
-        total = total + LOCAL * _equal_energy(resize(local.to(total), grid), FAINT)
-    spread = total.flatten(2)
-    for _ in range(STEPS):
-        spread = spread @ affinity.transpose(1, 2).to(spread)
-    return spread.unflatten(2, grid)
+        alone = LOCAL * spread(_equal_energy(resize(local.to(layers), grid), FAINT))
+    everything = torch.einsum("njhwl,njl->njhw", layers, weights) + alone
+    agreement = _correlation(layers, everything.unsqueeze(-1)).clamp(min=0)
+    # Evidence that is the same everywhere says nothing about the place, but it is not nothing.
+    agreement = torch.where(agreement.any(-1, keepdim=True), agreement, torch.ones_like(agreement))
+    return torch.einsum("njhwl,njl->njhw", layers, weights * agreement) + alone
+
+
+def _correlation(maps: Tensor, other: Tensor) -> Tensor:
+    """``(N, J, L)`` over the positions of ``(N, J, h, w, L)``; 0 for a map that is constant up to rounding."""
+    one, two = (m - m.mean((2, 3), keepdim=True) for m in (maps, other))
+    lengths = [m.square().sum((2, 3)).sqrt() for m in (one, two)]
+    varies = [size > 1e-4 * m.square().sum((2, 3)).sqrt() for size, m in zip(lengths, (maps, other), strict=True)]
+    product = (one * two).sum((2, 3)) / (lengths[0] * lengths[1]).clamp(min=1e-12)
+    return torch.where(varies[0] & varies[1], product, torch.zeros_like(product))
 
 
 def _equal_energy(maps: Tensor, least: float) -> Tensor:
@@ -97,8 +131,8 @@ def feature_affinity(maps: Sequence[Tensor], grid: tuple[int, int], image: Tenso
     :math:`\sigma^2` its variance over the image.
 
     Args:
-        maps: ``(N, C_l, h_l, w_l)`` activations; the first and the last layer are left out where there are more than
-            two: one sees edges rather than things, the other is coarse.
+        maps: ``(N, C_l, h_l, w_l)`` activations in the order in which the layers run; the first and the last layer are
+            left out where there are more than two: one sees edges rather than things, the other is coarse.
         image: ``(N, c, H, W)``; None leaves colour out.
     """
     middle = maps[1:-1] if len(maps) > 2 else maps

@@ -70,7 +70,8 @@ class ConceptFusionMap(ConceptScores):
 
     with its sign (HiResCAM's product; rectifying the gradient first finds objects, not the concept); the second term
     takes away what speaks for other likely concepts as well. The positive parts of all layers are added with equal
-    energy: late layers know the concept, early ones its place. One more layer is what the translator says of each cell
+    energy, for late layers know the concept and early ones its place; less where the concept's relevance lies in front
+    of a layer, and as far as a layer agrees with the others. One more layer is what the translator says of each cell
     alone: a gradient tells what would change the concept, this what is seen there. What is found is mostly the telling
     part of a thing; three steps of a random walk on the network's own feature affinity (and the image's colours) spread
     it over the rest of the thing. A walk averages, so it invents no evidence: without any, the map is zero.
