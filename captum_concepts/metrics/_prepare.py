@@ -119,7 +119,10 @@ def min_max(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor
     low = (values if valid is None else values.masked_fill(~valid, math.inf)).amin(-1, keepdim=True)
     high = (values if valid is None else values.masked_fill(~valid, -math.inf)).amax(-1, keepdim=True)
     constant = ~(high > low)
-    scaled = (values - low) / (high - low).masked_fill(constant, 1)
+    spread = high - low
+    if bool((spread.isinf() & high.isfinite() & low.isfinite()).any()):  # finite ends, but too far apart to subtract
+        values, low, spread = values / 2, low / 2, high / 2 - low / 2
+    scaled = (values - low) / spread.masked_fill(constant, 1)
     return scaled.masked_fill(constant, 0), constant[..., 0]
 
 
@@ -127,7 +130,7 @@ def check_maps(maps: Tensor, name: str = "maps") -> Tensor:
     """``maps`` detached, as floating point numbers."""
     if not isinstance(maps, Tensor):
         raise InputError(f"{name} must be a torch.Tensor (N, h, w) or (N, T, h, w), got {type(maps).__name__}")
-    if maps.ndim not in (3, 4) or 0 in maps.shape[1:]:
+    if maps.ndim not in (3, 4) or 0 in maps.shape[-2:]:
         raise InputError(f"{name} must be (N, h, w), (N, 1, h, w) or (N, T, h, w), got {tuple(maps.shape)}")
     if maps.is_complex():
         raise InputError(f"{name} must hold real numbers, got {maps.dtype}")
@@ -164,7 +167,7 @@ def prepare(
     maps = check_maps(maps)
     if not isinstance(masks, Tensor):
         raise InputError(f"masks must be a torch.Tensor (N, H, W) or (N, T, H, W), got {type(masks).__name__}")
-    if masks.ndim not in (3, 4) or 0 in masks.shape[1:]:
+    if masks.ndim not in (3, 4) or 0 in masks.shape[-2:]:
         raise InputError(f"masks must be (N, H, W) or (N, T, H, W), got {tuple(masks.shape)}")
     lead = tuple(masks.shape[:-2])
     fits = [lead] + [(lead[0], 1)] * (len(lead) == 1) + [lead[:1]] * (len(lead) == 2 and lead[1] == 1)

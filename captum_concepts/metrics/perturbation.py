@@ -53,8 +53,8 @@ def average_drop(
         batch_size: images a call.
 
     Returns:
-        ``(N,)`` float32 (float64 for float64 scores). NaN where it is undefined: Y not above 0, a score or a map
-        with NaN.
+        ``(N,)`` float32 (float64 for float64 scores). NaN where it is undefined: Y not above 0, a score with NaN, a
+        map with NaN or infinite values.
 
     Raises:
         InputError: shapes that do not fit, scores off the stated scale, or an unknown option.
@@ -94,7 +94,7 @@ def increase_in_confidence(
     Args and errors: as in :func:`average_drop`.
 
     Returns:
-        ``(N,)`` of 0 and 1; NaN for a score or map with NaN.
+        ``(N,)`` of 0 and 1; NaN for a score with NaN, a map with NaN or infinite values.
 
     Reference: Grad-CAM++, WACV 2018, arXiv:1710.11063, section 4.1.
 
@@ -197,7 +197,7 @@ def _full_and_shown(
         x = run.inputs[rows]
         index = torch.arange(start, start + len(x), device=x.device)
         heat = resize_maps(small[rows], x.shape[2:], mode=mode)
-        broken = heat.isnan().flatten(1).any(1)
+        broken = ~heat.isfinite().flatten(1).all(1)
         if normalize:
             heat = min_max(heat.flatten(1))[0].reshape(heat.shape)
         elif bool(((heat < -1e-6) | (heat > 1 + 1e-6)).any()):

@@ -39,7 +39,7 @@ def iou(
 
     Returns:
         ``(N,)`` or ``(N, T)``. An empty mask scores 0 as soon as one pixel is drawn. NaN where it is undefined: a map
-        with NaN; mask and binarised map both empty.
+        with NaN, or with infinite values unless ``threshold`` is a number; mask and binarised map both empty.
 
     Raises:
         InputError: a wrong shape, dtype, device or option.
@@ -74,7 +74,8 @@ def pixel_accuracy(
         maps, masks, threshold, ignore, ignore_index, mode: as in :func:`iou`.
 
     Returns:
-        ``(N,)`` or ``(N, T)``. Empty and full masks are defined. NaN for a map with NaN, or if all pixels are ignored.
+        ``(N,)`` or ``(N, T)``. Empty and full masks are defined. NaN for a map with NaN (or infinite values, see
+        :func:`iou`), or if all pixels are ignored.
 
     Raises:
         InputError: a wrong shape, dtype, device or option.
@@ -105,9 +106,9 @@ def mean_iou(
 
     Args:
         maps, masks, threshold, ignore, ignore_index, mode: as in :func:`iou`; the protocol's threshold is ``"mean"``.
-        nan_policy: for examples whose map has NaN. ``"omit"``: leave them out, and say how many in an
-            ``InputWarning``; ``"zero"``: their map draws nothing, which is what the public code of the protocol
-            does; ``"propagate"``: the result is NaN; ``"raise"``.
+        nan_policy: for examples whose map has NaN (or infinite values, see :func:`iou`). ``"omit"``: leave them out,
+            and say how many in an ``InputWarning``; ``"zero"``: their map draws nothing, which is what the public code
+            of the protocol does; ``"propagate"``: the result is NaN; ``"raise"``.
 
     Returns:
         0-d tensor; NaN if no example is left, or if one of the two unions is empty.
@@ -188,16 +189,16 @@ def average_precision(
             values = torch.cat([(1 - values).masked_fill(constant[:, None], 0), values], 1)
             positive = torch.cat([~positive & valid, positive], 1)
             valid = torch.cat([valid, valid], 1)
-        found = _ranked_precision(values.masked_fill(~valid, -torch.inf), positive)
+        found = _ranked_precision(values.masked_fill(~valid, -torch.inf), positive, valid)
         return found.masked_fill(broken | ~positive.any(1), torch.nan)
 
     return pairs.per_row(precision)
 
 
-def _ranked_precision(values: Tensor, positive: Tensor) -> Tensor:
+def _ranked_precision(values: Tensor, positive: Tensor, valid: Tensor) -> Tensor:
     values, order = torch.sort(values, dim=1, descending=True)
     hits = positive.gather(1, order).cumsum(1)
-    count = torch.arange(1, values.shape[1] + 1, device=values.device)
+    count = valid.gather(1, order).cumsum(1).clamp(min=1)  # ignored pixels may tie with values of -inf
     last = torch.ones_like(positive)
     last[:, :-1] = values[:, 1:] != values[:, :-1]
     # hits at the end of the previous group: a running maximum, because hits never fall
@@ -219,7 +220,8 @@ def segmentation_counts(
 ) -> Tensor:
     """``(N, 4)`` or ``(N, T, 4)``: intersection and union of the foreground, then of the background, in pixels.
 
-    What :func:`mean_iou` adds up. Rows of maps with NaN are NaN unless ``nan_policy`` is ``"zero"``.
+    What :func:`mean_iou` adds up. Rows of maps with NaN (or infinite values, see :func:`iou`) are NaN unless
+    ``nan_policy`` is ``"zero"``.
 
     Example:
         >>> import torch
@@ -228,7 +230,8 @@ def segmentation_counts(
     """
     check_nan_policy(nan_policy)
     if nan_policy == "zero":
-        maps = maps.masked_fill(maps.isnan().flatten(-2).any(-1)[..., None, None], 0)
+        broken = maps.isnan() if _parse(threshold)[0] is False else ~maps.isfinite()
+        maps = maps.masked_fill(broken.flatten(-2).any(-1)[..., None, None], 0)
     counts = _counts(maps, masks, threshold, ignore, ignore_index, mode)
     if nan_policy == "raise":
         settle(counts[..., 0], nan_policy, "mean IoU")
@@ -254,7 +257,7 @@ def _counts(
 
     def areas(chunk: Chunk) -> Tensor:
         valid = chunk.valid
-        broken = chunk.values.isnan().any(1) if level is None or scaled else chunk.broken
+        broken = ~chunk.values.isfinite().all(1) if scaled else chunk.broken
         drawn = _binarise(chunk.values.masked_fill(broken[:, None], 0), scaled, level) & valid
         inter, area, drawn_area = (x.sum(1) for x in (drawn & chunk.masks, chunk.masks, drawn))
         total = valid.sum(1)

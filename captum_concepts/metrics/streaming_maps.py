@@ -162,6 +162,17 @@ class MeanIoU(_Binarised):
             maps, masks, threshold=self.threshold, nan_policy=self.nan_policy, **self._shared(ignore)
         )
 
+    def statistics(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As for every metric; under ``nan_policy="zero"`` the counts are whole, but what was replaced is reported."""
+        total, counted, skipped = super().statistics(*args, **kwargs)
+        if self.nan_policy == "zero":
+            skipped = self._with_nan(*args, **kwargs).sum(1)
+        return total, counted, skipped
+
+    def _with_nan(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        rows = segmentation_counts(maps, masks, threshold=self.threshold, **self._shared(ignore))
+        return rows.isnan().any(-1).reshape(len(rows), -1)
+
     @staticmethod
     def reduce(total: Tensor, counted: Tensor) -> Tensor:  # noqa: ARG004
         return mean_of_ious(total)
