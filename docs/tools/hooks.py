@@ -27,7 +27,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the tutorials and the changelog, which are not in docs/."""
+    """Add the tutorials, the changelog and the pictures of the records, which are not in docs/."""
     rows = []
     for path in notebooks.notebooks():
         markdown, pictures = notebooks.page(path)
@@ -42,6 +42,8 @@ def on_files(files: Files, config: Any) -> Files:
     index.content_string = index.content_string.replace("{{ tutorials }}", table)
     changelog = (notebooks.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     files.append(File.generated(config, "changelog.md", content=changelog))
+    for name, data in records.pictures().items():
+        files.append(File.generated(config, name, content=data))
     return files
 
 

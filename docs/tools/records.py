@@ -3,7 +3,8 @@
 ``{{ fam.json | ratio_to_bare_forward | FAM, linear head | .2f }}`` is a value: a file in ``benchmarks/results``, the
 keys that lead to it (an integer indexes a list; ``name=value & name=value`` finds the
 one row of a list), and a format.
-``{{ include all }}`` is every record that is a page (``*.md``), headings one level lower.
+``{{ include all }}`` is the page that ``python -m benchmarks.page`` makes of all records, without its title; its
+pictures are :func:`pictures`.
 """
 
 from __future__ import annotations
@@ -51,9 +52,16 @@ def value(expression: str) -> str:
 
 def render(markdown: str) -> str:
     """A page with its numbers and records."""
-    markdown = markdown.replace(_INCLUDE, "\n\n".join(_included(path) for path in sorted(RESULTS.glob("*.md"))))
+    if _INCLUDE in markdown:
+        markdown = markdown.replace(_INCLUDE, _page().split("\n", 1)[1].strip())
     return _VALUE.sub(lambda found: value(found[1]), markdown)
 
 
-def _included(path: Path) -> str:
-    return re.sub(r"^(#+) ", r"#\1 ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+def pictures() -> dict[str, bytes]:
+    """The pictures of the included page, by name."""
+    names = re.findall(r"!\[[^]]*\]\(([\w.-]+)\)", _page())
+    return {name: (RESULTS / name).read_bytes() for name in names}
+
+
+def _page() -> str:
+    return (RESULTS / "README.md").read_text(encoding="utf-8")
