@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--task", choices=("coco", "scenes", "vit"), default="coco")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--train", type=int, default=5000, help="at most so many photographs")
-    parser.add_argument("--epochs", type=int, default=30, help="at most so many")
+    parser.add_argument("--epochs", type=int, default=100, help="at most so many")
     parser.add_argument("--similarity", type=float, default=1e-3, help="weight of the similarity loss")
     parser.add_argument("--half", type=int, default=1)
     parser.add_argument("--scenes", type=int, default=60)

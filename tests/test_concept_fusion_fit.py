@@ -136,9 +136,23 @@ def test_unknown_words_are_named():
         fit(concepts=["red", "purple"])
     with pytest.raises(InputError, match="mauve"):
         fit().with_concepts(["mauve"], Colour())
-    for bad in ([], ["red", "red"]):
-        with pytest.raises(InputError):
+    cefam = fit(concepts=None)
+    for bad, words in (([], "empty"), (["red", "red"], "unique"), ("red", "list of names")):
+        with pytest.raises(InputError, match=words):
             fit(concepts=bad)
+        with pytest.raises(InputError, match=words):
+            cefam.with_concepts(bad, Colour())
+
+
+def test_texts_of_another_model_are_refused():
+    class Wide(Colour):
+        def encode_text(self, words):
+            return F.pad(super().encode_text(words), (0, 2))
+
+    with pytest.raises(InputError, match="images of width 3 and texts of width 5"):
+        fit(encoder=Wide())
+    with pytest.raises(InputError, match="width 5, but the translator gives 3"):
+        fit().with_concepts(["red", "blue"], Wide())
 
 
 def test_cache_resumes_and_refuses(tmp_path):

@@ -81,10 +81,8 @@ class ConceptLifecycle(ConceptMaps):
             if name not in options and hasattr(encoder, name):
                 options[name] = float(getattr(encoder, name))
         options.setdefault("probability", "sigmoid" if options.get("logit_bias") else "softmax")
-        names = None if concepts is None else list(concepts)
         check_layers(forward_func, layers)
-        if names is not None:
-            check_concepts(names, None, None)
+        names = None if concepts is None else _listed(concepts)
         text = None if names is None else encode_words(encoder, names)
         translator, history = train_translator(
             forward_func,
@@ -120,8 +118,7 @@ class ConceptLifecycle(ConceptMaps):
         Raises:
             InputError: a word the encoder does not know (named), an empty or duplicate list, another width.
         """
-        words = list(names)
-        check_concepts(words, None, None)
+        words = _listed(names)
         text = encode_words(encoder, words)
         made = type(self)(
             self.forward_func, self.layers, self.translator, words, text, **self._options(), layer=self.layer
@@ -152,3 +149,10 @@ class ConceptLifecycle(ConceptMaps):
             ArtifactError: broken, or saved for another classifier or other layers.
         """
         return concept_file.load(path, cls, forward_func, layers)
+
+
+def _listed(names: Sequence[str]) -> list[str]:
+    """A list of unique names; one string is not taken for its letters."""
+    listed = names if isinstance(names, str) else list(names)
+    check_concepts(listed, None, None)
+    return list(listed)
