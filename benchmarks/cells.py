@@ -48,7 +48,9 @@ def fixed(value: float, digits: int = 2) -> str:
 
 def bracketed(value: list[Any] | float | None, digits: int = 2) -> str:
     """``0.43 [0.39, 0.50]``; a number without an interval alone."""
-    middle, low, high = value if isinstance(value, list) else (value, None, None)
+    if isinstance(value, (int, float)):
+        return number(value)
+    middle, low, high = value or (None, None, None)
     if middle is None:
         return ""
     if low is None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from captum_concepts import metrics
 
 SEED = 0
+STEPS = 16
 Row = tuple[str, str, Callable[[], Tensor], Callable[[], Tensor], str]
 
 
@@ -41,6 +42,17 @@ def with_quantus(maps: Tensor, masks: Tensor) -> list[Row]:
             np.array(metric(model=None, x_batch=x.copy(), y_batch=y, a_batch=a.copy(), s_batch=s.copy()), dtype=float)
         ).flatten()
 
+    net, images = _score_model(len(maps), maps.shape[-1])
+    target, side = [0] * len(maps), maps.shape[-1]
+    flipping = quantus.PixelFlipping(features_in_step=side * side // STEPS, perturb_baseline="black", **quiet)
+
+    def flipped() -> Tensor:
+        given = {"x_batch": images.numpy().copy(), "y_batch": y, "a_batch": a.copy(), "softmax": False}
+        return torch.tensor(np.array(flipping(model=net, **given)))
+
+    def deleted() -> Tensor:
+        return metrics.deletion(net, images, maps, target=target, n_steps=STEPS, return_curve=True)[1][:, 1:]
+
     return [
         ("EPG without scaling", "quantus RelevanceMassAccuracy", lambda: metrics.epg(maps, masks, normalize="none"),
          run("RelevanceMassAccuracy"), "the same; epg scales to [0, 1] unless normalize='none'"),
@@ -49,7 +61,21 @@ def with_quantus(maps: Tensor, masks: Tensor) -> list[Row]:
         ("share of the |M| largest inside (from IoU)", "quantus RelevanceRankAccuracy",
          lambda: rank_accuracy(maps, masks), run("RelevanceRankAccuracy"),
          "a single point p = |M| of the curve that NRA integrates"),
+        ("deletion, the curve", "quantus PixelFlipping", deleted, flipped,
+         "the same on one channel without ties; theirs lacks the first point, ranks every channel's values by "
+         "themselves, and its black is the least value of the batch"),
     ]  # fmt: skip
+
+
+def _score_model(n: int, side: int) -> tuple[torch.nn.Module, Tensor]:
+    """A linear score in [0, 1] and ``n`` images of one channel whose least value is 0, quantus' black."""
+    generator = torch.Generator().manual_seed(SEED)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(side * side, 2, bias=False)).eval()
+    with torch.no_grad():
+        net[1].weight.copy_(torch.rand(2, side * side, generator=generator) / side**2)
+    images = torch.rand(n, 1, side, side, generator=generator)
+    images[:, :, 0, 0] = 0
+    return net, images
 
 
 def rank_accuracy(maps: Tensor, masks: Tensor) -> Tensor:

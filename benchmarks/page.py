@@ -23,6 +23,8 @@ import sections  # noqa: E402
 from _record import RESULTS  # noqa: E402
 from coverage import peers_table, worse_on_purpose  # noqa: E402
 from headlines import headlines  # noqa: E402
+from paper_published import PROTOCOLS, PUBLISHED  # noqa: E402
+from renderers import one_table  # noqa: E402
 
 PAGE = "README.md"
 START, END = "<!-- benchmark-table -->", "<!-- /benchmark-table -->"
@@ -47,6 +49,9 @@ Arrows show which direction is better.
 WORSE = """In how many tables a value falls (average drop: rises) when the maps are made worse on purpose. Few images or
 targets that look alike are the reasons where it does not."""
 
+PAPERS = """The data of these tables cannot be had offline. The commands follow the protocols and are tested on tiny
+trees in the data sets' own formats; a table that was filled has a section of its own."""
+
 PEERS = "Which records have a row of each peer, and of the maps that know no concept."
 
 
@@ -68,9 +73,22 @@ def page(records: dict[str, dict[str, Any]], pictures: list[str] | None = None) 
     lines += ["## Made worse on purpose", "", WORSE, "", worse, ""] if worse else []
     lines += ["## Peers", "", PEERS, "", peers_table(records), "", "## Contents", ""]
     lines += [f"- [{one.title}](#{one.anchor})" for one in made]
+    waiting = papers(records)
+    lines += ["- [The papers' tables](#the-papers-tables)"] if waiting else []
     for one in made:
         lines += ["", f"## {one.title}", "", *one.lines]
+    lines += ["", "## The papers' tables", "", PAPERS, "", *waiting] if waiting else []
     return "\n".join(lines).rstrip() + "\n"
+
+
+def papers(records: dict[str, dict[str, Any]]) -> list[str]:
+    """Protocol, command and published rows of every table of the papers that nobody has filled."""
+    lines: list[str] = []
+    for name, (title, protocol, command) in PROTOCOLS.items():
+        if f"paper_{name.replace('-', '_')}" not in records:
+            note = f"{protocol}\n\n    {command}"
+            lines += one_table({"title": title, "note": note, "rows": PUBLISHED[name]})
+    return lines
 
 
 def with_table(text: str, records: dict[str, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What the papers printed, as shares of 1, and the settings they name: the rows beside which ours are put."""
+"""What the papers printed, as shares of 1, their protocols and settings: the rows beside which ours are put."""
 
 from __future__ import annotations
 
@@ -82,4 +82,39 @@ SETTINGS: dict[str, dict[str, float]] = {
     "CUB-200": {"lam": 0.0002, "presence_cutoff": 0.26},
     "Places365": {"lam": 0.0003, "presence_cutoff": 0.28},
     "ImageNet": {"lam": 0.0001, "presence_cutoff": 0.28},
+}
+
+COMMAND = "python benchmarks/paper_tables.py --table"
+
+#: Table -> what it is, its protocol, and the command that fills it where the data is at hand.
+PROTOCOLS: dict[str, tuple[str, str, str]] = {
+    "ce-fam-broden": (
+        "CE-FAM, regions of concepts on Broden",
+        "EPG, NRA (published baseline) and hit rate at 0.5 of every (image, concept) of Broden, all categories; the "
+        "words are the concepts' names. The translator is fitted to `--train`, without labels. What is published are "
+        "means over the categories, which are columns of ours too.",
+        f"{COMMAND} ce-fam-broden --root broden1_224 --train IMAGENET/train",
+    ),
+    "ce-fam-imagenet-s": (
+        "CE-FAM, regions of concepts on ImageNet-S",
+        "The same on the validation images of ImageNet-S: the mask of each class that is in the image; a vision "
+        "transformer.",
+        f"{COMMAND} ce-fam-imagenet-s --root ImageNetS919 --train IMAGENET/train --model vit_base_patch16_224 "
+        "--layers net.blocks.2 net.blocks.5 net.blocks.8 net.blocks.11",
+    ),
+    "salf-accuracy": (
+        "SALF-CBM, accuracy",
+        "Class folders `ROOT/train` and `ROOT/val` of CUB-200, Places365 or ImageNet: SALF-CBM, LF-CBM, heads on the "
+        "backbone's features; CLIP ViT-B/16, red circles of radius 32 on 7 x 7 positions; concept list, lam and "
+        "presence cutoff of LF-CBM's public training commands (`--name`).",
+        f"{COMMAND} salf-accuracy --root CUB --name CUB-200 --model resnet18 --model-weights resnet18_cub.safetensors "
+        "--concepts cub_filtered.txt --cache regions/",
+    ),
+    "salf-segmentation": (
+        "SALF-CBM, zero-shot segmentation on ImageNet-segmentation",
+        "Pixel accuracy, mean IoU (both from sums over all images) and mAP; pictures squashed to 224 px, maps of the "
+        "predicted class binarised at their mean. `--salf` is a SALF-CBM that `salf-accuracy --save` left, its "
+        'concepts "An image of a {class}", a class a line, fitted with both cutoffs `none`.',
+        f"{COMMAND} salf-segmentation --root gtsegs_ijcv.mat --salf FOLDER",
+    ),
 }

@@ -1,28 +1,10 @@
 """The papers' own tables by their protocols, for those who have the data: it cannot be had offline.
 
-    python benchmarks/paper_tables.py --list
+    python benchmarks/paper_tables.py --list                 # protocols, commands, published rows
     python benchmarks/paper_tables.py --table ce-fam-broden --root broden1_224 --train IMAGENET/train
-    python benchmarks/paper_tables.py --table ce-fam-imagenet-s --root ImageNetS919 --train IMAGENET/train \\
-        --model vit_base_patch16_224 --layers net.blocks.2 net.blocks.5 net.blocks.8 net.blocks.11
-    python benchmarks/paper_tables.py --table salf-accuracy --root CUB --name CUB-200 --model resnet18 \\
-        --model-weights resnet18_cub.safetensors --concepts cub_filtered.txt --cache regions/
-    python benchmarks/paper_tables.py --table salf-segmentation --root gtsegs_ijcv.mat --salf FOLDER
 
 Weights are local files (.safetensors) or "pretrained" (for the image-text model a tag), which downloads them. Each run
-writes ``results/paper_<table>.json`` with the published rows before the measured ones. The protocols:
-
-ce-fam-broden        EPG, NRA (published baseline) and hit rate at 0.5 of every (image, concept) of Broden, all
-                     categories; words are the concepts' names. The translator is fitted on ``--train`` without labels.
-                     The published row means over the categories, which is also a column of ours.
-ce-fam-imagenet-s    the same on the validation images of ImageNet-S: the mask of each class that is in the image.
-salf-segmentation    pixel accuracy, mean IoU (both from sums over all images) and mAP on ImageNet-segmentation;
-                     pictures squashed to 224 px, maps of the predicted class binarised at their mean. ``--salf`` is a
-                     SALF-CBM saved by ``salf-accuracy --save``, its concepts "An image of a {class}", a class a line,
-                     fitted with both cutoffs ``none``.
-salf-accuracy        accuracy on class folders ``ROOT/train`` and ``ROOT/val`` (CUB-200, Places365, ImageNet): SALF-CBM,
-                     LF-CBM and heads on the backbone's features; CLIP ViT-B/16, red circles of radius 32 on 7 x 7
-                     positions, LF-CBM's concept lists, lam and presence cutoff of each data set (``--name``).
-
+writes ``results/paper_<table>.json`` with the published rows before the measured ones, and the results page shows it.
 The rows that know no concept, and maps made worse on purpose, are always there.
 """
 
@@ -40,7 +22,7 @@ from _record import environment, write
 from map_tables import interval
 from paper_inputs import Folders, classifier, image_text
 from paper_maps import concept_regions, segmentation
-from paper_published import PUBLISHED, SETTINGS, Row
+from paper_published import PROTOCOLS, PUBLISHED, SETTINGS, Row
 from salf_cbm_peers import dense_head, fit_lf_cbm, scored
 from torch import Tensor, nn
 
@@ -222,8 +204,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = arguments(argv)
     if args.list:
-        for name, rows in PUBLISHED.items():
-            print(name, *rows, sep="\n  ")
+        for name, (title, protocol, command) in PROTOCOLS.items():
+            print(f"{name}: {title}", protocol, command, *PUBLISHED[name], "", sep="\n  ")
         return {}
     if args.table is None or args.root is None:
         sys.exit("--table and --root are needed; --list shows the tables")
@@ -233,7 +215,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     part = {
         "environment": environment("timm", "open-clip-torch"),
         "arguments": kept,
-        "tables": [{"title": args.table, "note": "Published rows first.", "rows": PUBLISHED[args.table] + rows}],
+        "tables": [{"title": args.table, "note": PROTOCOLS[args.table][1], "rows": PUBLISHED[args.table] + rows}],
     }
     record = {"parts": {args.table: part}}
     write(f"paper_{args.table.replace('-', '_')}", record)

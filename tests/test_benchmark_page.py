@@ -60,7 +60,7 @@ class TestWhatIsCommitted:
         text = page.page(records, pictures())
         assert sorted(re.findall(r"\]\(([^)]+\.png)\)", text)) == pictures()
         anchors = {one.anchor for one in sections.sections(records, [])}
-        assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors
+        assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors | {"the-papers-tables"}
         assert len(anchors) == len(records)
 
     def test_records_are_json_without_places_of_this_machine(self, records):
@@ -113,6 +113,19 @@ class TestAnyRecords:
             rest = page.page({n: r for n, r in records.items() if n != name})
             assert f"`{name}.json`" not in rest
         assert "## Contents" in page.page({})
+
+    def test_a_table_of_the_papers_is_a_promise_until_it_is_filled(self, records):
+        before = page.page(records)
+        assert "--table salf-segmentation" in before
+        filled = {
+            "parts": {
+                "x": {"tables": [{"title": "filled", "rows": [{"method": "SALF-CBM", "mean_iou": [0.5, 0.4, 0.6]}]}]}
+            }
+        }
+        after = page.page({**records, "paper_salf_segmentation": filled})
+        assert "--table salf-segmentation" not in after
+        assert "## Papers' table: salf segmentation" in after
+        assert "--table ce-fam-broden" in after
 
     def test_no_record_gives_a_table_without_rows(self):
         assert headlines.headlines({}).count("\n") == 1

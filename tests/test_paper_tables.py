@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import paper_maps
 import paper_tables
 import sections
 from paper_inputs import classifier, words_of
-from paper_published import PUBLISHED, SETTINGS
+from paper_published import COMMAND, PROTOCOLS, PUBLISHED, SETTINGS
 
 from captum_concepts import demo
 from captum_concepts.datasets import CaptionedScenes
@@ -267,6 +268,15 @@ class TestProtocols:
         assert broken["pixel_accuracy"][0] == pytest.approx(ground)  # nothing is drawn, as in the public code
         assert broken["average_precision"][0] == pytest.approx(0.5)  # all pixels tie
 
+    @pytest.mark.parametrize("table", list(PROTOCOLS))
+    def test_documented_commands_are_understood(self, table: str):
+        command = PROTOCOLS[table][2]
+        args = paper_tables.arguments([*command.removeprefix(COMMAND.removesuffix(" --table")).split()])
+        assert args.table == table
+        assert paper_tables.TABLES[table]
+        for layer in args.layers if "vit" in args.model else []:
+            assert re.fullmatch(r"net\.blocks\.\d+", layer)
+
     def test_words(self):
         names = ["swimming_pool-s", "red-c", "crane (134)", "wall", "bird (crane)"]
         assert words_of(names) == ["swimming pool", "red", "crane", "wall", "bird (crane)"]
@@ -294,7 +304,9 @@ class TestProtocols:
 
     def test_what_is_missing_is_said(self, tmp_path: Path, capsys):
         assert paper_tables.main(["--list"]) == {}
-        assert "SALF-CBM, dense (published)" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "SALF-CBM, dense (published)" in shown
+        assert all(command in shown for _, _, command in PROTOCOLS.values())
         with pytest.raises(SystemExit, match="--root"):
             paper_tables.main(["--table", "salf-accuracy"])
         with pytest.raises(SystemExit, match="--concepts"):

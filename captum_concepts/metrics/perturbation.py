@@ -145,6 +145,9 @@ def deletion(
     Raises:
         InputError, TargetError: as in :func:`average_drop`.
 
+    quantus' ``PixelFlipping`` is the curve without its first point; it ranks the values of every channel by themselves
+    where this removes whole pixels, takes tied ones in the order of memory, and its "black" is the least value.
+
     Reference: RISE, BMVC 2018, arXiv:1806.07421, section 4.1.
 
     Example:
