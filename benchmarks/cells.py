@@ -28,8 +28,12 @@ CIRCUMSTANCES = (
 
 
 def is_interval(value: Any) -> bool:
-    """``[value, low, high]``."""
-    return isinstance(value, list) and len(value) == 3 and all(v is None or isinstance(v, (int, float)) for v in value)
+    """``[value, low, high]``, with None for what is not defined; three numbers out of order are a list of numbers."""
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    if not all(v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in value):
+        return False
+    return None in value or value[1] - 1e-9 <= value[0] <= value[2] + 1e-9
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -12,14 +12,14 @@ Record = dict[str, Any]
 
 #: Peers that a reader looks for, and what their rows are called: the beginning of a row's name or of a key.
 PEERS = {
-    "captum LayerGradCam": ("captum LayerGradCam",),
+    "captum LayerGradCam": ("captum LayerGradCam", "LayerGradCam_x"),
     "captum LayerIntegratedGradients": ("captum LayerIntegratedGradients",),
     "captum TCAV": ("captum TCAV",),
     "pytorch-grad-cam GradCAM": ("pytorch-grad-cam GradCAM",),
     "pytorch-grad-cam ScoreCAM": ("pytorch-grad-cam ScoreCAM",),
     "pytorch-grad-cam deep_feature_factorization": ("pytorch-grad-cam deep_feature_factorization",),
-    "CLIP-Dissect, single channel": ("CLIP-Dissect, single channel",),
-    "WWW, single channel": ("WWW, single channel",),
+    "CLIP-Dissect, single channel": ("CLIP-Dissect, single channel", "single channel (CLIP-Dissect"),
+    "WWW, single channel": ("WWW, single channel", "single channel (WWW"),
     "LF-CBM": ("LF-CBM",),
     "glm_saga": ("glm_saga",),
     "scikit-learn saga": ("scikit-learn saga",),

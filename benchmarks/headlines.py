@@ -27,7 +27,12 @@ def _part(record: Record, title: str) -> dict[str, Record]:
 
 
 def _beside(rows: dict[str, Record], key: str, names: dict[str, str], digits: int = 2) -> str:
-    found = {shown: rows[n][key] for n, shown in names.items() if rows.get(n, {}).get(key)}
+    """The rows called ``names``, or whose names begin so, in the order of ``names``."""
+    found = {}
+    for start, shown in names.items():
+        row = rows.get(start) or next((r for name, r in rows.items() if name.startswith(start)), {})
+        if row.get(key):
+            found[shown] = row[key]
     return "; ".join(f"{shown} {fixed(value[0], digits)}" for shown, value in found.items())
 
 
@@ -56,7 +61,14 @@ def _fam_quality(r: Record) -> list[Line]:
 
 def _regions(r: Record) -> list[Line]:
     rows = r["rows"]
-    names = {"published (auto layer)": "as published", "single channel": "single channel", **BLIND}
+    names = {
+        "published (auto layer)": "as published",
+        "HiResCAM": "HiResCAM",
+        "LayerCAM": "LayerCAM",
+        "single channel (CLIP-Dissect": "CLIP-Dissect",
+        "single channel (WWW": "WWW",
+        **BLIND,
+    }
     return [
         (f'CE-FAM, `layer="fused"`, words on COCO, {what}', bracketed(rows["fused"][key]), _beside(rows, key, names))
         for key, what in (("nra", "NRA"), ("specificity", "specificity"))
