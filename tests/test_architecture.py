@@ -15,7 +15,7 @@ NAME = "captum_concepts"
 #: Rooms from the ground up; a room may import those of earlier rows only, never one of its own row.
 ROWS = [
     ["errors"],
-    ["_indexing", "_artifacts"],
+    ["_indexing", "_artifacts", "_memory"],
     ["explanation", "_captum"],
     ["activations", "solvers", "metrics", "visualization", "datasets"],
     ["vlm", "concepts"],

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from captum_concepts._captum import LayerAttribution, select_output
+from captum_concepts._memory import Halving
 from captum_concepts.activations import SpatialActivations, gradients_enabled, resolve_layer, spatial_activations
 from captum_concepts.activations.capture import Inputs, Layer
 from captum_concepts.activations.spatial import full_precision
-from captum_concepts.attr._acv_maps import chunks, project, recorded_target
+from captum_concepts.attr._acv_maps import Chunk, chunks, halves, project, recorded_target
 from captum_concepts.attr._acv_state import FittedVectors
 from captum_concepts.errors import InputError, LayerError, NotFittedError
 from captum_concepts.explanation import ConceptExplanation
+
+Result = TypeVar("Result")
 
 
 class LayerVectors(LayerAttribution):
@@ -162,5 +165,12 @@ class LayerVectors(LayerAttribution):
         slope, intercept = (t.to(values).view(1, -1, 1, 1) for t in (fitted.slopes, fitted.intercepts))
         return torch.sigmoid(values * slope + intercept)
 
-    def _chunks(self, inputs: Inputs, extra: Any, target: Any) -> Iterator[tuple[Inputs, Any, Any]]:
-        return chunks(inputs, extra, target, self.batch_size)
+    def _each(self, inputs: Inputs, extra: Any, target: Any, run: Callable[..., Result]) -> list[Result]:
+        """``run(inputs, extra, target)`` of every batch."""
+        halving = Halving("batch_size")
+
+        def unpacked(part: Chunk) -> Result:
+            return run(*part)
+
+        parts = chunks(inputs, extra, target, self.batch_size)
+        return [result for part in parts for result in halving(unpacked, part, halves)]

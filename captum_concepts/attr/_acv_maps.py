@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +41,12 @@ def chunks(inputs: Inputs, extra: Any, target: Any, batch_size: int) -> Iterator
         )
 
 
+def halves(chunk: Chunk) -> list[Chunk]:
+    """A chunk as two of half as many examples; one example stays one."""
+    inputs, extra, target = chunk
+    return list(chunks(inputs, extra, target, -(-len(check_images(inputs)[0]) // 2)))
+
+
 def _cut(value: Any, rows: slice, n: int) -> Any:
     """``additional_forward_args`` of some examples: tensors of ``n`` rows are cut, the rest goes on as it is."""
     if isinstance(value, tuple):
@@ -71,20 +77,18 @@ def recorded_target(output: Tensor, target: Any) -> Tensor | None:
 
 
 def all_channels(
-    forward_func: Callable[..., Any], layer: nn.Module, parts: Iterable[Chunk], attribute_to_layer_input: bool
+    forward_func: Callable[..., Any], layer: nn.Module, chunk: Chunk, attribute_to_layer_input: bool
 ) -> Tensor:
     """The gradient at a layer, in the layer's own layout, which is how Captum's TCAV flattens activations."""
-    gradients = []
-    for inputs, extra, target in parts:
-        with gradients_enabled():
-            seen = capture(
-                forward_func,
-                inputs,
-                [layer],
-                additional_forward_args=extra,
-                gradient=True,
-                attribute_to_layer_input=attribute_to_layer_input,
-            )
-            value = select_output(seen.output, target)
-            gradients.append(torch.autograd.grad(value.sum(), seen.layers[0])[0].detach())
-    return torch.cat(gradients).contiguous()
+    inputs, extra, target = chunk
+    with gradients_enabled():
+        seen = capture(
+            forward_func,
+            inputs,
+            [layer],
+            additional_forward_args=extra,
+            gradient=True,
+            attribute_to_layer_input=attribute_to_layer_input,
+        )
+        value = select_output(seen.output, target)
+        return torch.autograd.grad(value.sum(), seen.layers[0])[0].detach()

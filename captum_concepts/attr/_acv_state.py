@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._memory import Halving
 from captum_concepts.attr._acv_fit import captum_trainer, fit_concept, logistic_trainer, make_problem, reproducible
 from captum_concepts.attr._acv_rows import GuidanceRows, gather, merge
 from captum_concepts.attr._acv_significance import encoding_p_value
@@ -92,6 +93,11 @@ def fit_vectors(
     def place(images: Tensor) -> Tensor:
         return images if parameter is None else images.to(parameter.device, parameter.dtype)
 
+    halving = Halving("batch_size")
+
+    def fitting(images: Tensor) -> Tensor:
+        return torch.cat(halving(lambda part: maps_of(place(part)), images, lambda part: part.chunk(2)))
+
     def batches(some: list[GuidanceSet]) -> Iterator[tuple[str, Tensor]]:
         options: dict[str, Any] = {"transform": transform, "image_size": image_size, "channels": input_channels(model)}
         for one in some:
@@ -110,7 +116,7 @@ def fit_vectors(
 
         def rows_of_sets(some: list[GuidanceSet], budget: int) -> GuidanceRows:
             bar.set_postfix_str(some[0].name)
-            return gather(batches(some), lambda images: maps_of(place(images)), budget, seed)
+            return gather(batches(some), fitting, budget, seed)
 
         fitted, p_values, counts = [], [], {}
         for one, rows, bank in _pairs(sets, None if negatives is None else others, rows_of_sets, max_rows):

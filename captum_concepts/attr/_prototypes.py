@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode, find_model
 from captum_concepts.activations.spatial import full_precision
 from captum_concepts.attr._similarity import check_embedding
@@ -27,10 +28,15 @@ def class_means(
     parameter = next(model.parameters(), None) if model is not None else None
     sums: dict[Any, Tensor] = {}
     counts: dict[Any, int] = {}
+    halving = Halving("batch_size")
+
+    def embed(part: Tensor) -> Tensor:
+        return full_precision(check_embedding(forward_func(part)))
+
     with evaluation_mode(model):
         for images, names in _batches(data, labels, batch_size):
             placed = images if parameter is None else images.to(parameter.device)
-            embeddings = full_precision(check_embedding(forward_func(placed)))
+            embeddings = torch.cat(halving(embed, placed, lambda part: part.chunk(2)))
             for name, row in zip(names, embeddings, strict=True):
                 sums[name] = sums[name] + row if name in sums else row.clone()
                 counts[name] = counts.get(name, 0) + 1

@@ -179,23 +179,23 @@ class SpatialACV(LayerVectors):
         """
         if self._asked_by_tcav is not None:
             layer, self._asked_by_tcav = self._asked_by_tcav, None
-            return all_channels(
-                self.forward_func,
-                layer,
-                self._chunks(inputs, additional_forward_args, target),
-                attribute_to_layer_input,
-            )
+
+            def every(*part: Any) -> Tensor:
+                return all_channels(self.forward_func, layer, part, attribute_to_layer_input)
+
+            return torch.cat(self._each(inputs, additional_forward_args, target, every)).contiguous()
         fitted = self._need_fit()
         if bool(attribute_to_layer_input) != fitted.of_input:
             raise InputError(
                 f"attribute_to_layer_input={attribute_to_layer_input}, but the vectors were fitted with "
                 f"{fitted.of_input}; fit again with what you want to explain"
             )
-        out = []
-        for part, extra, goal in self._chunks(inputs, additional_forward_args, target):
-            seen, gradient = self._gradient(part, extra, goal)
-            out.append(project(gradient, self._vectors(seen.maps[0])))
-        return torch.cat(out).contiguous()
+
+        def contribution(*part: Any) -> Tensor:
+            seen, gradient = self._gradient(*part)
+            return project(gradient, self._vectors(seen.maps[0]))
+
+        return torch.cat(self._each(inputs, additional_forward_args, target, contribution)).contiguous()
 
     def relevance(self, inputs: Inputs, probability: bool = False, additional_forward_args: Any = None) -> Tensor:
         """Relevance maps: where the layer sees each concept.
@@ -210,12 +210,12 @@ class SpatialACV(LayerVectors):
             ``(N, K, h, w)``: the projection in units of the activation, or probabilities in [0, 1].
         """
         fitted = self._need_fit()
-        out = []
-        for part, extra, _ in self._chunks(inputs, additional_forward_args, None):
-            with torch.no_grad():
-                maps = self._maps(part, fitted.of_input, extra)
-                out.append(self._relevance(maps, probability))
-        return torch.cat(out).contiguous()
+
+        @torch.no_grad()
+        def seen(part: Inputs, extra: Any, _target: None) -> Tensor:
+            return self._relevance(self._maps(part, fitted.of_input, extra), probability)
+
+        return torch.cat(self._each(inputs, additional_forward_args, None, seen)).contiguous()
 
     def tcav(self, inputs: Inputs, target: Any = None, additional_forward_args: Any = None) -> dict[str, Tensor]:
         r"""TCAV scores from the contribution maps, :math:`d_{nk} = \sum_{ij} S_{k \to c}(i, j)` of each example n.
@@ -246,14 +246,16 @@ class SpatialACV(LayerVectors):
             the contribution map summed over positions (as in :meth:`tcav`).
         """
         fitted = self._need_fit()
-        scores, maps, sums, goals = [], [], [], []
-        for part, extra, goal in self._chunks(inputs, additional_forward_args, target):
+
+        def told(part: Inputs, extra: Any, goal: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
             seen, gradient = self._gradient(part, extra, goal, best=True)
             at = seen.maps[0].detach()
-            maps.append(self._relevance(at, False))
-            scores.append(self._relevance(at, True).amax((2, 3)))
-            sums.append(project(gradient, self._vectors(at)).sum((2, 3)))
-            goals.append(recorded_target(seen.output, goal))
+            sums = project(gradient, self._vectors(at)).sum((2, 3))
+            score = self._relevance(at, True).amax((2, 3))
+            return score, self._relevance(at, False), sums, recorded_target(seen.output, goal)
+
+        parts = self._each(inputs, additional_forward_args, target, told)
+        scores, maps, sums, goals = zip(*parts, strict=True)
         targets = None if any(g is None for g in goals) else torch.cat([g for g in goals if g is not None])
         explanation = ConceptExplanation(
             list(fitted.names),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts._memory import Halving
 from captum_concepts.errors import InputError, TargetError
 from captum_concepts.metrics._prepare import MODES, check_maps
 
@@ -56,6 +57,7 @@ class Scorer:
             raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
         self.score_fn, self.scores, self.batch_size = score_fn, scores, batch_size
         self.inputs = inputs.detach()
+        self.halving = Halving("batch_size")
         self.args = () if args is None else args if isinstance(args, tuple) else (args,)
         self.target = self._targets(target, len(inputs), inputs.device)
 
@@ -73,6 +75,10 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Scores ``(B,)`` of images ``(B, C, H, W)`` that are made from the inputs ``rows`` ``(B,)``."""
+        return torch.cat(self.halving(lambda part: self._score(*part), (images, rows), _halves))
+
+    def _score(self, images: Tensor, rows: Tensor) -> Tensor:
         n = len(self.inputs)
         args = [a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in self.args]
         out = self.score_fn(images, *args)
@@ -111,6 +117,11 @@ class Scorer:
         if mode not in MODES:
             raise InputError(f"mode must be one of {MODES}, got {mode!r}")
         return maps
+
+
+def _halves(part: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    images, rows = part
+    return list(zip(images.chunk(2), rows.chunk(2), strict=True))
 
 
 def baseline_images(inputs: Tensor, baseline: str | Tensor, rows: slice, like: torch.Size) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import InputError
 from captum_concepts.models._salf_steps import digest, first_decides, progress, say, world
@@ -82,10 +83,11 @@ class LiveFeatures:
         """
         kept: list[Tensor] = []
         first = 0
+        halving = Halving("batch_size")
         for number, image in enumerate(self.pictures.read(index)):
             kept.append(image)
             if len(kept) == self.batch_size or number == len(index) - 1:
-                found = self._compute(kept)
+                found = torch.cat(halving(self._compute, kept, _halves))
                 finite = found.detach().isfinite().flatten(1).all(1)
                 if not bool(finite.all()):
                     bad = index[first + int((~finite).nonzero()[0])]
@@ -98,6 +100,11 @@ class LiveFeatures:
         inputs = batch if self.transform is None else self.transform(batch)
         maps = self.model.features(inputs.to(self.dtype))
         return maps.flatten(2).transpose(1, 2).float()
+
+
+def _halves(images: list[Tensor]) -> list[list[Tensor]]:
+    middle = -(-len(images) // 2)
+    return [part for part in (images[:middle], images[middle:]) if part]
 
 
 class CachedFeatures:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode, find_model
 from captum_concepts.errors import InputError
 from captum_concepts.store._region_data import Pictures, digest
@@ -126,14 +127,23 @@ def _encode(
     progress: Any,
 ) -> None:
     waiting: tuple[Tensor, list[int]] | None = None
+    halving = Halving("batch_size")
     with evaluation_mode(module_of(encoder)), progress:
         try:
             while (batch := _get(batches, stop)) is not None:
                 if isinstance(batch, _Failure):
                     raise batch.error
                 images = batch.images if device.type == "cpu" else batch.images.to(device, non_blocking=True)
-                views = images if batch.drawn else prompt.draw_cells(images, batch.which, batch.cells)
-                embedding = check_embedding(encoder.encode_image(views), len(batch.cells))
+
+                def embed(views: Tensor, batch: _Batch = batch, images: Tensor = images) -> Tensor:
+                    if batch.drawn:
+                        drawn = images if len(views) == len(images) else images[views]
+                    else:
+                        drawn = prompt.draw_cells(images, batch.which[views], batch.cells[views])
+                    return check_embedding(encoder.encode_image(drawn), len(views))
+
+                every = torch.arange(len(batch.cells))
+                embedding = torch.cat(halving(embed, every, lambda views: views.chunk(2)))
                 if waiting is not None:  # one batch late: an accelerator gets work before its last result is awaited
                     _put(results, (waiting[0].cpu(), waiting[1]), stop)
                 waiting = embedding, batch.digests
