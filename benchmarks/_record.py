@@ -17,8 +17,15 @@ from typing import Any
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results").resolve()
 
 
-def environment(*packages: str) -> dict[str, Any]:
-    """Machine, versions and date, as every record states them."""
+def best_device() -> str:
+    """A GPU where there is one: for the scripts that can use it."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def environment(*packages: str, device: str = "cpu") -> dict[str, Any]:
+    """Machine, versions, date and the device that was used, as every record states them."""
     import torch
 
     names = ("torch", "captum", "numpy", *packages)
@@ -26,7 +33,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
         "versions": {name: version for name in names if (version := _version(name))},
     }
@@ -47,9 +54,18 @@ def median_times(functions: dict[str, Callable[[], Any]], *, repeats: int, warmu
         for name, function in functions.items():
             start = time.perf_counter()
             function()
+            _wait()
             if round_ >= warmup:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait() -> None:
+    """A GPU works on after the call that started it has come back."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def write(name: str, record: dict[str, Any]) -> Path:

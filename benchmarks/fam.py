@@ -84,7 +84,7 @@ def main() -> None:
     path = write(
         "fam",
         {
-            "environment": environment(*packages),
+            "environment": environment(*packages, device=args.device),
             "setting": "ResNet-50, 8 x 3 x 224 x 224, random weights, seed 0",
             "repeats": args.repeats,
             "median_seconds": seconds,

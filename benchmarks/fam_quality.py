@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from captum_concepts import FeatureActivationMap, demo
 
 SEED = 0
+measured = partial(measure, device=tasks.DEVICE)
 
 
 def fam(encoder: Any, layer: Any, bank: Tensor, **options: Any) -> Explainer:
@@ -75,7 +77,7 @@ def compare(title: str, note: str, encoder: Any, layer: Any, task: tasks.Task, m
     score = peers.Similarity(encoder, bank).eval()
     own = {"FAM": fam(encoder, layer, bank), "FAM, gradient": fam(encoder, layer, bank, weights="gradient")}
     energy = peers.activations(encoder, layer)
-    return measure(title, note, {**own, **more}, task.queries, score=score, energy=energy, degrade="FAM, gradient")
+    return measured(title, note, {**own, **more}, task.queries, score=score, energy=energy, degrade="FAM, gradient")
 
 
 def tokens(maps: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ def imagenet_encoder(data: Path, name: str = "mobilenet_v2") -> nn.Module:
         model.net.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1))
     else:
         model.net.classifier = nn.Identity()
-    return model.eval()
+    return model.eval().to(tasks.DEVICE)
 
 
 # ---------------------------------------------------------------------------------------------- on bundled scenes
@@ -111,7 +113,7 @@ def scenes_few_shot(args: argparse.Namespace) -> list[Table]:
     task = tasks.scenes(args.images or 60, 5, SEED)
     out = []
     for name, head, layer in (("classifier", "fc", "layer4"), ("vit", "head", "blocks.3")):
-        encoder = headless(demo.load(name), head)
+        encoder = headless(demo.load(name), head).to(tasks.DEVICE)
         module = encoder.get_submodule(layer)
         more = similarity_peers(
             encoder, module, task.bank(encoder), score_cam=True, reshape=tokens if name == "vit" else None
@@ -125,7 +127,7 @@ def scenes_few_shot(args: argparse.Namespace) -> list[Table]:
 def scenes_pairs(args: argparse.Namespace) -> list[Table]:
     """Two views of one scene under the bundled image-text model, and the scene's words as references."""
     n = args.images or 60
-    clip = demo.load("clip")
+    clip = demo.load("clip").to(tasks.DEVICE)
     layer = clip.model.visual.trunk.layer4
     few = tasks.scenes(n, 1, SEED + 1)
     objects = torch.stack([scene.object_masks.any(0) for scene in tasks.CaptionedScenes(n, seed=SEED + 1, size=64)])
@@ -139,7 +141,7 @@ def scenes_pairs(args: argparse.Namespace) -> list[Table]:
     note = "References are the texts of the 21 words; truth: each word's exact mask."
     energy = peers.activations(clip.encode_image, layer)
     title, known = "image-text, scenes: words", "FAM, gradient"
-    out.append(measure(title, note, explainers, regions, score=score, energy=energy, degrade=known))
+    out.append(measured(title, note, explainers, regions, score=score, energy=energy, degrade=known))
     return out
 
 
@@ -206,15 +208,15 @@ def learned_similarity(support: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @torch.no_grad()
 def _embeddings(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return torch.cat([encoder(x) for x in images.split(16)])
+    return torch.cat([encoder(x.to(tasks.DEVICE)) for x in images.split(16)])
 
 
 def questions(args: argparse.Namespace) -> list[Table]:
     """Other similarities, normalisations and weights, other poolings, and the layers of a ViT, on scenes."""
     few = tasks.scenes(args.images or 60, 5, SEED)
-    bundled = headless(demo.load("classifier"), "fc")
+    bundled = headless(demo.load("classifier"), "fc").to(tasks.DEVICE)
     out = [similarities("scenes", bundled, bundled.layer4, few), poolings("scenes", bundled, bundled.layer4, few)]
-    vit = headless(demo.load("vit"), "head")
+    vit = headless(demo.load("vit"), "head").to(tasks.DEVICE)
     rows: dict[str, Explainer] = {}
     for block in (3, 2, 1, 0):
         module = vit.get_submodule(f"blocks.{block}")
@@ -223,7 +225,7 @@ def questions(args: argparse.Namespace) -> list[Table]:
     energy = peers.activations(vit, vit.get_submodule("blocks.3"))
     note = "Few-shot, the bundled ViT (patch tokens averaged); contributions as published, or the gradient alone."
     known, title = "blocks.3, gradient", "which layer of a vision transformer, scenes"
-    out.append(measure(title, note, rows, few.queries, energy=energy, degrade=known))
+    out.append(measured(title, note, rows, few.queries, energy=energy, degrade=known))
     return out
 
 
@@ -251,7 +253,7 @@ def similarities(name: str, encoder: nn.Module, layer: Any, task: tasks.Task) ->
         rows[f"{label}, weights gradient"] = fam(encoder, layer, bank, similarity=similarity, weights="gradient")
     note = "Few-shot; the paper's setting is the first row (cosine, contributions scaled to [0, 1])."
     energy, known = peers.activations(encoder, layer), "cosine, weights gradient"
-    return measure(f"which similarity, {name}", note, rows, task.queries, energy=energy, degrade=known)
+    return measured(f"which similarity, {name}", note, rows, task.queries, energy=energy, degrade=known)
 
 
 class Pooled(nn.Module):
@@ -295,12 +297,12 @@ def poolings(name: str, encoder: nn.Module, layer: Any, task: tasks.Task) -> Tab
     rows["average, weights gradient"] = fam(encoder, layer, task.bank(encoder), weights="gradient")
     energy = peers.activations(encoder, layer)
     known = "average, weights gradient"
-    return measure(f"which pooling, {name}", note, rows, task.queries, energy=energy, degrade=known)
+    return measured(f"which pooling, {name}", note, rows, task.queries, energy=energy, degrade=known)
 
 
 def with_head(args: argparse.Namespace) -> list[Table]:
     """Against Grad-CAM where a classifier head exists: FAM's references are then the rows of the head."""
-    model = demo.load("classifier")
+    model = demo.load("classifier").to(tasks.DEVICE)
     task = tasks.scenes(args.images or 60, 5, SEED)
     return [head_table("scenes", model, model.layer4, model.fc.weight, task.queries, headless_of(model, "fc"))]
 
@@ -311,7 +313,7 @@ def coco_with_head(args: argparse.Namespace) -> list[Table]:
     sys.path.insert(0, str(args.data))
     import real_models
 
-    full, trunk = real_models.mobilenet_v2(), imagenet_encoder(args.data)
+    full, trunk = real_models.mobilenet_v2().to(tasks.DEVICE), imagenet_encoder(args.data)
     weight = full.net.classifier[1].weight
     trunk.net.features = full.net.features
     return [head_table("COCO, MobileNetV2", full, full.net.features, weight, found, trunk)]
@@ -350,7 +352,7 @@ def head_table(
     energy = peers.activations(model, layer)
     title = f"a classifier with a head, {name}"
     known = "FAM, dot, gradient (= CAM)"
-    return measure(title, note, explainers, regions, score=score, energy=energy, degrade=known)
+    return measured(title, note, explainers, regions, score=score, energy=energy, degrade=known)
 
 
 def coco_classes(data: Path, most: int) -> Regions:
@@ -449,7 +451,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="each replaces its own record")
     parser.add_argument("--images", type=int, help="fewer or more images than each part's own number")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the part cost")
+    parser.add_argument("--device", default=tasks.DEVICE, help="of the part cost")
     args = parser.parse_args()
     torch.set_grad_enabled(True)
     for part in args.parts:
@@ -466,7 +468,7 @@ def record(part: str, made: list[Any], arguments: dict[str, Any], start: float) 
     path = RESULTS / "fam_quality.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"parts": {}}
     kept["parts"][part] = {
-        "environment": environment("torchvision", "timm", "grad-cam"),
+        "environment": environment("torchvision", "timm", "grad-cam", device=tasks.DEVICE),
         "arguments": arguments,
         "seconds": time.perf_counter() - start,
         "tables": [t.record() if isinstance(t, Table) else t for t in made],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _record import best_device
 from map_tables import Regions, pairs
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from captum_concepts.datasets.images import find_images, load_image
 #: COCO's things have ids up to 90, its stuff the ids above.
 LAST_THING = 90
 SIZE = 224
+#: Where encoders are; images stay on the CPU until they are asked about.
+DEVICE = best_device()
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Task:
     @torch.no_grad()
     def bank(self, encoder: Callable[[Tensor], Tensor], batch: int = 16) -> Tensor:
         """``(K, D)`` references."""
-        embedding = torch.cat([encoder(x) for x in self.support.split(batch)])
+        embedding = torch.cat([encoder(x.to(DEVICE)) for x in self.support.split(batch)])
         return torch.stack([embedding[rows].mean(0) for rows in self.members])
 
 
@@ -169,7 +172,7 @@ def retrieval(encoder: nn.Module, data: MaskFolder, most: int, seed: int) -> Tas
     """Each image against the most similar other image that shares a thing; the truth is the shared things."""
     items = [item for item in data if len(item.masks)]
     images = torch.stack([item.image for item in items])
-    embedding = torch.cat([F.normalize(encoder(x), dim=1) for x in images.split(16)])
+    embedding = torch.cat([F.normalize(encoder(x.to(DEVICE)), dim=1).cpu() for x in images.split(16)])
     targets = [torch.as_tensor(item.target).tolist() for item in items]
     similarity = (embedding @ embedding.T).fill_diagonal_(-2)
     for i, own in enumerate(targets):
@@ -191,6 +194,6 @@ def caltech_retrieval(root: Path, encoder: nn.Module, classes: int, each: int, s
     """Each image against the most similar other image; without masks."""
     images = caltech_few_shot(root, classes, 1, each, seed).queries.images
     with torch.no_grad():
-        embedding = torch.cat([F.normalize(encoder(x), dim=1) for x in images.split(16)])
+        embedding = torch.cat([F.normalize(encoder(x.to(DEVICE)), dim=1).cpu() for x in images.split(16)])
     nearest = (embedding @ embedding.T).fill_diagonal_(-2).argmax(1)
     return _own(images, None, images[nearest])

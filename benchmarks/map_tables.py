@@ -86,17 +86,17 @@ def interval(values: Tensor, groups: Tensor, *, resamples: int = 1000, seed: int
     return [float(v.mean()), float(low), float(high)]
 
 
-def maps_of(explainer: Explainer, regions: Regions, targets: Tensor, batch: int) -> Tensor:
-    """``(R, h, w)`` in fp32 on the CPU."""
+def maps_of(explainer: Explainer, regions: Regions, targets: Tensor, batch: int, device: str = "cpu") -> Tensor:
+    """``(R, h, w)`` in fp32 on the CPU, explained on ``device``."""
     found = []
     for rows in torch.arange(len(regions)).split(batch):
-        out = explainer(regions.images[regions.index[rows]], targets[rows]).detach()
+        out = explainer(regions.images[regions.index[rows]].to(device), targets[rows].to(device)).detach()
         found.append((out.squeeze(1) if out.ndim == 4 else out).float().cpu())
     return torch.cat(found)
 
 
 def quality(
-    maps: Tensor, regions: Regions, score: Callable[[Tensor], Tensor] | None, batch: int
+    maps: Tensor, regions: Regions, score: Callable[[Tensor], Tensor] | None, batch: int, device: str = "cpu"
 ) -> dict[str, list[float | None] | None]:
     """Every column that masks and scores allow, each as mean and interval over images."""
     values: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ def quality(
                 special[rows] = metrics.specificity(maps[rows][None], masks[rows][None])[0].float()
         values["specificity"] = special
     if score is not None:
-        images = regions.images[regions.index]
+        images = regions.images[regions.index].to(device)
         # As published for normalised images, whose zero is the mean colour. Black would be a shape of its own: before
         # it, the map of another class scored better than the right one.
         shared = {"target": regions.target, "batch_size": batch, "baseline": "mean"}
@@ -134,6 +134,7 @@ def measure(
     energy: Callable[[Tensor], Tensor] | None = None,
     batch: int = 16,
     degrade: str | None = None,
+    device: str = "cpu",
 ) -> Table:
     """The table of several explainers; one of them is also shown made worse on purpose.
 
@@ -145,11 +146,12 @@ def measure(
         energy: images -> activations ``(N, C, h, w)`` of the explained layer.
         batch: images at a time.
         degrade: the explainer that is made worse, the first by default; one that knows its target.
+        device: where explainers, ``score`` and ``energy`` want their images.
     """
     table = Table(title, note)
 
     def add(name: str, maps: Tensor, seconds: float | None, **more: Any) -> None:
-        row = {"method": name, **quality(maps, regions, score, batch), "seconds_a_map": seconds, **more}
+        row = {"method": name, **quality(maps, regions, score, batch, device), "seconds_a_map": seconds, **more}
         table.rows.append(row)
         shown = {k: round(v[0], 3) for k, v in row.items() if isinstance(v, list) and v[0] is not None}
         print(f"  {name}: {shown} {'' if seconds is None else f'{seconds:.3f} s'}", flush=True)
@@ -159,19 +161,19 @@ def measure(
     kept: dict[str, Tensor] = {}
     for name, explainer in explainers.items():
         start = time.perf_counter()
-        maps = maps_of(explainer, regions, regions.target, batch)
+        maps = maps_of(explainer, regions, regions.target, batch, device)
         add(name, maps, (time.perf_counter() - start) / len(regions))
         kept.update({name: maps} if name == chosen else {})
     if energy is not None:
         with torch.no_grad():
-            blind = maps_of(lambda x, _: metrics.activation_energy(energy(x)), regions, regions.target, batch)
+            blind = maps_of(lambda x, _: metrics.activation_energy(energy(x)), regions, regions.target, batch, device)
         add("activation energy", blind, None, kind="blind")
     size = (56, 56)
     add("centre Gaussian", metrics.center_gaussian(len(regions), size), None, kind="blind")
     noise = torch.rand(len(regions), 7, 7, generator=torch.Generator().manual_seed(0))
     add("random", noise, None, kind="blind")
     add(f"{chosen}: {SHUFFLED}", kept[chosen][regions.shuffled], None, kind="degraded", of=chosen)
-    other = maps_of(explainers[chosen], regions, regions.other, batch)
+    other = maps_of(explainers[chosen], regions, regions.other, batch, device)
     add(f"{chosen}: {OTHER}", other, None, kind="degraded", of=chosen)
     return table
 

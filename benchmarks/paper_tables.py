@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, list)) and k not in ("root", "list")}
     kept = {k: Path(v).name if isinstance(v, str) and "/" in v else v for k, v in kept.items()}
     part = {
-        "environment": environment("timm", "open-clip-torch"),
+        "environment": environment("timm", "open-clip-torch", device=args.device),
         "arguments": kept,
         "tables": [{"title": args.table, "note": PROTOCOLS[args.table][1], "rows": PUBLISHED[args.table] + rows}],
     }
