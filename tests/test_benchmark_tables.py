@@ -15,6 +15,7 @@ import fam_tasks
 import map_tables
 import paper_maps
 import peers
+import salf_cbm_maps
 from cells import COLUMNS, OTHER, SHUFFLED
 from map_tables import Regions, measure, pairs, quality
 
@@ -137,6 +138,22 @@ class TestMadeWorse:
         own, *bad = paper_maps.segmentation_rows(Data(False, 40), model, rows, "cpu")
         for row in bad:
             assert_worse(own, row, ("pixel_accuracy", "mean_iou", "average_precision"))
+
+    def test_the_table_of_concept_maps(self):
+        """As SALF-CBM's benchmark makes it: all concepts of an image at once."""
+        scenes = CaptionedScenes(24, seed=7, size=64).stack()
+        clip = demo.load("clip")
+        names = CaptionedScenes(1, seed=7, size=64).concepts
+        cam = FeatureActivationMap(clip.encode_image, clip.model.visual.trunk.layer4, clip.encode_text(names),
+                                   weights="gradient")  # fmt: skip
+        maps = torch.cat([cam.attribute(scenes.image, target=t) for t in range(len(names))], 1)
+
+        def row(found):
+            return salf_cbm_maps.summary(salf_cbm_maps.score_maps(found, scenes.masks, scenes.presence.bool()))
+
+        own = row(maps)
+        for bad in (maps.roll(1, 0), maps.roll(1, 1)):  # another image's, another concept's
+            assert_worse(own, row(bad), salf_cbm_maps.COLUMNS)
 
 
 class TestTable:
