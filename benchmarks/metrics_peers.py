@@ -53,6 +53,14 @@ def with_quantus(maps: Tensor, masks: Tensor) -> list[Row]:
     def deleted() -> Tensor:
         return metrics.deletion(net, images, maps, target=target, n_steps=STEPS, return_curve=True)[1][:, 1:]
 
+    def spearman() -> Tensor:
+        """What quantus' MPRT compares maps by."""
+        similar = quantus.similarity_func.correlation_spearman
+        others = maps.roll(1, 0)
+        return torch.tensor(
+            [similar(p.flatten().numpy(), q.flatten().numpy()) for p, q in zip(maps, others, strict=True)]
+        )
+
     return [
         ("EPG without scaling", "quantus RelevanceMassAccuracy", lambda: metrics.epg(maps, masks, normalize="none"),
          run("RelevanceMassAccuracy"), "the same; epg scales to [0, 1] unless normalize='none'"),
@@ -64,6 +72,9 @@ def with_quantus(maps: Tensor, masks: Tensor) -> list[Row]:
         ("deletion, the curve", "quantus PixelFlipping", deleted, flipped,
          "the same on one channel without ties; theirs lacks the first point, ranks every channel's values by "
          "themselves, and its black is the least value of the batch"),
+        ("rank correlation of the sanity checks", "quantus correlation_spearman (in MPRT)",
+         lambda: metrics.rank_correlation(maps, maps.roll(1, 0)), spearman,
+         "the same; MPRT gives the correlations of all layers, the sanity checks judge them"),
     ]  # fmt: skip
 
 

@@ -154,6 +154,9 @@ def parameter_randomization(
     Raises:
         InputError: an unknown layer or option, a layer without parameters, maps of changing shape.
 
+    quantus' ``MPRT`` takes the same rank correlation, by default of absolute values (here
+    ``similarity=partial(rank_correlation, absolute=True)``); it returns the correlations and judges nothing.
+
     Reference: Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018, arXiv:1810.03292.
 
     Example:
