@@ -737,3 +737,25 @@ def test_torchs_own_encoder_layers_run_their_hooks() -> None:
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     result = capture(encoder, torch.rand(2, 5, 8), ["layers.0.linear1", "layers.1.self_attn", "layers.0"])
     assert [tuple(one.shape) for one in result.layers] == [(2, 5, 16), (2, 5, 8), (2, 5, 8)]
+
+
+def test_nan_weights_are_warned_about_once_and_ruled_out_classes_are_not(net, images) -> None:
+    net.eval()
+    with torch.no_grad():
+        net.fc.bias[0] = -torch.inf  # a class that the model rules out
+    capture(net, images, ["conv", "deep.0"])
+    with torch.no_grad():
+        net.fc.bias[0] = torch.nan
+    with pytest.warns(InputWarning, match="the model's output contains NaN"):
+        capture(net, images, ["conv", "deep.0"])
+    with torch.no_grad():
+        net.deep[0].weight[0] = torch.inf
+    with pytest.warns(
+        InputWarning, match=r"layer 'deep.0' contains NaN or infinite values although the inputs"
+    ) as said:
+        capture(net, images, ["conv", "deep.0"])
+    assert len(said) == 1
+    images[0, 0, 0, 0] = torch.nan
+    with pytest.warns(InputWarning, match="the inputs contain NaN") as said:
+        capture(net, images, ["conv", "deep.0"])
+    assert len(said) == 1

@@ -121,6 +121,8 @@ def test_blur_is_a_gaussian_and_baselines_replace_what_is_hidden():
         torch.testing.assert_close(seen[-1], expected)
     metrics.average_drop(score, picture, torch.full((1, 4, 4), 0.25), normalize=False)
     torch.testing.assert_close(seen[-1], picture * 0.25)
+    metrics.average_drop(score, picture, torch.full((1, 4, 4), 0.25), normalize=False, baseline="mean")
+    torch.testing.assert_close(seen[-1], picture * 0.25 + picture.mean((2, 3), keepdim=True) * 0.75)
 
 
 def test_the_scale_of_the_scores_is_explicit():

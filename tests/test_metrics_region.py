@@ -63,6 +63,7 @@ def test_nra_of_a_resized_map_with_border_ties_is_the_published_loop():
     expected = torch.tensor([published_loop(a.numpy(), m.numpy()) for a, m in zip(resized, masks, strict=True)])
     torch.testing.assert_close(metrics.nra(maps, masks), expected.float(), atol=1e-6, rtol=0)
     torch.testing.assert_close(metrics.nra(maps[:, None], masks), expected.float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(metrics.nra(maps, masks[:, None]), expected.float()[:, None], atol=1e-6, rtol=0)
     nearest = F.interpolate(maps[:, None], (20, 24), mode="nearest")[:, 0]
     assert torch.equal(metrics.nra(maps, masks, mode="nearest"), metrics.nra(nearest, masks))
 

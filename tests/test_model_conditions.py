@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import pickle
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from methods import METHODS, Method
 from torch import Tensor, nn
 
-from captum_concepts.errors import CaptumConceptsError, InputError
+from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
+
+#: Calls of each method in the test for leaks; ``CALLS=1000 pytest -s tests/test_model_conditions.py -k piles`` is the
+#: long run.
+CALLS = int(os.environ.get("CALLS", "40"))
 
 
 class Net(nn.Module):
@@ -62,7 +72,7 @@ TARGET = [0, 3, 3, 7]
 
 
 @pytest.mark.parametrize("layer", ["stem", "body"])
-@pytest.mark.parametrize("condition", ["train mode", "frozen", "no_grad", "channels_last", "strided"])
+@pytest.mark.parametrize("condition", ["train mode", "frozen", "no_grad", "inference_mode", "channels_last", "strided"])
 def test_the_same_map(method, net, images, layer, condition):
     explainer = method.build(net, getattr(net, layer), images)
     expected = explainer.attribute(images, target=TARGET)
@@ -75,8 +85,8 @@ def test_the_same_map(method, net, images, layer, condition):
         net, images = net.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     elif condition == "strided":
         images = images.repeat_interleave(2, dim=3)[..., ::2]
-    with torch.set_grad_enabled(condition != "no_grad"):
-        found = explainer.attribute(images, target=TARGET)
+    with torch.set_grad_enabled(condition != "no_grad"), torch.inference_mode(condition == "inference_mode"):
+        found = explainer.attribute(images * 1, target=TARGET)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert found.is_contiguous()
     assert not found.requires_grad
@@ -97,6 +107,36 @@ def test_autocast(method, net, images):
     with torch.autocast("cpu", torch.bfloat16):
         found = explainer.attribute(images, target=TARGET)
     assert correlation(found, expected) > 0.97
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
+def test_wrapped_models(method, net, images, wrapper):
+    expected = method.build(net, net.body, images).attribute(images, target=TARGET)
+    wrapped = wrapper(net)
+    wrapped(images)
+    found = method.build(wrapped, net.body, images).attribute(images, target=TARGET)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert hooks(net) == 0
+    torch.compiler.reset()
+
+
+def test_pickling_is_safe(method, net, images):
+    """A worker process gets the same explainer; nothing of the caller's process is shared or lost."""
+    explainer = method.build(net, net.body, images)
+    expected = explainer.attribute(images, target=TARGET)
+    other = pickle.loads(pickle.dumps(explainer))
+    torch.testing.assert_close(other.attribute(images, target=TARGET), expected)
+    assert other.forward_func is not net
+
+
+@pytest.mark.parametrize("where", ["stem", "body", "fc"])
+def test_weights_that_are_nan_do_not_pass_unsaid(method, net, images, where):
+    explainer = method.build(net, net.body, images)
+    with torch.no_grad():
+        next(getattr(net, where).parameters()).flatten()[0] = torch.nan
+    said = "the model's output" if where == "fc" else "layer 'body'"
+    with pytest.warns(InputWarning, match=f"{said} contains NaN or infinite values although the inputs do not"):
+        explainer.attribute(images, target=0)
 
 
 def test_deepcopy_explains_its_own_copy(method, net, images):
@@ -134,6 +174,20 @@ def test_grids_of_any_size(method, net, images, size):
     assert found.isfinite().all()
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(sorted(METHODS)), st.integers(1, 64), st.integers(1, 64), st.booleans(), st.integers(1, 3))
+def test_grids_of_every_size_whole_and_in_parts(name, height, width, odd, count):
+    """The grid of the layer is the grid of the map, and a batch gives what its images give alone."""
+    net = make_net()
+    explainer = METHODS[name].build(net, net.body, torch.rand(4, 3, 16, 12))
+    generator = torch.Generator().manual_seed(height * 64 + width)
+    images = torch.rand(count, 3, 2 * height - odd, 2 * width - odd, generator=generator)
+    found = explainer.attribute(images, target=1)
+    assert found.shape[-2:] == (height, width)
+    alone = torch.cat([explainer.attribute(one[None], target=1) for one in images])
+    torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-5)
+
+
 def test_two_explainers_in_two_threads(method, net, images):
     """Right, or refused in the package's own words: never another thread's map."""
     explainers = [method.build(net, layer, images) for layer in (net.body, net.stem)]
@@ -158,28 +212,42 @@ def test_two_explainers_in_two_threads(method, net, images):
     assert hooks(net) == 0
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", ["never", "bad target", "in the layer"])
 def test_nothing_piles_up(method, net, images, fails):
-    """Tensors and hooks after many calls, also where every other call ends in an exception."""
+    """After many calls, some of which end in an exception: tensors, hooks, open files, threads and memory are flat."""
     explainer = method.build(net, net.body, images)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("planted")
 
     def calls(count: int) -> None:
         for i in range(count):
-            if fails and i % 2:
+            if fails == "never" or i % 10 >= 3:  # 3 of 10
+                explainer.attribute(images, target=TARGET)
+            elif fails == "bad target":
                 with pytest.raises(InputError):
                     explainer.attribute(images, target=99)
             else:
-                explainer.attribute(images, target=TARGET)
+                handle = net.body[1].register_forward_hook(fail)
+                with pytest.raises(RuntimeError, match="planted"):
+                    explainer.attribute(images, target=TARGET)
+                handle.remove()
 
-    def tensors() -> int:
+    def held() -> dict[str, int]:
         gc.collect()
-        return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+        files = len(list(Path("/proc/self/fd").iterdir())) if sys.platform == "linux" else 0
+        tensors = sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+        return {"tensors": tensors, "hooks": hooks(net), "files": files, "threads": threading.active_count()}
 
-    calls(4)
-    before = tensors()
-    calls(40)
-    assert tensors() <= before
-    assert hooks(net) == 0
+    calls(max(10, CALLS // 10))
+    before, memory = held(), resident()
+    calls(CALLS)
+    after = held()
+    assert {name: max(0, after[name] - before[name]) for name in after} == dict.fromkeys(after, 0)
+    assert after["hooks"] == 0
+    grown = resident() - memory
+    print(f"{explainer.get_name()}, {CALLS} calls, fails {fails}: memory {grown / 2**20:+.1f} MiB, {after}")
+    assert grown < 32 << 20
 
 
 def test_an_explainer_lets_its_model_go(method, images):
@@ -190,6 +258,13 @@ def test_an_explainer_lets_its_model_go(method, images):
     del explainer, net
     gc.collect()
     assert alive() is None
+
+
+def resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    if sys.platform != "linux":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def hooks(model: nn.Module) -> int:

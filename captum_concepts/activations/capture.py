@@ -74,6 +74,25 @@ def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
     return parts
 
 
+def _warn_of_nan(output: Any, layers: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> None:
+    """Weights that are NaN, or half precision that overflows: ReLU's gradient hides it, and a map would look sound."""
+    broken = [name for name, values in layers.items() if values.is_floating_point() and _has_nonfinite(values.detach())]
+    scores = [values.detach() for values in _tensors(output) if values.is_floating_point()]
+    # Infinite scores are meant where a model rules classes out; infinite activations are not.
+    where = f"layer {broken[0]!r}" if broken else "the model's output" if any(map(_has_nan, scores)) else ""
+    if where and not any(part.is_floating_point() and _has_nonfinite(part.detach()) for part in inputs):
+        warnings.warn(
+            f"{where} contains NaN or infinite values although the inputs do not; so will the result, or it will be "
+            "wrong. Look for NaN weights, or for values that half precision cannot hold",
+            InputWarning,
+            stacklevel=4,
+        )
+
+
+def _has_nan(values: Tensor) -> bool:
+    return bool(values.sum(dtype=torch.float32).isnan()) and bool(values.isnan().any())
+
+
 def _has_nonfinite(values: Tensor) -> bool:
     # A sum is NaN or infinite whenever a value is, and costs a fraction of a full isfinite mask.
     return not bool(values.sum(dtype=torch.float32).isfinite()) and not bool(values.isfinite().all())
@@ -94,7 +113,7 @@ def capture(
     Args:
         forward_func: the model, one of its methods, or any callable that runs it.
         inputs: one tensor or a tuple, passed as positional arguments.
-        layers: modules or dotted names; each must run exactly once in the forward.
+        layers: modules or dotted names; each must run exactly once in the forward. May be empty beside ``substitute``.
         additional_forward_args: passed after the inputs, as Captum does.
         gradient: make ``output`` differentiable with respect to the captured tensors (differentiate inside
             :func:`gradients_enabled`). Nothing in front of the first layer is recorded by autograd, so a backward
@@ -128,7 +147,7 @@ def capture(
     run = model if model is not None and isinstance(forward_func, nn.Module) else forward_func
 
     def attempt(enabled_before: bool) -> tuple[Any, _Recorder]:
-        recorder = _Recorder(names, replace, gradient)
+        recorder = _Recorder(names, replace, gradient, frozenset(wanted))
         with ExitStack() as stack:
             stack.enter_context(eager_mode())
             stack.enter_context(torch.inference_mode(False))
@@ -159,6 +178,7 @@ def capture(
         output, recorder = attempt(enabled_before=True)
     ran = list(recorder.record)
     order = tuple(sorted(range(len(wanted)), key=lambda number: ran.index(wanted[number])))
+    _warn_of_nan(output, {names[module]: recorder.record[module] for module in wanted}, parts)
     return Captured(output, tuple(recorder.record[module] for module in wanted), order)
 
 
@@ -169,6 +189,7 @@ class _Recorder:
     names: Mapping[nn.Module, str]
     replace: Mapping[nn.Module, Callable[[Tensor], Tensor]]
     gradient: bool
+    wanted: frozenset[nn.Module]
     record: dict[nn.Module, Tensor] = field(default_factory=dict)
     interrupted: bool = False
     owner: int = field(default_factory=threading.get_ident)
@@ -216,8 +237,8 @@ class _Recorder:
                 tensor = tensor.detach().requires_grad_()
             torch.set_grad_enabled(True)
         self.record[module] = tensor
-        # A copy goes on, so that an in-place operation behind the layer cannot overwrite what was recorded.
-        return tensor.clone()
+        # A copy goes on, so that an in-place operation behind the layer cannot overwrite what was asked for.
+        return tensor.clone() if module in self.wanted or self.gradient else tensor
 
     def gradients_put_off(self) -> bool:
         """Whether the model itself has put gradients off again since the first layer."""
