@@ -57,19 +57,22 @@ class Job:
 
 SCENES = "scenes-few-shot scenes-pairs with-head questions cost"
 PHOTOS = "coco-few-shot coco-pairs caltech coco-questions coco-with-head"
+SALF = "--train 1000 --test 500 --grid-train 500 --planted-test 200"
 JOBS = [
     Job("nra", "--repeats 3 --maps 16", "", minutes=1),
     Job("metrics_peers", "--maps 8 --repeats 3", "", minutes=1),
     Job("fam", "--repeats 5", "", minutes=2),
-    Job("fam_quality", f"--images 24 --parts {SCENES}", f"--images 60 --parts {SCENES}", minutes=4),
-    Job("fam_photos", None, f"--images 30 --data {DATA} --parts {PHOTOS}", "fam_quality", minutes=8),
+    Job("fam_quality", f"--images 24 --parts {SCENES}", f"--images 60 --parts {SCENES}", minutes=2),
+    Job("fam_photos", None, f"--images 20 --data {DATA} --parts {PHOTOS}", "fam_quality", minutes=5),
     Job("tcav", "--images 6 --scenes 10", "--images 15 --scenes 30", minutes=1),
     Job("spatial_acv", None, f"{DATA} --parts cost mobilenet_v2 squeezenet1_0", minutes=9),
-    Job("concept_words", "--train 600 --epochs 25 --scenes 12", "--scenes 40", minutes=3),
+    Job("concept_words", "--train 600 --epochs 25 --scenes 12", "--train 2000 --scenes 40", minutes=1),
     Job("ce_fam", "--concepts 4 --repeats 1", "", minutes=4),
     Job("ce_fam_scenes", None, "", minutes=6),
     Job("concept_regions", None, f"--data {DATA}", minutes=10),
-    Job("salf_cbm", "scenes speed --train 300 --test 200 --epochs 15", "scenes planted speed", minutes=12),
+    Job("concept_regions_scenes", None, "--task scenes", "concept_regions", minutes=2),
+    Job("concept_regions_vit", None, "--task vit", "concept_regions", minutes=2),
+    Job("salf_cbm", "scenes speed --train 300 --test 200 --epochs 15", f"scenes planted speed {SALF}", minutes=6),
     Job("region_store", None, "--images 4 --repeats 3", minutes=2),
     Job("solver", "--only peers", "", minutes=8),
 ]
