@@ -42,8 +42,8 @@ TESTS = {
     "attr/*concept_*": ["concept_fusion_map", "concept_fusion_local", "concept_fusion_regions", "concept_fusion_fit"],
     "attr/*": ["spatial_acv_fit", "spatial_acv", "model_conditions"],
     "solvers/*": [
-        *("solver_metric", "elastic_net", "elastic_net_certificate", "elastic_net_edge_cases", "elastic_net_path"),
-        *("solver_rows", "solver_distributed"),
+        *("solver_metric", "quasi_newton", "elastic_net", "elastic_net_certificate"),
+        *("elastic_net_edge_cases", "elastic_net_path", "solver_rows", "solver_distributed"),
     ],
     "metrics/streaming*": ["metrics_streaming"],
     "metrics/_batches": ["metrics_evaluate", "metrics_baselines"],

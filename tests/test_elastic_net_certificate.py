@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -128,5 +130,6 @@ class TestPenalty:
 
     @pytest.mark.parametrize(("lam", "alpha"), [(-1, 0.5), (1, 1.5), (1, -0.1), (float("nan"), 0.5), ("1", 0.5)])
     def test_values_out_of_range_are_refused(self, lam, alpha):
-        with pytest.raises(InputError, match=r"must be a number"):
+        said = "alpha must be a number in [0, 1]" if lam == 1 else "lam must be a number finite and at least 0"
+        with pytest.raises(InputError, match=re.escape(said)):
             ElasticNet(lam, alpha)

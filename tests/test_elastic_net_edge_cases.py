@@ -110,6 +110,12 @@ def test_an_empty_class_gets_no_weight_and_no_probability_and_leaves_the_others_
     assert again.n_iter == 0
 
 
+@pytest.mark.parametrize(("classes", "shown"), [(13, r"4, 5, 6, 7, 8, 9, 10, 11, 12\)"), (15, r"11, 12, \.\.\.\)")])
+def test_many_empty_classes_are_not_all_listed(rows, classes, shown):
+    with pytest.warns(InputWarning, match=rf"{classes - 3} of {classes} classes have no rows \(3, .*{shown}"):
+        fit_elastic_net(*rows, 0.1, num_classes=classes)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_are_refused_with_the_column(rows, bad):
     x, y = rows
