@@ -146,6 +146,26 @@ HEADLINES: dict[str, Callable[[Record], list[Line]]] = {
 }
 
 
+QUESTIONS = ("which similarity", "which pooling", "which layer", "a classifier with a head")
+
+
+def open_questions(record: Record) -> str:
+    """What FAM's paper leaves open: its own setting (the first row), the best by NRA, and what knows no concept."""
+    lines = []
+    for part in record.get("parts", {}).values():
+        for one in part.get("tables", []):
+            rows = [r for r in one["rows"] if r.get("nra")]
+            if not one["title"].startswith(QUESTIONS) or not rows:
+                continue
+            tried = [r for r in rows if r.get("kind") is None]
+            best = max(tried, key=lambda r: round(r["nra"][0], 3))  # the first of those that are equal
+            blind = max((r for r in rows if r.get("kind") == "blind"), key=lambda r: r["nra"][0])
+            shown = [f"{r['method']} {bracketed(r['nra'])}" for r in (tried[0], best, blind)]
+            lines.append([one["title"], *shown])
+    head = ["question", "as published: NRA", "best of those tried", "best of those that know no concept"]
+    return table(head, lines) if lines else ""
+
+
 def headlines(records: dict[str, Record]) -> str:
     """A Markdown table; a record that is missing, or has another shape, has no line."""
     lines: list[Line] = []

@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE))
 import sections  # noqa: E402
 from _record import RESULTS  # noqa: E402
 from coverage import peers_table, worse_on_purpose  # noqa: E402
-from headlines import headlines  # noqa: E402
+from headlines import headlines, open_questions  # noqa: E402
 from paper_published import PROTOCOLS, PUBLISHED  # noqa: E402
 from renderers import one_table  # noqa: E402
 
@@ -45,6 +45,9 @@ for a target that is not there; a table in which they do not fall says little. *
 confidence** keep what the map shows and paint the rest in the image's mean colour; they reward maps that show much.
 Arrows show which direction is better.
 """
+
+QUESTIONS = """Other similarities, poolings, layers of a vision transformer, and class activation methods where there
+is a head. The best of several is the best by chance, too: the intervals are in the tables below."""
 
 WORSE = """In how many tables a value falls (average drop: rises) when the maps are made worse on purpose. Few images or
 targets that look alike are the reasons where it does not."""
@@ -69,6 +72,8 @@ def page(records: dict[str, dict[str, Any]], pictures: list[str] | None = None) 
     """
     made = sections.sections(records, pictures or [])
     lines = [HEAD, "## In short", "", headlines(records), ""]
+    asked = open_questions(records.get("fam_quality", {}))
+    lines += ["## What FAM's paper leaves open", "", QUESTIONS, "", asked, ""] if asked else []
     worse = worse_on_purpose(records)
     lines += ["## Made worse on purpose", "", WORSE, "", worse, ""] if worse else []
     lines += ["## Peers", "", PEERS, "", peers_table(records), "", "## Contents", ""]

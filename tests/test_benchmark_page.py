@@ -127,6 +127,21 @@ class TestAnyRecords:
         assert "## Papers' table: salf segmentation" in after
         assert "--table ce-fam-broden" in after
 
+    def test_open_questions_name_the_first_the_best_and_the_blind(self):
+        def row(method, value, **more):
+            return {"method": method, "nra": [value, value - 0.1, value + 0.1], **more}
+
+        rows = [row("cosine", 0.5), row("dot", 0.5000001), row("learned", 0.4), row("random", 0.2, kind="blind"),
+                row("energy", 0.6, kind="blind"), row("cosine: worse", 0.9, kind="degraded")]  # fmt: skip
+        record = {
+            "parts": {"q": {"tables": [{"title": "which similarity, x", "rows": rows}, {"title": "few", "rows": []}]}}
+        }
+        *_, line = headlines.open_questions(record).splitlines()
+        assert line == (
+            "| which similarity, x | cosine 0.50 [0.40, 0.60] | cosine 0.50 [0.40, 0.60] | energy 0.60 [0.50, 0.70] |"
+        )
+        assert headlines.open_questions({}) == ""
+
     def test_no_record_gives_a_table_without_rows(self):
         assert headlines.headlines({}).count("\n") == 1
         assert coverage.worse_on_purpose({}) == ""
