@@ -189,7 +189,7 @@ def _expanded(
 
 
 def _run(forward_func: Callable[..., Any], inputs: Any, extra: Any, layer: Layer, ablate: Any) -> Tensor:
-    result = capture(forward_func, inputs, [layer], additional_forward_args=extra, substitute={layer: ablate})
+    result = capture(forward_func, inputs, [], additional_forward_args=extra, substitute={layer: ablate})
     output: Tensor = result.output
     return output
 

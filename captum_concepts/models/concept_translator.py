@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_concepts.errors import InputError
@@ -69,24 +70,27 @@ class ConceptTranslator(nn.Module):
         Raises:
             InputError: the number of layers or a width differs from ``in_channels``.
         """
-        return self.network(self.concatenate(pooled))
+        if isinstance(pooled, Tensor) or len(self.in_channels) == 1:
+            return self.network(self.concatenate(pooled))
+        # Layer by layer, so that autograd computes nothing for layers at which no derivative is asked.
+        parts = self._checked(pooled)
+        weights = self.first.weight.split(self.in_channels, 1)
+        hidden = self.first.bias + sum(F.linear(z, weight) for z, weight in zip(parts, weights, strict=True))
+        return self.after_first(hidden)
 
     def concatenate(self, pooled: Sequence[Tensor] | Tensor) -> Tensor:
         """``(N, sum C_l)`` in the translator's dtype, checked against ``in_channels``."""
-        widths: tuple[int, ...]
-        whole: tuple[int, ...]
-        if isinstance(pooled, Tensor):
-            widths, whole = (pooled.shape[-1],), (sum(self.in_channels),)
-            joined = pooled
-        else:
-            widths, whole = tuple(p.shape[-1] for p in pooled), self.in_channels
-            joined = torch.cat([p.to(self.first.weight) for p in pooled], -1) if widths == whole else torch.empty(0)
-        if widths != whole:
+        return torch.cat(self._checked(pooled), -1)
+
+    def _checked(self, pooled: Sequence[Tensor] | Tensor) -> list[Tensor]:
+        parts = [pooled] if isinstance(pooled, Tensor) else list(pooled)
+        widths = tuple(part.shape[-1] for part in parts)
+        if widths != ((sum(self.in_channels),) if isinstance(pooled, Tensor) else self.in_channels):
             raise InputError(
                 f"the translator was made for layers of {list(self.in_channels)} channels, got widths {list(widths)}; "
                 "give the layers it was fitted on, in the same order"
             )
-        return joined.to(self.first.weight)
+        return [part.to(self.first.weight) for part in parts]
 
     @property
     def first(self) -> nn.Linear:
