@@ -94,9 +94,10 @@ def main() -> None:
         rows = range(len(planted.label))
         ground = torch.as_tensor(planted.ground)
         record[name] = {"accuracy_on_independent_grounds": right, "contributions": {}}
-        # K=20 of the first layer's 24 channels take away nearly everything: hence also the last layer, and fewer.
+        # Without a limit 20 of the first layer's 24 channels are taken away, which is nearly everything.
         for setting, options in {
             "auto, K=20": {},
+            "auto, K=20, no limit of channels": {"channel_share": 1.0},
             "last layer, K=20": {"layer": -1},
             "last layer, K=5": {"layer": -1, "n_channels": 5},
         }.items():
