@@ -276,3 +276,11 @@ def test_cuda_agrees_with_cpu():
     gpu = fit_elastic_net(x.cuda(), y.cuda(), 0.005)
     assert gpu.weight.is_cuda
     assert gpu.objective == pytest.approx(cpu.objective, abs=1e-5)
+
+
+def test_the_result_prints_its_certificate_and_no_weights():
+    x, y = problem(n=30, d=4, k=3, seed=1)
+    shown = repr(fit_elastic_net(torch.as_tensor(x), torch.as_tensor(y), 0.1))
+    assert shown.startswith("ElasticNetResult(objective=")
+    assert "gap=" in shown
+    assert "tensor" not in shown

@@ -11,6 +11,7 @@ from captum_concepts.solvers._metric import BlockMetric, DiagonalMetric, Kroneck
 from captum_concepts.solvers._objective import Objective
 from captum_concepts.solvers._quasi_newton import ProximalQuasiNewton
 from captum_concepts.solvers._rows import as_rows
+from captum_concepts.solvers.loss import LogisticLoss, MultinomialLoss
 from captum_concepts.solvers.penalty import ElasticNet
 
 PENALTY = ElasticNet(1e-3, 0.5)
@@ -84,3 +85,26 @@ def test_where_no_step_helps_the_solver_stops_and_says_so(monkeypatch):
     outcome = solve(made)
     assert (outcome.converged, outcome.reason) == (False, "stalled")
     assert len(tried) == 3
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_second_moments_are_weighted_means_of_squares(weighted):
+    x, y = problem(n=50, d=4, k=3, seed=1)
+    weight = torch.rand(50, generator=torch.Generator().manual_seed(0)).double() if weighted else None
+    rows = as_rows(torch.as_tensor(x), torch.as_tensor(y), sample_weight=weight, num_outputs_hint=3, chunk_size=20)
+    found = Objective(rows, "multinomial", 3).second_moments()
+    share = torch.full((50,), 1 / 50, dtype=torch.float64) if weight is None else weight / weight.sum()
+    torch.testing.assert_close(found, torch.cat([share @ torch.as_tensor(x) ** 2, torch.ones(1)]).double())
+
+
+def test_an_evaluation_holds_what_was_asked_for_and_no_more():
+    made = solver().objective
+    here = made.evaluate(made.null_params())
+    assert here.bound is None
+    assert here.moments is None
+    assert made.evaluate(made.null_params(), dual=True).bound is not None
+    assert made.evaluate(made.null_params(), detail="shared").moments is not None
+    for loss in (LogisticLoss(), MultinomialLoss(3)):
+        terms = loss.terms(torch.zeros(4, loss.num_outputs), torch.zeros(4, dtype=torch.long), None)
+        assert terms.curvature is None
+        assert terms.dual is None
