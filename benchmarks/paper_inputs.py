@@ -65,13 +65,14 @@ def classifier(name: str, weights: str, device: str) -> nn.Module:
         return demo.load(name.removeprefix("demo:")).to(device)
     import timm
     from safetensors.torch import load_file
+    from timm.data import resolve_model_data_config
 
     net = timm.create_model(name, pretrained=weights == "pretrained")
     if weights != "pretrained":
         state = load_file(weights)
         net.reset_classifier(len(state[f"{net.pretrained_cfg['classifier']}.weight"]))
         net.load_state_dict(state)
-    about = timm.data.resolve_model_data_config(net)
+    about = resolve_model_data_config(net)
     return Normalised(net, about["mean"], about["std"]).eval().requires_grad_(False).to(device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,11 +207,14 @@ def segmentation(args: argparse.Namespace) -> list[Row]:
         classes = model(data[0].image[None].to(args.device)).shape[1]
     explainers: dict[str, Explainer] = {
         "Grad-CAM (captum)": peers.captum_grad_cam(model, layer),
-        "Grad-CAM++ (pytorch-grad-cam)": peers.pytorch_grad_cam("GradCAMPlusPlus", model, layer),
         "integrated gradients (captum)": integrated_gradients(model),
     }
-    if args.score_cam:
-        explainers["Score-CAM (pytorch-grad-cam)"] = peers.pytorch_grad_cam("ScoreCAM", model, layer)
+    if importlib.util.find_spec("pytorch_grad_cam") is None:
+        print("pytorch-grad-cam is not installed (pip install '.[benchmark]'): its rows are missing")
+    else:
+        wanted = {"Grad-CAM++": "GradCAMPlusPlus", **({"Score-CAM": "ScoreCAM"} if args.score_cam else {})}
+        for name, kind in wanted.items():
+            explainers[f"{name} (pytorch-grad-cam)"] = peers.pytorch_grad_cam(kind, model, layer)
     if args.salf is not None:
         explainers["SALF-CBM"] = salf_maps(args.salf, model, classes, args.device)
     chosen = "SALF-CBM" if "SALF-CBM" in explainers else "Grad-CAM (captum)"

@@ -211,7 +211,6 @@ class TestCells:
 
 class TestPlots:
     def test_every_plot_of_the_records_can_be_drawn(self, records, tmp_path: Path):
-        pytest.importorskip("matplotlib", reason="plots of the results page")
         plots.draw(records, tmp_path)
         drawn = {path.name for path in tmp_path.iterdir()}
         assert "nra_ms.png" in drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 import sys
@@ -211,7 +212,9 @@ def test_accuracy_then_segmentation(tmp_path: Path, scenes, results: Path):
     record = paper_tables.main([*command, *saved, "--score-cam", "--limit", "3"])
     assert record == written(results, "salf_segmentation")
     rows = table_of(record)
-    assert set(rows) >= {"Score-CAM (pytorch-grad-cam)", "integrated gradients (captum)", *BLIND}
+    assert set(rows) >= {"Grad-CAM (captum)", "integrated gradients (captum)", *BLIND}
+    if importlib.util.find_spec("pytorch_grad_cam") is not None:  # a peer, of the benchmark extra
+        assert set(rows) >= {"Score-CAM (pytorch-grad-cam)", "Grad-CAM++ (pytorch-grad-cam)"}
     for name in ("Grad-CAM (captum)", "SALF-CBM"):
         assert rows[name]["images"] == 3
         for column in ("pixel_accuracy", "mean_iou", "average_precision"):
@@ -282,12 +285,12 @@ class TestProtocols:
         assert words_of(names) == ["swimming pool", "red", "crane", "wall", "bird (crane)"]
 
     def test_weights_of_any_number_of_classes(self, tmp_path: Path):
-        timm = pytest.importorskip("timm", reason="timm builds the networks of these tables")
+        timm = importlib.import_module("timm")
         net = timm.create_model("resnet10t", num_classes=7).eval()
         save_file(net.state_dict(), tmp_path / "birds.safetensors")
         model = classifier("resnet10t", str(tmp_path / "birds.safetensors"), "cpu")
         x = torch.rand(2, 3, 64, 64)
-        about = timm.data.resolve_model_data_config(net)
+        about = importlib.import_module("timm.data").resolve_model_data_config(net)
         mean, std = (torch.tensor(about[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
         torch.testing.assert_close(model(x), net((x - mean) / std))
 
