@@ -37,10 +37,10 @@ ROOMS = ("attr", "solvers", "metrics", "store")
 TESTS = {
     "attr/feature_activation_map": ["feature_activation_map", "model_conditions"],
     "attr/_similarity": ["feature_activation_map"],
-    "attr/_prototypes": ["feature_activation_map"],
+    "attr/_prototypes": ["feature_activation_map", "out_of_memory"],
     "attr/_concept_fit": ["concept_fusion_fit", "concept_fusion_map", "concept_fusion_local"],
     "attr/*concept_*": ["concept_fusion_map", "concept_fusion_local", "concept_fusion_regions", "concept_fusion_fit"],
-    "attr/*": ["spatial_acv_fit", "spatial_acv", "model_conditions"],
+    "attr/*": ["spatial_acv_fit", "spatial_acv", "out_of_memory", "model_conditions"],
     "solvers/*": [
         *("solver_metric", "quasi_newton", "elastic_net", "elastic_net_certificate"),
         *("elastic_net_edge_cases", "elastic_net_path", "solver_rows", "solver_distributed"),
@@ -51,7 +51,7 @@ TESTS = {
     "metrics/table": ["metrics_evaluate"],
     "metrics/_randomize": ["metrics_sanity"],
     "metrics/sanity": ["metrics_sanity"],
-    "metrics/_scoring": ["metrics_perturbation"],
+    "metrics/_scoring": ["metrics_perturbation", "out_of_memory"],
     "metrics/perturbation": ["metrics_perturbation"],
     "metrics/baselines": ["metrics_baselines"],
     "metrics/segmentation": ["metrics_segmentation"],
@@ -59,7 +59,7 @@ TESTS = {
     "metrics/*": ["metrics_region", "metrics_energy", "metrics_segmentation", "metrics_streaming"],
     "store/shards": ["shards", "hostile_files", "region_embedding_store"],
     "store/shard_files": ["shards", "hostile_files", "region_embedding_store"],
-    "store/*": ["region_embedding_store", "shards", "salf_fit_resume"],
+    "store/*": ["region_embedding_store", "shards", "out_of_memory", "loader_workers", "salf_fit_resume"],
 }
 #: Operators that make no mutant worth a look.
 LEFT_OUT = ("core/RemoveDecorator", "core/VariableReplacer", "core/VariableInserter")
