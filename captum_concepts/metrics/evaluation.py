@@ -83,7 +83,8 @@ def evaluate(
         data: batches or single examples: a ``DataLoader``, a ``Dataset``, a list or a generator of ``(inputs, masks)``,
             ``(inputs, masks, target)``, or dicts with these keys and, if wanted, ``ignore``. Images ``(C, H, W)`` or
             ``(N, C, H, W)``; masks ``(H, W)`` or ``(T, H, W)``, with N in front for batches. Single examples are
-            put together while their shapes agree. ``masks`` may be None if no metric looks at them.
+            put together while their shapes agree. ``masks`` may be None if no metric looks at them; an image without
+            concepts, T = 0, is an example without values.
         metrics: names out of ``METRICS``, streaming metrics of this package (their state is not touched), or functions
             ``(maps, masks) -> (N,)``; or a dict name -> one of these.
         score_fn: for the names ``average_drop``, ``increase_in_confidence``, ``insertion`` and ``deletion``: images ->
