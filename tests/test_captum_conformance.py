@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,16 +12,38 @@ from captum.metrics import infidelity, sensitivity_max
 from methods import METHODS, Method
 from torch import Tensor, nn
 
-pytest.importorskip("captum.testing", reason="captum ships its generic tests since 0.9")
-from captum.testing.attr.helpers.test_config import config
-from captum.testing.helpers.basic_models import BasicModel_ConvNet
+try:
+    from captum.testing.attr.helpers.test_config import config
+    from captum.testing.helpers.basic_models import BasicModel_ConvNet
+except ImportError:
+    CONVNET_CASES = []  # captum 0.8
+else:
+    CONVNET_CASES = [
+        case
+        for case in config
+        if isinstance(case["model"], BasicModel_ConvNet) and case.get("layer") and case["layer"].startswith("conv")
+    ]
 
 EXAMPLE = torch.rand(1, 1, 10, 10)
-CONVNET_CASES = [
-    case
-    for case in config
-    if isinstance(case["model"], BasicModel_ConvNet) and case.get("layer") and case["layer"].startswith("conv")
-]
+needs_captum_testing = pytest.mark.skipif(
+    find_spec("captum.testing") is None, reason="captum ships its generic tests since 0.9"
+)
+
+
+class ConvNet(nn.Module):
+    """The shape of Captum's own test network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 4, 3)
+        self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.pool1, self.pool2 = nn.MaxPool2d(2), nn.MaxPool2d(2)
+        self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 10)
+        self.softmax = nn.Softmax(dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool2(self.relu2(self.conv2(self.pool1(self.relu1(self.conv1(x))))))
+        return self.softmax(self.fc2(self.relu3(self.fc1(x.flatten(1)))))
 
 
 @pytest.fixture(params=METHODS)
@@ -31,7 +54,7 @@ def method(request) -> Method:
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
-    net = BasicModel_ConvNet().eval()
+    net = ConvNet().eval()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
     return net
@@ -46,10 +69,12 @@ def leftover_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
+@needs_captum_testing
 def test_captum_ships_configurations_to_test_with():
     assert CONVNET_CASES
 
 
+@needs_captum_testing
 @pytest.mark.filterwarnings("ignore:the gradient at layer")  # some of the images leave no unit alive
 @pytest.mark.parametrize("case", CONVNET_CASES, ids=lambda case: case["name"])
 def test_generic_target_configurations(method, case):

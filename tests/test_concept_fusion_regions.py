@@ -161,7 +161,13 @@ def test_spreading_stays_within_what_the_network_sees_as_alike():
 
 @pytest.mark.parametrize(
     ("grids", "expected"),
-    [([(56, 56), (7, 7)], (28, 28)), ([(14, 14)], (14, 14)), ([(100, 20)], (50, 10)), ([(112, 112)], (28, 28))],
+    [
+        ([(56, 56), (7, 7)], (28, 28)),
+        ([(14, 14)], (14, 14)),
+        ([(100, 20)], (50, 10)),
+        ([(112, 112)], (28, 28)),
+        ([(8, 6), (4, 30), (9, 2)], (4, 30)),  # the most positions, not the most rows
+    ],
 )
 def test_grid_is_bounded(grids, expected):
     assert fused_grid(grids) == expected

@@ -157,6 +157,11 @@ def test_contributions_equal_a_loop_over_concepts_with_captums_gradients(planted
         assert torch.allclose(maps[:, k], loop.detach(), atol=1e-5 * float(loop.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("target", [2, (2,), [2, 2, 2], [(2,)] * 3, torch.tensor([2])])
+def test_the_explained_output_is_recorded(planted, fitted, target):
+    assert fitted.explain(planted["test"][:3], target=target).target.tolist() == [2, 2, 2]
+
+
 def test_relevance_is_the_projection_of_each_position(planted, fitted):
     x = planted["test"][:2]
     seen = {}

@@ -68,8 +68,6 @@ def recorded_target(output: Tensor, target: Any) -> Tensor | None:
         return None
     if target is None:
         return output.detach().argmax(1)
-    if isinstance(target, tuple) and len(target) == 1:
-        target = target[0]
     if isinstance(target, list) and target and isinstance(target[0], tuple):
         target = [item[0] for item in target]
     index = torch.as_tensor(target, device=output.device).long().flatten()
