@@ -219,7 +219,12 @@ def sensitivity(tasks: list[tuple[Task, ConceptFusionMap]], count: int) -> None:
     from captum_concepts.attr import _concept_local as reading
     from captum_concepts.attr import _concept_regions as constants
 
-    changes: dict[str, list[float]] = {"STEPS": [1, 2, 4], "LOCAL": [0.0, 0.5, 2.0], "FAINT": [0.0, 0.1]}
+    changes: dict[str, list[float]] = {
+        "STEPS": [1, 2, 4],
+        "SHARE": [0, 1, 3],
+        "LOCAL": [0.0, 0.5, 2.0],
+        "FAINT": [0.0, 0.1],
+    }
     changes |= {"CONTRAST": [0.0, 0.25, 0.75], "TEMPERATURE": [1.5, 6.0]}
     given = {name: getattr(constants, name) for name in changes}
     settings: list[dict[str, float]] = [{}, *({name: v} for name, values in changes.items() for v in values)]
@@ -318,7 +323,10 @@ def main() -> None:
         for name, into_drop in drops.items():
             into_drop.append(deleted(makers["fused"], image, maps[name], columns, generator))
         if len(shown) < 4 and len(names) > 1:
-            shown.append((image, names[0], masks[0, 0], maps["published (auto layer)"][0, 0], maps["fused"][0, 0]))
+            one = len(shown) % len(names)  # another place in the list each time
+            shown.append(
+                (image, names[one], masks[0, one], maps["published (auto layer)"][0, one], maps["fused"][0, one])
+            )
     rng = np.random.default_rng(0)
     sizes = {"images": len(task.images), "regions": sum(len(m) for _, m in task.images), "words": len(task.words)}
     record = {
@@ -376,7 +384,7 @@ def picture(shown: list[Any], path: Path) -> None:
             axis.set_title(title)
             axis.axis("off")
     figure.tight_layout()
-    figure.savefig(path, dpi=45)
+    figure.savefig(path, dpi=60)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ class ConceptFusionMap(ConceptScores):
         n_channels: K, channels taken away for relevance and contribution.
         channel_share: at most this share of a layer's channels is taken (at least one), so that a narrow layer is not
             simply emptied. None: a quarter for the published K = 20, no limit for a K of your own. On scenes with a
-            planted ground the largest contribution is the ground's for a biased network in 55 % and for an unbiased
-            one in 12 % (without a limit, 20 of a first layer's 24 channels: 43 % and 36 %; ``layer=-1``: 69 % and 6 %).
+            planted ground the largest contribution is the ground's for a biased network in 56 % and for an unbiased
+            one in 12 % (without a limit, 20 of a first layer's 24 channels: 42 % and 37 %; ``layer=-1``: 70 % and 6 %).
         fill: what a channel is replaced by in the classifier: ``"layer_mean"`` (the mean of the layer's pooled vector),
             ``"channel_mean"`` (its own mean, which keeps the pooled value) or ``"zero"``.
         chunk_size: bound of images, and of images x concepts, in flight at once. Results do not depend on it beyond
@@ -77,9 +77,9 @@ class ConceptFusionMap(ConceptScores):
     it over the rest of the thing. A walk averages, so it invents no evidence: without any, the map is zero.
 
     Prefer ``"fused"`` where the region is what you want: in every comparison so far (photographs and drawn scenes, CNN
-    and ViT; ``benchmarks/results/concept_regions_*.md``) it lies closer to the concept than the published one, and
-    deleting it lowers the concept's logit more. Prefer ``"auto"`` for the published method, or where the region must
-    belong to the one layer whose channels :meth:`contribution` takes away.
+    and ViT; ``benchmarks/results/concept_regions_*.md``) its NRA is above the published one's, its specificity at least
+    as high, and deleting it lowers the concept's logit more. Prefer ``"auto"`` for the published method, or where the
+    region must belong to the one layer whose channels :meth:`contribution` takes away.
 
     Attributes:
         history_: of :meth:`fit`: lists ``"train_loss"``, ``"val_loss"``, ``"val_cosine"``, ``"lr"``, an entry an epoch.
