@@ -77,8 +77,8 @@ class ConceptFusionMap(ConceptScores):
     it over the rest of the thing. A walk averages, so it invents no evidence: without any, the map is zero.
 
     Prefer ``"fused"`` where the region is what you want: in every comparison so far (photographs and drawn scenes, CNN
-    and ViT; ``benchmarks/results/concept_regions_*.md``) its NRA is above the published one's, its specificity at least
-    as high, and deleting it lowers the concept's logit more. Prefer ``"auto"`` for the published method, or where the
+    and ViT; ``benchmarks/results/concept_regions_*.md``) its NRA is above the published one's, its specificity higher
+    (on the ViT: as high), and deleting it lowers the concept's logit more. Prefer ``"auto"`` for the published method, or where the
     region must belong to the one layer whose channels :meth:`contribution` takes away.
 
     Attributes:
