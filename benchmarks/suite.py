@@ -37,7 +37,7 @@ class Job:
         short, full: arguments; None leaves it out of that run. ``{data}`` is the folder of photographs; a job that
             names it is left out where there is none.
         module: file name; by default the name's.
-        minutes: what the full one took at most.
+        minutes: what the full one took at most, on 2 cores with other work on them.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Job:
 
 SCENES = "scenes-few-shot scenes-pairs with-head questions cost"
 PHOTOS = "coco-few-shot coco-pairs caltech coco-questions coco-with-head"
-SALF = "--train 1000 --test 500 --grid-train 500 --planted-test 200"
+SALF = "--train 600 --test 300 --grid-train 300 --planted-test 100"
 JOBS = [
     Job("nra", "--repeats 3 --maps 16", "", minutes=1),
     Job("metrics_peers", "--maps 8 --repeats 3", "", minutes=1),
@@ -72,7 +72,7 @@ JOBS = [
     Job("concept_regions", None, f"--data {DATA}", minutes=10),
     Job("concept_regions_scenes", None, "--task scenes", "concept_regions", minutes=2),
     Job("concept_regions_vit", None, "--task vit", "concept_regions", minutes=2),
-    Job("salf_cbm", "scenes speed --train 300 --test 200 --epochs 15", f"scenes planted speed {SALF}", minutes=6),
+    Job("salf_cbm", "scenes speed --train 300 --test 200 --epochs 15", f"scenes planted speed {SALF}", minutes=7),
     Job("region_store", None, "--images 4 --repeats 3", minutes=2),
     Job("solver", "--only peers", "", minutes=8),
 ]
