@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Plain threads oversubscribe small machines when the tests run in parallel.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-oldest fuzz lint bench bench-full bench-page clean
+.PHONY: demo test test-oldest fuzz leaks mutation audit lint bench bench-full bench-page clean
 
 demo: $(BIN)/.installed
 	$(BIN)/python -m captum_concepts demo --output demo_output
@@ -16,6 +16,20 @@ test: $(BIN)/.installed
 # Ten thousand damaged and forged files against every loader (about ten minutes); `make test` tries a few hundred.
 fuzz: $(BIN)/.installed
 	FUZZ=10000 $(TEST_ENV) $(BIN)/python -m pytest -n auto tests/test_hostile_files.py
+
+# A thousand calls of every method, 300 of them with an exception in the middle; prints what is held afterwards.
+leaks: $(BIN)/.installed
+	CALLS=1000 $(TEST_ENV) $(BIN)/python -m pytest -s tests/test_model_conditions.py -k piles
+
+# 40 places of each of attr, solvers, metrics and store are changed, one after the other: a test must fail (an hour).
+mutation: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet cosmic-ray
+	$(TEST_ENV) $(BIN)/python tests/mutation.py --sample 40
+
+# Known vulnerabilities of the installed dependencies; needs the network.
+audit: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 # The same tests with the oldest versions that pyproject.toml allows. Their own deprecations are no failures here.
 test-oldest:

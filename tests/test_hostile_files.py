@@ -24,7 +24,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from captum_concepts import ConceptExplanation, ConceptFusionMap, ConceptTranslator, SpatialACV
+from captum_concepts.attr._guidance import read_image
 from captum_concepts.concepts import Vocabulary
+from captum_concepts.datasets import ImageNetSegmentation
+from captum_concepts.datasets._annotation import read_ids
 from captum_concepts.datasets.images import load_image
 from captum_concepts.errors import ArtifactError, CaptumConceptsError
 from captum_concepts.metrics import EvaluationTable
@@ -77,6 +80,23 @@ def image(path: Path) -> None:
     Image.fromarray(pixels).save(path)
 
 
+def labels(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (12, 9), np.uint8)).save(path)
+
+
+def hdf5(path: Path) -> None:
+    """The layout of gtsegs_ijcv.mat with one picture."""
+    h5py = pytest.importorskip("h5py", reason="gtsegs_ijcv.mat is HDF5: install h5py to test its reader")
+    with h5py.File(path, "w") as file:
+        image = file.create_dataset("#refs#/image", data=np.zeros((3, 9, 12), np.uint8))
+        mask = file.create_dataset("#refs#/mask", data=np.ones((9, 12), np.uint8))
+        cell = file.create_dataset("#refs#/cell", (1, 1), dtype=h5py.ref_dtype)
+        text = file.create_dataset("#refs#/id", data=np.array([[ord(c)] for c in "n01443537"], dtype=np.uint16))
+        cell[0, 0] = mask.ref
+        for key, value in (("img", image), ("gt", cell), ("target", text)):
+            file.create_dataset(f"value/{key}", (1, 1), dtype=h5py.ref_dtype)[0, 0] = value.ref
+
+
 def shards(path: Path) -> None:
     with ShardWriter(path, {"seed": 1}, shard_rows=2) as writer:
         writer.append({"embedding": torch.rand(4, 3)})
@@ -92,6 +112,13 @@ LOADERS = {
     "EvaluationTable": ("a.json", table, lambda path: EvaluationTable.from_json(path.read_text(errors="replace"))),
     "image.png": ("a.png", image, load_image),
     "image.jpg": ("a.jpg", image, load_image),
+    "image.gif": ("a.gif", image, load_image),
+    "image.tif": ("a.tif", image, load_image),
+    "guidance.png": ("a.png", image, read_image),
+    "guidance.webp": ("a.webp", image, read_image),
+    "labels.png": ("a.png", labels, read_ids),
+    "labels.tif": ("a.tif", labels, read_ids),
+    "ImageNetSegmentation": ("gtsegs_ijcv.mat", hdf5, lambda path: ImageNetSegmentation(path, labelled=True)[0]),
 }
 
 
@@ -244,12 +271,26 @@ def test_stores(tmp_path, file):
     read(path)
 
 
-def test_a_few_bytes_that_claim_a_huge_image_are_refused_before_they_are_decoded(tmp_path):
+@pytest.mark.parametrize("read", [load_image, read_image, read_ids])
+@pytest.mark.parametrize("side", [10_001, 20_000])  # above this package's limit, and above Pillow's own
+def test_a_few_bytes_that_claim_a_huge_image_are_refused_before_they_are_decoded(tmp_path, read, side):
     path = tmp_path / "bomb.png"
-    Image.new("1", (20_000, 20_000)).save(path)
+    Image.new("1", (side, side)).save(path)
     assert path.stat().st_size < 100_000
-    with pytest.raises(CaptumConceptsError, match="pixels"):
-        load_image(path)
+    with pytest.raises(CaptumConceptsError, match=r"bomb\.png claims .*pixels"):
+        read(path)
+
+
+def test_hdf5_that_claims_a_huge_array_is_refused_before_it_is_allocated(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "gtsegs_ijcv.mat"
+    hdf5(path)
+    with h5py.File(path, "a") as file:
+        big = file.create_dataset("#refs#/big", (3, 10**6, 10**6), np.uint8, chunks=(1, 100, 100))
+        file["value/img"][0, 0] = big.ref
+    assert path.stat().st_size < 100_000
+    with pytest.raises(CaptumConceptsError, match="claims 3,000,000,000,000 numbers"):
+        ImageNetSegmentation(path)[0]
 
 
 def test_sizes_that_the_header_claims_are_not_allocated(tmp_path):

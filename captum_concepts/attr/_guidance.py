@@ -14,6 +14,7 @@ from captum.concept import Concept
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from captum_concepts.datasets.images import opened_image
 from captum_concepts.errors import InputError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -176,18 +177,15 @@ def read_image(path: Path) -> Any:
     """A PIL image, upright and of 8 bits a channel.
 
     Raises:
-        InputError: not an image.
+        InputError: not an image, or one that claims too many pixels.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16") or image.mode == "I":
-                return image.convert("I").point(lambda value: value / 257).convert("L")  # 16 bits; convert() clips
-            return image.convert("RGBA") if "transparency" in image.info else image.copy()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
+    with opened_image(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I;16") or image.mode == "I":
+            return image.convert("I").point(lambda value: value / 257).convert("L")  # 16 bits; convert() clips
+        return image.convert("RGBA") if "transparency" in image.info else image.copy()
 
 
 def default_transform(image: Any, size: int, channels: int | None = 3) -> Tensor:

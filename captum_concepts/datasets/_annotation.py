@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_concepts.datasets.images import MOST_PIXELS, load_image
+from captum_concepts.datasets.images import load_image, opened_image
 from captum_concepts.errors import InputError
 
 Ids = NDArray[np.int32]
@@ -54,20 +54,11 @@ def read_ids(path: str | os.PathLike[str], encoding: str = "index") -> Ids:
     Raises:
         InputError: the file is missing, broken, or of another kind.
     """
-    from PIL import Image
-
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no label image at {path}")
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > MOST_PIXELS:
-                raise InputError(f"{path} claims {file.width} x {file.height} pixels, more than {MOST_PIXELS:,}")
-            mode, pixels = file.mode, np.array(file)
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as a label image: {error}") from error
+    with opened_image(path, "a label image") as file:
+        mode, pixels = file.mode, np.array(file)
     if encoding == "index":
         if pixels.ndim != 2:
             raise InputError(f"{path} must hold one channel of label ids, got the mode {mode}")
@@ -98,9 +89,7 @@ def load_pair(annotation: Annotation, size: Size | None, crop: bool) -> tuple[Te
 
 def _header(path: Path) -> tuple[Size, int]:
     """Width and height as stored, and the EXIF orientation; load_image has read the file already."""
-    from PIL import Image
-
-    with Image.open(path) as file:
+    with opened_image(path) as file:
         return file.size, int(file.getexif().get(_ORIENTATION, 1))
 
 

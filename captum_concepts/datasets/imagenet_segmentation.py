@@ -12,12 +12,16 @@ import numpy as np
 from captum_concepts.datasets._annotation import Annotation, Layer, read_ids
 from captum_concepts.datasets._files import paired, require
 from captum_concepts.datasets._imagenet import class_indices
+from captum_concepts.datasets.images import MOST_PIXELS
 from captum_concepts.datasets.segmentation import SegmentationDataset
 from captum_concepts.errors import InputError
 
 _TREE = """  gtsegs_ijcv.mat            the published file, or
   ROOT/images/NAME.jpg       a folder converted from it
   ROOT/masks/NAME.png        one channel, not 0 is the object"""
+#: What h5py raises for damaged files, and what their nonsense leads to.
+_BROKEN = (AttributeError, LookupError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
+_MOST_PICTURES = 1_000_000
 _WHERE = "http://calvin-vision.net/bigstuff/proj-imagenet/data/gtsegs_ijcv.mat"
 
 
@@ -79,9 +83,9 @@ class ImageNetSegmentation(SegmentationDataset):
         file, source = self._mat(), f"{self.path}, example {i}"
         try:
             # MATLAB stores columns first: (3, W, H) and (W, H). The mask lies in a cell of its own.
-            pixels = np.asarray(file[file["value/img"][i, 0]]).transpose(2, 1, 0)
-            mask = np.asarray(file[file[file["value/gt"][i, 0]][0, 0]]).transpose(1, 0)
-        except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+            pixels = _array(file[file["value/img"][i, 0]]).transpose(2, 1, 0)
+            mask = _array(file[file[file["value/gt"][i, 0]][0, 0]]).transpose(1, 0)
+        except _BROKEN as error:
             raise InputError(f"{source} cannot be read: {error}") from error
         if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
             raise InputError(f"{source} must be a uint8 RGB picture, got {pixels.dtype} {pixels.shape}")
@@ -108,13 +112,17 @@ class ImageNetSegmentation(SegmentationDataset):
         file = self._mat()
         try:
             count = len(file["value/img"])
+            if count > _MOST_PICTURES:
+                raise ValueError(f"it claims {count:,} pictures")
             if len(file["value/gt"]) != count:
                 raise InputError(f"{self.path} has {count} images but {len(file['value/gt'])} masks")
             if not self.labelled:
                 return [(i, None) for i in range(count)]
             targets, classes = file["value/target"], class_indices()
             labels = [classes.get(_text(file, targets[i, 0])) for i in range(count)]
-        except (KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except _BROKEN as error:
             raise InputError(
                 f"{self.path} is not laid out like gtsegs_ijcv.mat: {error}. Get it from {_WHERE}"
             ) from error
@@ -126,7 +134,14 @@ class ImageNetSegmentation(SegmentationDataset):
 
 def _text(file: Any, reference: Any) -> str:
     """A MATLAB string: UTF-16 codes in an array."""
-    return "".join(chr(code) for code in np.asarray(file[reference]).ravel())
+    return "".join(chr(code) for code in _array(file[reference]).ravel())
+
+
+def _array(data: Any) -> Any:
+    """The numbers of a data set, unless it claims more of them than a large picture has."""
+    if data.size > 3 * MOST_PIXELS:
+        raise ValueError(f"it claims {data.size:,} numbers, more than {3 * MOST_PIXELS:,}")
+    return np.asarray(data)
 
 
 def _binary(mask: Any) -> Any:

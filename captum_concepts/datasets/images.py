@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +44,30 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     return found
 
 
+@contextmanager
+def opened_image(path: str | os.PathLike[str], kind: str = "an image") -> Iterator[Any]:
+    """The open PIL file, for decoding inside the ``with``: one that claims too much is refused before that.
+
+    Raises:
+        InputError: the file is no image, is broken, or claims more than :data:`MOST_PIXELS` pixels.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is the stated one
+            with Image.open(path) as file:
+                if file.width * file.height > MOST_PIXELS:
+                    raise InputError(f"{path} claims {file.width} x {file.height} pixels, more than {MOST_PIXELS:,}")
+                yield file
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} claims more than {MOST_PIXELS:,} pixels") from error
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError) as error:
+        raise InputError(f"{path} cannot be read as {kind}: {error}") from error
+
+
 def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None = None, *, crop: bool = True) -> Tensor:
     """An image file as RGB in [0, 1], ``(3, H, W)``.
 
@@ -57,26 +83,13 @@ def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None 
     """
     from PIL import Image, ImageOps
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                if file.width * file.height > MOST_PIXELS:
-                    raise InputError(f"{path} claims {file.width} x {file.height} pixels, more than {MOST_PIXELS:,}")
-                image = ImageOps.exif_transpose(file)
-                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    ground = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(ground, image)
-                image = image.convert("RGB")
-    except InputError:
-        raise
-    except Image.DecompressionBombWarning as error:
-        raise InputError(f"{path} claims more than {MOST_PIXELS:,} pixels") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} claims more than {MOST_PIXELS:,} pixels") from error
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError) as error:
-        raise InputError(f"{path} cannot be read as an image: {error}") from error
+    with opened_image(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(ground, image)
+        image = image.convert("RGB")
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         if crop:
