@@ -72,7 +72,7 @@ JOBS = [
     Job("concept_regions", None, f"--data {DATA}", minutes=10),
     Job("concept_regions_scenes", None, "--task scenes", "concept_regions", minutes=2),
     Job("concept_regions_vit", None, "--task vit", "concept_regions", minutes=2),
-    Job("salf_cbm", "scenes speed --train 300 --test 200 --epochs 15", f"scenes planted speed {SALF}", minutes=7),
+    Job("salf_cbm", "scenes speed --train 300 --test 200 --epochs 15", f"scenes planted speed {SALF}", minutes=9),
     Job("region_store", None, "--images 4 --repeats 3", minutes=2),
     Job("solver", "--only peers", "", minutes=8),
 ]
