@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from salf_networks import CONCEPTS, ConvNet, conv_model, pictures, token_model
 from torch.nn.parallel import DistributedDataParallel
 
+from captum_concepts.activations import capture
 from captum_concepts.models.salf_cbm import SALFCBM
 
 MODELS = {
@@ -74,6 +77,18 @@ def test_exported_graph_without_what_is_behind_the_layer():
     program = torch.export.export(model, (pictures(),), strict=False)
     used = {node.name for node in program.run_decompositions().graph.nodes if node.users}
     assert not [name for name in used if "backbone_fc" in name]
+
+
+def test_a_plain_dict_of_hooks_is_mended():
+    """What torch 2.6 leaves behind at the layer after a compiled call, on any version of torch."""
+    model = conv_model()
+    layer, x = model.backbone.get_submodule(model.layer), pictures()
+    expected = model(x)
+    for call in (model, lambda x: capture(model.backbone, x, [layer])):
+        layer._forward_hooks = {}
+        call(x)
+        assert isinstance(layer._forward_hooks, OrderedDict)
+    assert torch.equal(model(x), expected)
 
 
 def test_compiled_before_any_image_was_seen():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts.activations.modes import eager_mode, evaluation_mode, gradients_enabled
-from captum_concepts.activations.modules import Layer, find_model, layer_name, resolve_layer, unwrap
+from captum_concepts.activations.modules import Layer, find_model, hookable, layer_name, resolve_layer, unwrap
 from captum_concepts.errors import InputError, InputWarning, LayerError
 
 __all__ = [
@@ -157,7 +157,7 @@ def capture(
                 if attribute_to_layer_input:
                     handle = module.register_forward_pre_hook(recorder.at_input, with_kwargs=True)
                 else:
-                    handle = module.register_forward_hook(recorder.at_output, with_kwargs=True)
+                    handle = hookable(module).register_forward_hook(recorder.at_output, with_kwargs=True)
                 stack.callback(handle.remove)
             arguments = [_normal(argument) for argument in (*parts, *additional_forward_args)]
             output = run(*arguments)

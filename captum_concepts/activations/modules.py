@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,17 @@ def unwrap(module: nn.Module) -> nn.Module:
             module = module._orig_mod  # type: ignore[assignment]
         else:
             return module
+
+
+def hookable(module: nn.Module) -> nn.Module:
+    """The same module, ready to take forward hooks.
+
+    Where a hook was put in and taken out inside a compiled graph, torch 2.6 leaves a plain dict behind, and
+    ``register_forward_hook`` fails on it.
+    """
+    if not isinstance(module._forward_hooks, OrderedDict):
+        module._forward_hooks = OrderedDict(module._forward_hooks)
+    return module
 
 
 def resolve_layer(forward_func: Callable[..., Any], layer: Layer) -> nn.Module:

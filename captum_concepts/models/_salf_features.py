@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_concepts.activations import evaluation_mode, gradients_enabled, infer_layout, resolve_layer
 from captum_concepts.activations.capture import Layer, capture, unwrap
 from captum_concepts.activations.modes import eager_mode
+from captum_concepts.activations.modules import hookable
 from captum_concepts.errors import InputError, LayerError, LayoutError
 
 _SIZES = (224, 64, 32, 96, 128, 256, 288, 299, 336, 384, 448, 512, 28)  # sides to try where the model does not tell
@@ -145,7 +146,7 @@ def _read_eager(model: nn.Module, layer: nn.Module, name: str, x: Tensor) -> lis
         if not whole:
             raise _ReachedError
 
-    handle = layer.register_forward_hook(hook)
+    handle = hookable(layer).register_forward_hook(hook)
     try:
         model(x)
     except _ReachedError:
