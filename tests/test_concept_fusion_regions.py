@@ -160,17 +160,23 @@ def test_spreading_stays_within_what_the_network_sees_as_alike():
 
 
 @pytest.mark.parametrize(
-    ("grids", "expected"),
+    ("grids", "pixels", "expected"),
     [
-        ([(56, 56), (7, 7)], (28, 28)),
-        ([(14, 14)], (14, 14)),
-        ([(100, 20)], (50, 10)),
-        ([(112, 112)], (28, 28)),
-        ([(8, 6), (4, 30), (9, 2)], (4, 30)),  # the most positions, not the most rows
+        ([(56, 56), (7, 7)], None, (28, 28)),
+        ([(56, 56), (7, 7)], (224, 224), (28, 28)),
+        ([(14, 14)], None, (14, 14)),
+        ([(14, 14)], (224, 224), (28, 28)),
+        ([(7, 7)], (224, 224), (28, 28)),
+        ([(8, 8)], (64, 64), (32, 32)),
+        ([(8, 8)], (16, 20), (16, 16)),
+        ([(14, 14)], (16, 16), (14, 14)),
+        ([(100, 20)], (200, 200), (50, 10)),
+        ([(4, 16)], (400, 64), (16, 64)),
+        ([(112, 112)], None, (28, 28)),
     ],
 )
-def test_grid_is_bounded(grids, expected):
-    assert fused_grid(grids) == expected
+def test_grid_is_bounded(grids, pixels, expected):
+    assert fused_grid(grids, pixels) == expected
 
 
 def test_a_constant_image_and_dead_features_give_finite_maps():

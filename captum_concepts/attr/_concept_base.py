@@ -164,12 +164,14 @@ class ConceptMaps(LayerAttribution):
 
     def _fused(self, seen: ConceptPass, index: Tensor, inputs: Inputs) -> Tensor:
         order = list(seen.seen.order)
-        grid = regions.fused_grid([layout.grid for layout in seen.seen.layouts])
-        pixels = inputs[0] if isinstance(inputs, tuple) else inputs
+        grids = [layout.grid for layout in seen.seen.layouts]
+        first = inputs[0] if isinstance(inputs, tuple) else inputs
+        pixels = first if first.ndim == 4 else None
+        grid = regions.fused_grid(grids, None if pixels is None else (pixels.shape[2], pixels.shape[3]))
         maps = [seen.maps[number] for number in order]
-        affinity = regions.feature_affinity(maps, grid, pixels if pixels.ndim == 4 else None)
+        affinity = regions.feature_affinity(maps, grid, pixels)
         space = self._space(seen.embedding.detach())
-        local = read_locally(self.translator, seen.maps, grid, space)
+        local = read_locally(self.translator, seen.maps, regions.fused_grid(grids), space)
         parts = []
         for part, betas, evidence in self._chunks(seen, index, fused=True):
             relevance = self._relevance(seen, betas, part)[..., order] if len(order) > 1 else None

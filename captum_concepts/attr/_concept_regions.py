@@ -40,9 +40,22 @@ def finest_grid(grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return max(grids, key=lambda grid: grid[0] * grid[1])
 
 
-def fused_grid(grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The finest grid, divided by the smallest whole number that leaves at most 1,024 positions."""
-    return coarser_grid(finest_grid(grids), _MOST_POSITIONS)
+def fused_grid(grids: Sequence[tuple[int, int]], pixels: tuple[int, int] | None = None) -> tuple[int, int]:
+    """The finest grid, divided by the smallest whole number that leaves at most 1,024 positions.
+
+    A grid that has fewer is multiplied by the largest whole number that gives no more than 1,024, and no more than
+    ``pixels``: the image's colours then say where in a coarse cell a thing ends.
+    """
+    height, width = coarser_grid(finest_grid(grids), _MOST_POSITIONS)
+    most = pixels if pixels is not None else (height, width)
+    factor = 1
+    while (
+        (height * (factor + 1)) * (width * (factor + 1)) <= _MOST_POSITIONS
+        and height * (factor + 1) <= most[0]
+        and width * (factor + 1) <= most[1]
+    ):
+        factor += 1
+    return height * factor, width * factor
 
 
 def coarser_grid(grid: tuple[int, int], most: int) -> tuple[int, int]:

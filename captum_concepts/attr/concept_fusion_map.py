@@ -73,13 +73,14 @@ class ConceptFusionMap(ConceptScores):
     energy, for late layers know the concept and early ones its place; less where the concept's relevance lies in front
     of a layer, and as far as a layer agrees with the others. One more layer is what the translator says of each cell
     alone: a gradient tells what would change the concept, this what is seen there. What is found is mostly the telling
-    part of a thing; three steps of a random walk on the network's own feature affinity (and the image's colours) spread
-    it over the rest of the thing. A walk averages, so it invents no evidence: without any, the map is zero.
+    part of a thing; three steps of a random walk on the network's own feature affinity (and the image's colours, on a
+    grid finer than coarse layers have) spread it over the rest of the thing. A walk averages, so it invents no
+    evidence: without any, the map is zero.
 
     Prefer ``"fused"`` where the region is what you want: in every comparison so far (photographs and drawn scenes, CNN
-    and ViT; ``benchmarks/results/concept_regions_*.md``) its NRA is above the published one's, its specificity higher
-    (on the ViT: as high), and deleting it lowers the concept's logit more. Prefer ``"auto"`` for the published method, or where the
-    region must belong to the one layer whose channels :meth:`contribution` takes away.
+    and ViT; ``benchmarks/results/concept_regions_*.md``) its NRA and its specificity are above the published one's,
+    and deleting it lowers the concept's logit more. Prefer ``"auto"`` for the published method, or where the region
+    must belong to the one layer whose channels :meth:`contribution` takes away.
 
     Attributes:
         history_: of :meth:`fit`: lists ``"train_loss"``, ``"val_loss"``, ``"val_cosine"``, ``"lr"``, an entry an epoch.
@@ -180,8 +181,8 @@ class ConceptFusionMap(ConceptScores):
 
         Returns:
             ``(N, 1, h, w)`` for one concept an example, ``(N, T, h, w)`` for None; at least 0, fp32 (or fp64). The grid
-            is the layer's own where ``layer`` is an index; the finest of ``layers`` for ``"auto"``; that, or a whole
-            fraction of it with at most 1,024 positions, for ``"fused"``.
+            is the layer's own where ``layer`` is an index; the finest of ``layers`` for ``"auto"``; a whole
+            multiple or fraction of that with at most 1,024 positions for ``"fused"``.
 
         Raises:
             TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
