@@ -201,7 +201,8 @@ def test_kinds_of_data_and_loading_processes(tmp_path):
         ([torch.rand(1, 8, 8)], "item 0"),
         ([torch.zeros(3, 8, 8, dtype=torch.long)], "dtype"),
         ([], "no image"),
-        (torch.rand(3, 8, 8), "N, 3, H, W"),
+        (torch.rand(3, 8, 8), r"must be RGB \(N, 3, H, W\), got \(3, 8, 8\)"),
+        (torch.rand(2, 1, 8, 8), r"must be RGB \(N, 3, H, W\), got \(2, 1, 8, 8\)"),
         ("folder", "data set"),
         (7, "data set"),
     ],
@@ -209,6 +210,31 @@ def test_kinds_of_data_and_loading_processes(tmp_path):
 def test_unusable_data(tmp_path, data, message):
     with pytest.raises(InputError, match=message):
         build(tmp_path, data)
+
+
+def test_an_encoder_that_gives_nan_is_told_where(tmp_path):
+    class Broken(TinyEncoder):
+        seen = 0
+
+        def encode_image(self, images):
+            embedding = super().encode_image(images)
+            row = 10 * 6 + 5 - self.seen  # the last of 6 places of image 10
+            self.seen += len(images)
+            if 0 <= row < len(images):
+                embedding[row, 3] = torch.nan
+            return embedding
+
+    encoder = Broken()
+    encoder.seen = -1  # one image tries the encoder out first
+    with pytest.raises(InputError, match="NaN or infinite values for image 10, place 5"):
+        build(tmp_path, encoder=encoder)
+
+
+def test_a_build_is_quiet_unless_asked(tmp_path, capfd):
+    build(tmp_path / "a")
+    assert capfd.readouterr() == ("", "")
+    build(tmp_path / "b", show_progress=True)
+    assert "19/19" in capfd.readouterr().err
 
 
 def test_unusable_encoders_and_settings(tmp_path):
@@ -550,6 +576,21 @@ class TestDiskAndLocks:
         with pytest.raises(OSError, match="Read-only"):
             build(folder / "new", pictures(7))
         assert contents(folder) == expected
+
+    def test_full_disk_while_extending(self, tmp_path, monkeypatch):
+        store = build(tmp_path / "store", pictures(7))
+        plain = _artifacts.write_atomically
+
+        def full(path, data):
+            if path.suffix == ".safetensors":
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            plain(path, data)
+
+        monkeypatch.setattr(shards, "write_atomically", full)
+        with pytest.raises(OSError, match=r"No space left.* 7 of 10 images are safe"):
+            store.extend(pictures(3, seed=1), TinyEncoder())
+        monkeypatch.undo()
+        assert len(store.extend(pictures(3, seed=1), TinyEncoder())) == 10
 
     def test_two_builders_at_once(self, tmp_path):
         class Second(TinyEncoder):

@@ -100,3 +100,5 @@ def test_fingerprints():
     assert fingerprint_module(a) == fingerprint_module(b)
     assert fingerprint_callable(a) == fingerprint_callable(b) != fingerprint_callable(a.half())
     assert "lambda" in fingerprint_callable(lambda x: x)
+    assert fingerprint_callable(a) == fingerprint_module(a)
+    assert fingerprint_callable(a.forward) == f"forward:{fingerprint_module(a)}"
