@@ -154,7 +154,8 @@ class Coverage:
             threading.settrace(None)
         if all(report.outcome == "passed" for report in reports):
             self.seconds[item.nodeid] = time.monotonic() - begin
-            for name, line in self.hit:
+            hit, self.hit = self.hit, set()  # threads that live on go on adding
+            for name, line in hit:
                 self.lines.setdefault(f"{name.removeprefix(self.prefix)}:{line}", []).append(item.nodeid)
         return True
 

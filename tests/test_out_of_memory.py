@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from captum_concepts import FeatureActivationMap, SpatialACV
 from captum_concepts._memory import Halving, out_of_memory
+from captum_concepts.attr._concept_gradients import vector_products
 from captum_concepts.errors import InputWarning
 from captum_concepts.metrics import average_drop, deletion
 from captum_concepts.store import RegionEmbeddingStore
@@ -115,6 +116,38 @@ def test_perturbation_metrics(images, metric):
         found = metric(net, images, maps, target=1, batch_size=6)
     assert len(said) == len(device.failed) == 1
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_backward_passes_of_many_concepts(images):
+    """CE-FAM's, which run at once, run one after another."""
+
+    class Small(torch.autograd.Function):
+        generate_vmap_rule = False
+
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            return x.clone(), in_dims[0]
+
+        @staticmethod
+        def backward(ctx, gradient):
+            if torch._C._functorch.is_batchedtensor(gradient):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return gradient.clone()
+
+    x = images.clone().requires_grad_()
+    cotangents = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    output = Small.apply(x).square().sum((1, 2, 3))
+    with pytest.warns(InputWarning, match="out of memory for 3 backward passes at once; they run one after another"):
+        (found,) = vector_products(output, [x], cotangents)
+    torch.testing.assert_close(found, cotangents[:, :, None, None, None] * 2 * images)
 
 
 def test_prototypes(images):

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_concepts._memory import out_of_memory
 from captum_concepts.activations import SpatialActivations, spatial_activations
 from captum_concepts.activations.capture import Inputs, Layer
 from captum_concepts.activations.spatial import full_precision
+from captum_concepts.errors import InputWarning
 
 # Gradients at once: more than sixteen passes of a ResNet-50, since a batch of sixteen is a fifth faster than one of
 # five (below it PyTorch's 1 x 1 convolutions take the slow path on one thread).
@@ -206,6 +208,13 @@ def vector_products(output: Tensor, sources: Sequence[Tensor], cotangents: Tenso
                 # A missing batching rule is announced by a warning and then runs slower than the plain loop.
                 warnings.simplefilter("error")
                 return torch.func.vmap(one, chunk_size=min(together, len(cotangents)))(cotangents)
-        except (RuntimeError, NotImplementedError, ValueError, Warning):
-            pass
+        except (RuntimeError, NotImplementedError, ValueError, Warning) as error:
+            said = out_of_memory(error)
+        if said:
+            warnings.warn(
+                f"the device ran out of memory for {len(cotangents)} backward passes at once; they run one after "
+                "another. Results are the same up to rounding; a smaller chunk_size avoids the failed attempt",
+                InputWarning,
+                stacklevel=2,
+            )
     return tuple(torch.stack(parts) for parts in zip(*map(one, cotangents), strict=True))
