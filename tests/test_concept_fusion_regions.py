@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from captum_concepts.attr._concept_gradients import TextSpace, vector_products
-from captum_concepts.attr._concept_regions import feature_affinity, fused_grid, fused_maps
+from captum_concepts.attr._concept_regions import FAINT, feature_affinity, fused_grid, fused_maps, of_strongest
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 
 
@@ -212,3 +212,12 @@ def test_batched_products_fall_back_to_single_ones():
     out = vector_products(Square.apply(x), [x], torch.eye(4)[:3, None].expand(3, 2, 4))[0]
     for i in range(3):
         torch.testing.assert_close(out[i], torch.eye(4)[i] * 2 * x.detach())
+
+
+def test_maps_are_shares_of_their_strongest_position():
+    """Wide and narrow regions of equal energy become comparable; what is faint stays faint, nothing stays nothing."""
+    narrow, wide = torch.zeros(4, 4), torch.rand(4, 4) + 0.5
+    narrow[1, 2] = 7.0
+    shares = of_strongest(torch.stack([narrow, wide, FAINT / 5 * wide / wide.max(), torch.zeros(4, 4)])[None])[0]
+    torch.testing.assert_close(shares.amax((1, 2)), torch.tensor([1.0, 1.0, 0.2, 0.0]))
+    torch.testing.assert_close(shares[1], wide / wide.max())

@@ -177,7 +177,7 @@ class ConceptMaps(LayerAttribution):
             relevance = self._relevance(seen, betas, part)[..., order] if len(order) > 1 else None
             ordered = [evidence[number] for number in order]
             parts.append(regions.fused_maps(ordered, affinity, grid, local.excess(part), relevance))
-        return torch.cat(parts, 1).detach()
+        return regions.of_strongest(torch.cat(parts, 1)).detach()
 
     def _channels(
         self, seen: ConceptPass, index: Tensor, *, maps: bool, ranks: bool

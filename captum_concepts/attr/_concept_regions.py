@@ -118,6 +118,14 @@ def fused_maps(
     return torch.einsum("njhwl,njl->njhw", layers, weights * agreement) + alone
 
 
+def of_strongest(maps: Tensor) -> Tensor:
+    """In [0, 1]: the share of each map's strongest position, so that maps of one image compare in a picture.
+
+    Maps of equal energy are the lower the wider they are. Faint ones stay faint.
+    """
+    return maps / maps.amax((2, 3), keepdim=True).clamp(min=FAINT)
+
+
 def _correlation(maps: Tensor, other: Tensor) -> Tensor:
     """``(N, J, L)`` over the positions of ``(N, J, h, w, L)``; 0 for a map that is constant up to rounding."""
     one, two = (m - m.mean((2, 3), keepdim=True) for m in (maps, other))

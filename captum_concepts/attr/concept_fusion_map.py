@@ -75,7 +75,7 @@ class ConceptFusionMap(ConceptScores):
     alone: a gradient tells what would change the concept, this what is seen there. What is found is mostly the telling
     part of a thing; three steps of a random walk on the network's own feature affinity (and the image's colours, on a
     grid finer than coarse layers have) spread it over the rest of the thing. A walk averages, so it invents no
-    evidence: without any, the map is zero.
+    evidence: without any, the map is zero. Values are shares of the map's strongest position, in [0, 1].
 
     Prefer ``"fused"`` where the region is what you want: in every comparison so far (photographs and drawn scenes, CNN
     and ViT; ``benchmarks/results/concept_regions_*.md``) its NRA and its specificity are above the published one's,
