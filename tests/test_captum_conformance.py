@@ -76,7 +76,7 @@ def test_captum_ships_configurations_to_test_with():
 
 @needs_captum_testing
 @pytest.mark.filterwarnings("ignore:the gradient at layer")  # some of the images leave no unit alive
-@pytest.mark.parametrize("case", CONVNET_CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", CONVNET_CASES, ids=[case["name"] for case in CONVNET_CASES])
 def test_generic_target_configurations(method, case):
     """Captum's test_targets: a batch gives what its examples give alone, for every form of target."""
     arguments = {name: v for name, v in case["attribute_args"].items() if name in ("inputs", "target")}

@@ -40,7 +40,7 @@ def encoder():
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> dict:
     """A configuration of the small problem, with images as files."""
-    (tmp_path / "code.py").write_text(CODE.format(tests=str(Path(__file__).parent)))
+    (tmp_path / "own.py").write_text(CODE.format(tests=str(Path(__file__).parent)))
     for name, seed in (("train", 0), ("val", 1)):
         x, y = images_and_labels(60, seed)
         for i, (image, label) in enumerate(zip(x, y, strict=True)):
@@ -49,10 +49,10 @@ def config(tmp_path, monkeypatch) -> dict:
             to_pil_image(image).save(folder / f"{i:03d}.png")
     monkeypatch.chdir(tmp_path)
     return {
-        "model": "code.py:model",
+        "model": "own.py:model",
         "layer": "1",
         "size": 16,
-        "encoder": "code.py:encoder",
+        "encoder": "own.py:encoder",
         "train": "train",
         "val": "val",
         "concepts": ["red", "green", "blue", "yellow", "white"],
@@ -162,8 +162,8 @@ def test_unreadable_images(config, capsys):
         ({"feature_dtype": "bfloat16"}, "'float16' or 'float32'"),
         ({"layr": "1"}, r"unknown entry 'layr'. Did you mean 'layer'"),
         ({"layer": "9"}, "no layer '9'"),
-        ({"output": "code.py"}, "is a file"),
-        ({"model": "code.py:encoder"}, "must return a torch.nn.Module"),
+        ({"output": "own.py"}, "is a file"),
+        ({"model": "own.py:encoder"}, "must return a torch.nn.Module"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

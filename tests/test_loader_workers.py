@@ -32,7 +32,11 @@ class Dying(Dataset):
         return self.images[index], index % 2
 
 
-SAID = {"killed": (RuntimeError, "worker.* exited unexpectedly"), "error": (OSError, "Input/output error")}
+#: What torch says; where the process dies while an item is on its way, the pipe breaks first.
+SAID = {
+    "killed": ((RuntimeError, EOFError, ConnectionError), "worker.* exited unexpectedly|^$|[Cc]onnection|ancdata"),
+    "error": (OSError, "Input/output error"),
+}
 
 
 @pytest.fixture(params=SAID)
@@ -69,7 +73,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_users_loader(how, call):
-    loader = DataLoader(Dying(pictures(12), 8, how), batch_size=4, num_workers=1)
+    loader = DataLoader(Dying(pictures(12), 0, how), batch_size=4, num_workers=1)
     net, (error, message) = network().train(), SAID[how]
     with pytest.raises(error, match=message):
         CALLS[call](loader, net)
