@@ -1,0 +1,38 @@
+"""The mutation check (tests/mutation.py): every module has tests that exist; what cannot be seen is not changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mutation
+import pytest
+from mutation import ROOMS, ROOT
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_module_has_tests_that_exist(room):
+    modules = mutation.modules_of(room)
+    assert len(modules) > 5
+    for module in modules:
+        files = mutation.tests_of(module)
+        assert len(files) > 1
+        assert all((ROOT / name).is_file() for name in files), module
+
+
+def test_annotations_are_left_alone():
+    source = "def f(a: int | None = 1 + 2) -> int | None:\n    b: int | str = a | 3\n    return b\n"
+    hidden = mutation.meaningless(source)
+    lines = enumerate(source.splitlines(), 1)
+    bars = [(number, at) for number, text in lines for at, letter in enumerate(text) if letter in "|+"]
+    seen = [place for place in bars if not any(first <= place < last for first, last in hidden)]
+    assert seen == [(1, 24), (2, 21)]
+
+
+def test_the_tests_of_a_line_come_quickest_first_and_within_the_budget():
+    path = Path("captum_concepts/solvers/penalty.py")
+    lines = (ROOT / path).read_text().splitlines()
+    at = next(n for n, line in enumerate(lines, 1) if "self.l1 * weight.abs().sum()" in line)
+    covered = {"lines": {f"solvers/penalty.py:{at}": ["slow", "quick", "middle"]}}
+    covered["seconds"] = {"quick": 1.0, "middle": 2.0, "slow": 50.0, "other": 0.1}
+    assert mutation.tests_for("solvers/penalty", at, covered, 100.0) == ["quick", "middle", "slow"]
+    assert mutation.tests_for("solvers/penalty", at, covered, 10.0) == ["quick", "middle"]
