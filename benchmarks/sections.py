@@ -83,12 +83,6 @@ TOPICS = (
     ),
     Topic("concept_regions", "ConceptFusionMap: regions", render=show.regions),
     Topic("concept_regions_sensitivity", "ConceptFusionMap: its few constants, one changed at a time"),
-    Topic(
-        "concept_regions_coco_half1_sensitivity", "ConceptFusionMap: its few constants, one changed at a time, held out"
-    ),
-    Topic(
-        "concept_regions_coco_half0_sensitivity", "ConceptFusionMap: its few constants, one changed at a time, designed"
-    ),
     Topic("ce_fam_scenes", "ConceptFusionMap against truth", render=show.truth),
     Topic("ce_fam", "ConceptFusionMap: cost", "ResNet-50, one image, in bare forward passes."),
     Topic("salf_cbm", "SALFCBM"),
