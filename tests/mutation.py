@@ -63,6 +63,7 @@ TESTS = {
 }
 #: Operators that make no mutant worth a look.
 LEFT_OUT = ("core/RemoveDecorator", "core/VariableReplacer", "core/VariableInserter")
+UNSEEN = ("survived", "unclear")
 MEMORY = 12 << 30  # a mutant that asks for more is ended by the system, not the machine
 
 
@@ -207,7 +208,7 @@ def preload() -> None:
 
 
 def run_tests(copy: Path, tests: list[str], limit: float, plugin=None, after=lambda: None) -> tuple[str, str]:
-    """``survived``, ``killed`` or ``timeout``, and the first failing test, of one run in a process of its own."""
+    """``survived``, ``killed``, ``timeout`` or ``unclear``, and the first failing test, of one run in a process of its own."""
     with tempfile.TemporaryFile("w+") as output:
         pid = os.fork()
         if pid == 0:
@@ -235,7 +236,9 @@ def run_tests(copy: Path, tests: list[str], limit: float, plugin=None, after=lam
     first = [line for line in lines if line.startswith(("FAILED", "ERROR", "INTERNALERROR"))]
     if status is None:
         return "timeout", ""
-    return ("survived" if status == 0 else "killed"), (first or lines[-1:] or [f"exit {status}"])[0][:160]
+    # 1: a test failed, 2: a file of tests could not be imported, below 0: a crash. Else pytest itself failed.
+    outcome = "survived" if status == 0 else "killed" if status in (1, 2) or status < 0 else "unclear"
+    return outcome, (first or lines[-1:] or [f"exit {status}"])[0][:160]
 
 
 def wait(pid: int, limit: float) -> int | None:
@@ -258,7 +261,7 @@ def check(chosen: list, copy: Path, results: Path, covered: dict, budget: float)
     for module, start, operator, occurrence in chosen:
         key = (module, *start, operator, occurrence)
         row = known.get(key)
-        if row is None or row["outcome"] == "survived":
+        if row is None or row["outcome"] in UNSEEN:
             path = copy / PACKAGE / f"{module}.py"
             before, after = path.read_text(), mutated(module, operator, occurrence)
             tests = tests_for(module, start[0], covered, budget)
@@ -306,7 +309,7 @@ def main() -> None:
             chosen = sample(room, arguments.sample, arguments.seed)
             covered = coverage(room, copy, arguments.output / f"{room}_coverage.json")
             rows = check(chosen, copy, arguments.output / f"{room}.json", covered, arguments.budget)
-            killed = sum(row["outcome"] != "survived" for row in rows)
+            killed = sum(row["outcome"] not in UNSEEN for row in rows)
             print(f"{room}: {killed} of {len(rows)} mutants killed ({killed / len(rows):.0%})", flush=True)
 
 

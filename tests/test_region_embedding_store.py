@@ -587,10 +587,10 @@ class TestDiskAndLocks:
             plain(path, data)
 
         monkeypatch.setattr(shards, "write_atomically", full)
-        with pytest.raises(OSError, match=r"No space left.* 7 of 10 images are safe"):
-            store.extend(pictures(3, seed=1), TinyEncoder())
+        with pytest.raises(OSError, match=r"No space left.* 7 of 16 images are safe"):
+            store.extend(pictures(9, seed=1), TinyEncoder())
         monkeypatch.undo()
-        assert len(store.extend(pictures(3, seed=1), TinyEncoder())) == 10
+        assert len(store.extend(pictures(9, seed=1), TinyEncoder())) == 16
 
     def test_two_builders_at_once(self, tmp_path):
         class Second(TinyEncoder):
