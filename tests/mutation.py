@@ -208,7 +208,7 @@ def preload() -> None:
 
 
 def run_tests(copy: Path, tests: list[str], limit: float, plugin=None, after=lambda: None) -> tuple[str, str]:
-    """``survived``, ``killed``, ``timeout`` or ``unclear``, and the first failing test, of one run in a process of its own."""
+    """``survived``, ``killed``, ``timeout`` or ``unclear``, and the first failing test, of a process of its own."""
     with tempfile.TemporaryFile("w+") as output:
         pid = os.fork()
         if pid == 0:
