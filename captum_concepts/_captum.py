@@ -79,7 +79,8 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
             value = value.item()
         if isinstance(value, str):
             if value not in names:
-                hint = did_you_mean(value, names) or (f" Known: {list(names)[:10]}." if names else "")
+                none = f" There are no names here: give {_ALLOWED}, from 0 to {size - 1}."
+                hint = did_you_mean(value, names) or (f" Known: {list(names)[:10]}." if names else none)
                 raise TargetError(f"target {value!r} is not the name of a {what}.{hint}")
             return list(names).index(value)
         if isinstance(value, bool) or not hasattr(value, "__index__"):

@@ -84,3 +84,23 @@ def test_names_are_found_by_pattern(capsys):
 def test_what_is_wrong_is_said(arguments, message, capsys):
     assert main(["models", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"")
+    folder, out = str(tmp_path), str(tmp_path / "out")
+    command = ["explain", folder, "--model", "demo:classifier", "--device", "abacus", "--output", out]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "device 'abacus' cannot be used here" in error
+    assert "give cpu, cuda or mps" in error
+    assert "Traceback" not in error
+
+
+def test_weights_of_another_network_are_named_in_short():
+    from captum_concepts import demo
+    from captum_concepts.errors import InputError
+
+    with pytest.raises(InputError, match="does not hold weights of resnet18") as caught:
+        load_model("resnet18", weights=str(demo.WEIGHTS / "classifier.safetensors"))
+    assert len(str(caught.value)) < 1200

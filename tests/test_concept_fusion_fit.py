@@ -322,3 +322,11 @@ def test_the_real_image_text_model_works_unchanged(shared_data, monkeypatch):
     assert e.contributions.isfinite().all()
     with pytest.raises(InputError, match="qwertz"):
         cefam.with_concepts(["cat", "qwertz"], encoder)
+
+
+def test_an_encoder_that_is_none_and_layers_that_are_no_list():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.raises(InputError, match="Sequential has no encode_image and no encode_text"):
+        ConceptFusionMap.fit(net, ["0"], net, images(4), ["red"])
+    with pytest.raises(InputError, match=r"give \['0'\]"):
+        ConceptFusionMap.fit(net, "0", Colour(), images(4), ["red"])

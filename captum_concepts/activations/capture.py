@@ -60,7 +60,10 @@ def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
     parts = inputs if isinstance(inputs, tuple) else (inputs,)
     if not parts or not all(isinstance(part, Tensor) for part in parts):
         kinds = [type(part).__name__ for part in parts]
-        raise InputError(f"inputs must be a torch.Tensor or a tuple of tensors, got {kinds}")
+        raise InputError(
+            f"inputs must be a torch.Tensor or a tuple of tensors, got {kinds}; make one batch (N, 3, H, W), "
+            "for example torch.stack(images) of tensors"
+        )
     first = parts[0]
     if first.ndim == 0 or first.shape[0] == 0:
         raise InputError(f"inputs of shape {tuple(first.shape)} hold no example; give a batch (N, 3, H, W)")

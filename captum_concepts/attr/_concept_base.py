@@ -244,7 +244,10 @@ def class_indices(target: Any, output: Any, start: int, stop: int, batch: int) -
 def check_layers(forward_func: Callable[..., Any], layers: Sequence[Layer]) -> None:
     """Refuse no layers, a bare string, and the same layer twice."""
     if isinstance(layers, (str, nn.Module)) or not len(layers):
-        raise InputError(f"layers must be a non-empty list of modules or names, got {layers!r}")
+        raise InputError(
+            f"layers must be a non-empty list of modules or names, got {layers!r}"
+            + (f"; give [{layers!r}]" if isinstance(layers, str) and layers else "")
+        )
     found = [resolve_layer(forward_func, layer) for layer in layers]
     if len(set(found)) != len(found):
         raise InputError("each layer may be given once; layers names one of them twice")

@@ -55,7 +55,10 @@ def load(
     with open_artifact(path, _FORMAT, "a saved ConceptFusionMap") as (info, tensors):
         model = _model(forward_func)
         if model is not None:
-            check_fingerprint({"model": model}, {"model": info["model"] or model}, str(path))
+            try:
+                check_fingerprint({"model": model}, {"model": info["model"] or model}, str(path))
+            except ArtifactError as error:
+                raise ArtifactError(f"{error}; load the model and weights it was fitted to, or fit again") from error
         chosen: list[Layer] = list(info["layers"] if layers is None else layers)
         try:
             own = [layer_name(forward_func, layer) for layer in chosen]

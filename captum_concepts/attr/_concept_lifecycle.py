@@ -13,6 +13,7 @@ from captum_concepts.activations.capture import Layer
 from captum_concepts.attr import _concept_file as concept_file
 from captum_concepts.attr._concept_base import ConceptMaps, check_concepts, check_layers
 from captum_concepts.attr._concept_fit import encode_words, train_translator
+from captum_concepts.errors import InputError
 
 
 class ConceptLifecycle(ConceptMaps):
@@ -77,6 +78,13 @@ class ConceptLifecycle(ConceptMaps):
         Warns:
             ConvergenceWarning: the loss became NaN; the best weights so far are kept.
         """
+        needed = ["encode_image"] if concepts is None else ["encode_image", "encode_text"]
+        absent = [name for name in needed if not callable(getattr(encoder, name, None))]
+        if absent:
+            raise InputError(
+                f"encoder must be an image-text model with {' and '.join(needed)} (vlm.ImageTextEncoder, for example "
+                f"vlm.OpenCLIPEncoder); {type(encoder).__name__} has no {' and no '.join(absent)}"
+            )
         for name in ("logit_scale", "logit_bias"):
             if name not in options and hasattr(encoder, name):
                 options[name] = float(getattr(encoder, name))

@@ -60,7 +60,8 @@ class FeatureActivationMap(LayerAttribution):
         similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (:math:`-|f - r|^2`) or a differentiable callable that
             turns two ``(N, D)`` tensors into ``(N,)``. For euclidean and f = z, :math:`c_k = -(f_k - r_k)^2`.
         normalize: of the contributions of each example, ``"minmax"`` to [0, 1] (the paper's), ``"l1"``
-            (divided by the sum of absolute values, sign kept) or ``"none"``.
+            (divided by the sum of absolute values, sign kept) or ``"none"``. With ``"minmax"`` maps of several
+            references do not compare: draw each on its own scale.
         weights: ``"contribution"`` (the paper's: w is the normalised c), or ``"gradient"``: w is
             :math:`\partial s / \partial z_k` alone, never normalised. For mean pooling, a linear T without
             bias, and cosine or dot, the mean of the map over its positions then equals the similarity.

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from captum_concepts.activations import spatial_activations
 from captum_concepts.commands.explainers import Explainer, build_explainer
 from captum_concepts.commands.image_files import Failed, note_failure
-from captum_concepts.commands.models import LoadedModel, load_model
+from captum_concepts.commands.models import LoadedModel, load_model, to_device
 from captum_concepts.datasets import (
     Broden,
     CaptionedScenes,
@@ -85,7 +85,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
         raise InputError("--batch-size and --limit must be at least 1")
     loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
-    loaded.model.to(settings.device)
+    to_device(loaded.model, settings.device)
     data, known = open_data(settings, loaded.size)
     if settings.words is None and settings.encoder is not None:
         settings = replace(settings, words=known)  # the data set's own names

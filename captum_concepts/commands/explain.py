@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.commands.explainers import Explainer, build_explainer
 from captum_concepts.commands.image_files import readable_images
-from captum_concepts.commands.models import load_model
+from captum_concepts.commands.models import load_model, to_device
 from captum_concepts.commands.report import facts, open_report
 from captum_concepts.datasets.images import find_images
 from captum_concepts.errors import InputError
@@ -78,7 +78,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
-    loaded.model.to(settings.device)
+    to_device(loaded.model, settings.device)
     failed: list[dict[str, str]] = []
     explainer = build_explainer(settings, loaded, failed)
     summary: dict[str, Any] = {"model": settings.model, "method": explainer.method, "layer": explainer.layer}

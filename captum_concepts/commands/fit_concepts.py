@@ -13,7 +13,7 @@ from captum_concepts.activations.survey import suggest_layer
 from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.commands.explainers import fit_words
 from captum_concepts.commands.image_files import Failed, ImageFiles
-from captum_concepts.commands.models import LoadedModel, load_model
+from captum_concepts.commands.models import LoadedModel, load_model, to_device
 from captum_concepts.datasets.images import class_folders, find_images
 from captum_concepts.errors import InputError
 
@@ -61,7 +61,7 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
     if settings.batch_size < 1:
         raise InputError("--batch-size must be at least 1")
     loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
-    loaded.model.to(settings.device)
+    to_device(loaded.model, settings.device)
     failed: Failed = []
     started = time.monotonic()
     made = _vectors(settings, loaded, failed) if settings.concepts is not None else _words(settings, loaded, failed)

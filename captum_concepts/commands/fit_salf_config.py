@@ -14,7 +14,7 @@ import torch
 from captum_concepts._artifacts import parse_json
 from captum_concepts.activations.survey import suggest_layer
 from captum_concepts.commands.labelled_folder import open_images
-from captum_concepts.commands.models import load_encoder, load_model, read_names
+from captum_concepts.commands.models import load_encoder, load_model, read_names, to_device
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.models.salf_cbm_fit import fit_salf_cbm
@@ -141,7 +141,7 @@ def fit_arguments(
     loaded = load_model(
         config["model"], weights=config.get("weights"), size=config.get("size"), num_classes=config.get("num_classes")
     )
-    loaded.model.to(device)
+    to_device(loaded.model, device)
     encoder = load_encoder(config["encoder"], config.get("encoder_weights"))
     if callable(getattr(encoder, "to", None)):
         encoder = encoder.to(device)

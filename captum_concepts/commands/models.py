@@ -72,6 +72,21 @@ def load_model(
     return LoadedModel(model, size or loaded.size, loaded.mean, loaded.std, loaded.classes)
 
 
+def to_device(module: nn.Module, device: str) -> None:
+    """Move ``module``.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    try:
+        module.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"device {device!r} cannot be used here ({reason.rstrip('.')}); give cpu, cuda or mps"
+        ) from error
+
+
 def _bundled(name: str) -> LoadedModel:
     from captum_concepts import demo
     from captum_concepts.datasets import CaptionedScenes
@@ -149,7 +164,7 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> None:
         state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
         model.load_state_dict(state)
     except Exception as error:  # every reader has its own family of exceptions; all mean the same here
-        first = str(error).strip().splitlines()[:4]
+        first = (line if len(line) < 300 else f"{line[:300]} ..." for line in str(error).strip().splitlines()[:4])
         raise InputError(f"{path} does not hold weights of {name}: {' '.join(first)}") from error
 
 
