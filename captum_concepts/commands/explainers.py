@@ -135,7 +135,10 @@ def _prototypes(settings: Settings, loaded: LoadedModel, probe: Tensor, failed: 
         rows.append(FeatureActivationMap.prototypes(model, inputs, [0] * len(inputs), batch_size=settings.batch_size))
         names.append(name)
     layer = settings.layer or suggest_layer(model, probe)
-    fam = FeatureActivationMap(model, layer, torch.cat(rows), reference_names=names, similarity=settings.similarity)
+    fam = FeatureActivationMap(
+        model, layer, torch.cat(rows), reference_names=names, similarity=settings.similarity,
+        normalize="l1",  # not "minmax": the maps of an image share one colour scale
+    )  # fmt: skip
     return Explainer(fam.explain, fam.get_name(), layer, names, names, one_by_one(fam), model, layer)
 
 
