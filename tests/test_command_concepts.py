@@ -229,6 +229,14 @@ class TestEvaluate:
         assert methods[1:] == ["activation energy", "centre Gaussian", "random"]
         assert rows["centre Gaussian", "specificity"]["value"] in (None, pytest.approx(0, abs=1e-6))
         assert all(row["examples"] == found["images"] <= 11 for row in rows.values())
+        assert found["images"] + found["images_without"] + len(found["failed"]) == 12
+
+    def test_images_that_show_none_of_the_concepts_are_counted(self, words, capsys):
+        found = self.run(capsys, "demo:scenes:12", "--explainer", str(words), "--metrics", "nra", "--no-baselines")
+        scenes = CaptionedScenes(12, seed=1_000_003, size=64).stack()
+        columns = [name in found["matched"] for name in CaptionedScenes(1, seed=0, size=64).concepts]
+        shown = int(scenes.presence[:, columns].any(1).sum())
+        assert (found["images"], found["images_without"]) == (shown, 12 - shown)
 
     def test_the_numbers_are_those_of_the_library(self, words, capsys):
         from captum_concepts import ConceptFusionMap

@@ -192,7 +192,8 @@ def _evaluate(options: dict[str, Any], as_json: bool) -> int:
         print(json.dumps({**summary, **json.loads(table.to_json())}, indent=2))
     else:
         counts = f"{summary['images']} images, {summary['regions']} regions of {len(summary['matched'])} concepts"
-        print(f"{table}\n{counts}; layer {summary['layer']}")
+        none = f" ({summary['images_without']} more show none of them)" if summary["images_without"] else ""
+        print(f"{table}\n{counts}{none}; layer {summary['layer']}")
     return _named(summary["failed"], "not measured")
 
 

@@ -100,7 +100,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
         )
     print(f"{len(matched)} of the {len(known)} concepts of the data set can be explained", file=sys.stderr)
     total = len(data) if settings.limit is None else min(settings.limit, len(data))
-    counts = {"images": 0, "regions": 0}
+    counts = {"images": 0, "images_without": 0, "regions": 0}
     examples = _examples(data, total, columns, failed, counts)
     bar = tqdm(examples, total=total, desc="evaluate", unit="image", file=sys.stderr, disable=None)
     try:
@@ -176,6 +176,7 @@ def _examples(
             rows, masks, ignore = torch.as_tensor(item.target).tolist(), item.masks, item.ignore
         kept = [k for k, row in enumerate(rows) if row in columns]
         if not kept:
+            counts["images_without"] += 1
             continue
         counts["images"] += 1
         counts["regions"] += len(kept)
