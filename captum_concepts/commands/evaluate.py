@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from captum_concepts.activations import spatial_activations
 from captum_concepts.commands.explainers import Explainer, build_explainer
 from captum_concepts.commands.image_files import Failed, note_failure
-from captum_concepts.commands.models import LoadedModel, load_model, to_device
+from captum_concepts.commands.models import LoadedModel
+from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.datasets import (
     Broden,
     CaptionedScenes,
@@ -37,12 +38,11 @@ SCORE_METRICS = ("average_drop", "increase_in_confidence", "insertion", "deletio
 MASK_METRICS = tuple(name for name in METRICS if name not in SCORE_METRICS)
 
 
-@dataclass(frozen=True)
-class EvaluateSettings:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(ExplainerSettings):
     """What ``evaluate`` was asked to do; every field is an option of the command line."""
 
     data: str
-    model: str
     format: str = "folder"
     split: str | None = None
     metrics: str = "nra,nra_exact,specificity,epg"
@@ -52,21 +52,6 @@ class EvaluateSettings:
     n_bootstrap: int = 1000
     seed: int = 0
     output: str | None = None
-    layer: str | None = None
-    references: str | None = None
-    weights: str | None = None
-    classes: str | None = None
-    similarity: str = "cosine"
-    size: int | None = None
-    num_classes: int | None = None
-    batch_size: int = 8
-    device: str = "cpu"
-    words: Any = None
-    encoder: str | None = None
-    encoder_weights: str | None = None
-    train: str | None = None
-    layers: str | None = None
-    explainer: str | None = None
 
 
 def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[str, Any]]:
@@ -84,8 +69,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     write = _writer(settings.output)
     if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
         raise InputError("--batch-size and --limit must be at least 1")
-    loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
-    to_device(loaded.model, settings.device)
+    loaded = settings.load()
     data, known = open_data(settings, loaded.size)
     if settings.words is None and settings.encoder is not None:
         settings = replace(settings, words=known)  # the data set's own names

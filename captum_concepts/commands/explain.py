@@ -17,15 +17,15 @@ from tqdm.auto import tqdm
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.commands.explainers import Explainer, build_explainer
 from captum_concepts.commands.image_files import readable_images
-from captum_concepts.commands.models import load_model, to_device
 from captum_concepts.commands.report import facts, open_report
+from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.datasets.images import find_images
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
 
 
-@dataclass(frozen=True)
-class ExplainSettings:
+@dataclass(frozen=True, kw_only=True)
+class ExplainSettings(ExplainerSettings):
     """What ``explain`` or ``report`` was asked to do; every field is an option of the command line.
 
     Args:
@@ -35,24 +35,8 @@ class ExplainSettings:
     """
 
     images: Sequence[str]
-    model: str
     output: str | None = None
-    layer: str | None = None
-    references: str | None = None
-    weights: str | None = None
-    classes: str | None = None
-    similarity: str = "cosine"
     top_k: int = 3
-    size: int | None = None
-    num_classes: int | None = None
-    batch_size: int = 8
-    device: str = "cpu"
-    words: str | None = None
-    encoder: str | None = None
-    encoder_weights: str | None = None
-    train: str | None = None
-    layers: str | None = None
-    explainer: str | None = None
     report: str | None = None
     save: bool = False
     title: str | None = None
@@ -77,8 +61,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     out = None if settings.output is None else Path(settings.output)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
-    to_device(loaded.model, settings.device)
+    loaded = settings.load()
     failed: list[dict[str, str]] = []
     explainer = build_explainer(settings, loaded, failed)
     summary: dict[str, Any] = {"model": settings.model, "method": explainer.method, "layer": explainer.layer}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +16,10 @@ from captum_concepts.attr.feature_activation_map import FeatureActivationMap
 from captum_concepts.commands.image_files import Failed, ImageFiles, readable_images
 from captum_concepts.commands.models import LoadedModel, load_encoder, read_names, without_head
 from captum_concepts.commands.saved_explainers import format_of, load_acv, load_salf
+from captum_concepts.commands.settings import ExplainerSettings, ModelSettings
 from captum_concepts.datasets.images import class_folders, find_images
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
-
-
-class Settings(Protocol):
-    """What is read of the command's settings."""
-
-    model: str
-    layer: str | None
-    layers: str | None
-    references: str | None
-    classes: str | None
-    similarity: str
-    batch_size: int
-    words: Any
-    encoder: str | None
-    encoder_weights: str | None
-    train: str | None
-    explainer: str | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +66,7 @@ def all_at_once(maps: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], 
     return picked
 
 
-def build_explainer(settings: Any, loaded: LoadedModel, failed: Failed) -> Explainer:
+def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Failed) -> Explainer:
     """What was saved, or CE-FAM where words are given, or else FAM."""
     probe = _probe(loaded)
     saved = None if settings.explainer is None else Path(settings.explainer)
@@ -102,7 +86,7 @@ def _probe(loaded: LoadedModel) -> Tensor:
     return torch.full((1, 3, loaded.size, loaded.size), 0.5, device=parameter.device)
 
 
-def _class_names(settings: Settings, loaded: LoadedModel, outputs: int) -> list[str]:
+def _class_names(settings: ExplainerSettings, loaded: LoadedModel, outputs: int) -> list[str]:
     names = read_names(settings.classes) if settings.classes else loaded.classes
     names = names or [f"output {k}" for k in range(outputs)]
     if len(names) != outputs:
@@ -110,7 +94,7 @@ def _class_names(settings: Settings, loaded: LoadedModel, outputs: int) -> list[
     return [name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names)]
 
 
-def _outputs(settings: Settings, loaded: LoadedModel, probe: Tensor) -> Explainer:
+def _outputs(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
     """The model's own outputs: FAM with unit vectors as references, which is Grad-CAM without its ReLU."""
     with torch.no_grad():
         outputs = loaded.model(probe)
@@ -123,7 +107,7 @@ def _outputs(settings: Settings, loaded: LoadedModel, probe: Tensor) -> Explaine
     return Explainer(fam.explain, fam.get_name(), layer, names, names, one_by_one(fam), loaded.model, layer)
 
 
-def _prototypes(settings: Settings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
+def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
     """Similarity of the model's embedding to the mean embedding of each class folder."""
     model = without_head(loaded.model, probe)
     names, rows = [], []
@@ -142,7 +126,7 @@ def _prototypes(settings: Settings, loaded: LoadedModel, probe: Tensor, failed: 
     return Explainer(fam.explain, fam.get_name(), layer, names, names, one_by_one(fam), model, layer)
 
 
-def _vectors(file: Path, settings: Settings, loaded: LoadedModel, probe: Tensor) -> Explainer:
+def _vectors(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
     """Concept vectors of ``fit-concepts --concepts``."""
     if settings.words is not None:
         raise InputError(f"{file} holds concept vectors, whose concepts are fixed; leave --words out")
@@ -165,7 +149,7 @@ def _bottleneck(folder: Path, loaded: LoadedModel) -> Explainer:
     )  # fmt: skip
 
 
-def _words(settings: Settings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
+def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
     """Words the model saw: a translator to an image-text model, read from a file or trained on a folder of images."""
     file = None if settings.explainer is None else Path(settings.explainer)
     if file is not None and file.is_file():
@@ -192,7 +176,7 @@ def _words(settings: Settings, loaded: LoadedModel, probe: Tensor, failed: Faile
     )
 
 
-def fit_words(settings: Settings, loaded: LoadedModel, failed: Failed) -> ConceptFusionMap:
+def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> ConceptFusionMap:
     """CE-FAM trained on the images below ``settings.train``, with the words of ``settings.words``, if any."""
     encoder = encoder_of(settings)
     words = None if settings.words is None else word_list(settings.words)
@@ -213,7 +197,7 @@ def fit_words(settings: Settings, loaded: LoadedModel, failed: Failed) -> Concep
     return made
 
 
-def encoder_of(settings: Settings) -> Any:
+def encoder_of(settings: ModelSettings) -> Any:
     """The image-text model of ``--encoder``."""
     if settings.encoder is None:
         raise InputError("--words needs --encoder: demo:clip, an open_clip name, or FILE.py:FUNCTION")

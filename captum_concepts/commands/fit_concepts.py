@@ -13,32 +13,21 @@ from captum_concepts.activations.survey import suggest_layer
 from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.commands.explainers import fit_words
 from captum_concepts.commands.image_files import Failed, ImageFiles
-from captum_concepts.commands.models import LoadedModel, load_model, to_device
+from captum_concepts.commands.models import LoadedModel
+from captum_concepts.commands.settings import ModelSettings
 from captum_concepts.datasets.images import class_folders, find_images
 from captum_concepts.errors import InputError
 
 
-@dataclass(frozen=True)
-class FitConceptsSettings:
+@dataclass(frozen=True, kw_only=True)
+class FitConceptsSettings(ModelSettings):
     """What ``fit-concepts`` was asked to do; every field is an option of the command line."""
 
-    model: str
     output: str
-    weights: str | None = None
-    size: int | None = None
-    num_classes: int | None = None
-    batch_size: int = 8
-    device: str = "cpu"
     concepts: str | None = None
     negatives: str | None = None
-    layer: str | None = None
     n_random: int = 20
     seed: int = 0
-    words: str | None = None
-    encoder: str | None = None
-    encoder_weights: str | None = None
-    train: str | None = None
-    layers: str | None = None
 
 
 def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
@@ -60,8 +49,7 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
         raise InputError(f"output {out} is a folder; give the name of a file, such as {out / 'concepts.safetensors'}")
     if settings.batch_size < 1:
         raise InputError("--batch-size must be at least 1")
-    loaded = load_model(settings.model, weights=settings.weights, size=settings.size, num_classes=settings.num_classes)
-    to_device(loaded.model, settings.device)
+    loaded = settings.load()
     failed: Failed = []
     started = time.monotonic()
     made = _vectors(settings, loaded, failed) if settings.concepts is not None else _words(settings, loaded, failed)
@@ -113,7 +101,7 @@ def _vectors(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed)
 def _words(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed) -> dict[str, Any]:
     if settings.negatives is not None or settings.layer is not None:
         raise InputError("--negatives and --layer go with --concepts; for --train DIR give --layers A,B,C")
-    made = fit_words(settings, loaded, failed)  # type: ignore[arg-type]
+    made = fit_words(settings, loaded, failed)
     history = made.history_ or {}
     last = {name: round(values[-1], 6) for name, values in history.items() if values}
     words = list(made.concepts or [])

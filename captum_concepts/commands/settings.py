@@ -1,0 +1,46 @@
+"""Options that several commands share, as :mod:`captum_concepts.commands.command_line` names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from captum_concepts.commands.models import LoadedModel, load_model, to_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model, with which weights, on which device; and what CE-FAM is trained from."""
+
+    model: str
+    weights: str | None = None
+    size: int | None = None
+    num_classes: int | None = None
+    batch_size: int = 8
+    device: str = "cpu"
+    layer: str | None = None
+    words: Any = None
+    encoder: str | None = None
+    encoder_weights: str | None = None
+    train: str | None = None
+    layers: str | None = None
+
+    def load(self) -> LoadedModel:
+        """The model, on its device.
+
+        Raises:
+            InputError: no such model, weights that do not fit it, or no such device.
+        """
+        loaded = load_model(self.model, weights=self.weights, size=self.size, num_classes=self.num_classes)
+        to_device(loaded.model, self.device)
+        return loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainerSettings(ModelSettings):
+    """Which model is explained, and how."""
+
+    references: str | None = None
+    similarity: str = "cosine"
+    classes: str | None = None
+    explainer: str | None = None
