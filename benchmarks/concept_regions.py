@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _record import RESULTS, environment, table, write
+from photographs import Files
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from captum_concepts import demo
 from captum_concepts.activations import gradients_enabled, spatial_activations
@@ -70,17 +70,6 @@ class Task:
     pairs: TrainingPairs
     images: list[tuple[Tensor, dict[str, Tensor]]]
     facts: dict[str, Any]
-
-
-class Files(Dataset[Tensor]):
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return load_image(self.files[index], SIZE, crop=False)
 
 
 def training_files(data: Path, count: int, seed: int) -> list[Path]:
@@ -125,7 +114,7 @@ def coco(args: argparse.Namespace) -> Task:
     words, images = regions(args.data, encoder, args.half)
     files = training_files(args.data, args.train, 0)
     kept = args.cache / f"pairs{len(files)}" if args.cache else None
-    pairs = collect_pairs(encoder.classifier, LAYERS, encoder, Files(files), cache_dir=kept)
+    pairs = collect_pairs(encoder.classifier, LAYERS, encoder, Files(files, SIZE, crop=False), cache_dir=kept)
     facts: dict[str, Any] = {"half": args.half, "train_images": len(files)}
     text = encoder.encode_text(words)
     name = f"coco_half{args.half}"

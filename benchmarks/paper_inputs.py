@@ -1,46 +1,14 @@
-"""Models and images of the papers' tables: local weights, files without labels, class folders, words of concepts."""
+"""Models of the papers' tables from local weights, and the words of concepts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from captum_concepts import demo
-from captum_concepts.datasets.images import class_folders, load_image
-
-
-class Files(Dataset[Tensor]):
-    """Images without labels."""
-
-    def __init__(self, files: list[Path], size: int) -> None:
-        self.files, self.size = files, size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return load_image(self.files[index], self.size)
-
-
-class Folders(Dataset[tuple[Tensor, int]]):
-    """Class folders; labels follow the order of their names."""
-
-    def __init__(self, root: Path, size: int) -> None:
-        found = class_folders(root)
-        self.classes, self.size = list(found), size
-        self.items = [(path, label) for label, name in enumerate(found) for path in found[name]]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.items[index]
-        return load_image(path, self.size), label
 
 
 class Normalised(nn.Module):

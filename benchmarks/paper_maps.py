@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from cells import OTHER, SHUFFLED
 from map_tables import Explainer, interval
-from paper_inputs import Files, classifier, image_text, words_of
+from paper_inputs import classifier, image_text, words_of
+from photographs import Files
 from torch import Tensor, nn
 
 from captum_concepts import SALFCBM, ConceptFusionMap, metrics

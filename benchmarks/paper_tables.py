@@ -20,14 +20,16 @@ import torch
 import torch.nn.functional as F
 from _record import environment, write
 from map_tables import interval
-from paper_inputs import Folders, classifier, image_text
+from paper_inputs import classifier, image_text
 from paper_maps import concept_regions, segmentation
 from paper_published import PROTOCOLS, PUBLISHED, SETTINGS, Row
 from salf_cbm_peers import dense_head, fit_lf_cbm, scored
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from captum_concepts import fit_salf_cbm
 from captum_concepts.activations import spatial_activations
+from captum_concepts.commands.labelled_folder import LabelledFolder
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.solvers import fit_elastic_net
 from captum_concepts.vlm import RegionPrompt
@@ -37,7 +39,7 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
     """SALF-CBM, its peers and the backbone on class folders: the published concept list, grid and encoder."""
     if args.concepts is None or args.cache is None:
         raise SystemExit("--concepts FILE (a concept a line) and --cache FOLDER (for the regions) are needed")
-    train, val = (Folders(Path(args.root) / split, args.size) for split in ("train", "val"))
+    train, val = (LabelledFolder(Path(args.root) / split, args.size) for split in ("train", "val"))
     if train.classes != val.classes:
         raise SystemExit("ROOT/train and ROOT/val must hold the same class folders")
     lines = args.concepts.read_text(encoding="utf-8").splitlines()
@@ -48,7 +50,7 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
     lam = own["lam"] if args.lam is None else args.lam
     presence = own["presence_cutoff"] if args.presence_cutoff == "published" else args.presence_cutoff
 
-    labels = torch.tensor([label for _, label in val.items])
+    labels = torch.tensor(val.targets)
     rows = _peer_rows(args, model, encoder, train, val, concepts, lam)
     for head in ("sparse", "dense"):
         salf = fit_salf_cbm(
@@ -70,7 +72,7 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
         rows.append(_accuracy_row(f"SALF-CBM, {head}", head, hits, args.name, concepts=len(salf.concepts)))
         if args.save is not None:
             salf.save_pretrained(args.save / head)
-    common = labels == torch.tensor([label for _, label in train.items]).mode().values
+    common = labels == torch.tensor(train.targets).mode().values
     return [*rows, _accuracy_row("the most frequent class, always", "none", common, args.name)]
 
 
@@ -78,13 +80,13 @@ def _peer_rows(
     args: argparse.Namespace,
     model: nn.Module,
     encoder: Any,
-    train: Folders,
-    val: Folders,
+    train: LabelledFolder,
+    val: LabelledFolder,
     concepts: Vocabulary,
     lam: float,
 ) -> list[Row]:
     """The backbone with its own head, sparse and dense heads on its features, and LF-CBM."""
-    y, labels = (torch.tensor([label for _, label in data.items]) for data in (train, val))
+    y, labels = (torch.tensor(data.targets) for data in (train, val))
     classes = len(train.classes)
     logits = _outputs(model, val, args.device)
     rows = []
@@ -102,7 +104,10 @@ def _peer_rows(
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: args.peer_images]
     held, rest = order[: max(3, len(order) // 10)], order[max(3, len(order) // 10) :]
     text = concepts.encode(encoder)
-    p = F.normalize(_outputs(_Encoded(encoder), _Subset(train, order), args.device), dim=1) @ text.cpu().float().T
+    p = (
+        F.normalize(_outputs(_Encoded(encoder), Subset(train, order.tolist()), args.device), dim=1)
+        @ text.cpu().float().T
+    )
     n = len(held)
     cut = -2.0 if args.interpretability_cutoff is None else args.interpretability_cutoff
     lf = fit_lf_cbm(x[rest], p[n:], list(concepts), (x[held], p[:n]), cutoff=cut)
@@ -136,19 +141,6 @@ class _Encoded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder.encode_image(x).float()
-
-
-class _Subset(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Some rows of class folders, in a given order."""
-
-    def __init__(self, data: Folders, order: Tensor) -> None:
-        self.data, self.order = data, order.tolist()
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.data[self.order[index]]
 
 
 @torch.no_grad()

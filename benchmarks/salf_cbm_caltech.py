@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from photographs import Files
 from safetensors.torch import load_file, save_file
-from salf_cbm_data import CropEncoder, Files, caltech, features, folder, region_store
+from salf_cbm_data import CropEncoder, caltech, features, folder, region_store
 from salf_cbm_heads import heads
 from salf_cbm_peers import CUTOFF, fit_lf_cbm
 from torch import Tensor

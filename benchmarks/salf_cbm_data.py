@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from captum_concepts.activations import capture
 from captum_concepts.datasets import CaptionedScenes, Scene
-from captum_concepts.datasets.images import find_images, load_image
+from captum_concepts.datasets.images import find_images
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import RegionPrompt
 
@@ -26,19 +25,6 @@ def scenes(split: str, n: int, spurious: float = 0.0) -> tuple[CaptionedScenes, 
     """The data set and all its scenes as one batch."""
     data = CaptionedScenes(n, seed=SEEDS[split], size=SIZE, spurious=spurious)
     return data, data.stack()
-
-
-class Files(Dataset[Tensor]):
-    """Images of files, shorter side ``size``, the middle square."""
-
-    def __init__(self, files: list[Path], size: int) -> None:
-        self.files, self.size = files, size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return load_image(self.files[index], self.size)
 
 
 def caltech(data: Path, train: int, test: int, seed: int) -> tuple[list[str], dict[str, list[Path]], dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import photographs
 import salf_cbm_data
 import salf_cbm_maps
 import salf_cbm_peers
@@ -167,4 +168,4 @@ def test_no_photograph_is_on_both_sides_of_the_split(tmp_path):
         assert [names[int(c)] for c in labels[split]] == [f.parent.name for f in found]
     assert salf_cbm_data.caltech(tmp_path, 4, 2, seed=0)[1] == files
     assert salf_cbm_data.caltech(tmp_path, 4, 2, seed=1)[1] != files
-    assert salf_cbm_data.Files(files["train"], 4)[0].shape == (3, 4, 4)
+    assert photographs.Files(files["train"], 4)[0].shape == (3, 4, 4)
