@@ -152,11 +152,7 @@ def _shown(score: float | None) -> str:
 def _fit_salf(options: dict, as_json: bool) -> int:
     from captum_concepts.commands.fit_salf import FitSettings, fit_salf
 
-    try:
-        report = fit_salf(FitSettings(**options))
-    except OSError as error:  # a full or read-only disk: what is there is whole
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = fit_salf(FitSettings(**options))
     if report["first"]:  # of several processes one speaks
         text = report.pop("text")
         print(json.dumps(report, indent=2) if as_json else text)

@@ -155,11 +155,7 @@ def run_command(name: str, options: dict[str, Any], as_json: bool) -> int:
     runs: dict[str, Callable[[dict[str, Any], bool], int]] = {
         "models": _models, "fit-concepts": _fit_concepts, "evaluate": _evaluate, "report": _report,
     }  # fmt: skip
-    try:
-        return runs[name](options, as_json)
-    except OSError as error:  # a missing folder, a full or read-only disk: what is there is whole
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return runs[name](options, as_json)
 
 
 def _models(options: dict[str, Any], as_json: bool) -> int:
