@@ -108,8 +108,8 @@ class SALFExplanations(SALFCore):
 
         The published score is the plain sum :math:`\sum I \odot c(x)_m` (``standardize=False, reduction="sum"``). The
         loss of a bottleneck leaves scale and zero of each map free, so plain sums compare concepts only where training
-        brought them to one scale, as :func:`~captum_concepts.fit_salf_cbm` about does: there both rank alike (600
-        synthetic scenes: of an object's three words, 80 % are among the first three either way).
+        brought them to one scale, as :func:`~captum_concepts.fit_salf_cbm` about does: there both rank
+        nearly alike.
 
         Args:
             x: images ``(N, C, H, W)``.
