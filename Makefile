@@ -15,16 +15,16 @@ test: $(BIN)/.installed
 
 # Ten thousand damaged and forged files against every loader (about ten minutes); `make test` tries a few hundred.
 fuzz: $(BIN)/.installed
-	FUZZ=10000 $(TEST_ENV) $(BIN)/python -m pytest -n auto tests/test_hostile_files.py
+	FUZZ=10000 $(TEST_ENV) $(BIN)/python -m pytest -n auto tests/contract/test_hostile_files.py
 
 # A thousand calls of every method, 300 of them with an exception in the middle; prints what is held afterwards.
 leaks: $(BIN)/.installed
-	CALLS=1000 $(TEST_ENV) $(BIN)/python -m pytest -s tests/test_model_conditions.py -k piles
+	CALLS=1000 $(TEST_ENV) $(BIN)/python -m pytest -s tests/contract/test_model_conditions.py -k piles
 
 # 40 places of each of attr, solvers, metrics and store are changed, one after the other: a test must fail (an hour).
 mutation: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet cosmic-ray
-	$(TEST_ENV) $(BIN)/python tests/mutation.py --sample 40
+	$(TEST_ENV) $(BIN)/python tools/mutation.py --sample 40
 
 # Known vulnerabilities of the installed dependencies; needs the network.
 audit: $(BIN)/.installed

@@ -1,4 +1,4 @@
-"""The mutation check (tests/mutation.py): every module has tests that exist; what cannot be seen is not changed."""
+"""The mutation check (tools/mutation.py): every module has tests that exist; what cannot be seen is not changed."""
 
 from __future__ import annotations
 

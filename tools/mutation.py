@@ -1,6 +1,6 @@
 """Mutation check: does a test fail where the code says something else?
 
-``python tests/mutation.py attr solvers metrics store --sample 50 --seed 0`` (`make mutation`; needs cosmic-ray) draws
+``python tools/mutation.py attr solvers metrics store --sample 50 --seed 0`` (`make mutation`; needs cosmic-ray) draws
 that many places of each room with cosmic-ray's operators, changes one after the other in a copy of the checkout, and
 runs the tests that reach the changed line. Results go to ``build/mutation/ROOM.json``, with the difference of every
 mutant that no test noticed. A second run tries only those again: write the test, delete ``ROOM_coverage.json``, run
@@ -70,7 +70,8 @@ MEMORY = 12 << 30  # a mutant that asks for more is ended by the system, not the
 def tests_of(module: str) -> list[str]:
     """Files of the tests of ``room/module``, and the doctests of the module itself."""
     names = next(names for pattern, names in TESTS.items() if fnmatch.fnmatch(module, pattern))
-    return [f"{PACKAGE}/{module}.py", *(f"tests/test_{name}.py" for name in names)]
+    found = [str(path.relative_to(ROOT)) for name in names for path in sorted(ROOT.glob(f"tests/**/test_{name}.py"))]
+    return [f"{PACKAGE}/{module}.py", *found]
 
 
 def modules_of(room: str) -> list[str]:

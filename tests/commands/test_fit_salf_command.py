@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import salf_tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -40,7 +41,7 @@ def encoder():
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> dict:
     """A configuration of the small problem, with images as files."""
-    (tmp_path / "own.py").write_text(CODE.format(tests=str(Path(__file__).parent)))
+    (tmp_path / "own.py").write_text(CODE.format(tests=str(Path(salf_tiny.__file__).parent)))
     for name, seed in (("train", 0), ("val", 1)):
         x, y = images_and_labels(60, seed)
         for i, (image, label) in enumerate(zip(x, y, strict=True)):
@@ -200,7 +201,7 @@ def test_read_only_store(config, capsys, monkeypatch):
 
 def start(config: dict, *prefix: str) -> subprocess.Popen:
     Path("config.json").write_text(json.dumps(config))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *prefix, "-m", "captum_concepts", "fit-salf", "--config", "config.json"]
     return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 

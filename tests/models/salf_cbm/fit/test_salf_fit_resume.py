@@ -105,7 +105,7 @@ def test_kill_9_at_random_moments(tmp_path, monkeypatch):
 def test_kill_9_of_another_program(tmp_path):
     """The same from the outside, between steps: whichever files are there when it is killed."""
     script = str(Path(salf_tiny.__file__))
-    environment = {**os.environ, "PYTHONPATH": str(Path(script).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[4])}
     command = [sys.executable, script, str(tmp_path / "killed")]
     program = subprocess.Popen(command, env=environment)
     while program.poll() is None and not list((tmp_path / "killed").glob("presence-*")):

@@ -383,7 +383,7 @@ class TestInterruption:
         expected, path, rng = contents(tmp_path / "whole"), tmp_path / "killed-0", random.Random(0)
         server = (  # imports once, then forks a builder a line
             "import os, sys, time, torch\n"
-            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]!r}\n"
             "torch.set_num_threads(1)\n"
             "from test_region_embedding_store import TinyEncoder, build, pictures\n"
             "class Slow(TinyEncoder):\n"
@@ -756,7 +756,7 @@ class TestSeveralProcesses:
         build(tmp_path / "one")
         code = (
             "import sys, torch, torch.distributed as dist\n"
-            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]!r}\n"
             "torch.set_num_threads(1)\n"
             "from test_region_embedding_store import TinyEncoder, build, pictures\n"
             "rank, folder = int(sys.argv[1]), sys.argv[2]\n"

@@ -1,6 +1,6 @@
 """Networks of the model zoos, as they are, with random weights: what each method says to each.
 
-``python tests/architectures.py`` writes ``docs/architectures.md``; ``test_architectures.py`` runs the same again.
+``python tests/activations/architectures.py`` writes ``docs/architectures.md``; ``test_architectures.py`` runs the same again.
 A network is one line.
 """
 
@@ -18,7 +18,7 @@ from captum_concepts import SALFCBM, ConceptFusionMap, ConceptTranslator, Featur
 from captum_concepts.activations.survey import suggest_layer, suggest_stages, survey_layers
 from captum_concepts.errors import CaptumConceptsError
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 
 #: ``library name`` -> side of the images and options of its constructor.
 NETWORKS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -172,7 +172,7 @@ def page() -> str:
         "# Architectures\n\nEvery method on networks of the model zoos as they are, with random weights and no hint: "
         "the layer is the one that `suggest_layer` finds (`suggest_stages` for CE-FAM). Images are "
         "small here (56 to 96 px, 224 where the network takes nothing else), so grids are small.\n\n"
-        "This page is written by `python tests/architectures.py`; `tests/test_architectures.py` runs it again and "
+        "This page is written by `python tests/activations/architectures.py`; `tests/activations/test_architectures.py` runs it again and "
         "compares.\n\n"
     )
     return text + "\n".join([line(head), "|" + "---|" * len(head), *rows]) + "\n"

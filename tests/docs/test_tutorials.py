@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TUTORIALS = ROOT / "tutorials"
 SOURCES = sorted(TUTORIALS.glob("[0-9]*.py"))
 #: Fewer images and epochs for the tests; `make tutorials` runs them as they are.

@@ -13,10 +13,10 @@ import pytest
 
 from captum_concepts.__main__ import parser
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "api" not in page.parts)
-RUN_ELSEWHERE = {"README.md": "tests/test_readme.py runs its code"}
+RUN_ELSEWHERE = {"README.md": "tests/docs/test_readme.py runs its code"}
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```python\n(?P<code>.*?)```", flags=re.DOTALL)
 
 
