@@ -73,7 +73,12 @@ def save_artifact(path: str | os.PathLike[str], kind: str, info: Mapping[str, An
 
 @contextmanager
 def open_artifact(
-    path: str | os.PathLike[str], kind: str, what: str, *, device: str = "cpu", allowed: Collection[str] | None = None
+    path: str | os.PathLike[str],
+    kind: str | tuple[str, ...],
+    what: str,
+    *,
+    device: str = "cpu",
+    allowed: Collection[str] | None = None,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Read what :func:`save_artifact` wrote: ``(info, tensors)``.
 
@@ -82,7 +87,7 @@ def open_artifact(
 
     Args:
         path: the file.
-        kind: its format.
+        kind: its format, or the formats that the caller can read, the current one first.
         what: how messages call the saved object, with its article: ``"a saved SpatialACV"``.
         device: where the tensors go.
         allowed: names of tensors that it may hold; None for any.
@@ -93,14 +98,15 @@ def open_artifact(
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path, kinds = Path(path), (kind,) if isinstance(kind, str) else kind
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}, which should be {what}")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != kind:
-                raise ArtifactError(f"{path} is not {what} (format {metadata.get('format', 'none')!r}, not {kind!r})")
+            if metadata.get("format") not in kinds:
+                given = metadata.get("format", "none")
+                raise ArtifactError(f"{path} is not {what} (format {given!r}, not {kinds[0]!r})")
             info = parse_json(metadata[_INFO])
             if not isinstance(info, dict):
                 raise ArtifactError(f"{path} is not {what}: its header holds no JSON object")
