@@ -288,7 +288,7 @@ class ConceptExplanation:
         if not good:
             wanted = f"one name or {len(self)} rows of {len(self.concepts)} names"
             raise InputError(f"layer must be {wanted}, got {self.layer!r}"[:300])
-        object.__setattr__(self, "layer", tuple(tuple(row) for row in rows))  # type: ignore[arg-type]
+        object.__setattr__(self, "layer", tuple(tuple(row) for row in rows))
 
     def __len__(self) -> int:
         """The number of images N."""
