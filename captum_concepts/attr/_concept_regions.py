@@ -180,7 +180,7 @@ def feature_affinity(maps: Sequence[Tensor], grid: tuple[int, int], image: Tenso
     weights = (total / len(middle)).clamp(min=0).square()
     weights.diagonal(dim1=1, dim2=2).fill_(1)
     if image is not None:
-        # The mean is removed twice, before averages over cells are rounded and before distances are differences of squares.
+        # The mean is removed twice: before averages over cells are rounded, and before squares are subtracted.
         pixels = image.detach().to(weights)
         colour = F.adaptive_avg_pool2d(pixels - pixels.mean((2, 3), keepdim=True), grid).flatten(2).transpose(1, 2)
         colour = colour - colour.mean(1, keepdim=True)
