@@ -15,8 +15,8 @@ NAME = "captum_concepts"
 #: Rooms from the ground up; a room may import those of earlier rows only, never one of its own row.
 ROWS = [
     ["errors"],
-    ["_indexing", "_artifacts", "_memory"],
-    ["explanation", "_captum"],
+    ["_checks", "_artifacts", "_memory", "published"],
+    ["explanation", "_captum", "images"],
     ["activations", "solvers", "metrics", "visualization", "datasets"],
     ["vlm", "concepts"],
     ["store"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 
 from captum_concepts import ConceptExplanation
 from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.explanation import ConceptExplainer, Selection
 
 N, T = 3, 4
 NAMES = ["a", "b", "c", "d"]
@@ -63,9 +66,18 @@ class TestInvariants:
             ({"layer": ("abcd", "efgh", "ijkl")}, "3 rows of 4 names"),
             ({"layer": [[1] * T] * N}, "3 rows of 4 names"),
             ({"layer": None}, "3 rows of 4 names"),
-            ({"method": 3}, "method must be a name"),
+            ({"method": 3}, "method must be a text"),
             ({"concepts": None}, "list of names"),
             ({"scores": torch.rand(N, T, device="meta")}, "one device"),
+            ({"presence": torch.full((N, T), 1.5)}, "probabilities in"),
+            ({"presence": torch.rand(N, T + 1)}, "presence must be"),
+            ({"selected": torch.ones(N, T)}, "selected must be bool"),
+            ({"class_names": ["x", "y"]}, "target 2 has no name"),
+            ({"class_names": "xyz"}, "list of strings"),
+            ({"image_names": ["x"]}, "1 image_names for 3 images"),
+            ({"target_probability": torch.rand(N + 1)}, "target_probability must be"),
+            ({"rank_by": "maps"}, "rank_by must be one of"),
+            ({"score_unit": None}, "score_unit must be a text"),
         ],
     )
     def test_bad_values_are_refused(self, changes, message):
@@ -143,10 +155,16 @@ class TestSelection:
         with pytest.raises(InputError):
             make()[key]
 
-    def test_top_ranks_by_the_best_score_of_any_example(self):
+    def test_top_selects_for_each_image(self):
         scores = torch.tensor([[0.1, 0.9, 0.3, 0.0], [0.8, 0.2, 0.3, 0.0], [0.0, 0.0, 0.3, 0.0]])
         e = make(scores=scores)
-        assert e.top(2).concepts == ["b", "a"]
+        two = e.top(2)
+        assert two.concepts == ["b", "a", "c"]
+        assert two.selected.tolist() == [[True, False, True], [False, True, True], [False, True, True]]
+        assert [one.concepts for one in two] == [["b", "c"], ["a", "c"], ["c", "a"]]
+        assert torch.equal(two.maps[:, 0, 0, 0].isnan(), torch.tensor([False, True, True]))
+        assert torch.equal(two.contributions.isnan(), ~two.selected)
+        assert torch.equal(two[0].maps[0, 0], e.maps[0, 1])
         assert e.top(99).concepts == ["b", "a", "c", "d"]
         assert [one.top(1).concepts for one in e] == [["b"], ["a"], ["c"]]
 
@@ -170,8 +188,65 @@ class TestSelection:
         with pytest.raises(InputError, match="no contributions"):
             make(contributions=None).top(1, by="contributions")
 
+    def test_an_image_keeps_its_own_concepts_in_the_order_of_its_ranking(self):
+        own = torch.tensor([[True, False, True, False], [False, True, True, False], [True, True, False, False]])
+        e = make(selected=own, rank_by="contributions", image_names=["x", "y", "z"])
+        for i, one in enumerate(e):
+            kept = own[i].nonzero().flatten().tolist()
+            strongest = sorted(kept, key=lambda j: -abs(float(make().contributions[i, j])))
+            assert one.concepts == [NAMES[j] for j in strongest]
+            assert one.image_names == ["xyz"[i]]
+            assert bool(one.selected.all())
+        assert e[:2].concepts == ["a", "b", "c"]  # nobody selected d
+        assert e[0, "b"].selected.tolist() == [[False]]
+        assert bool(e[0, "b"].maps.isnan().all())
+
+    @pytest.mark.parametrize("by", ["scores", "contributions"])
+    def test_a_selection_does_not_depend_on_the_batch(self, by):
+        values = torch.randn(7, 20, generator=torch.Generator().manual_seed(3))
+        values[2, 4] = torch.nan
+        together = Selection.of(values, 3, by)
+        for i in range(7):
+            alone = Selection.of(values[i : i + 1], 3, by)
+            assert torch.equal(alone.index[0], together.index[i])
+            assert alone.columns == alone.index[0].tolist()
+        spread = together.spread(values.gather(1, together.index))
+        assert torch.equal(spread.isnan(), ~together.selected)
+        assert torch.equal(spread[together.selected], values[:, together.columns][together.selected])
+
+    def test_named_concepts_are_kept_as_named(self):
+        chosen = Selection.choose(NAMES, torch.rand(2, T), concepts=["c", 0], top_k=1)
+        assert (chosen.columns, chosen.rank_by, bool(chosen.selected.all())) == ([2, 0], "", True)
+        for bad in (["x"], [], ["a", 0], "nope"):
+            with pytest.raises(InputError):
+                Selection.choose(NAMES, torch.rand(2, T), concepts=bad)
+        for bad_k in (0, -1, 1.5, True):
+            with pytest.raises(InputError, match="top_k must be"):
+                Selection.choose(NAMES, torch.rand(2, T), top_k=bad_k)
+        with pytest.raises(InputError, match="rank_by must be one of"):
+            Selection.choose(NAMES, torch.rand(2, T), rank_by="score")
+
 
 class TestFiles:
+    def test_everything_is_kept(self, tmp_path: Path):
+        e = make(
+            presence=torch.rand(N, T), selected=torch.rand(N, T) > 0.5, class_names=["x", "y", "z"],
+            image_names=["1.png", "2.png", "3.png"], target_probability=torch.rand(N), score_unit="cosine",
+            contribution_unit="logit", rank_by="scores",
+        )  # fmt: skip
+        again = ConceptExplanation.load(e.save(tmp_path / "e"))
+        for field in dataclasses.fields(e):
+            a, b = getattr(e, field.name), getattr(again, field.name)
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)) if isinstance(a, torch.Tensor) else a == b
+
+    def test_format_1_is_read(self, tmp_path: Path):
+        e = make()
+        info = json.dumps({"concepts": NAMES, "layer": "layer4", "method": "test"})
+        tensors = {name: getattr(e, name) for name in ("scores", "maps", "contributions", "target")}
+        metadata = {"format": "captum_concepts.ConceptExplanation/1", "info": info}
+        save_file(tensors, str(tmp_path / "old"), metadata=metadata)
+        assert_equal(ConceptExplanation.load(tmp_path / "old"), e)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     def test_round_trip_is_exact(self, tmp_path: Path, dtype):
         e = make(scores=torch.rand(N, T, dtype=dtype), layer=[["x"] * T] * N)
@@ -233,11 +308,36 @@ class TestFiles:
             ConceptExplanation.load(tmp_path / "missing")
 
 
+def test_a_protocol_is_not_met_by_anything():
+    assert not isinstance(object(), ConceptExplainer)
+
+
 class TestPrinting:
+    def test_names_units_and_what_is_not_seen(self):
+        e = make(
+            presence=torch.tensor([[0.2, 0.9, 0.9, 0.9]]).expand(N, T), class_names=["cat", "dog", "cow"],
+            target_probability=torch.tensor([0.5, 0.25, 1.0]), score_unit="probability",
+        )  # fmt: skip
+        text = repr(e)
+        assert "scores: probability" in text
+        assert "[target cow 0.5]" in text
+        assert text.count("not seen") == N
+        records = e.to_records()
+        assert len(records) == N * T
+        assert records[0]["class"] == "cow"
+        assert set(records[0]) == {
+            "image", "class", "class_probability", "concept", "score", "presence", "contribution", "layer"
+        }  # fmt: skip
+
+    def test_html_escapes(self):
+        e = ConceptExplanation(["<b>"], torch.rand(1, 1), torch.rand(1, 1, 2, 2))
+        assert "<b>" not in e._repr_html_()
+        assert "&lt;b&gt;" in e._repr_html_()
+
     def test_repr_names_what_matters(self):
         text = repr(make())
-        assert "3 examples, 4 concepts, maps 2 x 5, test, layer layer4" in text
-        assert "[target 2]" in text
+        assert "3 images, 4 concepts, maps 2 x 5, test, layer layer4" in text
+        assert "[target class 2]" in text
         assert len(repr(make(scores=torch.rand(N, T)))) < 1000
 
     def test_html_is_escaped(self):
@@ -246,5 +346,5 @@ class TestPrinting:
         assert "&lt;script&gt;" in e._repr_html_()
 
     def test_empty(self):
-        assert "0 examples" in repr(make()[:0])
+        assert "0 images" in repr(make()[:0])
         assert make()[:0]._repr_html_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from captum_concepts._indexing import listed, positions
+from captum_concepts._checks import listed, positions
 from captum_concepts.errors import InputError, did_you_mean
 
 

@@ -1,0 +1,165 @@
+"""Checks of arguments that every room needs: numbers, options, names, and which rows or columns a key selects."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from captum_concepts.errors import InputError, did_you_mean
+
+
+def integer(name: str, value: Any, least: int | None = 1, most: int | None = None) -> int:
+    """``value`` as an int from ``least`` to ``most``.
+
+    Raises:
+        InputError: it is not an integer, or out of range.
+
+    >>> integer("batch_size", 32)
+    32
+    """
+    bounds = [f"at least {least}"] if least is not None else []
+    bounds += [f"at most {most}"] if most is not None else []
+    allowed = f"an integer{' of ' if bounds else ''}{' and '.join(bounds)}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(f"{name} must be {allowed}, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name} must be {allowed}, got {value!r}") from error
+    if (least is not None and number < least) or (most is not None and number > most):
+        raise InputError(f"{name} must be {allowed}, got {number}")
+    return number
+
+
+def number(name: str, value: Any, check: Callable[[float], bool], allowed: str) -> float:
+    """``value`` as a finite float for which ``check`` is true; ``allowed`` says in words which those are.
+
+    Raises:
+        InputError: it is not such a number.
+
+    >>> number("alpha", 1, lambda a: 0 < a <= 1, "in (0, 1]")
+    1.0
+    """
+    try:
+        good = not isinstance(value, (bool, str)) and math.isfinite(value) and check(float(value))
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        raise InputError(f"{name} must be {allowed}, got {value!r}")
+    return float(value)
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any], more: str = "") -> Any:
+    """``value`` if it is one of ``allowed``; ``more`` says in words what else is accepted.
+
+    Raises:
+        InputError: it is not.
+
+    >>> one_of("fill", "zero", ("zero", "mean"))
+    'zero'
+    """
+    if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
+        hint = did_you_mean(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
+        choices = ", ".join(map(repr, allowed))
+        raise InputError(f"{name} must be one of {choices}{more and f', {more}'}; got {value!r}.{hint}")
+    return value
+
+
+def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
+    """``names`` as a list of unique, non-empty strings, ``count`` of them if that is given.
+
+    Raises:
+        InputError: a single string, something else than strings, empty, repeated, or another number.
+
+    >>> unique_names(("sky", "sea"), "concept")
+    ['sky', 'sea']
+    """
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise InputError(f"{what} names must be a list of names, got {names!r}")
+    listed_names = list(names)
+    bad = [name for name in listed_names if not isinstance(name, str) or not name.strip()]
+    if bad:
+        raise InputError(f"{what} names must be non-empty strings, got {bad[:5]!r}")
+    repeated = sorted(name for name, times in Counter(listed_names).items() if times > 1)
+    if repeated:
+        more = f" and {len(repeated) - 10} others" if len(repeated) > 10 else ""
+        raise InputError(f"each {what} may be named once; named more than once: {repeated[:10]}{more}")
+    if count is not None and len(listed_names) != count:
+        raise InputError(f"{len(listed_names)} {what} names for {count}; pass one for each")
+    return listed_names
+
+
+def name_positions(key: Any, names: Sequence[str], what: str = "concept") -> list[int]:
+    """Positions among ``names`` that names, indices, a slice or a mask select; None selects all.
+
+    Raises:
+        InputError: an unknown name (the nearest are offered), a bad index, nothing, or one twice.
+
+    >>> name_positions(["sea", 0], ["sky", "sea"])
+    [1, 0]
+    """
+    if key is None:
+        return list(range(len(names)))
+    keys = listed([key] if isinstance(key, str) else key)
+    if isinstance(keys, list) and any(isinstance(k, str) for k in keys):
+        chosen = []
+        for one in keys:
+            if isinstance(one, str) and one not in names:
+                known = f" Known: {list(names)[:10]}." if len(names) <= 10 else ""
+                raise InputError(f"{one!r} is not among the {len(names)} {what}s.{did_you_mean(one, names) or known}")
+            chosen.append(names.index(one) if isinstance(one, str) else positions(one, len(names), what)[0])
+    else:
+        chosen = positions(keys, len(names), what)
+    if not chosen:
+        raise InputError(f"no {what} is selected; name at least one, or pass None for all")
+    if len(set(chosen)) != len(chosen):
+        repeated = sorted({names[i] for i in chosen if chosen.count(i) > 1})
+        raise InputError(f"each {what} may be selected once; selected more than once: {repeated[:10]}")
+    return chosen
+
+
+def listed(key: Any) -> Any:
+    """Arrays and tensors as Python lists, the rest as it is."""
+    return key.tolist() if hasattr(key, "tolist") else list(key) if isinstance(key, (tuple, range)) else key
+
+
+def positions(key: Any, n: int, what: str) -> list[int]:
+    """Positions among ``n`` that an index, a slice, a list of indices or a mask selects."""
+    key = listed(key)
+    if key is ...:
+        key = slice(None)
+    if isinstance(key, slice):
+        try:
+            return list(range(n))[key]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{what} index {key!r} does not fit {n} {what}s: {error}") from error
+    keys = key if isinstance(key, list) else [key]
+    if isinstance(key, list) and keys and all(isinstance(k, bool) for k in keys):
+        if len(keys) != n:
+            raise InputError(f"the mask has {len(keys)} entries for {n} {what}s")
+        return [i for i, chosen in enumerate(keys) if chosen]
+    if not all(hasattr(k, "__index__") and not isinstance(k, bool) for k in keys):
+        raise InputError(f"{what}s are selected by an integer, slice, list of integers or mask, got {key!r}")
+    indices = [operator.index(k) for k in keys]
+    if not all(-n <= i < n for i in indices):
+        raise InputError(f"{what} index {key!r} is out of range for {n} {what}s")
+    return [i % n for i in indices]
+
+
+def take_rows(value: Any, rows: slice, batch: int) -> Any:
+    """``rows`` of every tensor, also in nested tuples, that has one row for each of ``batch`` examples.
+
+    >>> import torch
+    >>> take_rows((torch.arange(4), torch.zeros(2)), slice(1, 3), 4)
+    (tensor([1, 2]), tensor([0., 0.]))
+    """
+    if isinstance(value, tuple):
+        return tuple(take_rows(item, rows, batch) for item in value)
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
+        return value[rows]
+    return value
