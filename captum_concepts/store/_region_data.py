@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from captum_concepts.errors import ArtifactError, InputError
 
 Images = Tensor | Dataset[Any] | DataLoader[Any] | Sequence[Any]
-_SAMPLE = 32
 
 
 class Pictures:
@@ -94,25 +93,21 @@ def digest(image: Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(pixels.data, digest_size=8).digest(), "little", signed=True)
 
 
-def check_pictures(pictures: Pictures, stored: Tensor, first: int, what: str, *, all_rows: bool = False) -> None:
-    """Refuse data whose images are not those of the stored rows.
+def check_pictures(pictures: Pictures, stored: Sequence[int], images: Sequence[int], what: str) -> None:
+    """Refuse data whose images are not those that were embedded.
 
     Args:
         pictures: the data.
-        stored: digests of rows on disk, made from images ``first, first + 1, ...`` of ``pictures``.
-        first: see above.
+        stored: digests of rows on disk.
+        images: the image of ``pictures`` that each of them was computed from.
         what: how the message calls the store.
-        all_rows: compare every image instead of a sample.
 
     Raises:
         ArtifactError: names the first image that differs.
     """
-    count = len(stored)
-    step = 1 if all_rows else max(1, -(-count // _SAMPLE))
-    wanted = sorted({*range(0, count, step), max(count - 1, 0)}) if count else []
-    for index, image in zip(wanted, pictures.read([first + i for i in wanted]), strict=True):
-        if digest(image) != int(stored[index]):
+    for index, expected, image in zip(images, stored, pictures.read(images), strict=True):
+        if digest(image) != expected:
             raise ArtifactError(
-                f"{what} was made from other data: image {first + index} of the data has other pixels than the one "
-                "that was embedded (another data set, order or resizing, or a data set that gives random crops)"
+                f"{what} was made from other data: image {index} of the data has other pixels than the one that was "
+                "embedded (another data set, order or resizing, or a data set that returns random crops)"
             )
