@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +34,6 @@ from captum_concepts._checks import integer as checked_integer
 from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode, find_model
 from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.store._region_data import Pictures, check_pictures, digest
 from captum_concepts.store.lock import FolderLock
 from captum_concepts.store.manifest import Manifest, check_fingerprint, fingerprint_callable, read_manifest
 from captum_concepts.store.shards import (
@@ -44,6 +45,7 @@ from captum_concepts.store.shards import (
     open_shard,
     shard_sizes,
 )
+from captum_concepts.store.uniform_images import UniformImages, check_digests, digest
 from captum_concepts.vlm import DenseRegions, RegionPrompt, Regions, regions_from_dict, trial_batch_size
 
 KIND = "region embeddings, version 1"
@@ -79,14 +81,14 @@ class Source:
     """What a store is computed from: images, the encoder, how regions are shown to it, and the precision.
 
     Args:
-        pictures: the images; None where a store is only compared with an encoder.
+        images: the images; None where a store is only compared with an encoder.
         encoder: see :class:`~captum_concepts.vlm.ImageTextEncoder`.
         regions: see :class:`~captum_concepts.vlm.RegionPrompt` and :class:`~captum_concepts.vlm.DenseRegions`.
         shape: of an image.
         dtype: of the stored embeddings.
     """
 
-    pictures: Pictures | None
+    images: UniformImages | None
     encoder: Any
     regions: Regions
     shape: tuple[int, ...]
@@ -116,12 +118,12 @@ class Source:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
-    @torch.no_grad()
+    @functools.cached_property
     def probe(self) -> Tensor:
         """The unit embedding ``(D,)`` of a fixed image: separates encoders that differ in more than their weights."""
         sides = [min(side, _PROBE_SIDE) for side in self.shape[1:]]  # a forged size must not be allocated
         image = torch.rand(1, self.shape[0], *sides, generator=torch.Generator().manual_seed(0))
-        with evaluation_mode(module_of(self.encoder)):
+        with torch.no_grad(), evaluation_mode(module_of(self.encoder)):
             embedding = check_embedding(self.encoder.encode_image(image.to(device_of(self.encoder))), 1)[0].cpu()
         return F.normalize(embedding, dim=0)
 
@@ -157,35 +159,35 @@ def stored_settings(path: Path, manifest: Manifest) -> tuple[Regions, torch.dtyp
     return regions, DTYPES[found["dtype"]], tuple(found["image"])
 
 
-def check_origin(path: Path, manifest: Manifest, source: Source, probed: Tensor) -> None:
+def check_origin(path: Path, manifest: Manifest, source: Source) -> None:
     """Refuse a store of another encoder, preprocessing, prompt, grid, image size or precision."""
-    stored_settings(path, manifest)
-    what, wanted, found = f"the store at {path}", source.fingerprint(), manifest.fingerprint
-    if wanted["prompt"] != found["prompt"]:  # name the one setting, not two long dictionaries
-        check_fingerprint(wanted["prompt"], found["prompt"], f"{what} (its prompt)")
+    regions, _, _ = stored_settings(path, manifest)
+    what, wanted = f"the store at {path}", source.fingerprint()
+    found = {**manifest.fingerprint, "prompt": regions.as_dict()}  # by its present names
+    check_fingerprint(wanted["prompt"], found["prompt"], f"{what} (its prompt)")  # names the one setting
     check_fingerprint({key: value for key, value in wanted.items() if found.get(key) != value}, found, what)
     stored = torch.tensor(manifest.info.get("probe", []))
-    if not torch.allclose(stored, probed[: len(stored)], atol=_PROBE_TOLERANCE, rtol=0):
+    if not torch.allclose(stored, source.probe[: len(stored)], atol=_PROBE_TOLERANCE, rtol=0):
         raise ArtifactError(
             f"{what} was made by an encoder with the same weights that embeds a test image differently: its "
             "preprocessing or settings have changed"
         )
 
 
-def stored_arrays(regions: Regions, dtype: torch.dtype, dim: int | str = "D") -> dict[str, Array]:
+def stored_arrays(regions: Regions, dtype: torch.dtype, dim: int | None = None) -> dict[str, Array]:
     """What the tensors of a shard must be."""
     kind = "F16" if dtype == torch.float16 else "F32"
     return {"embedding": Array(kind, ("N", len(regions), dim)), "digest": Array("I64", ("N",))}
 
 
-def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int | None) -> tuple[Manifest, Tensor]:
-    """The manifest of the store of all images, written if there is none, and the probe.
+def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int | None) -> Manifest:
+    """The manifest of the store of all images, written if there is none.
 
     Raises:
         ArtifactError: the folder holds a store of something else.
     """
-    assert source.pictures is not None
-    count, probed = len(source.pictures), source.probe()
+    assert source.images is not None
+    count = len(source.images)
     found = read_manifest(path)
     if found is None:
         with explained(path, count), FolderLock(path, "the store at", name="plan", wait=60):
@@ -193,11 +195,15 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
             if found is None:
                 clear_store(path)
                 rows = shard_rows or min(max(count // 200, 32), 1024)  # about 200 files, so that a kill costs little
-                info = {"images": count, "shard_rows": rows, "probe": [round(v, 4) for v in probed[:_PROBE].tolist()]}
+                info = {
+                    "images": count,
+                    "shard_rows": rows,
+                    "probe": [round(v, 4) for v in source.probe[:_PROBE].tolist()],
+                }
                 info["batch_size"] = batch_size or chosen_batch_size(source)
                 found = Manifest(source.fingerprint(), shard_sizes(count, rows), info)
                 found.write(path)
-    check_origin(path, found, source, probed)
+    check_origin(path, found, source)
     what = f"the store at {path}"
     if "extension" in found.info:
         raise ArtifactError(f"{what} is in the middle of an extension; call extend again with the same images")
@@ -208,37 +214,55 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
             f"{what} was made from {found.total} images, the data has {count}; add images with extend(), or build "
             "elsewhere"
         )
-    return found, probed
+    return found
 
 
-def plan_extension(path: Path, source: Source) -> tuple[Manifest, Tensor, int]:
-    """The manifest of the store and of more images, which is written; the probe; the first shard of these images."""
-    assert source.pictures is not None
-    count, probed, what = len(source.pictures), source.probe(), f"the store at {path}"
+def plan_extension(path: Path, source: Source) -> None:
+    """Add the shards of more images to the manifest, or find that a killed extension by as many has done so.
+
+    Raises:
+        ArtifactError: the store is unfinished, of something else, or being extended by other images.
+    """
+    assert source.images is not None
+    count, what = len(source.images), f"the store at {path}"
     with explained(path, None), FolderLock(path, "the store at"):
-        found = read_manifest(path)
-        if found is None:
-            raise FileNotFoundError(f"there is no store at {path}; build it first")
-        check_origin(path, found, source, probed)
+        found = stored_manifest(path)
+        check_origin(path, found, source)
         started = found.info.get("extension")
         if started is None:
             if found.growing or missing_shards(path, found):
                 raise ArtifactError(f"{what} is unfinished; call build again with its own images, then extend it")
-            started = {"first": found.total, "images": count}
-            info = {**found.info, "extension": started, "images": found.total + count}
+            info = {**found.info, "images": found.total + count}
+            info["extension"] = {"first": found.total, "images": count}
             rows = [*found.rows, *shard_sizes(count, found.info.get("shard_rows") or max(found.rows))]
-            found = dataclasses.replace(found, rows=rows, info=info)
-            found.write(path)
+            dataclasses.replace(found, rows=rows, info=info).write(path)
         elif started["images"] != count:
             raise ArtifactError(
                 f"{what} is being extended by {started['images']} images, not {count}; finish that extension first"
             )
         elif found.growing:
-            found = _continued(path, found, started["first"] + count, None)
-    firsts = [start for start, _ in found.spans]
-    if found.total != started["first"] + count or started["first"] not in firsts:
-        raise ArtifactError(f"{what} is damaged: its manifest and its extension do not fit")
-    return found, probed, firsts.index(started["first"])
+            _continued(path, found, started["first"] + count, None)
+
+
+def planned_extension(path: Path) -> tuple[Manifest, int]:
+    """The manifest of a store that is being extended, and the first shard of the extension."""
+    found = stored_manifest(path)
+    started, firsts = found.info.get("extension"), [start for start, _ in found.spans]
+    if started is None or started["first"] not in firsts or found.total != started["first"] + started["images"]:
+        raise ArtifactError(f"the store at {path} is damaged: its manifest and its extension do not fit")
+    return found, firsts.index(started["first"])
+
+
+def stored_manifest(path: Path) -> Manifest:
+    """The manifest of a store that must be there.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = read_manifest(path)
+    if found is None:
+        raise FileNotFoundError(f"there is no store at {path}; build it first")
+    return found
 
 
 def finish_extension(path: Path) -> None:
@@ -262,7 +286,6 @@ def fill(
     path: Path,
     source: Source,
     manifest: Manifest,
-    probed: Tensor,
     *,
     batch_size: int | None,
     first: int = 0,
@@ -275,22 +298,22 @@ def fill(
     Args:
         first: the shard that the first image of ``source`` begins.
     """
-    pictures = source.pictures
-    assert pictures is not None
-    arrays = stored_arrays(source.regions, source.dtype, len(probed))
+    images = source.images
+    assert images is not None
+    arrays = stored_arrays(source.regions, source.dtype, len(source.probe))
     offset = manifest.spans[first][0]
 
     def check(sound: list[int]) -> None:
         ends = list(itertools.accumulate(manifest.rows[number] for number in sound))
         count = ends[-1] if ends else 0
         sample = sorted({*range(0, count, max(1, -(-count // _SAMPLE))), count - 1}) if count else []
-        stored, images = [], []
+        stored, indices = [], []
         for i in sample:
             k = bisect.bisect_right(ends, i)
             row = i - (ends[k - 1] if k else 0)
             stored.append(int(open_shard(path, manifest, sound[k], arrays).tensors["digest"][row]))
-            images.append(manifest.spans[sound[k]][0] + row - offset)
-        check_pictures(pictures, stored, images, f"the store at {path}")
+            indices.append(manifest.spans[sound[k]][0] + row - offset)
+        check_digests(images, stored, indices, f"the store at {path}")
 
     failures: list[OSError] = []
 
@@ -318,9 +341,16 @@ def chosen_batch_size(source: Source) -> int:
     encoder, regions = source.encoder, source.regions
     device = device_of(encoder)
     image = torch.rand(1, *source.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    encode = encoder.encode_image if isinstance(regions, RegionPrompt) else regions.encoder_call(encoder)
+
+    def run(count: int) -> None:
+        many = image.expand(count, -1, -1, -1)
+        if isinstance(regions, DenseRegions):
+            regions.encode(encoder, many)
+        else:
+            encoder.encode_image(many)
+
     with torch.no_grad(), evaluation_mode(module_of(encoder)):
-        return trial_batch_size(lambda count: encode(image.expand(count, -1, -1, -1)), device)
+        return trial_batch_size(run, device)
 
 
 class _Batch(NamedTuple):
@@ -392,12 +422,12 @@ def embed_spans(
 
 
 def _batches(source: Source, spans: Sequence[Span], size: int, *, draw: bool) -> Iterator[_Batch]:
-    regions, pictures = source.regions, source.pictures
-    assert pictures is not None
+    regions, data = source.regions, source.images
+    assert data is not None
     prompt = regions if isinstance(regions, RegionPrompt) else None
     views_each = 1 if prompt is None else len(prompt)
     for start, end in spans:
-        reader, first = pictures.read(range(start, end)), 0
+        reader, first = data.read(range(start, end)), 0
         kept: list[Tensor] = []  # images first, first + 1, ... of the span
         for v0 in range(0, (end - start) * views_each, size):
             views = torch.arange(v0, min(v0 + size, (end - start) * views_each))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from pathlib import Path
 from types import TracebackType
 
@@ -34,7 +36,7 @@ class FolderLock:
         ...     pass
         Traceback (most recent call last):
         ...
-        captum_concepts.errors.ArtifactError: the folder ... is being written by another process; wait ...
+        captum_concepts.errors.ArtifactError: the folder ... is being written by process ... on ...; wait ...
     """
 
     def __init__(self, path: str | Path, what: str = "the folder", *, name: str = "lock", wait: float = 0) -> None:
@@ -49,9 +51,18 @@ class FolderLock:
             self._lock.acquire()
         except Timeout:
             raise ArtifactError(
-                f"{self.what} {self.path} is being written by another process; wait for it to end, or write elsewhere"
+                f"{self.what} {self.path} is being written by {self._holder()}; wait for it to end, or write elsewhere"
             ) from None
+        with contextlib.suppress(OSError):  # a full disk: the note is a courtesy, the lock is held
+            self._file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         return self
+
+    def _holder(self) -> str:
+        try:
+            note = self._file.read_text(encoding="utf-8")[:200]
+        except (OSError, ValueError):
+            note = ""
+        return note or "another process"
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

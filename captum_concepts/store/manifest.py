@@ -102,7 +102,7 @@ class Manifest:
         found |= {"rows": self.rows, "growing": self.growing}
         if self.checksums:
             found["checksums"] = self.checksums
-        write_atomically(path / MANIFEST, json.dumps(found, indent=1))
+        write_atomically(path / MANIFEST, json.dumps(found, indent=1).encode())
 
 
 def shard_name(number: int) -> str:

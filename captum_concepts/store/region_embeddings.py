@@ -17,13 +17,13 @@ from captum_concepts._checks import integer
 from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store import build as building
-from captum_concepts.store._region_data import Images, Pictures, check_pictures
 from captum_concepts.store.build import Source
 from captum_concepts.store.lock import FolderLock
-from captum_concepts.store.manifest import Manifest, check_fingerprint, read_manifest, shard_name
+from captum_concepts.store.manifest import check_fingerprint, shard_name
 from captum_concepts.store.processes import all_or_none, world
 from captum_concepts.store.shards import ShardReader, clear_store, damage
 from captum_concepts.store.similarity import Similarity
+from captum_concepts.store.uniform_images import UniformImages, check_digests
 from captum_concepts.vlm import Regions
 
 _NOTES = table({}, {"error_bound": number(0, 1)})
@@ -81,14 +81,14 @@ class RegionEmbeddingStore:
     def __init__(self, path: str | os.PathLike[str], *, encoder: Any = None, verify: bool = False) -> None:
         self.path = Path(path)
         self.encoder = encoder
-        manifest = _manifest(self.path)
+        manifest = building.stored_manifest(self.path)
         self.prompt, self.dtype, self.image_shape = building.stored_settings(self.path, manifest)
         self.grid = self.prompt.grid
         self._reader = ShardReader(
             self.path,
             verify=verify,
             verify_on_read=True,
-            arrays=building.stored_arrays(self.prompt, self.dtype, None),
+            arrays=building.stored_arrays(self.prompt, self.dtype),
         )
         if not len(self._reader):
             raise ArtifactError(f"the store at {self.path} is damaged: it has no shard")
@@ -99,7 +99,7 @@ class RegionEmbeddingStore:
         self.embedding_dim: int = self._reader.row_shape("embedding")[-1]
         if encoder is not None:
             source = Source(None, encoder, self.prompt, self.image_shape, self.dtype)
-            building.check_origin(self.path, manifest, source, source.probe())
+            building.check_origin(self.path, manifest, source)
 
     @classmethod
     def open(
@@ -125,14 +125,14 @@ class RegionEmbeddingStore:
         """
         store = cls(path, encoder=encoder, verify=verify)
         if prompt is not None:
-            check_fingerprint(prompt.as_dict(), store.fingerprint["prompt"], f"the store at {store.path}")
+            check_fingerprint(prompt.as_dict(), store.prompt.as_dict(), f"the store at {store.path}")
         return store
 
     @classmethod
     def build(
         cls,
         path: str | os.PathLike[str],
-        data: Images,
+        data: Any,
         encoder: Any,
         prompt: Regions,
         *,
@@ -152,9 +152,8 @@ class RegionEmbeddingStore:
 
         Args:
             path: the folder; made if missing.
-            data: images ``(N, 3, H, W)``, or a data set (or loader) whose items are, or begin with, an image
-                ``(3, H, W)``; RGB in [0, 1] or uint8, of one size, the same each time. Marks are drawn on these images,
-                before the encoder's own resizing.
+            data: whatever :func:`captum_concepts.images.open_images` accepts, except a stream; RGB images of one size,
+                the same each time. Marks are drawn on these images, before the encoder's own resizing.
             encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`. It runs where its weights are.
             prompt: the regions and how they are shown to the encoder.
             batch_size: images in one call of the encoder (h*w visual prompts make one image). None: what a short trial
@@ -188,7 +187,7 @@ class RegionEmbeddingStore:
     def build_part(
         cls,
         path: str | os.PathLike[str],
-        data: Images,
+        data: Any,
         encoder: Any,
         prompt: Regions,
         *,
@@ -209,16 +208,16 @@ class RegionEmbeddingStore:
             Whether the store is complete now.
         """
         building.check_options(batch_size, shard_rows, rank, num_replicas)
-        pictures = Pictures(data, num_workers)
-        source = Source(pictures, encoder, prompt, pictures.shape, dtype)
-        manifest, probed = building.plan(Path(path), source, batch_size=batch_size, shard_rows=shard_rows)
+        images = UniformImages(data, num_workers)
+        source = Source(images, encoder, prompt, images.shape, dtype)
+        manifest = building.plan(Path(path), source, batch_size=batch_size, shard_rows=shard_rows)
         share: dict[str, Any] = {"rank": rank, "size": num_replicas, "show_progress": show_progress}
-        building.fill(Path(path), source, manifest, probed, batch_size=batch_size, **share)
+        building.fill(Path(path), source, manifest, batch_size=batch_size, **share)
         return not building.missing_shards(Path(path), manifest)
 
     def extend(
         self,
-        data: Images,
+        data: Any,
         encoder: Any = None,
         *,
         batch_size: int | None = None,
@@ -242,7 +241,7 @@ class RegionEmbeddingStore:
     def extend_at(
         cls,
         path: str | os.PathLike[str],
-        data: Images,
+        data: Any,
         encoder: Any,
         *,
         batch_size: int | None = None,
@@ -255,9 +254,9 @@ class RegionEmbeddingStore:
         source = _source(path, data, encoder, num_workers)
 
         def append() -> None:
-            manifest, probed, first = building.plan_extension(path, source)
+            manifest, first = building.planned_extension(path)
             share: dict[str, Any] = {"rank": rank, "size": size, "show_progress": show_progress and rank == 0}
-            building.fill(path, source, manifest, probed, batch_size=batch_size, first=first, **share)
+            building.fill(path, source, manifest, batch_size=batch_size, first=first, **share)
 
         all_or_none(lambda: building.plan_extension(path, source) if rank == 0 else None)
         all_or_none(append)
@@ -268,7 +267,7 @@ class RegionEmbeddingStore:
     def repair(
         cls,
         path: str | os.PathLike[str],
-        data: Images,
+        data: Any,
         encoder: Any,
         *,
         batch_size: int | None = None,
@@ -289,8 +288,8 @@ class RegionEmbeddingStore:
         path = Path(path)
         building.check_options(batch_size, None)
         source = _source(path, data, encoder, num_workers)
-        manifest, probed = building.plan(path, source, batch_size=batch_size, shard_rows=None)
-        done = building.fill(path, source, manifest, probed, batch_size=batch_size, show_progress=show_progress)
+        manifest = building.plan(path, source, batch_size=batch_size, shard_rows=None)
+        done = building.fill(path, source, manifest, batch_size=batch_size, show_progress=show_progress)
         return [image for shard in done for image in range(*manifest.spans[shard])]
 
     def __len__(self) -> int:
@@ -358,17 +357,16 @@ class RegionEmbeddingStore:
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     @staticmethod
-    def expected_bytes(
-        images: int, prompt: Regions, embedding_dim: int, dtype: torch.dtype = torch.float16
-    ) -> int:
+    def expected_bytes(images: int, prompt: Regions, embedding_dim: int, dtype: torch.dtype = torch.float16) -> int:
         """N*h*w*D bytes of embeddings; the folder is at most 1 % larger.
 
+        >>> from captum_concepts.vlm import RegionPrompt
         >>> RegionEmbeddingStore.expected_bytes(1_281_167, RegionPrompt(grid=7), 512) / 1e9
         64.283835392
         """
         return images * len(prompt) * embedding_dim * dtype.itemsize
 
-    def verify(self, data: Images | None = None) -> dict[str, int]:
+    def verify(self, data: Any | None = None) -> dict[str, int]:
         """Read everything: all sizes and checksums, and that every embedding is finite and has unit length.
 
         Args:
@@ -380,15 +378,14 @@ class RegionEmbeddingStore:
         Raises:
             ArtifactError: lists every damaged file and its images.
         """
-        manifest = _manifest(self.path)
+        manifest = building.stored_manifest(self.path)
         found = {n: why for n in range(len(manifest.rows)) if (why := damage(self.path, manifest, n)) is not None}
         if found:
             spans = manifest.spans
-            files = [f"{shard_name(n)} (images {spans[n][0]} to {spans[n][1] - 1})" for n in found]
+            files = [f"{shard_name(n)} (images {spans[n][0]} to {spans[n][1] - 1}): {why}" for n, why in found.items()]
             raise ArtifactError(
-                f"the store at {self.path} is damaged: {', '.join(files[:5])}"
-                f"{f' and {len(files) - 5} more' if len(files) > 5 else ''}; {next(iter(found.values()))}. build() or "
-                "repair() computes them again"
+                f"the store at {self.path} is damaged: {'; '.join(files[:3])}"
+                f"{f'; and {len(files) - 3} more' if len(files) > 3 else ''}. build() or repair() computes them again"
             )
         tolerance = 2.0**-10 if self.dtype == torch.float16 else 1e-5
         for start in range(0, len(self), 256):
@@ -398,10 +395,10 @@ class RegionEmbeddingStore:
                     f"images {start} to {start + 255} of the store at {self.path} have no unit embeddings"
                 )
         if data is not None:
-            pictures, count = Pictures(data), len(self)
-            if len(pictures) != count:
-                raise ArtifactError(f"the store at {self.path} has {count} images, the data {len(pictures)}")
-            check_pictures(pictures, self.digests().tolist(), range(count), f"the store at {self.path}")
+            images, count = UniformImages(data), len(self)
+            if len(images) != count:
+                raise ArtifactError(f"the store at {self.path} has {count} images, the data {len(images)}")
+            check_digests(images, self.digests().tolist(), range(count), f"the store at {self.path}")
         return {"images": len(self), "shards": len(manifest.rows), "bytes": self.nbytes}
 
     def _rows(self, index: Any) -> tuple[np.ndarray[Any, Any], bool]:
@@ -443,18 +440,11 @@ class RegionEmbeddingStore:
         )
 
 
-def _manifest(path: Path) -> Manifest:
-    found = read_manifest(path)
-    if found is None:
-        raise FileNotFoundError(f"there is no store at {path}; build it first")
-    return found
-
-
-def _source(path: Path, data: Images, encoder: Any, num_workers: int) -> Source:
+def _source(path: Path, data: Any, encoder: Any, num_workers: int) -> Source:
     """What is needed to write more of the store at ``path``."""
-    manifest = _manifest(path)
+    manifest = building.stored_manifest(path)
     if encoder is None:
         raise InputError("pass the encoder that made the store")
     prompt, dtype, _ = building.stored_settings(path, manifest)
-    pictures = Pictures(data, num_workers)
-    return Source(pictures, encoder, prompt, pictures.shape, dtype)
+    images = UniformImages(data, num_workers)
+    return Source(images, encoder, prompt, images.shape, dtype)

@@ -153,7 +153,7 @@ def damage(path: Path, manifest: Manifest, number: int, arrays: Mapping[str, Arr
         open_shard(path, manifest, number, arrays)
         check_sum(path, manifest, number)
     except ArtifactError as error:
-        return str(error)
+        return str(error).removeprefix(f"{path / shard_name(number)} is damaged: ")
     return None
 
 

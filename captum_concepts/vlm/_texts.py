@@ -27,7 +27,8 @@ def check_length(tokenizer: Any, texts: Sequence[str], tokens: Tensor) -> None:
     long = [text for text in dict.fromkeys(texts) if 4 * len(text) + 2 > length and _is_cut(tokenizer, text, length)]
     if not long:
         return
-    cut, seen = set(long), {}
+    cut = set(long)
+    seen: dict[tuple[int, ...], str] = {}
     for text, row in zip(texts, tokens.tolist(), strict=True):
         other = seen.setdefault(tuple(row), text)
         if other != text and (text in cut or other in cut):

@@ -151,14 +151,9 @@ def encode_cells(tower: Tower, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """``(N, C, h, w)`` averaged over the cells of a coarser grid, bilinear in a finer one."""
-    for axis, size in ((2, grid[0]), (3, grid[1])):
-        target = list(maps.shape[2:])
-        target[axis - 2] = size
-        if size < maps.shape[axis]:
-            maps = F.adaptive_avg_pool2d(maps, target)
-        elif size > maps.shape[axis]:
-            maps = F.interpolate(maps, target, mode="bilinear", align_corners=False)
-    return maps
+    h, w = (min(size, side) for size, side in zip(grid, maps.shape[2:], strict=True))
+    maps = F.adaptive_avg_pool2d(maps, (h, w))
+    return maps if (h, w) == grid else F.interpolate(maps, grid, mode="bilinear", align_corners=False)
 
 
 def without_outliers(tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from captum_concepts.vlm.towers import Tower, transformers_tower
 
 
 def from_transformers(
-    model: nn.Module, processor: Any, *, templates: Sequence[str] | None = None, text_batch_size: int = 256
+    model: Any, processor: Any, *, templates: Sequence[str] | None = None, text_batch_size: int = 256
 ) -> OpenCLIPEncoder:
     """A model of the ``transformers`` library as an encoder of this package.
 

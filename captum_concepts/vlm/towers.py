@@ -168,7 +168,7 @@ def _patch_grid(trunk: Any, pixels: Tensor, count: int | None) -> tuple[int, int
 
 
 def _timm_attention_pool(trunk: Any, head: Any, pooling: Any) -> Tower:
-    embedding = getattr(pooling, "pos_embed", None)
+    embedding: Any = getattr(pooling, "pos_embed", None)
     learned = isinstance(embedding, nn.Parameter)  # a rotary one concerns queries and keys only
 
     def features(pixels: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def transformers_tower(
             lambda pixels: run(pixels).last_hidden_state.unflatten(1, grid(pixels)),
             lambda cells: vision.head(cells[:, None]),
         )
-    block = vision.encoder.layers[-1] if hasattr(getattr(vision, "encoder", None), "layers") else None
+    block: Any = vision.encoder.layers[-1] if hasattr(getattr(vision, "encoder", None), "layers") else None
     if not (hasattr(block, "self_attn") and hasattr(model, "visual_projection")):
         raise _unknown(vision)
 
