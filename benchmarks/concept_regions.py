@@ -36,7 +36,7 @@ from captum_concepts import demo
 from captum_concepts.activations import gradients_enabled, spatial_activations
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.datasets.images import find_images, load_image
+from captum_concepts.images import find_images, load_image
 from captum_concepts.metrics import epg, nra, specificity
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
 from captum_concepts.models import ConceptTranslator, fit_translator

@@ -12,10 +12,11 @@ from captum_concepts.images.fingerprint import digest, fingerprint
 from captum_concepts.images.labels import checked_labels
 from captum_concepts.images.pixels import Placement, Reading, checked_size, placement
 from captum_concepts.images.preprocessing import Preprocessing, preprocessing_of
-from captum_concepts.images.source import Batch, ImageSource, batches, open_images
+from captum_concepts.images.source import IMAGE_KEYS, Batch, ImageSource, batches, open_images, to_tensor
 from captum_concepts.images.text import read_json, read_text, read_words
 
 __all__ = [
+    "IMAGE_KEYS",
     "IMAGE_SUFFIXES",
     "Batch",
     "ImageSource",
@@ -38,4 +39,5 @@ __all__ = [
     "read_json",
     "read_text",
     "read_words",
+    "to_tensor",
 ]

@@ -197,7 +197,7 @@ class ImageSource(Dataset[Tensor]):
             item = self._collate([item])
         name = self._name(position)
         image, label = split_item(item, name)
-        tensor = self._tensor(image, name)
+        tensor = to_tensor(image, self.reading, name)
         if tensor.ndim == 4:
             if len(tensor) != 1:
                 raise InputError(f"{name} is a batch {tuple(tensor.shape)}; each item must be one image (C, H, W)")
@@ -206,24 +206,6 @@ class ImageSource(Dataset[Tensor]):
         if self._with_labels and self._given is None:
             self._seen[position] = label
         return tensor, label
-
-    def _tensor(self, image: Any, name: str) -> Tensor:
-        if isinstance(image, Mapping):
-            image = image_bytes(image)
-        if isinstance(image, np.ndarray):
-            image = _from_array(image, name)
-        if not isinstance(image, Tensor):
-            if isinstance(image, (str, os.PathLike)) or hasattr(image, "read") or _is_pil(image):
-                return read_image(image, self.reading, name)
-            raise InputError(
-                f"{name} is {_described(image)}; pass tensors (C, H, W), PIL images, arrays or image files"
-            )
-        if image.ndim not in (3, 4):
-            raise InputError(f"{name} has shape {tuple(image.shape)}; an image is (C, H, W)")
-        try:
-            return self.reading.from_tensor(image)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
 
     def _rows(self, num_workers: int) -> Iterator[tuple[int, Tensor, Any]]:
         """``(position, image, label)`` of every readable image, in order."""
@@ -256,7 +238,7 @@ class ImageSource(Dataset[Tensor]):
             parts = image if many else [image]
             for number, part in enumerate(parts):
                 try:
-                    tensor = self._tensor(part, f"image {position}")
+                    tensor = to_tensor(part, self.reading, f"image {position}")
                 except CaptumConceptsError as error:
                     if not self.skip_broken or isinstance(part, Tensor):
                         raise
@@ -500,7 +482,7 @@ def _batched(source: ImageSource, batch_size: int, device: Any, workers: int) ->
     data = source._data
     if isinstance(data, Tensor) and source._index == range(len(data)) and source.reading.transform is None:
         for start in range(0, len(data), batch_size):
-            part = source._tensor(data[start : start + batch_size], f"the images from {start} on")
+            part = to_tensor(data[start : start + batch_size], source.reading, f"the images from {start} on")
             yield _batch(source, [(start + i, image, None) for i, image in enumerate(part)], device, part)
         return
     waiting: list[tuple[int, Tensor, Any]] = []
@@ -534,6 +516,34 @@ def _batch(
 
 
 # ------------------------------------------------------------------------------------------------------------- items
+
+
+def to_tensor(image: Any, reading: Reading | None = None, name: str = "the image") -> Tensor:
+    """One image, of whatever kind, as a float tensor ``(C, H, W)``; a tensor ``(N, C, H, W)`` keeps its N.
+
+    Args:
+        image: a tensor, array, PIL image, path, open file, or undecoded image of Hugging Face.
+        reading: how it is read.
+        name: how messages call it.
+
+    Raises:
+        InputError: something else, a broken file, or channels that do not fit.
+    """
+    reading = reading or Reading()
+    if isinstance(image, Mapping):
+        image = image_bytes(image)
+    if isinstance(image, np.ndarray):
+        image = _from_array(image, name)
+    if not isinstance(image, Tensor):
+        if isinstance(image, (str, os.PathLike)) or hasattr(image, "read") or _is_pil(image):
+            return read_image(image, reading, name)
+        raise InputError(f"{name} is {_described(image)}; pass tensors (C, H, W), PIL images, arrays or files")
+    if image.ndim not in (3, 4):
+        raise InputError(f"{name} has shape {tuple(image.shape)}; an image is (C, H, W)")
+    try:
+        return reading.from_tensor(image)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def split_item(item: Any, name: str) -> _Item:

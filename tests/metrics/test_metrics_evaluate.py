@@ -241,7 +241,7 @@ IMAGE, MASK = torch.rand(2, 3, 8, 8), torch.ones(2, 8, 8)
         (lambda x: x, [IMAGE], ["nra"], "must yield"),
         (lambda x: x, IMAGE, ["nra"], "must yield"),
         (lambda x: x, {"inputs": IMAGE, "masks": MASK}, ["nra"], r"\[data\]"),
-        (lambda x: x, [{"images": IMAGE, "masks": MASK}], ["nra"], "keys"),
+        (lambda x: x, [{"pictures": IMAGE, "masks": MASK}], ["nra"], "keys"),
         (lambda x: x, [(IMAGE, MASK[:1])], ["nra"], "masks must be"),
         (ConceptExplanation(["a"], torch.ones(1, 1), torch.ones(1, 1, 2, 2)), [(IMAGE, MASK)], ["nra"], "more"),
         (ConceptExplanation(["a"], torch.ones(3, 1), torch.ones(3, 1, 2, 2)), [(IMAGE, MASK)], ["nra"], "holds 2"),
@@ -259,3 +259,30 @@ def test_functions_alone_do_not_load_torchmetrics_and_all_names_exist():
     assert all(hasattr(metrics, name) for name in metrics.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nr'"):
         metrics.nr
+
+
+def test_images_in_other_holders(tmp_path):
+    import numpy as np
+    from PIL import Image
+    from torch.utils.data import IterableDataset
+
+    class Stream(IterableDataset):
+        def __len__(self):
+            return len(IMAGE)
+
+        def __iter__(self):
+            return iter(zip(IMAGE, MASK, strict=True))
+
+    def brightness(x):
+        return x.mean(1)
+
+    expected = evaluate(brightness, [(IMAGE, MASK)], ["epg"], n_bootstrap=0).to_markdown()
+    pictures = [Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy()) for x in IMAGE]
+    pictures[0].save(tmp_path / "a.png")
+    for data in (
+        Stream(),
+        [{"pixel_values": x, "masks": m} for x, m in zip(IMAGE, MASK, strict=True)],
+        [{"image": x, "masks": m} for x, m in zip(pictures, MASK, strict=True)],
+        [(tmp_path / "a.png", MASK[0]), (np.asarray(pictures[1]), MASK[1])],
+    ):
+        assert evaluate(brightness, data, ["epg"], n_bootstrap=0).to_markdown() == expected
