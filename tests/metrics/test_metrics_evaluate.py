@@ -222,7 +222,7 @@ def test_examples_of_several_sizes_and_a_progress_bar(capsys):
     assert "evaluate" in capsys.readouterr().err
 
 
-IMAGE, MASK = torch.rand(2, 3, 8, 8), torch.ones(2, 8, 8)
+IMAGE, MASK = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -271,18 +271,20 @@ def test_images_in_other_holders(tmp_path):
             return len(IMAGE)
 
         def __iter__(self):
-            return iter(zip(IMAGE, MASK, strict=True))
+            return iter(zip(IMAGE, masks, strict=True))
 
     def brightness(x):
         return x.mean(1)
 
-    expected = evaluate(brightness, [(IMAGE, MASK)], ["epg"], n_bootstrap=0).to_markdown()
+    masks = torch.zeros(2, 8, 8)
+    masks[:, 2:4, 3:7] = 1
+    expected = metrics.evaluate(brightness, [(IMAGE, masks)], ["epg"], n_bootstrap=0).to_markdown()
     pictures = [Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy()) for x in IMAGE]
     pictures[0].save(tmp_path / "a.png")
     for data in (
         Stream(),
-        [{"pixel_values": x, "masks": m} for x, m in zip(IMAGE, MASK, strict=True)],
-        [{"image": x, "masks": m} for x, m in zip(pictures, MASK, strict=True)],
-        [(tmp_path / "a.png", MASK[0]), (np.asarray(pictures[1]), MASK[1])],
+        [{"pixel_values": x, "masks": m} for x, m in zip(IMAGE, masks, strict=True)],
+        [{"image": x, "masks": m} for x, m in zip(pictures, masks, strict=True)],
+        [(tmp_path / "a.png", masks[0]), (np.asarray(pictures[1]), masks[1])],
     ):
-        assert evaluate(brightness, data, ["epg"], n_bootstrap=0).to_markdown() == expected
+        assert metrics.evaluate(brightness, data, ["epg"], n_bootstrap=0).to_markdown() == expected
