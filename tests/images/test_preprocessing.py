@@ -97,7 +97,7 @@ class TestHuggingFace:
         white = preprocessing_of(EFFICIENTNET)(torch.ones(3, 2, 2))
         assert torch.allclose(white, torch.ones(3, 2, 2))
         assert torch.allclose(preprocessing_of(EFFICIENTNET)(torch.zeros(3, 2, 2)), -torch.ones(3, 2, 2))
-        assert preprocessing_of({**VIT, "do_normalize": False}).mean == (0.0,) * 3
+        assert preprocessing_of({**VIT, "do_normalize": False}).mean == (0.0,)
 
     def test_from_the_folder_of_a_model(self, tmp_path):
         class Config:
