@@ -12,8 +12,7 @@ from torch import Tensor
 
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.metrics import streaming_maps as m
-from captum_concepts.metrics import streaming_scores as s
+from captum_concepts.metrics import streaming_maps as m, streaming_scores as s
 from captum_concepts.metrics._batches import Batch, batches
 from captum_concepts.metrics.streaming import ExampleMetric
 from captum_concepts.metrics.table import EvaluationTable, Samples
@@ -24,7 +23,7 @@ METRICS: dict[str, Callable[..., ExampleMetric]] = {
     "nra": m.NormalizedRegionAccuracy,
     "nra_exact": lambda **options: m.NormalizedRegionAccuracy(baseline="exact", **options),
     "hit_rate": m.HitRate,
-    "specificity": m.Specificity,
+    "concept_specificity": m.ConceptSpecificity,
     "region_auc": m.RegionAUC,
     "epg": m.EnergyPointingGame,
     "pointing_game": m.PointingGame,

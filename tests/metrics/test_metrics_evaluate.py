@@ -87,19 +87,23 @@ def test_every_named_metric_and_functions_of_ones_own():
     net = Net()
     images, masks, target = scenes()
     pairs = torch.stack([masks, ~masks], 1)
-    names = [name for name in metrics.METRICS if name != "specificity"]
+
+    def probabilities(x: torch.Tensor) -> torch.Tensor:
+        return net(x).softmax(1)
+
+    names = [name for name in metrics.METRICS if name != "concept_specificity"]
     table = metrics.evaluate(
         LayerGradCam(net, net.conv),
         [(images, masks, target)],
         {**{name: name for name in names}, "mine": lambda maps, masks: maps.flatten(1).amax(1)},
-        score_fn=net,
+        score_fn=probabilities,
         n_bootstrap=20,
     )
     maps = LayerGradCam(net, net.conv).attribute(images, target=target).detach()
     value = {row["metric"]: row["value"] for row in table.rows}
     for name in names:
         if name in ("average_drop", "increase_in_confidence", "insertion", "deletion"):
-            expected = getattr(metrics, name)(net, images, maps, target=target).mean()
+            expected = getattr(metrics, name)(probabilities, images, maps, target=target).mean()
         elif name == "nra_exact":
             expected = metrics.nra(maps, masks, baseline="exact").mean()
         else:
@@ -107,7 +111,7 @@ def test_every_named_metric_and_functions_of_ones_own():
         assert value[name] == pytest.approx(expected.item(), abs=1e-5), name
     assert value["mine"] == pytest.approx(maps.flatten(1).amax(1).mean().item(), abs=1e-6)
     both = metrics.evaluate(
-        lambda x: torch.stack([x.sum(1), -x.sum(1)], 1), [(images, pairs)], ["specificity"], n_bootstrap=0
+        lambda x: torch.stack([x.sum(1), -x.sum(1)], 1), [(images, pairs)], ["concept_specificity"], n_bootstrap=0
     )
     assert both.rows[0]["counted"] == 40
     assert both.rows[0]["value"] > 0.5
@@ -134,10 +138,10 @@ def test_worse_maps_score_worse_and_blind_maps_have_no_specificity():
     blind = metrics.evaluate(
         {"random": metrics.RandomMaps(n_maps=2), "centre": metrics.CenterGaussian(n_maps=2)},
         [(images, regions)],
-        ["specificity"],
+        ["concept_specificity"],
     )
-    assert blind.row("centre", "specificity")["value"] == pytest.approx(0, abs=1e-9)
-    random = blind.row("random", "specificity")
+    assert blind.row("centre", "concept_specificity")["value"] == pytest.approx(0, abs=1e-9)
+    random = blind.row("random", "concept_specificity")
     assert random["ci_low"] < 0 < random["ci_high"]
 
 
