@@ -1,30 +1,289 @@
-"""Files of this package: written whole or not at all, read without trusting them.
+"""Files of this package: written atomically, read without trusting them.
 
 A saved object is one safetensors file: tensors as they are, everything else as JSON in the header. Nothing is
-unpickled; the header says the format, so a foreign file is refused by name.
+unpickled. The header names the format, so a foreign file is refused by name. What the JSON and the tensors may be is
+declared as a schema, which is checked before anything is allocated or looped over::
+
+    _INFO = table({"concepts": list_of(text()), "layer": text(), "top_k": nothing_or(integer(1, 10_000))})
+    _ARRAYS = {"scores": Array("float", ("N", "T")), "target": Array("integer", ("N",), optional=True)}
+    with open_artifact(path, FORMAT, "a saved explanation", info=_INFO, arrays=_ARRAYS) as (info, tensors):
+        ...
+
+A check is a function ``(value, where) -> value``; :func:`check_json` runs one, :func:`read_json` reads a file with it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from captum_concepts.errors import ArtifactError
+from captum_concepts.errors import ArtifactError, did_you_mean, listing, shortened
+
+#: A check of one JSON value: the value as it is used, or :class:`Unfit`.
+Check = Callable[[Any, str], Any]
+#: What a format of older files called the entries and tensors that have another name now: old name -> new name.
+Keys = Mapping[str, str]
 
 _INFO = "info"
+_LARGEST_JSON = 64 << 20
+_DEEPEST = 32
+_LARGEST_SIDE = 2**40
 #: What wrong content raises in code that was written for right content.
 _BAD_CONTENT = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, OverflowError)
+_DTYPES = {
+    "float": ("F64", "F32", "F16", "BF16"),
+    "integer": ("I64", "I32", "I16", "I8", "U8"),
+    "bool": ("BOOL",),
+}
+
+
+class Unfit(Exception):
+    """A value that a check does not accept: where it is, and what was wanted."""
+
+    def __init__(self, where: str, found: Any, wanted: str) -> None:
+        named = f"{where!r} is" if where else "its content is"
+        super().__init__(f"{named} {shortened(found)}; it must be {wanted}")
+
+
+def integer(low: int = 0, high: int = 2**53) -> Check:
+    """A whole number in [low, high]; no bool, no float."""
+
+    def check(value: Any, where: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise Unfit(where, value, f"a whole number from {low:,} to {high:,}")
+        return value
+
+    return check
+
+
+def number(low: float = -math.inf, high: float = math.inf) -> Check:
+    """A finite number in [low, high], as float."""
+
+    def check(value: Any, where: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e308:
+            raise Unfit(where, value, "a finite number")
+        if not low <= value <= high:
+            raise Unfit(where, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return check
+
+
+def text(*allowed: str, longest: int = 10_000, pattern: str | None = None) -> Check:
+    """A string: one of ``allowed`` if any are given, or one that fully matches ``pattern``."""
+
+    def check(value: Any, where: str) -> str:
+        if allowed and value not in allowed:
+            raise Unfit(where, value, f"one of {listing(allowed)}")
+        if not isinstance(value, str) or len(value) > longest:
+            raise Unfit(where, value, f"a text of at most {longest:,} characters")
+        if pattern is not None and not re.fullmatch(pattern, value):
+            raise Unfit(where, value, f"a text of the form {pattern}")
+        return value
+
+    return check
+
+
+def flag(value: Any, where: str) -> bool:
+    """``true`` or ``false``."""
+    if not isinstance(value, bool):
+        raise Unfit(where, value, "true or false")
+    return value
+
+
+def nothing_or(check: Check) -> Check:
+    """``null``, or what ``check`` accepts."""
+    return lambda value, where: None if value is None else check(value, where)
+
+
+def either(*checks: Check) -> Check:
+    """What the first fitting of several checks accepts; the message is that of the last."""
+
+    def check(value: Any, where: str) -> Any:
+        for one in checks[:-1]:
+            try:
+                return one(value, where)
+            except Unfit:
+                continue
+        return checks[-1](value, where)
+
+    return check
+
+
+def list_of(item: Check, *, length: int | None = None, least: int = 0, most: int = 1_000_000) -> Check:
+    """A list whose items ``item`` accepts, of exactly ``length`` or of ``least`` to ``most`` items."""
+
+    def check(value: Any, where: str) -> list[Any]:
+        if not isinstance(value, list):
+            raise Unfit(where, value, "a list")
+        if length is not None and len(value) != length:
+            raise Unfit(f"len({where})", len(value), f"{length}")
+        if not least <= len(value) <= most:
+            raise Unfit(f"len({where})", len(value), f"from {least:,} to {most:,}")
+        return [item(one, f"{where}[{i}]") for i, one in enumerate(value)]
+
+    return check
+
+
+def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+    """An object with all of ``fields``, possibly some of ``optional``, and nothing else."""
+    known = {**fields, **(optional or {})}
+
+    def check(value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise Unfit(where, value, f"an object with the keys {listing(known)}")
+        unknown = [key for key in value if key not in known]
+        missing = [key for key in fields if key not in value]
+        if missing:
+            has = f" It has {listing(unknown)}, which is unknown." if unknown else ""
+            raise Unfit(where, value, f"an object with the key {missing[0]!r}.{has}")
+        if unknown:
+            hint = did_you_mean(str(unknown[0]), known)
+            raise Unfit(where, value, f"an object without the unknown key {shortened(unknown[0])}.{hint}")
+        return {key: known[key](one, f"{where}.{key}" if where else key) for key, one in value.items()}
+
+    return check
+
+
+def mapping_of(value: Check, *, most: int = 1_000_000) -> Check:
+    """An object with any keys, whose values ``value`` accepts."""
+    one_value = value
+
+    def check(value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or len(value) > most:
+            raise Unfit(where, value, f"an object with at most {most:,} keys")
+        return {key: one_value(one, f"{where}[{shortened(key)}]") for key, one in value.items()}
+
+    return check
+
+
+def anything(value: Any, where: str) -> Any:
+    """Any JSON of at most 32 levels: notes that are shown or compared, never computed with."""
+    level, depth = [value], 0
+    while level:
+        if depth > _DEEPEST:
+            raise Unfit(where, value, f"nested at most {_DEEPEST} levels deep")
+        level = [
+            one
+            for part in level
+            for one in (part.values() if isinstance(part, dict) else part if isinstance(part, list) else ())
+        ]
+        depth += 1
+    return value
+
+
+def check_json(value: Any, check: Check, what: str) -> Any:
+    """``value`` as ``check`` accepts it.
+
+    Raises:
+        ArtifactError: it does not; names the entry, what it holds and what it must be.
+
+    >>> check_json({"rows": [4, -1]}, table({"rows": list_of(integer(0, 9))}), "the manifest")
+    Traceback (most recent call last):
+    ...
+    captum_concepts.errors.ArtifactError: the manifest is damaged or foreign: 'rows[1]' is -1; it must be a whole number
+    from 0 to 9
+    """
+    try:
+        return check(value, "")
+    except Unfit as wrong:
+        raise ArtifactError(f"{what} is damaged or foreign: {wrong}") from None
+    except RecursionError:
+        raise ArtifactError(f"{what} is damaged or foreign: it is nested too deeply") from None
+
+
+def read_json(path: str | os.PathLike[str], check: Check, what: str) -> Any:
+    """The content of a JSON file as ``check`` accepts it.
+
+    Args:
+        path: the file.
+        check: its schema.
+        what: how messages call it, with its article.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArtifactError: unreadable, too large, not JSON in UTF-8, or not of the schema.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}, which should be {what}")
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ArtifactError(f"{path} cannot be read as {what}: it is larger than {_LARGEST_JSON >> 20} MiB")
+        found = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ArtifactError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read as {what}: {error}") from error
+    return check_json(found, check, str(path))
+
+
+@dataclass(frozen=True)
+class Array:
+    """What a stored tensor must be, compared with the header before the tensor is read.
+
+    Args:
+        kind: "float", "integer" or "bool".
+        dims: one entry per dimension: a size, None for any size, or a letter, which stands for one size in all tensors
+            of a file. A last entry ``...`` allows any further dimensions.
+        optional: whether it may be missing.
+    """
+
+    kind: str
+    dims: tuple[Any, ...]
+    optional: bool = False
+
+    def fits(self, dtype: str, shape: list[int], sizes: dict[str, int]) -> bool:
+        """Whether a tensor fits; letters that are new enter ``sizes``."""
+        dims = self.dims[:-1] if self.dims and self.dims[-1] is ... else self.dims
+        if dtype not in _DTYPES[self.kind] or len(shape) < len(dims):
+            return False
+        if len(dims) == len(self.dims) != len(shape) or any(side > _LARGEST_SIDE for side in shape):
+            return False
+        wanted = [sizes.setdefault(dim, side) if isinstance(dim, str) else dim for dim, side in zip(dims, shape)]  # noqa: B905
+        return all(dim is None or dim == side for dim, side in zip(wanted, shape))  # noqa: B905
+
+
+def check_arrays(file: Any, arrays: Mapping[str, Array], sizes: Mapping[str, int] | None = None) -> None:
+    """Compare the header of an open safetensors file with ``arrays``, without reading a tensor.
+
+    Args:
+        file: what ``safetensors.safe_open`` returns.
+        arrays: the tensors by name.
+        sizes: letters whose size is known.
+
+    Raises:
+        ValueError: names the tensor that is missing, unexpected, or has another dtype or shape.
+    """
+    names, known = set(file.keys()), dict(sizes or {})
+    if unknown := sorted(names - set(arrays)):
+        raise ValueError(f"it holds unexpected tensors {listing(unknown)}")
+    for name, array in arrays.items():
+        if name not in names:
+            if array.optional:
+                continue
+            raise ValueError(f"tensor {name!r} is missing")
+        entry = file.get_slice(name)
+        dtype, shape = entry.get_dtype(), list(entry.get_shape())
+        if not array.fits(dtype, shape, known):
+            dims = ", ".join(
+                "..." if d is ... else str(known.get(d, d)) if d is not None else "any" for d in array.dims
+            )
+            raise ValueError(f"tensor {name!r} is {dtype} {shortened(shape)}; it must be {array.kind} [{dims}]")
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
-    """Write the whole file or nothing: a reader never sees a part of it, and a full disk leaves the old file.
+    """Write the file atomically: a reader never sees a part of it, and a full disk leaves the old file.
 
     Args:
         path: the file; its folder must exist.
@@ -74,23 +333,30 @@ def save_artifact(path: str | os.PathLike[str], kind: str, info: Mapping[str, An
 @contextmanager
 def open_artifact(
     path: str | os.PathLike[str],
-    kind: str | tuple[str, ...],
+    kind: str | Mapping[str, Keys],
     what: str,
     *,
+    info: Check = anything,
+    arrays: Mapping[str, Array] | None = None,
+    sizes: Callable[[dict[str, Any]], Mapping[str, int]] | None = None,
     device: str = "cpu",
     allowed: Collection[str] | None = None,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Read what :func:`save_artifact` wrote: ``(info, tensors)``.
 
-    The caller turns them into an object inside the ``with`` block: whatever is wrong with their content is
+    The caller turns them into an object inside the ``with`` block: whatever is still wrong with their content is
     reported as an :class:`~captum_concepts.errors.ArtifactError` that names the file.
 
     Args:
         path: the file.
-        kind: its format, or the formats that the caller can read, the current one first.
+        kind: its format; or all formats that are read, each with the table of its keys that are called otherwise now
+            (entries of ``info`` and tensors; empty for the present format).
         what: how messages call the saved object, with its article: ``"a saved SpatialACV"``.
+        info: schema of the JSON part, after renaming.
+        arrays: what the tensors must be, after renaming; None for any.
+        sizes: what the JSON part says about letters of ``arrays``: ``lambda info: {"T": len(info["concepts"])}``.
         device: where the tensors go.
-        allowed: names of tensors that it may hold; None for any.
+        allowed: names of tensors that it may hold; None for any. ``arrays`` says it better.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -98,25 +364,46 @@ def open_artifact(
     """
     from safetensors import SafetensorError, safe_open
 
-    path, kinds = Path(path), (kind,) if isinstance(kind, str) else kind
+    path = Path(path)
+    kinds = {kind: {}} if isinstance(kind, str) else kind
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}, which should be {what}")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") not in kinds:
-                given = metadata.get("format", "none")
-                raise ArtifactError(f"{path} is not {what} (format {given!r}, not {kinds[0]!r})")
-            info = parse_json(metadata[_INFO])
-            if not isinstance(info, dict):
+            found_kind = metadata.get("format", "none")
+            if found_kind not in kinds:
+                raise ArtifactError(
+                    f"{path} is not {what} (format {shortened(found_kind)}, not {' or '.join(map(repr, kinds))})"
+                )
+            keys = kinds[found_kind]
+            found = parse_json(metadata[_INFO])
+            if not isinstance(found, dict):
                 raise ArtifactError(f"{path} is not {what}: its header holds no JSON object")
-            names = list(file.keys())
+            found = check_json({keys.get(name, name): one for name, one in found.items()}, info, str(path))
+            names = {keys.get(name, name): name for name in file.keys()}  # noqa: SIM118
             if allowed is not None and (unknown := sorted(set(names) - set(allowed))):
-                raise ArtifactError(f"{path} is not {what}: it holds unexpected tensors {unknown}")
-            tensors = {name: file.get_tensor(name) for name in names}
-        yield info, tensors
+                raise ArtifactError(f"{path} is not {what}: it holds unexpected tensors {listing(unknown)}")
+            if arrays is not None:
+                check_arrays(_Renamed(file, names), arrays, sizes(found) if sizes is not None else None)
+            tensors = {name: file.get_tensor(stored) for name, stored in names.items()}
+        yield found, tensors
     except ArtifactError:
         raise
     # Sizes that a hostile header claims end in RuntimeError.
     except (SafetensorError, *_BAD_CONTENT) as error:
         raise ArtifactError(f"{path} cannot be read as {what}: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """An open file whose tensors go by other names."""
+
+    file: Any
+    names: Mapping[str, str]
+
+    def keys(self) -> Collection[str]:
+        return self.names.keys()
+
+    def get_slice(self, name: str) -> Any:
+        return self.file.get_slice(self.names[name])

@@ -7,11 +7,19 @@ Every message names what was given, what is allowed, and what to do. All excepti
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+#: The longest message of an exception or a warning of this package, in characters.
+LONGEST_MESSAGE = 600
 
 
 class CaptumConceptsError(Exception):
-    """Base class of every exception this package raises on purpose."""
+    """Base class of every exception this package raises on purpose; the middle of a long message is left out."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_cut(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class InputError(CaptumConceptsError, ValueError):
@@ -42,7 +50,10 @@ class NotFittedError(CaptumConceptsError, RuntimeError):
 
 
 class CaptumConceptsWarning(UserWarning):
-    """Base class of every warning this package gives."""
+    """Base class of every warning this package gives; the middle of a long message is left out."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_cut(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class InputWarning(CaptumConceptsWarning):
@@ -61,9 +72,41 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 5) -> str:
     >>> did_you_mean("qqq", ["layer3"])
     ''
     """
-    near = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100], list(known), n=limit, cutoff=0.5)
     if not near:
         return ""
     quoted = [f"'{n}'" for n in near]
     head = ", ".join(quoted[:-1])
     return f" Did you mean {head + ' or ' if head else ''}{quoted[-1]}?"
+
+
+def listing(names: Iterable[object], limit: int = 8) -> str:
+    """The first ``limit`` of some names and how many more there are, for a message.
+
+    >>> listing(["a", "b"]), listing(range(1000), 3)
+    ("'a', 'b'", '0, 1, 2 and 997 more')
+    """
+    every = list(names)
+    more = f" and {len(every) - limit:,} more" if len(every) > limit else ""
+    return ", ".join(shortened(name) for name in every[:limit]) + more
+
+
+def shortened(value: Any, longest: int = 100) -> str:
+    """``repr(value)`` in at most about ``longest`` characters, also of a huge or deep one.
+
+    >>> shortened(list(range(1000))), shortened("x" * 1000, 20)
+    ('[0, 1, 2, 3, 4, 5, ...]', "'xxxxxxx...xxxxxxxx'")
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = longest
+    text = short.repr(value)
+    return text if len(text) <= 2 * longest else f"{text[:longest]}..."
+
+
+def _cut(message: str) -> str:
+    """The start and the end of a message that is too long: they say what is wrong, and what to do."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    end = LONGEST_MESSAGE // 3
+    start = LONGEST_MESSAGE - end - len(" [...] ")
+    return f"{message[:start]} [...] {message[-end:]}"

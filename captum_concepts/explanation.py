@@ -13,19 +13,41 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import open_artifact, save_artifact
+from captum_concepts._artifacts import Array, either, list_of, nothing_or, open_artifact, save_artifact, table, text
 from captum_concepts._checks import integer, listed, name_positions, one_of, positions, unique_names
 from captum_concepts.errors import InputError, did_you_mean
 
 _FORMAT = "captum_concepts.ConceptExplanation/2"
-#: Format 1 lacks the keys that have a default.
-_READABLE = (_FORMAT, "captum_concepts.ConceptExplanation/1")
+#: Format 1 lacks the keys that have a default; those it has go by their present names.
+_READABLE: dict[str, dict[str, str]] = {_FORMAT: {}, "captum_concepts.ConceptExplanation/1": {}}
 _BY_CONCEPT = ("scores", "maps", "contributions", "presence", "selected")
 _BY_IMAGE = ("target", "target_probability")
 _TENSORS = (*_BY_CONCEPT, *_BY_IMAGE)
 _REQUIRED = ("scores", "maps")
 _WORDS = ("layer", "method", "class_names", "image_names", "score_unit", "contribution_unit", "rank_by")
 RANKINGS = ("scores", "contributions")
+_NAMES = list_of(text())
+_SAVED_WORDS = table(
+    {"concepts": _NAMES},
+    {
+        "layer": either(text(), list_of(_NAMES)),
+        "method": text(),
+        "class_names": nothing_or(_NAMES),
+        "image_names": nothing_or(_NAMES),
+        "score_unit": text(),
+        "contribution_unit": text(),
+        "rank_by": text("", *RANKINGS),
+    },
+)
+_SAVED_TENSORS = {
+    "scores": Array("float", ("N", "T")),
+    "maps": Array("float", ("N", "T", None, None)),
+    "contributions": Array("float", ("N", "T"), optional=True),
+    "presence": Array("float", ("N", "T"), optional=True),
+    "selected": Array("bool", ("N", "T"), optional=True),
+    "target": Array("integer", ("N",), optional=True),
+    "target_probability": Array("float", ("N",), optional=True),
+}
 #: A concept of lower presence is drawn as "not seen".
 SEEN = 0.5
 
@@ -434,9 +456,9 @@ class ConceptExplanation:
             ArtifactError: the file is truncated, corrupt, or not a saved explanation.
         """
         device = torch.device(device)  # a bad device is no fault of the file
-        opened = open_artifact(path, _READABLE, "a saved explanation", device=str(device), allowed=_TENSORS)
-        with opened as (info, tensors):
-            return cls(info["concepts"], **{name: info[name] for name in _WORDS if name in info}, **tensors)
+        schema: dict[str, Any] = {"info": _SAVED_WORDS, "arrays": _SAVED_TENSORS, "sizes": _saved_sizes}
+        with open_artifact(path, _READABLE, "a saved explanation", device=str(device), **schema) as (info, tensors):
+            return cls(**info, **tensors)
 
     def _summary(self) -> str:
         n, t, h, w = self.maps.shape
@@ -486,6 +508,10 @@ class ConceptExplanation:
                 rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
         title = html.escape(f"ConceptExplanation({self._summary()})")
         return f"<table><caption>{title}</caption>{head}{''.join(rows)}</table>"
+
+
+def _saved_sizes(info: dict[str, Any]) -> dict[str, int]:
+    return {"T": len(info["concepts"])}
 
 
 def short(value: float, *, sign: bool = False) -> str:
