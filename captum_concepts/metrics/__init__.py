@@ -34,6 +34,7 @@ _MODULES = {
         "ConceptSpecificity",
     ),
     "streaming_scores": ("AverageDrop", "Deletion", "IncreaseInConfidence", "Insertion"),
+    "streaming_words": ("ConceptAUROC", "PresenceBrier", "Top1Present"),
     "table": ("EvaluationTable",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -93,6 +94,11 @@ if TYPE_CHECKING:
         Deletion as Deletion,
         IncreaseInConfidence as IncreaseInConfidence,
         Insertion as Insertion,
+    )
+    from captum_concepts.metrics.streaming_words import (
+        ConceptAUROC as ConceptAUROC,
+        PresenceBrier as PresenceBrier,
+        Top1Present as Top1Present,
     )
     from captum_concepts.metrics.table import EvaluationTable as EvaluationTable
 

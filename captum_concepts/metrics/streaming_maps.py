@@ -70,7 +70,7 @@ class NormalizedRegionAccuracy(_MapMetric):
         self.thresholds = thresholds
 
     def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
-        options = {"baseline": self.baseline, "signed": self.signed, "thresholds": self.thresholds}
+        options: dict[str, Any] = {"baseline": self.baseline, "signed": self.signed, "thresholds": self.thresholds}
         return nra(maps, masks, **options, **self._shared(ignore))
 
 
