@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from captum_concepts.activations import capture
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.metrics import nra, concept_specificity
+from captum_concepts.metrics import concept_specificity, nra
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
 from captum_concepts.models import ConceptTranslator, fit_translator
 from captum_concepts.models.concept_translator_data import TrainingPairs

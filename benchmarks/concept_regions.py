@@ -36,8 +36,8 @@ from captum_concepts import demo
 from captum_concepts.activations import gradients_enabled, spatial_activations
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.datasets.images import find_images, load_image
-from captum_concepts.metrics import epg, nra, concept_specificity
+from captum_concepts.images import find_images, load_image
+from captum_concepts.metrics import concept_specificity, epg, nra
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
 from captum_concepts.models import ConceptTranslator, fit_translator
 from captum_concepts.models.concept_translator_data import TrainingPairs, collect_pairs
@@ -205,8 +205,7 @@ def interval(values: list[list[float]], rng: np.random.Generator) -> list[float]
 
 def sensitivity(tasks: list[tuple[Task, ConceptFusionMap]], count: int) -> None:
     """NRA and specificity of the fused map with one constant changed at a time."""
-    from captum_concepts.attr import _concept_local as reading
-    from captum_concepts.attr import _concept_regions as constants
+    from captum_concepts.attr import _concept_local as reading, _concept_regions as constants
 
     changes: dict[str, list[float]] = {
         "STEPS": [1, 2, 4],

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts.metrics import average_precision, nra, pixel_accuracy, segmentation_counts, concept_specificity
+from captum_concepts.metrics import average_precision, concept_specificity, nra, pixel_accuracy, segmentation_counts
 
 #: Columns of a table of maps: key, heading.
 COLUMNS = {

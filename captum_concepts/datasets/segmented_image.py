@@ -21,7 +21,11 @@ class _EvaluationItem(Mapping[str, Any]):
     """
 
     target: Any
-    labels_are_classes: bool
+
+    @property
+    def labels_are_classes(self) -> bool:
+        """Whether ``target`` contains classes of images, not concepts of masks."""
+        raise NotImplementedError
 
     def _keys(self) -> tuple[str, ...]:
         return _KEYS if self.labels_are_classes else _KEYS[:-1]

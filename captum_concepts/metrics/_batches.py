@@ -11,11 +11,11 @@ from torch import Tensor
 
 from captum_concepts._checks import integer
 from captum_concepts.errors import InputError
+from captum_concepts.images import IMAGE_KEYS, Reading, to_tensor
 
 _KEYS = ("inputs", "masks", "target", "ignore", "concepts")
-#: Other names of "inputs", as data sets of images spell it.
-_IMAGE_KEYS = ("inputs", "image", "images", "pixel_values", "img")
 _TENSORS = ("inputs", "masks", "target", "ignore")
+_AS_THEY_ARE = Reading(mode="any")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Batch:
 
 def batches(data: Iterable[Any], batch_size: int, device: torch.device | str | None) -> Iterator[Batch]:
     """Batches as they come; single examples put together while their shapes agree, ``batch_size`` at most."""
-    integer("batch_size", batch_size)
+    batch_size = integer("batch_size", batch_size)
     waiting: list[dict[str, Any]] = []
     for item in _items(data):
         parts = _parts(item)
@@ -65,18 +65,22 @@ def _items(data: Any) -> Iterator[Any]:
         raise InputError(f"data must yield (inputs, masks[, target]), got {type(data).__name__}")
     if isinstance(data, Mapping):
         raise InputError("data is one dict; put it into a list: [data]")
-    if isinstance(data, torch.utils.data.Dataset) and hasattr(data, "__len__"):
+    by_number = hasattr(data, "__len__") and hasattr(type(data), "__getitem__")
+    if by_number and not isinstance(data, (torch.utils.data.IterableDataset, torch.utils.data.DataLoader)):
         return (data[i] for i in range(len(data)))  # a Dataset need not raise IndexError at its end
     return iter(data)
 
 
 def _parts(item: Any) -> dict[str, Any]:
     if isinstance(item, Mapping):
-        images = [key for key in _IMAGE_KEYS if key in item]
-        unknown = set(item) - set(_KEYS) - set(_IMAGE_KEYS)
-        if unknown or len(images) != 1:
-            raise InputError(f"data items as dicts have the keys {_KEYS}, got {sorted(map(str, item))}")
-        parts = {key: item.get(key) for key in _KEYS} | {"inputs": item[images[0]]}
+        image = next((key for key in ("inputs", *IMAGE_KEYS) if key in item), None)
+        unknown = set(item) - {*_KEYS, image}
+        if unknown or image is None:
+            raise InputError(
+                f"data items as dicts have the keys {', '.join(_KEYS)} ('image' or 'pixel_values' for 'inputs'), got "
+                f"{sorted(map(str, item))[:12]}"
+            )
+        parts = {key: item.get(image if key == "inputs" else key) for key in _KEYS}
     elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
         parts = dict.fromkeys(_KEYS)
         parts.update(zip(_KEYS, item))  # noqa: B905  (a target is optional)
@@ -84,10 +88,7 @@ def _parts(item: Any) -> dict[str, Any]:
         raise InputError(
             f"data must yield (inputs, masks), (inputs, masks, target) or dicts, got {type(item).__name__}"
         )
-    inputs = parts["inputs"]
-    if not isinstance(inputs, Tensor) or inputs.ndim not in (3, 4):
-        got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise InputError(f"inputs must be tensors (C, H, W) or (N, C, H, W), got {got}")
+    parts["inputs"] = to_tensor(parts["inputs"], _AS_THEY_ARE, "inputs")
     for key in ("masks", "ignore"):
         value = parts[key]
         if value is not None and not isinstance(value, Tensor):

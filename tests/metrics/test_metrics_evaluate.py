@@ -363,7 +363,7 @@ def test_the_confidence_is_that_of_the_intervals():
     assert 0 < widths[0] < widths[1]
 
 
-IMAGE, MASK = torch.rand(2, 3, 8, 8), torch.ones(2, 8, 8)
+IMAGE, MASK = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -400,3 +400,32 @@ def test_functions_alone_do_not_load_torchmetrics_and_all_names_exist():
     assert all(hasattr(metrics, name) for name in metrics.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nr'"):
         metrics.nr
+
+
+def test_images_in_other_holders(tmp_path):
+    import numpy as np
+    from PIL import Image
+    from torch.utils.data import IterableDataset
+
+    class Stream(IterableDataset):
+        def __len__(self):
+            return len(IMAGE)
+
+        def __iter__(self):
+            return iter(zip(IMAGE, masks, strict=True))
+
+    def brightness(x):
+        return x.mean(1)
+
+    masks = torch.zeros(2, 8, 8)
+    masks[:, 2:4, 3:7] = 1
+    expected = metrics.evaluate(brightness, [(IMAGE, masks)], ["epg"], n_bootstrap=0).to_markdown()
+    pictures = [Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy()) for x in IMAGE]
+    pictures[0].save(tmp_path / "a.png")
+    for data in (
+        Stream(),
+        [{"pixel_values": x, "masks": m} for x, m in zip(IMAGE, masks, strict=True)],
+        [{"image": x, "masks": m} for x, m in zip(pictures, masks, strict=True)],
+        [(tmp_path / "a.png", masks[0]), (np.asarray(pictures[1]), masks[1])],
+    ):
+        assert metrics.evaluate(brightness, data, ["epg"], n_bootstrap=0).to_markdown() == expected
