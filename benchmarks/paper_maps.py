@@ -187,7 +187,7 @@ def _scores(maps: Tensor, masks: Tensor, ignore: Tensor) -> Tensor:
     skip = ignore.expand(masks.shape)
     published = metrics.nra(maps, masks, ignore=skip)
     hit = (published > 0.5).float().masked_fill(published.isnan(), torch.nan)
-    special = metrics.specificity(maps[None], masks[None], ignore=skip[None])[0]
+    special = metrics.concept_specificity(maps[None], masks[None], ignore=skip[None])[0]
     exact = metrics.nra(maps, masks, baseline="exact", ignore=skip)
     return torch.stack([metrics.epg(maps, masks, ignore=skip), published, exact, hit, special], 1)
 

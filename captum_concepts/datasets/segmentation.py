@@ -153,9 +153,9 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
 
 class ConceptRegions(IterableDataset[dict[str, Any]]):
     """One example for each concept in each picture: ``inputs (3, H, W)``, ``masks (H, W)``, ``ignore (H, W)``, and
-    ``target``, the concept's index in ``data.concepts``.
+    ``concepts``, the concept's name.
 
-    ``metrics.evaluate(method, data.pairs(), ...)`` asks ``method.attribute(inputs, target=concept)`` for every region.
+    ``metrics.evaluate(method, data.pairs(), ...)`` asks ``method.concept_maps(inputs, [name])`` for every region.
     With ``size=`` a ``DataLoader`` batches it without a collate function, and its workers share the pictures.
     """
 
@@ -168,8 +168,8 @@ class ConceptRegions(IterableDataset[dict[str, Any]]):
         start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for i in range(start, len(self.data), step):
             item = self.data[i]
-            for mask, target in zip(item.masks, torch.as_tensor(item.target).tolist(), strict=True):
-                yield {"inputs": item.image, "masks": mask, "ignore": item.ignore, "target": target}
+            for mask, name in zip(item.masks, item.concepts, strict=True):
+                yield {"inputs": item.image, "masks": mask, "ignore": item.ignore, "concepts": name}
 
 
 def _values(ids: Ids) -> list[int]:

@@ -13,18 +13,23 @@ from captum_concepts._checks import integer
 from captum_concepts.errors import InputError
 from captum_concepts.images import IMAGE_KEYS, Reading, to_tensor
 
-_KEYS = ("inputs", "masks", "target", "ignore")
+_KEYS = ("inputs", "masks", "target", "ignore", "concepts")
+_TENSORS = ("inputs", "masks", "target", "ignore")
 _AS_THEY_ARE = Reading(mode="any")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``inputs`` (N, C, H, W); ``masks`` (N, H, W) or (N, T, H, W); ``target`` and ``ignore`` may be None."""
+    """``inputs`` (N, C, H, W); ``masks`` (N, H, W) or (N, T, H, W); the rest may be None.
+
+    ``concepts`` are names: T of them for masks (N, T, H, W), one for each image for masks (N, H, W).
+    """
 
     inputs: Tensor
     masks: Tensor | None
     target: Any
     ignore: Tensor | None
+    concepts: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -95,7 +100,10 @@ def _parts(item: Any) -> dict[str, Any]:
 
 
 def _shapes(parts: dict[str, Any]) -> list[Any]:
-    return [getattr(parts[key], "shape", None) if key != "target" else parts[key] is None for key in _KEYS]
+    """What has to agree for examples to share a batch: shapes, and the names of several masks."""
+    shapes = [getattr(parts[key], "shape", None) for key in ("inputs", "masks", "ignore")]
+    several = parts["masks"] is not None and parts["masks"].ndim == 3
+    return [*shapes, parts["target"] is None, list(parts["concepts"] or ()) if several else parts["concepts"] is None]
 
 
 def _collate(waiting: list[dict[str, Any]], device: torch.device | str | None) -> Batch:
@@ -105,8 +113,13 @@ def _collate(waiting: list[dict[str, Any]], device: torch.device | str | None) -
             return None
         return torch.stack(values) if isinstance(values[0], Tensor) else torch.as_tensor(values)
 
+    names = [parts["concepts"] for parts in waiting]
+    several = waiting[0]["masks"] is not None and waiting[0]["masks"].ndim == 3
     try:
-        return _checked({key: stack(key) for key in _KEYS}, device)
+        return _checked(
+            {**{key: stack(key) for key in _TENSORS}, "concepts": names[0] if several or None in names else names},
+            device,
+        )
     except (TypeError, RuntimeError) as error:
         raise InputError(f"examples cannot be put into one batch: {error}") from error
 
@@ -117,6 +130,21 @@ def _checked(parts: dict[str, Any], device: torch.device | str | None) -> Batch:
         value = parts[key]
         if value is not None and (value.ndim not in (3, 4) or len(value) != n):
             raise InputError(f"{key} must be ({n}, H, W) or ({n}, T, H, W) for {n} inputs, got {tuple(value.shape)}")
+    if parts["concepts"] is not None:
+        parts = parts | {"concepts": _names(parts["concepts"], parts["masks"], n)}
     if device is not None:
         parts = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in parts.items()}
     return Batch(**parts)
+
+
+def _names(given: Any, masks: Tensor | None, n: int) -> list[str]:
+    """One name for each of the T masks, or for each of the n images."""
+    names = [given] * n if isinstance(given, str) else [name for one in given for name in _flat(one)]
+    wanted = masks.shape[1] if masks is not None and masks.ndim == 4 else n
+    if len(names) != wanted or not all(isinstance(name, str) for name in names):
+        raise InputError(f"concepts must be {wanted} names, one for each mask or image, got {names[:5]!r}")
+    return names
+
+
+def _flat(name: Any) -> list[Any]:
+    return list(name) if isinstance(name, (list, tuple)) else [name]

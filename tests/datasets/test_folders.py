@@ -308,8 +308,8 @@ class TestLoading:
         ours = next(iter(DataLoader(data, batch_size=3, collate_fn=collate_segmented)))
         default = next(iter(DataLoader(data, batch_size=3)))
         assert ours.masks.shape == (3, 3, 16, 16)
-        assert set(ours) == set(default) == {"inputs", "masks", "ignore"}
-        for key in ours:
+        assert set(ours) == set(default) == {"inputs", "masks", "concepts", "ignore"}
+        for key in ("inputs", "masks", "ignore"):
             assert torch.equal(ours[key], default[key])
 
     def test_images_of_different_sizes(self, folder: Path):
@@ -325,8 +325,8 @@ class TestLoading:
         expected = {(name, target) for item in data for name, target in ((item.name, t) for t in item.target.tolist())}
         assert len(rows) == len(expected) == 3
         for item in data:
-            for mask, target in zip(item.masks, item.target.tolist(), strict=True):
-                (row,) = [r for r in rows if r["target"] == target and torch.equal(r["inputs"], item.image)]
+            for mask, name in zip(item.masks, item.concepts, strict=True):
+                (row,) = [r for r in rows if r["concepts"] == name and torch.equal(r["inputs"], item.image)]
                 assert torch.equal(row["masks"], mask)
                 assert torch.equal(row["ignore"], item.ignore)
         batch = next(iter(DataLoader(data.pairs(), batch_size=3)))
@@ -339,16 +339,13 @@ class TestLoading:
 
 
 def oracle(data):
-    """For pictures and concept indices the true mask, found again by the picture's pixels."""
-    known = {item.image.sum().item(): dict(zip(item.target.tolist(), item.masks, strict=True)) for item in data}
+    """For images and names of concepts the true mask, found again by the image's pixels."""
+    known = {item.image.sum().item(): dict(zip(item.concepts, item.masks, strict=True)) for item in data}
 
-    def maps(inputs, target):
-        return torch.stack(
-            [
-                known[x.sum().item()][int(t)].float()
-                for x, t in zip(inputs, torch.as_tensor(target).ravel(), strict=True)
-            ]
-        )
+    def maps(inputs, concepts):
+        if len(concepts) != len(inputs):  # the names of several masks of one image
+            return torch.stack([known[x.sum().item()][name].float() for x in inputs for name in concepts])[None]
+        return torch.stack([known[x.sum().item()][name].float() for x, name in zip(inputs, concepts, strict=True)])
 
     return maps
 
@@ -360,7 +357,7 @@ class TestEvaluate:
         data = MaskFolder(folder, size=16, unlabelled="background")
         true = oracle(data)
         table = metrics.evaluate(
-            {"right": true, "wrong": lambda inputs, target: -true(inputs, target)}, data.pairs(), ["nra", "epg"]
+            {"right": true, "wrong": lambda inputs, concepts: -true(inputs, concepts)}, data.pairs(), ["nra", "epg"]
         )
         assert [table.row("right", m)["value"] for m in ("nra", "epg")] == [1, 1]
         assert [table.row("wrong", m)["value"] for m in ("nra", "epg")] == [0, 0]
