@@ -112,8 +112,8 @@ def table(runs: Sequence[Run]) -> str:
     families = sorted({family(site) for one in runs for site in one.comparisons})
     lines += [
         "",
-        "Largest difference and, in parentheses, the largest part of a tolerance that was used, by family of tests. The "
-        "two need not be of the same comparison.",
+        "Largest difference and, in parentheses, the largest part of a tolerance that was used, by family of tests; "
+        "perhaps of two comparisons.",
         "",
         "| tests | " + " | ".join(one.setting for one in runs) + " |",
         "|---|" + "---|" * len(runs),
@@ -143,9 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("tests", nargs="*", help="files or folders (default: the whole suite)")
     parser.add_argument("--numeric", action="store_true", help="only tests that compare numbers")
     parser.add_argument("--settings", help=f"comma-separated, of: {', '.join(SETTINGS)} (default: all)")
-    parser.add_argument(
-        "--folder", type=Path, default=ROOT / "build" / "kernels", help="results (default: %(default)s)"
-    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "kernels", help="default: %(default)s")
     parser.add_argument("--workers", default="auto", help="of pytest-xdist; 0: none (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="run nothing; the table of what lies in the folder")
     options = parser.parse_args(arguments)

