@@ -21,9 +21,9 @@ _NAMES = {
     "fit_salf_cbm": "models.salf_cbm_fit",
 }
 _ROOMS = (
-    "concepts", "datasets", "demo", "errors", "images", "metrics", "published", "solvers", "store", "visualization",
-    "vlm",
-)  # fmt: skip
+    *("concepts", "datasets", "demo", "errors", "images", "metrics", "published", "solvers", "store"),
+    *("visualization", "vlm"),
+)
 
 __all__ = ["__version__", *_NAMES, *_ROOMS]
 

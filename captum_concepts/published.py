@@ -20,5 +20,5 @@ INSERTION: dict[str, Any] = {"n_steps": 224, "baseline": "blur"}
 DELETION: dict[str, Any] = {"n_steps": 224, "baseline": "zero"}
 #: ``metrics.average_drop`` and ``metrics.increase_in_confidence`` (Grad-CAM++, WACV 2018).
 AVERAGE_DROP: dict[str, Any] = {"scores": "probability", "baseline": "zero", "normalize": True}
-#: ``metrics.iou``, ``pixel_accuracy``, ``mean_iou`` of the ImageNet-segmentation protocol (Chefer et al., CVPR 2021).
+#: ``metrics.iou``, ``pixel_accuracy``, ``mean_iou``: the ImageNet-segmentation protocol (Chefer et al., CVPR 2021).
 SEGMENTATION: dict[str, Any] = {"threshold": "mean"}

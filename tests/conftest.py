@@ -12,9 +12,6 @@ import torch
 from comparisons import Recorder, compares_numbers
 from hypothesis import HealthCheck, settings
 
-from captum_concepts.demo.photos import PREPROCESSING, PhotoClassifier, load_classifier
-from captum_concepts.images import open_images
-
 # A gate repeats itself: the same examples each time, however busy the machine. Elsewhere new ones are tried.
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 if os.environ.get("CI"):
@@ -32,8 +29,10 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_classifier() -> PhotoClassifier:
+def real_classifier() -> torch.nn.Module:
     """EfficientNet-Lite0 with its ImageNet weights, which the ``dev`` extra installs: every clone has it."""
+    from captum_concepts.demo.photos import load_classifier
+
     return load_classifier()
 
 
@@ -42,6 +41,9 @@ def photographs() -> dict[str, torch.Tensor]:
     """Three real photographs ``(3, 224, 224)`` that ship with dependencies: a palace, a flower and a person."""
     import matplotlib
     import sklearn.datasets
+
+    from captum_concepts.demo.photos import PREPROCESSING
+    from captum_concepts.images import open_images
 
     samples = Path(sklearn.datasets.__file__).parent / "images"
     person = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
