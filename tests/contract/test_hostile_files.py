@@ -1,8 +1,8 @@
 """Every loader against damaged and hostile files: it loads, or one of the package's own exceptions comes out.
 
-``FUZZ=10000 pytest tests/contract/test_hostile_files.py`` (`make fuzz`) tries that many files against each loader; by default a
-few hundred. A file is damaged blindly (bits, cuts, insertions) or knowingly (a value of its JSON replaced: sizes,
-types, paths, offsets), because blind damage rarely gets past a checksum.
+``FUZZ=10000 pytest tests/contract/test_hostile_files.py`` (`make fuzz`) tries that many files against each loader; by
+default a few hundred. A file is damaged blindly (bits, cuts, insertions) or knowingly (a value of its JSON replaced:
+sizes, types, paths, offsets), because blind damage rarely gets past a checksum.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from captum_concepts import ConceptExplanation, ConceptFusionMap, ConceptTransla
 from captum_concepts.attr._guidance import read_image
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.datasets import ImageNetSegmentation
-from captum_concepts.datasets._annotation import read_ids
-from captum_concepts.datasets.images import load_image
+from captum_concepts.datasets.annotation import read_ids
 from captum_concepts.errors import ArtifactError, CaptumConceptsError
+from captum_concepts.images import load_image
 from captum_concepts.metrics import EvaluationTable
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.store.shards import ShardReader, ShardWriter

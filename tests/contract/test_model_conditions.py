@@ -14,16 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from methods import METHODS, Method
 from torch import Tensor, nn
 
 from captum_concepts import SALFCBM
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 
-#: Calls of each method in the test for leaks; ``CALLS=1000 pytest -s tests/contract/test_model_conditions.py -k piles`` is the
-#: long run.
+#: Calls of each method in the test for leaks;
+#: ``CALLS=1000 pytest -s tests/contract/test_model_conditions.py -k piles`` is the long run.
 CALLS = int(os.environ.get("CALLS", "40"))
 
 
