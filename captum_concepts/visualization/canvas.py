@@ -36,6 +36,7 @@ class Fitted:
 
     @property
     def height(self) -> float:
+        """Inches."""
         return (self.text.count("\n") + 1) * self.size * LEADING / 72 if self.text else 0.0
 
 
@@ -262,6 +263,7 @@ class Canvas:
 
 
 def plain_ticks(labels: Sequence[Any]) -> None:
+    """Numbers are text, whatever the user's settings."""
     for label in labels:
         label.set(parse_math=False, usetex=False)
 

@@ -34,10 +34,10 @@ from captum_concepts.visualization.canvas import (
     faded,
     fit,
     join,
+    number as in_words,
     round_up,
     text_width,
 )
-from captum_concepts.visualization.canvas import number as in_words
 from captum_concepts.visualization.overlay import ALPHA, as_heatmap, as_image, as_images, blend
 from captum_concepts.visualization.regions import Box, frame, outlines, per_image
 from captum_concepts.visualization.scale import ColorScale, schemes
@@ -86,7 +86,8 @@ def panel(
             image where the explanation has one example.
         top_k: concepts per image; None: those the explanation selected for it, at most 8.
         rank_by: ``"scores"`` or ``"contributions"`` (by magnitude); None keeps the explanation's own order (by scores
-            where it has no ranking and some concepts must be left out). Concepts that are not encoded, and then those not seen (``presence`` below .5), come last in either case.
+            where it has no ranking and some concepts must be left out). Concepts that are not encoded, or
+            not seen (``presence`` below .5), come last in either case.
         title: above the figure.
         class_names: names of the targets, by index; None: the explanation's own.
         image_names: one above each input; None: the explanation's own.
@@ -259,6 +260,7 @@ class Row:
 
     @property
     def encoded(self) -> list[bool]:
+        """Whether each concept's map is drawn."""
         return [state != NOT_ENCODED for state in self.states]
 
     @property
@@ -268,6 +270,7 @@ class Row:
 
     @property
     def unknown(self) -> bool:
+        """Whether a map has values that are not finite."""
         return not all(bool(m.isfinite().all()) for m in self.maps)
 
     @property
@@ -287,10 +290,12 @@ class Row:
 
     @property
     def with_bars(self) -> bool:
+        """Whether there are contributions."""
         return self.shown.contributions is not None
 
     @property
     def contributions(self) -> list[float]:
+        """Of the shown concepts."""
         return [] if self.shown.contributions is None else self.shown.contributions[0].float().tolist()
 
 

@@ -506,7 +506,8 @@ class TestInTheBrowser:
         seen.page.hover("h1", force=True)
         assert shown(seen, "#e1 .m2")
         assert not shown(seen, "#e1 .m1")
-        seen.page.hover("#e1 .c0 .score", force=True)  # pointing at another looks at that one, while the chosen stays chosen
+        # Pointing at another looks at that one, while the chosen stays chosen.
+        seen.page.hover("#e1 .c0 .score", force=True)
         assert shown(seen, "#e1 .m0")
         assert not shown(seen, "#e1 .m2")
 

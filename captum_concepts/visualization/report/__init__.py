@@ -25,8 +25,7 @@ from captum_concepts import __version__
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
-from captum_concepts.visualization.canvas import NOT_ENCODED, round_up
-from captum_concepts.visualization.canvas import number as in_words
+from captum_concepts.visualization.canvas import NOT_ENCODED, number as in_words, round_up
 from captum_concepts.visualization.overlay import ALPHA, MODES, as_image, as_images
 from captum_concepts.visualization.panels import absence, check_explanation, class_of, crop_boxes, ordered, significance
 from captum_concepts.visualization.pictures import Picture, gradient, map_picture, photo, place_in_words
@@ -488,10 +487,12 @@ class ConceptRow:
 
     @property
     def pale(self) -> bool:
+        """Whether it is not seen or not encoded."""
         return bool(self.state)
 
     @property
     def alt(self) -> str:
+        """The map in words."""
         return f"Map of {self.name}: {NOT_ENCODED if self.overlay is None else self.place}"
 
 
@@ -525,6 +526,7 @@ class Card:
 
     @property
     def how(self) -> bool:
+        """Whether there are contributions."""
         return any(row.contribution is not None for row in self.rows)
 
 
