@@ -33,6 +33,7 @@ def template(name: str) -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.tests["fingerprint"] = lambda value: re.fullmatch("[0-9a-f]{12,}", value) is not None
     return environment.get_template(name)
