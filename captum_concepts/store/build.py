@@ -198,7 +198,7 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
                 info = {
                     "images": count,
                     "shard_rows": rows,
-                    "probe": [round(v, 4) for v in source.probe[:_PROBE].tolist()],
+                    "probe": [round(v, 4) for v in source.probe[:_PROBE].tolist() if math.isfinite(v)],
                 }
                 info["batch_size"] = batch_size or chosen_batch_size(source)
                 found = Manifest(source.fingerprint(), shard_sizes(count, rows), info)
