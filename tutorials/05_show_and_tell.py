@@ -16,7 +16,7 @@ import torch
 
 from captum_concepts import SALFCBM, demo, fit_salf_cbm
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.metrics import CenterGaussian, RandomMaps, evaluate, specificity
+from captum_concepts.metrics import CenterGaussian, RandomMaps, concept_specificity, evaluate
 from captum_concepts.visualization import overlay, panel
 from captum_concepts.vlm import RegionPrompt
 
@@ -90,7 +90,7 @@ print(f"the backbone's own head: held-out accuracy {accuracy(backbone):.2f}")
 for layer, one in models.items():
     columns = [data.concepts.index(concept) for concept in one.concepts]
     present = test.presence[:, columns]
-    special = specificity(one.concept_maps(test.image), test.masks[:, columns])[present].nanmean()
+    special = concept_specificity(one.concept_maps(test.image), test.masks[:, columns])[present].nanmean()
     print(f"{layer}: accuracy {accuracy(one):.2f}, {len(columns)} concepts kept, specificity of the maps {special:.2f}")
 for drop in models["layer4"].metadata["vocabulary"]["report"]["drops"]:
     print(f"dropped at layer4: {drop['concept']} ({drop['reason']})")
@@ -122,12 +122,12 @@ right = model(test.image).argmax(1) == test.label
 chosen = [int(torch.nonzero((test.label == c) & right)[0]) for c in (0, 3, 4)]
 explanation = model.explain(test.image[chosen], top_k=None)
 panel(
-    test.image[chosen],
     explanation,
-    by="contributions",
+    test.image[chosen],
+    rank_by="contributions",
     top_k=3,
     class_names=data.classes,
-    image_titles=[f"truth: {data.classes[test.label[i]]}" for i in chosen],
+    image_names=[f"truth: {data.classes[test.label[i]]}" for i in chosen],
     title="What decided, where it was seen, and how much it counted",
     map_label="concept map",
 )
@@ -152,7 +152,7 @@ evaluate(
         "random": RandomMaps(n_maps=len(columns)),
     },
     [(test.image, test.masks[:, columns])],
-    metrics=["nra", "specificity"],
+    metrics=["nra", "concept_specificity"],
     n_bootstrap=300,
 )
 

@@ -277,7 +277,7 @@ class TestFiles:
             assert [b.names for b in found] == [["cat/1.png", "cat/2.png"], ["dog/1.png"]]
             assert [b.labels for b in found] == [[0, 0], [1]]
         assert (len(source), source.labels) == (3, [0, 0, 1])
-        assert [s["image"] for s in source.skipped] == ["cat/3.png"]
+        assert [s["image"] for s in source.skipped] == [str(root / "cat" / "3.png")]
         assert "3.png" in source.skipped[0]["reason"]
         assert source.select([2, 0]).names == ["dog/1.png", "cat/1.png"]
         assert source.select([2, 0]).labels == [1, 0]
@@ -372,6 +372,12 @@ class TestShapes:
         with pytest.raises(InputError, match="already"):
             open_images(source, size=3)
         assert repr(source) == "ImageSource(7 images, own sizes)"
+        labelled = open_images(source, labels=LABELS)
+        assert (labelled.labels, source.labels) == (LABELS, None)
+        assert torch.equal(labelled[2], source[2])
+        assert open_images(labelled, labels=False).labels is None
+        with pytest.raises(InputError, match="2 labels for 7"):
+            open_images(source, labels=[0, 1])
 
 
 class TestFingerprint:
@@ -394,3 +400,14 @@ class TestFingerprint:
     def test_digest(self):
         assert digest(IMAGES[0]) == digest(IMAGES[0].double())
         assert len(digest(IMAGES[0], 8)) == 8
+
+
+def test_scenes_tell_their_labels_without_drawing_them(monkeypatch: pytest.MonkeyPatch):
+    from captum_concepts.datasets import CaptionedScenes
+
+    scenes = CaptionedScenes(20, seed=0, size=16)
+    expected = [int(scenes[i].label) for i in range(20)]
+    assert open_images(scenes).class_names == scenes.classes
+    assert torch.equal(open_images(scenes)[3], scenes[3].image)
+    monkeypatch.setattr("captum_concepts.datasets.scenes.draw_ground", None)
+    assert open_images(scenes).labels == expected
