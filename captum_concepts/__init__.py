@@ -18,6 +18,7 @@ _NAMES = {
     "FeatureActivationMap": "attr.feature_activation_map",
     "SALFCBM": "models.salf_cbm",
     "SpatialACV": "attr.spatial_acv",
+    "explore": "visualization.explorer",
     "fit_salf_cbm": "models.salf_cbm_fit",
 }
 _ROOMS = (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from captum_concepts.models.concept_translator import ConceptTranslator as ConceptTranslator
     from captum_concepts.models.salf_cbm import SALFCBM as SALFCBM
     from captum_concepts.models.salf_cbm_fit import fit_salf_cbm as fit_salf_cbm
+    from captum_concepts.visualization.explorer import explore as explore
 
 
 def __getattr__(name: str) -> Any:
