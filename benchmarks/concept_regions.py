@@ -102,7 +102,7 @@ def regions(data: Path, encoder: Any, half: int) -> tuple[list[str], list[tuple[
                 masks[name] = masks.get(name, torch.zeros_like(here)) | here
         if masks:
             found.append((file, masks))
-    chosen = [(load_image(f, SIZE, crop=False), m) for f, m in found[half::2]]
+    chosen = [(load_image(f, SIZE, resize="squash"), m) for f, m in found[half::2]]
     return sorted(set(known.values())), chosen
 
 
@@ -114,7 +114,7 @@ def coco(args: argparse.Namespace) -> Task:
     words, images = regions(args.data, encoder, args.half)
     files = training_files(args.data, args.train, 0)
     kept = args.cache / f"pairs{len(files)}" if args.cache else None
-    pairs = collect_pairs(encoder.classifier, LAYERS, encoder, Files(files, SIZE, crop=False), cache_dir=kept)
+    pairs = collect_pairs(encoder.classifier, LAYERS, encoder, Files(files, SIZE, resize="squash"), cache_dir=kept)
     facts: dict[str, Any] = {"half": args.half, "train_images": len(files)}
     text = encoder.encode_text(words)
     name = f"coco_half{args.half}"

@@ -119,8 +119,8 @@ def caltech_few_shot(root: Path, classes: int, shots: int, queries: int, seed: i
     for label, name in enumerate(names):
         files = sorted(find_images([root / name]))
         random.Random(f"{seed} {name}").shuffle(files)
-        guides += [load_image(f, SIZE, crop=False) for f in files[:shots]]
-        items += [(load_image(f, SIZE, crop=False), [(label, None)]) for f in files[shots : shots + queries]]
+        guides += [load_image(f, SIZE, resize="squash") for f in files[:shots]]
+        items += [(load_image(f, SIZE, resize="squash"), [(label, None)]) for f in files[shots : shots + queries]]
     members = [list(range(c * shots, (c + 1) * shots)) for c in range(len(names))]
     return Task(torch.stack(guides), members, pairs(items, len(names), seed))
 

@@ -20,4 +20,4 @@ class Files(Dataset[Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        return load_image(self.files[index], self.size, crop=self.crop)
+        return load_image(self.files[index], self.size, resize="crop" if self.crop else "squash")

@@ -74,7 +74,7 @@ def layer_relevance(
         _, j, k = ranked.shape
         before = space.log_probability(base.unsqueeze(1).expand(-1, j, -1), index)
         after = space.log_probability(masked, index.unsqueeze(-1).expand(-1, -1, k))
-        columns.append(relative_drop(before.unsqueeze(-1), after).mean(-1))
+        columns.append(relative_drop(before.unsqueeze(-1), after).mean(-1).to(z))
     return torch.stack(columns, -1)
 
 

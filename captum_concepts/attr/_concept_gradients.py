@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,10 +49,19 @@ class TextSpace:
         return self.scale * F.normalize(h, dim=-1) @ self.text.T + self.bias
 
     def log_probability(self, h: Tensor, index: Tensor) -> Tensor:
-        """``log`` of the probability of concept ``index`` (same leading shape as h, one concept each)."""
+        """``log`` of the probability of concept ``index`` (same leading shape as h, one concept each).
+
+        In double precision, and with a small relative error also where it is nearly 0 (a probability of nearly 1):
+        relevances are differences of it, and fused maps divide by their sum.
+        """
+        if h.device.type != "mps":  # which has no double precision
+            h = h.double()
+        text = self.text.to(h)
         if self.softmax:
-            return self.logits(h).log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
-        cosine = (F.normalize(h, dim=-1) * self.text[index]).sum(-1)
+            logits, own = replace(self, text=text).logits(h), index.unsqueeze(-1)
+            others = logits.scatter(-1, own, -torch.inf).logsumexp(-1)
+            return F.logsigmoid(logits.gather(-1, own).squeeze(-1) - others)
+        cosine = (F.normalize(h, dim=-1) * text[index]).sum(-1)
         return F.logsigmoid(self.scale * cosine + self.bias)
 
     def slopes(self, h: Tensor, index: Tensor, contrast: float = 0.0, temperature: float = 1.0) -> Tensor:

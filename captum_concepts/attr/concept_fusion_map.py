@@ -58,8 +58,10 @@ class ConceptFusionMap(ConceptScores):
             one in 12 % (without a limit, 20 of a first layer's 24 channels: 42 % and 37 %; ``layer=-1``: 70 % and 6 %).
         fill: what a channel is replaced by in the classifier: ``"layer_mean"`` (the mean of the layer's pooled vector),
             ``"channel_mean"`` (its own mean, which keeps the pooled value) or ``"zero"``.
-        chunk_size: bound of images, and of images x concepts, in flight at once. Results do not depend on it beyond
-            rounding.
+        chunk_size: bound of images, and of images x concepts, in flight at once. Results do not depend on it, or on the
+            other images of a batch, beyond rounding: a value of a fused map by at most 40 ``logit_scale`` eps, with eps
+            the machine epsilon (1e-4 for a scale of 20 in fp32). An embedding that is off by eps moves a logit by
+            2 ``logit_scale`` eps, and what is then divided by its own size is divided by at least 1/20.
         layout, prefix_tokens: how layers are read, as in :class:`FeatureActivationMap`.
 
     Fused regions (``layer="fused"``). The published map weights whole channels by one number each, in one layer, and

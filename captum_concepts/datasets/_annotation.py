@@ -79,7 +79,7 @@ def load_pair(annotation: Annotation, size: Size | None, crop: bool) -> tuple[Te
     if isinstance(annotation.image, Path):
         if not annotation.image.is_file():
             raise InputError(f"no image at {annotation.image}, which is named by the index")
-        image = load_image(annotation.image, size, crop=crop)
+        image = load_image(annotation.image, size, resize="crop" if crop else "squash")
         stored, orientation = _header(annotation.image)
     else:
         image, stored, orientation = _image_of(annotation.image, size, crop), annotation.image.shape[1::-1], 1
