@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from captum_concepts._artifacts import Array, list_of, nothing_or, open_artifact, save_artifact, table, text
+from captum_concepts._artifacts import integer as whole_number
 from captum_concepts._captum import LayerAttribution, log_usage, target_indices
 from captum_concepts._checks import integer, one_of, unique_names
 from captum_concepts._memory import Halving
 from captum_concepts.activations import (
+    LAYOUTS,
     Inputs,
     Layer,
     Layers,
@@ -27,11 +32,35 @@ from captum_concepts.activations import (
     gradients_enabled,
 )
 from captum_concepts.attr.batches import each_batch
+from captum_concepts.attr.guidance import Reader, placed
+from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.errors import InputError, InputWarning, NotFittedError, listing
 from captum_concepts.explanation import ConceptExplanation, Selection
+from captum_concepts.images import ImageSource, batches
+from captum_concepts.solvers import Calibration, fit_calibration, truth_table
 
 NORMALIZE = ("minmax", "l1", "none")
 WEIGHTS = ("contribution", "gradient")
+_SETTINGS = ("similarity", "normalize", "weights", "layout", "prefix_tokens", "batch_size")
+_FORMAT = "captum_concepts.FeatureActivationMap/1"
+_INFO = table({
+    "names": nothing_or(list_of(text())),
+    "layer": text(),
+    "model": text(),
+    "settings": table({
+        "similarity": text(),
+        "normalize": text(*NORMALIZE),
+        "weights": text(*WEIGHTS),
+        "layout": text(*LAYOUTS),
+        "prefix_tokens": nothing_or(whole_number()),
+        "batch_size": whole_number(1),
+    }),
+})  # fmt: skip
+_ARRAYS = {
+    "references": Array("float", ("K", None)),
+    "slopes": Array("float", ("K",), optional=True),
+    "intercepts": Array("float", ("K",), optional=True),
+}
 
 # ------------------------------------------------------------------------------------------------------- similarities
 
@@ -71,7 +100,7 @@ SIMILARITIES: Mapping[str, SimilarityRule] = {
         unit="cosine",
         free_of_length=True,
     ),
-    "dot": SimilarityRule(scores=lambda f, bank: f @ bank.T, slope=lambda f, r: r, unit="dot product"),
+    "dot": SimilarityRule(scores=lambda f, bank: f @ bank.T, slope=lambda _, r: r, unit="dot product"),
     "euclidean": SimilarityRule(
         # The expanded form |f|^2 - 2 f.r + |r|^2 cancels badly for near pairs, whose maps matter most.
         scores=lambda f, bank: -torch.stack([(f - row).square().sum(1) for row in bank], 1),
@@ -337,7 +366,7 @@ class FeatureActivationMap(LayerAttribution):
         >>> images = torch.rand(4, 3, 16, 16)
         >>> fam = FeatureActivationMap(net, "0").fit(images, labels=["cat", "cat", "dog", "dog"])
         >>> fam
-        FeatureActivationMap of Sequential, layer '0', cosine to 2 references: cat, dog
+        FeatureActivationMap of Sequential, layer '0', cosine to 2 references: 'cat', 'dog'; not calibrated
         >>> fam.attribute(images, target="dog").shape
         torch.Size([4, 1, 14, 14])
     """
@@ -371,6 +400,7 @@ class FeatureActivationMap(LayerAttribution):
         self.layout = layout
         self.prefix_tokens = prefix_tokens
         self.batch_size = integer("batch_size", batch_size)
+        self.calibration: Calibration | None = None
 
     def __repr__(self) -> str:
         model = find_model(self.forward_func)
@@ -378,7 +408,8 @@ class FeatureActivationMap(LayerAttribution):
         count = "no references" if self.references is None else f"{len(self.references)} references"
         names = "" if self.reference_names is None else f": {listing(self.concepts)}"
         layer = self._layers().names[0]
-        return f"FeatureActivationMap of {name}, layer {layer!r}, {self._rule().unit} to {count}{names}"
+        trust = "not calibrated" if self.calibration is None else "calibrated"
+        return f"FeatureActivationMap of {name}, layer {layer!r}, {self._rule().unit} to {count}{names}; {trust}"
 
     @property
     def concepts(self) -> list[str]:
@@ -451,7 +482,7 @@ class FeatureActivationMap(LayerAttribution):
         concepts: Any = None,
         top_k: int | None = 5,
         rank_by: str = "scores",
-        contributions: bool = True,
+        contributions: bool = True,  # noqa: ARG002
         additional_forward_args: Any = None,
     ) -> ConceptExplanation:
         """Similarities and maps: the references most similar to each image.
@@ -477,6 +508,7 @@ class FeatureActivationMap(LayerAttribution):
             scores[:, chosen.columns],
             chosen.spread(maps),
             target=best if index is None else index.to(best.device),
+            presence=None if self.calibration is None else self.calibration(scores)[:, chosen.columns],
             selected=chosen.selected.to(scores.device),
             class_names=self.concepts,
             layer=self._layers().names[0],
@@ -491,17 +523,19 @@ class FeatureActivationMap(LayerAttribution):
         labels: Any = None,
         *,
         transform: Callable[[Any], Any] | None = None,
+        image_size: int | None = None,
         show_progress: bool = False,
     ) -> FeatureActivationMap:
         """Take class prototypes as references: the mean embedding of each class (Snell et al., 2017).
 
         Args:
             images: whatever :func:`captum_concepts.images.open_images` reads: a tensor ``(n, 3, H, W)``, a list, a
-                folder with one folder per class, a data set or a loader of ``(image, label)``. Tensors are passed
-                to the model as they are; files and PIL images are prepared by ``transform``.
+                folder with one folder per class, a data set or a loader of ``(image, label)``. Float tensors are
+                passed to the model as they are.
             labels: one per image, integers or names; None takes those of the data set or the folders.
-            transform: PIL image to tensor; None reads files at the model's own size and normalizes them as its
-                metadata says.
+            transform: PIL image to tensor, for files and PIL images; None reads them at the model's own size and
+                normalizes them, if the library that the model comes from says how, else in [0, 1].
+            image_size: of files without ``transform``; None takes the model's own, else 224.
             show_progress: show a progress bar.
 
         Returns:
@@ -510,24 +544,93 @@ class FeatureActivationMap(LayerAttribution):
         Raises:
             InputError: labels are missing, or not one per image.
         """
-        source, prepare = guidance.opened(images, find_model(self.forward_func), labels=labels, transform=transform)
+        source = Reader(find_model(self.forward_func), transform, image_size).open(images, labels)
         sums: dict[Any, Tensor] = {}
         counts: dict[Any, int] = {}
-        halving = Halving("batch_size")
-        with progress(source, "images", show_progress) as bar:
-            for batch in image_room.batches(source, self.batch_size):
-                if batch.labels is None:
-                    raise InputError("labels are missing: pass labels=, or a folder, data set or loader that has them")
-                parts = halving(lambda part: self._embed(part, None), prepare(batch.images), lambda part: part.chunk(2))
-                for label, row in zip(batch.labels, torch.cat(parts), strict=True):
-                    sums[label] = sums[label] + row if label in sums else row.clone()
-                    counts[label] = counts.get(label, 0) + 1
-                bar.update(len(batch))
+        for label, row in self._labeled_embeddings(source, show_progress):
+            sums[label] = sums[label] + row if label in sums else row.clone()
+            counts[label] = counts.get(label, 0) + 1
         ordered = sorted(sums)
-        named = source.class_names or {}
+        names = source.class_names
         self.references = torch.stack([sums[label] / counts[label] for label in ordered])
-        self.reference_names = [label if isinstance(label, str) else named[label] if named else str(label) for label in ordered]
+        self.reference_names = [
+            str(label) if names is None or isinstance(label, str) else names[label] for label in ordered
+        ]
+        self.calibration = None
         return self
+
+    def calibrate(
+        self,
+        images: Any,
+        labels: Any,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        image_size: int | None = None,
+    ) -> FeatureActivationMap:
+        """Learn from labeled images how similar an image that shows a reference's class is; explanations then have
+        ``presence``, the probability that it does. Use other images than those of :meth:`fit`.
+
+        Args:
+            images: whatever :func:`captum_concepts.images.open_images` reads.
+            labels: per image a reference (name or index), a list of them, or None for no reference; or a bool table
+                ``(n, K)``.
+            transform, image_size: as in :meth:`fit`.
+
+        Returns:
+            The same object. The calibration is saved with it.
+        """
+        model = find_model(self.forward_func)
+        source = Reader(model, transform, image_size).open(images, labels=False)
+        scores = torch.cat([self.scores(placed(batch.images, model)) for batch in batches(source, self.batch_size)])
+        self.calibration = fit_calibration(scores, truth_table(labels, self.concepts, len(scores)))
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write references, names, options, calibration and the model's fingerprint as one file, atomically.
+
+        Raises:
+            NotFittedError: there are no references.
+            InputError: the similarity is a function, which is code and not data.
+        """
+        if self.references is None:
+            raise NotFittedError("there are no references to save; pass references=(K, D), or call fit(images, labels)")
+        if not isinstance(self.similarity, str):
+            raise InputError("a similarity function cannot be saved; save the references and construct the map in code")
+        tensors = {"references": self.references}
+        if self.calibration is not None:
+            tensors |= {"slopes": self.calibration.slopes, "intercepts": self.calibration.intercepts}
+        info = {
+            "names": None if self.reference_names is None else list(self.reference_names),
+            **origin(self._layers()),
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
+        }
+        return save_artifact(path, _FORMAT, info, tensors)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], forward_func: Callable[..., Any], layers: Layer | None = None
+    ) -> FeatureActivationMap:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            forward_func: the model that the references come from.
+            layers: the layer; None takes the name in the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: the file is damaged, or was saved for another model.
+        """
+        opened = open_artifact(path, _FORMAT, "a saved FeatureActivationMap", info=_INFO, arrays=_ARRAYS)
+        with opened as (info, tensors):
+            layer = info["layer"] if layers is None else layers
+        bank, names = tensors["references"], info["names"]
+        loaded = check_origin(
+            path, lambda: cls(forward_func, layer, bank, reference_names=names, **info["settings"]), info
+        )
+        if "slopes" in tensors:
+            loaded.calibration = Calibration(tensors["slopes"], tensors["intercepts"])
+        return loaded
 
     # -------------------------------------------------------------------------------------------------------- inside
 
@@ -541,6 +644,19 @@ class FeatureActivationMap(LayerAttribution):
         if target is None or self.references is None:
             return None
         return target_indices(target, n, len(self.references), self.reference_names or (), what="reference")
+
+    def _labeled_embeddings(self, source: ImageSource, show_progress: bool) -> Iterator[tuple[Any, Tensor]]:
+        from tqdm import tqdm
+
+        halving = Halving("batch_size")
+        with tqdm(desc="images", unit="img", disable=not show_progress) as bar:
+            for batch in batches(source, self.batch_size):
+                if batch.labels is None:
+                    raise InputError("labels are missing: pass labels=, or a folder, data set or loader that has them")
+                images = placed(batch.images, find_model(self.forward_func))
+                parts = halving(lambda part: self._embed(part, None), images, lambda part: part.chunk(2))
+                yield from zip(batch.labels, torch.cat(parts), strict=True)
+                bar.update(len(batch))
 
     @torch.no_grad()
     def _embed(self, inputs: Inputs, extra: Any) -> Tensor:
