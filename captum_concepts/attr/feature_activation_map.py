@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from captum_concepts._artifacts import Array, list_of, nothing_or, open_artifact, save_artifact, table, text
-from captum_concepts._artifacts import integer as whole_number
+from captum_concepts._artifacts import (
+    Array,
+    integer as whole_number,
+    list_of,
+    nothing_or,
+    open_artifact,
+    save_artifact,
+    table,
+    text,
+)
 from captum_concepts._captum import LayerAttribution, log_usage, target_indices
 from captum_concepts._checks import integer, one_of, unique_names
 from captum_concepts._memory import Halving
@@ -31,8 +39,7 @@ from captum_concepts.activations import (
     full_precision,
     gradients_enabled,
 )
-from captum_concepts.attr.batches import each_batch
-from captum_concepts.attr.guidance import Reader, placed
+from captum_concepts.attr.batches import as_inputs, count, each_batch, image_names, opened, placed
 from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.errors import InputError, InputWarning, NotFittedError, listing
 from captum_concepts.explanation import ConceptExplanation, Selection
@@ -224,7 +231,7 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
     if rescaled and not rule.free_of_length:
         constant = _length_is_constant(at_output, held)[:, None]
         held = replace(at_output, point=torch.where(constant, (found * factor).to(output), output))
-    if not rescaled and rule.free_of_length and _unit_length(embedding) and _length_is_constant(at_output, None).any():
+    if not rescaled and rule.free_of_length and _hides_its_norm(at_output):
         warnings.warn(
             "the embedding is normalized inside a part of the model whose operations cannot be observed (traced or "
             "custom code), so its contributions sum to 0 instead of the cosine. Let forward_func return the "
@@ -262,18 +269,26 @@ def _mean_pool_factor(maps: Tensor, embedding: Tensor, tolerance: float, *, any_
     return factor if any_length or bool(known.all()) else None
 
 
-def _unit_length(embedding: Tensor) -> bool:
-    return bool(((embedding.norm(dim=1) - 1).abs() < 1e-2).all())
+def _length_is_constant(at_output: _Pass, held: _Pass) -> Tensor:
+    """``(N,)`` bool: whatever the layer computes, the embedding has this length."""
+    return _influence(at_output, at_output.embedding) <= 1e-3 * _influence(held, held.embedding)
 
 
-def _length_is_constant(at_output: _Pass, held: _Pass | None) -> Tensor:
-    """``(N,)`` bool: whatever the layer gives, the embedding has this length."""
-    slope = 2 * at_output.embedding
+def _hides_its_norm(run: _Pass) -> bool:
+    """Whether embeddings have length 1 and the layer moves them, but never their length."""
+    if bool(((run.embedding.norm(dim=1) - 1).abs() > 1e-2).any()):
+        return False
+    signs = torch.ones_like(run.embedding)
+    signs[:, ::2] = -1
+    length, direction = _influence(run, run.embedding), _influence(run, signs * run.embedding)
+    return bool(((length <= 1e-3 * direction) & (direction > 0)).any())
+
+
+def _influence(run: _Pass, slope: Tensor) -> Tensor:
+    """``(N,)``: how much the layer's activations move ``(embedding * slope).sum()``."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)  # zero gradients are what is looked for
-        change = (at_output.gradient(slope) * at_output.maps).abs().sum((1, 2, 3))
-        scale = slope.square().sum(1) if held is None else (held.gradient(slope) * held.maps).abs().sum((1, 2, 3))
-    return change <= 1e-3 * scale
+        warnings.simplefilter("ignore", InputWarning)  # a gradient of zero is an answer here
+        return (run.gradient(slope) * run.maps).abs().sum((1, 2, 3))
 
 
 def _channelwise(run: _Pass, tolerance: float) -> Tensor:
@@ -420,7 +435,7 @@ class FeatureActivationMap(LayerAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Inputs,
+        inputs: Any,
         target: Any = None,
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
@@ -443,7 +458,8 @@ class FeatureActivationMap(LayerAttribution):
                 influence the embedding.
         """
         layers, rule, exact = self._layers(), self._rule(), callable(self.similarity)
-        index = self._index(target, check_images(inputs)[0].shape[0])
+        inputs = as_inputs(inputs, layers.model)
+        index = self._index(target, count(inputs))
 
         def maps(part: Inputs, extra: Any, goal: Tensor | None) -> Tensor:
             with gradients_enabled():
@@ -452,9 +468,9 @@ class FeatureActivationMap(LayerAttribution):
                 best = rule.scores(run.embedding, bank).argmax(1) if goal is None else goal.to(bank.device)
                 return self._map(run, bank[best])[:, None]
 
-        return torch.cat(each_batch(maps, inputs, additional_forward_args, index, self.batch_size)).contiguous()
+        return torch.cat(self._each(maps, inputs, additional_forward_args, index)).contiguous()
 
-    def scores(self, inputs: Inputs, additional_forward_args: Any = None) -> Tensor:
+    def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)`` similarities to the references: cosine in [-1, 1], euclidean in (-inf, 0]."""
         rule = self._rule()
 
@@ -462,9 +478,9 @@ class FeatureActivationMap(LayerAttribution):
             embedding = self._embed(part, extra)
             return rule.scores(embedding, self._bank(embedding)).detach()
 
-        return torch.cat(each_batch(score, inputs, additional_forward_args, None, self.batch_size))
+        return torch.cat(self._each(score, inputs, additional_forward_args, None))
 
-    def concept_maps(self, inputs: Inputs, concepts: Any = None, additional_forward_args: Any = None) -> Tensor:
+    def concept_maps(self, inputs: Any, concepts: Any = None, additional_forward_args: Any = None) -> Tensor:
         """``(N, T, h, w)``: the map of each reference.
 
         Args:
@@ -476,7 +492,7 @@ class FeatureActivationMap(LayerAttribution):
 
     def explain(
         self,
-        inputs: Inputs,
+        inputs: Any,
         target: Any = None,
         *,
         concepts: Any = None,
@@ -488,7 +504,8 @@ class FeatureActivationMap(LayerAttribution):
         """Similarities and maps: the references most similar to each image.
 
         Args:
-            inputs: images.
+            inputs: images as tensors, or whatever :func:`captum_concepts.images.inputs_for` reads: a folder, paths, PIL
+                images, a data set, a loader.
             target: recorded as the explained reference; None records each image's most similar reference.
             concepts: names or indices of references to explain instead of the most similar.
             top_k: references per image, each image's own; None takes all. Only their maps are computed.
@@ -501,6 +518,7 @@ class FeatureActivationMap(LayerAttribution):
         """
         if rank_by != "scores":
             one_of("rank_by", rank_by, ("scores",))
+        inputs = as_inputs(inputs, find_model(self.forward_func))
         chosen, scores, maps, best = self._explain(inputs, concepts, top_k, additional_forward_args)
         index = self._index(target, len(scores))
         return ConceptExplanation(
@@ -511,6 +529,7 @@ class FeatureActivationMap(LayerAttribution):
             presence=None if self.calibration is None else self.calibration(scores)[:, chosen.columns],
             selected=chosen.selected.to(scores.device),
             class_names=self.concepts,
+            image_names=image_names(inputs),
             layer=self._layers().names[0],
             method=self.get_name(),
             score_unit=self._rule().unit,
@@ -544,7 +563,8 @@ class FeatureActivationMap(LayerAttribution):
         Raises:
             InputError: labels are missing, or not one per image.
         """
-        source = Reader(find_model(self.forward_func), transform, image_size).open(images, labels)
+        model = find_model(self.forward_func)
+        source = opened(images, model, labels=labels, transform=transform, image_size=image_size)
         sums: dict[Any, Tensor] = {}
         counts: dict[Any, int] = {}
         for label, row in self._labeled_embeddings(source, show_progress):
@@ -580,8 +600,8 @@ class FeatureActivationMap(LayerAttribution):
             The same object. The calibration is saved with it.
         """
         model = find_model(self.forward_func)
-        source = Reader(model, transform, image_size).open(images, labels=False)
-        scores = torch.cat([self.scores(placed(batch.images, model)) for batch in batches(source, self.batch_size)])
+        source = opened(images, model, transform=transform, image_size=image_size)
+        scores = self.scores(source)
         self.calibration = fit_calibration(scores, truth_table(labels, self.concepts, len(scores)))
         return self
 
@@ -640,6 +660,10 @@ class FeatureActivationMap(LayerAttribution):
     def _rule(self) -> SimilarityRule:
         return SIMILARITIES[self.similarity] if isinstance(self.similarity, str) else _rule_of(self.similarity)
 
+    def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Any, extra: Any, target: Any) -> list[Any]:
+        model = find_model(self.forward_func)
+        return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
+
     def _index(self, target: Any, n: int) -> Tensor | None:
         if target is None or self.references is None:
             return None
@@ -689,7 +713,7 @@ class FeatureActivationMap(LayerAttribution):
         return bank
 
     def _explain(
-        self, inputs: Inputs, concepts: Any, top_k: int | None, extra: Any
+        self, inputs: Any, concepts: Any, top_k: int | None, extra: Any
     ) -> tuple[Selection, Tensor, Tensor, Tensor]:
         """Each image's own references, all scores ``(N, K)``, maps ``(N, k, h, w)`` of the selected ones, the best."""
         layers, rule, names = self._layers(), self._rule(), self.concepts
@@ -703,7 +727,7 @@ class FeatureActivationMap(LayerAttribution):
                 maps = torch.stack([self._map(run, bank[column]) for column in index.T], 1)
             return scores, maps
 
-        scores, maps = map(torch.cat, zip(*each_batch(part, inputs, extra, None, self.batch_size), strict=True))
+        scores, maps = map(torch.cat, zip(*self._each(part, inputs, extra, None), strict=True))
         return Selection.choose(names, scores, concepts=concepts, top_k=top_k), scores, maps, scores.argmax(1)
 
     def _map(self, run: _Pass, references: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_concepts._checks import integer, number
 from captum_concepts._memory import Halving
-from captum_concepts.attr.guidance import Reader, named_sets, placed
+from captum_concepts.attr.batches import placed
+from captum_concepts.attr.guidance import Read, named_sets
 from captum_concepts.attr.spatial_acv.classifier import Trainer, captum_trainer, logistic_trainer, reproducible
 from captum_concepts.attr.spatial_acv.problem import LABEL_CONCEPT, LABEL_NEGATIVE, Problem, make_problem, mean_by_image
 from captum_concepts.attr.spatial_acv.rows import GuidanceRows, gather, merge
@@ -132,7 +133,8 @@ def fit_vectors(
     negatives: Any,
     options: FitOptions,
     *,
-    reader: Reader,
+    read: Read,
+    model: nn.Module | None,
     batch_size: int,
     classifier: Any,
     show_progress: bool,
@@ -143,21 +145,22 @@ def fit_vectors(
         maps_of: images to activation maps ``(n, C, h, w)``.
         concepts, negatives: as in ``SpatialACV.fit``.
         options: the numbers.
-        reader: how images are read.
+        read: opens a set of images.
+        model: takes the images.
         batch_size: the most images per forward pass.
         classifier: a Captum ``Classifier`` or None.
         show_progress: show a bar over images, then one over concepts.
     """
     from tqdm import tqdm
 
-    sets = named_sets(concepts, "concepts", reader)
-    others = None if negatives is None else named_sets(negatives, "negatives", reader)
+    sets = named_sets(concepts, "concepts", read)
+    others = None if negatives is None else named_sets(negatives, "negatives", read)
     if others is None and len(sets) < 2:
         raise InputError("one concept without negatives: pass negatives=, or a second concept to separate it from")
     halving = Halving("batch_size")
 
     def run(images: Tensor) -> Tensor:
-        return torch.cat(halving(maps_of, placed(images, reader.model), lambda part: part.chunk(2)))
+        return torch.cat(halving(maps_of, placed(images, model), lambda part: part.chunk(2)))
 
     train = logistic_trainer(options.lam) if classifier is None else captum_trainer(classifier, options.seed)
     with (

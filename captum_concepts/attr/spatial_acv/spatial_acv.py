@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_concepts._artifacts import (
     Array,
     flag,
+    integer as whole_number,
     list_of,
     mapping_of,
     nothing_or,
@@ -21,7 +22,6 @@ from captum_concepts._artifacts import (
     table,
     text,
 )
-from captum_concepts._artifacts import integer as whole_number
 from captum_concepts._captum import LayerAttribution, log_usage, select_output
 from captum_concepts._checks import integer, name_positions, one_of
 from captum_concepts.activations import (
@@ -35,8 +35,7 @@ from captum_concepts.activations import (
     gradients_enabled,
     unwrap,
 )
-from captum_concepts.attr.batches import each_batch
-from captum_concepts.attr.guidance import Reader
+from captum_concepts.attr.batches import as_inputs, each_batch, image_names, opened
 from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.attr.spatial_acv.fit import FitOptions, FittedVectors, fit_vectors
 from captum_concepts.attr.spatial_acv.sweep import LayerSweep, sweep
@@ -231,7 +230,8 @@ class SpatialACV(LayerAttribution):
             concepts,
             negatives,
             options,
-            reader=Reader(layers.model, transform, image_size),
+            read=lambda source: opened(source, layers.model, transform=transform, image_size=image_size),
+            model=layers.model,
             batch_size=self.batch_size,
             classifier=self.classifier,
             show_progress=show_progress,
@@ -334,7 +334,7 @@ class SpatialACV(LayerAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Inputs,
+        inputs: Any,
         target: Any = None,
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
@@ -378,7 +378,7 @@ class SpatialACV(LayerAttribution):
         return torch.cat(self._each(sensitivity, inputs, additional_forward_args, target)).contiguous()
 
     def contributions(
-        self, inputs: Inputs, target: Any = None, concepts: Any = None, additional_forward_args: Any = None
+        self, inputs: Any, target: Any = None, concepts: Any = None, additional_forward_args: Any = None
     ) -> Tensor:
         """``(N, T)``: the derivative of the output along each concept, added at every position at once.
 
@@ -398,7 +398,7 @@ class SpatialACV(LayerAttribution):
         return torch.cat(self._each(sums, inputs, additional_forward_args, target))
 
     def concept_maps(
-        self, inputs: Inputs, concepts: Any = None, *, probability: bool = False, additional_forward_args: Any = None
+        self, inputs: Any, concepts: Any = None, *, probability: bool = False, additional_forward_args: Any = None
     ) -> Tensor:
         """Where the layer encodes each concept.
 
@@ -423,7 +423,7 @@ class SpatialACV(LayerAttribution):
 
         return torch.cat(self._each(maps, inputs, additional_forward_args, None)).contiguous()
 
-    def scores(self, inputs: Inputs, additional_forward_args: Any = None) -> Tensor:
+    def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)``: the highest probability of the concept at any position."""
         fitted, layers = self._need_fit(), self._layers()
 
@@ -432,7 +432,7 @@ class SpatialACV(LayerAttribution):
 
         return torch.cat(self._each(score, inputs, additional_forward_args, None))
 
-    def tcav(self, inputs: Inputs, target: Any = None, additional_forward_args: Any = None) -> dict[str, Tensor]:
+    def tcav(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> dict[str, Tensor]:
         r"""TCAV scores: how the :meth:`contributions` of a set of images vary.
 
         Returns:
@@ -444,7 +444,7 @@ class SpatialACV(LayerAttribution):
 
     def explain(
         self,
-        inputs: Inputs,
+        inputs: Any,
         target: Any = None,
         *,
         concepts: Any = None,
@@ -456,7 +456,8 @@ class SpatialACV(LayerAttribution):
         """What, where and how much.
 
         Args:
-            inputs: images.
+            inputs: images as tensors, or whatever :func:`captum_concepts.images.inputs_for` reads: a folder, paths, PIL
+                images, a data set, a loader.
             target: the output that contributions refer to; None takes each example's highest output.
             concepts: names or indices to explain instead of the leading ones.
             top_k: concepts per image, each image's own; None takes all. Concepts *not encoded here* come last.
@@ -471,6 +472,7 @@ class SpatialACV(LayerAttribution):
         if rank_by == "contributions" and not contributions:
             raise InputError("rank_by='contributions' needs contributions=True")
         fitted, layers = self._need_fit(), self._layers()
+        inputs = as_inputs(inputs, layers.model)
 
         def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
             if not contributions:
@@ -495,6 +497,7 @@ class SpatialACV(LayerAttribution):
             rest[0][:, columns] if contributions else None,
             target=rest[1] if len(rest) > 1 else None,
             selected=chosen.selected.to(scores.device),
+            image_names=image_names(inputs),
             layer=layers.names[0],
             method=self.get_name(),
             score_unit="probability at the strongest position",
@@ -556,7 +559,8 @@ class SpatialACV(LayerAttribution):
         return self._fitted
 
     def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Inputs, extra: Any, target: Any) -> list[Any]:
-        return each_batch(run, inputs, extra, target, self.batch_size)
+        model = find_model(self.forward_func)
+        return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
 
     def _demoted(self, values: Tensor, rank_by: str) -> Tensor:
         """``values`` for ranking, with those of concepts that are not encoded below all others."""

@@ -50,6 +50,8 @@ def refitted_error(
     .. math:: \Delta w = -H^{-1} \sum_j (m_j - 1) \, g_j
 
     with the gradient :math:`g_j` of image j's rows, and :math:`m_j` its number in the draw, scaled to equal class sums.
+    A resampled error counts what test and training images do together twice (Efron and Stein, 1981), so the usual
+    factor :math:`\sqrt{n / (n - 1)}` is left out.
 
     Args:
         problem: the rows.
@@ -79,8 +81,7 @@ def refitted_error(
     share = right / rows.clamp_min(1)[:, None]
     counted = times * (rows > 0)[:, None]
     accuracy = sum((counted[s] * share[s]).sum(0) / counted[s].sum(0).clamp_min(1e-9) for s in sides) / 2
-    least = min(map(len, sides))
-    return float(torch.as_tensor(accuracy).std()) * math.sqrt(least / (least - 1))
+    return float(torch.as_tensor(accuracy).std())
 
 
 def _balanced(times: Tensor, rows: Tensor, seen: Tensor, label: Tensor) -> Tensor:

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_concepts.attr.spatial_acv import classifier, problem, statistics
-from captum_concepts.attr.spatial_acv import fit as fitting
-from captum_concepts.attr.spatial_acv import rows as row_module
 from captum_concepts.attr.layer_sweep import layer_sweep
-from captum_concepts.attr.spatial_acv import SpatialACV
+from captum_concepts.attr.spatial_acv import (
+    SpatialACV,
+    classifier,
+    fit as fitting,
+    problem,
+    rows as row_module,
+    statistics,
+)
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.datasets._drawing import COLOURS, TEXTURES, ObjectSpec, draw_object
 from captum_concepts.errors import ArtifactError, InputError, InputWarning, LayerError, NotFittedError, TargetError
