@@ -16,7 +16,7 @@ import torch
 
 from captum_concepts import SALFCBM, demo, fit_salf_cbm
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.metrics import CenterGaussian, RandomMaps, evaluate, concept_specificity
+from captum_concepts.metrics import CenterGaussian, RandomMaps, concept_specificity, evaluate
 from captum_concepts.visualization import overlay, panel
 from captum_concepts.vlm import RegionPrompt
 
