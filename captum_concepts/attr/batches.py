@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_concepts._checks import take_rows
 from captum_concepts._memory import Halving
 from captum_concepts.activations import Inputs, check_images
-from captum_concepts.errors import TargetError
+from captum_concepts.errors import InputError, TargetError
 from captum_concepts.images import ImageSource, batches, inputs_for, open_images
 
 Batch = tuple[Inputs, Any, Any]  # inputs, additional_forward_args, target
@@ -34,7 +34,9 @@ def as_inputs(inputs: Any, model: nn.Module | None) -> Inputs | ImageSource:
         return inputs
     parts = inputs if isinstance(inputs, tuple) else (inputs,)
     if all(isinstance(part, Tensor) for part in parts):
-        check_images(inputs)
+        first = check_images(inputs)[0]
+        if first.ndim == 3 and first.shape[0] in (1, 3):
+            raise InputError(f"no batch dimension; pass image[None] instead of an image of shape {tuple(first.shape)}")
         tensors: Inputs = inputs
         return tensors
     return opened(inputs, model)

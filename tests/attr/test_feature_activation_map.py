@@ -222,9 +222,7 @@ def test_a_length_that_the_model_computes_counts_for_the_dot_product():
     torch.testing.assert_close(result[:, 0], expected)
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6"
-)
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
 @pytest.mark.parametrize("norm", ["F.normalize", "rsqrt", "100 * F.normalize"])
 def test_compiled_models_give_the_same_map(norm):
     net, images, references = make("gap", "mlp")

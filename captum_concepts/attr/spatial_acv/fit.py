@@ -71,6 +71,7 @@ class FittedVectors:
 
     @property
     def significant(self) -> Tensor | None:
+        """``(K,)`` bool: p below 0.05; None without p-values."""
         return None if self.p_values is None else self.p_values < ALPHA
 
     def probability(self, projected: Tensor) -> Tensor:
@@ -92,6 +93,7 @@ class FittedVectors:
         return f"held-out accuracy of {shown}; chance 0.5"
 
     def summary(self) -> str:
+        """A table of the concepts."""
         width = max(7, *map(len, self.names))
         lines = [f"{'concept':<{width}}  accuracy  95 % interval   p (Holm)  images  rows used of seen"]
         for k, name in enumerate(self.names):

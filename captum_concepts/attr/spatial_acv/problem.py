@@ -31,6 +31,7 @@ class Problem:
 
     @property
     def folds(self) -> int:
+        """How many folds there are."""
         return int(self.fold.max()) + 1
 
     def rows_in(self, fold: int) -> Tensor:

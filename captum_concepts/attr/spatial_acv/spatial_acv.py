@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_concepts._artifacts import (
     Array,
+    Keys,
     flag,
     integer as whole_number,
     list_of,

@@ -19,7 +19,7 @@ class LayerSweep:
 
     Args:
         layers: L names, in the order given.
-        concept_names: K names.
+        concepts: K names.
         accuracies: ``(L, K)`` held-out balanced accuracy, chance 0.5; intervals ``(L, K, 2)`` its 95 % interval.
         contrasts: ``(L, K)`` held-out relevance contrast, in standard deviations; 0 where nothing is seen.
         p_values: ``(L, K)`` Holm-adjusted over the concepts of a layer, or None.
@@ -27,7 +27,7 @@ class LayerSweep:
     """
 
     layers: list[str]
-    concept_names: list[str]
+    concepts: list[str]
     accuracies: Tensor
     intervals: Tensor
     contrasts: Tensor
@@ -37,7 +37,7 @@ class LayerSweep:
     def best(self) -> dict[str, str]:
         """The layer with the highest held-out accuracy, for each concept."""
         rows = self.accuracies.argmax(0).tolist()
-        return {name: self.layers[row] for name, row in zip(self.concept_names, rows, strict=True)}
+        return {name: self.layers[row] for name, row in zip(self.concepts, rows, strict=True)}
 
     def plot(self) -> Any:
         """A matplotlib figure: accuracy with its interval, and relevance contrast, over the layers.
@@ -49,7 +49,7 @@ class LayerSweep:
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         at = list(range(len(self.layers)))
-        for k, name in enumerate(self.concept_names):
+        for k, name in enumerate(self.concepts):
             error = (self.intervals[:, k] - self.accuracies[:, k, None]).abs().T.numpy()
             line = left.errorbar(at, self.accuracies[:, k].numpy(), error, capsize=2, lw=1.5, elinewidth=0.7)
             color = line.lines[0].get_color()
