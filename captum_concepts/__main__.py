@@ -147,8 +147,8 @@ def _explain(options: dict, as_json: bool) -> int:
         print(f"{len(report['explained'])} explained at layer {report['layer']}, pictures in {options['output']}")
         if options["report"] and report["explained"]:
             print(f"all of them on one page: {options['report']}")
-        for entry in report["failed"]:
-            print(f"not explained: {entry['image']} ({entry['reason']})", file=sys.stderr)
+    for entry in report["failed"]:
+        print(f"not explained: {entry['image']} ({entry['reason']})", file=sys.stderr)
     if not report["explained"]:
         print("error: no image could be explained", file=sys.stderr)
         return 2

@@ -100,7 +100,8 @@ def test_equal_to_the_slow_drawing(kind, options, placement):
                 expected = slow_crop(x[n], centre, 5.5, prompt.border)
             else:
                 expected = slow_blur(x[n], centre, 5.5, prompt.blur_sigma)
-            assert (drawn[n, k] - expected).abs().max() < 2e-6  # distances are computed in float32
+            # Distances of up to 25 pixels are computed in float32.
+            torch.testing.assert_close(drawn[n, k], expected, atol=2e-5, rtol=0, check_dtype=False)
 
 
 def test_the_line_covers_its_true_area():
@@ -170,7 +171,7 @@ def test_any_precision(kind, dtype):
     drawn = prompt.draw(images(dtype=dtype))
     assert drawn.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    assert (drawn.double() - prompt.draw(images(dtype=dtype).double())).abs().max() < tolerance
+    torch.testing.assert_close(drawn.double(), prompt.draw(images(dtype=dtype).double()), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["circle", "crop", "blur"])
@@ -226,7 +227,7 @@ def test_agrees_with_the_circles_the_demo_model_was_trained_with():
     prompt = RegionPrompt("circle", (3, 4), 9, width=1.5)
     for k, centre in enumerate(prompt.centers(40, 64)):
         expected = draw_circles(x, centre.flip(0).expand(3, 2), torch.full((3,), 9.0), 1.5)
-        assert torch.allclose(prompt.draw(x)[:, k], expected, atol=1e-6)
+        assert torch.allclose(prompt.draw(x)[:, k], expected, atol=1e-5)
 
 
 def test_it_is_a_value():
