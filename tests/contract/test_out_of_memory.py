@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 import weakref
@@ -107,7 +108,7 @@ def test_one_image_cannot_be_halved(images):
         acv.attribute(images[:1], target=0)
 
 
-@pytest.mark.parametrize("metric", [deletion, average_drop])
+@pytest.mark.parametrize("metric", [deletion, functools.partial(average_drop, scores="raw")], ids=["deletion", "drop"])
 def test_perturbation_metrics(images, metric):
     net, maps = network(), torch.rand(8, 9, 8, generator=torch.Generator().manual_seed(2))
     expected = metric(net, images, maps, target=1, batch_size=6)
