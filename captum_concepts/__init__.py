@@ -20,6 +20,7 @@ _NAMES = {
     "SpatialACV": "attr.spatial_acv",
     "audit_dataset": "audit.concept_audit",
     "compare_audits": "audit.comparison",
+    "discover_concepts": "attr.discovered_concepts",
     "fit_salf_cbm": "models.salf_cbm_fit",
 }
 _ROOMS = (
@@ -31,6 +32,7 @@ __all__ = ["__version__", *_NAMES, *_ROOMS]
 
 if TYPE_CHECKING:
     from captum_concepts.attr.concept_fusion_map import ConceptFusionMap as ConceptFusionMap
+    from captum_concepts.attr.discovered_concepts import discover_concepts as discover_concepts
     from captum_concepts.attr.feature_activation_map import FeatureActivationMap as FeatureActivationMap
     from captum_concepts.attr.spatial_acv import SpatialACV as SpatialACV
     from captum_concepts.audit.comparison import compare_audits as compare_audits
