@@ -15,7 +15,7 @@ from captum_concepts._artifacts import parse_json, write_atomically
 from captum_concepts.concepts import filters
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts._words import tidy
-from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed, without_embedding
+from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed_texts, without_embedding
 from captum_concepts.errors import ArtifactError, InputError, did_you_mean
 from captum_concepts.images import read_text
 
@@ -187,7 +187,7 @@ class Vocabulary:
         """
         self._not_empty()
         texts = [text for concept in self.concepts for text in self._texts(concept)]
-        unit = embed(encoder, texts)
+        unit = embed_texts(encoder, texts)
         return F.normalize(unit.view(len(self), -1, unit.shape[1]).mean(1), dim=1)
 
     def index(self, concept: str) -> int:

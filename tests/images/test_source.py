@@ -372,6 +372,12 @@ class TestShapes:
         with pytest.raises(InputError, match="already"):
             open_images(source, size=3)
         assert repr(source) == "ImageSource(7 images, own sizes)"
+        labelled = open_images(source, labels=LABELS)
+        assert (labelled.labels, source.labels) == (LABELS, None)
+        assert torch.equal(labelled[2], source[2])
+        assert open_images(labelled, labels=False).labels is None
+        with pytest.raises(InputError, match="2 labels for 7"):
+            open_images(source, labels=[0, 1])
 
 
 class TestFingerprint:
