@@ -22,6 +22,7 @@ _NAMES = {
     "compare_audits": "audit.comparison",
     "discover_concepts": "attr.discovered_concepts",
     "fit_salf_cbm": "models.salf_cbm_fit",
+    "load": "attr.saved",
 }
 _ROOMS = (
     *("audit", "concepts", "datasets", "demo", "errors", "images", "metrics", "published", "solvers", "store"),
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from captum_concepts.attr.concept_fusion_map import ConceptFusionMap as ConceptFusionMap
     from captum_concepts.attr.discovered_concepts import discover_concepts as discover_concepts
     from captum_concepts.attr.feature_activation_map import FeatureActivationMap as FeatureActivationMap
+    from captum_concepts.attr.saved import load as load
     from captum_concepts.attr.spatial_acv import SpatialACV as SpatialACV
     from captum_concepts.audit.comparison import compare_audits as compare_audits
     from captum_concepts.audit.concept_audit import audit_dataset as audit_dataset
