@@ -41,7 +41,9 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     kind = found.removeprefix("captum_concepts.").partition("/")[0]
     if kind not in KINDS:
         what = f"it is a {kind}" if kind else "it does not say what it is"
-        raise ArtifactError(f"{path} is not a saved explainer ({what}); these are {listing(KINDS)}, and SALFCBM folders")
+        raise ArtifactError(
+            f"{path} is not a saved explainer ({what}); these are {listing(KINDS)}, and SALFCBM folders"
+        )
     return kind
 
 
