@@ -18,13 +18,10 @@ _NAMES = {
     "FeatureActivationMap": "attr.feature_activation_map",
     "SALFCBM": "models.salf_cbm",
     "SpatialACV": "attr.spatial_acv",
-<<<<<<< HEAD
-    "explore": "visualization.explorer",
-=======
     "audit_dataset": "audit.concept_audit",
     "compare_audits": "audit.comparison",
     "discover_concepts": "attr.discovered_concepts",
->>>>>>> main
+    "explore": "visualization.explorer",
     "fit_salf_cbm": "models.salf_cbm_fit",
     "load": "attr.saved",
 }
