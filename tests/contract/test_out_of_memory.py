@@ -56,7 +56,7 @@ def fitted(net: nn.Module, images: Tensor, batch_size: int) -> SpatialACV:
 
 CALLS = {
     "attribute": lambda acv, x: acv.attribute(x, target=[0, 1, 2, 3, 0, 1, 2, 3]),
-    "relevance": lambda acv, x: acv.relevance(x, probability=True),
+    "concept_maps": lambda acv, x: acv.concept_maps(x, probability=True),
     "explain": lambda acv, x: torch.cat([t.flatten() for t in vars(acv.explain(x)).values() if isinstance(t, Tensor)]),
     "tcav": lambda acv, x: acv.tcav(x, target=1)["magnitude"],
 }
@@ -153,11 +153,11 @@ def test_backward_passes_of_many_concepts(images):
 
 def test_prototypes(images):
     labels = [0, 1] * 4
-    expected = FeatureActivationMap.prototypes(network(), images, labels, batch_size=8)
+    expected = FeatureActivationMap(network(), "0", batch_size=8).fit(images, labels).references
     net = network()
     net.register_forward_pre_hook(SmallDevice(4))
     with pytest.warns(InputWarning, match=SAID):
-        found = FeatureActivationMap.prototypes(net, images, labels, batch_size=8)
+        found = FeatureActivationMap(net, "0", batch_size=8).fit(images, labels).references
     torch.testing.assert_close(found, expected)
 
 
