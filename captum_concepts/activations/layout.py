@@ -36,6 +36,8 @@ _HARMLESS_BUFFER = re.compile("position_id|num_batches_tracked|relative_")
 @functools.cache
 def _may_reorder(kind: type[nn.Module]) -> bool:
     """Whether a module's class or its own methods, or what ``forward`` calls, are named after a reordering."""
+    if issubclass(kind, torch.jit.ScriptModule):
+        return False
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     names = [kind.__name__, *vars(kind), *(code.co_names if code is not None else ())]
     return kind.__module__.partition(".")[0] != "torch" and any(_REORDERING.search(name.lower()) for name in names)
