@@ -366,7 +366,7 @@ class Opaque(nn.Module):
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 8), (2, 7, 7, 8), (2, 8, 7, 7), (2, 9, 8, 8), (2, 3, 2, 3)])
 def test_ambiguous_images_are_refused(shape) -> None:
-    with pytest.raises(LayoutError, match=r"layer 'mix' gives \(2, .*layout='NCHW' or layout='NHWC'") as caught:
+    with pytest.raises(LayoutError, match=r"layer 'mix' returns \(2, .*layout='NCHW' or layout='NHWC'") as caught:
         infer_layout(torch.empty(shape), 2, (32, 32), module=Opaque(), name="mix")
     assert str(shape) in str(caught.value)
     assert infer_layout(torch.empty(shape), 2, (32, 32), layout="NCHW").grid == shape[2:]
@@ -447,7 +447,7 @@ def test_inside_windowed_attention() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 8), (2,), (2, 3, 4, 5, 6)])
 def test_outputs_without_a_grid(shape) -> None:
-    with pytest.raises(LayoutError, match=r"layer 'fc' gives \(2,.*no grid of positions; choose a layer before"):
+    with pytest.raises(LayoutError, match=r"layer 'fc' returns \(2,.*no grid of positions; choose a layer before"):
         infer_layout(torch.empty(shape), 2, (32, 32), name="fc")
 
 
@@ -463,7 +463,7 @@ def test_wrong_hints_are_refused() -> None:
         infer_layout(tokens, 2, (64, 64), layout="NCHW")
     with pytest.raises(LayoutError, match="four dimensions; layout='NLC' is for three"):
         infer_layout(image, 2, (64, 64), layout="NLC")
-    with pytest.raises(LayoutError, match="read as LNC does not hold 2 examples"):
+    with pytest.raises(LayoutError, match="read as LNC is not a batch of 2 examples"):
         infer_layout(tokens, 2, (64, 64), layout="LNC")
     with pytest.raises(InputError, match="layout must be one of"):
         infer_layout(image, 2, (64, 64), layout="nchw")
