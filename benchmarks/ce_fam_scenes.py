@@ -24,7 +24,7 @@ from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.metrics import nra, specificity
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
 from captum_concepts.models import ConceptTranslator, fit_translator
-from captum_concepts.models.concept_translator_data import TrainingPairs
+from captum_concepts.models.concept_translator.data import TrainingPairs
 
 LAYERS = ["2", "5", "8", "11"]
 CHANNELS = [24, 48, 96, 128]

@@ -40,7 +40,7 @@ from captum_concepts.datasets.images import find_images, load_image
 from captum_concepts.metrics import epg, nra, specificity
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
 from captum_concepts.models import ConceptTranslator, fit_translator
-from captum_concepts.models.concept_translator_data import TrainingPairs, collect_pairs
+from captum_concepts.models.concept_translator.data import TrainingPairs, collect_pairs
 
 matplotlib.use("Agg")
 LAYERS = ["net.features.3", "net.features.6", "net.features.13", "net.features.18"]
@@ -205,8 +205,8 @@ def interval(values: list[list[float]], rng: np.random.Generator) -> list[float]
 
 def sensitivity(tasks: list[tuple[Task, ConceptFusionMap]], count: int) -> None:
     """NRA and specificity of the fused map with one constant changed at a time."""
-    from captum_concepts.attr import _concept_local as reading
-    from captum_concepts.attr import _concept_regions as constants
+    from captum_concepts.attr.concept_fusion import local as reading
+    from captum_concepts.attr.concept_fusion import regions as constants
 
     changes: dict[str, list[float]] = {
         "STEPS": [1, 2, 4],

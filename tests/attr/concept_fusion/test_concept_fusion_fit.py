@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.errors import ArtifactError, ConvergenceWarning, InputError, NotFittedError
 from captum_concepts.models import ConceptTranslator
-from captum_concepts.models.concept_translator_data import TrainingPairs
-from captum_concepts.models.concept_translator_fit import fit_translator
+from captum_concepts.models.concept_translator.data import TrainingPairs
+from captum_concepts.models.concept_translator.fit import fit_translator
 
 WORDS = ["red", "green", "blue"]
 
@@ -172,7 +172,7 @@ def test_cache_resumes_and_refuses(tmp_path):
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
-    import captum_concepts.models.concept_translator_data as module
+    import captum_concepts.models.concept_translator.data as module
 
     monkeypatch.setattr(module, "_SHARD_ROWS", 10)
 

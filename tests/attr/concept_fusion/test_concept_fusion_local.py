@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captum_concepts.attr import _concept_local as local
-from captum_concepts.attr._concept_gradients import TextSpace
-from captum_concepts.attr._concept_local import read_locally
-from captum_concepts.attr._concept_regions import FAINT, TEMPERATURE, coarser_grid, fused_maps
+from captum_concepts.attr.concept_fusion import local as local
+from captum_concepts.attr.concept_fusion.gradients import TextSpace
+from captum_concepts.attr.concept_fusion.local import read_locally
+from captum_concepts.attr.concept_fusion.regions import FAINT, TEMPERATURE, coarser_grid, fused_maps
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.models import ConceptTranslator
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captum_concepts.attr._concept_gradients import TextSpace, vector_products
-from captum_concepts.attr._concept_regions import FAINT, feature_affinity, fused_grid, fused_maps, of_strongest
+from captum_concepts.attr.concept_fusion.gradients import TextSpace, vector_products
+from captum_concepts.attr.concept_fusion.regions import FAINT, feature_affinity, fused_grid, fused_maps, of_strongest
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 
 

@@ -12,9 +12,9 @@ from captum_concepts._captum import select_output
 from captum_concepts.activations import Layout, capture
 from captum_concepts.activations.capture import Inputs, Layer
 from captum_concepts.activations.spatial import full_precision
-from captum_concepts.attr._concept_gradients import TextSpace
+from captum_concepts.attr.concept_fusion.gradients import TextSpace
 from captum_concepts.errors import LayerError
-from captum_concepts.models.concept_translator import ConceptTranslator
+from captum_concepts.models.concept_translator.network import ConceptTranslator
 
 FILLS = ("layer_mean", "channel_mean", "zero")
 PUBLISHED = 20  # K, in networks whose layers have hundreds of channels

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from captum_concepts._captum import log_usage
 from captum_concepts.activations import check_images, gradients_enabled, layer_name
 from captum_concepts.activations.capture import Inputs, Layer
-from captum_concepts.attr import _concept_ablation as ablation
-from captum_concepts.attr._concept_base import check_concepts, check_layers, class_indices
-from captum_concepts.attr._concept_scores import ConceptScores
+from captum_concepts.attr.concept_fusion import ablation as ablation
+from captum_concepts.attr.concept_fusion.base import check_concepts, check_layers, class_indices
+from captum_concepts.attr.concept_fusion.scores import ConceptScores
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import ConceptExplanation
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_concepts.errors import ConvergenceWarning, InputError
-from captum_concepts.models.concept_translator import ConceptTranslator
-from captum_concepts.models.concept_translator_data import TrainingPairs, world
+from captum_concepts.models.concept_translator.network import ConceptTranslator
+from captum_concepts.models.concept_translator.data import TrainingPairs, world
 
 _WARM_UP_EPOCHS = 5
 _ROWS = 1024  # rows of one validation or statistics step

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from captum_concepts.activations.capture import Layer
-from captum_concepts.attr import _concept_file as concept_file
-from captum_concepts.attr._concept_base import ConceptMaps, check_concepts, check_layers
-from captum_concepts.attr._concept_fit import encode_words, train_translator
+from captum_concepts.attr.concept_fusion import file as concept_file
+from captum_concepts.attr.concept_fusion.base import ConceptMaps, check_concepts, check_layers
+from captum_concepts.attr.concept_fusion.fit import encode_words, train_translator
 from captum_concepts.errors import InputError
 
 

@@ -13,7 +13,7 @@ from captum_concepts._artifacts import open_artifact, save_artifact
 from captum_concepts.activations import find_model, layer_name
 from captum_concepts.activations.capture import Layer
 from captum_concepts.errors import ArtifactError, InputError, LayerError
-from captum_concepts.models.concept_translator import ConceptTranslator
+from captum_concepts.models.concept_translator.network import ConceptTranslator
 from captum_concepts.store.manifest import check_fingerprint, fingerprint_module
 
 _FORMAT = "captum_concepts.ConceptFusionMap/1"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_concepts.activations import check_images, gradients_enabled
 from captum_concepts.activations.capture import Inputs
-from captum_concepts.attr._concept_lifecycle import ConceptLifecycle
+from captum_concepts.attr.concept_fusion.lifecycle import ConceptLifecycle
 
 
 class ConceptScores(ConceptLifecycle):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from captum_concepts.activations.capture import Layer
 from captum_concepts.errors import CaptumConceptsError, InputError
-from captum_concepts.models.concept_translator import ConceptTranslator
-from captum_concepts.models.concept_translator_data import collect_pairs, device_of
-from captum_concepts.models.concept_translator_fit import fit_translator
+from captum_concepts.models.concept_translator.network import ConceptTranslator
+from captum_concepts.models.concept_translator.data import collect_pairs, device_of
+from captum_concepts.models.concept_translator.fit import fit_translator
 
 
 @torch.no_grad()
