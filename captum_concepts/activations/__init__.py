@@ -2,28 +2,48 @@
 
 from captum_concepts.activations.capture import (
     Captured,
-    capture,
+    Inputs,
     check_images,
+    eager_mode,
     evaluation_mode,
-    find_model,
+    forward_arguments,
     gradients_enabled,
+    read_layer,
+)
+from captum_concepts.activations.layers import (
+    Layer,
+    Layers,
+    SpatialActivations,
+    capture,
+    find_model,
+    full_precision,
     layer_name,
     resolve_layer,
+    spatial_activations,
+    unwrap,
 )
-from captum_concepts.activations.layout import Layout, infer_layout
-from captum_concepts.activations.spatial import SpatialActivations, spatial_activations
+from captum_concepts.activations.layout import LAYOUTS, Layout, infer_layout
 
 __all__ = [
+    "LAYOUTS",
     "Captured",
+    "Inputs",
+    "Layer",
+    "Layers",
     "Layout",
     "SpatialActivations",
     "capture",
     "check_images",
+    "eager_mode",
     "evaluation_mode",
     "find_model",
+    "forward_arguments",
+    "full_precision",
     "gradients_enabled",
     "infer_layout",
     "layer_name",
+    "read_layer",
     "resolve_layer",
     "spatial_activations",
+    "unwrap",
 ]

@@ -1,38 +1,37 @@
-"""One forward pass, many layers: record, substitute and differentiate layer outputs, and leave no trace."""
+"""One forward pass, many layers: record, substitute and differentiate layer outputs without changing the model.
+
+This is the only file of the package that registers hooks. Methods use :class:`~captum_concepts.activations.Layers`,
+which resolves names to modules once; a model that is trained through one of its layers uses :func:`read_layer`, which
+stops the forward pass there.
+
+Evaluation mode and compilation belong to the model and the process, not to a thread. Calls that overlap in several
+threads share one mode, and the last call to finish restores it.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from captum_concepts.activations.modes import eager_mode, evaluation_mode, gradients_enabled
-from captum_concepts.activations.modules import Layer, find_model, hookable, layer_name, resolve_layer, unwrap
 from captum_concepts.errors import InputError, InputWarning, LayerError
 
-__all__ = [
-    "Captured",
-    "Inputs",
-    "Layer",
-    "capture",
-    "check_images",
-    "evaluation_mode",
-    "find_model",
-    "gradients_enabled",
-    "layer_name",
-    "resolve_layer",
-    "unwrap",
-]
-
 Inputs = Tensor | tuple[Tensor, ...]
+
+_lock = threading.RLock()
+_evaluated: dict[nn.Module, int] = {}  # how many running calls hold a training module in evaluation mode
+_eager: list[Any] = []  # one entry per running call; the first one holds torch's stance
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,322 @@ class Captured:
 
     Args:
         output: what ``forward_func`` returned.
-        layers: the captured tensor of each asked layer, in order, in the layer's own layout. With
-            ``gradient=True`` they are the points to differentiate ``output`` at.
-        order: numbers of the asked layers in the order in which they ran.
+        layers: the captured tensor of each layer, in order, in the layer's own layout. With ``gradient=True`` they are
+            the tensors to differentiate ``output`` with respect to.
+        order: the numbers of the layers in the order in which they ran.
+        originals: the same tensors before a ``substitute`` replaced them.
     """
 
     output: Any
     layers: tuple[Tensor, ...]
     order: tuple[int, ...] = ()
+    originals: tuple[Tensor, ...] = ()
+
+
+# ---------------------------------------------------------------- modes, each restored
+
+
+@contextmanager
+def gradients_enabled() -> Iterator[None]:
+    """Let autograd record inside, also when called under ``torch.no_grad()`` or ``torch.inference_mode()``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[None]:
+    """Run ``model`` as in ``eval()``, then restore the training flag of each submodule.
+
+    In training mode, batch statistics would mix the examples and every call would change the model's buffers.
+
+    Args:
+        model: the model, or all of its modules where they have been listed already. None: the model is not known (a
+            plain function), and every module that this thread calls meanwhile is held in evaluation mode.
+    """
+    held: set[nn.Module] = set()
+
+    def hold(module: nn.Module) -> None:
+        with _lock:
+            if module not in held and (module.training or module in _evaluated):
+                _evaluated[module] = _evaluated.get(module, 0) + 1
+                module.training = False
+                held.add(module)
+
+    try:
+        if model is None:
+            with _before_each_call(hold):
+                yield
+        else:
+            for module in model.modules() if isinstance(model, nn.Module) else model:
+                hold(module)
+            yield
+    finally:
+        with _lock:
+            for module in held:
+                _evaluated[module] -= 1
+                if not _evaluated[module]:
+                    del _evaluated[module]
+                    module.training = True
+
+
+@contextmanager
+def _before_each_call(function: Callable[[nn.Module], None]) -> Iterator[None]:
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, _args: Any) -> None:
+        if threading.get_ident() == thread:
+            function(module)
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def eager_mode() -> Iterator[None]:
+    """Let compiled modules and functions run eagerly meanwhile, because compiled graphs skip new hooks."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    with _lock:
+        _eager.append(None if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            if len(_eager) == 1:
+                _eager[0].__exit__(None, None, None)
+                _eager.clear()
+            else:
+                _eager.pop()
+
+
+# ---------------------------------------------------------------- hooks
+
+Hook = Callable[[nn.Module, Any, dict[str, Any], Any], Any]
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Hook, *, at_input: bool = False) -> Iterator[None]:
+    """Call ``hook(module, args, kwargs, output)`` after each of ``modules`` has run in this thread.
+
+    What the hook returns, unless None, replaces the output. With ``at_input`` it is called before the module as
+    ``hook(module, args, kwargs, None)`` and returns the new ``(args, kwargs)``.
+    """
+    owner = threading.get_ident()
+
+    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        return hook(module, args, kwargs, output) if threading.get_ident() == owner else None
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return hook(module, args, kwargs, None) if threading.get_ident() == owner else None
+
+    with ExitStack() as stack:
+        for module in modules:
+            if at_input:
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+            else:
+                if not isinstance(module._forward_hooks, OrderedDict):
+                    # torch 2.6 leaves a plain dict where a hook was added and removed inside a compiled graph, and
+                    # register_forward_hook fails on it.
+                    module._forward_hooks = OrderedDict(module._forward_hooks)
+                handle = module.register_forward_hook(after, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def capture_modules(
+    run: Callable[..., Any],
+    inputs: Inputs,
+    modules: Sequence[nn.Module],
+    names: Sequence[str],
+    *,
+    parts: Iterable[nn.Module] | None,
+    additional_forward_args: Any = None,
+    gradient: bool = False,
+    substitute: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None,
+    attribute_to_layer_input: bool = False,
+) -> Captured:
+    """Run ``run`` once and record the output of each of ``modules``; see :meth:`Layers.capture`.
+
+    Args:
+        run: the model without wrappers that would run copies or graphs, or any callable.
+        modules, names: what to record and how messages refer to it.
+        parts: all modules of the model, to be held in evaluation mode; None if the model is not known.
+        substitute: for some of ``modules``.
+    """
+    arguments = (*check_images(inputs), *forward_arguments(additional_forward_args))
+    unique = dict(zip(modules, names, strict=True))
+
+    def attempt(enabled_before: bool) -> tuple[Any, _Recorder]:
+        recorder = _Recorder(unique, substitute or {}, gradient)
+        hook = recorder.at_input if attribute_to_layer_input else recorder.at_output
+        with (
+            eager_mode(),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(enabled_before),
+            evaluation_mode(parts),
+            hooked(unique, hook, at_input=attribute_to_layer_input),
+        ):
+            output = run(*map(_normal, arguments))
+            if recorder.gradients_put_off() and not _differentiable(output):
+                recorder.interrupted = True
+        return output, recorder
+
+    output, recorder = attempt(enabled_before=False)
+    for module, name in unique.items():
+        if module not in recorder.record:
+            raise LayerError(
+                f"layer {name!r} did not run in this forward pass; choose a layer that forward_func "
+                "calls (a layer of another model, of another branch, or inside a compiled function does not)"
+            )
+    if recorder.interrupted:
+        # A model that runs its backbone under its own no_grad() restores "disabled" after the layer; with gradients
+        # enabled around the forward pass it restores "enabled".
+        output, recorder = attempt(enabled_before=True)
+    ran = list(recorder.record)
+    order = tuple(sorted(range(len(modules)), key=lambda number: ran.index(modules[number])))
+    _warn_of_nan(output, {name: recorder.record[module] for module, name in unique.items()}, arguments)
+    originals = {**recorder.record, **recorder.originals}
+    return Captured(
+        output,
+        tuple(recorder.record[module] for module in modules),
+        order,
+        tuple(originals[module] for module in modules),
+    )
+
+
+@dataclass
+class _Recorder:
+    """The hooks of one forward pass and what they have recorded."""
+
+    names: Mapping[nn.Module, str]
+    replace: Mapping[nn.Module, Callable[[Tensor], Tensor]]
+    gradient: bool
+    record: dict[nn.Module, Tensor] = field(default_factory=dict)
+    originals: dict[nn.Module, Tensor] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def at_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook."""
+        tensor, rebuild = first_tensor(output, f"layer {self.names[module]!r} gives")
+        # nn.Identity, or dropout in evaluation mode, returns its input, which others may overwrite.
+        shared = any(_same_memory(tensor, other) for other in _tensors((args, kwargs)))
+        return rebuild(self._take(module, tensor, shared))
+
+    def at_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any], _output: None) -> Any:
+        """Forward pre-hook."""
+        name = f"layer {self.names[module]!r} is called with"
+        if kwargs and not any(value.is_floating_point() for value in _tensors(args)):
+            tensor, rebuild = first_tensor(kwargs, name)
+            return args, rebuild(self._take(module, tensor, True))
+        tensor, rebuild = first_tensor(args, name)
+        return rebuild(self._take(module, tensor, True)), kwargs
+
+    def _take(self, module: nn.Module, tensor: Tensor, shared: bool) -> Tensor:
+        """Record ``tensor`` (a copy, where its memory is ``shared``) and return what continues in its place."""
+        if module in self.record:
+            raise LayerError(
+                f"layer {self.names[module]!r} runs more than once in one forward pass, so its activation is not one "
+                "tensor; choose a layer that runs once (a shared ReLU, for example, has the layer before it)"
+            )
+        if self.gradient and not tensor.is_floating_point():
+            raise LayerError(f"layer {self.names[module]!r} has no gradient, because it gives {tensor.dtype}")
+        self.interrupted = self.interrupted or self.gradients_put_off()
+        if self.gradient and not self.record:
+            tensor = tensor.detach()  # what is upstream of the first layer is never differentiated
+        if shared:
+            tensor = tensor.clone()
+        if module in self.replace:
+            self.originals[module] = tensor
+            tensor = self.replace[module](tensor)
+            if not isinstance(tensor, Tensor):
+                raise InputError(f"substitute for layer {self.names[module]!r} must return a tensor, got {tensor!r}")
+        if self.gradient:
+            if not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+            torch.set_grad_enabled(True)
+        self.record[module] = tensor
+        # A copy continues, so that an in-place operation after the layer cannot overwrite what was recorded.
+        return tensor.clone()
+
+    def gradients_put_off(self) -> bool:
+        """Whether the model itself has disabled gradients again since the first layer."""
+        return self.gradient and bool(self.record) and not torch.is_grad_enabled()
+
+
+class _ReachedError(BaseException):
+    """Ends a forward pass at the layer. Not an ``Exception``, so that no model catches it."""
+
+
+def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
+    """The output of one layer of ``model(*args)``, differentiable; nothing after the layer is computed.
+
+    The model runs as it is: in its own training mode, and recorded by autograd if gradients are enabled. The forward
+    pass ends at the layer, unless a module around it is watched by the user's hooks, which would then not run.
+    Compilers and exporters see a forward pass that runs through; what nothing reads they remove.
+
+    Args:
+        model: without a wrapper (see :func:`unwrap`).
+        name: the dotted name as in ``model.get_submodule``; ``""`` for the model's own output.
+
+    Raises:
+        LayerError: the layer did not run, or returns no tensor.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7, 2))  # a head of the wrong size
+    >>> read_layer(net, "1", torch.rand(2, 3, 8, 8)).shape
+    torch.Size([2, 4, 6, 6])
+    """
+    if name == "":
+        return _tensor_of(model(*args), name)
+    layer = model.get_submodule(name)
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    if torch.compiler.is_compiling():
+        return _read_compiled(model, layer, name, args)
+    whole = any(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in around)
+    recorded: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        tensor = _tensor_of(output, name)
+        recorded.append(tensor.clone() if whole else tensor)
+        if not whole:
+            raise _ReachedError
+
+    in_place = any(getattr(m, "_compiled_call_impl", None) is not None for m in (*around, layer))
+    try:
+        with eager_mode() if in_place else nullcontext(), hooked([layer], hook):
+            model(*args)
+    except _ReachedError:
+        pass
+    if not recorded:
+        raise LayerError(f"layer {name!r} did not run in the model's forward pass; choose one that does")
+    return recorded[0]
+
+
+def _read_compiled(model: nn.Module, layer: nn.Module, name: str, args: Any) -> Tensor:
+    recorded: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        recorded.append(_tensor_of(output, name).clone())  # an in-place ReLU may follow
+
+    # torch._dynamo traces neither register_forward_hook nor an assignment into an OrderedDict; it does trace this.
+    kept = layer._forward_hooks
+    layer._forward_hooks = {**kept, "captum_concepts": hook}  # type: ignore[dict-item]
+    try:
+        model(*args)
+    finally:
+        layer._forward_hooks = kept
+    return recorded[0]
+
+
+# ---------------------------------------------------------------- tensors in, tensors out
 
 
 def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The inputs as a tuple, with the mistakes named that would otherwise give a wrong map silently.
+    """The inputs as a tuple, after a check for mistakes that would otherwise give a wrong map without an error.
 
     Raises:
         InputError: not a tensor, an empty batch, or integer pixels.
@@ -77,18 +380,26 @@ def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
     return parts
 
 
-def _warn_of_nan(output: Any, layers: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> None:
-    """Weights that are NaN, or half precision that overflows: ReLU's gradient hides it, and a map would look sound."""
+def forward_arguments(additional_forward_args: Any) -> tuple[Any, ...]:
+    """Captum's ``additional_forward_args`` (None, one value or a tuple) as a tuple."""
+    if additional_forward_args is None:
+        return ()
+    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+
+
+def _warn_of_nan(output: Any, layers: Mapping[str, Tensor], arguments: tuple[Any, ...]) -> None:
+    """NaN weights, or half precision that overflows: ReLU's gradient hides it, and a map would look sound."""
     broken = [name for name, values in layers.items() if values.is_floating_point() and _has_nonfinite(values.detach())]
     scores = [values.detach() for values in _tensors(output) if values.is_floating_point()]
     # Infinite scores are meant where a model rules classes out; infinite activations are not.
     where = f"layer {broken[0]!r}" if broken else "the model's output" if any(map(_has_nan, scores)) else ""
-    if where and not any(part.is_floating_point() and _has_nonfinite(part.detach()) for part in inputs):
+    inputs = [a.detach() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    if where and not any(map(_has_nonfinite, inputs)):
         warnings.warn(
             f"{where} contains NaN or infinite values although the inputs do not; so will the result, or it will be "
             "wrong. Look for NaN weights, or for values that half precision cannot hold",
             InputWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -99,153 +410,6 @@ def _has_nan(values: Tensor) -> bool:
 def _has_nonfinite(values: Tensor) -> bool:
     # A sum is NaN or infinite whenever a value is, and costs a fraction of a full isfinite mask.
     return not bool(values.sum(dtype=torch.float32).isfinite()) and not bool(values.isfinite().all())
-
-
-def capture(
-    forward_func: Callable[..., Any],
-    inputs: Inputs,
-    layers: Sequence[Layer],
-    *,
-    additional_forward_args: Any = None,
-    gradient: bool = False,
-    substitute: Mapping[Layer, Callable[[Tensor], Tensor]] | None = None,
-    attribute_to_layer_input: bool = False,
-) -> Captured:
-    """Run ``forward_func`` once and record the output of each of ``layers``.
-
-    Args:
-        forward_func: the model, one of its methods, or any callable that runs it.
-        inputs: one tensor or a tuple, passed as positional arguments.
-        layers: modules or dotted names; each must run exactly once in the forward. May be empty beside ``substitute``.
-        additional_forward_args: passed after the inputs, as Captum does.
-        gradient: make ``output`` differentiable with respect to the captured tensors (differentiate inside
-            :func:`gradients_enabled`). Nothing in front of the first layer is recorded by autograd, so a backward
-            pass never goes further down, and it works with frozen weights.
-        substitute: ``{layer: function}``; the layer's output is replaced by ``function(output)``, which may also
-            have another batch size. It is captured after that.
-        attribute_to_layer_input: take each layer's (first) input instead of its output.
-
-    The model is left as found: hooks, training mode, buffers and ``.grad``, also after an exception; evaluation mode
-    draws no random numbers. Other threads may run the same model meanwhile; their calls are not recorded.
-
-    Raises:
-        LayerError: unknown layer, a layer that did not run, or ran more than once.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten())
-        >>> result = capture(net, torch.rand(2, 3, 8, 8), ["0"], gradient=True)
-        >>> result.layers[0].shape, torch.autograd.grad(result.output.sum(), result.layers)[0].shape
-        (torch.Size([2, 4, 6, 6]), torch.Size([2, 4, 6, 6]))
-    """
-    parts = check_images(inputs)
-    wanted = [resolve_layer(forward_func, layer) for layer in layers]
-    replace = {resolve_layer(forward_func, layer): f for layer, f in (substitute or {}).items()}
-    names = {resolve_layer(forward_func, layer): layer_name(forward_func, layer) for layer in (*layers, *replace)}
-    if additional_forward_args is None:
-        additional_forward_args = ()
-    elif not isinstance(additional_forward_args, tuple):
-        additional_forward_args = (additional_forward_args,)
-    model = find_model(forward_func)
-    # Calling a wrapper (DataParallel, torch.compile) would run copies or graphs that skip the hooks.
-    run = model if model is not None and isinstance(forward_func, nn.Module) else forward_func
-
-    def attempt(enabled_before: bool) -> tuple[Any, _Recorder]:
-        recorder = _Recorder(names, replace, gradient, frozenset(wanted))
-        with ExitStack() as stack:
-            stack.enter_context(eager_mode())
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.set_grad_enabled(enabled_before))
-            stack.enter_context(evaluation_mode(model))
-            for module in dict.fromkeys([*wanted, *replace]):
-                if attribute_to_layer_input:
-                    handle = module.register_forward_pre_hook(recorder.at_input, with_kwargs=True)
-                else:
-                    handle = hookable(module).register_forward_hook(recorder.at_output, with_kwargs=True)
-                stack.callback(handle.remove)
-            arguments = [_normal(argument) for argument in (*parts, *additional_forward_args)]
-            output = run(*arguments)
-            if recorder.gradients_put_off() and not _differentiable(output):
-                recorder.interrupted = True
-        return output, recorder
-
-    output, recorder = attempt(enabled_before=False)
-    for module in dict.fromkeys([*wanted, *replace]):
-        if module not in recorder.record:
-            raise LayerError(
-                f"layer {names[module]!r} did not run in this forward pass; choose a layer that forward_func "
-                "calls (a layer of another model, of another branch, or inside a compiled function does not)"
-            )
-    if recorder.interrupted:
-        # A model that runs its backbone under its own no_grad() restores "disabled" behind the layer; with
-        # gradients enabled around the forward it restores "enabled".
-        output, recorder = attempt(enabled_before=True)
-    ran = list(recorder.record)
-    order = tuple(sorted(range(len(wanted)), key=lambda number: ran.index(wanted[number])))
-    _warn_of_nan(output, {names[module]: recorder.record[module] for module in wanted}, parts)
-    return Captured(output, tuple(recorder.record[module] for module in wanted), order)
-
-
-@dataclass
-class _Recorder:
-    """The hooks of one forward pass and what they have seen."""
-
-    names: Mapping[nn.Module, str]
-    replace: Mapping[nn.Module, Callable[[Tensor], Tensor]]
-    gradient: bool
-    wanted: frozenset[nn.Module]
-    record: dict[nn.Module, Tensor] = field(default_factory=dict)
-    interrupted: bool = False
-    owner: int = field(default_factory=threading.get_ident)
-
-    def at_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook."""
-        if threading.get_ident() != self.owner:
-            return None
-        tensor, rebuild = _first_tensor(output, f"layer {self.names[module]!r} gives")
-        # nn.Identity, or dropout in evaluation mode, hands its input on, which others may overwrite.
-        shared = any(_same_memory(tensor, other) for other in _tensors((args, kwargs)))
-        return rebuild(self._take(module, tensor, shared))
-
-    def at_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook."""
-        if threading.get_ident() != self.owner:
-            return None
-        name = f"layer {self.names[module]!r} is called with"
-        if kwargs and not any(value.is_floating_point() for value in _tensors(args)):
-            tensor, rebuild = _first_tensor(kwargs, name)
-            return args, rebuild(self._take(module, tensor, True))
-        tensor, rebuild = _first_tensor(args, name)
-        return rebuild(self._take(module, tensor, True)), kwargs
-
-    def _take(self, module: nn.Module, tensor: Tensor, shared: bool) -> Tensor:
-        """Record ``tensor`` (a copy, where its memory is ``shared``) and return what goes on in its place."""
-        if module in self.record:
-            raise LayerError(
-                f"layer {self.names[module]!r} runs more than once in one forward pass, so its activation is not one "
-                "tensor; choose a layer that runs once (a shared ReLU, for example, has the layer before it)"
-            )
-        if self.gradient and not tensor.is_floating_point():
-            raise LayerError(f"layer {self.names[module]!r} has no gradient, because it gives {tensor.dtype}")
-        self.interrupted = self.interrupted or self.gradients_put_off()
-        if self.gradient and not self.record:
-            tensor = tensor.detach()  # what is in front of the first layer is never differentiated
-        if shared:
-            tensor = tensor.clone()
-        if module in self.replace:
-            tensor = self.replace[module](tensor)
-            if not isinstance(tensor, Tensor):
-                raise InputError(f"substitute for layer {self.names[module]!r} must return a tensor, got {tensor!r}")
-        if self.gradient:
-            if not tensor.requires_grad:
-                tensor = tensor.detach().requires_grad_()
-            torch.set_grad_enabled(True)
-        self.record[module] = tensor
-        # A copy goes on, so that an in-place operation behind the layer cannot overwrite what was asked for.
-        return tensor.clone() if module in self.wanted or self.gradient else tensor
-
-    def gradients_put_off(self) -> bool:
-        """Whether the model itself has put gradients off again since the first layer."""
-        return self.gradient and bool(self.record) and not torch.is_grad_enabled()
 
 
 def _normal(value: Any) -> Any:
@@ -271,8 +435,8 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return one.device == other.device and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The (first) floating-point tensor in what a layer gives or takes, and how to put another in its place."""
+def first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The (first) floating-point tensor in what a layer returns or takes, and how to put another in its place."""
     if isinstance(value, Tensor):
         return value, lambda new: new
     keyed = list(enumerate(value)) if isinstance(value, (tuple, list)) else []
@@ -284,6 +448,10 @@ def _first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any
     raise LayerError(f"{name} {type(value).__name__}, which holds no floating-point tensor; choose a layer that does")
 
 
+def _tensor_of(output: Any, name: str) -> Tensor:
+    return output if isinstance(output, Tensor) else first_tensor(output, f"layer {name!r} gives")[0]
+
+
 def _put(value: Any, key: Any, new: Tensor) -> Any:
     """A copy of the container ``value`` with ``new`` at ``key``."""
     if isinstance(value, tuple) and hasattr(value, "_replace"):  # a namedtuple
@@ -293,3 +461,11 @@ def _put(value: Any, key: Any, new: Tensor) -> Any:
     copied = copy.copy(value)
     copied[key] = new
     return copied
+
+
+def __getattr__(name: str) -> Any:  # moved names, until their importers have moved too
+    if name in ("Layer", "capture", "find_model", "layer_name", "resolve_layer", "unwrap"):
+        from captum_concepts.activations import layers
+
+        return getattr(layers, name)
+    raise AttributeError(name)

@@ -3,15 +3,66 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from captum_concepts.activations._grids import patch_stride, pyramid, token_grids
 from captum_concepts.errors import InputError, LayoutError
 
 LAYOUTS = ("auto", "NCHW", "NHWC", "NLC", "LNC")
+Grid = tuple[int, int]
+Size = tuple[int, int]
+
+MOST_PREFIX_TOKENS = 16  # more than that is taken for a wrong guess
+# Where the model does not tell: CLS, CLS and distillation, four registers with or without CLS.
+USUAL_PREFIXES = frozenset({0, 1, 2, 4, 5})
+_PREFIX_PARAMETER = re.compile(
+    r"(^|\.)(cls|class|dist|distillation|reg|register|storage)_(token|embed|embedding)s?(_\d+)?$"
+)
+_POSITION_PARAMETER = re.compile(r"(^|\.)[a-z_]*pos[a-z]*_(embed|embedding|embeddings)(_\d+)?$")
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What a model's modules and parameters tell about its grids, read once.
+
+    Args:
+        patch_stride: the stride of the patch embedding: the first image convolution, if kernel and stride are equal.
+        prefix_parts: how many tokens each of the CLS, distillation and register parameters has.
+        positions: the lengths of the position embeddings.
+        convolutional: it has convolutions, and nothing but the head works on the last dimension.
+    """
+
+    patch_stride: Size | None = None
+    prefix_parts: tuple[int, ...] = ()
+    positions: frozenset[int] = frozenset()
+    convolutional: bool = False
+
+    @staticmethod
+    def of(modules: Mapping[str, nn.Module]) -> ModelTraits:
+        """Read the traits off all named modules of a model."""
+        unique = dict.fromkeys(modules.values())
+        first = next((m for m in unique if isinstance(m, nn.Conv2d) and m.in_channels in (1, 3, 4)), None)
+        stride = None
+        if first is not None and tuple(first.kernel_size) == tuple(first.stride) and first.stride[0] > 1:
+            stride = (first.stride[0], first.stride[1])
+        prefixes: dict[nn.Parameter, int] = {}
+        positions = set()
+        for prefix, module in modules.items():
+            for name, p in module.named_parameters(prefix, recurse=False):
+                if _PREFIX_PARAMETER.search(name):
+                    prefixes[p] = p.shape[-2] if p.ndim > 1 else 1
+                if p.ndim > 1 and _POSITION_PARAMETER.search(name):
+                    positions.add(p.shape[-2])
+        last = (nn.LayerNorm, nn.MultiheadAttention)
+        convolutional = any(isinstance(m, nn.Conv2d) for m in unique) and not any(
+            isinstance(m, last) or type(m).__name__ in ("Permute", "Rearrange") for m in unique
+        )
+        counts = tuple(count for count in prefixes.values() if count <= MOST_PREFIX_TOKENS)
+        return ModelTraits(stride, counts, frozenset(positions), convolutional)
 
 
 @dataclass(frozen=True)
@@ -82,7 +133,7 @@ def infer_layout(
     layout: str = "auto",
     prefix_tokens: int | None = None,
     module: nn.Module | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | ModelTraits | None = None,
     name: str = "",
 ) -> Layout:
     """Read the layout off a layer's output, the input's size and the layer's type.
@@ -94,7 +145,8 @@ def infer_layout(
         layout: one of :data:`LAYOUTS`; anything but ``"auto"`` is taken as given.
         prefix_tokens: how many tokens precede the grid; None infers it.
         module: the layer, whose type decides where sizes alone do not.
-        model: the model, whose patch embedding and CLS, distillation and register tokens tell the token grid.
+        model: the model (or its traits), whose patch embedding and CLS, distillation and register tokens tell the
+            token grid.
         name: how error messages call the layer.
 
     Raises:
@@ -106,6 +158,9 @@ def infer_layout(
         raise InputError(f"prefix_tokens must be 0 or more, got {prefix_tokens}")
     shape = tuple(output.shape)
     layer = f"layer {name!r}" if name else "the layer"
+    if isinstance(model, nn.Module):
+        model = ModelTraits.of(dict(model.named_modules()))
+    traits = model or ModelTraits()
     if not output.is_floating_point():
         raise LayoutError(f"{layer} gives {output.dtype}; choose a layer with floating-point activations")
     if output.ndim == 4:
@@ -114,7 +169,7 @@ def infer_layout(
                 f"{layer} gives {shape} for {batch} examples: its first dimension is not the batch (a layer inside "
                 "windowed attention?); choose the block around it"
             )
-        kind = layout if layout != "auto" else _image_kind(output, image_size, module, model, layer)
+        kind = layout if layout != "auto" else _image_kind(output, image_size, module, traits, layer)
         if kind not in ("NCHW", "NHWC"):
             raise LayoutError(f"{layer} gives {shape}, four dimensions; layout={kind!r} is for three (tokens)")
         return Layout(kind, (shape[2], shape[3]) if kind == "NCHW" else (shape[1], shape[2]))
@@ -128,7 +183,7 @@ def infer_layout(
                 "a windowed attention, or another layout="
             )
         length = shape[1 if kind == "NLC" else 0]
-        grid, prefix = _token_grid(length, image_size, prefix_tokens, model, layer, shape)
+        grid, prefix = _token_grid(length, image_size, prefix_tokens, traits, layer, shape)
         return Layout(kind, grid, prefix)
     raise LayoutError(
         f"{layer} gives {shape}, which has no grid of positions; choose a layer before pooling, one that gives "
@@ -148,7 +203,7 @@ def _misfit(h: int, w: int, image_size: tuple[int, int] | None) -> float:
 
 
 def _image_kind(
-    output: Tensor, image_size: tuple[int, int] | None, module: nn.Module | None, model: nn.Module | None, layer: str
+    output: Tensor, image_size: tuple[int, int] | None, module: nn.Module | None, traits: ModelTraits, layer: str
 ) -> str:
     shape = tuple(output.shape)
     _, a, b, c = shape
@@ -161,11 +216,10 @@ def _image_kind(
         raise LayoutError(f"{layer} gives {shape}, attention weights between tokens; choose the block around it")
     grids = {"NCHW": (b, c), "NHWC": (a, b)}
     fits = [kind for kind, grid in grids.items() if _misfit(*grid, image_size) < math.inf]
-    stride = patch_stride(model)
-    if len(fits) > 1 and stride is not None and image_size is not None:
-        known = set().union(*pyramid(image_size, stride))
+    if len(fits) > 1 and traits.patch_stride is not None and image_size is not None:
+        known = set().union(*pyramid(image_size, traits.patch_stride))
         fits = [kind for kind in fits if grids[kind] in known] or fits
-    if len(fits) > 1 and _is_convolutional(model):
+    if len(fits) > 1 and traits.convolutional:
         return "NCHW"
     if len(fits) == 1:
         return fits[0]
@@ -212,17 +266,6 @@ def _is_attention(output: Tensor) -> bool:
     return bool((rows >= 0).all()) and bool(((rows.sum(-1) - 1).abs() < 0.02).all())
 
 
-def _is_convolutional(model: nn.Module | None) -> bool:
-    """A model of convolutions in which nothing works on the last dimension but the head."""
-    if model is None:
-        return False
-    types = [type(module) for module in model.modules()]
-    last = (nn.LayerNorm, nn.MultiheadAttention)
-    return any(issubclass(t, nn.Conv2d) for t in types) and not any(
-        issubclass(t, last) or t.__name__ in ("Permute", "Rearrange") for t in types
-    )
-
-
 def _token_kind(shape: tuple[int, ...], batch: int, module: nn.Module | None, layer: str) -> str:
     first, second = shape[0] == batch, shape[1] == batch
     if first and second:
@@ -247,20 +290,91 @@ def _token_grid(
     length: int,
     image_size: tuple[int, int] | None,
     prefix_tokens: int | None,
-    model: nn.Module | None,
+    traits: ModelTraits,
     layer: str,
     shape: tuple[int, ...],
 ) -> tuple[tuple[int, int], int]:
     """``((h, w), prefix)`` for a sequence of ``length`` tokens."""
-    fits = token_grids(length, image_size, prefix_tokens, model)
+    fits = token_grids(length, image_size, prefix_tokens, traits)
     if len(fits) == 1:
         h, w = fits.pop()
         return (h, w), length - h * w
     why = "no grid fits" if not fits else f"several grids fit ({sorted(fits)})"
-    stride = patch_stride(model)
+    stride = traits.patch_stride
     patches = f" in patches of {stride[0]} x {stride[1]}" if stride is not None else ""
     with_prefix = "any usual number of" if prefix_tokens is None else str(prefix_tokens)
     raise LayoutError(
         f"{layer} gives {shape}: {length} tokens for an input of size {image_size}{patches}, and {why} with "
         f"{with_prefix} prefix tokens; say prefix_tokens= (CLS, registers, ...), or choose a layer of image patches"
     )
+
+
+def pyramid(image_size: Size, stride: Size) -> list[set[Grid]]:
+    """The grid of the model's patches, and what halving it makes of it; cut off or padded at the border."""
+    height, width = image_size[0] / stride[0], image_size[1] / stride[1]
+    levels = [{(math.floor(height), math.floor(width)), (math.ceil(height), math.ceil(width))}]
+    while any(min(grid) > 1 for grid in levels[-1]):
+        levels.append(
+            {(cut(h / 2), cut(w / 2)) for h, w in levels[-1] if min(h, w) > 1 for cut in (math.floor, math.ceil)}
+        )
+    return levels
+
+
+def token_grids(length: int, image_size: Size | None, prefix_tokens: int | None, traits: ModelTraits) -> set[Grid]:
+    """The grids that ``length`` tokens can be, by the surest evidence that fits any; none, one or several.
+
+    The surest is the model's own: the stride of its patches and the number of its prefix tokens. A sequence that does
+    not fit it (pruned or merged tokens, text, latents) is no grid, even if its length happens to be a square.
+    """
+    for grids, prefixes in _attempts(length, image_size, prefix_tokens, traits):
+        fits = {(h, w) for h, w in grids if h * w > 1 and length - h * w in prefixes}
+        if fits:
+            return fits
+    return set()
+
+
+def _attempts(
+    length: int, image_size: Size | None, prefix_tokens: int | None, traits: ModelTraits
+) -> Iterator[tuple[set[Grid], set[int] | frozenset[int]]]:
+    parts = traits.prefix_parts if prefix_tokens is None else (prefix_tokens,)
+    own = [{sum(parts)}] if prefix_tokens is not None else [{sum(parts)}, _subset_sums(parts)]
+    stride = traits.patch_stride
+    if image_size is None:
+        anywhere = [{(side, side) for side in range(2, math.isqrt(length) + 1)}]
+    else:
+        anywhere = list(_any_stride(image_size))
+        if stride is not None:
+            first, *halved = pyramid(image_size, stride)
+            smaller = set().union(*halved)
+            yield from ((grids, prefixes) for grids in (first, smaller) for prefixes in own)
+            if prefix_tokens is None:
+                yield first, set(range(MOST_PREFIX_TOKENS + 1))
+                if not _is_whole_sequence(length, sum(parts), traits):
+                    return
+    if parts:
+        yield from ((grids, prefixes) for grids in anywhere for prefixes in own)
+    if prefix_tokens is None:
+        yield from ((grids, USUAL_PREFIXES) for grids in anywhere)
+
+
+def _any_stride(image_size: Size) -> Iterator[set[Grid]]:
+    """Grids of one stride: first strides that divide the image, then rounded, then rounded differently each way."""
+    height, width = image_size
+    strides = range(1, max(image_size) + 1)
+    cuts = (math.floor, math.ceil)
+    yield {(height // s, width // s) for s in strides if height % s == 0 and width % s == 0}
+    yield {(cut(height / s), cut(width / s)) for s in strides for cut in cuts}
+    if height != width:
+        yield {(one(height / s), other(width / s)) for s in strides for one in cuts for other in cuts}
+
+
+def _subset_sums(parts: tuple[int, ...]) -> set[int]:
+    sums = {0}
+    for part in parts:
+        sums |= {total + part for total in sums}
+    return sums
+
+
+def _is_whole_sequence(length: int, prefix: int, traits: ModelTraits) -> bool:
+    """Whether the model has as many position embeddings: then no token is missing, the model resizes its images."""
+    return bool(traits.positions & {length, length - prefix})

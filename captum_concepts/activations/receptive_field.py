@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from captum_concepts.activations.capture import (
     Inputs,
-    Layer,
     check_images,
     evaluation_mode,
-    find_model,
+    first_tensor,
     gradients_enabled,
-    layer_name,
-    resolve_layer,
+    hooked,
 )
-from captum_concepts.activations.spatial import spatial_activations
+from captum_concepts.activations.layers import Layer, Layers
 from captum_concepts.errors import InputError, LayerError
 
 
@@ -92,7 +90,8 @@ def receptive_field(
         ReceptiveField(top=11, left=0, bottom=16, right=4)
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-    owner = find_model(model)
+    resolved = Layers.resolve(model, layer, layout=layout, prefix_tokens=prefix_tokens)
+    name, owner = resolved.names[0], resolved.model
     parameter = next((p for p in owner.parameters() if p.is_floating_point()), None) if owner is not None else None
     image = torch.full((1, channels, height, width), 0.5)
     image = image if parameter is None else image.to(parameter.device, parameter.dtype)
@@ -102,16 +101,16 @@ def receptive_field(
             warnings.simplefilter("ignore")  # NaN inputs here; oneDNN speaks up when it is switched off
             # The plain kernels: fast ones (Winograd, FFT) mix neighbouring outputs and would spread the NaN.
             with torch.no_grad(), torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
-                maps = spatial_activations(model, images, [layer], layout=layout, prefix_tokens=prefix_tokens).maps[0]
+                maps = resolved.run(images).maps[0]
         return maps[:, :, row, column].isnan().any(1).tolist()
 
     with torch.no_grad():
-        grid = spatial_activations(model, image, [layer], layout=layout, prefix_tokens=prefix_tokens).layouts[0].grid
-    row, column = _inside(position, grid, layer_name(model, layer))
+        grid = resolved.run(image).layouts[0].grid
+    row, column = _inside(position, grid, name)
     if is_spoilt(image)[0]:
-        raise LayerError(f"position {position} of layer {layer_name(model, layer)!r} is NaN for a gray image")
+        raise LayerError(f"position {position} of layer {name!r} is NaN for a gray image")
     if not is_spoilt(torch.full_like(image, torch.nan))[0]:
-        raise LayerError(f"position {position} of layer {layer_name(model, layer)!r} does not depend on the image")
+        raise LayerError(f"position {position} of layer {name!r} does not depend on the image")
 
     def spoil(edge: int, lines: int) -> Tensor:
         """The image with ``lines`` rows or columns spoilt from one edge: 0 top, 1 left, 2 bottom, 3 right."""
@@ -159,25 +158,21 @@ def effective_receptive_field(
     batch = check_images(image.unsqueeze(0) if image.ndim == 3 else image)[0]
     if len(batch) != 1 or not 0 < share <= 1:
         raise InputError(f"give one image and a share in (0, 1], got {tuple(image.shape)} and {share!r}")
-    seen: list[Tensor] = []
+    resolved = Layers.resolve(model, layer, layout=layout, prefix_tokens=prefix_tokens)
+    name, recorded = resolved.names[0], []
 
-    def record(_module: nn.Module, _args: Any, output: Any) -> Any:
-        first = output if isinstance(output, Tensor) else next(o for o in output if isinstance(o, Tensor))
-        seen.append(first)
-        return output.clone() if isinstance(output, Tensor) else output  # in-place ReLUs behind change the copy
+    def record(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        tensor, rebuild = first_tensor(output, f"layer {name!r} gives")
+        recorded.append(tensor)
+        return rebuild(tensor.clone())  # an in-place ReLU after the layer changes the copy
 
-    name = layer_name(model, layer)
-    read = spatial_activations(model, batch, [layer], layout=layout, prefix_tokens=prefix_tokens).layouts[0]
+    read = resolved.run(batch).layouts[0]
     row, column = _inside(position, read.grid, name)
-    handle = resolve_layer(model, layer).register_forward_hook(record)
-    try:
-        with evaluation_mode(find_model(model)), gradients_enabled():
-            pixels = batch.detach().clone().requires_grad_()
-            model(pixels)
-            value = read.maps(seen[0])[0, :, row, column].float().square().sum() / 2
-            gradient = torch.autograd.grad(value, pixels, allow_unused=True)[0] if value.requires_grad else None
-    finally:
-        handle.remove()
+    with evaluation_mode(resolved.model), gradients_enabled(), hooked(resolved.modules, record):
+        pixels = batch.detach().clone().requires_grad_()
+        model(pixels)
+        value = read.maps(recorded[0])[0, :, row, column].float().square().sum() / 2
+        gradient = torch.autograd.grad(value, pixels, allow_unused=True)[0] if value.requires_grad else None
     if gradient is None or not gradient.any():
         raise LayerError(f"no pixel of this image has a gradient at position {tuple(position)} of layer {name!r}")
     energy = gradient[0].abs().double().sum(0) if gradient.device.type != "mps" else gradient[0].abs().sum(0)

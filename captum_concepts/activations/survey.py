@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_concepts.activations.capture import (
-    check_images,
-    evaluation_mode,
-    find_model,
-    gradients_enabled,
-    resolve_layer,
-)
+from captum_concepts.activations.capture import Hook, check_images, evaluation_mode, hooked
+from captum_concepts.activations.layers import Layers, find_model, reaches_output, resolve_layer
 from captum_concepts.activations.layout import Layout, infer_layout
-from captum_concepts.activations.spatial import any_reading, spatial_activations
-from captum_concepts.errors import InputError, InputWarning, LayerError, LayoutError
+from captum_concepts.errors import InputError, LayerError, LayoutError
 
 
 @dataclass(frozen=True)
@@ -58,13 +51,9 @@ def survey_layers(forward_func: Callable[..., Any], inputs: Tensor) -> list[Surv
     twice = first.repeat(2, *[1] * (first.ndim - 1))  # one example cannot show which dimension is the batch
     names = {module: name for name, module in model.named_modules() if name}
     outputs: list[tuple[nn.Module, Any]] = []
-    handles = [m.register_forward_hook(lambda m, _i, out: outputs.append((m, out))) for m in names]
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            forward_func(twice)
-    finally:
-        for handle in handles:
-            handle.remove()
+    record: Hook = lambda module, _args, _kwargs, output: outputs.append((module, output))  # noqa: E731
+    with torch.no_grad(), evaluation_mode(model), hooked(names, record):
+        forward_func(twice)
     runs = [module for module, _ in outputs]
     found = []
     for module, output in outputs:
@@ -91,7 +80,7 @@ def suggest_layer(forward_func: Callable[..., Any], inputs: Tensor) -> str:
         LayerError: there is none.
     """
     for layer in reversed(_stages(forward_func, inputs)):
-        if _reaches(forward_func, inputs, layer.name):
+        if reaches_output(Layers.resolve(forward_func, layer.name), inputs[:1]):
             return layer.name
     raise LayerError(
         "no stage of this model has a grid of positions that influence its output; choose a layer yourself"
@@ -138,13 +127,3 @@ def _stages(forward_func: Callable[..., Any], inputs: Tensor) -> list[SurveyedLa
         if parents[module] is model or isinstance(parents[module], sequences) or isinstance(module, sequences):
             found.append(layer)
     return found
-
-
-def _reaches(forward_func: Callable[..., Any], inputs: Tensor, name: str) -> bool:
-    try:
-        with gradients_enabled(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", InputWarning)
-            seen = spatial_activations(forward_func, inputs[:1], [name], gradient=True)
-            return bool(seen.gradients(any_reading(seen.output))[0].any())
-    except (LayerError, RuntimeError):
-        return False

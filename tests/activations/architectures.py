@@ -1,7 +1,7 @@
 """Networks of the model zoos, as they are, with random weights: what each method says to each.
 
-``python tests/activations/architectures.py`` writes ``docs/architectures.md``; ``test_architectures.py`` runs the same again.
-A network is one line.
+``python tests/activations/architectures.py`` writes ``docs/architectures.md``; ``test_architectures.py`` runs the same
+again. A network is one line.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ def page() -> str:
         "# Architectures\n\nEvery method on networks of the model zoos as they are, with random weights and no hint: "
         "the layer is the one that `suggest_layer` finds (`suggest_stages` for CE-FAM). Images are "
         "small here (56 to 96 px, 224 where the network takes nothing else), so grids are small.\n\n"
-        "This page is written by `python tests/activations/architectures.py`; `tests/activations/test_architectures.py` runs it again and "
-        "compares.\n\n"
+        "This page is written by `python tests/activations/architectures.py`; "
+        "`tests/activations/test_architectures.py` runs it again and compares.\n\n"
     )
     return text + "\n".join([line(head), "|" + "---|" * len(head), *rows]) + "\n"
 

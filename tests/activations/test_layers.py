@@ -1,0 +1,87 @@
+"""Layers: names are resolved once and travel as one value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from captum_concepts.activations import Layers, read_layer
+from captum_concepts.errors import InputError, LayerError
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True))
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+
+
+def test_names_modules_and_one_layer_alone(net) -> None:
+    layers = Layers.resolve(net, ["1.0", net[0]])
+    assert layers.names == ("1.0", "0")
+    assert layers.modules == (net[1][0], net[0])
+    assert layers.model is net
+    assert len(layers) == 2
+    assert [one.names for one in layers] == [("1.0",), ("0",)]
+    assert layers[1].modules == (net[0],)
+    assert Layers.resolve(net, "1").modules == Layers.resolve(net, net[1]).modules == (net[1],)  # one, not its children
+    result = layers.run(torch.rand(2, 3, 16, 20))
+    assert [tuple(maps.shape) for maps in result.maps] == [(2, 6, 5, 7), (2, 4, 7, 9)]
+    assert result.order == (1, 0)
+
+
+def test_options_are_checked_when_resolved(net) -> None:
+    with pytest.raises(InputError, match="layout must be one of"):
+        Layers.resolve(net, "0", layout="nchw")
+    with pytest.raises(InputError, match="prefix_tokens must be 0 or more"):
+        Layers.resolve(net, "0", prefix_tokens=-1)
+    with pytest.raises(LayerError, match="no layer 'x'"):
+        Layers.resolve(net, ["0", "x"])
+
+
+def test_the_model_is_listed_once_for_any_number_of_runs(net, monkeypatch) -> None:
+    lists = []
+    original = nn.Module.named_modules
+    monkeypatch.setattr(
+        nn.Module, "named_modules", lambda self, *a, **k: (lists.append(self is net), original(self, *a, **k))[1]
+    )
+    layers = Layers.resolve(net, ["1.0", "0", "1"])
+    for batch in (1, 2, 5):
+        result = layers.run(torch.rand(batch, 3, 16, 20), gradient=True)
+        result.gradients(result.output[:, 1])
+    assert sum(lists) == 1
+
+
+def test_hints_belong_to_the_layers(net) -> None:
+    image = torch.rand(2, 3, 11, 11)
+    assert Layers.resolve(net, "0", layout="NHWC").run(image).layouts[0].kind == "NHWC"
+    assert Layers.resolve(net, "0").run(image).layouts[0].kind == "NCHW"
+
+
+def test_substitutes_are_some_of_the_layers(net) -> None:
+    layers = Layers.resolve(net, ["0", "1"])
+    image = torch.rand(1, 3, 16, 20)
+    for key in ("1", net[1]):
+        result = layers.run(image, substitute={key: lambda raw: torch.cat([raw, raw * 0, raw])})
+        assert result.maps[1].shape == (3, 6, 5, 7)
+        assert result.layouts[1].grid == (5, 7)
+        torch.testing.assert_close(result.output[0], net(image)[0].detach())
+        torch.testing.assert_close(result.output[1], net[4].bias.detach())
+    with pytest.raises(InputError, match=r"'4', which is not one of the layers \['0', '1'\]"):
+        layers.run(image, substitute={"4": lambda raw: raw})
+
+
+def test_read_layer_stops_after_the_layer(net) -> None:
+    ran = []
+    net[2].register_forward_pre_hook(lambda *_: ran.append("pool"))
+    image = torch.rand(2, 3, 16, 20)
+    output = read_layer(net, "1", image)
+    torch.testing.assert_close(output, net[1](net[0](image)))
+    assert ran == []
+    output.sum().backward()
+    assert net[0].weight.grad.any()
+    assert not any(m._forward_hooks for m in net.modules())
+    net.forward = lambda x: x
+    with pytest.raises(LayerError, match="'2' did not run"):
+        read_layer(net, "2", image)
