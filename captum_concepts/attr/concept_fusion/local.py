@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts.activations.spatial import full_precision
-from captum_concepts.attr.concept_fusion.gradients import TextSpace
+from captum_concepts.activations import full_precision
 from captum_concepts.attr.concept_fusion.regions import TEMPERATURE, coarser_grid, resize
+from captum_concepts.attr.concept_fusion.words import TextBank
 
 _MOST_CELLS = 256  # each is one row of the translator: in all about a quarter of a ResNet-50's forward pass
 _ROWS = 4096  # of the translator at once
