@@ -1,8 +1,8 @@
 """Every loader against damaged and hostile files: it loads, or one of the package's own exceptions comes out.
 
-``FUZZ=10000 pytest tests/contract/test_hostile_files.py`` (`make fuzz`) tries that many files against each loader; by default a
-few hundred. A file is damaged blindly (bits, cuts, insertions) or knowingly (a value of its JSON replaced: sizes,
-types, paths, offsets), because blind damage rarely gets past a checksum.
+``FUZZ=10000 pytest tests/contract/test_hostile_files.py`` (`make fuzz`) tries that many files against each loader; by
+default a few hundred. A file is damaged blindly (bits, cuts, insertions) or knowingly (a value of its JSON replaced:
+sizes, types, paths, offsets), because blind damage rarely gets past a checksum.
 """
 
 from __future__ import annotations

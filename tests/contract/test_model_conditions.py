@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from captum_concepts import SALFCBM
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 
-#: Calls of each method in the test for leaks; ``CALLS=1000 pytest -s tests/contract/test_model_conditions.py -k piles`` is the
-#: long run.
+#: Calls of each method in the test for leaks;
+#: ``CALLS=1000 pytest -s tests/contract/test_model_conditions.py -k piles`` is the long run.
 CALLS = int(os.environ.get("CALLS", "40"))
 
 

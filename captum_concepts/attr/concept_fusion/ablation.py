@@ -66,7 +66,7 @@ def layer_relevance(
         start += z.shape[1]
         before = bank.log_probability(base.unsqueeze(1).expand(-1, j, -1), index)
         after = bank.log_probability(masked, index.unsqueeze(-1).expand(-1, -1, k))
-        columns.append(relative_drop(before.unsqueeze(-1), after).mean(-1))
+        columns.append(relative_drop(before.unsqueeze(-1), after).mean(-1).to(z))
     return torch.stack(columns, -1)
 
 

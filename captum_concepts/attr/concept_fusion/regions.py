@@ -12,7 +12,10 @@ _MOST_POSITIONS = 1024  # of the fused grid: its affinity has the square of that
 STEPS = 3
 SHARE = 2  # power of the share of a concept's relevance that lies at a layer or behind it
 LOCAL = 1.0  # weight of the local reading: one more layer
-FAINT = 0.05  # root mean square of a local reading below which it counts less: it is nearly the same everywhere
+# What is normalized counts less where less than this fraction of it is left (of a reading, evidence, a feature): the
+# rest may be what rounding leaves of a difference, which a division by its own size would turn into a map.
+FAINT = 0.05
+UNMOVED = 1e-2  # total relevance below which it does not say in which layer a concept lies
 CONTRAST = 0.5  # share of the other likely concepts that is subtracted
 TEMPERATURE = 3.0  # of the softmax that says which are likely: half a dozen instead of one
 
@@ -76,6 +79,8 @@ def fused_maps(
 ) -> Tensor:
     r"""``(N, J, h, w)``: positive evidence of all layers, each of mean square 1, spread along the affinity and added.
 
+    A layer's positive evidence below ``FAINT`` of its signed evidence (root mean squares) has less than mean square 1.
+
     Equal energy, not equal maxima: one bright cell, as first layers have at edges and late ones at borders, would make
     the rest of its layer count for little. The affinity's rows sum to 1, so every value of the result is a weighted
     mean of evidence: spreading moves evidence within what the network sees as alike, and a concept without positive
@@ -102,12 +107,12 @@ def fused_maps(
             flat = flat @ affinity.transpose(1, 2).to(flat)
         return flat.unflatten(2, grid)
 
-    layers = torch.stack([spread(_equal_energy(resize(layer.relu(), grid), 1e-12)) for layer in evidence], -1)
+    layers = torch.stack([spread(_equal_energy(resize(e.relu(), grid), _faint_energy(e))) for e in evidence], -1)
     weights = layers.new_ones((*layers.shape[:2], len(evidence)))
     if relevance is not None:
         positive = relevance.to(layers).clamp(min=0)
         behind = positive.flip(-1).cumsum(-1).flip(-1)
-        weights = torch.where(behind[..., :1] > 0, behind / behind[..., :1].clamp(min=1e-12), weights) ** SHARE
+        weights = ((behind + UNMOVED) / (behind[..., :1] + UNMOVED)) ** SHARE
     alone = torch.zeros_like(layers[..., 0])
     if local is not None:
         alone = LOCAL * spread(_equal_energy(resize(local.to(layers), grid), FAINT))
@@ -135,7 +140,13 @@ def _correlation(maps: Tensor, other: Tensor) -> Tensor:
     return torch.where(varies[0] & varies[1], product, torch.zeros_like(product))
 
 
-def _equal_energy(maps: Tensor, least: float) -> Tensor:
+def _faint_energy(evidence: Tensor) -> Tensor:
+    """``FAINT`` times the root mean square of signed evidence: ``(N, J, 1, 1)``."""
+    peak = evidence.abs().amax((2, 3), keepdim=True).clamp(min=1e-30)
+    return (FAINT * peak * (evidence / peak).square().mean((2, 3), keepdim=True).sqrt()).clamp(min=1e-12)
+
+
+def _equal_energy(maps: Tensor, least: Tensor | float) -> Tensor:
     # Divided by the maximum first: squares of tiny gradients underflow.
     peak = maps.amax((2, 3), keepdim=True)
     shape = maps / peak.clamp(min=1e-30)
@@ -146,10 +157,11 @@ def _equal_energy(maps: Tensor, least: float) -> Tensor:
 def feature_affinity(maps: Sequence[Tensor], grid: tuple[int, int], image: Tensor | None = None) -> Tensor:
     r"""``(N, P, P)`` with unit row sums: how alike the network itself finds two positions.
 
-    .. math:: W_{pq} \propto \max(\cos_{pq}, 0)^2 \exp(-|c_p - c_q|^2 / 2 \sigma^2)
+    .. math:: W_{pq} \propto \max(\cos_{pq}, 0)^2 \exp(-|c_p - c_q|^2 / 2 \sigma^2), \quad \cos_{pp} = 1
 
     cos is the mean over the layers of the cosine of unit features, the image's mean removed; c the mean colour, with
-    :math:`\sigma^2` its variance over the image.
+    :math:`\sigma^2` its variance over the image. Features below ``FAINT`` of the mean length, before or after the mean
+    is removed, stay shorter than 1: they are alike with nothing but themselves.
 
     Args:
         maps: ``(N, C_l, h_l, w_l)`` activations in the order in which the layers run; the first and the last layer are
@@ -159,12 +171,19 @@ def feature_affinity(maps: Sequence[Tensor], grid: tuple[int, int], image: Tenso
     middle = maps[1:-1] if len(maps) > 2 else maps
     total = torch.zeros(())
     for activation in middle:
-        unit = F.normalize(resize(activation, grid).flatten(2), dim=1)
-        unit = F.normalize(unit - unit.mean(2, keepdim=True), dim=1)
+        features = resize(activation, grid).flatten(2)
+        length = features.norm(dim=1, keepdim=True)
+        unit = features / torch.maximum(length, FAINT * length.mean(2, keepdim=True)).clamp(min=1e-12)
+        unit = unit - unit.mean(2, keepdim=True)
+        unit = unit / unit.norm(dim=1, keepdim=True).clamp(min=FAINT)
         total = total.to(unit) + unit.transpose(1, 2) @ unit
     weights = (total / len(middle)).clamp(min=0).square()
+    weights.diagonal(dim1=1, dim2=2).fill_(1)
     if image is not None:
-        colour = F.adaptive_avg_pool2d(image.detach().to(weights), grid).flatten(2).transpose(1, 2)
-        variance = (colour - colour.mean(1, keepdim=True)).square().sum(2).mean(1).clamp(min=1e-12)
+        # The mean is removed twice: before averages over cells are rounded, and before squares are subtracted.
+        pixels = image.detach().to(weights)
+        colour = F.adaptive_avg_pool2d(pixels - pixels.mean((2, 3), keepdim=True), grid).flatten(2).transpose(1, 2)
+        colour = colour - colour.mean(1, keepdim=True)
+        variance = colour.square().sum(2).mean(1).clamp(min=1e-12)
         weights = weights * torch.exp(-torch.cdist(colour, colour).square() / (2 * variance[:, None, None]))
     return weights / weights.sum(2, keepdim=True).clamp(min=1e-12)

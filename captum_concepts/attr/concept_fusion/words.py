@@ -50,7 +50,13 @@ class TextBank:
         return logits.softmax(-1) if self.link == "softmax" else logits.sigmoid()
 
     def log_probability(self, h: Tensor, index: Tensor) -> Tensor:
-        """``log`` of the probability of concept ``index`` (same leading shape as h, one concept each)."""
+        """``log`` of the probability of concept ``index`` (same leading shape as h, one concept each).
+
+        In double precision: relevances are differences of it, and fused maps divide by their sum.
+        """
+        if h.device.type != "mps":  # which has no double precision
+            h = h.double()
+        self = self.to(h)
         if self.link == "softmax":
             return log_softmax_at(self.logits(h), index)
         cosine = (F.normalize(h, dim=-1) * self.direction[index]).sum(-1)

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from captum_concepts.attr.concept_fusion.gradients import TextSpace, vector_products
-from captum_concepts.attr.concept_fusion.regions import FAINT, feature_affinity, fused_grid, fused_maps, of_strongest
+from captum_concepts.attr.concept_fusion.regions import (
+    FAINT,
+    UNMOVED,
+    feature_affinity,
+    fused_grid,
+    fused_maps,
+    of_strongest,
+)
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 
 
@@ -56,7 +63,7 @@ def loops(evidence, maps, image, grid, local=None, relevance=None):
     shares = [1.0] * len(layers)
     if relevance is not None and (relevance > 0).any():
         positive = [max(float(r), 0.0) for r in relevance]
-        shares = [sum(positive[number:]) / sum(positive) for number in range(len(layers))]
+        shares = [(sum(positive[n:]) + UNMOVED) / (sum(positive) + UNMOVED) for n in range(len(layers))]
     everything = alone + sum(share**2 * layer for share, layer in zip(shares, layers, strict=True))
     total = alone
     for share, layer in zip(shares, layers, strict=True):
@@ -87,7 +94,7 @@ def test_a_layer_behind_the_concept_is_not_asked():
     still = torch.eye(16)[None]
     only_first = fused_maps(evidence, still, (4, 4), None, torch.tensor([[[0.7, -0.1]]]))
     expected = evidence[0] / evidence[0].square().mean().sqrt()
-    torch.testing.assert_close(only_first, expected)
+    torch.testing.assert_close(only_first, expected, atol=10 * (UNMOVED / 0.7) ** 2, rtol=0)
     # All of the relevance lies at the second layer: the derivative at the first one holds all of it too.
     both = fused_maps(evidence, still, (4, 4), None, torch.tensor([[[0.0, 0.7]]]))
     torch.testing.assert_close(both, fused_maps(evidence, still, (4, 4)))
@@ -192,6 +199,44 @@ def test_a_constant_image_and_dead_features_give_finite_maps():
     net[0].weight.data.zero_()
     net[0].bias.data.fill_(-1.0)
     assert torch.equal(cefam.attribute(torch.rand(1, 3, 12, 12)), torch.zeros(1, 2, 12, 12))
+
+
+def test_what_rounding_leaves_of_a_difference_does_not_become_a_map():
+    """Evidence, features, colors and relevances that would vanish without rounding, moved by the size of rounding."""
+    torch.manual_seed(0)
+    grid = (6, 6)
+    maps, evidence = torch.randn(1, 8, *grid), torch.randn(1, 2, *grid)
+    image = torch.rand(1, 3, 24, 24)
+
+    def noise(like, size=3e-7):
+        return size * torch.randn_like(like)
+
+    def near(one, other):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+    flat = torch.ones_like(evidence)
+    spread = feature_affinity([maps], grid, image)
+    near(fused_maps([evidence, noise(flat) - flat], spread, grid), fused_maps([evidence, -flat], spread, grid))
+    still = torch.eye(36)[None]
+    near(feature_affinity([torch.ones_like(maps) + noise(maps)], grid), still)  # one feature everywhere
+    dark = maps.clone()
+    dark[..., :3, :] = 0.0
+    near(feature_affinity([dark + noise(dark)], grid), feature_affinity([dark], grid))
+    pale = 0.5 + 1e-3 * image  # less than one gray level
+    near(feature_affinity([maps], grid, pale), feature_affinity([maps.double()], grid, pale.double()).float())
+    relevance = torch.zeros(1, 2, 2)
+    both = fused_maps([evidence, -evidence], spread, grid, None, relevance + noise(relevance))
+    near(both, fused_maps([evidence, -evidence], spread, grid, None, relevance))
+
+
+def test_a_probability_of_nearly_one_has_an_exact_logarithm():
+    torch.manual_seed(0)
+    space = TextSpace(torch.eye(6), 100.0, 0.0, True)
+    h = torch.eye(6)[:1] + 0.5 * torch.rand(4, 6)
+    index = torch.zeros(4, dtype=torch.long)
+    exact = (100 * F.normalize(h.double(), dim=1)).softmax(1)[:, 1:].sum(1)
+    assert exact.max() < 1e-8  # fp32 holds nothing between 1 - 6e-8 and 1
+    torch.testing.assert_close(space.log_probability(h, index).double(), (-exact).log1p(), atol=0, rtol=1e-6)
 
 
 def test_batched_products_fall_back_to_single_ones():
