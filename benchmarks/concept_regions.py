@@ -36,8 +36,8 @@ from captum_concepts import demo
 from captum_concepts.activations import gradients_enabled, spatial_activations
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.datasets.images import find_images, load_image
-from captum_concepts.metrics import epg, nra, specificity
+from captum_concepts.images import find_images, load_image
+from captum_concepts.metrics import concept_specificity, epg, nra
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
 from captum_concepts.models import ConceptTranslator, fit_translator
 from captum_concepts.models.concept_translator.data import TrainingPairs, collect_pairs
@@ -102,7 +102,7 @@ def regions(data: Path, encoder: Any, half: int) -> tuple[list[str], list[tuple[
                 masks[name] = masks.get(name, torch.zeros_like(here)) | here
         if masks:
             found.append((file, masks))
-    chosen = [(load_image(f, SIZE, crop=False), m) for f, m in found[half::2]]
+    chosen = [(load_image(f, SIZE, resize="squash"), m) for f, m in found[half::2]]
     return sorted(set(known.values())), chosen
 
 
@@ -114,7 +114,7 @@ def coco(args: argparse.Namespace) -> Task:
     words, images = regions(args.data, encoder, args.half)
     files = training_files(args.data, args.train, 0)
     kept = args.cache / f"pairs{len(files)}" if args.cache else None
-    pairs = collect_pairs(encoder.classifier, LAYERS, encoder, Files(files, SIZE, crop=False), cache_dir=kept)
+    pairs = collect_pairs(encoder.classifier, LAYERS, encoder, Files(files, SIZE, resize="squash"), cache_dir=kept)
     facts: dict[str, Any] = {"half": args.half, "train_images": len(files)}
     text = encoder.encode_text(words)
     name = f"coco_half{args.half}"
@@ -229,7 +229,7 @@ def sensitivity(tasks: list[tuple[Task, ConceptFusionMap]], count: int) -> None:
                 masks = torch.stack(list(present.values()))[None]
                 maps = fused.explain(image[None], concepts=list(present), contributions=False).maps
                 found["NRA"] += nra(maps, masks)[0].tolist()
-                own = specificity(maps, masks)[0] if len(present) > 1 else torch.zeros(0)
+                own = concept_specificity(maps, masks)[0] if len(present) > 1 else torch.zeros(0)
                 found["specificity"] += own[~own.isnan()].tolist()
             row |= {f"{task.name}, {key}": float(np.mean(values)) for key, values in found.items()}
         rows.append(row)
@@ -305,7 +305,7 @@ def main() -> None:
             published = nra(value, masks)
             into["nra"].append(published[0].tolist())
             into["nra_exact"].append(nra(value, masks, baseline="exact")[0].tolist())
-            own = specificity(value, masks)[0] if len(names) > 1 else torch.zeros(0)
+            own = concept_specificity(value, masks)[0] if len(names) > 1 else torch.zeros(0)
             into["specificity"].append(own[~own.isnan()].tolist())
             into["epg"].append(epg(value, masks)[0].tolist())
             into["hit_rate"].append((published[0] > 0.5).float().tolist())

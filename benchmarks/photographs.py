@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captum_concepts.datasets.images import load_image
+from captum_concepts.images import load_image
 
 
 class Files(Dataset[Tensor]):
@@ -20,4 +20,4 @@ class Files(Dataset[Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        return load_image(self.files[index], self.size, crop=self.crop)
+        return load_image(self.files[index], self.size, resize="crop" if self.crop else "squash")

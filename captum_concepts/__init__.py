@@ -20,7 +20,7 @@ _NAMES = {
     "SpatialACV": "attr.spatial_acv",
     "fit_salf_cbm": "models.salf_cbm_fit",
 }
-_ROOMS = ("concepts", "datasets", "demo", "errors", "metrics", "solvers", "store", "visualization", "vlm")
+_ROOMS = ("concepts", "datasets", "demo", "errors", "images", "metrics", "solvers", "store", "visualization", "vlm")
 
 __all__ = ["__version__", *_NAMES, *_ROOMS]
 

@@ -12,24 +12,41 @@ from captum_concepts.errors import InputError
 from captum_concepts.models._salf_objective import ahead
 from captum_concepts.models._salf_steps import share_of, world
 from captum_concepts.store import RegionEmbeddingStore
+from captum_concepts.vlm import RegionPrompt
+
+#: Leaves an image as it is: the window of a single place that covers all of it.
+WHOLE = RegionPrompt("crop", 1, 112, reference_size=224)
+#: The published filters compare the mean similarity of so many images with their cutoff.
+TOP_IMAGES = 5
 
 
-def concept_presence(store: RegionEmbeddingStore, text: Tensor, *, k: int = 5, batch_size: int = 256) -> Tensor:
-    """How strongly each concept appears in the data: the mean of the k largest P over images, the best place of each.
+def concept_presence(
+    store: RegionEmbeddingStore, text: Tensor, *, k: int = TOP_IMAGES, batch_size: int = 256
+) -> Tensor:
+    """How strongly each concept appears in the data: the mean of the k largest similarities of the images.
 
-    :meth:`RegionEmbeddingStore.top_activations`, with the images shared among the processes of ``torch.distributed``.
+    The published cutoffs belong to the images as they are, so ``store`` must hold these: one made with the prompt
+    :data:`WHOLE`. The images are divided among the processes of ``torch.distributed``.
 
     Returns:
         ``(M,)`` float32.
+
+    Raises:
+        InputError: the store has several places per image, or k is below 1.
     """
     if k < 1:
-        raise InputError(f"presence_k={k} must be at least 1")
+        raise InputError(f"k={k} must be at least 1")
+    if len(store.prompt) != 1:
+        raise InputError(
+            f"presence is judged on images as they are, but the store holds {len(store.prompt)} marked places of each; "
+            "build one with the prompt WHOLE"
+        )
     share = share_of(len(store))
     similarity = store.similarity(text)
     best = torch.empty(0, len(text), device=text.device)
     parts = [slice(s, min(s + batch_size, share.stop)) for s in range(share.start, share.stop, batch_size)]
     for p in ahead(similarity.__getitem__, parts, depth=1):
-        joined = torch.cat([best, p.flatten(2).amax(2)])
+        joined = torch.cat([best, p.flatten(1)])
         best = joined.topk(min(k, len(joined)), dim=0).values
     if world()[1] > 1:
         found: list[Tensor] = [best] * world()[1]
@@ -39,7 +56,7 @@ def concept_presence(store: RegionEmbeddingStore, text: Tensor, *, k: int = 5, b
     return best.mean(0)
 
 
-def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | None, k: int = 5) -> Vocabulary:
+def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | None) -> Vocabulary:
     """The concepts whose presence is above ``cutoff``; None keeps all.
 
     Raises:
@@ -50,11 +67,11 @@ def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | N
     best = float(presence.max())
     if best <= cutoff:
         raise InputError(
-            f"no concept is left: the most present one, {vocabulary[int(presence.argmax())]!r}, has a mean top-{k} "
-            f"similarity of {best:.3g}, not above presence_cutoff={cutoff:g}. The published 0.25 belongs to CLIP "
-            "ViT-B/16; give another cutoff, None for no such filter, or other concepts"
+            f"no concept is left: the most present one, {vocabulary[int(presence.argmax())]!r}, has a mean "
+            f"top-{TOP_IMAGES} similarity of {best:.3g}, not above presence_cutoff={cutoff:g}. The published 0.25 belongs "
+            "to CLIP ViT-B/16; give another cutoff, None for no such filter, or other concepts"
         )
-    return vocabulary.present_in(presence.cpu(), k=k, cutoff=cutoff)
+    return vocabulary.present_in(presence.cpu(), k=TOP_IMAGES, cutoff=cutoff)
 
 
 def interpretable_concepts(vocabulary: Vocabulary, similarity: Tensor, cutoff: float | None) -> Vocabulary:

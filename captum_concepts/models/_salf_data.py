@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torchvision.datasets import DatasetFolder
 
+from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.errors import InputError
 from captum_concepts.store._region_data import Pictures
 
@@ -55,8 +57,6 @@ class LabelledImages:
         self.pictures = Pictures(dataset, num_workers)
         if labels is None:
             labels = known_labels(dataset)
-            if labels is not None and not _agree(dataset, labels, what):
-                labels = None
         if labels is None:
             labels = _read_labels(dataset, what, show_progress)
         self.labels = _checked(labels, num_classes, what, all_classes)
@@ -71,27 +71,22 @@ class LabelledImages:
 
 
 def known_labels(dataset: Any) -> Tensor | None:
-    """All labels of a data set that tells them without reading its images (``targets`` or ``labels``), else None."""
-    if isinstance(dataset, Subset):
+    """All labels of a data set whose ``__getitem__`` is known to return them unchanged, without reading an image; else
+    None: a list such as ``targets`` may say something else than the items do."""
+    get = getattr(type(dataset), "__getitem__", None)
+    if get is Subset.__getitem__:
         inner = known_labels(dataset.dataset)
         return None if inner is None else inner[torch.as_tensor(list(dataset.indices), dtype=torch.long)]
-    if isinstance(dataset, ConcatDataset):
+    if get is ConcatDataset.__getitem__:
         parts = [known_labels(part) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
         return torch.cat(known) if len(known) == len(parts) else None
-    if isinstance(dataset, TensorDataset):
+    if get is TensorDataset.__getitem__:
         return dataset.tensors[1] if len(dataset.tensors) > 1 and dataset.tensors[1].ndim == 1 else None
-    if getattr(dataset, "target_transform", None) is not None:
-        return None
-    for name in ("targets", "labels"):
-        found = getattr(dataset, name, None)
-        if isinstance(found, Tensor) and found.ndim == 1 and len(found) == len(dataset):
-            return found
-        if isinstance(found, (list, tuple)) and len(found) == len(dataset):
-            try:
-                return torch.as_tensor([_integer(v) for v in found])
-            except (TypeError, ValueError):
-                continue
+    if get is CaptionedScenes.__getitem__:
+        return dataset.labels
+    if get is DatasetFolder.__getitem__ and dataset.target_transform is None:
+        return torch.tensor([label for _, label in dataset.samples])
     return None
 
 
@@ -118,12 +113,6 @@ def _integer(value: Any) -> int:
     if isinstance(value, (str, bytes)) or number != value:
         raise ValueError
     return number
-
-
-def _agree(dataset: Any, labels: Tensor, what: str) -> bool:
-    """Whether a few items say the same as the data set's own list."""
-    places = sorted({0, len(labels) // 2, len(labels) - 1})
-    return all(label_of(dataset[i], i, what) == int(labels[i]) for i in places)
 
 
 def _read_labels(dataset: Any, what: str, show: bool) -> list[int]:

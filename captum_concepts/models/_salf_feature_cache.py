@@ -63,7 +63,7 @@ class LiveFeatures:
         self.model, self.pictures, self.transform, self.batch_size = model, pictures, transform, batch_size
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self.device, self.dtype = like.device, like.dtype
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad():
             self.places, self.dim = self._compute([pictures[0]]).shape[1:]
 
     def __len__(self) -> int:
@@ -98,7 +98,8 @@ class LiveFeatures:
     def _compute(self, images: list[Tensor]) -> Tensor:
         batch = torch.stack(images).to(self.device)
         inputs = batch if self.transform is None else self.transform(batch)
-        maps = self.model.features(inputs.to(self.dtype))
+        with evaluation_mode(self.model):  # also while the backbone is trained: its batch statistics stay as they are
+            maps = self.model.features(inputs.to(self.dtype))
         return maps.flatten(2).transpose(1, 2).float()
 
 
@@ -204,11 +205,7 @@ def cache_features(
 
 
 def _fill(writer: ShardWriter, source: LiveFeatures, wanted: range, dtype: torch.dtype, show: bool) -> None:
-    with (
-        torch.no_grad(),
-        evaluation_mode(source.model),
-        progress(len(wanted), "backbone features", "image", show) as advance,
-    ):
+    with torch.no_grad(), progress(len(wanted), "backbone features", "image", show) as advance:
         for start in range(wanted.start, wanted.stop, writer.shard_rows):  # batches begin anew with each file
             for found in source.batches(range(start, min(start + writer.shard_rows, wanted.stop))):
                 values = found.to(dtype)

@@ -83,7 +83,15 @@ def by_place(values: Tensor, where: slice, device: torch.device) -> Tensor:
 
 def centred(values: Tensor, total: int) -> Tensor:
     """Minus the mean over the samples (dimension 1) of all processes, in place."""
-    return values.sub_(all_reduce(values.sum(1, keepdim=True)) / total)
+    return without_mean(values, all_reduce(values.sum(1, keepdim=True)) / total)
+
+
+def without_mean(values: Tensor, mean: Tensor) -> Tensor:
+    """``values - mean`` in place, exactly 0 where rounding is all that is left: a channel that never changes must not
+    become a signal, because the similarity does not depend on its size."""
+    noise = 16 * torch.finfo(values.dtype).eps * mean.abs()
+    values.sub_(mean)
+    return values.masked_fill_(values.abs() <= noise, 0)
 
 
 def batch_similarity(
@@ -148,8 +156,8 @@ class Validation:
         sums = [CubicSums((len(self._means[0]), len(self.text)), device) for _ in weights]
         for features, embeddings in self.samples.batches(self.parts):
             for where in places(features.shape[1], len(features) * len(self.text)):
-                f = by_place(features, where, device).sub_(self._means[0][where, None])
-                e = by_place(embeddings, where, device).sub_(self._means[1][where, None])
+                f = without_mean(by_place(features, where, device), self._means[0][where, None])
+                e = without_mean(by_place(embeddings, where, device), self._means[1][where, None])
                 p = e @ self.text.T
                 for weight, one in zip(weights, sums, strict=True):
                     one.add(f @ weight.T, p, dim=1, where=where)
@@ -163,7 +171,7 @@ class Validation:
         total = torch.zeros(len(weight), device=device)
         for features, _ in self.samples.batches(self.parts):
             for where in places(features.shape[1], len(features) * len(weight)):
-                f = by_place(features, where, device).sub_(features_mean[where, None])
+                f = without_mean(by_place(features, where, device), features_mean[where, None])
                 total += (f @ weight.T).square().sum((0, 1))
         spread = (all_reduce(total) / (len(self.samples.rows) * len(features_mean))).sqrt()
         return torch.where(spread > 0, spread, 1.0)
@@ -171,9 +179,11 @@ class Validation:
     def _mean_rows(self) -> tuple[Tensor, Tensor]:
         """Mean features ``(h*w, D)`` and embeddings ``(h*w, E)``."""
         count, d, e = self.samples.shape
-        sums = [torch.zeros(count, width, device=self.text.device) for width in (d, e)]
+        device = self.text.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        sums = [torch.zeros(count, width, device=device, dtype=wide) for width in (d, e)]
         for part in self.samples.batches(self.parts):
             for one, values in zip(sums, part, strict=True):
-                one += values.to(self.text.device).sum(0, dtype=torch.float32)
-        features, embeddings = (all_reduce(part) / len(self.samples.rows) for part in sums)
+                one += values.to(device).sum(0, dtype=wide)
+        features, embeddings = ((all_reduce(part) / len(self.samples.rows)).float() for part in sums)
         return features, embeddings

@@ -35,7 +35,6 @@ class FitOptions:
     class_names: tuple[str, ...] | None = None
     model_transform: Transform | None = None
     presence_cutoff: float | None = 0.25
-    presence_k: int = 5
     interpretability_cutoff: float | None = 0.45
     validation_fraction: float = 0.1
     train_backbone: bool = False

@@ -12,6 +12,7 @@ import torch
 
 from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import InputError
+from captum_concepts.models._salf_concepts import WHOLE
 from captum_concepts.models._salf_feature_cache import features_bytes, fits, free_bytes
 from captum_concepts.models._salf_objective import batch_similarity
 from captum_concepts.models._salf_run import FitRun
@@ -101,6 +102,8 @@ def make_plan(run: FitRun, within_hours: float = 24.0) -> FitPlan:
     size = {"region embeddings": sum(
         RegionEmbeddingStore.expected_bytes(count, o.prompt, embedding_dim) for count in images.values()
     )}  # fmt: skip
+    if o.presence_cutoff is not None:
+        size["image embeddings"] = RegionEmbeddingStore.expected_bytes(images["train"], WHOLE, embedding_dim)
     cache = features_bytes(total, places, live.dim, o.feature_dtype)
     cached = not o.train_backbone and (
         o.cache_features is True or (o.cache_features == "auto" and fits(run.path, cache, o.max_cache_bytes))
@@ -116,6 +119,7 @@ def make_plan(run: FitRun, within_hours: float = 24.0) -> FitPlan:
     products = _time_product(run) * total * _HEAD_PASSES
     passes = 1 if cached else o.bottleneck.max_epochs + 3
     seconds = {
+        **({} if o.presence_cutoff is None else {"presence of concepts": picture * images["train"]}),
         "region embeddings": picture * places * total,
         "backbone features": forward * total * passes,
         f"bottleneck, {o.bottleneck.max_epochs} epochs": epoch * o.bottleneck.max_epochs,

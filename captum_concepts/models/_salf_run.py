@@ -16,7 +16,14 @@ from captum_concepts.activations.capture import Layer
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError
 from captum_concepts.models._salf_bottleneck_fit import BottleneckFit, fit_bottleneck
-from captum_concepts.models._salf_concepts import concept_presence, interpretable_concepts, places_of, present_concepts
+from captum_concepts.models._salf_concepts import (
+    TOP_IMAGES,
+    WHOLE,
+    concept_presence,
+    interpretable_concepts,
+    places_of,
+    present_concepts,
+)
 from captum_concepts.models._salf_data import FEWEST, LabelledImages
 from captum_concepts.models._salf_feature_cache import GridFeatures, LiveFeatures, open_features
 from captum_concepts.models._salf_head import HeadFit, accuracy, compute_activations, fit_head
@@ -26,6 +33,7 @@ from captum_concepts.models._salf_steps import StepFolder, StepResult, digest, s
 from captum_concepts.models.salf_cbm import SALFCBM
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.store.manifest import fingerprint_module, fingerprint_tensor
+from captum_concepts.vlm import RegionPrompt
 
 
 class Split:
@@ -77,9 +85,9 @@ class FitRun:
     def run(self) -> SALFCBM:
         """All steps."""
         steps = StepFolder(self.path)
+        vocabulary = self._present(steps)  # first: it needs one pass of the encoder per image
         for split in self.splits:
             self._embed(split)
-        vocabulary = self._present(steps)
         for split in self.splits:
             self._features(split)
         fit, made_from = self._bottleneck(steps)
@@ -115,32 +123,34 @@ class FitRun:
         parameter = next(self.backbone.parameters(), None)
         return model if parameter is None else model.to(parameter.device)
 
-    def _embed(self, split: Split) -> None:
+    def _store(self, name: str, split: Split, prompt: RegionPrompt) -> RegionEmbeddingStore:
         o = self.options
-        split.regions = RegionEmbeddingStore.build(
-            self.path / f"regions-{split.name}",
+        return RegionEmbeddingStore.build(
+            self.path / f"{name}-{split.name}",
             split.images.pictures.data,
             self.encoder,
-            o.prompt,
+            prompt,
             batch_size=o.prompt_batch_size,
             num_workers=o.num_workers,
             show_progress=o.show_progress,
         )
-        split.made_from = {
-            "images": fingerprint_tensor(split.regions.digests()),
-            "encoder": split.regions.fingerprint["encoder"],
-            "prompt": o.prompt.as_dict(),
-        }
+
+    def _embed(self, split: Split) -> None:
+        split.regions = self._store("regions", split, self.options.prompt)
+        split.regions.similarity(self.text)  # refuses a text of another width
+        split.made_from = _origin(split.regions)
 
     def _present(self, steps: StepFolder) -> Vocabulary:
-        o, split = self.options, self.splits[0]
-        made_from = {**split.made_from, "text": fingerprint_tensor(self.text.cpu()), "k": o.presence_k}
+        cutoff = self.options.presence_cutoff
+        if cutoff is None:
+            return self.vocabulary
+        images = self._store("images", self.splits[0], WHOLE)
         found = steps.run(
             "presence",
-            made_from,
-            lambda: StepResult({"presence": concept_presence(split.regions, self.text, k=o.presence_k).cpu()}, {}),
+            {**_origin(images), "text": fingerprint_tensor(self.text.cpu()), "k": TOP_IMAGES},
+            lambda: StepResult({"presence": concept_presence(images, self.text).cpu()}, {}),
         )
-        kept = present_concepts(self.vocabulary, found.tensors["presence"], o.presence_cutoff, o.presence_k)
+        kept = present_concepts(self.vocabulary, found.tensors["presence"], cutoff)
         self.text = self.text[torch.tensor(places_of(kept, self.vocabulary), device=self.text.device)]
         return kept
 
@@ -289,3 +299,12 @@ class FitRun:
             "head": head.notes,
             "accuracy": dict(accuracies),
         }
+
+
+def _origin(store: RegionEmbeddingStore) -> dict[str, Any]:
+    """What a store was computed from."""
+    return {
+        "images": fingerprint_tensor(store.digests()),
+        "encoder": store.fingerprint["encoder"],
+        "prompt": store.prompt.as_dict(),
+    }

@@ -75,7 +75,6 @@ def fit_salf_cbm(
     class_names: Sequence[str] | None = None,
     model_transform: Callable[[Tensor], Tensor] | None = None,
     presence_cutoff: float | None = 0.25,
-    presence_k: int = 5,
     interpretability_cutoff: float | None = 0.45,
     validation_fraction: float = 0.1,
     train_backbone: bool = False,
@@ -91,8 +90,8 @@ def fit_salf_cbm(
 ) -> SALFCBM:
     """Make a spatially-aware, label-free concept bottleneck model (Benou and Riklin Raviv, "Show and Tell", 2025).
 
-    1. Embed every marked region of every image (:class:`~captum_concepts.store.RegionEmbeddingStore`).
-    2. Drop concepts that the data do not show (:func:`present_concepts`).
+    1. Drop concepts that the images, unmarked, do not show (:func:`present_concepts`).
+    2. Embed every marked region of every image (:class:`~captum_concepts.store.RegionEmbeddingStore`).
     3. Compute the backbone's features on the grid, once where the disk has room (:func:`cache_features`).
     4. Train the 1x1 bottleneck by the cubic cosine similarity (:func:`fit_bottleneck`).
     5. Drop concepts that it cannot follow on validation images (:func:`interpretable_concepts`).
@@ -128,8 +127,9 @@ def fit_salf_cbm(
         class_names: names of the classes; None takes ``train_data.classes`` where they fit.
         model_transform: from a batch of RGB images to the backbone's input, e.g. ``torchvision.transforms.Normalize``.
             The finished model takes transformed images, as the backbone does.
-        presence_cutoff: least mean of the ``presence_k`` highest similarities of a concept. The published 0.25 belongs
-            to CLIP ViT-B/16; None leaves this filter out.
+        presence_cutoff: least mean of a concept's five highest similarities among the training images as they are,
+            unmarked, as published. 0.25 belongs to CLIP ViT-B/16; None leaves this filter out. It costs one pass of the
+            encoder per image and comes first.
         interpretability_cutoff: least validation similarity of a concept (LF-CBM's 0.45); None leaves it out.
         validation_fraction: see ``val_data``.
         train_backbone: train a copy of the backbone together with the bottleneck, on features computed on the fly;

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from captum_concepts.datasets.annotation import read_ids
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -27,9 +28,8 @@ from captum_concepts import ConceptExplanation, ConceptFusionMap, ConceptTransla
 from captum_concepts.attr._guidance import read_image
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.datasets import ImageNetSegmentation
-from captum_concepts.datasets._annotation import read_ids
-from captum_concepts.datasets.images import load_image
 from captum_concepts.errors import ArtifactError, CaptumConceptsError
+from captum_concepts.images import load_image
 from captum_concepts.metrics import EvaluationTable
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.store.shards import ShardReader, ShardWriter

@@ -73,6 +73,18 @@ def test_a_constant_is_like_nothing_and_has_no_gradient():
     assert q.grad[:, 1].abs().max() > 0
 
 
+@pytest.mark.parametrize("n", [2, 3, 7, 60, 512])
+def test_constants_that_do_not_average_exactly_are_still_constants(n):
+    constant = values(40).mul(3).expand(n, 40)
+    p = values(n, 40, seed=1)
+    for one, other in ((constant, p), (p, constant), (constant, constant)):
+        leaf = one.clone().requires_grad_()
+        found = cubic_similarity(leaf, other)
+        assert torch.equal(found, torch.zeros(40))
+        found.sum().backward()
+        assert torch.equal(leaf.grad, torch.zeros(n, 40))
+
+
 def test_half_precision_is_computed_in_float32():
     q, p = values(9, 4).half(), values(9, 4, seed=1).half()
     found = cubic_similarity(q, p)

@@ -52,6 +52,15 @@ def backbone(seed: int = 0, width: int = 12) -> nn.Module:
         ).eval()
 
 
+def backbone_in_training(seed: int = 0, width: int = 12) -> nn.Module:
+    """As torch hands it out, in training mode: its batch statistics are far from the data's, and it drops channels."""
+    net = backbone(seed, width)
+    norm = nn.BatchNorm2d(width)
+    norm.running_mean.fill_(-0.4)
+    norm.running_var.fill_(4.0)
+    return nn.Sequential(net[0], norm, nn.Dropout(0.4), *net[1:]).train()
+
+
 def images_and_labels(n: int = 96, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Four quarters of random colours; the class says whether red, green or neither is in the upper left."""
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +78,7 @@ def fit(path, data=None, **options):
     """:func:`fit_salf_cbm` of the small problem."""
     data = images_and_labels() if data is None else data
     settings = {"max_epochs": 12, "batch_size": 32, "lr": 1e-2, **options.pop("bottleneck", {})}
-    options = {"presence_cutoff": None, "interpretability_cutoff": None, "lam": 0.01, "prompt": PROMPT, **options}
+    options = {"presence_cutoff": -1.0, "interpretability_cutoff": None, "lam": 0.01, "prompt": PROMPT, **options}
     network, words = options.pop("network", None) or backbone(), options.pop("words", WORDS)
     return fit_salf_cbm(
         network, options.pop("layer", "1"), options.pop("encoder", None) or Colours(), data, words, 3,

@@ -8,7 +8,7 @@ import pytest
 import salf_tiny
 import torch
 import torch.nn.functional as F
-from salf_tiny import PROMPT, WORDS, Colours, backbone, fit, images_and_labels, state
+from salf_tiny import PROMPT, WORDS, Colours, backbone, backbone_in_training, fit, images_and_labels, state
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
@@ -209,7 +209,7 @@ def test_concepts_are_dropped_with_reason_and_number(tmp_path):
         (no_white, y),
         words=vocabulary,
         encoder=_Articles(),
-        presence_cutoff=0.7,
+        presence_cutoff=0.62,
         interpretability_cutoff=0.2,
     )
     drops = {drop["concept"]: drop for drop in model.metadata["vocabulary"]["report"]["drops"]}
@@ -276,6 +276,37 @@ def test_training_the_backbone_too(tmp_path):
     again = fit(tmp_path, network=network, train_backbone=True, bottleneck=settings)  # from its result
     assert torch.equal(again.backbone[0].weight, model.backbone[0].weight)
     assert torch.equal(again.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("train_backbone", [True, False])
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_backbone_in_training_mode_gives_the_model_that_was_measured(tmp_path, train_backbone, cache):
+    network = backbone_in_training()
+    settings = {"max_epochs": 3, "backbone_lr": 1e-3}
+    x, y = images_and_labels()
+    x_val, y_val = images_and_labels(40, seed=1)
+    model = fit(
+        tmp_path,
+        network=network,
+        layer="3",
+        train_backbone=train_backbone,
+        cache_features=cache,
+        feature_dtype=torch.float32,
+        bottleneck=settings,
+        val_data=(x_val, y_val),
+        head="dense",
+    )
+    assert not any(module.training for module in model.modules())
+    accuracies = model.metadata["accuracy"]
+    assert accuracies["train"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+    assert accuracies["validation"] == pytest.approx((model(x_val).argmax(1) == y_val).float().mean().item())
+    activations = model.concept_activations(x)
+    torch.testing.assert_close(activations.mean(0), torch.zeros(5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(activations.std(0, correction=0), torch.ones(5), atol=1e-4, rtol=0)
+    for norm in (network[1], model.backbone[1]):  # nobody's batch statistics moved
+        assert torch.equal(norm.running_mean, torch.full((12,), -0.4))
+    if train_backbone:
+        assert all(module.training for module in network.modules())
 
 
 def test_one_place_is_a_model_without_space(tmp_path):

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from salf_tiny import PROMPT, WORDS, Colours, backbone, fit, images_and_labels
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.models import _salf_objective
 from captum_concepts.models._salf_bottleneck_init import gather_moments, least_squares, unit_variance
-from captum_concepts.models._salf_data import known_labels, label_of
+from captum_concepts.models._salf_concepts import WHOLE
 from captum_concepts.models._salf_objective import Samples, Validation, ahead, batch_similarity
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm import SALFCBM
@@ -94,6 +95,27 @@ def test_validation_in_parts_is_validation_at_once(problem, monkeypatch, part, b
     q = f @ weight.T
     torch.testing.assert_close(validate.spread(weight), (q - q.mean(0)).square().mean((0, 1)).sqrt())
     assert torch.equal(validate.spread(weight * 0), torch.ones(4))
+
+
+@pytest.mark.parametrize("n", [9, 60, 500])
+def test_features_or_similarities_that_never_change_give_nothing_to_follow(n):
+    """What rounding leaves of a constant is no signal, although the similarity does not depend on scale."""
+    features, embeddings = random(n, 3, 8) + 100 * random(8, seed=4), random(n, 3, 6, seed=1)
+    features[:, 1] = features[0, 1].clone()
+    embeddings[:, 2] = embeddings[0, 2].clone()
+    weight, text = random(5, 8, seed=2), random(5, 6, seed=3)
+    for place in range(3):
+        f, e = (values[:, place : place + 1].contiguous() for values in (features, embeddings))
+        found, gradient, by_features = batch_similarity(f, e, weight, text, n, feature_gradient=True)
+        samples = Samples(InMemory(f), InMemory(e), torch.arange(n))
+        validated = Validation(samples, text, batch_size=4)([weight])[0]
+        if place == 0:
+            expected = expected_similarity(f.double(), e.double(), weight.double(), text.double()).float()
+            for values in (found, validated):
+                torch.testing.assert_close(values, expected, atol=1e-3, rtol=1e-3)
+            continue
+        for values in (found, validated, gradient, by_features):
+            assert torch.equal(values, torch.zeros_like(values))
 
 
 def test_start_is_the_ridge_solution_of_p(problem):
@@ -221,14 +243,45 @@ def test_head_against_scikit_learn():
     assert abs(found.bias.mean()) < 1e-6
 
 
-def test_presence_is_top_activations(tmp_path):
+def test_presence_is_judged_on_images_as_they_are(tmp_path):
+    """The published filter, by a loop: a concept's five best images, unmarked."""
     x, _ = images_and_labels(30)
-    store = RegionEmbeddingStore.build(tmp_path, x, Colours(), PROMPT)
     text = Colours().encode_text(WORDS)
+    whole = RegionEmbeddingStore.build(tmp_path / "whole", x, Colours(), WHOLE)
+    embeddings = F.normalize(torch.stack([Colours().encode_image(image[None])[0] for image in x]), dim=1)
+    cosines = embeddings @ F.normalize(text, dim=1).T
     for k in (1, 5, 100):
-        torch.testing.assert_close(concept_presence(store, text, k=k, batch_size=7), store.top_activations(text, k))
-    with pytest.raises(InputError, match="presence_k"):
-        concept_presence(store, text, k=0)
+        expected = cosines.sort(0, descending=True).values[:k].mean(0)
+        torch.testing.assert_close(concept_presence(whole, text, k=k, batch_size=7), expected, atol=2e-3, rtol=0)
+    regions = RegionEmbeddingStore.build(tmp_path / "regions", x, Colours(), PROMPT)
+    assert (regions.top_activations(text, 5) > concept_presence(whole, text) + 0.02).all()  # what it was compared with
+    with pytest.raises(InputError, match="4 marked places of each"):
+        concept_presence(regions, text)
+    with pytest.raises(InputError, match="k=0"):
+        concept_presence(whole, text, k=0)
+
+
+def test_the_unmarked_prompt_changes_nothing():
+    for size in ((224, 224), (51, 80), (16, 9)):
+        x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(WHOLE.draw(x)[:, 0], x, atol=1e-4, rtol=0)
+
+
+def test_concepts_that_are_not_there_are_refused_before_regions_are_embedded(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Colours, "encode_image", _counted(Colours.encode_image, seen))
+    with pytest.raises(InputError, match="no concept is left"):
+        fit(tmp_path, presence_cutoff=0.99)
+    assert sum(seen) <= 96 + 4  # one pass per image, and what a store tries first
+    assert not (tmp_path / "regions-train").exists()
+
+
+def _counted(function, seen):
+    def encode(self, images):
+        seen.append(len(images))
+        return function(self, images)
+
+    return encode
 
 
 def test_filters_keep_order_and_reasons():
@@ -248,37 +301,62 @@ def test_filters_keep_order_and_reasons():
         interpretable_concepts(words, torch.ones(2), 0.45)
 
 
-def test_labels_are_found_without_reading_images():
-    class Silent:
-        targets = (0, 1, 2)
+class Relabelled(torch.utils.data.Dataset):
+    """Its list of targets and its items disagree about ``wrong`` of the images."""
 
-        def __len__(self):
-            return 3
+    def __init__(self, x, y, wrong):
+        self.x, self.y, self.targets = x, y, y.tolist()
+        for i in wrong:
+            self.targets[i] = (self.targets[i] + 1) % 3
+        self.labels = self.targets
 
-    assert known_labels(Silent()).tolist() == [0, 1, 2]
-    Silent.targets = [0, 1]  # of something else
-    assert known_labels(Silent()) is None
-    Silent.targets, Silent.target_transform = [0, 1, 2], int
-    assert known_labels(Silent()) is None
-    assert label_of((0, torch.tensor([4])), 0, "x") == 4
-    assert label_of({"image": 0, "target": 2.0}, 0, "x") == 2
-    with pytest.raises(InputError, match="item 7 of x has no label"):
-        label_of((0, 1.5), 7, "x")
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return self.x[index], int(self.y[index])
 
 
-def test_targets_that_disagree_with_the_items_are_not_believed(tmp_path):
-    x, y = images_and_labels()
+@pytest.mark.parametrize("wrong", [range(60), range(7, 55, 4), [31]])
+def test_labels_are_those_of_the_items(wrong):
+    x, y = images_and_labels(60)
+    data = Relabelled(x, y, wrong)
+    assert torch.equal(LabelledImages(data, 3).labels, y)
+    backwards = torch.utils.data.Subset(data, range(59, -1, -1))
+    assert torch.equal(LabelledImages(backwards, 3).labels, y.flip(0))
+    joined = torch.utils.data.ConcatDataset([TensorDataset(x, y), data])
+    assert torch.equal(LabelledImages(joined, 3).labels, y.repeat(2))
 
-    class Remapped(torch.utils.data.Dataset):
-        targets = ((y + 1) % 3).tolist()
 
-        def __len__(self):
-            return len(y)
+def test_labels_of_an_image_folder(tmp_path):
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import to_tensor
 
+    for number in range(12):
+        (tmp_path / f"class {number % 3}").mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"class {number % 3}" / f"{number}.png")
+    expected = torch.arange(3).repeat_interleave(4)
+    assert torch.equal(LabelledImages(ImageFolder(tmp_path, to_tensor), 3).labels, expected)
+    swapped = ImageFolder(tmp_path, to_tensor, target_transform=lambda label: 2 - label)
+    assert torch.equal(LabelledImages(swapped, 3).labels, 2 - expected)
+
+    class Merged(ImageFolder):
         def __getitem__(self, index):
-            return x[index], int(y[index])
+            image, label = super().__getitem__(index)
+            return image, min(label, 1)
 
-    assert torch.equal(LabelledImages(Remapped(), 3).labels, y)
+    assert torch.equal(LabelledImages(Merged(tmp_path, to_tensor), 2).labels, expected.clamp(max=1))
+
+
+@pytest.mark.parametrize("key", ["label", "labels", "target", "y"])
+def test_labels_in_dictionaries_and_bad_ones(key):
+    x, y = images_and_labels(12)
+    items = [{"image": image, key: label.float()} for image, label in zip(x, y, strict=True)]
+    assert torch.equal(LabelledImages(items, 3, all_classes=False).labels, y)
+    items[7][key] = 1.5
+    with pytest.raises(InputError, match="item 7 of train_data has no label"):
+        LabelledImages(items, 3, all_classes=False)
 
 
 def test_vit_with_cls_token(tmp_path):

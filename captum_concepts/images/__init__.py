@@ -1,0 +1,45 @@
+"""Whatever holds images, as tensors: the only reader of the package, and what models want to see."""
+
+from captum_concepts.images.files import (
+    IMAGE_SUFFIXES,
+    class_folders,
+    find_images,
+    load_image,
+    names_of,
+    opened_image,
+)
+from captum_concepts.images.fingerprint import digest, fingerprint
+from captum_concepts.images.labels import checked_labels
+from captum_concepts.images.pixels import Placement, Reading, checked_size, placement
+from captum_concepts.images.preprocessing import Preprocessing, input_channels, preprocessing_of
+from captum_concepts.images.source import IMAGE_KEYS, Batch, ImageSource, batches, inputs_for, open_images, to_tensor
+from captum_concepts.images.text import read_json, read_text, read_words
+
+__all__ = [
+    "IMAGE_KEYS",
+    "IMAGE_SUFFIXES",
+    "Batch",
+    "ImageSource",
+    "Placement",
+    "Preprocessing",
+    "Reading",
+    "batches",
+    "checked_labels",
+    "checked_size",
+    "class_folders",
+    "digest",
+    "find_images",
+    "fingerprint",
+    "input_channels",
+    "inputs_for",
+    "load_image",
+    "names_of",
+    "open_images",
+    "opened_image",
+    "placement",
+    "preprocessing_of",
+    "read_json",
+    "read_text",
+    "read_words",
+    "to_tensor",
+]

@@ -1,0 +1,134 @@
+"""Class labels in the forms people have them, as integers or names; whatever is ambiguous is refused."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+
+from captum_concepts.errors import InputError
+
+Label = int | str
+LABEL_KEYS = ("label", "labels", "target", "targets", "y", "cls", "class")
+
+
+def label_of(value: Any, what: str = "the label") -> Label:
+    """One label: an integer or a name, a 0-d or one-element tensor, or a one-hot vector (its position).
+
+    Raises:
+        InputError: NaN, a fraction, a vector that is not one-hot, something else.
+
+    >>> label_of(torch.tensor(3)), label_of([0, 0, 1]), label_of("cat")
+    (3, 2, 'cat')
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | np.bool_):
+        return int(value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, numbers.Real | Tensor) for v in value):
+        value = np.asarray([float(v) for v in value])
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        if value.size == 1:
+            value = value.reshape(()).item()
+        elif value.ndim == 1 and value.size:
+            hot = np.flatnonzero(value)
+            if len(hot) != 1 or value[hot[0]] != 1:
+                kind = "multi-hot" if set(np.unique(value)) <= {0, 1} else "not one-hot"
+                raise InputError(
+                    f"{what} is a vector of {value.size} values that is {kind}; pass one class index or name per "
+                    "image, or labels=False to read images without labels"
+                )
+            return int(hot[0])
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        if not math.isfinite(number) or number != int(number):
+            raise InputError(f"{what} is {number:g}; a label is an integer or a name")
+        return int(number)
+    got = f"{type(value).__name__} {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+    raise InputError(f"{what} must be a class index or name, got {got}")
+
+
+def checked_labels(labels: Any, count: int | None = None) -> list[int] | list[str]:
+    """One label per image as a list of integers or a list of names.
+
+    Args:
+        labels: a list of numbers, names, 0-d tensors or one-hot vectors; a tensor or array ``(N,)``, ``(N, 1)`` or
+            one-hot ``(N, K)``.
+        count: how many there must be.
+
+    Raises:
+        InputError: another number, NaN, multi-hot rows, or names and numbers mixed.
+
+    >>> checked_labels([torch.tensor(0), torch.tensor(4)])
+    [0, 4]
+    """
+    if isinstance(labels, (str, bytes, Mapping)) or not hasattr(labels, "__len__") or not hasattr(labels, "__iter__"):
+        raise InputError(f"labels must be a list or tensor with one label per image, got {type(labels).__name__}")
+    if hasattr(labels, "ndim") and labels.ndim == 0:
+        raise InputError("labels must be a list or tensor with one label per image, got a single number")
+    if count is not None and len(labels) != count:
+        raise InputError(f"{len(labels)} labels for {count} images; pass one per image")
+    values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) and labels.ndim == 1 else list(labels)
+    found = [label_of(value, f"label {i}") for i, value in enumerate(values)]
+    if len({type(value) for value in found}) > 1:
+        example = next(value for value in found if type(value) is not type(found[0]))
+        raise InputError(f"labels mix names and numbers: {found[0]!r} and {example!r}; pass one kind")
+    return found  # type: ignore[return-value]
+
+
+def known_labels(dataset: Any) -> Sequence[Any] | None:
+    """The labels that a data set is known to yield, without reading its images; None: read the items.
+
+    ``.targets`` is believed only of torchvision's own classes, whose ``__getitem__`` is known: a data set that
+    relabels in ``__getitem__`` may still carry the old list.
+    """
+    if type(dataset) is Subset:
+        inner = known_labels(dataset.dataset)
+        return None if inner is None else [inner[i] for i in dataset.indices]
+    if type(dataset) is ConcatDataset:
+        parts = [known_labels(part) for part in dataset.datasets]
+        return (
+            None if any(p is None for p in parts) else [label for part in parts if part is not None for label in part]
+        )
+    if type(dataset) is TensorDataset:
+        return list(dataset.tensors[1]) if len(dataset.tensors) > 1 and dataset.tensors[1].ndim < 3 else None
+    if type(dataset).__module__.split(".")[0] == "torchvision":
+        targets = getattr(dataset, "targets", None)
+        plain = getattr(dataset, "target_transform", None) is None and getattr(dataset, "transforms", None) is None
+        transforms = getattr(dataset, "transforms", None)
+        plain = plain or (transforms is not None and getattr(transforms, "target_transform", 0) is None)
+        if plain and targets is not None and len(targets) == len(dataset):
+            return targets
+    if type(dataset).__module__.split(".")[0] == "datasets" and getattr(dataset, "format", {}).get("type") != "custom":
+        key = next((key for key in LABEL_KEYS if key in getattr(dataset, "column_names", ())), None)
+        return None if key is None else list(dataset[key])
+    return None
+
+
+def known_classes(dataset: Any) -> list[str] | None:
+    """The names of a data set's classes, if it carries them: ``classes``, or the features of Hugging Face."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if isinstance(dataset, ConcatDataset):
+        parts = [known_classes(part) for part in dataset.datasets]
+        return parts[0] if parts and all(part == parts[0] for part in parts) else None
+    names = getattr(dataset, "classes", None)
+    features = getattr(dataset, "features", None)
+    if names is None and isinstance(features, Mapping):
+        names = next((getattr(features[key], "names", None) for key in LABEL_KEYS if key in features), None)
+    if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+        return list(names)
+    return None
