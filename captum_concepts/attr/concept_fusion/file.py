@@ -148,9 +148,7 @@ def load(
 
 def _translator(info: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module | None) -> ConceptTranslator:
     with torch.device("meta"):  # sizes come from the file: nothing is allocated before the tensors fit them
-        translator = ConceptTranslator(
-            info["in_channels"], info["embedding_dim"], hidden=info["hidden"]
-        )
+        translator = ConceptTranslator(info["in_channels"], info["embedding_dim"], hidden=info["hidden"])
     state = {name.removeprefix("translator."): tensor for name, tensor in tensors.items()}
     translator.load_state_dict(state, assign=True)
     parameter = next(model.parameters(), None) if model is not None else None

@@ -232,11 +232,16 @@ def fit_translator(
     translator.load_state_dict(best_state)
     translator.fold_standardization(mean, std)
     translator.eval()
+    if examples and not start:
+        result.stopped = "nan"
     if result.stopped == "nan":
         kept = f"the weights of epoch {result.best_epoch}" if result.best_epoch >= 0 else "the initial weights"
+        where = f"the loss was not finite in epoch {len(result.history['lr']) - 1}"
+        if examples and not start:
+            where = "activations or embeddings contain NaN or infinite values"
         warnings.warn(
-            f"the loss was not finite in epoch {len(result.history['lr']) - 1}, so the fit stopped and keeps {kept}; "
-            f"use a lower lr than {rate:g}, standardize=True, or look for NaN in the data",
+            f"{where}, so the fit stopped and keeps {kept}; use a lower lr than {rate:g}, standardize=True, or look for "
+            "NaN in the data",
             ConvergenceWarning,
             stacklevel=2,
         )

@@ -78,16 +78,21 @@ def weights(cefam):
     return torch.cat([p.flatten() for p in cefam.translator.parameters()])
 
 
-def test_it_learns_what_the_encoder_sees():
+@pytest.mark.parametrize("start", ["random", "examples"])
+def test_it_learns_what_the_encoder_sees(start):
     x = images(400)
-    cefam = fit(x, training={"epochs": 80, "batch_size": 32, "lr": 3e-3})
+    descent = {"epochs": 80, "batch_size": 32, "lr": 3e-3, "start": "random"}
+    cefam = fit(x, training=descent if start == "random" else None)
     held = torch.rand(50, 3, 16, 16, generator=torch.Generator().manual_seed(9)) * torch.rand(50, 3, 1, 1)
     said, true = cefam.logits(held), 20 * F.normalize(Color().encode_image(held), dim=1)
     assert np.corrcoef(said.flatten(), true.flatten())[0, 1] > 0.9
     assert (said.argmax(1) == true.argmax(1)).float().mean() > 0.8
     h = cefam.history_
     assert {len(v) for v in h.values()} == {len(h["lr"])}
-    assert h["val_loss"][-1] < 0.3 * h["val_loss"][0]
+    if start == "random":
+        assert h["val_loss"][-1] < 0.3 * h["val_loss"][0]
+    else:  # in closed form, without an epoch
+        assert h["lr"] == [0.0]
     assert (cefam.logit_scale, cefam.link) == (20.0, "softmax")
 
 
@@ -167,7 +172,7 @@ def test_cache_resumes_and_refuses(tmp_path):
     other[0].weight.data.mul_(2)
     with pytest.raises(ArtifactError, match="model"):
         fit(model=other, cache_dir=tmp_path)
-    with pytest.raises(ArtifactError, match="images is 64, not 20"):
+    with pytest.raises(ArtifactError, match="images is"):
         fit(images(20), cache_dir=tmp_path)
 
 
@@ -203,7 +208,7 @@ def test_less_data_than_a_batch(n):
 def test_no_data_and_bad_options():
     with pytest.raises(InputError, match="no image"):
         fit(images(0))
-    for bad in ({"optimizer": "adam"}, {"epochs": 0}, {"validation_fraction": 1.0}):
+    for bad in ({"optimizer": "adam"}, {"epochs": -1}, {"validation_fraction": 1.0}):
         with pytest.raises(InputError):
             fit(training=bad)
     with pytest.raises(InputError, match="a Dataset"):
@@ -253,7 +258,7 @@ def test_the_rate_falls_and_the_fit_stops_when_nothing_improves():
     translator = ConceptTranslator([5], 3, hidden=(8, 8))
     result = fit_translator(translator, pairs, lr=0.05, epochs=150)
     assert result.stopped == "early"
-    assert len(result.history["lr"]) == result.best_epoch + 11
+    assert len(result.history["lr"]) == result.best_epoch + 12  # with the entry of the start
     assert min(result.history["lr"]) == pytest.approx(0.05 * 0.01)
 
 
@@ -272,7 +277,8 @@ def test_save_and_load(tmp_path):
     x = images(3)
     assert torch.equal(loaded.attribute(x), cefam.attribute(x))
     assert torch.equal(loaded.contributions(x), cefam.contributions(x))
-    assert (loaded.map_layer, loaded.n_channels, loaded.history_) == ("fused", 5, cefam.history_)
+    assert (loaded.map_layer, loaded.n_channels) == ("fused", 5)
+    assert loaded.history_ == {key: pytest.approx(values, nan_ok=True) for key, values in cefam.history_.items()}
     model[0].weight.data.mul_(2)
     with pytest.raises(ArtifactError, match="model"):
         ConceptFusionMap.load(path, model)

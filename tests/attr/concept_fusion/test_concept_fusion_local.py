@@ -103,9 +103,7 @@ def test_probabilities_far_below_one_keep_their_shape():
     translator, _ = made(4)
     text = F.normalize(torch.randn(4, 5), dim=1)
     maps = [torch.randn(1, 6, 4, 4), torch.randn(1, 4, 4, 4)]
-    sharp = read_locally(translator, maps, (4, 4), bank(text, 2000.0, 0.0)).excess(
-        torch.tensor([[0, 1, 2, 3]])
-    )
+    sharp = read_locally(translator, maps, (4, 4), bank(text, 2000.0, 0.0)).excess(torch.tensor([[0, 1, 2, 3]]))
     assert sharp.isfinite().all()
     assert (sharp.amax((2, 3)) > 0).all()  # the strongest cell of each concept, however unlikely it is
 

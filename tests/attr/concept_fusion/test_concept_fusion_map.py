@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from captum.attr import NoiseTunnel
+from test_concept_fusion_fit import fit
 from torch import nn
 
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
@@ -241,13 +242,18 @@ def test_total_equals_branch_at_the_last_layer(case):
     x = images(2)
     # Dense: its last layer is not behind the first, but nothing read by the translator is behind it.
     torch.testing.assert_close(
-        build(case, map_layer=-1).attribute(x), build(case, map_layer=-1, gradient="branch").attribute(x), atol=1e-6, rtol=1e-4
+        build(case, map_layer=-1).attribute(x),
+        build(case, map_layer=-1, gradient="branch").attribute(x),
+        atol=1e-6,
+        rtol=1e-4,
     )
 
 
 def test_total_differs_from_branch_before():
     x = images(2)
-    assert not torch.allclose(build("cnn", map_layer=0).attribute(x), build("cnn", map_layer=0, gradient="branch").attribute(x))
+    assert not torch.allclose(
+        build("cnn", map_layer=0).attribute(x), build("cnn", map_layer=0, gradient="branch").attribute(x)
+    )
 
 
 def test_targets_by_name_index_list_and_tensor():
@@ -360,10 +366,11 @@ def test_explain_costs_the_concepts_of_each_image(monkeypatch):
         return derive(self, cotangents, *more)
 
     monkeypatch.setattr(gradients.ConceptPass, "_derive", counted)
-    cefam = build("cnn", map_layer="fused")
-    e = cefam.explain(images(6), top_k=2, contributions=False)
-    assert len(e.concepts) > 2
-    assert asked == [(6, 2)]
+    cefam = fit(map_layer="fused")
+    colors = torch.eye(3).repeat(2, 1)[:, :, None, None] * 0.8 + 0.1 * torch.rand(6, 3, 16, 16)
+    e = cefam.explain(colors, top_k=1, contributions=False)
+    assert len(e.concepts) == 3
+    assert asked == [(6, 1)]
     assert e.contributions is None
 
 
