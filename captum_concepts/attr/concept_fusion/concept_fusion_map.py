@@ -201,6 +201,9 @@ class ConceptFusionMap(LayerAttribution):
         self._check()
         self._layers()
 
+    #: Captum's ``target`` of :meth:`attribute` is a concept here, never a class.
+    target_is_concept = True
+
     # ------------------------------------------------------------ what, where, how much
 
     @log_usage()

@@ -240,8 +240,8 @@ def fit_translator(
         if examples and not start:
             where = "activations or embeddings contain NaN or infinite values"
         warnings.warn(
-            f"{where}, so the fit stopped and keeps {kept}; use a lower lr than {rate:g}, standardize=True, or look for "
-            "NaN in the data",
+            f"{where}, so the fit stopped and keeps {kept}; use a lower lr than {rate:g}, standardize=True, or look "
+            "for NaN in the data",
             ConvergenceWarning,
             stacklevel=2,
         )
@@ -348,7 +348,7 @@ def _ridge(
     read: Callable[[Tensor], tuple[Tensor, Tensor]],
     features: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, float]:
-    """``(D, H)`` weight, ``(D,)`` bias of the ridge regression of e on the features, and its error on ``validation``."""
+    """Weight ``(D, H)`` and bias ``(D,)`` of the ridge regression of e on the features, and the error on ``validation``."""
     sums: list[Tensor] = []
     for part in rows.split(_ROWS):
         x, e = read(part)

@@ -259,7 +259,7 @@ def test_the_rate_falls_and_the_fit_stops_when_nothing_improves():
     result = fit_translator(translator, pairs, lr=0.05, epochs=150)
     assert result.stopped == "early"
     assert len(result.history["lr"]) == result.best_epoch + 12  # with the entry of the start
-    assert min(result.history["lr"]) == pytest.approx(0.05 * 0.01)
+    assert min(result.history["lr"][1:]) == pytest.approx(0.05 * 0.01)
 
 
 def test_a_bias_means_sigmoid():

@@ -459,8 +459,9 @@ def test_single_concept_under_a_softmax():
     x = images(2)
     assert torch.equal(one.scores(x), torch.ones(2, 1))
     assert torch.equal(one.layer_relevance(x), torch.zeros(2, 1, 3))
-    last = ConceptFusionMap(cefam.forward_func, cefam.layers, cefam.translator, ["red"], one.text_embeddings, map_layer=2,
-                            link="sigmoid")  # fmt: skip
+    last = ConceptFusionMap(
+        cefam.forward_func, cefam.layers, cefam.translator, ["red"], one.text_embeddings, map_layer=2, link="sigmoid"
+    )
     assert one.explain(x).layer == (("last",), ("last",))
     expected = F.interpolate(last.attribute(x), (16, 16), mode="bilinear")
     torch.testing.assert_close(one.attribute(x), expected)
