@@ -348,7 +348,7 @@ def _ridge(
     read: Callable[[Tensor], tuple[Tensor, Tensor]],
     features: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, float]:
-    """Weight ``(D, H)`` and bias ``(D,)`` of the ridge regression of e on the features, and the error on ``validation``."""
+    """Weight ``(D, H)``, bias ``(D,)`` and validation error of the ridge regression of e on the features."""
     sums: list[Tensor] = []
     for part in rows.split(_ROWS):
         x, e = read(part)
