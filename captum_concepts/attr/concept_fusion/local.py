@@ -55,9 +55,7 @@ class LocalReading:
 
 
 @torch.no_grad()
-def read_locally(
-    translator: nn.Module, maps: Sequence[Tensor], grid: tuple[int, int], bank: TextBank
-) -> LocalReading:
+def read_locally(translator: nn.Module, maps: Sequence[Tensor], grid: tuple[int, int], bank: TextBank) -> LocalReading:
     """Run the translator on every cell.
 
     Args:

@@ -120,7 +120,7 @@ class Part:
 
     def maps(self, index: Tensor) -> Tensor:
         """``(N, J, h, w)`` of the concepts ``index``."""
-        return self._fused(index) if self.setup.fused else self.explained(index, contributions=False)[0]
+        return self.explained(index, contributions=False)[0]
 
     def explained(self, index: Tensor, *, contributions: bool, maps: bool = True) -> tuple[Tensor, Tensor, Channels]:
         """Maps ``(N, J, h, w)``, the layer of each concept ``(N, J)``, and the channels :meth:`contributions` needs.
@@ -133,6 +133,8 @@ class Part:
         grid = regions.finest_grid(grids) if fixed is None else grids[fixed]
         found, choices, rankings = [], [], []
         fused = self._fused(index) if maps and self.setup.fused else None
+        if fused is not None and not contributions:
+            return fused, torch.zeros(index.shape, dtype=torch.long), []
         for part, betas, _ in self._chunks(index, only=only):
             ranked = self._ranked(betas, only) if contributions or only is None else []
             if only is None:

@@ -1,4 +1,4 @@
-"""The concepts of a ConceptFusionMap as one value: names, directions in the embedding space, and how a logit is read."""
+"""The concepts of a ConceptFusionMap as one value: names, directions in the embedding space, how a logit is read."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class TextBank:
         offset: ``(T,)``.
         scale: of the cosine.
         link: ``"softmax"`` (concepts compete, CLIP) or ``"sigmoid"`` (each for itself, SigLIP).
+        temperature: by which logits are divided before the link.
     """
 
     names: tuple[str, ...]
@@ -36,6 +37,7 @@ class TextBank:
     offset: Tensor
     scale: float
     link: str
+    temperature: float = 1.0
 
     def to(self, like: Tensor) -> TextBank:
         """In the dtype and on the device of ``like``."""
@@ -47,6 +49,7 @@ class TextBank:
 
     def probability(self, logits: Tensor) -> Tensor:
         """``(..., T)`` in [0, 1]."""
+        logits = logits / self.temperature
         return logits.softmax(-1) if self.link == "softmax" else logits.sigmoid()
 
     def log_probability(self, h: Tensor, index: Tensor) -> Tensor:
@@ -58,9 +61,9 @@ class TextBank:
             h = h.double()
         self = self.to(h)
         if self.link == "softmax":
-            return log_softmax_at(self.logits(h), index)
+            return log_softmax_at(self.logits(h) / self.temperature, index)
         cosine = (F.normalize(h, dim=-1) * self.direction[index]).sum(-1)
-        return F.logsigmoid(self.scale * cosine + self.offset[index])
+        return F.logsigmoid((self.scale * cosine + self.offset[index]) / self.temperature)
 
     def slopes(self, h: Tensor, index: Tensor, contrast: float = 0.0, temperature: float = 1.0) -> Tensor:
         r"""``(N, J, D)``: derivative of the logit of concept ``index[n, j]`` at the embedding ``h[n]``.
