@@ -18,7 +18,7 @@ _NAMES = {
     "FeatureActivationMap": "attr.feature_activation_map",
     "SALFCBM": "models.salf_cbm",
     "SpatialACV": "attr.spatial_acv",
-    "fit_salf_cbm": "models.salf_cbm_fit",
+    "fit_salf_cbm": "models.salf_cbm.fit",
 }
 _ROOMS = ("concepts", "datasets", "demo", "errors", "images", "metrics", "solvers", "store", "visualization", "vlm")
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from captum_concepts.explanation import ConceptExplanation as ConceptExplanation
     from captum_concepts.models.concept_translator import ConceptTranslator as ConceptTranslator
     from captum_concepts.models.salf_cbm import SALFCBM as SALFCBM
-    from captum_concepts.models.salf_cbm_fit import fit_salf_cbm as fit_salf_cbm
+    from captum_concepts.models.salf_cbm.fit import fit_salf_cbm as fit_salf_cbm
 
 
 def __getattr__(name: str) -> Any:
