@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from captum_concepts.activations import capture
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.metrics import nra, specificity
+from captum_concepts.metrics import concept_specificity, nra
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
 from captum_concepts.models import ConceptTranslator, fit_translator
 from captum_concepts.models.concept_translator_data import TrainingPairs
@@ -138,7 +138,7 @@ def main() -> None:
     record["regions"] = {}
     groups = {"all": list(range(t)), **{k: [words.index(w) for w in v] for k, v in fair.concept_groups.items()}}
     for name, value in maps.items():
-        scores = {"nra": nra(value, test.masks), "specificity": specificity(value, test.masks)}
+        scores = {"nra": nra(value, test.masks), "specificity": concept_specificity(value, test.masks)}
         draws = rng.integers(0, n, (500, n))
         entry = {}
         for key, number in scores.items():

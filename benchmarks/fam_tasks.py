@@ -14,7 +14,7 @@ from map_tables import Regions, pairs
 from torch import Tensor, nn
 
 from captum_concepts.datasets import CaptionedScenes, MaskFolder
-from captum_concepts.datasets.images import find_images, load_image
+from captum_concepts.images import find_images, load_image
 
 #: COCO's things have ids up to 90, its stuff the ids above.
 LAST_THING = 90
@@ -72,7 +72,7 @@ def coco(root: Path) -> MaskFolder:
     whole = MaskFolder(root)
     known = sorted(whole._known)
     things = [name for name, i in zip(whole.concepts, known, strict=True) if i <= LAST_THING]
-    return MaskFolder(root, concepts=things, size=SIZE, crop=False, min_area=0.02, unlabelled="background")
+    return MaskFolder(root, concepts=things, size=SIZE, resize="squash", min_area=0.02, unlabelled="background")
 
 
 def coco_few_shot(data: MaskFolder, most: int, seed: int, each: int = 8) -> Task:

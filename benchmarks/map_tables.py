@@ -111,7 +111,7 @@ def quality(
         for image in regions.index.unique():
             rows = torch.nonzero(regions.index == image).squeeze(1)
             if len(rows) > 1:
-                special[rows] = metrics.specificity(maps[rows][None], masks[rows][None])[0].float()
+                special[rows] = metrics.concept_specificity(maps[rows][None], masks[rows][None])[0].float()
         values["specificity"] = special
     if score is not None:
         images = regions.images[regions.index].to(device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from captum_concepts import SALFCBM, ConceptFusionMap, metrics
 from captum_concepts.datasets import Broden, ImageNetS, ImageNetSegmentation
-from captum_concepts.datasets.images import find_images
+from captum_concepts.images import find_images
 
 Row = dict[str, Any]
 REGION_COLUMNS = ("epg", "nra", "nra_exact", "hit_rate", "specificity")
@@ -187,7 +187,7 @@ def _scores(maps: Tensor, masks: Tensor, ignore: Tensor) -> Tensor:
     skip = ignore.expand(masks.shape)
     published = metrics.nra(maps, masks, ignore=skip)
     hit = (published > 0.5).float().masked_fill(published.isnan(), torch.nan)
-    special = metrics.specificity(maps[None], masks[None], ignore=skip[None])[0]
+    special = metrics.concept_specificity(maps[None], masks[None], ignore=skip[None])[0]
     exact = metrics.nra(maps, masks, baseline="exact", ignore=skip)
     return torch.stack([metrics.epg(maps, masks, ignore=skip), published, exact, hit, special], 1)
 
@@ -201,7 +201,7 @@ def _columns(scores: Tensor, groups: Tensor, suffix: str) -> Row:
 
 def segmentation(args: argparse.Namespace) -> list[Row]:
     """ImageNet-segmentation: maps of the predicted class, binarised at their mean; pictures squashed, as published."""
-    data = ImageNetSegmentation(args.root, size=args.size, crop=False)
+    data = ImageNetSegmentation(args.root, size=args.size, resize="squash")
     model = classifier(args.model, args.model_weights, args.device)
     layer = model.get_submodule(args.layers[-1])
     with torch.no_grad():

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captum_concepts.datasets.images import load_image
+from captum_concepts.images import load_image
 
 
 class Files(Dataset[Tensor]):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_concepts.activations import capture
 from captum_concepts.datasets import CaptionedScenes, Scene
-from captum_concepts.datasets.images import find_images
+from captum_concepts.images import find_images
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import RegionPrompt
 

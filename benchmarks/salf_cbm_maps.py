@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts.metrics import average_precision, nra, pixel_accuracy, segmentation_counts, specificity
+from captum_concepts.metrics import average_precision, concept_specificity, nra, pixel_accuracy, segmentation_counts
 
 #: Columns of a table of maps: key, heading.
 COLUMNS = {
@@ -44,7 +44,7 @@ def score_maps(maps: Tensor, masks: Tensor, presence: Tensor) -> dict[str, list[
         a, m = own[here][None], truth[here][None]
         found["nra"].append(nra(a, m)[0])
         found["nra_exact"].append(nra(a, m, baseline="exact")[0])
-        found["specificity"].append(specificity(a, m)[0])
+        found["specificity"].append(concept_specificity(a, m)[0])
         found["pixel_accuracy"].append(pixel_accuracy(a, m)[0])
         found["mean_iou"].append(segmentation_counts(a, m)[0])
         found["mean_iou_half"].append(segmentation_counts(a, m, threshold="minmax:0.5")[0])

@@ -20,7 +20,10 @@ _NAMES = {
     "SpatialACV": "attr.spatial_acv",
     "fit_salf_cbm": "models.salf_cbm.fit",
 }
-_ROOMS = ("concepts", "datasets", "demo", "errors", "images", "metrics", "solvers", "store", "visualization", "vlm")
+_ROOMS = (
+    *("concepts", "datasets", "demo", "errors", "images", "metrics", "published", "solvers", "store"),
+    *("visualization", "vlm"),
+)
 
 __all__ = ["__version__", *_NAMES, *_ROOMS]
 

@@ -123,7 +123,7 @@ table = evaluate(
         "centre Gaussian": CenterGaussian(n_maps=len(data.concepts)),
     },
     [(queries.image, queries.masks)],
-    metrics=["nra", "specificity"],
+    metrics=["nra", "concept_specificity"],
     n_bootstrap=300,
 )
 table

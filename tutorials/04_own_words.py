@@ -86,7 +86,7 @@ explainers = {
     "published": published.attribute,
     "centre Gaussian": CenterGaussian(n_maps=len(words.concepts)),
 }
-evaluate(explainers, [(scenes.image, masks)], metrics=["nra", "specificity"], n_bootstrap=300)
+evaluate(explainers, [(scenes.image, masks)], metrics=["nra", "concept_specificity"], n_bootstrap=300)
 
 # %% [markdown]
 # ## How much: contributions

@@ -16,7 +16,7 @@ import torch
 
 from captum_concepts import SALFCBM, demo, fit_salf_cbm
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.metrics import CenterGaussian, RandomMaps, evaluate, specificity
+from captum_concepts.metrics import CenterGaussian, RandomMaps, concept_specificity, evaluate
 from captum_concepts.visualization import overlay, panel
 from captum_concepts.vlm import RegionPrompt
 
@@ -90,7 +90,7 @@ print(f"the backbone's own head: held-out accuracy {accuracy(backbone):.2f}")
 for layer, one in models.items():
     columns = [data.concepts.index(concept) for concept in one.concepts]
     present = test.presence[:, columns]
-    special = specificity(one.concept_maps(test.image), test.masks[:, columns])[present].nanmean()
+    special = concept_specificity(one.concept_maps(test.image), test.masks[:, columns])[present].nanmean()
     print(f"{layer}: accuracy {accuracy(one):.2f}, {len(columns)} concepts kept, specificity of the maps {special:.2f}")
 for drop in models["layer4"].metadata["vocabulary"]["report"]["drops"]:
     print(f"dropped at layer4: {drop['concept']} ({drop['reason']})")
@@ -152,7 +152,7 @@ evaluate(
         "random": RandomMaps(n_maps=len(columns)),
     },
     [(test.image, test.masks[:, columns])],
-    metrics=["nra", "specificity"],
+    metrics=["nra", "concept_specificity"],
     n_bootstrap=300,
 )
 

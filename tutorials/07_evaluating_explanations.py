@@ -121,7 +121,7 @@ def same_for_all(images: torch.Tensor) -> torch.Tensor:
 evaluate(
     {"FAM": lambda images: fam.explain(images).maps, "activation energy": same_for_all},
     [(scenes.image, scenes.masks)],
-    metrics=["nra", "specificity"],
+    metrics=["nra", "concept_specificity"],
     n_bootstrap=500,
 )
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from captum_concepts._captum import LayerAttribution, target_indices
 from captum_concepts.activations import resolve_layer
 from captum_concepts.activations.capture import Inputs, Layer
-from captum_concepts.attr import _concept_ablation as ablation
-from captum_concepts.attr import _concept_regions as regions
+from captum_concepts.attr import _concept_ablation as ablation, _concept_regions as regions
 from captum_concepts.attr._concept_gradients import ConceptPass, TextSpace, concept_pass
 from captum_concepts.attr._concept_local import read_locally
 from captum_concepts.errors import InputError, LayerError, NotFittedError

@@ -19,9 +19,9 @@ from captum_concepts.commands.explainers import Explainer, build_explainer
 from captum_concepts.commands.image_files import readable_images
 from captum_concepts.commands.report import facts, open_report
 from captum_concepts.commands.settings import ExplainerSettings
-from captum_concepts.datasets.images import find_images
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
+from captum_concepts.images import find_images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from captum_concepts.commands.image_files import Failed, ImageFiles, readable_im
 from captum_concepts.commands.models import LoadedModel, load_encoder, read_names, without_head
 from captum_concepts.commands.saved_explainers import format_of, load_acv, load_salf
 from captum_concepts.commands.settings import ExplainerSettings, ModelSettings
-from captum_concepts.datasets.images import class_folders, find_images
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
+from captum_concepts.images import class_folders, find_images
 
 
 @dataclass(frozen=True)

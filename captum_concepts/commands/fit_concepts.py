@@ -15,8 +15,8 @@ from captum_concepts.commands.explainers import fit_words
 from captum_concepts.commands.image_files import Failed, ImageFiles
 from captum_concepts.commands.models import LoadedModel
 from captum_concepts.commands.settings import ModelSettings
-from captum_concepts.datasets.images import class_folders, find_images
 from captum_concepts.errors import InputError
+from captum_concepts.images import class_folders, find_images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from captum_concepts.datasets.images import load_image
 from captum_concepts.errors import CaptumConceptsError, InputError
+from captum_concepts.images import load_image
 
 Failed = list[dict[str, str]]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.datasets.images import class_folders, load_image
 from captum_concepts.errors import CaptumConceptsError, InputError
+from captum_concepts.images import class_folders, load_image
 
 
 class LabelledFolder(Dataset[tuple[Tensor, int]]):

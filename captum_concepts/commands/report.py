@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import parse_json
 from captum_concepts.commands.image_files import Failed, note_failure
-from captum_concepts.datasets.images import find_images, load_image
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 from captum_concepts.explanation import ConceptExplanation
+from captum_concepts.images import find_images, load_image
 from captum_concepts.store.manifest import fingerprint_module
 from captum_concepts.visualization import ReportWriter
 

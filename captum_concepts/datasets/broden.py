@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captum_concepts.datasets._annotation import Annotation, Layer, read_ids
-from captum_concepts.datasets._files import require
+from captum_concepts.datasets.annotation import Annotation, Layer, read_ids
 from captum_concepts.datasets.segmentation import SegmentationDataset
+from captum_concepts.datasets.trees import require
 from captum_concepts.errors import InputError, did_you_mean
+from captum_concepts.images import read_text
 
 _TREE = """  ROOT/index.csv       image,split,ih,iw,sh,sw,color,object,part,material,scene,texture
   ROOT/label.csv       number,name,category,frequency,coverage,syns
@@ -107,11 +108,10 @@ class Broden(SegmentationDataset):
 
 def _rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(read_text(path).split("\n"))
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        rows = list(reader)
+    except csv.Error as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if missing:
         raise InputError(f"{path} lacks the columns {missing}; it has {reader.fieldnames}")

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from captum_concepts.datasets._annotation import Annotation, Ids, Layer, read_ids
-from captum_concepts.datasets._files import read_json, require, unlabelled_ids
+from captum_concepts.datasets.annotation import Annotation, Ids, Layer, read_ids
 from captum_concepts.datasets.segmentation import SegmentationDataset
+from captum_concepts.datasets.trees import require, unlabelled_ids
 from captum_concepts.errors import InputError
+from captum_concepts.images import read_json
 
 _TREE = """  ROOT/SPLIT/NAME.jpg                             e.g. val2017/000000000139.jpg
   ROOT/annotations/panoptic_SPLIT.json

@@ -17,15 +17,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from captum_concepts.datasets._annotation import Annotation, Layer, read_ids
-from captum_concepts.datasets._files import paired, read_json, read_text, require, unlabelled_ids
+from captum_concepts.datasets.annotation import Annotation, Layer, read_ids
 from captum_concepts.datasets.broden import Broden
 from captum_concepts.datasets.coco_panoptic import COCOPanoptic
 from captum_concepts.datasets.imagenet_s import ImageNetS
 from captum_concepts.datasets.imagenet_segmentation import ImageNetSegmentation
 from captum_concepts.datasets.segmentation import SegmentationDataset
 from captum_concepts.datasets.segmented_image import SegmentedBatch, SegmentedImage, collate_segmented
+from captum_concepts.datasets.trees import paired, require, unlabelled_ids
 from captum_concepts.errors import InputError, did_you_mean
+from captum_concepts.images import read_json, read_text
 
 __all__ = [
     "VOC_CLASSES",

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captum_concepts.datasets._annotation import Annotation, Layer, read_ids
-from captum_concepts.datasets._files import paired, read_text, require
-from captum_concepts.datasets._imagenet import class_indices, names_of
+from captum_concepts.datasets.annotation import Annotation, Layer, read_ids
+from captum_concepts.datasets.imagenet import class_indices, names_of
 from captum_concepts.datasets.segmentation import SegmentationDataset
+from captum_concepts.datasets.trees import paired, require
 from captum_concepts.errors import InputError
+from captum_concepts.images import read_text
 
 _TREE = """  ROOT/validation/n01443537/ILSVRC2012_val_00000236.JPEG                (ROOT is ImageNetS50, 300 or 919)
   ROOT/validation-segmentation/n01443537/ILSVRC2012_val_00000236.png    RGB, class id = R + 256 G

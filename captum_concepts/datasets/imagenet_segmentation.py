@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from captum_concepts.datasets._annotation import Annotation, Layer, read_ids
-from captum_concepts.datasets._files import paired, require
-from captum_concepts.datasets._imagenet import class_indices
-from captum_concepts.datasets.images import MOST_PIXELS
+from captum_concepts.datasets.annotation import Annotation, Layer, read_ids
+from captum_concepts.datasets.imagenet import class_indices
 from captum_concepts.datasets.segmentation import SegmentationDataset
+from captum_concepts.datasets.trees import paired, require
 from captum_concepts.errors import InputError
+from captum_concepts.images.files import MOST_PIXELS
 
 _TREE = """  gtsegs_ijcv.mat            the published file, or
   ROOT/images/NAME.jpg       a folder converted from it
@@ -78,8 +78,8 @@ class ImageNetSegmentation(SegmentationDataset):
     def _annotation(self, index: int) -> Annotation:
         i, label = self._index[index]
         if self._files is not None:
-            image, drawn = self._files[i]
-            return Annotation(image, [Layer(_binary(read_ids(drawn)), str(drawn))], image.name, label_id=1)
+            path, drawn = self._files[i]
+            return Annotation(path, [Layer(_binary(read_ids(drawn)), str(drawn))], path.name, label_id=1)
         file, source = self._mat(), f"{self.path}, example {i}"
         try:
             # MATLAB stores columns first: (3, W, H) and (W, H). The mask lies in a cell of its own.

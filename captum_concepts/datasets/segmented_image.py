@@ -11,24 +11,35 @@ from torch import Tensor
 
 from captum_concepts.errors import InputError
 
-_KEYS = ("inputs", "masks", "ignore", "target")
+_KEYS = ("inputs", "masks", "concepts", "ignore", "target")
 
 
 class _EvaluationItem(Mapping[str, Any]):
-    """A mapping with the keys that :func:`captum_concepts.metrics.evaluate` reads; ``target`` only if there is one."""
+    """A mapping with the keys that :func:`captum_concepts.metrics.evaluate` reads.
+
+    ``"target"`` is there only if it is a class: numbers of concepts would be taken for those of the model's outputs.
+    """
 
     target: Any
 
+    @property
+    def labels_are_classes(self) -> bool:
+        """Whether ``target`` contains classes of images, not concepts of masks."""
+        raise NotImplementedError
+
+    def _keys(self) -> tuple[str, ...]:
+        return _KEYS if self.labels_are_classes else _KEYS[:-1]
+
     def __getitem__(self, key: str) -> Any:
-        if key not in _KEYS or (key == "target" and self.target is None):
+        if key not in self._keys():
             raise KeyError(key)
         return getattr(self, key)
 
     def __iter__(self) -> Iterator[str]:
-        return (key for key in _KEYS if key != "target" or self.target is not None)
+        return iter(self._keys())
 
     def __len__(self) -> int:
-        return len(_KEYS) - (self.target is None)
+        return len(self._keys())
 
     def __repr__(self) -> str:
         shapes = (f"{k}={tuple(v.shape) if isinstance(v, Tensor) else v!r}" for k, v in vars(self).items())
@@ -57,6 +68,11 @@ class SegmentedImage(_EvaluationItem):
     target: Tensor | int | None
     label: int | None
     name: str
+
+    @property
+    def labels_are_classes(self) -> bool:
+        """Whether ``target`` is the image's class: ``regions="label"``."""
+        return isinstance(self.target, int)
 
     @property
     def inputs(self) -> Tensor:
@@ -90,6 +106,11 @@ class SegmentedBatch(_EvaluationItem):
     image_index: Tensor | None
     labels: Tensor | None
     names: tuple[str, ...]
+
+    @property
+    def labels_are_classes(self) -> bool:
+        """Whether ``target`` contains classes: ``regions="label"``."""
+        return self.target is not None and self.image_index is None
 
     @property
     def inputs(self) -> Tensor:

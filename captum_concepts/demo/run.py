@@ -23,7 +23,7 @@ from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.datasets import CaptionedScenes, Scene
 from captum_concepts.demo import show_and_tell
 from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.metrics import center_gaussian, epg, nra, specificity
+from captum_concepts.metrics import center_gaussian, concept_specificity, epg, nra
 
 QUERIES, SHOWN, PAGE = 48, 4, "report.html"
 
@@ -255,7 +255,7 @@ def _concept_row(method: str, model: str, question: str, maps: Tensor, queries: 
     return DemoRow(
         method, model, question, len(masks),
         nra=_mean(nra(own, masks)), nra_centre=_mean(nra(centre, masks)), epg=_mean(epg(own, masks)),
-        specificity=_mean(specificity(maps, queries.masks)[present]), picture=picture,
+        specificity=_mean(concept_specificity(maps, queries.masks)[present]), picture=picture,
     )  # fmt: skip
 
 

@@ -11,11 +11,12 @@ from captum_concepts.images.files import (
 from captum_concepts.images.fingerprint import digest, fingerprint
 from captum_concepts.images.labels import checked_labels
 from captum_concepts.images.pixels import Placement, Reading, checked_size, placement
-from captum_concepts.images.preprocessing import Preprocessing, preprocessing_of
-from captum_concepts.images.source import Batch, ImageSource, batches, open_images
+from captum_concepts.images.preprocessing import Preprocessing, input_channels, preprocessing_of
+from captum_concepts.images.source import IMAGE_KEYS, Batch, ImageSource, batches, inputs_for, open_images, to_tensor
 from captum_concepts.images.text import read_json, read_text, read_words
 
 __all__ = [
+    "IMAGE_KEYS",
     "IMAGE_SUFFIXES",
     "Batch",
     "ImageSource",
@@ -29,6 +30,8 @@ __all__ = [
     "digest",
     "find_images",
     "fingerprint",
+    "input_channels",
+    "inputs_for",
     "load_image",
     "names_of",
     "open_images",
@@ -38,4 +41,5 @@ __all__ = [
     "read_json",
     "read_text",
     "read_words",
+    "to_tensor",
 ]

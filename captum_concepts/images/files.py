@@ -169,7 +169,7 @@ def read_image(file: Any, reading: Reading, name: str | None = None) -> Tensor:
         upright = reading.upright(image)
         try:
             if reading.transform is None:
-                return reading.tensor_of(upright)
+                return reading.normalized(reading.tensor_of(upright))
             upright = reading.eight_bits(upright)
         except InputError as error:
             raise InputError(f"{name or file}: {error}") from error

@@ -47,6 +47,8 @@ class Reading:
             refused, because nothing tells which of them is black.
         transform: replaces all of the above: a function of the upright 8-bit PIL image (of tensors: the tensor) that
             returns a tensor ``(C, H, W)``.
+        normalize: a function of images in [0, 1], such as a model's :class:`Preprocessing`, applied last. Float
+            tensors are then taken to be what the model wants to see already, and stay as they are.
 
     Raises:
         InputError: an option out of range.
@@ -61,6 +63,7 @@ class Reading:
     bands: tuple[int, ...] | None = None
     value_range: tuple[float, float] | None = None
     transform: Callable[[Any], Any] | None = None
+    normalize: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
@@ -156,6 +159,8 @@ class Reading:
 
     def from_tensor(self, images: Tensor) -> Tensor:
         """Float images ``(C, H, W)`` or ``(N, C, H, W)`` of a tensor: uint8 / 255, bands, channels, resized."""
+        if self.normalize is not None and images.is_floating_point():
+            return images.detach()
         if self.transform is not None:
             if images.ndim == 3:
                 return self.transformed(images)
@@ -164,7 +169,11 @@ class Reading:
             images = images[..., list(_within(self.bands, images.shape[-3], "tensor")), :, :]
         else:
             self._check_channels(images)
-        return self._channels(self._resized(self._scaled(images.detach())))
+        return self.normalized(self._channels(self._resized(self._scaled(images.detach()))))
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as the model wants to see them."""
+        return images if self.normalize is None else self.normalize(images)
 
     def _scaled(self, images: Tensor) -> Tensor:
         if self.value_range is not None:

@@ -25,7 +25,7 @@ class Preprocessing:
 
     Args:
         size: ``(H, W)``, or None if any size fits.
-        mean, std: per channel.
+        mean, std: per channel, or one value for all.
         interpolation: see :class:`~captum_concepts.images.Reading`.
         crop: fraction of the covering side that is kept.
         resize: ``"crop"``, ``"squash"`` or ``"pad"``.
@@ -39,8 +39,8 @@ class Preprocessing:
     """
 
     size: tuple[int, int] | None
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     interpolation: str = "bicubic"
     crop: float = 1.0
     resize: str = "crop"
@@ -68,6 +68,12 @@ class Preprocessing:
         if len(self.mean) not in (1, channels):
             raise InputError(f"images have {channels} channels, but the preprocessing has {len(self.mean)} means")
         return images.new_tensor(self.mean).view(-1, 1, 1), images.new_tensor(self.std).view(-1, 1, 1)
+
+
+def input_channels(model: Any) -> int | None:
+    """How many channels a model's images have: those that its first image convolution takes; None if it has none."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((m.in_channels for m in modules if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
 
 
 def preprocessing_of(model: Any) -> Preprocessing | None:
@@ -248,8 +254,8 @@ def _of_processor(config: Mapping[str, Any], source: str) -> Preprocessing:
     if crop_sides is not None:
         crop = min(1.0, crop_sides[0] / sides[0]) if sides else 1.0
         sides = crop_sides
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     if config.get("do_normalize", True) and config.get("image_mean") is not None:
         mean, std = (_three(config[f"image_{name}"]) for name in ("mean", "std"))
     factor = 255 * float(config.get("rescale_factor") or 1 / 255) if config.get("do_rescale", True) else 1.0
@@ -279,8 +285,7 @@ def _sides(size: Any) -> tuple[tuple[int, int] | None, bool]:
 
 def _for_channels(found: Preprocessing, model: nn.Module) -> Preprocessing:
     """Mean and deviation for a model that takes another number of channels than its pretrained version."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
-    channels = getattr(first, "in_channels", len(found.mean))
+    channels = input_channels(model) or len(found.mean)
     if channels == len(found.mean) or len(found.mean) == 1:
         return found
     mean, std = (((sum(values) / len(values)),) * channels for values in (found.mean, found.std))

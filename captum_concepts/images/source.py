@@ -19,7 +19,7 @@ from captum_concepts.errors import CaptumConceptsError, InputError
 from captum_concepts.images.files import find_images, image_bytes, names_of, read_image
 from captum_concepts.images.labels import LABEL_KEYS, checked_labels, known_classes, known_labels, label_of
 from captum_concepts.images.pixels import Reading
-from captum_concepts.images.preprocessing import Preprocessing
+from captum_concepts.images.preprocessing import Preprocessing, input_channels, preprocessing_of
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "img", "inputs", "jpg", "jpeg", "png", "webp")
 
@@ -151,9 +151,19 @@ class ImageSource(Dataset[Tensor]):
         return [self._data[self._index[i]] for i in self._positions()]
 
     @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What the images were normalized by, if they were."""
+        return self.reading.normalize if isinstance(self.reading.normalize, Preprocessing) else None
+
+    @property
     def skipped(self) -> list[dict[str, str]]:
-        """Images that could not be read so far, with ``skip_broken=True``: ``{"image": name, "reason": ...}``."""
-        return [{"image": self._name(i), "reason": self._broken[i]} for i in sorted(self._broken)]
+        """What ``skip_broken`` left out so far, as ``{"image": path or name, "reason": ...}``."""
+        files = self._data if isinstance(self._data, _Files) and self._index is not None else None
+        return [
+            {"image": self._name(i) if files is None or self._index is None else str(files[self._index[i]]),
+             "reason": self._broken[i]}
+            for i in sorted(self._broken)
+        ]  # fmt: skip
 
     def select(self, positions: Iterable[int]) -> ImageSource:
         """The images at these positions, in this order, with their labels and names."""
@@ -197,7 +207,7 @@ class ImageSource(Dataset[Tensor]):
             item = self._collate([item])
         name = self._name(position)
         image, label = split_item(item, name)
-        tensor = self._tensor(image, name)
+        tensor = to_tensor(image, self.reading, name)
         if tensor.ndim == 4:
             if len(tensor) != 1:
                 raise InputError(f"{name} is a batch {tuple(tensor.shape)}; each item must be one image (C, H, W)")
@@ -206,24 +216,6 @@ class ImageSource(Dataset[Tensor]):
         if self._with_labels and self._given is None:
             self._seen[position] = label
         return tensor, label
-
-    def _tensor(self, image: Any, name: str) -> Tensor:
-        if isinstance(image, Mapping):
-            image = image_bytes(image)
-        if isinstance(image, np.ndarray):
-            image = _from_array(image, name)
-        if not isinstance(image, Tensor):
-            if isinstance(image, (str, os.PathLike)) or hasattr(image, "read") or _is_pil(image):
-                return read_image(image, self.reading, name)
-            raise InputError(
-                f"{name} is {_described(image)}; pass tensors (C, H, W), PIL images, arrays or image files"
-            )
-        if image.ndim not in (3, 4):
-            raise InputError(f"{name} has shape {tuple(image.shape)}; an image is (C, H, W)")
-        try:
-            return self.reading.from_tensor(image)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
 
     def _rows(self, num_workers: int) -> Iterator[tuple[int, Tensor, Any]]:
         """``(position, image, label)`` of every readable image, in order."""
@@ -256,7 +248,7 @@ class ImageSource(Dataset[Tensor]):
             parts = image if many else [image]
             for number, part in enumerate(parts):
                 try:
-                    tensor = self._tensor(part, f"image {position}")
+                    tensor = to_tensor(part, self.reading, f"image {position}")
                 except CaptumConceptsError as error:
                     if not self.skip_broken or isinstance(part, Tensor):
                         raise
@@ -328,7 +320,8 @@ def open_images(
         skip_broken: leave out images that cannot be read, and list them in ``.skipped``; otherwise the first raises.
         preprocessing: takes size, interpolation, resize and crop from a model's
             :class:`~captum_concepts.images.Preprocessing`. Images are not normalized: call it with a batch for that.
-        options: further fields of ``Reading``: ``interpolation``, ``crop``, ``background``, ``value_range``.
+        options: further fields of ``Reading``: ``interpolation``, ``crop``, ``background``, ``value_range``,
+            ``normalize``.
 
     A ``DataLoader`` is read through its data set and ``collate_fn``, one item at a time and in the data set's order,
     so that shuffling, ``drop_last`` and workers change nothing; a sampler of its own decides which images and in which
@@ -370,6 +363,50 @@ def open_images(
         assert made._index is not None
         made._given = checked_labels(labels, len(made._index))
     return made
+
+
+def inputs_for(
+    model: Any,
+    source: Any,
+    *,
+    size: Any = None,
+    transform: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> ImageSource:
+    """What ``model`` wants to see, from whatever holds images.
+
+    Files, PIL images, arrays and integer tensors are read in the model's own size and normalized, if the library it
+    comes from says how (:func:`preprocessing_of`), else read in [0, 1] at ``size``. Float tensors are taken to be
+    prepared already and stay as they are. ``.preprocessing`` of the result says what was done.
+
+    Args:
+        model: a module, a :class:`Preprocessing`, or anything that ``preprocessing_of`` accepts.
+        source: see :func:`open_images`. An ``ImageSource`` is returned unchanged.
+        size: ``(H, W)``, or one side, in place of the model's; 224 where nothing tells it.
+        transform: prepares files, PIL images and integer tensors instead.
+        options: further ones of :func:`open_images`, such as ``labels`` or ``skip_broken``.
+
+    Raises:
+        InputError: see :func:`open_images`.
+
+    Example:
+        >>> import torch
+        >>> from PIL import Image
+        >>> from torchvision.models import resnet18
+        >>> source = inputs_for(resnet18(), [Image.new("RGB", (640, 480))])
+        >>> source[0].shape, round(float(source[0].max()), 2)
+        (torch.Size([3, 224, 224]), -1.8)
+        >>> print(source.preprocessing)  # doctest: +ELLIPSIS
+        224 x 224, bilinear, crop 0.875, mean (0.485, ...) from torchvision ResNet18_Weights.IMAGENET1K_V1
+    """
+    if isinstance(source, ImageSource):
+        return open_images(source, **options)
+    known = preprocessing_of(model) or Preprocessing(None)
+    mode = {1: "L", 3: "RGB", None: "RGB"}.get(input_channels(model), "any")
+    if transform is not None:
+        return open_images(source, mode=mode, transform=transform, normalize=Preprocessing(None), **options)
+    size = size or known.size or 224
+    return open_images(source, mode=mode, size=size, preprocessing=known, normalize=known, **options)
 
 
 def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> ImageSource:
@@ -500,7 +537,7 @@ def _batched(source: ImageSource, batch_size: int, device: Any, workers: int) ->
     data = source._data
     if isinstance(data, Tensor) and source._index == range(len(data)) and source.reading.transform is None:
         for start in range(0, len(data), batch_size):
-            part = source._tensor(data[start : start + batch_size], f"the images from {start} on")
+            part = to_tensor(data[start : start + batch_size], source.reading, f"the images from {start} on")
             yield _batch(source, [(start + i, image, None) for i, image in enumerate(part)], device, part)
         return
     waiting: list[tuple[int, Tensor, Any]] = []
@@ -534,6 +571,34 @@ def _batch(
 
 
 # ------------------------------------------------------------------------------------------------------------- items
+
+
+def to_tensor(image: Any, reading: Reading | None = None, name: str = "the image") -> Tensor:
+    """One image, of whatever kind, as a float tensor ``(C, H, W)``; a tensor ``(N, C, H, W)`` keeps its N.
+
+    Args:
+        image: a tensor, array, PIL image, path, open file, or undecoded image of Hugging Face.
+        reading: how it is read.
+        name: how messages call it.
+
+    Raises:
+        InputError: something else, a broken file, or channels that do not fit.
+    """
+    reading = reading or Reading()
+    if isinstance(image, Mapping):
+        image = image_bytes(image)
+    if isinstance(image, np.ndarray):
+        image = _from_array(image, name)
+    if not isinstance(image, Tensor):
+        if isinstance(image, (str, os.PathLike)) or hasattr(image, "read") or _is_pil(image):
+            return read_image(image, reading, name)
+        raise InputError(f"{name} is {_described(image)}; pass tensors (C, H, W), PIL images, arrays or files")
+    if image.ndim not in (3, 4):
+        raise InputError(f"{name} has shape {tuple(image.shape)}; an image is (C, H, W)")
+    try:
+        return reading.from_tensor(image)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def split_item(item: Any, name: str) -> _Item:

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 _MODULES = {
     "_prepare": ("resize_maps",),
     "baselines": ("CenterGaussian", "RandomMaps", "activation_energy", "center_gaussian"),
+    "boxes": ("box_from_map", "box_iou"),
     "energy": ("epg", "pointing_game"),
     "evaluation": ("METRICS", "evaluate"),
     "perturbation": ("average_drop", "deletion", "increase_in_confidence", "insertion"),
-    "region": ("hit_rate", "nra", "region_auc", "specificity"),
+    "region": ("hit_rate", "nra", "region_auc", "concept_specificity"),
     "sanity": ("SanityResult", "label_randomization", "parameter_randomization", "rank_correlation"),
     "segmentation": ("average_precision", "iou", "mean_iou", "pixel_accuracy", "segmentation_counts"),
     "streaming": ("ExampleMetric",),
     "streaming_maps": (
         "AveragePrecision",
+        "BoxIoU",
         "EnergyPointingGame",
         "HitRate",
         "IoU",
@@ -31,9 +33,10 @@ _MODULES = {
         "PixelAccuracy",
         "PointingGame",
         "RegionAUC",
-        "Specificity",
+        "ConceptSpecificity",
     ),
     "streaming_scores": ("AverageDrop", "Deletion", "IncreaseInConfidence", "Insertion"),
+    "streaming_words": ("ConceptAUROC", "PresenceBrier", "Top1Present"),
     "table": ("EvaluationTable",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -44,113 +47,62 @@ if TYPE_CHECKING:
     from captum_concepts.metrics._prepare import resize_maps as resize_maps
     from captum_concepts.metrics.baselines import (
         CenterGaussian as CenterGaussian,
-    )
-    from captum_concepts.metrics.baselines import (
         RandomMaps as RandomMaps,
-    )
-    from captum_concepts.metrics.baselines import (
         activation_energy as activation_energy,
-    )
-    from captum_concepts.metrics.baselines import (
         center_gaussian as center_gaussian,
     )
-    from captum_concepts.metrics.energy import epg as epg
-    from captum_concepts.metrics.energy import pointing_game as pointing_game
-    from captum_concepts.metrics.evaluation import METRICS as METRICS
-    from captum_concepts.metrics.evaluation import evaluate as evaluate
+    from captum_concepts.metrics.boxes import box_from_map as box_from_map, box_iou as box_iou
+    from captum_concepts.metrics.energy import epg as epg, pointing_game as pointing_game
+    from captum_concepts.metrics.evaluation import METRICS as METRICS, evaluate as evaluate
     from captum_concepts.metrics.perturbation import (
         average_drop as average_drop,
-    )
-    from captum_concepts.metrics.perturbation import (
         deletion as deletion,
-    )
-    from captum_concepts.metrics.perturbation import (
         increase_in_confidence as increase_in_confidence,
-    )
-    from captum_concepts.metrics.perturbation import (
         insertion as insertion,
     )
     from captum_concepts.metrics.region import (
+        concept_specificity as concept_specificity,
         hit_rate as hit_rate,
-    )
-    from captum_concepts.metrics.region import (
         nra as nra,
-    )
-    from captum_concepts.metrics.region import (
         region_auc as region_auc,
-    )
-    from captum_concepts.metrics.region import (
-        specificity as specificity,
     )
     from captum_concepts.metrics.sanity import (
         SanityResult as SanityResult,
-    )
-    from captum_concepts.metrics.sanity import (
         label_randomization as label_randomization,
-    )
-    from captum_concepts.metrics.sanity import (
         parameter_randomization as parameter_randomization,
-    )
-    from captum_concepts.metrics.sanity import (
         rank_correlation as rank_correlation,
     )
     from captum_concepts.metrics.segmentation import (
         average_precision as average_precision,
-    )
-    from captum_concepts.metrics.segmentation import (
         iou as iou,
-    )
-    from captum_concepts.metrics.segmentation import (
         mean_iou as mean_iou,
-    )
-    from captum_concepts.metrics.segmentation import (
         pixel_accuracy as pixel_accuracy,
-    )
-    from captum_concepts.metrics.segmentation import (
         segmentation_counts as segmentation_counts,
     )
     from captum_concepts.metrics.streaming import ExampleMetric as ExampleMetric
     from captum_concepts.metrics.streaming_maps import (
         AveragePrecision as AveragePrecision,
-    )
-    from captum_concepts.metrics.streaming_maps import (
+        BoxIoU as BoxIoU,
+        ConceptSpecificity as ConceptSpecificity,
         EnergyPointingGame as EnergyPointingGame,
-    )
-    from captum_concepts.metrics.streaming_maps import (
         HitRate as HitRate,
-    )
-    from captum_concepts.metrics.streaming_maps import (
         IoU as IoU,
-    )
-    from captum_concepts.metrics.streaming_maps import (
         MeanIoU as MeanIoU,
-    )
-    from captum_concepts.metrics.streaming_maps import (
         NormalizedRegionAccuracy as NormalizedRegionAccuracy,
-    )
-    from captum_concepts.metrics.streaming_maps import (
         PixelAccuracy as PixelAccuracy,
-    )
-    from captum_concepts.metrics.streaming_maps import (
         PointingGame as PointingGame,
-    )
-    from captum_concepts.metrics.streaming_maps import (
         RegionAUC as RegionAUC,
-    )
-    from captum_concepts.metrics.streaming_maps import (
-        Specificity as Specificity,
     )
     from captum_concepts.metrics.streaming_scores import (
         AverageDrop as AverageDrop,
-    )
-    from captum_concepts.metrics.streaming_scores import (
         Deletion as Deletion,
-    )
-    from captum_concepts.metrics.streaming_scores import (
         IncreaseInConfidence as IncreaseInConfidence,
-    )
-    from captum_concepts.metrics.streaming_scores import (
         Insertion as Insertion,
+    )
+    from captum_concepts.metrics.streaming_words import (
+        ConceptAUROC as ConceptAUROC,
+        PresenceBrier as PresenceBrier,
+        Top1Present as Top1Present,
     )
     from captum_concepts.metrics.table import EvaluationTable as EvaluationTable
 

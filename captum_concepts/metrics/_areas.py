@@ -16,9 +16,12 @@ _LONG_GROUP = 512
 
 
 def all_areas(
-    pairs: Pairs, map_rows: Tensor | None = None, mask_rows: Tensor | None = None
+    pairs: Pairs, map_rows: Tensor | None = None, mask_rows: Tensor | None = None, *, thresholds: str = "all"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """AUC, mask size, number of pixels, and whether the map has NaN, for every row."""
+    """AUC, mask size, number of pixels, and whether the map has NaN, for every row.
+
+    ``thresholds="authors"`` integrates as the authors' code does (see :func:`authors_weights`).
+    """
     device = pairs.masks.device
     n = len(pairs) if mask_rows is None else len(mask_rows)
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
@@ -33,13 +36,13 @@ def all_areas(
         if home != device:
             chunk = Chunk(*(None if x is None else x.cpu() for x in vars(chunk).values()))  # type: ignore[arg-type]
         rows = slice(start, start + len(chunk.masks))
-        auc[rows], region[rows], pixels[rows] = _chunk_auc(chunk, work)
+        auc[rows], region[rows], pixels[rows] = _chunk_auc(chunk, work, thresholds)
         broken[rows] = chunk.broken
         start = rows.stop
     return auc, region, pixels, broken
 
 
-def _chunk_auc(chunk: Chunk, work: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_auc(chunk: Chunk, work: dict[str, Tensor], thresholds: str) -> tuple[Tensor, Tensor, Tensor]:
     """``work`` holds buffers from one chunk to the next: fetching fresh memory costs as much as the sorting.
 
     On a CPU the long loops are NumPy's: one map is too little work to share among threads, and on a busy machine
@@ -68,8 +71,27 @@ def _chunk_auc(chunk: Chunk, work: dict[str, Tensor]) -> tuple[Tensor, Tensor, T
     _share_ties(iou, keys, inside, region)
     if chunk.ignore is not None:
         iou.masked_fill_(work["count"] > pixels[:, None], 0)
+    if thresholds == "authors":
+        rows = [iou[i, :count] @ authors_weights(count).to(iou) for i, count in enumerate(pixels.tolist())]
+        return torch.stack(rows) if rows else iou.new_zeros(0), region, pixels
     total = torch.from_numpy(iou.numpy().sum(1)) if iou.device.type == "cpu" else iou.sum(1)
     return total / pixels, region, pixels
+
+
+@lru_cache(maxsize=8)
+def authors_weights(pixels: int) -> Tensor:
+    """``(pixels,)`` weights of IoU(1), IoU(2), ... in the authors' integral.
+
+    The first hundredth of the pixels counts pixel by pixel, 1/P each; from there on every (P // 100)-th counts 1/100.
+
+    >>> authors_weights(1000)[[0, 9, 10, 11, 20]]
+    tensor([0.0010, 0.0010, 0.0100, 0.0000, 0.0100], dtype=torch.float64)
+    """
+    step = max(1, pixels // 100)
+    at = torch.arange(pixels)
+    weights = (at % step == 0).double() / 100
+    weights[:step] = 1 / pixels
+    return weights
 
 
 def _buffer(work: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

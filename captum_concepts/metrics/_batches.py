@@ -9,19 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import integer
 from captum_concepts.errors import InputError
+from captum_concepts.images import IMAGE_KEYS, Reading, to_tensor
 
-_KEYS = ("inputs", "masks", "target", "ignore")
+_KEYS = ("inputs", "masks", "target", "ignore", "concepts")
+_TENSORS = ("inputs", "masks", "target", "ignore")
+_AS_THEY_ARE = Reading(mode="any")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``inputs`` (N, C, H, W); ``masks`` (N, H, W) or (N, T, H, W); ``target`` and ``ignore`` may be None."""
+    """``inputs`` (N, C, H, W); ``masks`` (N, H, W) or (N, T, H, W); the rest may be None.
+
+    ``concepts`` are names: T of them for masks (N, T, H, W), one for each image for masks (N, H, W).
+    """
 
     inputs: Tensor
     masks: Tensor | None
     target: Any
     ignore: Tensor | None
+    concepts: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -29,8 +37,7 @@ class Batch:
 
 def batches(data: Iterable[Any], batch_size: int, device: torch.device | str | None) -> Iterator[Batch]:
     """Batches as they come; single examples put together while their shapes agree, ``batch_size`` at most."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+    batch_size = integer("batch_size", batch_size)
     waiting: list[dict[str, Any]] = []
     for item in _items(data):
         parts = _parts(item)
@@ -58,17 +65,22 @@ def _items(data: Any) -> Iterator[Any]:
         raise InputError(f"data must yield (inputs, masks[, target]), got {type(data).__name__}")
     if isinstance(data, Mapping):
         raise InputError("data is one dict; put it into a list: [data]")
-    if isinstance(data, torch.utils.data.Dataset) and hasattr(data, "__len__"):
+    by_number = hasattr(data, "__len__") and hasattr(type(data), "__getitem__")
+    if by_number and not isinstance(data, (torch.utils.data.IterableDataset, torch.utils.data.DataLoader)):
         return (data[i] for i in range(len(data)))  # a Dataset need not raise IndexError at its end
     return iter(data)
 
 
 def _parts(item: Any) -> dict[str, Any]:
     if isinstance(item, Mapping):
-        unknown = set(item) - set(_KEYS)
-        if unknown or "inputs" not in item:
-            raise InputError(f"data items as dicts have the keys {_KEYS}, got {sorted(map(str, item))}")
-        parts = {key: item.get(key) for key in _KEYS}
+        image = next((key for key in ("inputs", *IMAGE_KEYS) if key in item), None)
+        unknown = set(item) - {*_KEYS, image}
+        if unknown or image is None:
+            raise InputError(
+                f"data items as dicts have the keys {', '.join(_KEYS)} ('image' or 'pixel_values' for 'inputs'), got "
+                f"{sorted(map(str, item))[:12]}"
+            )
+        parts = {key: item.get(image if key == "inputs" else key) for key in _KEYS}
     elif isinstance(item, (tuple, list)) and len(item) in (2, 3):
         parts = dict.fromkeys(_KEYS)
         parts.update(zip(_KEYS, item))  # noqa: B905  (a target is optional)
@@ -76,10 +88,7 @@ def _parts(item: Any) -> dict[str, Any]:
         raise InputError(
             f"data must yield (inputs, masks), (inputs, masks, target) or dicts, got {type(item).__name__}"
         )
-    inputs = parts["inputs"]
-    if not isinstance(inputs, Tensor) or inputs.ndim not in (3, 4):
-        got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise InputError(f"inputs must be tensors (C, H, W) or (N, C, H, W), got {got}")
+    parts["inputs"] = to_tensor(parts["inputs"], _AS_THEY_ARE, "inputs")
     for key in ("masks", "ignore"):
         value = parts[key]
         if value is not None and not isinstance(value, Tensor):
@@ -91,7 +100,10 @@ def _parts(item: Any) -> dict[str, Any]:
 
 
 def _shapes(parts: dict[str, Any]) -> list[Any]:
-    return [getattr(parts[key], "shape", None) if key != "target" else parts[key] is None for key in _KEYS]
+    """What has to agree for examples to share a batch: shapes, and the names of several masks."""
+    shapes = [getattr(parts[key], "shape", None) for key in ("inputs", "masks", "ignore")]
+    several = parts["masks"] is not None and parts["masks"].ndim == 3
+    return [*shapes, parts["target"] is None, list(parts["concepts"] or ()) if several else parts["concepts"] is None]
 
 
 def _collate(waiting: list[dict[str, Any]], device: torch.device | str | None) -> Batch:
@@ -101,8 +113,13 @@ def _collate(waiting: list[dict[str, Any]], device: torch.device | str | None) -
             return None
         return torch.stack(values) if isinstance(values[0], Tensor) else torch.as_tensor(values)
 
+    names = [parts["concepts"] for parts in waiting]
+    several = waiting[0]["masks"] is not None and waiting[0]["masks"].ndim == 3
     try:
-        return _checked({key: stack(key) for key in _KEYS}, device)
+        return _checked(
+            {**{key: stack(key) for key in _TENSORS}, "concepts": names[0] if several or None in names else names},
+            device,
+        )
     except (TypeError, RuntimeError) as error:
         raise InputError(f"examples cannot be put into one batch: {error}") from error
 
@@ -113,6 +130,21 @@ def _checked(parts: dict[str, Any], device: torch.device | str | None) -> Batch:
         value = parts[key]
         if value is not None and (value.ndim not in (3, 4) or len(value) != n):
             raise InputError(f"{key} must be ({n}, H, W) or ({n}, T, H, W) for {n} inputs, got {tuple(value.shape)}")
+    if parts["concepts"] is not None:
+        parts = parts | {"concepts": _names(parts["concepts"], parts["masks"], n)}
     if device is not None:
         parts = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in parts.items()}
     return Batch(**parts)
+
+
+def _names(given: Any, masks: Tensor | None, n: int) -> list[str]:
+    """One name for each of the T masks, or for each of the n images."""
+    names = [given] * n if isinstance(given, str) else [name for one in given for name in _flat(one)]
+    wanted = masks.shape[1] if masks is not None and masks.ndim == 4 else n
+    if len(names) != wanted or not all(isinstance(name, str) for name in names):
+        raise InputError(f"concepts must be {wanted} names, one for each mask or image, got {names[:5]!r}")
+    return names
+
+
+def _flat(name: Any) -> list[Any]:
+    return list(name) if isinstance(name, (list, tuple)) else [name]

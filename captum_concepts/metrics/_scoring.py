@@ -8,38 +8,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import integer, one_of
 from captum_concepts._memory import Halving
 from captum_concepts.errors import InputError, TargetError
 from captum_concepts.metrics._prepare import MODES, check_maps
 
 ScoreFn = Callable[..., Tensor]
 SCORES = ("raw", "probability", "similarity")
-BASELINES = ("zero", "mean", "blur")
+BASELINES = ("zero", "mean", "blur", "gaussian")
 
 
-def blur(inputs: Tensor, *, kernel_size: int = 11, sigma: float = 5.0) -> Tensor:
-    """Images ``(N, C, H, W)`` smoothed by a Gaussian of ``kernel_size`` pixels; borders are mirrored.
+def blur(inputs: Tensor, kernel: str = "published") -> Tensor:
+    """Images ``(N, C, H, W)`` smoothed by 11 x 11 pixels.
 
-    The published size and width; the published code pads with zeros, which darkens the border.
+    Args:
+        inputs: the images.
+        kernel: ``"published"``: that of RISE's code, a Gaussian of sigma 5 reflected at the borders of its 11 x 11
+            window, so nearly a box (.0088 at the center, .0074 at the corners), on images padded with zeros.
+            ``"gaussian"``: a truncated Gaussian of sigma 5 on images that are mirrored at the border.
 
-    >>> blur(torch.ones(1, 1, 8, 8)).allclose(torch.ones(1, 1, 8, 8))
+    >>> blur(torch.ones(1, 1, 31, 31))[0, 0, 15, 15].isclose(torch.tensor(1.0)).item()
     True
     """
-    if kernel_size < 1 or kernel_size % 2 == 0 or not sigma > 0:
-        raise InputError(f"kernel_size must be odd and sigma positive, got {kernel_size} and {sigma}")
     x = inputs if inputs.dtype == torch.float64 else inputs.float()
-    at = torch.arange(kernel_size, device=x.device, dtype=x.dtype) - kernel_size // 2
-    kernel = torch.exp(-(at**2) / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
+    weights = _kernel(kernel).to(x)
+    pad = len(weights) // 2
     for dim in (2, 3):
-        pad = kernel_size // 2
-        index = torch.arange(-pad, x.shape[dim] + pad, device=x.device).abs()
-        period = max(1, 2 * (x.shape[dim] - 1))  # mirrored as often as needed, so that small images work too
-        index = index % period
-        index = torch.minimum(index, period - index)
-        index = index.clamp(max=x.shape[dim] - 1)
-        x = x.index_select(dim, index).unfold(dim, kernel_size, 1).matmul(kernel)
+        size = x.shape[dim]
+        at = torch.arange(-pad, size + pad, device=x.device)
+        period = max(1, 2 * (size - 1))  # mirrored as often as needed, so that small images work too
+        index = at.abs() % period
+        index = torch.minimum(index, period - index).clamp(max=size - 1)
+        wide = x.index_select(dim, index)
+        if kernel == "published":
+            inside = ((at >= 0) & (at < size)).to(x)
+            wide = wide * (inside[:, None] if dim == 2 else inside)
+        x = wide.unfold(dim, len(weights), 1).matmul(weights)
     return x.to(inputs.dtype)
+
+
+def _kernel(kind: str) -> Tensor:
+    """The 11 weights of one dimension, float64."""
+    size, sigma = 11, 5.0
+    at = torch.arange(size, dtype=torch.float64) - size // 2
+    if kind == "gaussian":
+        weights = torch.exp(-(at**2) / (2 * sigma**2))
+        return weights / weights.sum()
+    # A Gaussian of 4 sigma around the center of the window; what lies outside is reflected back into it.
+    far = torch.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
+    gauss = torch.exp(-(far.double() ** 2) / (2 * sigma**2))
+    place = (far + size // 2) % (2 * size)
+    place = torch.where(place < size, place, 2 * size - 1 - place)
+    return torch.zeros(size, dtype=torch.float64).index_add_(0, place, gauss / gauss.sum())
 
 
 class Scorer:
@@ -51,10 +71,8 @@ class Scorer:
         if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
             got = (tuple(inputs.shape), inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
             raise InputError(f"inputs must be floating point images (N, C, H, W), got {got}")
-        if scores not in SCORES:
-            raise InputError(f"scores must be one of {SCORES}, got {scores!r}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+        one_of("scores", scores, SCORES)
+        integer("batch_size", batch_size)
         self.score_fn, self.scores, self.batch_size = score_fn, scores, batch_size
         self.inputs = inputs.detach()
         self.halving = Halving("batch_size")
@@ -136,6 +154,6 @@ def baseline_images(inputs: Tensor, baseline: str | Tensor, rows: slice, like: t
         return torch.zeros_like(inputs)
     if baseline == "mean":
         return inputs.mean((2, 3), keepdim=True).expand_as(inputs)
-    if baseline == "blur":
-        return blur(inputs)
+    if baseline in ("blur", "gaussian"):
+        return blur(inputs, "published" if baseline == "blur" else "gaussian")
     raise InputError(f"baseline must be one of {BASELINES} or a tensor, got {baseline!r}")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import one_of, unique_names
 from captum_concepts.errors import InputError, did_you_mean
-from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.metrics import streaming_maps as m
-from captum_concepts.metrics import streaming_scores as s
+from captum_concepts.explanation import ConceptExplainer, ConceptExplanation
+from captum_concepts.metrics import streaming_maps as m, streaming_scores as s, streaming_words as w
 from captum_concepts.metrics._batches import Batch, batches
 from captum_concepts.metrics.streaming import ExampleMetric
 from captum_concepts.metrics.table import EvaluationTable, Samples
@@ -24,11 +25,12 @@ METRICS: dict[str, Callable[..., ExampleMetric]] = {
     "nra": m.NormalizedRegionAccuracy,
     "nra_exact": lambda **options: m.NormalizedRegionAccuracy(baseline="exact", **options),
     "hit_rate": m.HitRate,
-    "specificity": m.Specificity,
+    "concept_specificity": m.ConceptSpecificity,
     "region_auc": m.RegionAUC,
     "epg": m.EnergyPointingGame,
     "pointing_game": m.PointingGame,
     "iou": m.IoU,
+    "box_iou": m.BoxIoU,
     "pixel_accuracy": m.PixelAccuracy,
     "mean_iou": m.MeanIoU,
     "average_precision": m.AveragePrecision,
@@ -36,7 +38,12 @@ METRICS: dict[str, Callable[..., ExampleMetric]] = {
     "increase_in_confidence": s.IncreaseInConfidence,
     "insertion": s.Insertion,
     "deletion": s.Deletion,
+    "top1_present": w.Top1Present,
+    "concept_auroc": w.ConceptAUROC,
+    "presence_brier": w.PresenceBrier,
 }
+#: Is the word right? They look at the scores of a ConceptExplainer instead of its maps.
+WORD_METRICS = ("top1_present", "concept_auroc", "presence_brier")
 _NEEDS_SCORES = ("average_drop", "increase_in_confidence", "insertion", "deletion")
 
 
@@ -54,11 +61,12 @@ class _Function(ExampleMetric):
 
 
 def evaluate(
-    explainer: Any,
+    explainers: Any,
     data: Iterable[Any],
     metrics: Sequence[Any] | Mapping[str, Any] = ("nra", "nra_exact", "hit_rate", "epg"),
     *,
     score_fn: Callable[..., Tensor] | None = None,
+    concepts: Sequence[str] | None = None,
     batch_size: int = 32,
     channels: str = "sum",
     nan_policy: str = "omit",
@@ -75,25 +83,36 @@ def evaluate(
     that they are resampled together; the same resamples for every explainer and metric, so that
     differences are paired: :meth:`EvaluationTable.compare`).
 
+    Maps are matched with masks by name. Where the data names its masks (see ``concepts``), a
+    :class:`~captum_concepts.explanation.ConceptExplainer` is asked for ``concept_maps(inputs, names)``; names that it
+    does not know are left out for every explainer and listed in ``table.unmatched``. Otherwise, with one mask per
+    image, ``attribute(inputs, target=target)`` is asked for one map.
+
     Args:
-        explainer: one, or a dict name -> explainer. Each is anything with ``attribute(inputs, target=...)`` (Captum's
-            attributions and this package's methods), a callable ``inputs -> maps`` (given ``target`` if it has a
-            parameter of that name) that returns maps or a ``ConceptExplanation``, or a ``ConceptExplanation`` of all
-            images in the order of ``data``.
-        data: batches or single examples: a ``DataLoader``, a ``Dataset``, a list or a generator of ``(inputs, masks)``,
-            ``(inputs, masks, target)``, or dicts with these keys and, if wanted, ``ignore``. Images ``(C, H, W)`` or
-            ``(N, C, H, W)``; masks ``(H, W)`` or ``(T, H, W)``, with N in front for batches. Single examples are
-            put together while their shapes agree. ``masks`` may be None if no metric looks at them; an image without
-            concepts, T = 0, is an example without values.
+        explainers: one, or a dict name -> explainer. Each is a ConceptExplainer (this package's methods), anything with
+            ``attribute(inputs, target=...)`` (Captum's attributions), a callable ``inputs -> maps`` (given ``target``
+            and ``concepts`` if it has parameters of these names) that returns maps or a ``ConceptExplanation``, or a
+            ``ConceptExplanation`` of all images in the order of ``data``.
+        data: batches or single examples: a ``DataLoader``, a ``Dataset`` (the readers of ``datasets`` as they are), a
+            list or a generator of ``(inputs, masks)``, ``(inputs, masks, target)``, or dicts with these keys and, if
+            wanted, ``ignore`` and ``concepts``. Images ``(C, H, W)`` or ``(N, C, H, W)``; masks ``(H, W)`` or
+            ``(T, H, W)``, with N in front for batches. ``concepts``: T names of the masks, or one name for a single
+            mask. ``target``: the output of the model, for ``attribute`` and ``score_fn``, never a concept's number.
+            Single examples are put together while their shapes agree. ``masks`` may be None if no
+            metric looks at them; an image without concepts, T = 0, is an example without values.
         metrics: names out of ``METRICS``, streaming metrics of this package (their state is not touched), or functions
-            ``(maps, masks) -> (N,)``; or a dict name -> one of these.
+            ``(maps, masks) -> (N,)``; or a dict name -> one of these. ``"top1_present"``, ``"concept_auroc"`` and
+            ``"presence_brier"`` ask whether the words are right instead of where they are; they need ConceptExplainers
+            and names.
         score_fn: for the names ``average_drop``, ``increase_in_confidence``, ``insertion`` and ``deletion``: images ->
             scores ``(N,)`` or ``(N, K)``; then each example's ``target`` picks one.
-        batch_size: examples put together, and images a call of ``score_fn``.
+        concepts: names of the T masks of ``(N, T, H, W)``; None takes those of the items, or ``data.concepts``. They
+            are also the vocabulary that the word metrics ask about.
+        batch_size: examples put together, and images per call of ``score_fn``.
         channels: how attributions ``(N, C, H, W)`` of the input or of a layer's channels become one map where the masks
             are ``(N, H, W)``: ``"sum"`` or ``"abs_sum"`` (the sum of absolute values).
         nan_policy: see :class:`ExampleMetric`; the table counts undefined values under each.
-        n_bootstrap: resamples; 0 for no intervals.
+        n_bootstrap: resamples; 0 for no intervals. Fewer than 5 examples get none either.
         confidence: coverage of the intervals.
         seed: of the resampling.
         device: where inputs, masks and targets are moved first; by default they stay where they are.
@@ -103,7 +122,8 @@ def evaluate(
         An :class:`EvaluationTable`.
 
     Raises:
-        InputError: an unknown metric, data or maps that do not fit, a metric without what it needs.
+        InputError: an unknown metric, data or maps that do not fit, a metric without what it needs, masks without
+            names or class labels where a ConceptExplainer needs the names of concepts.
 
     Example:
         >>> import torch
@@ -120,30 +140,148 @@ def evaluate(
         <BLANKLINE>
         4 examples.
     """
-    explainers = dict(explainer) if isinstance(explainer, Mapping) else {_name(explainer): explainer}
+    named = dict(explainers) if isinstance(explainers, Mapping) else {_name(explainers): explainers}
     measures = _measures(metrics, score_fn, nan_policy, batch_size)
-    if not explainers or not measures:
-        raise InputError("give at least one explainer and one metric")
-    if channels not in ("sum", "abs_sum"):
-        raise InputError(f"channels must be 'sum' or 'abs_sum', got {channels!r}")
-    for name, one in explainers.items():
+    if not named or not measures:
+        raise InputError("pass at least one explainer and one metric")
+    one_of("channels", channels, ("sum", "abs_sum"))
+    for name, one in named.items():
         if not (isinstance(one, ConceptExplanation) or callable(getattr(one, "attribute", one))):
             raise InputError(f"explainer {name!r} has no attribute() and is not callable: {type(one).__name__}")
-    kept: dict[tuple[str, str], list[Samples]] = {(e, k): [] for e in explainers for k in measures}
+    words = Words.of(named, data, concepts)
+    if words is None and any(isinstance(metric, w.WordMetric) for metric in measures.values()):
+        raise InputError(f"{', '.join(WORD_METRICS)} need ConceptExplainers and the names of the data's concepts")
+    kept: dict[tuple[str, str], list[Samples]] = {(e, k): [] for e in named for k in measures}
     seen = 0
     for batch in _progress(batches(data, batch_size, device), data, show_progress):
-        for name, one in explainers.items():
-            maps = _maps(one, name, batch, seen, channels)
+        chosen, columns = (batch, None) if words is None else words.known_part(batch)
+        for name, one in named.items():
+            maps: Tensor | None = None
             for key, metric in measures.items():
-                kept[name, key].append(Samples.of(*_statistics(metric, key, batch, maps)))
+                if isinstance(metric, w.WordMetric):
+                    statistics = words.statistics(metric, name, one, batch)  # type: ignore[union-attr]
+                else:
+                    if maps is None:
+                        maps = _maps(one, name, batch, chosen, columns, seen, channels)
+                    statistics = _statistics(metric, key, chosen, maps)
+                kept[name, key].append(Samples.of(*statistics))
         seen += len(batch)
-    for name, one in explainers.items():
+    for name, one in named.items():
         if isinstance(one, ConceptExplanation) and len(one) != seen:
-            raise InputError(f"explainer {name!r} explains {len(one)} examples, but the data holds {seen}")
+            raise InputError(f"explainer {name!r} explains {len(one)} examples, but the data contains {seen}")
     if not seen:
         raise InputError("data is empty")
     joined = {key: Samples.join(parts) for key, parts in kept.items()}
-    return EvaluationTable.summarize(joined, measures, n_bootstrap=n_bootstrap, confidence=confidence, seed=seed)
+    unmatched = [] if words is None else sorted(words.unmatched)
+    return EvaluationTable.summarize(
+        joined, measures, n_bootstrap=n_bootstrap, confidence=confidence, seed=seed, unmatched=unmatched
+    )
+
+
+@dataclass
+class Words:
+    """The names that data and explainers share.
+
+    Args:
+        vocabulary: the names that the data knows; empty where only its items tell.
+        columns: for each named explainer, its own spelling of a name by the plain one.
+        unmatched: names of the data that some explainer does not know, as they are met.
+    """
+
+    vocabulary: list[str]
+    columns: dict[str, dict[str, str]]
+    unmatched: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, explainers: Mapping[str, Any], data: Any, given: Sequence[str] | None) -> Words | None:
+        """None where no explainer answers to names."""
+        named = {name: one for name, one in explainers.items() if isinstance(one, ConceptExplainer)}
+        if not named:
+            return None
+        vocabulary = given if given is not None else getattr(data, "concepts", None)
+        if vocabulary is None:
+            vocabulary = getattr(getattr(data, "dataset", None), "concepts", None) or []
+        columns = {}
+        for name, one in named.items():
+            if one.concepts is None:
+                raise InputError(f"explainer {name!r} has no concepts yet")
+            own: dict[str, str] = {}
+            for concept in one.concepts:
+                for part in (concept, *concept.split(",")):
+                    own.setdefault(plain_name(part), concept)
+            columns[name] = own
+        return cls(unique_names(list(vocabulary), "concept"), columns)
+
+    def knows(self, name: str) -> bool:
+        """Whether every named explainer has the concept."""
+        known = all(plain_name(name) in own for own in self.columns.values())
+        if not known:
+            self.unmatched.add(name)
+        return known
+
+    def known_part(self, batch: Batch) -> tuple[Batch, list[int] | None]:
+        """The batch with the masks of known names alone, with their names, and which of (N, T, H, W) they are."""
+        if batch.masks is None or (batch.masks.ndim == 3 and batch.concepts is None):
+            return batch, None
+        names = batch.concepts if batch.concepts is not None else self.vocabulary
+        if batch.masks.ndim == 3:
+            unknown = [i for i, name in enumerate(names) if not self.knows(name)]
+            masks = batch.masks.clone()
+            masks[unknown] = 0  # nothing to look for: undefined, and counted as such
+            return replace(batch, masks=masks), None
+        if len(names) != batch.masks.shape[1]:
+            what = "have no names" if not names else f"do not fit the {len(names)} concepts of the data"
+            raise InputError(
+                f"masks {tuple(batch.masks.shape)} {what}; pass concepts= with one name for each mask, to match them "
+                "with the explainer's concepts"
+            )
+        columns = [k for k, name in enumerate(names) if self.knows(name)]
+        ignore = batch.ignore[:, columns] if batch.ignore is not None and batch.ignore.ndim == 4 else batch.ignore
+        masks = batch.masks[:, columns]
+        return replace(batch, masks=masks, ignore=ignore, concepts=[names[k] for k in columns]), columns
+
+    def statistics(self, metric: Any, name: str, explainer: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a word metric: scores, presence and truth for the vocabulary."""
+        if name not in self.columns or not self.vocabulary or batch.masks is None:
+            raise InputError(
+                f"{type(metric).__name__} needs a ConceptExplainer, masks and the names of the data's concepts; "
+                f"explainer {name!r} or the data has none"
+            )
+        known = [word for word in self.vocabulary if self.knows(word)]
+        truth = self._truth(batch, known)
+        own = self.columns[name]
+        wanted = [own[plain_name(word)] for word in known]
+        if isinstance(metric, w.PresenceBrier):
+            values = explainer.explain(batch.inputs, concepts=wanted, contributions=False).presence
+            if values is None:
+                raise InputError(
+                    f"explainer {name!r} has no presence to judge; fit or calibrate it with held-out images"
+                )
+        else:
+            columns = [list(explainer.concepts).index(word) for word in wanted]
+            values = explainer.scores(batch.inputs)[:, columns]
+        return metric.statistics(values, truth.to(values.device))
+
+    def _truth(self, batch: Batch, known: Sequence[str]) -> Tensor:
+        """``(N, T)`` bool: does the image show the concept?"""
+        masks = batch.masks
+        assert masks is not None
+        names = batch.concepts if batch.concepts is not None else self.vocabulary
+        shown = masks.flatten(-2).any(-1)
+        if masks.ndim == 3:
+            found = [{name} if bool(yes) else set() for name, yes in zip(names, shown, strict=True)]
+        else:
+            found = [{names[k] for k in row.nonzero().flatten().tolist()} for row in shown]
+        return torch.tensor([[word in row for word in known] for row in found], dtype=torch.bool)
+
+
+def plain_name(name: str) -> str:
+    """A name without what data sets spell differently: case, ``_`` and ``-``.
+
+    >>> plain_name("Traffic_Light")
+    'traffic light'
+    """
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
 def _name(explainer: Any) -> str:
@@ -184,18 +322,35 @@ def _measures(
     return out
 
 
-def _maps(explainer: Any, name: str, batch: Batch, start: int, channels: str) -> Tensor:
+def _maps(
+    explainer: Any, name: str, batch: Batch, chosen: Batch, columns: list[int] | None, start: int, channels: str
+) -> Tensor:
+    """The maps for the masks of ``chosen``: ``columns`` of those of ``batch``."""
     n = len(batch)
     found: Any
+    several = batch.masks is not None and batch.masks.ndim == 4
+    answers = isinstance(explainer, ConceptExplainer)
+    if answers and chosen.concepts is not None:
+        return _named_maps(explainer, chosen)
     if isinstance(explainer, ConceptExplanation):
         if start + n > len(explainer):
-            raise InputError(f"explainer {name!r} explains {len(explainer)} examples, but the data holds more")
-        found = explainer[start : start + n].to(batch.inputs.device)
+            raise InputError(f"explainer {name!r} explains {len(explainer)} examples, but the data contains more")
+        found = explainer[list(range(start, start + n)), explainer.concepts].to(batch.inputs.device)
+    elif answers and getattr(explainer, "target_is_concept", False):
+        raise InputError(
+            f"explainer {name!r} explains concepts, but the data names none, and a class label is not one; pass items "
+            "with the key 'concepts'"
+        )
     elif hasattr(explainer, "attribute"):
         found = explainer.attribute(batch.inputs, **({} if batch.target is None else {"target": batch.target}))
+        if answers and isinstance(found, Tensor) and found.ndim == 4 and found.shape[1] > 1:
+            raise InputError(
+                f"explainer {name!r} returns {found.shape[1]} maps for one mask per image; name the concept of each by "
+                "the key 'concepts'"
+            )
     else:
-        found = explainer(batch.inputs, **({"target": batch.target} if _takes_target(explainer) else {}))
-    several = batch.masks is not None and batch.masks.ndim == 4
+        extra = {"target": batch.target, "concepts": batch.concepts}
+        found = explainer(batch.inputs, **{key: extra[key] for key in _parameters(explainer) if key in extra})
     if isinstance(found, ConceptExplanation):
         if len(found.concepts) > 1 and not several:
             raise InputError(
@@ -211,15 +366,33 @@ def _maps(explainer: Any, name: str, batch: Batch, start: int, channels: str) ->
     found = found.detach()
     if found.ndim == 4 and found.shape[1] > 1 and not several:
         found = (found.abs() if channels == "abs_sum" else found).float().sum(1)
-    return found
+    return found[:, columns] if several and columns is not None and found.ndim == 4 else found
 
 
-def _takes_target(function: Callable[..., Any]) -> bool:
+def _named_maps(explainer: ConceptExplainer, batch: Batch) -> Tensor:
+    """``(N, T, h, w)`` of the T named masks, or ``(N, h, w)`` of the concept named for each image."""
+    own: dict[str, str] = {}
+    for concept in explainer.concepts:
+        for part in (concept, *concept.split(",")):
+            own.setdefault(plain_name(part), concept)
+    names = [own.get(plain_name(name)) for name in batch.concepts or ()]
+    wanted = list(dict.fromkeys(name for name in names if name is not None))
+    if not wanted:
+        size = (len(batch), 0, 1, 1) if batch.masks is not None and batch.masks.ndim == 4 else (len(batch), 1, 1)
+        return batch.inputs.new_zeros(size)
+    maps = explainer.concept_maps(batch.inputs, wanted).detach()
+    if batch.masks is not None and batch.masks.ndim == 4:
+        return maps[:, [wanted.index(name) for name in names if name is not None]]
+    rows = torch.arange(len(maps), device=maps.device)
+    columns = torch.tensor([0 if name is None else wanted.index(name) for name in names], device=maps.device)
+    return maps[rows, columns]
+
+
+def _parameters(function: Callable[..., Any]) -> Sequence[str]:
     try:
-        parameters = inspect.signature(function).parameters
+        return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return False
-    return "target" in parameters
+        return []
 
 
 def _statistics(metric: ExampleMetric, name: str, batch: Batch, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from captum_concepts._checks import integer
 from captum_concepts.errors import InputError
 from captum_concepts.metrics._prepare import min_max, resize_maps
 from captum_concepts.metrics._scoring import ScoreFn, Scorer, baseline_images
@@ -21,7 +23,7 @@ def average_drop(
     *,
     target: Any = None,
     additional_forward_args: Any = None,
-    scores: str = "raw",
+    scores: str = "probability",
     baseline: str | Tensor = "zero",
     normalize: bool = True,
     mode: str = "bilinear",
@@ -42,12 +44,12 @@ def average_drop(
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``.
         target: the column of ``score_fn``'s output: an int, or one for each example.
         additional_forward_args: passed to ``score_fn`` after the images; tensors with N rows are cut into batches.
-        scores: the scale of Y and O, because a ratio needs a scale with a zero. ``"raw"``: as they are;
-            ``"probability"``: the same, checked to lie in [0, 1]; ``"similarity"``: checked to lie in [-1, 1] and
-            moved to [0, 1] by ``(1 + s) / 2``.
+        scores: the scale of Y and O, because a ratio needs a scale with a zero. ``"probability"``: as they are, checked
+            to lie in [0, 1]; ``"similarity"``: checked to lie in [-1, 1] and moved to [0, 1] by ``(1 + s) / 2``;
+            ``"raw"``: as they are. Logits have no zero: turn them into probabilities in ``score_fn``.
         baseline: what replaces the hidden part: ``"zero"`` (published; in the scale of ``inputs``, so the mean colour
-            of normalised images), ``"mean"`` (the image's mean colour), ``"blur"`` (Gaussian, 11 pixels, sigma 5),
-            or a tensor that broadcasts to ``inputs``.
+            of normalised images), ``"mean"`` (the image's mean colour), ``"blur"`` (RISE's kernel of 11 pixels),
+            ``"gaussian"`` (sigma 5, 11 pixels, mirrored borders), or a tensor that broadcasts to ``inputs``.
         normalize: scale each map to [0, 1]; a constant map shows nothing (0). If False, maps must lie in [0, 1].
         mode: how maps are resized, ``align_corners=False``.
         batch_size: images a call.
@@ -65,7 +67,7 @@ def average_drop(
     Example:
         >>> import torch
         >>> image = torch.tensor([[[[1.0, 3.0]]]])
-        >>> average_drop(lambda x: x.sum((1, 2, 3)), image, torch.tensor([[[1.0, 0.0]]]))
+        >>> average_drop(lambda x: x.sum((1, 2, 3)), image, torch.tensor([[[1.0, 0.0]]]), scores="raw")
         tensor([0.7500])
     """
     run = Scorer(score_fn, inputs, target, additional_forward_args, scores, batch_size)
@@ -123,6 +125,7 @@ def deletion(
     batch_size: int = 32,
     seed: int = 0,
     return_curve: bool = False,
+    show_progress: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Area under the score while the most salient pixels are removed, step by step; lower is better.
 
@@ -131,13 +134,15 @@ def deletion(
 
     Args:
         score_fn, inputs, maps, target, additional_forward_args, scores, mode: as in :func:`average_drop`.
-        baseline: what removed pixels become: ``"zero"`` (published), ``"mean"``, ``"blur"`` or a tensor.
-        n_steps: number of steps; by default H, that is W pixels a step, the published 224 steps at 224 px. Step k has
-            changed ``round(k * H * W / n_steps)`` pixels.
+        baseline: what removed pixels become: ``"zero"`` (published), or another of :func:`average_drop`.
+        n_steps: number of steps. None: as many as the map has positions, at most H: between two of them nothing new is
+            known. The published number is H (224 at 224 px, W pixels per step), which costs h * w / H times as much.
+            Step k has changed ``round(k * H * W / n_steps)`` pixels.
         batch_size: images a call of ``score_fn``, over examples and steps together, which bounds the memory.
         seed: tied pixels are taken in a random order (the same for every example and any batching), so that a
             constant map removes pixels at random instead of row by row.
         return_curve: also return the scores ``(N, n_steps + 1)``.
+        show_progress: show a progress bar.
 
     Returns:
         ``(N,)``, or ``(area, curve)``. NaN for a map with NaN.
@@ -157,7 +162,7 @@ def deletion(
         (tensor([1.5000]), tensor([[4., 1., 0.]]))
     """
     run = Scorer(score_fn, inputs, target, additional_forward_args, scores, batch_size)
-    return _curve(run, maps, baseline, n_steps, mode, seed, return_curve, insert=False)
+    return _curve(run, maps, baseline, n_steps, mode, seed, return_curve, show_progress, insert=False)
 
 
 def insertion(
@@ -174,6 +179,7 @@ def insertion(
     batch_size: int = 32,
     seed: int = 0,
     return_curve: bool = False,
+    show_progress: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Area under the score while the most salient pixels are put into the baseline, step by step; higher is better.
 
@@ -187,7 +193,7 @@ def insertion(
         tensor([2.5000])
     """
     run = Scorer(score_fn, inputs, target, additional_forward_args, scores, batch_size)
-    return _curve(run, maps, baseline, n_steps, mode, seed, return_curve, insert=True)
+    return _curve(run, maps, baseline, n_steps, mode, seed, return_curve, show_progress, insert=True)
 
 
 def _full_and_shown(
@@ -222,19 +228,23 @@ def _curve(
     mode: str,
     seed: int,
     return_curve: bool,
+    show_progress: bool,
     insert: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     n, _, height, width = run.inputs.shape
     pixels = height * width
-    n_steps = height if n_steps is None else n_steps
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or not 1 <= n_steps <= pixels:
-        raise InputError(f"n_steps must lie between 1 and the {pixels} pixels, got {n_steps!r}")
     small = run.check(maps, mode)
+    if n_steps is None:
+        n_steps = max(1, min(height, small.shape[1] * small.shape[2]))
+    integer("n_steps", n_steps, 1, pixels)
     device = run.inputs.device
     shuffle = torch.randperm(pixels, generator=torch.Generator().manual_seed(seed)).to(device)
     changed = torch.tensor([round(k * pixels / n_steps) for k in range(n_steps + 1)], device=device)
     curves = []
-    for start in range(0, n, run.batch_size):  # a few examples, then all their steps in batches
+    starts = range(0, n, run.batch_size)
+    what = "insertion" if insert else "deletion"
+    # a few examples, then all their steps in batches
+    for start in tqdm(starts, desc=what, disable=not show_progress):
         rows = slice(start, start + run.batch_size)
         x = run.inputs[rows]
         base = baseline_images(x, baseline, rows, run.inputs.shape)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import one_of
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._areas import all_areas, expected_auc
+from captum_concepts.metrics._areas import all_areas, authors_weights, expected_auc
 from captum_concepts.metrics._prepare import Pairs, prepare, settle
 
-__all__ = ["hit_rate", "nra", "region_auc", "specificity"]
+__all__ = ["concept_specificity", "hit_rate", "nra", "region_auc"]
 
 BASELINES = ("published", "exact")
+THRESHOLDS = ("all", "authors")
 
 
 def nra(
@@ -19,6 +21,8 @@ def nra(
     masks: Tensor,
     *,
     baseline: str = "published",
+    signed: bool = False,
+    thresholds: str = "all",
     ignore: Tensor | None = None,
     ignore_index: int | None = None,
     mode: str = "bilinear",
@@ -32,8 +36,8 @@ def nra(
     IoU(p) compares the p pixels of highest saliency with the mask of M of the P pixels;
     :math:`\mathrm{AUC}_{high}` is that of the ideal order, the mean of ``min(p, M) / max(p, M)``.
 
-    Range [0, 1], higher is better. It uses only the order of the pixels: any strictly increasing function of the
-    map gives the same value.
+    Range [0, 1] (at most 1 if ``signed``), higher is better. It uses only the order of the pixels: any strictly
+    increasing function of the map gives the same value.
 
     Tied pixels share the expected value: inside a group of g equal pixels, m of them in the mask, that starts
     after a pixels with b in the mask, the intersection at p is its expectation under a random order of the
@@ -47,7 +51,12 @@ def nra(
             (not 0 is the region) or floats (above 0.5 is the region).
         baseline: :math:`\mathrm{AUC}_{low}`. ``"published"``: the area under the line from 0 to M/P, ``M / 2P``, which
             is comparable with the paper but below what a random map really gets. ``"exact"``: the mean of the
-            expected IoU, ``E / (p + M - E)`` with ``E = p M / P``; a constant map then scores exactly 0.
+            expected IoU, ``E / (p + M - E)`` with ``E = p M / P``; a constant map then scores exactly 0. Random maps
+            still average above 0 (about .05), because values below the baseline are cut off: see ``signed``.
+        signed: do not cut off values below the baseline; random maps then average 0 under ``baseline="exact"``.
+        thresholds: ``"all"``: every p from 1 to P. ``"authors"``: the grid of the authors' code, which counts pixel by
+            pixel up to 1 % of the image and in steps of 1 % beyond. They differ by up to .06 for masks below 1 % of the
+            image, and negligibly above 5 %.
         ignore: bool ``(N, H, W)`` or the shape of ``masks``; pixels left out as if the image did not have them.
         ignore_index: the label in integer ``masks`` of pixels to leave out.
         mode: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ``"nearest-exact"`` or ``"area"``.
@@ -69,7 +78,7 @@ def nra(
         (tensor([1.]), tensor([0.]))
     """
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
-    return _rows(pairs, baseline).reshape(pairs.shape)
+    return _rows(pairs, baseline, signed=signed, thresholds=thresholds).reshape(pairs.shape)
 
 
 def region_auc(
@@ -135,7 +144,7 @@ def hit_rate(
     return (scores > threshold).to(scores.dtype).masked_fill(scores.isnan(), torch.nan).mean()
 
 
-def specificity(
+def concept_specificity(
     maps: Tensor,
     masks: Tensor,
     *,
@@ -167,7 +176,7 @@ def specificity(
     Example:
         >>> import torch
         >>> masks = torch.tensor([[[[1, 0, 0]], [[0, 0, 1]]]])
-        >>> specificity(masks.float(), masks), specificity(torch.ones(1, 2, 1, 3), masks)
+        >>> concept_specificity(masks.float(), masks), concept_specificity(torch.ones(1, 2, 1, 3), masks)
         (tensor([[0.9750, 0.9750]]), tensor([[0., 0.]]))
     """
     if isinstance(masks, Tensor) and masks.ndim != 4:
@@ -186,20 +195,39 @@ def specificity(
     return own - mean
 
 
-def _rows(pairs: Pairs, baseline: str, map_rows: Tensor | None = None, mask_rows: Tensor | None = None) -> Tensor:
+def _rows(
+    pairs: Pairs,
+    baseline: str,
+    map_rows: Tensor | None = None,
+    mask_rows: Tensor | None = None,
+    *,
+    signed: bool = False,
+    thresholds: str = "all",
+) -> Tensor:
     """NRA of each row (or of each given pair of rows)."""
-    if baseline not in BASELINES:
-        raise InputError(f"baseline must be one of {BASELINES}, got {baseline!r}")
-    auc, region, pixels, broken = all_areas(pairs, map_rows, mask_rows)
+    one_of("baseline", baseline, BASELINES)
+    one_of("thresholds", thresholds, THRESHOLDS)
+    auc, region, pixels, broken = all_areas(pairs, map_rows, mask_rows, thresholds=thresholds)
     undefined = broken | (region == 0) | (region == pixels)
     m, p = region.clamp(min=1).double(), pixels.clamp(min=1).double()
-    high = ((m + 1) / 2 + m * (torch.digamma(p + 1) - torch.digamma(m + 1))) / p  # sums of 1/p are harmonic numbers
+    if thresholds == "authors":
+        high = torch.stack([_authors_high(*size) for size in zip(region.tolist(), pixels.tolist(), strict=True)] or [m])
+        high = high.to(auc).reshape(auc.shape)
+    else:
+        high = ((m + 1) / 2 + m * (torch.digamma(p + 1) - torch.digamma(m + 1))) / p  # sums of 1/p: harmonic numbers
     if baseline == "published":
         low = m / (2 * p)
     else:
         sizes = zip(region.tolist(), pixels.tolist(), strict=True)
         low = torch.tensor([expected_auc(*size) for size in sizes], dtype=torch.float64, device=auc.device)
     gain = auc - low
-    gain = gain.masked_fill(gain < 1e-12, 0)  # the same sum in two shapes may differ in its last bit
+    gain = gain.masked_fill(gain.abs() < 1e-12, 0)  # the same sum in two shapes may differ in its last bit
+    gain = gain if signed else gain.clamp(min=0)
     scores = (gain / (high - low)).clamp(max=1).masked_fill(undefined, torch.nan)
     return scores.to(pairs.dtype).to(pairs.masks.device)
+
+
+def _authors_high(region: int, pixels: int) -> Tensor:
+    """AUC of the ideal order as in the authors' code, whose p starts at 0 here and at 1 in the IoU."""
+    at, m = torch.arange(pixels, dtype=torch.float64), max(region, 1)
+    return torch.where(at < m, at / m, m / at.clamp(min=1)) @ authors_weights(pixels)

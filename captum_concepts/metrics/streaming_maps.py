@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts.metrics.boxes import box_iou
 from captum_concepts.metrics.energy import epg, pointing_game
-from captum_concepts.metrics.region import nra, region_auc, specificity
+from captum_concepts.metrics.region import concept_specificity, nra, region_auc
 from captum_concepts.metrics.segmentation import (
     average_precision,
     iou,
@@ -20,6 +21,8 @@ from captum_concepts.metrics.streaming import ExampleMetric
 
 __all__ = [
     "AveragePrecision",
+    "BoxIoU",
+    "ConceptSpecificity",
     "EnergyPointingGame",
     "HitRate",
     "IoU",
@@ -28,7 +31,6 @@ __all__ = [
     "PixelAccuracy",
     "PointingGame",
     "RegionAUC",
-    "Specificity",
 ]
 
 
@@ -48,8 +50,7 @@ class NormalizedRegionAccuracy(_MapMetric):
     """Mean :func:`captum_concepts.metrics.nra` over examples (and concepts).
 
     Args:
-        baseline: ``"published"`` or ``"exact"``.
-        ignore_index, mode: as in the function.
+        baseline, signed, thresholds, ignore_index, mode: as in the function.
         nan_policy, kwargs: as in :class:`ExampleMetric`.
 
     Example:
@@ -62,12 +63,17 @@ class NormalizedRegionAccuracy(_MapMetric):
         tensor(0.5000)
     """
 
-    def __init__(self, *, baseline: str = "published", **kwargs: Any) -> None:
+    def __init__(
+        self, *, baseline: str = "published", signed: bool = False, thresholds: str = "all", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.baseline = baseline
+        self.signed = signed
+        self.thresholds = thresholds
 
     def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
-        return nra(maps, masks, baseline=self.baseline, **self._shared(ignore))
+        options: dict[str, Any] = {"baseline": self.baseline, "signed": self.signed, "thresholds": self.thresholds}
+        return nra(maps, masks, **options, **self._shared(ignore))
 
 
 class HitRate(_MapMetric):
@@ -90,15 +96,15 @@ class RegionAUC(_MapMetric):
         return region_auc(maps, masks, **self._shared(ignore))
 
 
-class Specificity(_MapMetric):
-    """Mean :func:`captum_concepts.metrics.specificity` over (image, concept) where it is defined."""
+class ConceptSpecificity(_MapMetric):
+    """Mean :func:`captum_concepts.metrics.concept_specificity` over (image, concept) where it is defined."""
 
     def __init__(self, *, baseline: str = "published", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.baseline = baseline
 
     def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
-        return specificity(maps, masks, baseline=self.baseline, **self._shared(ignore))
+        return concept_specificity(maps, masks, baseline=self.baseline, **self._shared(ignore))
 
 
 class EnergyPointingGame(_MapMetric):
@@ -187,3 +193,18 @@ class AveragePrecision(_MapMetric):
 
     def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
         return average_precision(maps, masks, classes=self.classes, **self._shared(ignore))
+
+
+class BoxIoU(ExampleMetric):
+    """Mean :func:`captum_concepts.metrics.box_iou` of the box around a map and that around the mask."""
+
+    def __init__(
+        self, *, threshold: float = 0.2, component: str = "largest", mode: str = "bilinear", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.threshold = threshold
+        self.component = component
+        self.mode = mode
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        return box_iou(maps, masks, threshold=self.threshold, component=self.component, mode=self.mode)

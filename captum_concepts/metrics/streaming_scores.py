@@ -55,7 +55,7 @@ class AverageDrop(_ScoreMetric):
 
     Example:
         >>> import torch
-        >>> metric = AverageDrop(lambda x: x.sum((1, 2, 3)))
+        >>> metric = AverageDrop(lambda x: x.sum((1, 2, 3)), scores="raw")
         >>> metric.update(torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[1.0, 0.0]]]))
         >>> metric.compute()
         tensor(0.7500)
@@ -63,8 +63,10 @@ class AverageDrop(_ScoreMetric):
 
     higher_is_better = False
 
-    def __init__(self, score_fn: ScoreFn, *, normalize: bool = True, **kwargs: Any) -> None:
-        super().__init__(score_fn, **kwargs)
+    def __init__(
+        self, score_fn: ScoreFn, *, scores: str = "probability", normalize: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(score_fn, scores=scores, **kwargs)
         self.normalize = normalize
 
     def per_example(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._artifacts import parse_json, write_atomically
+from captum_concepts._checks import integer, number
 from captum_concepts.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluationTable"]
 
+#: Fewer examples than that say nothing about the spread of others: no interval.
+FEWEST = 5
 _COLUMNS = (
     "explainer", "metric", "value", "ci_low", "ci_high", "examples", "counted", "skipped", "higher_is_better"
 )  # fmt: skip
@@ -57,11 +60,13 @@ class EvaluationTable:
             ones are undefined), ``higher_is_better`` (None if not known).
         confidence: coverage of the intervals.
         resamples: ``{(explainer, metric): (n_bootstrap,)}`` the metric of each resample of the examples.
+        unmatched: names of concepts in the data that an explainer does not know; they are left out for all.
     """
 
     rows: list[dict[str, Any]]
     confidence: float = 0.95
     resamples: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
+    unmatched: list[str] = field(default_factory=list)
 
     @classmethod
     def summarize(
@@ -72,12 +77,11 @@ class EvaluationTable:
         n_bootstrap: int,
         confidence: float,
         seed: int,
+        unmatched: Sequence[str] = (),
     ) -> EvaluationTable:
         """Values and percentile intervals from the sums of every example, the same resamples for all rows."""
-        if not 0 < confidence < 1:
-            raise InputError(f"confidence must lie between 0 and 1, got {confidence}")
-        if isinstance(n_bootstrap, bool) or not isinstance(n_bootstrap, int) or n_bootstrap < 0:
-            raise InputError(f"n_bootstrap must be an integer of at least 0, got {n_bootstrap!r}")
+        number("confidence", confidence, lambda c: 0 < c < 1, "between 0 and 1")
+        integer("n_bootstrap", n_bootstrap, 0)
         n = len(next(iter(samples.values())).counted)
         drawn: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in samples}
         rng = np.random.default_rng(seed)
@@ -93,13 +97,13 @@ class EvaluationTable:
                 resamples[key] = np.concatenate(drawn[key])
                 finite = resamples[key][~np.isnan(resamples[key])]
                 tail = (1 - confidence) / 2
-                if len(finite):
+                if len(finite) and int((part.counted > 0).sum()) >= FEWEST:
                     low, high = (float(q) for q in np.quantile(finite, [tail, 1 - tail]))
             value = float(_reduce(metrics[key[1]], np.ones((1, n)), part)[0])
             counts = (n, int(part.counted.sum()), int(part.skipped.sum()))
             row = (*key, value, low, high, *counts, metrics[key[1]].higher_is_better)
             rows.append(dict(zip(_COLUMNS, row, strict=True)))
-        return cls(rows, confidence, resamples)
+        return cls(rows, confidence, resamples, list(unmatched))
 
     def row(self, explainer: str, metric: str) -> dict[str, Any]:
         """The row of an explainer and a metric."""
@@ -119,6 +123,8 @@ class EvaluationTable:
         differences = differences[~np.isnan(differences)]
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(differences, [tail, 1 - tail]) if len(differences) else (math.nan, math.nan)
+        if min(a["counted"], b["counted"]) < FEWEST:
+            low = high = math.nan
         return {"difference": a["value"] - b["value"], "ci_low": float(low), "ci_high": float(high)}
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -132,7 +138,10 @@ class EvaluationTable:
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """``{"confidence": ..., "rows": [...]}``; also written to ``path`` if given. Undefined values are null."""
         rows = [{k: None if _missing(v) else v for k, v in row.items()} for row in self.rows]
-        return _written(json.dumps({"confidence": self.confidence, "rows": rows}, indent=2) + "\n", path)
+        return _written(
+            json.dumps({"confidence": self.confidence, "rows": rows, "unmatched": self.unmatched}, indent=2) + "\n",
+            path,
+        )
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationTable:
@@ -144,7 +153,7 @@ class EvaluationTable:
                 {k: math.nan if k in numbers and row[k] is None else row[k] for k in _COLUMNS}
                 for row in content["rows"]
             ]
-            return cls(rows, content["confidence"])
+            return cls(rows, content["confidence"], unmatched=list(content.get("unmatched", [])))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"not the JSON of an evaluation table: {error}") from error
 
@@ -162,6 +171,11 @@ class EvaluationTable:
         note = f"{examples} examples."
         if any(not _missing(row["ci_low"]) for row in self.rows):
             note += f" In brackets: {self.confidence:.0%} interval, bootstrap over examples."
+        elif self.resamples and examples < FEWEST:
+            note += f" No intervals for fewer than {FEWEST} examples."
+        if self.unmatched:
+            shown = ", ".join(self.unmatched[:10]) + (", ..." if len(self.unmatched) > 10 else "")
+            note += f" {len(self.unmatched)} concepts of the data are not among the explainers': {shown}."
         skipped = [row for row in self.rows if row["skipped"]]
         if skipped:
             parts = [f"{r['explainer']}/{r['metric']} {r['skipped']} (counted {r['counted']})" for r in skipped]

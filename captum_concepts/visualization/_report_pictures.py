@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_concepts.visualization._parts import faded
-from captum_concepts.visualization.overlay import _filled as filled
-from captum_concepts.visualization.overlay import grey, upsample
+from captum_concepts.visualization.overlay import _filled as filled, grey, upsample
 from captum_concepts.visualization.scale import ColorScale
 
 #: Longest sides in pixels. Thumbnails are shown at half their pixels, so that they are sharp on dense screens.

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from captum_concepts.__main__ import main
 from captum_concepts.commands.models import load_model, without_head
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.datasets.images import load_image
 from captum_concepts.errors import InputError
+from captum_concepts.images import load_image
 
 MODEL = """
 import torch

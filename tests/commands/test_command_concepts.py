@@ -15,7 +15,7 @@ from PIL import Image
 from captum_concepts import ConceptExplanation, SpatialACV, demo
 from captum_concepts.__main__ import main
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.datasets.images import load_image
+from captum_concepts.images import load_image
 
 MODEL = ["--model", "demo:classifier"]
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import salf_tiny
 import torch
-from test_concept_fusion_fit import classifier
-from test_concept_fusion_fit import fit as fit_fusion_map
+from test_concept_fusion_fit import classifier, fit as fit_fusion_map
 from torch import Tensor, nn
 
 from captum_concepts import FeatureActivationMap, SpatialACV

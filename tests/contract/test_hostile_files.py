@@ -27,9 +27,9 @@ from captum_concepts import ConceptExplanation, ConceptFusionMap, ConceptTransla
 from captum_concepts.attr._guidance import read_image
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.datasets import ImageNetSegmentation
-from captum_concepts.datasets._annotation import read_ids
-from captum_concepts.datasets.images import load_image
+from captum_concepts.datasets.annotation import read_ids
 from captum_concepts.errors import ArtifactError, CaptumConceptsError
+from captum_concepts.images import load_image
 from captum_concepts.metrics import EvaluationTable
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.store.shards import ShardReader, ShardWriter

@@ -127,7 +127,7 @@ class TestMaskFolder:
         assert MaskFolder(folder, concepts=["sky"])[0].concepts == ("sky",)
         with pytest.raises(InputError, match="Did you mean 'sky'"):
             MaskFolder(folder, concepts=["skyy"])
-        with pytest.raises(InputError, match="twice"):
+        with pytest.raises(InputError, match="more than once"):
             MaskFolder(folder, concepts=["sky", "sky"])
         with pytest.raises(InputError, match="list of names"):
             MaskFolder(folder, concepts="sky")
@@ -149,7 +149,7 @@ class TestMaskFolder:
         assert item.target is None
         with pytest.raises(InputError, match="class for each picture"):
             MaskFolder(folder, regions="label")[0]
-        with pytest.raises(InputError, match="regions='some'"):
+        with pytest.raises(InputError, match="regions must be one of"):
             MaskFolder(folder, regions="some")
 
     def test_names_that_occur_twice_are_told_apart(self, folder: Path):
@@ -163,26 +163,34 @@ class TestMaskFolder:
 
 
 class TestGeometry:
-    @pytest.mark.parametrize("crop", [True, False])
+    @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
     @pytest.mark.parametrize("size", [16, (12, 20), (48, 30)])
-    def test_masks_move_with_the_picture(self, tmp_path: Path, crop: bool, size):
+    def test_masks_move_with_the_picture(self, tmp_path: Path, resize: str, size):
         """A white rectangle on black: where the resized picture is white, the resized mask is True."""
         ids = rectangle(1, 4, 9, 19, 26)
         save(tmp_path / "images" / "a.png", np.repeat((ids * 255).astype(np.uint8)[..., None], 3, -1))
         save(tmp_path / "masks" / "a.png", ids.astype(np.uint8))
         (tmp_path / "classes.json").write_text('{"1": "box"}')
-        item = MaskFolder(tmp_path, size=size, crop=crop)[0]
+        item = MaskFolder(tmp_path, size=size, resize=resize)[0]
         height, width = (size, size) if isinstance(size, int) else size
         assert item.image.shape == (3, height, width)
         assert item.masks.shape == (1, height, width)
         bright = item.image[0]
-        clear = (bright < 0.05) | (bright > 0.95)
-        assert clear.float().mean() > 0.6
+        beside = torch.zeros_like(item.masks[0])
+        if resize == "pad":  # beside the image it is white, and ignored
+            high, wide = (round(side * min(height / H, width / W)) for side in (H, W))
+            top, left = (height - high) // 2, (width - wide) // 2
+            beside = ~torch.nn.functional.pad(
+                ~beside[:high, :wide], (left, width - wide - left, top, height - high - top)
+            )
+        assert torch.equal(item.ignore & beside, beside)
+        clear = ((bright < 0.05) | (bright > 0.95)) & ~beside
+        assert clear[~beside].float().mean() > 0.6
         assert torch.equal((bright > 0.5)[clear], item.masks[0][clear])
 
     def test_nearest_neighbour_against_a_loop(self, folder: Path):
         height, width = 10, 13
-        item = MaskFolder(folder, size=(height, width), crop=False)[0]
+        item = MaskFolder(folder, size=(height, width), resize="squash")[0]
         for y in range(height):
             for x in range(width):
                 value = IDS[0][int((y + 0.5) * H / height), int((x + 0.5) * W / width)]
@@ -192,7 +200,7 @@ class TestGeometry:
     def test_a_concept_outside_the_crop_is_absent(self, folder: Path):
         assert MaskFolder(folder, size=24)[1].concepts == ("cat",)  # columns 4 to 27 remain, cat fills 0 to 4
         assert MaskFolder(folder, size=(24, 8))[1].concepts == ()
-        assert MaskFolder(folder, size=(24, 8), crop=False)[1].concepts == ("cat",)
+        assert MaskFolder(folder, size=(24, 8), resize="squash")[1].concepts == ("cat",)
 
     @pytest.mark.parametrize(
         ("orientation", "drawn_on"), [(o, "stored") for o in range(2, 9)] + [(o, "turned") for o in range(5, 9)]
@@ -216,8 +224,10 @@ class TestGeometry:
 
     @pytest.mark.parametrize("size", [0, (4, -1), "big", (1, 2, 3), True, 2.5])
     def test_bad_sizes(self, folder: Path, size):
-        with pytest.raises(InputError, match="size="):
+        with pytest.raises(InputError, match="size must be"):
             MaskFolder(folder, size=size)
+        with pytest.raises(TypeError, match="crop"):  # the former name of resize
+            MaskFolder(folder, crop=False)
 
 
 class TestBrokenTrees:
@@ -258,7 +268,7 @@ class TestBrokenTrees:
         with pytest.raises(InputError, match=r"1\.jpg"):
             data[1]
         save(folder / "masks" / "2.png", photo(0))
-        with pytest.raises(InputError, match=r"2\.png must hold one channel"):
+        with pytest.raises(InputError, match=r"2\.png must have one channel"):
             data[2]
         (folder / "images" / "2.jpg").unlink()
         save(folder / "masks" / "2.png", IDS[2].astype(np.uint8))
@@ -298,8 +308,8 @@ class TestLoading:
         ours = next(iter(DataLoader(data, batch_size=3, collate_fn=collate_segmented)))
         default = next(iter(DataLoader(data, batch_size=3)))
         assert ours.masks.shape == (3, 3, 16, 16)
-        assert set(ours) == set(default) == {"inputs", "masks", "ignore"}
-        for key in ours:
+        assert set(ours) == set(default) == {"inputs", "masks", "concepts", "ignore"}
+        for key in ("inputs", "masks", "ignore"):
             assert torch.equal(ours[key], default[key])
 
     def test_images_of_different_sizes(self, folder: Path):
@@ -315,8 +325,8 @@ class TestLoading:
         expected = {(name, target) for item in data for name, target in ((item.name, t) for t in item.target.tolist())}
         assert len(rows) == len(expected) == 3
         for item in data:
-            for mask, target in zip(item.masks, item.target.tolist(), strict=True):
-                (row,) = [r for r in rows if r["target"] == target and torch.equal(r["inputs"], item.image)]
+            for mask, name in zip(item.masks, item.concepts, strict=True):
+                (row,) = [r for r in rows if r["concepts"] == name and torch.equal(r["inputs"], item.image)]
                 assert torch.equal(row["masks"], mask)
                 assert torch.equal(row["ignore"], item.ignore)
         batch = next(iter(DataLoader(data.pairs(), batch_size=3)))
@@ -329,16 +339,13 @@ class TestLoading:
 
 
 def oracle(data):
-    """For pictures and concept indices the true mask, found again by the picture's pixels."""
-    known = {item.image.sum().item(): dict(zip(item.target.tolist(), item.masks, strict=True)) for item in data}
+    """For images and names of concepts the true mask, found again by the image's pixels."""
+    known = {item.image.sum().item(): dict(zip(item.concepts, item.masks, strict=True)) for item in data}
 
-    def maps(inputs, target):
-        return torch.stack(
-            [
-                known[x.sum().item()][int(t)].float()
-                for x, t in zip(inputs, torch.as_tensor(target).ravel(), strict=True)
-            ]
-        )
+    def maps(inputs, concepts):
+        if len(concepts) != len(inputs):  # the names of several masks of one image
+            return torch.stack([known[x.sum().item()][name].float() for x in inputs for name in concepts])[None]
+        return torch.stack([known[x.sum().item()][name].float() for x, name in zip(inputs, concepts, strict=True)])
 
     return maps
 
@@ -350,7 +357,7 @@ class TestEvaluate:
         data = MaskFolder(folder, size=16, unlabelled="background")
         true = oracle(data)
         table = metrics.evaluate(
-            {"right": true, "wrong": lambda inputs, target: -true(inputs, target)}, data.pairs(), ["nra", "epg"]
+            {"right": true, "wrong": lambda inputs, concepts: -true(inputs, concepts)}, data.pairs(), ["nra", "epg"]
         )
         assert [table.row("right", m)["value"] for m in ("nra", "epg")] == [1, 1]
         assert [table.row("wrong", m)["value"] for m in ("nra", "epg")] == [0, 0]
@@ -454,7 +461,7 @@ class TestBroden:
             Broden(broden, split="test")
 
     def test_size(self, broden: Path):
-        item = Broden(broden, size=(12, 16), crop=False)[0]
+        item = Broden(broden, size=(12, 16), resize="squash")[0]
         assert mask_of(item, "car").sum() == 6 * 8
 
     def test_missing_and_broken(self, broden: Path, tmp_path: Path):
@@ -795,7 +802,7 @@ class TestCOCOPanoptic:
         with pytest.raises(InputError, match="not COCO's panoptic format"):
             COCOPanoptic(panoptic)
         json_path.write_text("[")
-        with pytest.raises(InputError, match="no JSON"):
+        with pytest.raises(InputError, match="not valid JSON"):
             COCOPanoptic(panoptic)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from captum_concepts.__main__ import main
-from captum_concepts.datasets.images import load_image
+from captum_concepts.images import load_image
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from captum_concepts.errors import InputError
-from captum_concepts.images import Preprocessing, open_images, preprocessing_of
+from captum_concepts.images import Preprocessing, inputs_for, open_images, preprocessing_of
 
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
 
@@ -97,7 +97,7 @@ class TestHuggingFace:
         white = preprocessing_of(EFFICIENTNET)(torch.ones(3, 2, 2))
         assert torch.allclose(white, torch.ones(3, 2, 2))
         assert torch.allclose(preprocessing_of(EFFICIENTNET)(torch.zeros(3, 2, 2)), -torch.ones(3, 2, 2))
-        assert preprocessing_of({**VIT, "do_normalize": False}).mean == (0.0,) * 3
+        assert preprocessing_of({**VIT, "do_normalize": False}).mean == (0.0,)
 
     def test_from_the_folder_of_a_model(self, tmp_path):
         class Config:
@@ -134,3 +134,36 @@ def test_reading_with_it():
     assert torch.allclose(p.undo(p(source[0])), source[0], atol=1e-6)
     with pytest.raises(InputError, match="4 channels"):
         p(torch.ones(1, 4, 2, 2))
+
+
+class TestInputsForAModel:
+    model = torchvision.models.squeezenet1_1()
+
+    def test_what_torchvision_would_feed_it(self, tmp_path):
+        from PIL import Image
+
+        Image.effect_noise((30, 20), 40).convert("RGB").resize((300, 200)).save(tmp_path / "a.png")
+        theirs = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.transforms()(Image.open(tmp_path / "a.png"))
+        source = inputs_for(self.model, tmp_path / "a.png")
+        assert source[0].shape == theirs.shape
+        assert (source[0] - theirs).abs().mean() < 0.03
+        assert "SqueezeNet1_1_Weights" in str(source.preprocessing)
+
+    def test_float_tensors_are_prepared_already(self):
+        images = torch.randn(2, 3, 50, 40)
+        assert torch.equal(torch.stack(list(inputs_for(self.model, images))), images)
+        assert torch.equal(torch.stack(list(inputs_for(self.model, list(images), transform=lambda x: x * 0))), images)
+        assert inputs_for(self.model, (images * 255).to(torch.uint8))[0].shape == (3, 224, 224)
+        assert inputs_for(self.model, (images * 255).to(torch.uint8), size=64)[0].min() < -1
+
+    def test_models_that_nothing_is_known_of(self):
+        from PIL import Image
+
+        gray = nn.Sequential(nn.Conv2d(1, 2, 3))
+        source = inputs_for(gray, [Image.new("RGB", (10, 20), (255, 255, 255))])
+        assert source[0].shape == (1, 224, 224)
+        assert source[0].unique().tolist() == [1.0]
+        five = nn.Sequential(nn.Conv2d(5, 2, 3))
+        assert inputs_for(five, torch.zeros(1, 5, 8, 8))[0].shape == (5, 8, 8)
+        made = inputs_for(gray, [Image.new("L", (4, 4))], transform=lambda image: torch.ones(1, 2, 2))
+        assert made[0].shape == (1, 2, 2)

@@ -87,19 +87,24 @@ def test_every_named_metric_and_functions_of_ones_own():
     net = Net()
     images, masks, target = scenes()
     pairs = torch.stack([masks, ~masks], 1)
-    names = [name for name in metrics.METRICS if name != "specificity"]
+
+    def probabilities(x: torch.Tensor) -> torch.Tensor:
+        return net(x).softmax(1)
+
+    words = ("top1_present", "concept_auroc", "presence_brier")
+    names = [name for name in metrics.METRICS if name not in ("concept_specificity", *words)]
     table = metrics.evaluate(
         LayerGradCam(net, net.conv),
         [(images, masks, target)],
         {**{name: name for name in names}, "mine": lambda maps, masks: maps.flatten(1).amax(1)},
-        score_fn=net,
+        score_fn=probabilities,
         n_bootstrap=20,
     )
     maps = LayerGradCam(net, net.conv).attribute(images, target=target).detach()
     value = {row["metric"]: row["value"] for row in table.rows}
     for name in names:
         if name in ("average_drop", "increase_in_confidence", "insertion", "deletion"):
-            expected = getattr(metrics, name)(net, images, maps, target=target).mean()
+            expected = getattr(metrics, name)(probabilities, images, maps, target=target).mean()
         elif name == "nra_exact":
             expected = metrics.nra(maps, masks, baseline="exact").mean()
         else:
@@ -107,7 +112,7 @@ def test_every_named_metric_and_functions_of_ones_own():
         assert value[name] == pytest.approx(expected.item(), abs=1e-5), name
     assert value["mine"] == pytest.approx(maps.flatten(1).amax(1).mean().item(), abs=1e-6)
     both = metrics.evaluate(
-        lambda x: torch.stack([x.sum(1), -x.sum(1)], 1), [(images, pairs)], ["specificity"], n_bootstrap=0
+        lambda x: torch.stack([x.sum(1), -x.sum(1)], 1), [(images, pairs)], ["concept_specificity"], n_bootstrap=0
     )
     assert both.rows[0]["counted"] == 40
     assert both.rows[0]["value"] > 0.5
@@ -134,10 +139,10 @@ def test_worse_maps_score_worse_and_blind_maps_have_no_specificity():
     blind = metrics.evaluate(
         {"random": metrics.RandomMaps(n_maps=2), "centre": metrics.CenterGaussian(n_maps=2)},
         [(images, regions)],
-        ["specificity"],
+        ["concept_specificity"],
     )
-    assert blind.row("centre", "specificity")["value"] == pytest.approx(0, abs=1e-9)
-    random = blind.row("random", "specificity")
+    assert blind.row("centre", "concept_specificity")["value"] == pytest.approx(0, abs=1e-9)
+    random = blind.row("random", "concept_specificity")
     assert random["ci_low"] < 0 < random["ci_high"]
 
 
@@ -222,7 +227,143 @@ def test_examples_of_several_sizes_and_a_progress_bar(capsys):
     assert "evaluate" in capsys.readouterr().err
 
 
-IMAGE, MASK = torch.rand(2, 3, 8, 8), torch.ones(2, 8, 8)
+class Colors:
+    """A ConceptExplainer that sees colors; its order and spelling are its own."""
+
+    concepts = ("Green_light", "red", "blue, azure")
+
+    def __init__(self, presence: bool = True) -> None:
+        self.presence = presence
+        self.asked: list[list[str]] = []
+
+    def scores(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.amax((2, 3))[:, [1, 0, 2]]
+
+    def concept_maps(self, inputs: torch.Tensor, concepts=None) -> torch.Tensor:
+        names = list(self.concepts) if concepts is None else list(concepts)
+        self.asked.append(names)
+        return inputs[:, [{"Green_light": 1, "red": 0, "blue, azure": 2}[name] for name in names]]
+
+    def attribute(self, inputs: torch.Tensor, target=None) -> torch.Tensor:
+        return self.concept_maps(inputs)
+
+    def explain(self, inputs, target=None, *, concepts=None, top_k=5, rank_by="scores", contributions=True):
+        names = list(concepts)
+        columns = [self.concepts.index(name) for name in names]
+        scores = self.scores(inputs)[:, columns]
+        presence = (scores > 0.5).float() * 0.8 + 0.1 if self.presence else None
+        return ConceptExplanation(names, scores, self.concept_maps(inputs, names), presence=presence)
+
+
+def colored(n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of one red and one green square, and the masks of red, green light, purple."""
+    g = torch.Generator().manual_seed(3)
+    images, masks = 0.2 * torch.rand(n, 3, 12, 12, generator=g), torch.zeros(n, 3, 12, 12, dtype=torch.bool)
+    masks[:, 0, 1:5, 1:5] = masks[:, 1, 7:11, 6:10] = masks[:, 2, 0, 0] = True
+    images[:, :2] += masks[:, :2]
+    return images, masks
+
+
+class TestConceptExplainers:
+    names = ("red", "green-light", "purple")
+
+    def test_maps_are_matched_by_name_and_unknown_names_are_listed(self):
+        images, masks = colored()
+        explainer = Colors()
+        data = [(images, masks)]
+        by_order = lambda x: torch.stack([x[:, 0], x[:, 1], x[:, 2]], 1)  # noqa: E731
+        table = metrics.evaluate(
+            {"colors": explainer, "callable": by_order}, data, ["nra", "concept_specificity"],
+            concepts=self.names, n_bootstrap=50,
+        )  # fmt: skip
+        assert explainer.asked == [["red", "Green_light"]]
+        expected = metrics.nra(images[:, :2], masks[:, :2]).mean().item()
+        for name in ("colors", "callable"):
+            row = table.row(name, "nra")
+            assert row["value"] == pytest.approx(expected, abs=1e-6)
+            assert row["counted"] == 24
+        assert table.unmatched == ["purple"]
+        assert "1 concepts of the data are not among the explainers': purple" in table.to_markdown()
+        assert metrics.EvaluationTable.from_json(table.to_json()).unmatched == ["purple"]
+
+    def test_items_name_their_own_masks(self):
+        images, masks = colored()
+        items = [
+            {"image": images[i], "masks": masks[i, rows], "concepts": [self.names[k] for k in rows]}
+            for i, rows in enumerate([[0, 1], [1, 0], [1], [0]] * 3)
+        ]
+        table = metrics.evaluate(Colors(), items, ["nra"], n_bootstrap=0)
+        pairs = [(images[i], masks[i, k]) for i, rows in enumerate([[0, 1], [1, 0], [1], [0]] * 3) for k in rows]
+        rows = [k for rows in [[0, 1], [1, 0], [1], [0]] * 3 for k in rows]
+        expected = [metrics.nra(x[None, k], m[None]).item() for (x, m), k in zip(pairs, rows, strict=True)]
+        assert table.rows[0]["value"] == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+
+    def test_one_mask_an_image_with_the_name_of_its_concept(self):
+        images, masks = colored()
+        items = [{"inputs": images[i], "masks": masks[i, i % 3], "concepts": self.names[i % 3]} for i in range(12)]
+        table = metrics.evaluate(Colors(), items, ["nra"], n_bootstrap=0, batch_size=5)
+        expected = [
+            metrics.nra(images[i : i + 1, i % 3], masks[i : i + 1, i % 3]).item() for i in range(12) if i % 3 < 2
+        ]
+        row = table.rows[0]
+        assert (row["counted"], row["skipped"]) == (8, 4)
+        assert row["value"] == pytest.approx(sum(expected) / 8, abs=1e-6)
+        assert table.unmatched == ["purple"]
+
+    def test_class_labels_never_become_concepts(self):
+        images, masks = colored()
+        labels = torch.zeros(12, dtype=torch.long)
+        with pytest.raises(InputError, match="3 maps for one mask per image"):
+            metrics.evaluate(Colors(), [(images, masks[:, 0], labels)], ["nra"])
+        asks_for_concepts = Colors()
+        asks_for_concepts.target_is_concept = True
+        with pytest.raises(InputError, match="a class label is not one"):
+            metrics.evaluate(asks_for_concepts, [(images, masks[:, 0], labels)], ["nra"])
+        with pytest.raises(InputError, match="have no names"):
+            metrics.evaluate(Colors(), [(images, masks)], ["nra"])
+        with pytest.raises(InputError, match="do not fit the 2 concepts"):
+            metrics.evaluate(Colors(), [(images, masks)], ["nra"], concepts=["red", "purple"])
+
+    def test_is_the_word_right(self):
+        images, masks = colored()
+        images[0, 0] = 0.1  # the first image does not show red, and its mask is empty; the last shows nothing of either
+        masks[0, 0] = False
+        masks[-1, :2] = False
+        table = metrics.evaluate(
+            Colors(), [(images, masks)], ["top1_present", "concept_auroc", "presence_brier"],
+            concepts=self.names, n_bootstrap=0,
+        )  # fmt: skip
+        top1, auroc, brier = (table.rows[k] for k in range(3))
+        assert (top1["value"], top1["counted"], top1["skipped"]) == (1, 11, 1)
+        assert (auroc["value"], auroc["counted"]) == (1, 1)  # the first image alone shows one of the two
+        assert brier["value"] == pytest.approx((11 * 0.01 + 0.81) / 12, abs=1e-6)
+        with pytest.raises(InputError, match="no presence to judge"):
+            metrics.evaluate(Colors(presence=False), [(images, masks)], ["presence_brier"], concepts=self.names)
+        with pytest.raises(InputError, match="need ConceptExplainers"):
+            metrics.evaluate(lambda x: x, [(images, masks)], ["top1_present"], concepts=self.names)
+
+
+def test_few_examples_have_no_interval():
+    images, masks, _ = scenes(8)
+    for n, known in ((2, False), (4, False), (5, True), (8, True)):
+        table = metrics.evaluate({"a": lambda x: x.sum(1)}, [(images[:n], masks[:n])], ["nra"])
+        assert math.isfinite(table.rows[0]["ci_low"]) is known
+        assert ("No intervals for fewer than 5 examples" in table.to_markdown()) is not known
+    few = metrics.evaluate({"a": lambda x: x.sum(1), "b": lambda x: -x.sum(1)}, [(images[:2], masks[:2])], ["nra"])
+    assert math.isnan(few.compare("nra", "a", "b")["ci_low"])
+
+
+def test_the_confidence_is_that_of_the_intervals():
+    images, masks, _ = scenes()
+    noisy = {"a": lambda x: x.sum(1).roll(2, 1)}
+    widths = []
+    for confidence in (0.5, 0.95):
+        row = metrics.evaluate(noisy, [(images, masks)], ["nra"], confidence=confidence, n_bootstrap=500).rows[0]
+        widths.append(row["ci_high"] - row["ci_low"])
+    assert 0 < widths[0] < widths[1]
+
+
+IMAGE, MASK = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -241,10 +382,10 @@ IMAGE, MASK = torch.rand(2, 3, 8, 8), torch.ones(2, 8, 8)
         (lambda x: x, [IMAGE], ["nra"], "must yield"),
         (lambda x: x, IMAGE, ["nra"], "must yield"),
         (lambda x: x, {"inputs": IMAGE, "masks": MASK}, ["nra"], r"\[data\]"),
-        (lambda x: x, [{"images": IMAGE, "masks": MASK}], ["nra"], "keys"),
+        (lambda x: x, [{"pictures": IMAGE, "masks": MASK}], ["nra"], "keys"),
         (lambda x: x, [(IMAGE, MASK[:1])], ["nra"], "masks must be"),
         (ConceptExplanation(["a"], torch.ones(1, 1), torch.ones(1, 1, 2, 2)), [(IMAGE, MASK)], ["nra"], "more"),
-        (ConceptExplanation(["a"], torch.ones(3, 1), torch.ones(3, 1, 2, 2)), [(IMAGE, MASK)], ["nra"], "holds 2"),
+        (ConceptExplanation(["a"], torch.ones(3, 1), torch.ones(3, 1, 2, 2)), [(IMAGE, MASK)], ["nra"], "contains 2"),
         (ConceptExplanation(["a", "b"], torch.ones(2, 2), torch.ones(2, 2, 2, 2)), [(IMAGE, MASK)], ["nra"], "select"),
     ],
 )
@@ -259,3 +400,32 @@ def test_functions_alone_do_not_load_torchmetrics_and_all_names_exist():
     assert all(hasattr(metrics, name) for name in metrics.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nr'"):
         metrics.nr
+
+
+def test_images_in_other_holders(tmp_path):
+    import numpy as np
+    from PIL import Image
+    from torch.utils.data import IterableDataset
+
+    class Stream(IterableDataset):
+        def __len__(self):
+            return len(IMAGE)
+
+        def __iter__(self):
+            return iter(zip(IMAGE, masks, strict=True))
+
+    def brightness(x):
+        return x.mean(1)
+
+    masks = torch.zeros(2, 8, 8)
+    masks[:, 2:4, 3:7] = 1
+    expected = metrics.evaluate(brightness, [(IMAGE, masks)], ["epg"], n_bootstrap=0).to_markdown()
+    pictures = [Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy()) for x in IMAGE]
+    pictures[0].save(tmp_path / "a.png")
+    for data in (
+        Stream(),
+        [{"pixel_values": x, "masks": m} for x, m in zip(IMAGE, masks, strict=True)],
+        [{"image": x, "masks": m} for x, m in zip(pictures, masks, strict=True)],
+        [(tmp_path / "a.png", masks[0]), (np.asarray(pictures[1]), masks[1])],
+    ):
+        assert metrics.evaluate(brightness, data, ["epg"], n_bootstrap=0).to_markdown() == expected

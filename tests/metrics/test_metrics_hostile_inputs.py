@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from captum_concepts import metrics
 from captum_concepts.errors import InputError, InputWarning, TargetError
@@ -14,7 +13,7 @@ INF, NAN = float("inf"), float("nan")
 ORDER = ("nra", "region_auc", "pointing_game")  # look at the order of the pixels alone
 SCALED = ("epg", "iou", "pixel_accuracy", "average_precision")  # need a finite range
 STREAMS = [
-    "NormalizedRegionAccuracy", "EnergyPointingGame", "MeanIoU", "HitRate", "Specificity", "AveragePrecision",
+    "NormalizedRegionAccuracy", "EnergyPointingGame", "MeanIoU", "HitRate", "ConceptSpecificity", "AveragePrecision",
     "PointingGame", "IoU", "PixelAccuracy", "RegionAUC",
 ]  # fmt: skip
 
@@ -138,7 +137,7 @@ class TestNothing:
 
     def test_specificity(self):
         masks = torch.zeros(2, 0, 6, 6, dtype=torch.bool)
-        assert metrics.specificity(torch.zeros(2, 0, 3, 3), masks).shape == (2, 0)
+        assert metrics.concept_specificity(torch.zeros(2, 0, 3, 3), masks).shape == (2, 0)
 
     @pytest.mark.parametrize("name", STREAMS)
     def test_a_stream_with_an_image_without_concepts(self, name: str):

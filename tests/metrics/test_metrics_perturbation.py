@@ -89,15 +89,29 @@ def test_uneven_steps_weigh_by_the_pixels_changed():
     assert area.item() == pytest.approx(0.4 * (15 + 6) / 2 + 0.6 * 6 / 2)
 
 
-def test_blur_is_a_gaussian_and_baselines_replace_what_is_hidden():
+def published_kernel() -> np.ndarray:
+    """RISE's code: a point in an 11 x 11 window, smoothed by scipy's Gaussian filter of sigma 5."""
+    from scipy.ndimage import gaussian_filter
+
+    point = np.zeros((11, 11))
+    point[5, 5] = 1
+    return gaussian_filter(point, 5)
+
+
+def test_blur_is_the_published_kernel_and_the_gaussian_its_own():
     from scipy.ndimage import convolve1d
+    from scipy.signal import convolve2d
 
     image = torch.rand(1, 2, 20, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kernel = published_kernel()
+    assert kernel[5, 5] == pytest.approx(0.0088, abs=5e-5)
+    expected = np.stack([convolve2d(channel, kernel, mode="same") for channel in image[0].numpy()])[None]
+    np.testing.assert_allclose(blur(image), expected, atol=1e-12)
     kernel = np.exp(-(np.arange(-5, 6) ** 2) / 50)
     expected = image.numpy()
     for axis in (2, 3):
         expected = convolve1d(expected, kernel / kernel.sum(), axis=axis, mode="mirror")
-    np.testing.assert_allclose(blur(image), expected, atol=1e-12)
+    np.testing.assert_allclose(blur(image, "gaussian"), expected, atol=1e-12)
     small = torch.rand(1, 1, 2, 3, generator=torch.Generator().manual_seed(1))
     assert blur(small).shape == small.shape
     hidden = torch.zeros(1, 4, 4)
@@ -108,20 +122,22 @@ def test_blur_is_a_gaussian_and_baselines_replace_what_is_hidden():
         return x.flatten(1).sum(1)
 
     picture = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    raw = {"scores": "raw"}
     for baseline, expected in (
         ("zero", torch.zeros_like(picture)),
         ("mean", picture.mean((2, 3), keepdim=True).expand_as(picture)),
         ("blur", blur(picture)),
+        ("gaussian", blur(picture, "gaussian")),
         (
             torch.tensor([1.0, 2.0, 3.0])[:, None, None],
             torch.tensor([1.0, 2.0, 3.0])[None, :, None, None].expand_as(picture),
         ),
     ):
-        metrics.average_drop(score, picture, hidden, baseline=baseline)  # a constant map shows nothing
+        metrics.average_drop(score, picture, hidden, baseline=baseline, **raw)  # a constant map shows nothing
         torch.testing.assert_close(seen[-1], expected)
-    metrics.average_drop(score, picture, torch.full((1, 4, 4), 0.25), normalize=False)
+    metrics.average_drop(score, picture, torch.full((1, 4, 4), 0.25), normalize=False, **raw)
     torch.testing.assert_close(seen[-1], picture * 0.25)
-    metrics.average_drop(score, picture, torch.full((1, 4, 4), 0.25), normalize=False, baseline="mean")
+    metrics.average_drop(score, picture, torch.full((1, 4, 4), 0.25), normalize=False, baseline="mean", **raw)
     torch.testing.assert_close(seen[-1], picture * 0.25 + picture.mean((2, 3), keepdim=True) * 0.75)
 
 
@@ -135,11 +151,25 @@ def test_the_scale_of_the_scores_is_explicit():
     torch.testing.assert_close(
         metrics.average_drop(similarity, images, maps, scores="similarity"), torch.full((2,), (full - shown) / full)
     )
-    with pytest.raises(InputError, match="probability"):
-        metrics.average_drop(similarity, images, maps, scores="probability")
+    with pytest.raises(InputError, match="probability"):  # logits, by default: a ratio needs a scale with a zero
+        metrics.average_drop(lambda x: 9 * similarity(x), images, maps)
     with pytest.raises(InputError, match="similarity"):
         metrics.average_drop(lambda x: 9 * similarity(x), images, maps, scores="similarity")
-    assert metrics.average_drop(lambda x: similarity(x) - 1, images, maps).isnan().all()  # a share of a negative score
+    assert (
+        metrics.average_drop(lambda x: similarity(x) - 1, images, maps, scores="raw").isnan().all()
+    )  # a share of a negative score
+
+
+def test_by_default_as_many_steps_as_the_map_has_positions():
+    images = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    maps = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(1))
+    for function in (metrics.insertion, metrics.deletion):
+        area, curve = function(lambda x: x.mean((1, 2, 3)), images, maps, return_curve=True)
+        assert curve.shape == (2, 7)
+        named = function(lambda x: x.mean((1, 2, 3)), images, maps, n_steps=6)
+        assert torch.equal(area, named)
+        wide = function(lambda x: x.mean((1, 2, 3)), images, torch.rand(2, 12, 12), return_curve=True)[1]
+        assert wide.shape == (2, 13)  # at most one row of pixels per step, as published
 
 
 def test_ties_constant_and_nan_maps(case):

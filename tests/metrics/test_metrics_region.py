@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from captum_concepts import metrics
@@ -238,7 +237,7 @@ def test_specificity_is_its_definition_and_absent_concepts_take_no_part():
     g = torch.Generator().manual_seed(0)
     maps, masks = torch.randn(3, 4, 6, 7, generator=g), torch.rand(3, 4, 6, 7, generator=g) > 0.6
     masks[1, 2], masks[2, 1:] = False, False
-    out = metrics.specificity(maps, masks)
+    out = metrics.concept_specificity(maps, masks)
     torch.testing.assert_close(out, slow_specificity(maps, masks), atol=1e-6, rtol=0, equal_nan=True)
     assert out.isnan().sum() == 1 + 4
 
@@ -247,20 +246,20 @@ def test_specificity_properties():
     g = torch.Generator().manual_seed(1)
     masks = torch.rand(60, 3, 8, 8, generator=g) > 0.7
     same = torch.randn(60, 1, 8, 8, generator=g).expand(-1, 3, -1, -1)
-    assert metrics.specificity(same, masks).abs().max() < 1e-6  # the same map for all concepts
-    noise = metrics.specificity(torch.randn(60, 3, 8, 8, generator=g), masks)
+    assert metrics.concept_specificity(same, masks).abs().max() < 1e-6  # the same map for all concepts
+    noise = metrics.concept_specificity(torch.randn(60, 3, 8, 8, generator=g), masks)
     assert abs(noise.mean().item()) < 4 * noise.std().item() / math.sqrt(noise.numel())
     maps = masks.float() + torch.randn(60, 3, 8, 8, generator=g)
-    informed = metrics.specificity(maps, masks)
+    informed = metrics.concept_specificity(maps, masks)
     assert informed.mean() > 0.3
     torch.testing.assert_close(
-        metrics.specificity(maps.double().exp(), masks), metrics.specificity(maps.double(), masks)
+        metrics.concept_specificity(maps.double().exp(), masks), metrics.concept_specificity(maps.double(), masks)
     )
-    wrong = metrics.specificity(maps.roll(1, dims=1), masks)  # another concept's map
+    wrong = metrics.concept_specificity(maps.roll(1, dims=1), masks)  # another concept's map
     assert wrong.mean() < -0.1
     broken = maps.clone()
     broken[0, 0] = torch.nan
-    out = metrics.specificity(broken, masks)
+    out = metrics.concept_specificity(broken, masks)
     assert out[0, 0].isnan()
     assert not out[0, 1:].isnan().any()
 
@@ -291,7 +290,7 @@ def test_wrong_input_says_what_is_allowed(maps, masks, options, message):
 
 def test_specificity_needs_several_concepts_and_hit_rate_a_share():
     with pytest.raises(InputError, match=r"\(N, T, H, W\)"):
-        metrics.specificity(torch.ones(2, 4, 4), torch.ones(2, 4, 4))
+        metrics.concept_specificity(torch.ones(2, 4, 4), torch.ones(2, 4, 4))
     with pytest.raises(InputError, match="threshold"):
         metrics.hit_rate(torch.ones(2, 4, 4), torch.ones(2, 4, 4), threshold=50)
 
@@ -334,3 +333,48 @@ def test_memory_is_bounded_by_pixels_not_by_maps():
     sizes = [chunk.values.numel() for chunk in pairs.chunks()]
     assert sum(sizes) == masks.numel()
     assert max(sizes) <= _prepare._CPU_PIXELS
+
+
+def authors_nra(saliency: np.ndarray, mask: np.ndarray) -> float:
+    """The authors' evaluation, rewritten: an IoU a pixel up to 1 % of the image, then one each per cent."""
+    order = np.argsort(saliency.ravel(), kind="stable")[::-1]
+    inside, size, region = mask.ravel()[order], mask.size, int(mask.sum())
+    step, hits, auc, high = size // 100, 0, 0.0, 0.0
+    for before, hit in enumerate(inside):
+        hits += int(hit)
+        if before < step or before % step == 0:
+            unit = size if before < step else 100
+            auc += hits / (before + 1 - hits + region) / unit
+            high += (before / region if before < region else region / before) / unit
+    low = region / size / 2
+    return max(auc - low, 0) / (high - low)
+
+
+@pytest.mark.parametrize("side", [2, 8, 25])
+def test_the_authors_thresholds(side):
+    rng = np.random.default_rng(side)
+    mask = np.zeros((30, 40), dtype=bool)
+    mask[3 : 3 + side, 5 : 5 + side] = True
+    saliency = rng.random(mask.shape) + 0.5 * mask
+    maps, masks = torch.tensor(saliency)[None], torch.tensor(mask)[None]
+    found = metrics.nra(maps, masks, thresholds="authors")
+    assert found.item() == pytest.approx(authors_nra(saliency, mask), abs=1e-9)
+    assert torch.equal(found, metrics.NormalizedRegionAccuracy(thresholds="authors").per_example(maps, masks))
+    left_out = torch.zeros_like(masks)
+    left_out[:, 28:] = True
+    cut = metrics.nra(maps, masks, thresholds="authors", ignore=left_out)
+    assert cut.item() == pytest.approx(authors_nra(saliency[:28], mask[:28]), abs=1e-9)
+    with pytest.raises(InputError, match="thresholds must be one of"):
+        metrics.nra(maps, masks, thresholds="coarse")
+
+
+def test_random_maps_average_zero_only_if_negative_values_count():
+    masks = torch.zeros(300, 20, 20, dtype=torch.bool)
+    masks[:, 4:11, 6:13] = True
+    noise = torch.rand(300, 20, 20, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    cut = metrics.nra(noise, masks, baseline="exact")
+    signed = metrics.nra(noise, masks, baseline="exact", signed=True)
+    assert torch.equal(cut, signed.clamp(min=0))
+    error = signed.std() / math.sqrt(len(signed))
+    assert abs(signed.mean()) < 4 * error
+    assert cut.mean() > 4 * error

@@ -7,15 +7,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.exceptions import ConvergenceWarning as SklearnConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from solver_reference import loss_and_gradient, objective, problem, proximal_gradient
 
 from captum_concepts.errors import ConvergenceWarning
-from captum_concepts.solvers import LogisticLoss, MultinomialLoss, fit_elastic_net, lambda_max
-from captum_concepts.solvers import _quasi_newton as quasi_newton
+from captum_concepts.solvers import (
+    LogisticLoss,
+    MultinomialLoss,
+    _quasi_newton as quasi_newton,
+    fit_elastic_net,
+    lambda_max,
+)
 
 
 def tensors(x, y):

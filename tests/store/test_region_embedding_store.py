@@ -798,7 +798,7 @@ def test_p_of_a_real_encoder_with_crops(shared_data, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(shared_data))
     from real_models import ConSE
 
-    from captum_concepts.datasets.images import find_images, load_image
+    from captum_concepts.images import find_images, load_image
 
     encoder = ConSE()
     images = torch.stack([load_image(f, 96) for f in find_images(shared_data / "images" / "coco" / "images")[:3]])

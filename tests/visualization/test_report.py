@@ -245,7 +245,7 @@ class TestPictures:
         if what == "noise":  # what compresses worst: the bound holds for everything
             shown = [torch.rand(3, 300, 400) for _ in range(20)]
         else:
-            from captum_concepts.datasets.images import load_image
+            from captum_concepts.images import load_image
 
             folder = request.getfixturevalue("shared_data") / "images" / "coco" / "images"
             shown = [load_image(path) for path in sorted(folder.iterdir())[:20]]

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from captum_concepts.errors import InputError
 from captum_concepts.models._salf_regions import coverage, pooled_upsampling, region_mask

@@ -68,8 +68,8 @@ def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | N
     if best <= cutoff:
         raise InputError(
             f"no concept is left: the most present one, {vocabulary[int(presence.argmax())]!r}, has a mean "
-            f"top-{TOP_IMAGES} similarity of {best:.3g}, not above presence_cutoff={cutoff:g}. The published 0.25 belongs "
-            "to CLIP ViT-B/16; give another cutoff, None for no such filter, or other concepts"
+            f"top-{TOP_IMAGES} similarity of {best:.3g}, not above presence_cutoff={cutoff:g}. The published 0.25 "
+            "belongs to CLIP ViT-B/16; give another cutoff, None for no such filter, or other concepts"
         )
     return vocabulary.present_in(presence.cpu(), k=TOP_IMAGES, cutoff=cutoff)
 

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from captum_concepts.datasets.images import class_folders, load_image
+from captum_concepts.images import class_folders, load_image
 from captum_concepts.models.salf_cbm_fit import fit_salf_cbm
 from captum_concepts.vlm import RegionPrompt
 

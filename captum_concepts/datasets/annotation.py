@@ -1,0 +1,112 @@
+"""Label images next to photographs: both are read, turned and resized alike, and what does not fit is named."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from captum_concepts.errors import InputError
+from captum_concepts.images import Reading, opened_image
+
+Ids = NDArray[np.int32]
+#: The id of pixels beside a padded image; they are ignored.
+OUTSIDE = -1
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One map of label ids: the pixels ``(h, w)`` of a file, or one id for the whole image.
+
+    ``rescale``: the file may be smaller than the image (Broden's are half its size); otherwise that is an error.
+    """
+
+    ids: Ids | int
+    source: str
+    rescale: bool = False
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a reader knows of one image: a file or pixels ``(H, W, 3)`` uint8, and its layers of ids."""
+
+    image: Path | NDArray[np.uint8]
+    layers: list[Layer]
+    name: str
+    label: int | None = None  # class of the whole image, for a classifier
+    label_id: int | None = None  # the same class as a pixel id
+
+
+def read_ids(path: str | os.PathLike[str], encoding: str = "index") -> Ids:
+    """A label image as ids ``(h, w)``.
+
+    Args:
+        path: the file.
+        encoding: ``"index"``: the value of the only channel (a palette's index, not its color); ``"rg"``: R + 256 G;
+            ``"rgb"``: R + 256 G + 65536 B.
+
+    Raises:
+        InputError: the file is missing, broken, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no label image at {path}")
+    with opened_image(path, "a label image") as file:
+        mode, pixels = file.mode, np.array(file)
+    if encoding == "index":
+        if pixels.ndim != 2:
+            raise InputError(f"{path} must have one channel of label ids, got the mode {mode}")
+        return pixels.astype(np.int32)
+    if pixels.ndim != 3 or pixels.shape[2] < 3:
+        raise InputError(f"{path} must be an RGB image whose channels encode label ids, got the mode {mode}")
+    wide = pixels.astype(np.int32)
+    ids = wide[..., 0] + 256 * wide[..., 1]
+    return np.asarray(ids + 65536 * wide[..., 2] if encoding == "rgb" else ids, dtype=np.int32)
+
+
+def load_pair(annotation: Annotation, reading: Reading) -> tuple[Tensor, list[Ids]]:
+    """The image ``(3, H, W)`` and its layers ``(H, W)``, turned, cropped and resized together.
+
+    Raises:
+        InputError: a file is missing or broken, or a layer does not have the size of its image.
+    """
+    from PIL import Image
+
+    path = annotation.image
+    if isinstance(path, Path) and not path.is_file():
+        raise InputError(f"no image at {path}, which is named by the index")
+    with opened_image(path if isinstance(path, Path) else Image.fromarray(path), name=annotation.name) as file:
+        stored, orientation = file.size, int(file.getexif().get(_ORIENTATION, 1))
+        image = reading.tensor_of(reading.upright(file))
+    return image, [_fit(layer, annotation, stored, orientation, reading, image) for layer in annotation.layers]
+
+
+def _fit(layer: Layer, annotation: Annotation, stored: Any, orientation: int, reading: Reading, image: Tensor) -> Ids:
+    """A layer of ids in the geometry of its image."""
+    from PIL import Image
+
+    if isinstance(layer.ids, int):
+        return np.full(tuple(image.shape[-2:]), layer.ids, dtype=np.int32)
+    labels = Image.fromarray(layer.ids)
+    upright = stored[::-1] if orientation >= 5 else stored
+    if labels.size != stored and labels.size == upright:
+        orientation = 1  # drawn on the turned image
+    elif labels.size != stored:
+        if not layer.rescale:
+            raise InputError(
+                f"{layer.source} has {labels.width} x {labels.height} pixels, but its image {annotation.name} has "
+                f"{stored[0]} x {stored[1]}: they do not belong together, or one was resized without the other"
+            )
+        labels = labels.resize(stored, Image.Resampling.NEAREST)
+    turn = Image.Transpose
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}  # fmt: skip
+    if orientation in turns:
+        labels = labels.transpose(turns[orientation])
+    return np.array(reading.fit(labels, "nearest", fill=OUTSIDE), dtype=np.int32)

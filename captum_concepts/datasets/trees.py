@@ -1,0 +1,47 @@
+"""Trees of files: what must be there, what belongs together, and what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from captum_concepts.errors import InputError
+from captum_concepts.images import find_images
+
+
+def require(path: Path, *, tree: str, where: str, folder: bool = False) -> Path:
+    """``path`` if it is there, else an InputError with the tree that is expected and where to get it."""
+    if path.is_dir() if folder else path.is_file():
+        return path
+    kind = "folder" if folder else "file"
+    raise InputError(f"no {kind} at {path}. Expected tree:\n{tree}\nGet it from {where}")
+
+
+def unlabelled_ids(choice: str) -> frozenset[int]:
+    """The ids to ignore for ``unlabelled="ignore"`` or ``"background"``, where 0 means unlabelled."""
+    if choice not in ("ignore", "background"):
+        raise InputError(f"unlabelled={choice!r} must be 'ignore' or 'background'")
+    return frozenset({0}) if choice == "ignore" else frozenset()
+
+
+def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """Images and masks of the same path under the two folders, endings aside.
+
+    Raises:
+        InputError: an image without mask or a mask without image, or two files that differ in their ending only.
+    """
+    left, right = _by_stem(images), _by_stem(masks)
+    for mine, other, kind in ((left, right, "mask"), (right, left, "image")):
+        alone = [str(path) for stem, path in mine.items() if stem not in other]
+        if alone:
+            raise InputError(f"{len(alone)} files have no {kind} of the same name: {', '.join(alone[:3])}")
+    return [(path, right[stem]) for stem, path in left.items()]
+
+
+def _by_stem(folder: Path) -> dict[Path, Path]:
+    files: dict[Path, Path] = {}
+    for path in find_images(folder):
+        stem = path.relative_to(folder).with_suffix("")
+        if stem in files:
+            raise InputError(f"{files[stem]} and {path} have the same name")
+        files[stem] = path
+    return files

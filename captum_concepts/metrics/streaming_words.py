@@ -1,0 +1,76 @@
+"""Streaming metrics of what is said: are the concepts that an explainer scores highest really in the image?"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from captum_concepts.metrics.streaming import ExampleMetric
+
+__all__ = ["ConceptAUROC", "PresenceBrier", "Top1Present", "WordMetric"]
+
+
+class WordMetric(ExampleMetric):
+    """``update(values, truth)`` with ``(N, T)`` scores or presences of T concepts, and bool: does the image show it?"""
+
+    @abstractmethod
+    def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
+        """``(N,)``."""
+
+
+class Top1Present(WordMetric):
+    """Fraction of images whose highest-scored concept is in the image; undefined where none of the T is.
+
+    Example:
+        >>> metric = Top1Present()
+        >>> metric.update(torch.tensor([[0.9, 0.1], [0.2, 0.7]]), torch.tensor([[True, False], [True, False]]))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
+        if not values.shape[1]:
+            return values.new_full((len(values),), torch.nan)
+        right = truth.gather(1, values.argmax(1, keepdim=True))[:, 0].float()
+        return right.masked_fill(~truth.any(1) | values.isnan().any(1), torch.nan)
+
+
+class ConceptAUROC(WordMetric):
+    """Mean over images of the probability that a present concept scores above an absent one; ties count half.
+
+    0.5 for scores that do not know the image. Undefined where all or none of the T concepts are present.
+
+    Example:
+        >>> metric = ConceptAUROC()
+        >>> metric.update(torch.tensor([[0.9, 0.1, 0.9]]), torch.tensor([[True, False, False]]))
+        >>> metric.compute()
+        tensor(0.7500)
+    """
+
+    def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
+        wins = []
+        for row, yes in zip(values.double(), truth, strict=True):
+            inside, outside = row[yes], row[~yes]
+            above = (inside[:, None] > outside).double() + 0.5 * (inside[:, None] == outside)
+            wins.append(above.mean() if not row.isnan().any() else row.new_tensor(torch.nan))  # 0 / 0 is undefined
+        return torch.stack(wins).to(values.dtype) if wins else values.new_zeros(0)
+
+
+class PresenceBrier(WordMetric):
+    """Mean squared difference between presence and truth over concepts and images, in [0, 1]; lower is better.
+
+    A constant of the concepts' rate q scores q (1 - q).
+
+    Example:
+        >>> metric = PresenceBrier()
+        >>> metric.update(torch.tensor([[0.9, 0.1]]), torch.tensor([[True, False]]))
+        >>> metric.compute()
+        tensor(0.0100)
+    """
+
+    higher_is_better = False
+
+    def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
+        return (values - truth.to(values)).square().mean(1)
