@@ -22,7 +22,7 @@ _NAMES = {
 }
 _ROOMS = (
     *("concepts", "datasets", "demo", "errors", "images", "metrics", "published", "solvers", "store"),
-    *("visualization", "vlm"),
+    *("testing", "visualization", "vlm"),
 )
 
 __all__ = ["__version__", *_NAMES, *_ROOMS]

@@ -17,7 +17,7 @@ ROWS = [
     ["errors"],
     ["_checks", "_artifacts", "_memory", "published"],
     ["explanation", "_captum", "images"],
-    ["activations", "solvers", "metrics", "visualization", "datasets"],
+    ["activations", "solvers", "metrics", "visualization", "datasets", "testing"],
     ["vlm", "concepts"],
     ["store"],
     ["models"],

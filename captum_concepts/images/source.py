@@ -339,11 +339,10 @@ def open_images(
         ...     print(batch.images.shape, batch.names)
         torch.Size([2, 3, 8, 8]) ['image 0', 'image 1']
     """
-    if preprocessing is not None:
-        size = preprocessing.size if size is None and transform is None else size
-        resize = preprocessing.resize if resize is None else resize
-        options = {"interpolation": preprocessing.interpolation, "crop": preprocessing.crop, **options}
-    reading = Reading(size, mode, resize or "crop", bands=bands, transform=transform, **options)  # type: ignore[arg-type]
+    if preprocessing is not None and transform is None:
+        options = {**preprocessing.geometry, **options}
+    given = {"size": size, "resize": resize, "bands": bands, "transform": transform}
+    reading = Reading(mode=mode, **{**options, **{name: value for name, value in given.items() if value is not None}})
     if isinstance(source, ImageSource):
         if labels is None and not skip_broken and reading in (Reading(), source.reading):
             return source
