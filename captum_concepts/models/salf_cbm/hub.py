@@ -37,7 +37,7 @@ from captum_concepts.images import Preprocessing
 from captum_concepts.models.salf_cbm.card import card_fields
 from captum_concepts.models.salf_cbm.reading import Reading, freeze_unreached, input_channels
 from captum_concepts.models.salf_cbm.recipes import build_backbone, recipe_of
-from captum_concepts.store.manifest import fingerprint_module
+from captum_concepts.store import fingerprint_module
 
 if TYPE_CHECKING:
     from captum_concepts.models.salf_cbm.salf_cbm import SALFCBM
@@ -242,13 +242,13 @@ def find_folder(name: str | os.PathLike[str], download: Mapping[str, Any]) -> Pa
 def load_folder(cls: type[Model], folder: Path, backbone: nn.Module | None, check_backbone: bool) -> Model:
     """The model in ``folder``; see ``SALFCBM.from_pretrained``."""
     config = _read_config(folder / _CONFIG)
+    backbone = _backbone(config, folder) if backbone is None else backbone
     with open_artifact(folder / _WEIGHTS, {FORMAT: {}, _FIRST: {}}, _WHAT) as (info, tensors):
         if info.get("config") != _digest(config):
             raise ArtifactError(f"{folder / _CONFIG} and {_WEIGHTS} beside it do not belong together")
         inner = {n.removeprefix(_BACKBONE): t for n, t in tensors.items() if n.startswith(_BACKBONE)}
         own = {n: t for n, t in tensors.items() if not n.startswith(_BACKBONE)}
         _check_tensors(config, own, folder)
-        backbone = _backbone(config, folder) if backbone is None else backbone
         given = unwrap(backbone)
         about = config["backbone"]
         if about["stored"]:

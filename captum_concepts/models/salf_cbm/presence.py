@@ -58,6 +58,8 @@ def fit_presence(activations: Tensor, verdicts: Tensor) -> tuple[Tensor, Tensor]
     [0.0, 1.0]
     """
     x, y = activations.double(), verdicts.double()
+    center, scale = x.mean(0), x.std(0, correction=0).clamp_min(1e-12)
+    x = (x - center) / scale
     # One pseudo-image on either side, at the mean: no offset runs away.
     x = torch.cat([x, x.new_zeros(2, x.shape[1])])
     y = torch.cat([y, y.new_zeros(1, x.shape[1]), y.new_ones(1, x.shape[1])])
@@ -82,7 +84,7 @@ def fit_presence(activations: Tensor, verdicts: Tensor) -> tuple[Tensor, Tensor]
                 break
         common = slope.mean()
     slope = slope.clamp_min(0)  # less of a concept is never a sign of it
-    return slope.float(), offset.float()
+    return (slope / scale).float(), (offset - slope * center / scale).float()
 
 
 def reliabilities(activations: Tensor, verdicts: Tensor, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ from captum_concepts.activations import (
 from captum_concepts.concepts import CLASS_TEMPLATE
 from captum_concepts.errors import InputError, LayerError, LayoutError
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
-from captum_concepts.images import Preprocessing, batches, inputs_for
+from captum_concepts.images import Preprocessing, batches, inputs_for, open_images
 from captum_concepts.models.salf_cbm import hub
 from captum_concepts.models.salf_cbm.edits import UNITS, map_edits, rule_edits
 from captum_concepts.models.salf_cbm.export import export_program
@@ -250,25 +250,9 @@ class SALFCBM(
             maps = torch.cat([maps, cls[:, :, None, None].expand(-1, -1, *self.grid)], 1)  # type: ignore[index]
         return maps
 
-    def concept_maps(self, inputs: Tensor, concepts: str | int | Sequence[str | int] | None = None) -> Tensor:
-        """``(N, T, h, w)``: where each concept is, in the units of the bottleneck (not standardized).
-
-        Args:
-            inputs: images.
-            concepts: names or indices; None for all. The maps of others are not computed.
-        """
-        if concepts is None:
-            return self.bottleneck(self.features(inputs))
-        columns = name_positions(concepts, self.concepts)
-        return self._maps_of(self.features(inputs), columns)
-
     def concept_activations(self, inputs: Tensor) -> Tensor:
-        """``(N, M)``: the standardized means of the maps c*, all that the head sees."""
+        """``(N, M)``: the standardized means of the maps c*, all that the head sees; differentiable."""
         return self._standardize(self._pool(self.features(inputs)))
-
-    def scores(self, inputs: Tensor) -> Tensor:
-        """``(N, M)``: the same as :meth:`concept_activations`."""
-        return self.concept_activations(inputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(N, num_classes)`` logits of images ``(N, C, H, W)``."""
@@ -349,6 +333,29 @@ class SALFCBM(
             )
 
     # ------------------------------------------------------------------------------------------------- explanations
+
+    def scores(self, inputs: Any) -> Tensor:
+        """``(N, M)``: :meth:`concept_activations` of anything that :meth:`explain` takes, in batches, in evaluation mode
+        and without gradients."""
+        seen, _ = self._look(inputs)
+        return torch.cat([one.activations for one in seen])
+
+    def concept_maps(self, inputs: Any, concepts: str | int | Sequence[str | int] | None = None) -> Tensor:
+        """``(N, T, h, w)``: where each concept is, in the units of the bottleneck (not standardized).
+
+        In evaluation mode and without gradients; ``model.bottleneck(model.features(images))`` is differentiable.
+
+        Args:
+            inputs: as in :meth:`explain`.
+            concepts: names or indices; None for all. The maps of others are not computed.
+
+        Raises:
+            InputError: an unknown concept (the nearest names are offered).
+        """
+        columns = name_positions(concepts, self.concepts)
+        seen, _ = self._look(inputs)
+        with torch.no_grad(), evaluation_mode(self.bottleneck):
+            return torch.cat([self._maps_of(one.features, columns) for one in seen])
 
     def contributions(
         self, inputs: Any, target: Any = None, concepts: str | int | Sequence[str | int] | None = None
@@ -669,16 +676,10 @@ class SALFCBM(
         Raises:
             InputError: the model is not calibrated.
         """
-        found = self._presence(self.activations_of(inputs))
+        found = self._presence(self.scores(inputs))
         if found is None:
             raise InputError("the model is not calibrated; call calibrate(images, labels)")
         return found
-
-    def activations_of(self, inputs: Any) -> Tensor:
-        """``(N, M)`` :meth:`concept_activations` of anything that :meth:`explain` takes, in batches, in evaluation mode
-        and without gradients."""
-        seen, _ = self._look(inputs)
-        return torch.cat([one.activations for one in seen])
 
     def _presence(self, activations: Tensor) -> Tensor | None:
         slope = full_precision(self.presence_slope)
@@ -698,7 +699,7 @@ class SALFCBM(
         Raises:
             InputError: labels that do not fit.
         """
-        activations = full_precision(self.activations_of(images)).cpu()
+        activations = full_precision(self.scores(images)).cpu()
         columns, verdicts = verdicts_of(labels, self.concepts, len(activations))
         slope, offset = fit_presence(activations[:, columns], verdicts)
         place = torch.tensor(columns, device=self.presence_slope.device)
@@ -742,8 +743,8 @@ class SALFCBM(
             self._class(target)
 
         def explained() -> Iterator[ConceptExplanation]:
-            for batch in batches(frames, size, mode="any", device=self.concept_mean.device):
-                yield from self.explain(batch.images, target, concepts=concepts, top_k=top_k)
+            for images in _frames(frames, size):
+                yield from self.explain(images.to(self.concept_mean.device), target, concepts=concepts, top_k=top_k)
 
         return explained()
 
@@ -974,6 +975,7 @@ class SALFCBM(
         named = source.files is not None
         for batch in batches(source, size, device=self.concept_mean.device):
             names += batch.names if named else []
+            check_images(batch.images)
             yield batch.images.to(self.concept_mean.dtype)
 
     def _passes(self, parts: Iterator[Tensor]) -> Iterator[_Seen]:
@@ -1170,6 +1172,21 @@ def make_bottleneck(features: int, concepts: int, hidden: int | None) -> nn.Modu
     if hidden is None:
         return nn.Conv2d(features, concepts, 1, bias=False)
     return nn.Sequential(nn.Conv2d(features, hidden, 1), nn.GELU(), nn.Conv2d(hidden, concepts, 1, bias=False))
+
+
+def _frames(frames: Iterable[Any], size: int) -> Iterator[Tensor]:
+    """Batches of frames of one size, each as soon as it is full."""
+    waiting: list[Tensor] = []
+    for frame in open_images(frames, mode="any", labels=False):
+        if waiting and frame.shape != waiting[0].shape:
+            yield torch.stack(waiting)
+            waiting = []
+        waiting.append(frame)
+        if len(waiting) == size:
+            yield torch.stack(waiting)
+            waiting = []
+    if waiting:
+        yield torch.stack(waiting)
 
 
 def _watched(module: nn.Module) -> bool:

@@ -148,6 +148,16 @@ def check_head(head: str, lam: float | None, nonzeros_per_class: float | None, c
         raise InputError(f"nonzeros_per_class={nonzeros_per_class} must lie in (0, {concepts}], the number of concepts")
 
 
+def check_class_weights(weights: str | Sequence[float] | None, num_classes: int) -> None:
+    """Refuse what is not ``"balanced"``, one positive number per class, or None."""
+    if weights is None or isinstance(weights, str):
+        one_of("class_weights", weights, (None, "balanced"))
+        return
+    given = torch.as_tensor(weights, dtype=torch.float64)
+    if given.shape != (num_classes,) or not bool(((given > 0) & given.isfinite()).all()):
+        raise InputError(f"class_weights must be {num_classes} positive numbers or 'balanced', got {shortened(weights)}")
+
+
 def fit_head(
     activations: Any,
     labels: Tensor,
@@ -246,17 +256,14 @@ def _class_weights(weights: str | Sequence[float] | None, labels: Tensor, num_cl
     """``(L,)`` what an image of each class counts."""
     if weights is None:
         return None
+    check_class_weights(weights, num_classes)
     if isinstance(weights, str):
-        one_of("class_weights", weights, ("balanced",))
         counts = torch.bincount(labels, minlength=num_classes) if labels.ndim == 1 else labels.sum(0)
         total = torch.cat([counts.double(), torch.tensor([len(labels)]).double()])
         counts, n = all_reduce(total)[:-1], total[-1]
         ratio = n / (num_classes * counts) if labels.ndim == 1 else (n - counts) / counts
         return torch.where(counts > 0, ratio, 1.0)
-    given = torch.as_tensor(weights, dtype=torch.float64)
-    if given.shape != (num_classes,) or not bool(((given > 0) & given.isfinite()).all()):
-        raise InputError(f"class_weights must be {num_classes} positive numbers or 'balanced', got {shortened(weights)}")
-    return given
+    return torch.as_tensor(weights, dtype=torch.float64)
 
 
 def _head_fit(result: ElasticNetResult) -> HeadFit:
@@ -308,7 +315,7 @@ def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALF
     labels = torch.as_tensor(labels).cpu()
     new = model.select_concepts(list(range(len(model.concepts))))
     std, mean = (full_precision(v).cpu() for v in (model.concept_std, model.concept_mean))
-    pooled = full_precision(model.activations_of(images)).cpu() * std + mean
+    pooled = full_precision(model.scores(images)).cpu() * std + mean
     if len(labels) != len(pooled):
         raise InputError(f"{len(labels)} labels for {len(pooled)} images")
     fit = fit_head(pooled.double(), labels, model.num_classes, **options)

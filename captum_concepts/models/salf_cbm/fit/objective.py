@@ -17,6 +17,7 @@ from torch import Tensor
 
 from captum_concepts.models.salf_cbm.fit.features import GridFeatures, LiveFeatures
 from captum_concepts.models.salf_cbm.fit.steps import all_reduce, share_of
+from captum_concepts.store import world
 from captum_concepts.models.cubic_similarity import CubicSums, similarity_and_gradient
 
 #: Numbers in one part of q and of p; some four such tensors live at a time.

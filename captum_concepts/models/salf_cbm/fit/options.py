@@ -13,7 +13,7 @@ from captum_concepts._checks import integer, number
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError
 from captum_concepts.models.salf_cbm.fit.data import LabeledImages, Transform
-from captum_concepts.models.salf_cbm.fit.head import check_head
+from captum_concepts.models.salf_cbm.fit.head import check_class_weights, check_head
 from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
 from captum_concepts.store import fingerprint_callable, fingerprint_tensor
 from captum_concepts.vlm import RegionPrompt
@@ -57,6 +57,7 @@ def checked_options(given: Mapping[str, Any], vocabulary: Vocabulary) -> FitOpti
         InputError: one is out of range, or two contradict each other.
     """
     check_head(given["head"], given["lam"], given["nonzeros_per_class"], len(vocabulary))
+    check_class_weights(given["class_weights"], given["num_classes"])
     number("validation_fraction", given["validation_fraction"], lambda v: 0 < v < 1, "in (0, 1)")
     number("alpha", given["alpha"], lambda v: 0 < v <= 1, "in (0, 1]")
     integer("batch_size", given["batch_size"])

@@ -146,7 +146,7 @@ def fit_salf_cbm(
         train_backbone: train a copy of the backbone together with the bottleneck, on features computed on the fly, its
             batch statistics fixed; otherwise the backbone is frozen.
         bottleneck: a :class:`BottleneckSettings`, or a dictionary of its fields.
-        seed: of everything random. Same seed, data and number of processes: same bits.
+        seed: of everything random. Same seed, data, ``prompt_batch_size`` and number of processes: same bits.
         cache_features: True, False, or "auto": if the cache fits ``max_cache_bytes``, or half of the free disk.
         feature_dtype: of the cache, ``torch.float16`` or ``torch.float32``.
         batch_size: images per forward pass of the backbone.
