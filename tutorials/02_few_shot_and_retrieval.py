@@ -53,11 +53,11 @@ print(f"{(similarity.argmax(1) == queries.label).float().mean():.0%} of {len(dat
 missed = int(torch.nonzero(similarity.argmax(1) != queries.label)[0])
 shown = [0, missed, 5]
 panel(
-    queries.image[shown],
     fam.explain(queries.image[shown]),
+    queries.image[shown],
     top_k=3,
     class_names=data.classes,
-    image_titles=[f"truth: {data.classes[queries.label[i]]}" for i in shown],
+    image_names=[f"truth: {data.classes[queries.label[i]]}" for i in shown],
     title="Where the similarity to each class prototype comes from",
     map_label="weighted activation",
 )
@@ -102,8 +102,8 @@ words = ["circle", "star", "red", "striped", "grass", "brick"]
 layer = "model.visual.trunk.layer4"
 to_words = FeatureActivationMap(clip, layer, clip.encode_text(words), reference_names=words, normalize="l1")
 panel(
-    queries.image[[1, 6]],
     to_words.explain(queries.image[[1, 6]]),
+    queries.image[[1, 6]],
     top_k=4,
     class_names=words,
     title="Where the similarity of image and word comes from",

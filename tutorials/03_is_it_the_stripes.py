@@ -105,8 +105,8 @@ print(acv.summary())
 shown = [i for i in range(len(data)) if data.classes[scenes.label[i]] == "striped square"][:3]
 explanation = acv.explain(scenes.image[shown], target=scenes.label[shown])
 panel(
-    scenes.image[shown],
     explanation,
+    scenes.image[shown],
     top_k=3,
     class_names=data.classes,
     significant=acv.significant_,

@@ -45,7 +45,7 @@ class SpatialACV(LayerVectors):
 
     After :meth:`fit` there are ``vectors`` (K, C), ``concept_names``, and for each concept ``accuracies_``,
     ``confidence_intervals_``, ``contrasts_``, ``p_values_``, ``significant_`` and ``rows_``; ``summary()`` prints them.
-    ``visualization.panel(images, acv.explain(images), significant=acv.significant_)`` draws the maps, grey where a
+    ``visualization.panel(acv.explain(images), images, significant=acv.significant_)`` draws the maps, grey where a
     concept is *not encoded here*.
 
     Inside ``captum.concept.TCAV(..., layer_attr_method=SpatialACV(model, layer))``, fitted or not, it gives the

@@ -179,13 +179,13 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
         titles = [true if true == said else f"{true}, called {said}" for true, said in named]
         explanation = cefam.explain(images, target=target, top_k=len(scenes.concepts))
         picture = _picture(
-            images, explanation, out / f"ce_fam_{name}.png", title, class_names=scenes.classes, image_titles=titles
+            images, explanation, out / f"ce_fam_{name}.png", title, class_names=scenes.classes, image_names=titles
         )
         rows.append(_concept_row("CE-FAM", name, "21 words", maps, queries, picture))
     settings = {"model": name, "layers": layers, "training images": len(training), "seed": scenes.seed}
     report(
         explanation, images, out / PAGE, title="Wrong predictions, in words", class_names=scenes.classes,
-        image_titles=titles, settings=settings,
+        image_names=titles, settings=settings,
     )  # fmt: skip
     return rows
 
@@ -268,5 +268,5 @@ def _picture(images: Tensor, explanation: ConceptExplanation, path: Path, title:
 
     shown = explanation[:SHOWN]
     options.setdefault("class_names", shown.concepts)
-    save_figure(panel(images[:SHOWN], shown, top_k=4, title=title, **options), path)
+    save_figure(panel(shown, images[:SHOWN], top_k=4, title=title, **options), path)
     return path.name

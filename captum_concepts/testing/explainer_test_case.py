@@ -229,6 +229,7 @@ class ExplainerTestCase(ABC):
         try:
             yield
         except InputError as error:
-            assert 0 < len(str(error)) <= 600, f"a message of {len(str(error))} characters"
+            if not 0 < len(str(error)) <= 600:
+                raise AssertionError(f"a message of {len(str(error))} characters") from error
         else:
             raise AssertionError("accepted, although it is wrong; an InputError is expected")

@@ -621,10 +621,10 @@ def test_the_picture_greys_what_is_not_encoded(planted):
     sets = {"noise": noise, "planted": planted["concept"]}
     acv = SpatialACV(planted["net"], "at").fit(sets, planted["negatives"], n_random=20)
     x = planted["test"][:1]
-    figure = panel(x[:, :3], acv.explain(x), significant=acv.significant_)
+    figure = panel(acv.explain(x), x[:, :3], significant=acv.significant_)
     words = [text.get_text() for text in figure.findobj(Text)]
     assert sum("not encoded here" in text for text in words) == 1
-    every = panel(x[:, :3], acv.explain(x), significant=torch.tensor([True, True]))
+    every = panel(acv.explain(x), x[:, :3], significant=torch.tensor([True, True]))
     assert not any("not encoded here" in text.get_text() for text in every.findobj(Text))
 
 
