@@ -15,8 +15,8 @@ _MOST = 200  # lines of one list; the rest is in config.json
 _RULES, _CLASSES = 6, 30
 _LIMITS = (
     "A concept's name is what the vision-language model was asked for; what its map responds to should be checked "
-    "(`most_activating`, `explain_region`). Contributions are exact for the logit, given the concepts. A rule may use a "
-    "concept for more than its name says. Maps are as local as the layer they are read from. Biases of the data, the "
+    "(`most_activating`, `explain_region`). Contributions are exact for the logit, given the concepts. A rule may use "
+    "a concept for more than its name says. Maps are as local as the layer they are read from. Biases of the data, the "
     "backbone and the vision-language model remain."
 )
 #: What `fit_salf_cbm` records, in the order of the card; other entries follow.

@@ -212,7 +212,7 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """What the tensors besides the backbone's must be; files of format 1 have no presence."""
+    """What the tensors besides the backbone's must be; only a calibrated model has presence."""
     m, width, classes, hidden = len(config["concepts"]), config["feature_dim"], config["num_classes"], config["hidden"]
     shapes: dict[str, tuple[int, ...]] = {"head.weight": (classes, m), "head.bias": (classes,)}
     if hidden is None:
@@ -220,8 +220,8 @@ def _shapes(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tupl
     else:
         shapes |= {"bottleneck.0.weight": (hidden, width, 1, 1), "bottleneck.0.bias": (hidden,)}
         shapes["bottleneck.2.weight"] = (m, hidden, 1, 1)
-    there = _BUFFERS if config["format"] == FORMAT or "presence_slope" in own else _BUFFERS[:2]
-    return shapes | {name: (m,) for name in there}
+    there = _BUFFERS if "presence_slope" in own else _BUFFERS[:2]
+    return shapes | dict.fromkeys(there, (m,))
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -260,11 +260,12 @@ def load_folder(cls: type[Model], folder: Path, backbone: nn.Module | None, chec
             )
         options = {name: config[name] for name in ARGUMENTS}
         if options["preprocessing"] is not None:
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in options["preprocessing"].items()}
+            values: dict[str, Any] = options["preprocessing"]
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             options["preprocessing"] = Preprocessing(**values)
         model = cls(backbone, **options)
         given.load_state_dict(inner, strict=False)
-        model.load_state_dict({**own, **{n: model.state_dict()[n] for n in _BUFFERS if n not in own}}, strict=False)
+        model.load_state_dict(own, strict=False)
         model.set_standardization(own["concept_mean"], own["concept_std"])
         if config["reading"] is not None:
             model._reading = _reading(config["reading"])
@@ -296,8 +297,7 @@ def _check_tensors(config: Mapping[str, Any], own: Mapping[str, Tensor], folder:
         wrong = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))[:3]
         found = ", ".join(f"{name} {shapes.get(name, 'missing')}, not {wanted.get(name, 'expected')}" for name in wrong)
         raise ArtifactError(f"{folder / _WEIGHTS} does not fit its configuration: {found}")
-    finite = {name: tensor for name, tensor in own.items() if not name.startswith("presence_")}
-    if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in finite.values()):
+    if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in own.values()):
         raise ArtifactError(f"{folder / _WEIGHTS} holds values that are not finite numbers")
 
 

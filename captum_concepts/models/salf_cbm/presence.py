@@ -1,4 +1,4 @@
-"""Whether a concept's name can be believed: calibrated presence, agreement on held-out images, one sentence of trust."""
+"""Whether a concept's name can be believed: presence, agreement on held-out images, one sentence of trust."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Reliability:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Reliability:
         """From what :func:`reliabilities` returned."""
-        return cls(**{name: math.nan if value is None else value for name, value in values.items()})
+        known: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
+        return cls(**known)
 
 
 def fit_presence(activations: Tensor, verdicts: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ def reliabilities(activations: Tensor, verdicts: Tensor, names: Sequence[str]) -
     {'agreement': 1.0, 'low': 1.0, 'high': 1.0, 'positives': 1, 'images': 3}
     """
     n, positives = len(verdicts), verdicts.sum(0)
-    measured = {}
+    measured: dict[str, dict[str, Any]] = {}
     for j, name in enumerate(names):
         k = int(positives[j])
         if k in (0, n):
@@ -118,10 +119,10 @@ def _auroc(values: Tensor, positive: Tensor) -> float:
     return float((ranks[positive].sum() - k * (k + 1) / 2) / (k * (n - k)))
 
 
-def trust_line(reliability: Mapping[str, Reliability], metadata: Mapping[str, Any], concepts: int) -> str:
+def trust_line(reliability: Mapping[str, Reliability], metadata: Mapping[str, Any]) -> str:
     """One sentence for people.
 
-    >>> trust_line({}, {}, 3)
+    >>> trust_line({}, {})
     'unknown: agreement with a vision-language model or with labels was not measured; see calibrate()'
     """
     known = {name: one for name, one in reliability.items() if not math.isnan(one.agreement)}

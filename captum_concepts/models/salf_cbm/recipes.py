@@ -14,7 +14,7 @@ from captum_concepts._artifacts import check_json, integer, list_of, nothing_or,
 from captum_concepts.activations import evaluation_mode, read_layer
 from captum_concepts.errors import ArtifactError
 from captum_concepts.models.salf_cbm.reading import input_channels
-from captum_concepts.vlm.open_clip import build_tower, tower_names
+from captum_concepts.vlm import build_tower, tower_names
 
 _SIDE = integer(1, 2**16)
 _RECIPE = table(
@@ -116,10 +116,10 @@ def _candidates(backbone: nn.Module) -> Iterator[dict[str, Any]]:
         config = getattr(backbone, "pretrained_cfg", None) or getattr(backbone, "default_cfg", None) or {}
         name = config.get("architecture")
         if name:
-            recipe = {"library": "timm", "name": name, "in_chans": input_channels(backbone)}
-            count = getattr(backbone, "num_classes", None)
-            if isinstance(count, int):
-                recipe["num_classes"] = count
+            recipe: dict[str, Any] = {"library": "timm", "name": name, "in_chans": input_channels(backbone)}
+            classes_of = getattr(backbone, "num_classes", None)
+            if isinstance(classes_of, int):
+                recipe["num_classes"] = classes_of
             yield recipe
             size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
             if size is not None:
@@ -130,9 +130,7 @@ def _candidates(backbone: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _computes_the_same(
-    recipe: Mapping[str, Any], backbone: nn.Module, layer: str, image_size: tuple[int, int]
-) -> bool:
+def _computes_the_same(recipe: Mapping[str, Any], backbone: nn.Module, layer: str, image_size: tuple[int, int]) -> bool:
     state = {name: value for name, value in backbone.state_dict().items() if isinstance(value, Tensor)}
     try:
         with torch.device("meta"):

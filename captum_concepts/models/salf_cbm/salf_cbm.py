@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 METHOD = "SALFCBM"
+PRESENCE = ("presence_slope", "presence_offset")
 STD_UNIT = "standard deviations"
 
 
@@ -109,7 +110,7 @@ class SALFCBM(
         bottleneck: ``nn.Conv2d(D, M, 1, bias=False)``; with ``hidden``, two of them and a GELU between.
         head: ``nn.Linear(M, L)``.
         concept_mean, concept_std: ``(M,)`` buffers, 0 and 1 until :meth:`set_standardization`.
-        presence_slope, presence_offset: ``(M,)`` buffers; presence is ``sigmoid(slope * c* + offset)``, NaN until
+        presence_slope, presence_offset: ``(M,)`` buffers; presence is ``sigmoid(slope * c* + offset)``. None until
             calibrated.
         metadata: see above.
 
@@ -148,8 +149,8 @@ class SALFCBM(
 
     concept_mean: Tensor
     concept_std: Tensor
-    presence_slope: Tensor
-    presence_offset: Tensor
+    presence_slope: Tensor | None
+    presence_offset: Tensor | None
 
     def __init__(
         self,
@@ -216,8 +217,8 @@ class SALFCBM(
         self.head = nn.Linear(m, self.num_classes, **place)
         for name, value in (("concept_mean", 0.0), ("concept_std", 1.0)):
             self.register_buffer(name, torch.full((m,), value, **place))
-        for name in ("presence_slope", "presence_offset"):
-            self.register_buffer(name, torch.full((m,), torch.nan, **place))
+        for name in PRESENCE:
+            self.register_buffer(name, None)
 
     # ------------------------------------------------------------------------------------------------- the network
 
@@ -264,15 +265,17 @@ class SALFCBM(
         The mean of a 1 x 1 convolution is the convolution of the mean, which costs h*w times less; the maps themselves
         are only computed if somebody watches the bottleneck (Captum's layer attributions).
         """
-        if self._is_pointwise() and not _watched(self.bottleneck):
+        if self._pointwise() is not None and not _watched(self.bottleneck):
             mean = full_precision(features).mean((2, 3), keepdim=True)
             return full_precision(self.bottleneck(mean.to(features.dtype)).flatten(1))
         return full_precision(self.bottleneck(features)).mean((2, 3))
 
-    def _is_pointwise(self) -> bool:
-        """Whether the bottleneck is a 1 x 1 convolution: linear, each position by itself."""
+    def _pointwise(self) -> nn.Conv2d | None:
+        """The bottleneck, if it is a 1 x 1 convolution: linear, each position by itself."""
         g = self.bottleneck
-        return isinstance(g, nn.Conv2d) and g.kernel_size == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0)
+        if isinstance(g, nn.Conv2d) and g.kernel_size == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0):
+            return g
+        return None
 
     def _standardize(self, pooled: Tensor) -> Tensor:
         standard = (pooled - full_precision(self.concept_mean)) / full_precision(self.concept_std)
@@ -280,10 +283,11 @@ class SALFCBM(
 
     def _maps_of(self, features: Tensor, columns: Sequence[int]) -> Tensor:
         """The maps of some concepts, differentiable."""
-        if not self._is_pointwise() or len(columns) == len(self.concepts):
+        linear = self._pointwise()
+        if linear is None or len(columns) == len(self.concepts):
             return self.bottleneck(features)[:, columns]
-        bias = self.bottleneck.bias
-        return F.conv2d(features, self.bottleneck.weight[columns], None if bias is None else bias[columns])
+        bias = linear.bias
+        return F.conv2d(features, linear.weight[columns], None if bias is None else bias[columns])
 
     def train(self, mode: bool = True) -> Self:
         """As in ``nn.Module``; a frozen backbone stays in evaluation mode, its batch statistics unchanged."""
@@ -335,8 +339,10 @@ class SALFCBM(
     # ------------------------------------------------------------------------------------------------- explanations
 
     def scores(self, inputs: Any) -> Tensor:
-        """``(N, M)``: :meth:`concept_activations` of anything that :meth:`explain` takes, in batches, in evaluation mode
-        and without gradients."""
+        """``(N, M)``: :meth:`concept_activations` of anything that :meth:`explain` takes.
+
+        In batches, in evaluation mode and without gradients.
+        """
         seen, _ = self._look(inputs)
         return torch.cat([one.activations for one in seen])
 
@@ -491,7 +497,13 @@ class SALFCBM(
         area = self._region(inputs, points, boxes, mask)
         seen, _ = self._look(inputs)
         return self._region_explanation(
-            self._checked_target(seen, inputs, target), area, target, None, top_k=top_k, units=units, reduction=reduction
+            self._checked_target(seen, inputs, target),
+            area,
+            target,
+            None,
+            top_k=top_k,
+            units=units,
+            reduction=reduction,
         )
 
     def intervene(
@@ -639,9 +651,11 @@ class SALFCBM(
         new_last.weight.copy_(last.weight[columns])
         new.head.weight.copy_(self._head_weight()[:, columns])
         new.head.bias.copy_(self.head.bias)
-        for name in ("concept_mean", "concept_std", "presence_slope", "presence_offset"):
-            getattr(new, name).copy_(getattr(self, name)[columns])
-        for module in (new, *new.bottleneck.modules(), new.head):  # not the backbone, whose parts may differ in mode
+        for name in ("concept_mean", "concept_std", *PRESENCE):
+            value = getattr(self, name)
+            setattr(new, name, None if value is None else value[columns].clone())
+        changed: list[nn.Module] = [new, *new.bottleneck.modules(), new.head]
+        for module in changed:  # not the backbone, whose parts may differ in mode
             module.training = self.training
         return new
 
@@ -668,7 +682,7 @@ class SALFCBM(
     @property
     def trust(self) -> str:
         """One sentence: whether the concepts' names can be believed."""
-        return trust_line(self.reliability_, self.metadata, len(self.concepts))
+        return trust_line(self.reliability_, self.metadata)
 
     def presence(self, inputs: Any) -> Tensor:
         """``(N, M)``: calibrated probability that each concept is in the image.
@@ -682,10 +696,34 @@ class SALFCBM(
         return found
 
     def _presence(self, activations: Tensor) -> Tensor | None:
-        slope = full_precision(self.presence_slope)
-        if not bool(slope.isfinite().all()):
+        if self.presence_slope is None or self.presence_offset is None:
             return None
-        return torch.sigmoid(full_precision(activations) * slope + full_precision(self.presence_offset))
+        slope, offset = full_precision(self.presence_slope), full_precision(self.presence_offset)
+        return torch.sigmoid(full_precision(activations) * slope + offset)
+
+    def set_presence(self, slope: Tensor, offset: Tensor, columns: Sequence[int] | None = None) -> Self:
+        """Set the calibration of :meth:`presence`, of all concepts or of some ``columns``.
+
+        The others of an uncalibrated model stay at 0.5, "no idea".
+
+        Raises:
+            InputError: not finite, or not one number per concept.
+        """
+        chosen = list(range(len(self.concepts))) if columns is None else list(columns)
+        for name, values in zip(PRESENCE, (slope, offset), strict=True):
+            given = torch.as_tensor(values)
+            if given.shape != (len(chosen),) or not bool(given.isfinite().all()):
+                raise InputError(f"{name} must be {len(chosen)} finite numbers, got {tuple(given.shape)}")
+            current = getattr(self, name)
+            new = torch.zeros_like(self.concept_mean) if current is None else current.clone()
+            new[torch.tensor(chosen, device=new.device)] = given.to(new)
+            setattr(self, name, new)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+        for name in PRESENCE:  # a calibrated model's state makes this one calibrated, and the other way round
+            setattr(self, name, torch.zeros_like(self.concept_mean) if prefix + name in state_dict else None)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @torch.no_grad()
     def calibrate(self, images: Any, labels: Any) -> Self:
@@ -701,10 +739,7 @@ class SALFCBM(
         """
         activations = full_precision(self.scores(images)).cpu()
         columns, verdicts = verdicts_of(labels, self.concepts, len(activations))
-        slope, offset = fit_presence(activations[:, columns], verdicts)
-        place = torch.tensor(columns, device=self.presence_slope.device)
-        self.presence_slope[place] = slope.to(self.presence_slope)
-        self.presence_offset[place] = offset.to(self.presence_offset)
+        self.set_presence(*fit_presence(activations[:, columns], verdicts), columns)
         names = [self.concepts[j] for j in columns]
         measured = reliabilities(activations[:, columns], verdicts, names)
         self.metadata["reliability"] = {**self.metadata.get("reliability", {}), **measured}
@@ -1136,18 +1171,20 @@ class SALFCBM(
         index = index.to(features.device)
         with torch.no_grad(), evaluation_mode(self.bottleneck):
             shared = len(index) > 0 and bool((index == index[0]).all())
-            if shared or not self._is_pointwise():
+            linear = self._pointwise()
+            if shared or linear is None:
                 columns = index[0].tolist() if shared else list(range(len(self.concepts)))
                 maps = full_precision(self._maps_of(features, columns))
                 return maps if shared else maps.gather(1, index[..., None, None].expand(-1, -1, *self.grid))
-            weight, bias = self.bottleneck.weight.flatten(1)[index], self.bottleneck.bias
+            weight, bias = linear.weight.flatten(1)[index], linear.bias
             maps = full_precision((weight @ features.flatten(2)).unflatten(2, self.grid))
             return maps if bias is None else maps + bias[index][..., None, None]
 
     def _weighted(self, features: Tensor, weights: Tensor) -> Tensor:
         """``(N, M)``: sums over the grid of the concept maps times ``weights`` (N, h, w)."""
         with torch.no_grad(), evaluation_mode(self.bottleneck):
-            if not self._is_pointwise() or self.bottleneck.bias is not None:
+            linear = self._pointwise()
+            if linear is None or linear.bias is not None:
                 maps = full_precision(self.bottleneck(features))
                 return torch.einsum("nmhw,nhw->nm", maps, weights.to(maps))
             wide = full_precision(features)

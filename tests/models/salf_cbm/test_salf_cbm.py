@@ -244,8 +244,12 @@ class TestAsModule:
         other.load_state_dict(model.state_dict(), strict=True)
         assert torch.equal(other(x), model(x))
         own = {name for name in model.state_dict() if not name.startswith("backbone.")}
-        buffers = {"concept_mean", "concept_std", "presence_slope", "presence_offset"}
-        assert own == {"bottleneck.weight", "head.weight", "head.bias", *buffers}
+        assert own == {"bottleneck.weight", "head.weight", "head.bias", "concept_mean", "concept_std"}
+        model.calibrate(pictures(30), torch.rand(30, 5) > 0.5)
+        other.load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(other.presence(x), model.presence(x))
+        other.load_state_dict(conv_model().state_dict(), strict=True)
+        assert other.presence_slope is None
 
     def test_deepcopy_is_independent(self):
         model, x = conv_model(), pictures()

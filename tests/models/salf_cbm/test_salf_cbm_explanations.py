@@ -301,7 +301,9 @@ class TestIntervene:
         masks[1, :, :6] = True
         _, after = model.intervene(x, 0, mask=masks, beta=1.0, units="map")
         for n in range(2):
-            torch.testing.assert_close(after[n : n + 1], model.intervene(x[n : n + 1], 0, mask=masks[n], beta=1.0, units="map")[1])
+            torch.testing.assert_close(
+                after[n : n + 1], model.intervene(x[n : n + 1], 0, mask=masks[n], beta=1.0, units="map")[1]
+            )
 
     def test_the_model_is_left_as_it_was(self):
         model, x = conv_model(), pictures()

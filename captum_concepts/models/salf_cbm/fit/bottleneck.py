@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import ConvergenceWarning, InputError
-from captum_concepts.models.salf_cbm.fit.start import gather_moments, least_squares, unit_variance
 from captum_concepts.models.salf_cbm.fit.data import FEWEST
 from captum_concepts.models.salf_cbm.fit.features import LiveFeatures
 from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation, batch_similarity
 from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
+from captum_concepts.models.salf_cbm.fit.start import gather_moments, least_squares, unit_variance
 from captum_concepts.models.salf_cbm.fit.steps import StepResult, all_reduce, first_decides
 from captum_concepts.store import world
 

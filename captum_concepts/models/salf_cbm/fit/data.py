@@ -225,7 +225,8 @@ def _checked(
     if values.ndim == 2:
         return _checked_matrix(values, num_classes, what, all_classes, multi_label)
     if multi_label:
-        raise InputError(f"multi_label=True needs labels ({what}) of shape (N, {num_classes}), got {tuple(values.shape)}")
+        shape = tuple(values.shape)
+        raise InputError(f"multi_label=True needs labels of shape (N, {num_classes}), but those of {what} are {shape}")
     if values.ndim != 1 or values.is_complex() or bool((values != values.round()).any()):
         raise InputError(f"labels of {what} must be one class index per image, got {shortened(labels)}")
     indices = values.long()
@@ -244,9 +245,7 @@ def _checked(
     return indices
 
 
-def _checked_matrix(
-    values: Tensor, num_classes: int, what: str, all_classes: bool, multi_label: bool | None
-) -> Tensor:
+def _checked_matrix(values: Tensor, num_classes: int, what: str, all_classes: bool, multi_label: bool | None) -> Tensor:
     if values.shape[1] != num_classes or not bool(((values == 0) | (values == 1)).all()):
         raise InputError(
             f"labels of {what} of shape {tuple(values.shape)} must be one class index per image, or 0 and 1 of shape "

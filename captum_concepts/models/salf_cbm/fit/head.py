@@ -155,7 +155,8 @@ def check_class_weights(weights: str | Sequence[float] | None, num_classes: int)
         return
     given = torch.as_tensor(weights, dtype=torch.float64)
     if given.shape != (num_classes,) or not bool(((given > 0) & given.isfinite()).all()):
-        raise InputError(f"class_weights must be {num_classes} positive numbers or 'balanced', got {shortened(weights)}")
+        allowed = f"{num_classes} positive numbers or 'balanced'"
+        raise InputError(f"class_weights must be {allowed}, got {shortened(weights)}")
 
 
 def fit_head(
@@ -322,9 +323,9 @@ def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALF
     new.head.weight.copy_(fit.weight)
     new.head.bias.copy_(fit.bias)
     new.set_standardization(fit.mean, fit.std)
-    shift = (fit.mean - mean) / std
-    new.presence_offset.copy_(model.presence_offset.cpu() + model.presence_slope.cpu() * shift)
-    new.presence_slope.copy_(model.presence_slope.cpu() * fit.std / std)
+    if model.presence_slope is not None and model.presence_offset is not None:
+        slope, offset = model.presence_slope.cpu(), model.presence_offset.cpu()
+        new.set_presence(slope * fit.std / std, offset + slope * (fit.mean - mean) / std)
     new.metadata["head"] = {**fit.notes, "refitted": len(labels)}
     new.metadata.pop("accuracy", None)
     return new

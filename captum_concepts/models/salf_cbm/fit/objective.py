@@ -1,8 +1,8 @@
 """The bottleneck's objective on parts of the data: P and the concept maps are never whole in memory.
 
 Everything decomposes over cells: for each of them the maps are ``q = F W^T`` and the similarities ``p = E T^T`` of the
-batch's features F and region embeddings E. Both are centered over the samples before the products, so that no large mean
-is subtracted from small differences, and means over several processes cost one short message.
+batch's features F and region embeddings E. Both are centered over the samples before the products, so that no large
+mean is subtracted from small differences, and means over several processes cost one short message.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from captum_concepts.models.cubic_similarity import CubicSums, similarity_and_gradient
 from captum_concepts.models.salf_cbm.fit.features import GridFeatures, LiveFeatures
 from captum_concepts.models.salf_cbm.fit.steps import all_reduce, share_of
 from captum_concepts.store import world
-from captum_concepts.models.cubic_similarity import CubicSums, similarity_and_gradient
 
 #: Numbers in one part of q and of p; some four such tensors live at a time.
 PART = 1 << 21

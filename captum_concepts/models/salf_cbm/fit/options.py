@@ -21,7 +21,7 @@ from captum_concepts.vlm import RegionPrompt
 
 @dataclass(frozen=True)
 class FitOptions:
-    """The options of :func:`~captum_concepts.models.salf_cbm.fit.fit_salf_cbm`, which declares defaults and meanings."""
+    """The options of :func:`~captum_concepts.models.salf_cbm.fit.fit_salf_cbm`, which declares what they mean."""
 
     prompt: Any
     lam: float | None

@@ -48,7 +48,7 @@ from captum_concepts.store import (
     fingerprint_tensor,
     world,
 )
-from captum_concepts.vlm import RegionPrompt
+from captum_concepts.vlm import Regions
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -70,7 +70,7 @@ def fit_salf_cbm(
     class_weights: str | Sequence[float] | None = None,
     head_tol: float = 1e-4,
     grid: int | Sequence[int] | None = None,
-    prompt: Any = None,
+    prompt: Regions | None = None,
     cls_token: bool = False,
     layout: str = "auto",
     prefix_tokens: int | None = None,
@@ -204,8 +204,8 @@ def prepare(given: Mapping[str, Any]) -> FitRun:
     """Check the arguments of :func:`fit_salf_cbm`, and open the data."""
     if hasattr(given["images"], "encode_image"):
         raise InputError(
-            "fit_salf_cbm takes the images before the encoder: fit_salf_cbm(backbone, layer, images, encoder, concepts, "
-            "num_classes, store_path=...)"
+            "fit_salf_cbm takes the images before the encoder: fit_salf_cbm(backbone, layer, images, encoder, "
+            "concepts, num_classes, store_path=...)"
         )
     vocabulary = checked_vocabulary(given["concepts"])
     options = checked_options(given, vocabulary)
@@ -288,7 +288,7 @@ class FitRun:
         head, accuracies = self._head(steps, weight, made_from)
         model = self._model(kept)
         with torch.no_grad():
-            model.bottleneck.weight.copy_(weight[:, :, None, None])
+            model.get_parameter("bottleneck.weight").copy_(weight[:, :, None, None])
             model.head.weight.copy_(head.weight)
             model.head.bias.copy_(head.bias)
         model.set_standardization(head.mean, head.std)

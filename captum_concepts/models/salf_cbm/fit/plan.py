@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from captum_concepts.activations import evaluation_mode
 from captum_concepts._checks import number
-from captum_concepts.models.salf_cbm.fit.filters import WHOLE
+from captum_concepts.activations import evaluation_mode
 from captum_concepts.models.salf_cbm.fit.features import features_bytes, fits, free_bytes
+from captum_concepts.models.salf_cbm.fit.filters import WHOLE
 from captum_concepts.models.salf_cbm.fit.objective import batch_similarity
 from captum_concepts.models.salf_cbm.fit.pipeline import FitRun, bound_arguments, prepare
 from captum_concepts.store import RegionEmbeddingStore, device_of, module_of

@@ -14,10 +14,6 @@ from torch.utils.data import TensorDataset
 
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.models.salf_cbm.fit import objective
-from captum_concepts.models.salf_cbm.fit.start import gather_moments, least_squares, unit_variance
-from captum_concepts.models.salf_cbm.fit.filters import WHOLE
-from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation, ahead, batch_similarity
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm import SALFCBM
 from captum_concepts.models.salf_cbm.fit import (
@@ -29,8 +25,12 @@ from captum_concepts.models.salf_cbm.fit import (
     fit_head,
     interpretable_concepts,
     labeled_images,
+    objective,
     present_concepts,
 )
+from captum_concepts.models.salf_cbm.fit.filters import WHOLE
+from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation, ahead, batch_similarity
+from captum_concepts.models.salf_cbm.fit.start import gather_moments, least_squares, unit_variance
 from captum_concepts.store import RegionEmbeddingStore
 
 
@@ -355,7 +355,7 @@ def test_labels_in_dictionaries_and_bad_ones(key):
     items = [{"image": image, key: label.float()} for image, label in zip(x, y, strict=True)]
     assert torch.equal(labeled_images(items, 3, all_classes=False).labels, y)
     items[7][key] = 1.5
-    with pytest.raises(InputError, match="item 7 of images has no label|one class index per image"):
+    with pytest.raises(InputError, match="one class index per image"):
         labeled_images(items, 3, all_classes=False)
 
 
