@@ -30,6 +30,8 @@ from captum_concepts.store import RegionEmbeddingStore, manifest, shards, unifor
 from captum_concepts.store.lock import FolderLock
 from captum_concepts.vlm import RegionPrompt
 
+HERE = Path(__file__).resolve()
+IMPORTS = [str(folder) for folder in HERE.parents[:3]]  # of this file, of the tests' helpers, and the package
 PROMPT = RegionPrompt("circle", (2, 3), 4, width=2)
 
 
@@ -392,7 +394,7 @@ class TestInterruption:
         expected, path, rng = contents(tmp_path / "whole"), tmp_path / "killed-0", random.Random(0)
         server = (  # imports once, then forks a builder a line
             "import os, sys, time, torch\n"
-            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]!r}\n"
+            f"sys.path[:0] = {IMPORTS!r}\n"
             "torch.set_num_threads(1)\n"
             "from test_region_embedding_store import TinyEncoder, build, pictures\n"
             "class Slow(TinyEncoder):\n"
@@ -843,7 +845,7 @@ class TestSeveralProcesses:
         build(tmp_path / "one")
         code = (
             "import sys, torch, torch.distributed as dist\n"
-            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]!r}\n"
+            f"sys.path[:0] = {IMPORTS!r}\n"
             "torch.set_num_threads(1)\n"
             "from test_region_embedding_store import TinyEncoder, build, pictures\n"
             "rank, folder = int(sys.argv[1]), sys.argv[2]\n"
