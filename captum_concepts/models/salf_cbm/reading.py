@@ -145,6 +145,7 @@ def _probed(model: nn.Module, name: str, image: Tensor) -> Tensor:
             return read_layer(model, name, image)  # only what is after the layer refuses this size
 
 
+@torch.compiler.disable  # it looks at types and caches, once; a graph has nothing to gain from it
 def reading_of(
     model: nn.Module,
     name: str,
