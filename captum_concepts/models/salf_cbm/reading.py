@@ -20,6 +20,7 @@ from captum_concepts.activations import (
     resolve_layer,
     unwrap,
 )
+from captum_concepts.activations.layout import ModelTraits
 from captum_concepts.errors import InputError, LayerError, LayoutError
 from captum_concepts.images import preprocessing_of
 
@@ -145,7 +146,6 @@ def _probed(model: nn.Module, name: str, image: Tensor) -> Tensor:
             return read_layer(model, name, image)  # only what is after the layer refuses this size
 
 
-@torch.compiler.disable  # it looks at types and caches, once; a graph has nothing to gain from it
 def reading_of(
     model: nn.Module,
     name: str,
@@ -154,8 +154,9 @@ def reading_of(
     size: tuple[int, int],
     layout: str,
     prefix_tokens: int | None,
+    traits: ModelTraits | None = None,
 ) -> Reading:
-    """The layout of one output.
+    """The layout of one output; ``traits`` of the model, if they are known.
 
     Raises:
         LayoutError: no grid, or not clear which.
@@ -168,7 +169,7 @@ def reading_of(
         layout=layout,
         prefix_tokens=prefix_tokens,
         module=module,
-        model=unwrap(model),
+        model=unwrap(model) if traits is None else traits,
         name=name or type(module).__name__,
     )
     return Reading(inferred.kind, inferred.prefix_tokens, inferred.maps(output).shape[1], size, inferred.grid)

@@ -24,6 +24,7 @@ from captum_concepts.activations import (
     read_layer,
     unwrap,
 )
+from captum_concepts.activations.layout import ModelTraits
 from captum_concepts.concepts import CLASS_TEMPLATE
 from captum_concepts.errors import InputError, LayerError, LayoutError
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
@@ -200,6 +201,8 @@ class SALFCBM(
         self.layer = name_in(backbone, layer)
         self.backbone = backbone
         self._reading: Reading | None = None
+        # Read now, because a compiled forward pass cannot look at types and code.
+        self._traits = ModelTraits.of(dict(unwrap(backbone).named_modules())) if feature_dim is not None else None
         self._save_backbone: bool | None = None
         if feature_dim is None:
             self._reading, image = probe(backbone, self.layer, layout, prefix_tokens, self.input_size)
@@ -239,12 +242,13 @@ class SALFCBM(
         read = None if self._reading is None else self._reading.maps(output, size)
         if read is None:
             reading = reading_of(
-                self.backbone, self.layer, output, inputs.shape[0], size, self.layout, self.prefix_tokens
+                self.backbone, self.layer, output, inputs.shape[0], size, self.layout, self.prefix_tokens, self._traits
             )
             self._check_reading(reading)
             self._reading = self._reading or reading
             read = reading.maps(output, size)
-        maps, cls = read  # type: ignore[misc]
+        assert read is not None
+        maps, cls = read
         if tuple(maps.shape[-2:]) != self.grid:
             maps = F.interpolate(maps, self.grid, mode="bilinear", align_corners=False)
         if self.cls_token:
