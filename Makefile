@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 # Plain threads oversubscribe small machines when the tests run in parallel.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-oldest fuzz leaks mutation audit lint bench bench-full bench-page clean
+.PHONY: demo test test-kernels test-oldest fuzz leaks mutation audit lint bench bench-full bench-page clean
 
 demo: $(BIN)/.installed
 	$(BIN)/python -m captum_concepts demo --output demo_output
 
+# ARGS: more of pytest's options. The end names what was skipped and why.
 test: $(BIN)/.installed
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# The suite under ten settings of the kernels and threads that a CPU offers, and a table of what each comparison used of
+# its tolerance (hours). ARGS="--numeric": only tests that compare numbers; ARGS='--settings "2 threads"': one setting.
+test-kernels: $(BIN)/.installed
+	$(BIN)/python tools/kernels.py $(ARGS)
 
 # Ten thousand damaged and forged files against every loader (about ten minutes); `make test` tries a few hundred.
 fuzz: $(BIN)/.installed

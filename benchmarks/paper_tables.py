@@ -29,7 +29,7 @@ from torch.utils.data import Subset
 
 from captum_concepts import fit_salf_cbm
 from captum_concepts.activations import spatial_activations
-from captum_concepts.commands.labelled_folder import LabelledFolder
+from captum_concepts.commands.image_files import LabelledImages, labelled_images
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.solvers import fit_elastic_net
 from captum_concepts.vlm import RegionPrompt
@@ -39,7 +39,7 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
     """SALF-CBM, its peers and the backbone on class folders: the published concept list, grid and encoder."""
     if args.concepts is None or args.cache is None:
         raise SystemExit("--concepts FILE (a concept a line) and --cache FOLDER (for the regions) are needed")
-    train, val = (LabelledFolder(Path(args.root) / split, args.size) for split in ("train", "val"))
+    train, val = (labelled_images(str(Path(args.root) / split), args.size) for split in ("train", "val"))
     if train.classes != val.classes:
         raise SystemExit("ROOT/train and ROOT/val must hold the same class folders")
     lines = args.concepts.read_text(encoding="utf-8").splitlines()
@@ -56,8 +56,8 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
         salf = fit_salf_cbm(
             model,
             args.layers[-1],
-            encoder,
             train,
+            encoder,
             concepts,
             len(train.classes),
             store_path=args.cache,
@@ -80,8 +80,8 @@ def _peer_rows(
     args: argparse.Namespace,
     model: nn.Module,
     encoder: Any,
-    train: LabelledFolder,
-    val: LabelledFolder,
+    train: LabelledImages,
+    val: LabelledImages,
     concepts: Vocabulary,
     lam: float,
 ) -> list[Row]:

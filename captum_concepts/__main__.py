@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from captum_concepts import __version__
 from captum_concepts.commands.command_line import add_commands, explainer_options, run_command
@@ -71,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--output", default="demo_output", help="folder for the pictures (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="which scenes (default: %(default)s)")
+    demo.add_argument(
+        "--photos", metavar="FOLDER", help="explain these photographs instead, with a real ImageNet network, offline"
+    )
     demo.add_argument("--json", action="store_true", help="print the table as JSON")
 
     explain = commands.add_parser(
@@ -118,11 +122,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: dict, as_json: bool) -> int:
-    from captum_concepts.demo.run import run_demo
+    result: Any
+    if (photos := options.pop("photos")) is not None:
+        from captum_concepts.demo.photos import explain_photos
 
-    result = run_demo(**options)
+        result = explain_photos(photos, options["output"])
+    else:
+        from captum_concepts.demo.run import run_demo
+
+        result = run_demo(**options)
     print(json.dumps(result.as_dict(), indent=2) if as_json else result)
-    return 0
+    return int(bool(getattr(result, "skipped", False)))
 
 
 def _explain(options: dict, as_json: bool) -> int:
@@ -137,8 +147,8 @@ def _explain(options: dict, as_json: bool) -> int:
         print(f"{len(report['explained'])} explained at layer {report['layer']}, pictures in {options['output']}")
         if options["report"] and report["explained"]:
             print(f"all of them on one page: {options['report']}")
-        for entry in report["failed"]:
-            print(f"not explained: {entry['image']} ({entry['reason']})", file=sys.stderr)
+    for entry in report["failed"]:
+        print(f"not explained: {entry['image']} ({entry['reason']})", file=sys.stderr)
     if not report["explained"]:
         print("error: no image could be explained", file=sys.stderr)
         return 2

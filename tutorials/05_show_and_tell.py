@@ -16,7 +16,7 @@ import torch
 
 from captum_concepts import SALFCBM, demo, fit_salf_cbm
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.metrics import CenterGaussian, RandomMaps, evaluate, concept_specificity
+from captum_concepts.metrics import CenterGaussian, RandomMaps, concept_specificity, evaluate
 from captum_concepts.visualization import overlay, panel
 from captum_concepts.vlm import RegionPrompt
 
@@ -67,8 +67,8 @@ def fit(layer: str) -> SALFCBM:
     return fit_salf_cbm(
         backbone,
         layer,
-        clip,
         (train.image, train.label),
+        clip,
         data.concepts,
         len(data.classes),
         store_path="salf",
@@ -122,12 +122,12 @@ right = model(test.image).argmax(1) == test.label
 chosen = [int(torch.nonzero((test.label == c) & right)[0]) for c in (0, 3, 4)]
 explanation = model.explain(test.image[chosen], top_k=None)
 panel(
-    test.image[chosen],
     explanation,
-    by="contributions",
+    test.image[chosen],
+    rank_by="contributions",
     top_k=3,
     class_names=data.classes,
-    image_titles=[f"truth: {data.classes[test.label[i]]}" for i in chosen],
+    image_names=[f"truth: {data.classes[test.label[i]]}" for i in chosen],
     title="What decided, where it was seen, and how much it counted",
     map_label="concept map",
 )
@@ -190,7 +190,7 @@ edits = [
     {"concept": "striped", "beta": -12.0, "boxes": box},
     {"concept": "red", "beta": 12.0, "boxes": box},
 ]
-before, after = model.intervene(image, edits, standardize=True)
+before, after = model.intervene(image, edits, units="std")
 for name, logits in (("before", before), ("after", after)):
     probability = logits.softmax(1)[0]
     ranked = probability.argsort(descending=True)[:3].tolist()
@@ -204,7 +204,7 @@ for beta in strengths.tolist():
         {"concept": "striped", "beta": -beta, "boxes": box},
         {"concept": "red", "beta": beta, "boxes": box},
     ]
-    curves.append(model.intervene(image, edits, standardize=True)[1].softmax(1)[0])
+    curves.append(model.intervene(image, edits, units="std")[1].softmax(1)[0])
 curves = torch.stack(curves)
 figure, axes = plt.subplots(figsize=(6.4, 3), layout="constrained")
 for k in curves.amax(0).argsort(descending=True)[:3].tolist():

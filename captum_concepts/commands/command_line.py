@@ -142,7 +142,7 @@ def explainer_options(parser: argparse.ArgumentParser, *, required: bool = True)
     parser.add_argument("--layer", help="dotted name (default: the last layer with a grid that reaches the output)")
     parser.add_argument("--references", metavar="DIR", help="one folder of images a class: explain the similarity")
     parser.add_argument("--similarity", default="cosine", choices=("cosine", "dot", "euclidean"))
-    parser.add_argument("--classes", metavar="FILE", help="names of the outputs: text, one a line, or a JSON list")
+    parser.add_argument("--classes", metavar="FILE", help="names of the outputs: text, one per line, or JSON")
     word_options(parser).add_argument(
         "--explainer",
         metavar="PATH",
@@ -206,10 +206,10 @@ def _report(options: dict[str, Any], as_json: bool) -> int:
         made = explain(ExplainSettings(**options))
         done = len(made["explained"])
     else:
-        from captum_concepts.commands.models import read_names
         from captum_concepts.commands.report import SavedSettings, report_saved
+        from captum_concepts.images import read_words
 
-        names = None if options["classes"] is None else read_names(options["classes"])
+        names = None if options["classes"] is None else read_words(options["classes"])
         kept = {key: options[key] for key in ("report", "images", "title", "model", "size", "top_k")}
         made = report_saved(SavedSettings(saved, class_names=names, **kept))
         done = made["explained"]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from captum_concepts.activations import spatial_activations
 from captum_concepts.commands.explainers import Explainer, build_explainer
-from captum_concepts.commands.image_files import Failed, note_failure
+from captum_concepts.commands.image_files import Failed
 from captum_concepts.commands.models import LoadedModel
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.datasets import (
@@ -27,6 +27,7 @@ from captum_concepts.datasets import (
     SegmentationDataset,
 )
 from captum_concepts.errors import CaptumConceptsError, InputError, did_you_mean
+from captum_concepts.images import Preprocessing
 from captum_concepts.metrics import CenterGaussian, RandomMaps, activation_energy, evaluate
 from captum_concepts.metrics.evaluation import METRICS
 from captum_concepts.metrics.table import EvaluationTable
@@ -70,7 +71,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
         raise InputError("--batch-size and --limit must be at least 1")
     loaded = settings.load()
-    data, known = open_data(settings, loaded.size)
+    data, known = open_data(settings, loaded.preprocessing)
     if settings.words is None and settings.encoder is not None:
         settings = replace(settings, words=known)  # the data set's own names
     failed: Failed = []
@@ -105,17 +106,18 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     return table, summary
 
 
-def open_data(settings: EvaluateSettings, size: int) -> tuple[Any, list[str]]:
+def open_data(settings: EvaluateSettings, preprocessing: Preprocessing) -> tuple[Any, list[str]]:
     """The data set, its images cut to the model's size, and the names of its concepts."""
     if settings.data.startswith("demo:"):
         number = settings.data.removeprefix("demo:scenes:")
         if not number.isdigit() or int(number) < 1:
             raise InputError(f"{settings.data!r} is not demo:scenes:N, N a number of scenes")
-        scenes = CaptionedScenes(int(number), seed=settings.seed + 1_000_003, size=size)
+        side = preprocessing.size[0] if preprocessing.size else 224
+        scenes = CaptionedScenes(int(number), seed=settings.seed + 1_000_003, size=side)
         return scenes, list(scenes.concepts)
     if settings.format not in FORMATS:
         raise InputError(f"--format {settings.format!r} is none of {', '.join(FORMATS)}")
-    options: dict[str, Any] = {"size": size, "min_area": settings.min_area}
+    options: dict[str, Any] = {**preprocessing.geometry, "min_area": settings.min_area}
     if settings.split is not None:
         if settings.format == "folder":
             raise InputError("a folder of images/ and masks/ has no --split")
@@ -151,7 +153,7 @@ def _examples(
         try:
             item = data[i]
         except (CaptumConceptsError, OSError) as error:
-            note_failure(f"image {i}", error, failed)
+            failed.append({"image": f"image {i}", "reason": str(error)})
             continue
         if isinstance(data, CaptionedScenes):
             rows = torch.nonzero(item.presence).flatten().tolist()

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.commands.explainers import Explainer, build_explainer
-from captum_concepts.commands.image_files import readable_images
+from captum_concepts.commands.image_files import each_image
 from captum_concepts.commands.report import facts, open_report
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.images import find_images
+from captum_concepts.images import find_images, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
         InputError, LayerError, ArtifactError: nothing can be explained with these settings.
     """
     paths = find_images(settings.images)
+    files = dict(zip(names_of(paths), paths, strict=True))
     if settings.top_k < 1 or settings.batch_size < 1:
         raise InputError("--top-k and --batch-size must be at least 1")
     out = None if settings.output is None else Path(settings.output)
@@ -75,19 +76,20 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
             page = open_report(settings, explainer.class_names, facts(settings, loaded, explainer), failed)
             stack.push(page)
         progress = stack.enter_context(tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None))
-        for path, image in readable_images(paths, loaded.size, failed):
+        for name, image in each_image(loaded.open(list(files.values())), failed):
+            path = files[name]
             inputs = loaded.prepare(image[None]).to(settings.device)
             explanation = explainer.explain(inputs, top_k=settings.top_k).to("cpu")
             entry = {"image": str(path), **_entry(explanation, explainer.class_names)}
             if out is not None:
-                _draw(image, explanation, out / pictures[path], path.name, explainer)
+                _draw(image, explanation, out / pictures[path], name, explainer)
                 entry["picture"] = pictures[path]
                 if settings.save:
                     entry["explanation"] = Path(pictures[path]).with_suffix(".safetensors").name
                     explanation.save(out / entry["explanation"])
                     entry["significant"] = explainer.significant(explanation)
             if page is not None:
-                page.add(image[None], explanation, path.name, explainer.significant(explanation))
+                page.add(image[None], explanation, name, explainer.significant(explanation))
             summary["explained"].append(entry)
             progress.update()
     return summary
@@ -132,4 +134,4 @@ def _draw(image: Tensor, explanation: ConceptExplanation, path: Path, title: str
 
     flags, names = explainer.significant(explanation), explainer.class_names
     k = len(explanation.concepts)
-    save_figure(panel(image[None], explanation, top_k=k, title=title, class_names=names, significant=flags), path)
+    save_figure(panel(explanation, image[None], top_k=k, title=title, class_names=names, significant=flags), path)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from captum_concepts.activations.survey import suggest_layer, suggest_stages
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.attr.feature_activation_map import FeatureActivationMap
-from captum_concepts.commands.image_files import Failed, ImageFiles, readable_images
-from captum_concepts.commands.models import LoadedModel, load_encoder, read_names, without_head
+from captum_concepts.commands.image_files import Failed, each_image, readable
+from captum_concepts.commands.models import LoadedModel, load_encoder, without_head
 from captum_concepts.commands.saved_explainers import format_of, load_acv, load_salf
 from captum_concepts.commands.settings import ExplainerSettings, ModelSettings
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.images import class_folders, find_images
+from captum_concepts.images import class_folders, find_images, read_words
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def all_at_once(maps: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], 
 
 def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Failed) -> Explainer:
     """What was saved, or CE-FAM where words are given, or else FAM."""
-    probe = _probe(loaded)
+    probe = loaded.empty()
     saved = None if settings.explainer is None else Path(settings.explainer)
     if saved is not None and saved.is_dir():
         return _bottleneck(saved, loaded)
@@ -81,13 +81,8 @@ def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Fa
     return _prototypes(settings, loaded, probe, failed)
 
 
-def _probe(loaded: LoadedModel) -> Tensor:
-    parameter = next(loaded.model.parameters(), torch.zeros(()))
-    return torch.full((1, 3, loaded.size, loaded.size), 0.5, device=parameter.device)
-
-
 def _class_names(settings: ExplainerSettings, loaded: LoadedModel, outputs: int) -> list[str]:
-    names = read_names(settings.classes) if settings.classes else loaded.classes
+    names = read_words(settings.classes) if settings.classes else loaded.classes
     names = names or [f"output {k}" for k in range(outputs)]
     if len(names) != outputs:
         raise InputError(f"{len(names)} class names for the {outputs} outputs of {settings.model}")
@@ -110,20 +105,20 @@ def _outputs(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) ->
 def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
     """Similarity of the model's embedding to the mean embedding of each class folder."""
     model = without_head(loaded.model, probe)
-    names, rows = [], []
+    names: list[str] = []
+    examples: list[Tensor] = []
     for name, files in class_folders(settings.references or "").items():
-        images = [image for _, image in readable_images(files, loaded.size, failed)]
+        images = [image for _, image in each_image(loaded.open(files), failed)]
         if not images:
             raise InputError(f"no readable image in {Path(settings.references or '') / name}")
-        inputs = loaded.prepare(torch.stack(images)).to(probe.device)
-        rows.append(FeatureActivationMap.prototypes(model, inputs, [0] * len(inputs), batch_size=settings.batch_size))
-        names.append(name)
+        examples += loaded.prepare(torch.stack(images))
+        names += [name] * len(images)
     layer = settings.layer or suggest_layer(model, probe)
     fam = FeatureActivationMap(
-        model, layer, torch.cat(rows), reference_names=names, similarity=settings.similarity,
+        model, layer, similarity=settings.similarity, batch_size=settings.batch_size,
         normalize="l1",  # not "minmax": the maps of an image share one colour scale
-    )  # fmt: skip
-    return Explainer(fam.explain, fam.get_name(), layer, names, names, one_by_one(fam), model, layer)
+    ).fit(torch.stack(examples), names)  # fmt: skip
+    return Explainer(fam.explain, fam.get_name(), layer, fam.concepts, fam.concepts, one_by_one(fam), model, layer)
 
 
 def _vectors(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
@@ -133,9 +128,9 @@ def _vectors(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe
     acv = load_acv(file, loaded.model)
     with torch.no_grad():
         names = _class_names(settings, loaded, loaded.model(probe).shape[1])
-    flags = None if acv.significant_ is None else dict(zip(acv.concept_names, acv.significant_.tolist(), strict=True))
+    flags = None if acv.significant_ is None else dict(zip(acv.concepts, acv.significant_.tolist(), strict=True))
     return Explainer(
-        acv.explain, acv.get_name(), acv.layer, names, acv.concept_names, all_at_once(acv.relevance), loaded.model,
+        acv.explain, acv.get_name(), acv.layer, names, acv.concepts, all_at_once(acv.concept_maps), loaded.model,
         acv.layer, flags,
     )  # fmt: skip
 
@@ -180,8 +175,8 @@ def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> C
     """CE-FAM trained on the images below ``settings.train``, with the words of ``settings.words``, if any."""
     encoder = encoder_of(settings)
     words = None if settings.words is None else word_list(settings.words)
-    layers = settings.layers.split(",") if settings.layers else suggest_stages(loaded.model, _probe(loaded))
-    images = ImageFiles(find_images(settings.train or ""), loaded.size, failed, what="training images")
+    layers = settings.layers.split(",") if settings.layers else suggest_stages(loaded.model, loaded.empty())
+    images = readable(loaded.open(find_images(settings.train or "")), failed, "training images")
     made: ConceptFusionMap = ConceptFusionMap.fit(
         loaded.model,
         layers,
@@ -209,7 +204,7 @@ def word_list(words: str | Sequence[str]) -> list[str]:
     if not isinstance(words, str):
         return list(words)
     if Path(words).is_file():
-        return read_names(words)
+        return read_words(words)
     found = [word.strip() for word in words.split(",") if word.strip()]
     if not found:
         raise InputError(f"--words {words!r} names no word and is no file; give 'stripes, grass, sky' or a file")

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from captum_concepts.activations.survey import suggest_layer
 from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.commands.explainers import fit_words
-from captum_concepts.commands.image_files import Failed, ImageFiles
+from captum_concepts.commands.image_files import Failed, readable
 from captum_concepts.commands.models import LoadedModel
 from captum_concepts.commands.settings import ModelSettings
 from captum_concepts.errors import InputError
-from captum_concepts.images import class_folders, find_images
+from captum_concepts.images import ImageSource, class_folders, find_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,26 +62,20 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
 def _vectors(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed) -> dict[str, Any]:
     if settings.words is not None or settings.layers is not None:
         raise InputError("--words and --layers go with --train; for --concepts DIR give one --layer")
-    device = next(loaded.model.parameters(), torch.zeros(())).device
 
-    def on_device(image: torch.Tensor) -> torch.Tensor:
-        return loaded.prepare(image).to(device)
-
-    def files(paths: list[Path], what: str) -> ImageFiles:
-        return ImageFiles(paths, loaded.size, failed, transform=on_device, what=what)
+    def files(paths: list[Path], what: str) -> ImageSource:
+        return readable(loaded.open(paths, normalize=loaded.preprocessing), failed, what)
 
     folders = class_folders(settings.concepts or "")
     concepts = {name: files(paths, f"concept {name!r}") for name, paths in folders.items()}
     negatives = None if settings.negatives is None else files(find_images(settings.negatives), "negatives")
     if negatives is None and len(concepts) == 1:
         raise InputError(f"{settings.concepts} holds one concept only; say what it is told from: --negatives DIR")
-    layer = settings.layer or suggest_layer(
-        loaded.model, torch.full((1, 3, loaded.size, loaded.size), 0.5, device=device)
-    )
+    layer = settings.layer or suggest_layer(loaded.model, loaded.empty())
     acv = SpatialACV(loaded.model, layer, batch_size=settings.batch_size)
     acv.fit(concepts, negatives, n_random=settings.n_random, seed=settings.seed, show_progress=True)
     rows = []
-    for k, name in enumerate(acv.concept_names):
+    for k, name in enumerate(acv.concepts):
         low, high = acv.confidence_intervals_[k].tolist()
         rows.append(
             {

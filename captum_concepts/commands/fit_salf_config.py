@@ -13,11 +13,12 @@ import torch
 
 from captum_concepts._artifacts import parse_json
 from captum_concepts.activations.survey import suggest_layer
-from captum_concepts.commands.labelled_folder import open_images
-from captum_concepts.commands.models import load_encoder, load_model, read_names, to_device
+from captum_concepts.commands.image_files import labelled_images
+from captum_concepts.commands.models import load_encoder, load_model, to_device
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError, did_you_mean
-from captum_concepts.models.salf_cbm_fit import fit_salf_cbm
+from captum_concepts.images import read_words
+from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.vlm import RegionPrompt
 
 EXAMPLE = {
@@ -63,8 +64,8 @@ _OWN = (
     "within_hours",
 )
 _NOT_HERE = (
-    "backbone", "encoder", "train_data", "val_data", "concepts", "store_path", "class_names", "model_transform",
-    "show_progress", "prompt",
+    "backbone", "encoder", "images", "val_data", "concepts", "store_path", "class_names", "model_transform",
+    "encoder_transform", "show_progress", "prompt",
 )  # fmt: skip
 
 
@@ -146,7 +147,13 @@ def fit_arguments(
     if callable(getattr(encoder, "to", None)):
         encoder = encoder.to(device)
     opened = {
-        name: open_images(config[name], loaded.size, skipped if config.get("skip_unreadable") else None, seed=seed)
+        name: labelled_images(
+            config[name],
+            loaded.size,
+            skipped if config.get("skip_unreadable") else None,
+            seed=seed,
+            preprocessing=loaded.preprocessing,
+        )
         for seed, name in enumerate(("train", "val"))
         if config.get(name) is not None
     }
@@ -154,7 +161,7 @@ def fit_arguments(
     if "val" in opened and opened["val"].classes != train.classes:
         different = sorted(set(opened["val"].classes) ^ set(train.classes))
         raise InputError(f"train and val have different classes: {different[:10]}")
-    names = read_names(config["classes"]) if "classes" in config else train.classes
+    names = read_words(config["classes"]) if "classes" in config else train.classes
     if len(names) != len(train.classes):
         raise InputError(f"{len(names)} names in {config['classes']} for {len(train.classes)} class folders")
     options = {name: config[name] for name in fit_options() if name in config}
@@ -169,12 +176,12 @@ def fit_arguments(
         raise InputError(f"prompt must be an object such as {EXAMPLE['prompt']}, got {config['prompt']!r}")
     layer = config.get("layer")
     if layer is None:
-        layer = suggest_layer(loaded.model, torch.full((1, 3, loaded.size, loaded.size), 0.5, device=device))
+        layer = suggest_layer(loaded.model, loaded.empty())
     arguments = {
         "backbone": loaded.model,
         "layer": layer,
         "encoder": encoder,
-        "train_data": train,
+        "images": train,
         "val_data": opened.get("val"),
         "concepts": _vocabulary(config, names, encoder),
         "num_classes": len(names),
@@ -183,7 +190,14 @@ def fit_arguments(
         "store_path": config["store"],
         **options,
     }
-    seen = {"size": loaded.size, "mean": list(loaded.mean), "std": list(loaded.std), "pixels": "RGB in [0, 1]"}
+    p = loaded.preprocessing
+    seen = {
+        "size": loaded.size,
+        "mean": list(p.mean),
+        "std": list(p.std),
+        "pixels": "RGB in [0, 1]",
+        "prepared": str(p),
+    }
     return seen, arguments, skipped
 
 

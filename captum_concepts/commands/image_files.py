@@ -1,70 +1,90 @@
-"""Image files for a command: those that cannot be read are named, and the others go on."""
+"""Images for a command: read one after another; those that cannot be read are noted, and the others go on."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from captum_concepts.errors import CaptumConceptsError, InputError
-from captum_concepts.images import load_image
+from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.errors import InputError
+from captum_concepts.images import ImageSource, batches, class_folders, open_images
 
 Failed = list[dict[str, str]]
 
 
-def note_failure(image: object, error: Exception, failed: Failed) -> None:
-    """Put an image on the list of failures and say so on stderr."""
-    failed.append({"image": str(image), "reason": str(error)})
-    print(f"skipped: {error}", file=sys.stderr)
+def each_image(source: ImageSource, failed: Failed) -> Iterator[tuple[str, Tensor]]:
+    """Name and pixels of each readable image; the others go to ``failed``."""
+    before = len(failed)
+    try:
+        for batch in batches(source, 1):
+            failed[before:] = source.skipped
+            yield batch.names[0], batch.images[0]
+    finally:
+        failed[before:] = source.skipped
 
 
-def readable_images(paths: Iterable[Path], size: int, failed: Failed) -> Iterator[tuple[Path, Tensor]]:
-    """Each readable image; the others go to ``failed`` and to stderr."""
-    for path in paths:
-        try:
-            image = load_image(path, size)
-        except CaptumConceptsError as error:
-            note_failure(path, error, failed)
-            continue
-        yield path, image
-
-
-class ImageFiles(Dataset[Tensor]):
-    """The readable files among ``paths``, read again whenever one is asked for, so any number of them fits in memory.
-
-    Args:
-        paths: image files. Each is looked at once; those that cannot be read go to ``failed``.
-        size: side of the square in pixels.
-        failed: see above.
-        transform: applied to each image.
-        what: how a progress bar and messages call them.
+def readable(source: ImageSource, failed: Failed, what: str) -> ImageSource:
+    """``source``, after a look at all its images; those that cannot be read are left out and go to ``failed``.
 
     Raises:
         InputError: none of them can be read.
     """
+    for _ in tqdm(each_image(source, failed), desc=f"reading {what}", unit="image", file=sys.stderr, disable=None,
+                  leave=False):  # fmt: skip
+        pass
+    return source
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        size: int,
-        failed: Failed,
-        *,
-        transform: Callable[[Tensor], Tensor] | None = None,
-        what: str = "images",
-    ) -> None:
-        self.size, self.transform = size, transform
-        bar = tqdm(paths, desc=f"reading {what}", unit="image", file=sys.stderr, disable=None, leave=False)
-        self.files = [path for path, _ in readable_images(bar, size, failed)]
-        if not self.files:
-            raise InputError(f"no readable image among the {len(paths)} of {what}")
+
+class LabelledImages(Dataset[tuple[Tensor, int]]):
+    """Image and class of each item.
+
+    Attributes:
+        classes: names of the classes.
+        targets: the class of each image.
+    """
+
+    def __init__(self, images: Any, classes: list[str], targets: list[int]) -> None:
+        self.images, self.classes, self.targets = images, classes, targets
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.targets)
 
-    def __getitem__(self, index: int) -> Tensor:
-        image = load_image(self.files[index], self.size)
-        return image if self.transform is None else self.transform(image)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        item = self.images[index]
+        return item.image if hasattr(item, "image") else item, self.targets[index]
+
+
+def labelled_images(source: Any, size: int, failed: Failed | None = None, *, seed: int = 0, **options: Any) -> Any:
+    """The labelled images that an entry of a configuration means.
+
+    Args:
+        source: a folder with one folder of images per class, or ``demo:scenes:N``.
+        size: side of the images in pixels.
+        failed: a list in which files that cannot be read are noted, after a look at each; None: the first one that is
+            met raises.
+        seed: of the scenes.
+        options: of :func:`~captum_concepts.images.open_images`.
+
+    Raises:
+        InputError: no such folder, no class folders, not a number of scenes.
+    """
+    if not isinstance(source, str):
+        raise InputError(f"images must be a folder or demo:scenes:N, got {source!r}")
+    if source.startswith("demo:"):
+        number = source.removeprefix("demo:scenes:")
+        if not number.isdigit() or int(number) == 0:
+            raise InputError(f"{source!r} is not demo:scenes:N, N a number of scenes")
+        scenes = CaptionedScenes(int(number), seed=seed, size=size)
+        return LabelledImages(scenes, scenes.classes, scenes.labels.tolist())
+    folders = class_folders(source)  # refuses a folder without class folders, and empty ones
+    files = [file for inside in folders.values() for file in inside]
+    labels = [k for k, inside in enumerate(folders.values()) for _ in inside]
+    opened = open_images(files, size=size, labels=labels, skip_broken=failed is not None, **options)
+    if failed is not None:
+        readable(opened, failed, str(source))
+    return LabelledImages(opened, list(folders), [int(label) for label in opened.labels or ()])

@@ -74,8 +74,8 @@ def list_layers(settings: ModelsSettings) -> dict[str, Any]:
         random_weights=True,
     )
     model = loaded.model
-    generator = torch.Generator().manual_seed(0)
-    probe = loaded.prepare(torch.rand(1, 3, loaded.size, loaded.size, generator=generator))
+    noise = torch.rand(loaded.empty().shape, generator=torch.Generator().manual_seed(0))
+    probe = loaded.prepare(noise)
     with torch.no_grad():
         output = model(probe)
     surveyed = survey_layers(model, probe)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_concepts._artifacts import parse_json
 from captum_concepts.activations import capture
 from captum_concepts.errors import InputError, did_you_mean
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from captum_concepts.images import (
+    ImageSource,
+    Preprocessing,
+    checked_size,
+    input_channels,
+    open_images,
+    preprocessing_of,
+)
 
 
 @dataclass(frozen=True)
@@ -23,21 +28,34 @@ class LoadedModel:
 
     Args:
         model: in evaluation mode, frozen.
-        size: side of the square input in pixels.
-        mean, std: of the normalisation; zeros and ones where the model normalises itself.
+        preprocessing: its size, normalization and interpolation.
         classes: names of its outputs, empty if unknown.
     """
 
     model: nn.Module
-    size: int
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    preprocessing: Preprocessing
     classes: list[str] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.preprocessing.size[0] if self.preprocessing.size else 224
+
     def prepare(self, images: Tensor) -> Tensor:
-        """RGB in [0, 1] as the model wants it."""
-        mean, std = images.new_tensor(self.mean).view(3, 1, 1), images.new_tensor(self.std).view(3, 1, 1)
-        return (images - mean) / std
+        """Images in [0, 1] as the model wants them."""
+        return self.preprocessing(images)
+
+    def open(self, source: Any, **options: Any) -> ImageSource:
+        """Images in [0, 1] at the model's size; unlabelled, and those that cannot be read are left out."""
+        mode = {1: "L", 3: "RGB", None: "RGB"}.get(input_channels(self.model), "any")
+        options = {"labels": False, "skip_broken": True, **options}
+        return open_images(source, mode=mode, size=self.size, preprocessing=self.preprocessing, **options)
+
+    def empty(self) -> Tensor:
+        """One gray image, prepared, on the model's device."""
+        parameter = next(self.model.parameters(), torch.zeros(()))
+        channels = input_channels(self.model) or 3
+        return self.prepare(torch.full((1, channels, self.size, self.size), 0.5, device=parameter.device))
 
 
 def load_model(
@@ -51,11 +69,12 @@ def load_model(
     """A model by name or from a Python file.
 
     Args:
-        name: ``demo:classifier`` or ``demo:vit`` (bundled), a torchvision or timm name, or ``FILE.py:FUNCTION``, where
+        name: ``demo:classifier`` or ``demo:vit`` (bundled), a torchvision or timm name (``timm/NAME`` where both
+            have it), or ``FILE.py:FUNCTION``, where
             the function returns a ``torch.nn.Module`` that takes RGB in [0, 1].
         weights: for torchvision and timm names: a local ``.safetensors`` or ``.pt`` file, or ``"pretrained"``, which
             downloads them.
-        size: input side; None takes the model's own, or 224.
+        size: input side; None takes the model's own, by its library's metadata, or 224.
         num_classes: outputs of the model, where the weights have another number than the name.
         random_weights: a zoo's model without ``weights`` gets random ones, instead of being refused.
 
@@ -65,11 +84,12 @@ def load_model(
     if name.startswith("demo:"):
         loaded = _bundled(name.removeprefix("demo:"))
     elif ".py:" in name:
-        loaded = LoadedModel(_from_python(name), 224)
+        model = _from_python(name)
+        loaded = LoadedModel(model, _preprocessing(model))
     else:
         loaded = _from_zoo(name, weights, num_classes, random_weights)
-    model = loaded.model.eval().requires_grad_(False)
-    return LoadedModel(model, size or loaded.size, loaded.mean, loaded.std, loaded.classes)
+    preprocessing = loaded.preprocessing if size is None else replace(loaded.preprocessing, size=checked_size(size))
+    return replace(loaded, model=loaded.model.eval().requires_grad_(False), preprocessing=preprocessing)
 
 
 def to_device(module: nn.Module, device: str) -> None:
@@ -93,7 +113,7 @@ def _bundled(name: str) -> LoadedModel:
 
     if name not in ("classifier", "vit"):
         raise InputError(f"no bundled model {name!r}; there are demo:classifier and demo:vit")
-    return LoadedModel(demo.load(name), 64, classes=CaptionedScenes(1, seed=0, size=64).classes)
+    return LoadedModel(demo.load(name), Preprocessing((64, 64)), CaptionedScenes(1, seed=0, size=64).classes)
 
 
 def _from_python(spec: str) -> nn.Module:
@@ -124,7 +144,8 @@ def _from_zoo(name: str, weights: str | None, num_classes: int | None, random_we
     import timm
     import torchvision
 
-    in_torchvision = name in torchvision.models.list_models(module=torchvision.models)
+    library, _, name = name.rpartition("/")
+    in_torchvision = library != "timm" and name in torchvision.models.list_models(module=torchvision.models)
     if not in_torchvision and not timm.is_model(name):
         hint = did_you_mean(name, [*torchvision.models.list_models(module=torchvision.models), *timm.list_models()])
         raise InputError(
@@ -138,16 +159,19 @@ def _from_zoo(name: str, weights: str | None, num_classes: int | None, random_we
     pretrained = weights == "pretrained"
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if in_torchvision:
-        model = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
-        meta = torchvision.models.get_model_weights(name).DEFAULT.meta
-        loaded = LoadedModel(model, 224, IMAGENET_MEAN, IMAGENET_STD, list(meta.get("categories", [])))
+        known = torchvision.models.get_model_weights(name).DEFAULT
+        model = torchvision.models.get_model(name, weights=known if pretrained else None, **options)
+        loaded = LoadedModel(model, _preprocessing(known), list(known.meta.get("categories", [])))
     else:
         model = timm.create_model(name, pretrained=pretrained, **options)
-        config = timm.data.resolve_model_data_config(model)
-        loaded = LoadedModel(model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+        loaded = LoadedModel(model, _preprocessing(model))
     if weights is not None and not pretrained:
         _load_weights(model, Path(weights), name)
     return loaded
+
+
+def _preprocessing(model: Any) -> Preprocessing:
+    return preprocessing_of(model) or Preprocessing((224, 224))
 
 
 def _load_weights(model: nn.Module, path: Path, name: str) -> None:
@@ -210,20 +234,3 @@ def without_head(model: nn.Module, image: Tensor) -> nn.Module:
             setattr(model.get_submodule(parent), child, nn.Identity())
             return model
     return model
-
-
-def read_names(path: str | Path) -> list[str]:
-    """Names from a text file (one a line) or a JSON list (of names, or of lists that end in one)."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no file of names at {path}")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        try:
-            values = parse_json(text)
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, list):
-            raise InputError(f"{path} must hold a list of names, got {type(values).__name__}")
-        return [str(v[-1] if isinstance(v, list) else v) for v in values]
-    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import parse_json
-from captum_concepts.commands.image_files import Failed, note_failure
+from captum_concepts.commands.image_files import Failed
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import find_images, load_image
@@ -60,7 +60,7 @@ class OpenReport:
         flags = None if significant is None else torch.tensor(significant)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", InputWarning)
-            self._writer.add(image, explanation, title=title, significant=flags)
+            self._writer.add(explanation, image, name=title, significant=flags)
         for one in said:
             print(f"warning: {title}: {one.message}", file=sys.stderr)
 
@@ -148,7 +148,7 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
                     explanation = ConceptExplanation.load(source / str(explanation))
                 image = load_image(entry["image"], settings.size or (shown.get("size") if source.is_dir() else None))
             except (CaptumConceptsError, FileNotFoundError) as error:
-                note_failure(entry["image"], error, failed)
+                failed.append({"image": str(entry["image"]), "reason": str(error)})
                 continue
             page.add(image[None], explanation, Path(entry["image"]).name, entry.get("significant"))
         done = len(page)

@@ -27,13 +27,14 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
     """Base of the readers in :mod:`captum_concepts.datasets.folders`: pictures and the pixels of every concept.
 
     Only the index is read at construction; pictures and masks are read when an item is asked for, in the worker that
-    asks. An image is resized bicubically and its labels by nearest neighbor, with one and the same geometry; an EXIF
-    rotation turns both.
+    asks. An image is resized with ``interpolation`` and its labels by nearest neighbor, with one and the same
+    geometry; an EXIF rotation turns both.
 
     Args:
         names: concept name by pixel id. A name that occurs twice gets its id behind it.
         concepts: names to keep, in this order; None keeps all. The rest counts as background.
-        size, resize: see :class:`captum_concepts.images.Reading`; pixels beside a padded image are ignored.
+        size, resize, interpolation, crop: see :class:`captum_concepts.images.Reading`; pixels beside a padded image
+            are ignored.
         min_area: least share of the returned picture's pixels, in [0, 1), that a concept must cover to be present.
         regions: ``"present"``: one mask for each concept that is there, ``target`` its index; ``"all"``: one for
             every concept of the data set, empty where absent; ``"label"``: the mask of the picture's own class.
@@ -55,6 +56,8 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
         concepts: Sequence[str] | None = None,
         size: int | Sequence[int] | None = None,
         resize: str = "crop",
+        interpolation: str = "bicubic",
+        crop: float = 1.0,
         min_area: float = 0.0,
         regions: str = "present",
     ) -> None:
@@ -64,7 +67,7 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
         for name in self.concepts:
             if name not in by_name:
                 raise InputError(f"unknown concept {name!r} among {len(by_name)}.{did_you_mean(name, by_name)}")
-        self.reading = Reading(size, resize=resize)
+        self.reading = Reading(size, resize=resize, interpolation=interpolation, crop=crop)
         if not isinstance(min_area, (int, float)) or not 0 <= min_area < 1:
             raise InputError(f"min_area={min_area!r} must be a share of the picture in [0, 1)")
         self.min_area = float(min_area)

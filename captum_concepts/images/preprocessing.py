@@ -51,6 +51,11 @@ class Preprocessing:
         mean, std = self._moments(images)
         return (images - mean) / std
 
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """The options of ``Reading`` that give images this size: size, resize, interpolation and crop."""
+        return {name: getattr(self, name) for name in ("size", "resize", "interpolation", "crop")}
+
     def undo(self, images: Tensor) -> Tensor:
         """Images in [0, 1] from normalized ones, for pictures."""
         mean, std = self._moments(images)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 _MODULES = {
     "_prepare": ("resize_maps",),
     "baselines": ("CenterGaussian", "RandomMaps", "activation_energy", "center_gaussian"),
+    "boxes": ("box_from_map", "box_iou"),
     "energy": ("epg", "pointing_game"),
     "evaluation": ("METRICS", "evaluate"),
     "perturbation": ("average_drop", "deletion", "increase_in_confidence", "insertion"),
@@ -23,6 +24,7 @@ _MODULES = {
     "streaming": ("ExampleMetric",),
     "streaming_maps": (
         "AveragePrecision",
+        "BoxIoU",
         "EnergyPointingGame",
         "HitRate",
         "IoU",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
         activation_energy as activation_energy,
         center_gaussian as center_gaussian,
     )
+    from captum_concepts.metrics.boxes import box_from_map as box_from_map, box_iou as box_iou
     from captum_concepts.metrics.energy import epg as epg, pointing_game as pointing_game
     from captum_concepts.metrics.evaluation import METRICS as METRICS, evaluate as evaluate
     from captum_concepts.metrics.perturbation import (
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     from captum_concepts.metrics.streaming import ExampleMetric as ExampleMetric
     from captum_concepts.metrics.streaming_maps import (
         AveragePrecision as AveragePrecision,
+        BoxIoU as BoxIoU,
         ConceptSpecificity as ConceptSpecificity,
         EnergyPointingGame as EnergyPointingGame,
         HitRate as HitRate,

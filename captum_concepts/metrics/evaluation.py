@@ -30,6 +30,7 @@ METRICS: dict[str, Callable[..., ExampleMetric]] = {
     "epg": m.EnergyPointingGame,
     "pointing_game": m.PointingGame,
     "iou": m.IoU,
+    "box_iou": m.BoxIoU,
     "pixel_accuracy": m.PixelAccuracy,
     "mean_iou": m.MeanIoU,
     "average_precision": m.AveragePrecision,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts.metrics.boxes import box_iou
 from captum_concepts.metrics.energy import epg, pointing_game
 from captum_concepts.metrics.region import concept_specificity, nra, region_auc
 from captum_concepts.metrics.segmentation import (
@@ -20,6 +21,7 @@ from captum_concepts.metrics.streaming import ExampleMetric
 
 __all__ = [
     "AveragePrecision",
+    "BoxIoU",
     "ConceptSpecificity",
     "EnergyPointingGame",
     "HitRate",
@@ -191,3 +193,18 @@ class AveragePrecision(_MapMetric):
 
     def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
         return average_precision(maps, masks, classes=self.classes, **self._shared(ignore))
+
+
+class BoxIoU(ExampleMetric):
+    """Mean :func:`captum_concepts.metrics.box_iou` of the box around a map and that around the mask."""
+
+    def __init__(
+        self, *, threshold: float = 0.2, component: str = "largest", mode: str = "bilinear", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.threshold = threshold
+        self.component = component
+        self.mode = mode
+
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        return box_iou(maps, masks, threshold=self.threshold, component=self.component, mode=self.mode)

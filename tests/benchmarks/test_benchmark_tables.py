@@ -235,7 +235,7 @@ class TestChannelRules:
                 p = 0.998 - rank / 5 * (0.998 - 0.97)
                 raw[c] += (1 + p * (prob[i] - 1) + 1e-7).log()
         expected = raw - raw.exp().mean(0).log()
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
     def test_adaptive_cosine(self):
         generator = torch.Generator().manual_seed(0)

@@ -139,7 +139,7 @@ def test_without_head_gives_the_input_of_the_last_linear_layer():
         (["--model", "demo:nothing"], "demo:classifier"),
         (["--model", "{file}:build", "--layer", "0.7"], "no layer '0.7'"),
         (["--model", "{file}:build", "--references", "missing"], "no folder at missing"),
-        (["--model", "{file}:build", "--classes", "missing.txt"], "no file of names"),
+        (["--model", "{file}:build", "--classes", "missing.txt"], "cannot be read"),
         (["--model", "{file}:build", "--top-k", "0"], "at least 1"),
     ],
 )
@@ -153,7 +153,7 @@ def test_bad_settings_exit_with_2_and_say_why(arguments, message, model_file, ph
 def test_nothing_readable_exits_with_2(model_file, photos, tmp_path, capsys):
     arguments = ["explain", str(photos / "broken.jpg"), "--model", model_file, "--output", str(tmp_path / "out")]
     assert main(arguments) == 2
-    assert "no image could be explained" in capsys.readouterr().err
+    assert "none of the 1 images can be read" in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_whole_files(model_file, photos, tmp_path, monkeypatch, capsys):
@@ -272,3 +272,67 @@ class TestWords:
         more = [part.replace("{scenes}", str(scenes)) for part in more]
         assert self.run(scenes, tmp_path / "out", *more) == 2
         assert message in capsys.readouterr().err
+
+
+class TestWhatIsRead:
+    """Every size, mean and deviation from the library's own metadata; junk, names and words as people have them."""
+
+    def test_every_model_of_torchvision(self):
+        import torchvision
+
+        from captum_concepts.commands.models import LoadedModel
+        from captum_concepts.images import preprocessing_of
+
+        sizes = {}
+        for name in torchvision.models.list_models(module=torchvision.models):
+            theirs = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+            loaded = LoadedModel(torch.nn.Identity(), preprocessing_of(name))
+            assert loaded.size == theirs.crop_size[0]
+            white = loaded.prepare(torch.ones(1, 3, 2, 2))[0, :, 0, 0]
+            assert torch.allclose(white, (1 - torch.tensor(theirs.mean)) / torch.tensor(theirs.std))
+            sizes[name] = loaded.size
+        assert sum(size != 224 for size in sizes.values()) == 16
+
+    def test_a_model_by_name(self):
+        from captum_concepts.commands.models import load_model
+
+        loaded = load_model("efficientnet_b1", random_weights=True)
+        assert (loaded.size, loaded.preprocessing.interpolation) == (240, "bilinear")
+        assert loaded.empty().shape == (1, 3, 240, 240)
+        assert load_model("efficientnet_b1", random_weights=True, size=96).size == 96
+        assert load_model("timm/efficientnet_b1", random_weights=True).preprocessing.mean == (0.5,) * 3
+
+    def test_gray_models(self, tmp_path, photos, capsys):
+        (tmp_path / "gray.py").write_text(
+            "import torch\nfrom torch import nn\n"
+            "def build():\n"
+            "    torch.manual_seed(0)\n"
+            "    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
+            " nn.Linear(4, 2))\n"
+        )
+        out = tmp_path / "out"
+        assert (
+            main(["explain", str(photos / "b.png"), "--model", f"{tmp_path}/gray.py:build", "--output", str(out)]) == 0
+        )
+
+    def test_names_junk_and_words(self, model_file, photos, tmp_path, capsys):
+        import shutil
+
+        for folder in ("a", "b"):
+            (tmp_path / "in" / folder / "__MACOSX").mkdir(parents=True)
+            shutil.copy(photos / "b.png", tmp_path / "in" / folder / "same.png")
+            for junk in ("._same.png", "Thumbs.db", "__MACOSX/same.png"):
+                (tmp_path / "in" / folder / junk).write_bytes(b"junk")
+        (tmp_path / "classes.txt").write_bytes("café\r\nzebra\r\nox\r\ncat".encode("cp1252"))
+        page = tmp_path / "page.html"
+        arguments = ["explain", str(tmp_path / "in"), "--model", model_file, "--output", str(tmp_path / "out")]
+        assert main([*arguments, "--classes", str(tmp_path / "classes.txt"), "--report", str(page)]) == 0
+        found = json.loads((tmp_path / "out" / "explanations.json").read_text())
+        assert found["classes"] == ["café", "zebra", "ox", "cat"]
+        assert found["failed"] == []
+        assert "a/same.png" in page.read_text()
+        assert "b/same.png" in page.read_text()
+
+    def test_broken_files_are_said_once(self, model_file, photos, tmp_path, capsys):
+        assert main(["explain", str(photos), "--model", model_file, "--output", str(tmp_path / "out")]) == 1
+        assert capsys.readouterr().err.count("broken.jpg (") == 1

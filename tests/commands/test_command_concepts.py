@@ -93,7 +93,7 @@ class TestFitConcepts:
             files = sorted(path for path in (colours / name).iterdir() if path.name != "broken.png")
             images[name] = torch.stack([load_image(path, 64) for path in files])
         own = SpatialACV(model, "layer2", batch_size=8).fit(images, n_random=5)
-        assert loaded.concept_names == own.concept_names == ["bluish", "reddish"]
+        assert loaded.concepts == own.concepts == ["bluish", "reddish"]
         torch.testing.assert_close(loaded.vectors, own.vectors)
 
     def test_it_says_what_was_learned_and_names_the_broken_file(self, colours, tmp_path, capsys):
@@ -113,7 +113,7 @@ class TestFitConcepts:
             ([], "give either --concepts"),
             (["--concepts", "{colours}", "--train", "{colours}"], "give either --concepts"),
             (["--concepts", "{colours}", "--words", "red"], "go with --train"),
-            (["--concepts", "{colours}/bluish"], "holds no folders"),
+            (["--concepts", "{colours}/bluish"], "contains no folders"),
             (["--concepts", "{colours}", "--layer", "nowhere"], "nowhere"),
             (["--train", "{colours}", "--layer", "layer2"], "go with --concepts"),
             (["--train", "{colours}"], "needs --encoder"),
@@ -185,7 +185,7 @@ class TestReport:
             (["--explanations", "missing"], "no saved explanations at missing"),
             (["--explanations", "{tmp}"], "no explanations.json"),
             (["{scenes}/00.png", *MODEL, "--output", "{tmp}"], "is a folder"),
-            (["{scenes}/broken.png", *MODEL], "no image could be explained"),
+            (["{scenes}/broken.png", *MODEL], "none of the 1 images can be read"),
         ],
     )
     def test_what_is_wrong_is_said(self, arguments, message, scenes, tmp_path, capsys):

@@ -226,7 +226,7 @@ class TestGeometry:
     def test_bad_sizes(self, folder: Path, size):
         with pytest.raises(InputError, match="size must be"):
             MaskFolder(folder, size=size)
-        with pytest.raises(TypeError, match="crop"):  # the former name of resize
+        with pytest.raises(InputError, match="resize='squash'"):  # what crop=False meant
             MaskFolder(folder, crop=False)
 
 

@@ -10,8 +10,16 @@ import torch
 from PIL import Image
 
 from captum_concepts.errors import InputError, InputWarning
-from captum_concepts.images import class_folders, find_images, load_image, names_of, placement, read_json, read_words
-from captum_concepts.images import files as image_files
+from captum_concepts.images import (
+    class_folders,
+    files as image_files,
+    find_images,
+    load_image,
+    names_of,
+    placement,
+    read_json,
+    read_words,
+)
 
 RAMP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
 

@@ -54,7 +54,9 @@ def test_models_of_torchvision_are_recognized(name: str, classes: int):
 def test_every_model_of_timm():
     for name in timm.list_models():
         config = timm.get_pretrained_cfg(name)
-        theirs = timm.data.resolve_data_config(pretrained_cfg={} if config is None else config.to_dict())
+        if config is None:  # registered by somebody else
+            continue
+        theirs = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
         ours = preprocessing_of(f"timm/{name}")
         assert ours.size == theirs["input_size"][-2:], name
         assert (ours.mean, ours.std) == (theirs["mean"], theirs["std"]), name

@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from solver_reference import best_dual_bound, loss_and_gradient, objective, problem, proximal_gradient
 
 from captum_concepts.errors import InputError

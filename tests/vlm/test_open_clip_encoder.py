@@ -116,9 +116,9 @@ def test_embeddings_are_open_clips_own(tmp_path, config):
     got = encoder.encode_image(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
     assert F.cosine_similarity(got, expected).item() > 0.9995
     exact = model.encode_image(encoder.transform(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255))
-    assert torch.allclose(got, exact, atol=1e-6)
+    assert torch.allclose(got, exact, atol=1e-5)
     texts = ["red", "a dog", "stripes"]
-    assert torch.allclose(encoder.encode_text(texts), model.encode_text(words(texts)), atol=1e-6)
+    assert torch.allclose(encoder.encode_text(texts), model.encode_text(words(texts)), atol=1e-5)
     assert torch.equal(encoder(torch.ones(1, 3, 40, 40)), encoder.encode_image(torch.ones(1, 3, 40, 40)))
 
 
@@ -143,13 +143,13 @@ def test_results_do_not_depend_on_batching(tmp_path):
     encoder = OpenCLIPEncoder(model, words, text_batch_size=2)
     images = torch.rand(5, 3, 50, 45)
     one_by_one = torch.cat([encoder.encode_image(x[None]) for x in images])
-    assert torch.allclose(encoder.encode_image(images), one_by_one, atol=1e-6)
-    assert torch.allclose(encoder.encode_image(list(images)), one_by_one, atol=1e-6)
+    assert torch.allclose(encoder.encode_image(images), one_by_one, atol=1e-5)
+    assert torch.allclose(encoder.encode_image(list(images)), one_by_one, atol=1e-5)
     mixed = encoder.encode_image([torch.ones(3, 40, 90), images[0]])
-    assert torch.allclose(mixed[1], one_by_one[0], atol=1e-6)
+    assert torch.allclose(mixed[1], one_by_one[0], atol=1e-5)
     texts = ["a", "bb", "ccc", "dd", "e"]
     whole = OpenCLIPEncoder(model, words).encode_text(texts)
-    assert torch.allclose(encoder.encode_text(texts), whole, atol=1e-6)
+    assert torch.allclose(encoder.encode_text(texts), whole, atol=1e-5)
 
 
 def test_templates_are_averaged_on_the_sphere(tmp_path):
@@ -158,7 +158,7 @@ def test_templates_are_averaged_on_the_sphere(tmp_path):
     encoder = OpenCLIPEncoder(model, words, templates=("x{}", "{}yz"), text_batch_size=3)
     for text, row in zip(["a", "b"], encoder.encode_text(["a", "b"]), strict=True):
         parts = F.normalize(plain.encode_text([f"x{text}", f"{text}yz"]), dim=1)
-        assert torch.allclose(row, F.normalize(parts.mean(0), dim=0), atol=1e-6)
+        assert torch.allclose(row, F.normalize(parts.mean(0), dim=0), atol=1e-5)
     assert OpenCLIPEncoder(model, words, templates="a {}").templates == ("a {}",)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import within
 from torch import nn
 
 from captum_concepts.attr.concept_fusion import local as local
@@ -61,7 +62,7 @@ def test_excess_equals_plain_loops(words, monkeypatch):
     for n in range(2):
         for j in range(2):
             slow = loops(translator, space, [m[n] for m in maps], int(index[n, j]), grid)
-            torch.testing.assert_close(fast[n, j], slow, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(fast[n, j], slow, atol=2e-4, rtol=0)
     assert fast.max() < 1
 
 
@@ -156,10 +157,10 @@ def test_fused_maps_do_not_depend_on_batches(link, gradient, scale):
         small = ConceptFusionMap(net, ["1", "3"], translator, list("abcde"), space.direction, batch_size=2, **options)
         x = torch.rand(3, 3, 20, 16)
         all_maps = whole.attribute(x)
-        torch.testing.assert_close(small.attribute(x), all_maps, atol=bound, rtol=0)
-        torch.testing.assert_close(whole.attribute(x[1:2], target="d"), all_maps[1:2, 3:4], atol=bound, rtol=0)
+        within(small.attribute(x), all_maps, bound)
+        within(whole.attribute(x[1:2], target="d"), all_maps[1:2, 3:4], bound)
         net.double(), translator.double()
-        torch.testing.assert_close(whole.attribute(x.double()).float(), all_maps, atol=bound, rtol=0)
+        within(whole.attribute(x.double()), all_maps, bound)
 
 
 def test_a_word_alone_is_still_read_locally():

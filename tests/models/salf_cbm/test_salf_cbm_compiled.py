@@ -53,7 +53,7 @@ def test_compiled_gradients(case):
     expected = model.bottleneck.weight.grad.clone()
     model.bottleneck.weight.grad = None
     compiled(x).square().sum().backward()
-    torch.testing.assert_close(model.bottleneck.weight.grad, expected)
+    torch.testing.assert_close(model.bottleneck.weight.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_explanations_of_a_compiled_model(case):

@@ -1,0 +1,146 @@
+"""Boxes from maps, as weakly supervised localization measures them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from captum_concepts._checks import number, one_of
+from captum_concepts.errors import InputError
+from captum_concepts.metrics._prepare import MODES, check_maps, min_max, resize_maps
+
+__all__ = ["box_from_map", "box_iou"]
+
+
+def box_from_map(
+    maps: Tensor,
+    size: tuple[int, int],
+    *,
+    threshold: float = 0.2,
+    component: str = "largest",
+    mode: str = "bilinear",
+) -> Tensor:
+    """The tightest box around where a map is strong.
+
+    The map is resized to the image and scaled to [0, 1]; pixels above ``threshold`` are kept, and of these the largest
+    connected component (8 neighbors).
+
+    Args:
+        maps: ``(N, h, w)`` or ``(N, 1, h, w)``.
+        size: ``(H, W)`` of the images in pixels.
+        threshold: fraction of the map's range, in [0, 1); 0.2 is CAM's (Zhou et al., CVPR 2016).
+        component: ``"largest"`` (of equally large ones the first in reading order), or ``"all"`` for one box around all
+            kept pixels.
+        mode: how maps are resized, ``align_corners=False``.
+
+    Returns:
+        ``(N, 4)`` float32 ``x0, y0, x1, y1`` in pixels, the end exclusive, as ``torchvision.ops`` takes boxes. NaN
+        where there is no box: a constant map, or one with NaN.
+
+    Raises:
+        InputError: a wrong shape or option.
+
+    Example:
+        >>> heat = torch.zeros(1, 4, 4)
+        >>> heat[0, 1:3, 2:] = 1
+        >>> box_from_map(heat, (4, 4))
+        tensor([[2., 1., 4., 3.]])
+    """
+    number("threshold", threshold, lambda t: 0 <= t < 1, "in [0, 1)")
+    one_of("component", component, ("largest", "all"))
+    one_of("mode", mode, MODES)
+    maps = check_maps(maps)
+    if maps.ndim == 4 and maps.shape[1] == 1:
+        maps = maps[:, 0]
+    if maps.ndim != 3:
+        raise InputError(f"maps must be (N, h, w) or (N, 1, h, w), got {tuple(maps.shape)}")
+    heat = resize_maps(maps, size, mode=mode)
+    broken = ~heat.isfinite().flatten(1).all(1)
+    scaled = min_max(heat.masked_fill(broken[:, None, None], 0).flatten(1))[0].reshape(heat.shape)
+    kept = scaled > threshold
+    if component == "largest":
+        kept = _largest_component(kept)
+    return _bounds(kept).masked_fill(broken[:, None], torch.nan)
+
+
+def box_iou(
+    maps: Tensor,
+    masks: Tensor,
+    *,
+    threshold: float = 0.2,
+    component: str = "largest",
+    mode: str = "bilinear",
+) -> Tensor:
+    """Intersection over union of :func:`box_from_map` and the box around the mask.
+
+    Range [0, 1], higher is better; above 0.5 counts as localized in the usual tables.
+
+    Args:
+        maps: ``(N, h, w)`` or ``(N, 1, h, w)``; ``(N, T, h, w)`` for masks ``(N, T, H, W)``.
+        masks: ``(N, H, W)`` or ``(N, T, H, W)``: a filled box, or any region, whose tightest box is taken.
+        threshold, component, mode: as in :func:`box_from_map`.
+
+    Returns:
+        The shape of ``masks`` without its last two. 0 for a map without a box; NaN for an empty mask and for a map with
+        NaN.
+
+    Raises:
+        InputError: shapes that do not fit.
+
+    Example:
+        >>> heat, mask = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool()
+        >>> heat[0, :2, :2], mask[0, :2, :] = 1, True
+        >>> box_iou(heat, mask)
+        tensor([0.5000])
+    """
+    if not isinstance(masks, Tensor) or masks.ndim not in (3, 4):
+        what = tuple(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
+        raise InputError(f"masks must be (N, H, W) or (N, T, H, W), got {what}")
+    maps = check_maps(maps)
+    lead = masks.shape[:-2]
+    if maps.ndim == 4 and masks.ndim == 3 and maps.shape[1] == 1:
+        maps = maps[:, 0]
+    if maps.shape[:-2] != lead:
+        raise InputError(f"maps {tuple(maps.shape)} do not fit masks {tuple(masks.shape)}")
+    flat = maps.reshape(-1, *maps.shape[-2:])
+    regions = (masks > 0.5 if masks.is_floating_point() else masks != 0).reshape(-1, *masks.shape[-2:])
+    size = (masks.shape[-2], masks.shape[-1])
+    found, true = box_from_map(flat, size, threshold=threshold, component=component, mode=mode), _bounds(regions)
+    overlap = torchvision.ops.box_iou(found.nan_to_num(0).to(true), true.nan_to_num(0)).diagonal()
+    undefined = true.isnan().any(1) | ~flat.isfinite().flatten(1).all(1).to(true.device)
+    return overlap.nan_to_num(0).masked_fill(undefined, torch.nan).reshape(lead)
+
+
+def _bounds(regions: Tensor) -> Tensor:
+    """``(N, 4)`` tightest boxes of ``(N, H, W)`` bool; NaN where there is no pixel."""
+    ends = []
+    for dim in (1, 2):  # whether a column, then a row, has a pixel
+        line = regions.any(dim)
+        at = torch.arange(line.shape[1], device=line.device)
+        first = at.masked_fill(~line, line.shape[1]).amin(1)
+        ends.append((first, at.masked_fill(~line, -1).amax(1) + 1))
+    (x0, x1), (y0, y1) = ends
+    return torch.stack([x0, y0, x1, y1], 1).float().masked_fill(~regions.flatten(1).any(1)[:, None], torch.nan)
+
+
+def _largest_component(kept: Tensor) -> Tensor:
+    """The largest connected component of each ``(H, W)`` of ``(N, H, W)`` bool."""
+    n, height, width = kept.shape
+    if not n:
+        return kept
+    # Every pixel starts with its own number; the smallest one (largest negative) floods its component.
+    own = -torch.arange(1, height * width + 1, device=kept.device, dtype=torch.float64).reshape(1, height, width)
+    outside = -float(height * width + 1)
+    label = torch.where(kept, own, outside)
+    while True:
+        grown = torch.where(kept, F.max_pool2d(label[:, None], 3, 1, 1)[:, 0], outside)
+        if torch.equal(grown, label):
+            break
+        label = grown
+    numbers = (-label).long().flatten(1) - 1
+    counts = torch.zeros(n, height * width + 1, dtype=torch.long, device=kept.device)
+    counts.scatter_add_(1, numbers, kept.flatten(1).long())
+    best = counts[:, :-1].argmax(1)
+    return (numbers == best[:, None]).reshape(kept.shape) & kept

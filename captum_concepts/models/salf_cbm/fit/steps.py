@@ -1,0 +1,168 @@
+"""Results of the steps of a fit on disk: each one whole or not there, found again only by what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from captum_concepts._artifacts import open_artifact, save_artifact
+from captum_concepts.errors import ArtifactError
+from captum_concepts.store import all_or_none, fingerprint_tensor, world
+
+logger = logging.getLogger("captum_concepts")
+_KIND = "captum_concepts.salf-step/1"
+
+
+class StepResult(NamedTuple):
+    """What a step gave: tensors, and notes that JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    notes: dict[str, Any]
+
+
+class StepFolder:
+    """A folder of step results, one file each, named by the step and a digest of what it was made from.
+
+    So a result is used again exactly when everything it depends on is the same; after a change of settings it is
+    computed anew beside the old one, which stays for whoever goes back to it. Why it is computed is logged (logger
+    ``captum_concepts``, level INFO). Under ``torch.distributed`` the first process reads and writes, the others get its
+    values.
+
+    Args:
+        path: the folder, created if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if world()[0] == 0:
+            path.mkdir(parents=True, exist_ok=True)
+
+    def file(self, step: str, made_from: Mapping[str, Any]) -> Path:
+        """Where the result of ``step`` is or will be."""
+        return self.path / f"{step}-{digest(made_from)}.safetensors"
+
+    def run(self, step: str, made_from: Mapping[str, Any], compute: Callable[[], StepResult]) -> StepResult:
+        """The stored result, or else that of ``compute``, which is stored."""
+        found = self.load(step, made_from)
+        if found is not None:
+            say(f"{step}: taken from an earlier run")
+            return found
+        say(f"{step}: computing{self._why(step, made_from)}")
+        result = compute()
+        self.save(step, made_from, result)
+        return result
+
+    def load(self, step: str, made_from: Mapping[str, Any]) -> StepResult | None:
+        """The stored result, or None where there is none or its file is damaged (which is logged)."""
+        found: StepResult | None = None
+        if world()[0] == 0:
+            found = self._read(step, made_from)
+        if world()[1] > 1:
+            box: list[Any] = [found]
+            torch.distributed.broadcast_object_list(box, src=0)
+            found = box[0]
+        return found
+
+    def save(self, step: str, made_from: Mapping[str, Any], result: StepResult) -> None:
+        """Write a result, whole or not at all; all processes fail if the first one cannot."""
+        all_or_none(lambda: self._write(step, made_from, result))
+
+    def _write(self, step: str, made_from: Mapping[str, Any], result: StepResult) -> None:
+        if world()[0] == 0:
+            sums = {name: fingerprint_tensor(value) for name, value in result.tensors.items()}
+            info = {"step": step, "made_from": made_from, "notes": result.notes, "sums": sums}
+            save_artifact(self.file(step, made_from), _KIND, info, result.tensors)
+
+    def remove(self, step: str, made_from: Mapping[str, Any]) -> None:
+        """Forget a result that is of no use any more."""
+        if world()[0] == 0:
+            self.file(step, made_from).unlink(missing_ok=True)
+
+    def _read(self, step: str, made_from: Mapping[str, Any]) -> StepResult | None:
+        path = self.file(step, made_from)
+        if not path.is_file():
+            return None
+        try:
+            with open_artifact(path, _KIND, f"the result of step {step!r}") as (info, tensors):
+                if info["made_from"] != json.loads(json.dumps(made_from)):
+                    raise ArtifactError("it was made from something else")
+                damaged = [name for name, value in tensors.items() if fingerprint_tensor(value) != info["sums"][name]]
+                if damaged or set(tensors) != set(info["sums"]):
+                    raise ArtifactError(f"its values are damaged ({', '.join(damaged) or 'tensors are missing'})")
+                return StepResult(dict(tensors), info["notes"])
+        except ArtifactError as error:
+            say(f"{step}: {path.name} is not used: {error}")
+            return None
+
+    def _why(self, step: str, made_from: Mapping[str, Any]) -> str:
+        """What differs from the latest other result of this step, for the log."""
+        others = [p for p in self.path.glob(f"{step}-*.safetensors") if p != self.file(step, made_from)]
+        if not others or world()[0] != 0:
+            return ""
+        latest = max(others, key=lambda p: p.stat().st_mtime)
+        try:
+            with open_artifact(latest, _KIND, "a step") as (info, _):
+                before = info["made_from"]
+        except (ArtifactError, FileNotFoundError):
+            return ""
+        now = json.loads(json.dumps(made_from))
+        changed = [f"{k} is {_short(now[k])}, not {_short(before.get(k))}" for k in now if before.get(k) != now[k]]
+        return f" anew, because {'; '.join(changed)}" if changed else ""
+
+
+def digest(made_from: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits of the JSON form."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def say(message: str) -> None:
+    """Log once, not once a process."""
+    if world()[0] == 0:
+        logger.info(message)
+
+
+def all_reduce(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if world()[1] > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def first_decides(value: bool) -> bool:
+    """The first process' answer to what each might answer differently (clocks, free disk)."""
+    if world()[1] > 1:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        value = box[0]
+    return value
+
+
+def share_of(count: int) -> range:
+    """This process' run of ``count`` things."""
+    rank, size = world()
+    return range(rank * count // size, (rank + 1) * count // size)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@contextmanager
+def progress(total: int, what: str, unit: str, show: bool, start: int = 0) -> Iterator[Callable[[int], Any]]:
+    """A progress bar of the first process, as a function that takes steps; nothing unless ``show``."""
+    if not show or world()[0] != 0:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=what, unit=unit, initial=start) as bar:
+        yield bar.update

@@ -1,0 +1,13 @@
+"""The contract of a concept explainer as a test case: inherit it to test a method of your own.
+
+from captum_concepts.testing import ExplainerTestCase
+
+class TestMyMethod(ExplainerTestCase):
+    def make_model(self): ...
+    def make_explainer(self, model): ...
+    def make_images(self): ...
+"""
+
+from captum_concepts.testing.explainer_test_case import ExplainerTestCase
+
+__all__ = ["ExplainerTestCase"]
