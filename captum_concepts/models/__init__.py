@@ -2,7 +2,7 @@
 
 from captum_concepts.models.concept_translator import ConceptTranslator, FitResult, Training, fit_translator
 from captum_concepts.models.salf_cbm import SALFCBM
-from captum_concepts.models.salf_cbm_fit import BottleneckSettings, fit_salf_cbm, plan_salf_cbm
+from captum_concepts.models.salf_cbm.fit import BottleneckSettings, fit_salf_cbm, plan_salf_cbm
 
 __all__ = [
     "SALFCBM",

@@ -82,6 +82,8 @@ def train(
     with torch.random.fork_rng(devices=[]):
         pairs = collect_pairs(layers, encoder, images, seed=seed, show_progress=show_progress, **collecting)
         width = pairs.embedding_dim
+        if hidden is None and pairs.images > 1024 and training.from_examples:
+            hidden = (2048, 1024)  # each unit of the first layer is one example
         translator = ConceptTranslator(pairs.in_channels, width, hidden=hidden)
     if text is not None and text.shape[1] != width:
         raise InputError(f"the encoder returns images of width {width} and texts of width {text.shape[1]}")

@@ -256,7 +256,7 @@ def test_the_published_optimiser():
 def test_the_rate_falls_and_the_fit_stops_when_nothing_improves():
     pairs = TrainingPairs([(torch.randn(60, 5), torch.randn(60, 3))], [5])
     translator = ConceptTranslator([5], 3, hidden=(8, 8))
-    result = fit_translator(translator, pairs, lr=0.05, epochs=150)
+    result = fit_translator(translator, pairs, lr=0.05, epochs=150, start="random")
     assert result.stopped == "early"
     assert len(result.history["lr"]) == result.best_epoch + 12  # with the entry of the start
     assert min(result.history["lr"][1:]) == pytest.approx(0.05 * 0.01)
