@@ -7,8 +7,8 @@
 
 ``coco``: real MobileNetV2 and ConSE (a zero-shot model in CLIP's text space); the translator is fitted to other images,
 without labels. The design of ``map_layer="fused"`` was chosen on the images of half 0 only; half 1 is held out.
-``scenes`` and ``vit``: drawn scenes with the exact mask of each concept (those of ``--sensitivity``, and of the design, have
-another seed). Intervals: 95 % bootstrap over images.
+``scenes`` and ``vit``: drawn scenes with the exact mask of each concept (those of ``--sensitivity``, and of the design,
+have another seed). Intervals: 95 % bootstrap over images.
 """
 
 from __future__ import annotations

@@ -14,12 +14,11 @@ from captum_concepts.attr.concept_fusion.words import TextBank
 from captum_concepts.errors import InputError
 
 _ENOUGH = 20  # held-out images below which nothing is claimed
-_BIN = 20  # entries whose mean is one knot of a presence curve, at the top
+_BIN = 40  # entries whose mean is one knot of a presence curve, at the top
 _GROWTH = 1.15  # of the bins downwards
 _TEMPERATURES = tuple(2 ** (k / 4) for k in range(-8, 25))  # 1/4 to 64
-#: Fraction of the VLM's own mean logits that centered logits get back. All of it repeats the VLM's habits, none of it
-#: forgets what is common.
-TEACHER_SHARE = 0.5
+#: Weight of the VLM's verdict on a whole held-out image, beside those on its crops.
+_WHOLE = 1 / 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ class Curve:
     def fit(cls, logits: Tensor, present: Tensor, images: int, source: str) -> Curve:
         """Isotonic regression of ``present`` (in [0, 1]) on ``logits``, over bins that are smallest at the top.
 
-        The value of a bin is that of ``n + 1`` entries, one of which is a half: 20 of 20 are no certainty.
+        The value of a bin is that of ``n + 1`` entries, one of which is a half: 40 of 40 are not certainty.
         """
         order = logits.flatten().argsort()
         x, y = logits.flatten()[order].double(), present.flatten()[order].double()
@@ -159,18 +158,20 @@ def judge(bank: TextBank, held_out: HeldOut | None) -> Trust:
     """What the held-out images say about the words of ``bank``, and the bank that they make of it.
 
     Centering: the translator's mean logit of each word over the training images is subtracted, since a regression
-    that knows little says what is common. A sigmoid gets the VLM's own mean instead, a softmax a part of it. The
+    that knows little says what is common; a sigmoid, which is absolute, gets the VLM's mean logit instead. The
     temperature makes the softmax as sure as it is right on held-out images, where right is what the VLM says of the
-    image and, as often, of a crop of it: a VLM that changes its mind was not sure either.
+    image and, more often, of a crop of it: a VLM that changes its mind was not sure either.
     """
     if held_out is None or held_out.student.shape[1] != bank.direction.shape[1]:
         return Trust(bank)
     student, teacher = held_out.student.float(), held_out.teacher.float()
     words = bank.direction.float()
-    share = TEACHER_SHARE if bank.link == "softmax" else 1.0
-    shift = (share * held_out.teacher_mean - held_out.mean) @ words.T
+    level = held_out.teacher_mean if bank.link == "sigmoid" else torch.zeros_like(held_out.mean)
+    shift = (level - held_out.mean) @ words.T
     verdicts = bank.probability(bank.logits(teacher))
-    said = verdicts[:, 0] if teacher.shape[1] == 1 else (verdicts[:, 0] + verdicts[:, 1:].mean(1)) / 2
+    said = verdicts[:, 0]
+    if teacher.shape[1] > 1:
+        said = _WHOLE * said + (1 - _WHOLE) * verdicts[:, 1:].mean(1)
     bank = replace(bank, offset=bank.offset + (bank.scale * shift).to(bank.offset))
     logits = bank.logits(student)
     if bank.link == "softmax" and len(bank.names) > 1:
@@ -182,7 +183,7 @@ def judge(bank: TextBank, held_out: HeldOut | None) -> Trust:
     first, second = logits.argmax(1), taught.argmax(1)
     counts = [torch.bincount(one, minlength=len(bank.names)).double() / images for one in (first, second)]
     presence = None
-    if images >= _ENOUGH:
+    if images >= _ENOUGH and (bank.link == "sigmoid" or len(bank.names) > 1):
         presence = Curve.fit(odds(bank, logits), said, images, f"the VLM's verdicts on {images} held-out images")
     return Trust(
         bank, presence, reliability, float((first == second).double().mean()), float((counts[0] * counts[1]).sum()),

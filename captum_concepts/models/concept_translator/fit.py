@@ -71,6 +71,11 @@ class Training:
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), lambda v: v >= 0, "0 or more, or None")
 
+    @property
+    def from_examples(self) -> bool:
+        """Whether the weights start in closed form."""
+        return self.start == "examples" or (self.start is None and self.optimizer == "adamw")
+
     @classmethod
     def of(cls, given: Training | Mapping[str, Any] | None) -> Training:
         """From a dictionary of options; None: the defaults.
@@ -97,7 +102,7 @@ class FitResult:
 
     Args:
         history: one list for each of ``"train_loss"``, ``"val_loss"``, ``"val_cosine"`` and ``"lr"``, one entry per
-            epoch; before them one of the start from examples, with rate 0 and no training loss.
+            epoch; before them one of the start from examples, with rate 0.
         best_epoch: whose weights are kept (by validation loss; -1: those of the start).
         stopped: ``"early"``, ``"epochs"`` or ``"nan"``.
         held_out: numbers of the held-out images (all images, if none was held out).
@@ -153,8 +158,7 @@ def fit_translator(
     options = Training.of(training)
     number("similarity_weight", similarity_weight, lambda v: v >= 0, "0 or more")
     sgd = options.optimizer == "sgd"
-    examples = options.start == "examples" or (options.start is None and not sgd)
-    epochs = options.epochs if options.epochs is not None else 0 if examples else 150
+    examples = options.from_examples
     rate = options.lr if options.lr is not None else 0.2 if sgd else 3e-4
     decay = options.weight_decay if options.weight_decay is not None else 0.0 if sgd else 0.05
     translator.float()
@@ -172,6 +176,7 @@ def fit_translator(
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     mean, std = mean.to(device), std.to(device)
     start = examples and start_from_examples(translator, pairs, training_rows, validation, mean, std, generator)
+    epochs = options.epochs if options.epochs is not None else 0 if start else 150
     weight = 0.0 if text is None else similarity_weight * _squared_length(pairs, training_rows) / _PUBLISHED_LENGTH**2
     texts = F.normalize(text.to(device).float(), dim=1) if text is not None and weight else None
 
@@ -186,9 +191,9 @@ def fit_translator(
         return total, F.cosine_similarity(h, e).sum()
 
     @torch.no_grad()
-    def validate() -> tuple[float, float]:
-        sums = [torch.stack(losses(rows)) for rows in validation.split(_ROWS)]
-        value, cosine = (torch.stack(sums).sum(0) / len(validation)).tolist()
+    def validate(on: Tensor = validation) -> tuple[float, float]:
+        sums = [torch.stack(losses(rows)) for rows in on.split(_ROWS)]
+        value, cosine = (torch.stack(sums).sum(0) / len(on)).tolist()
         return value, cosine
 
     steps: Any = _make_optimizer(options.optimizer, translator, rate, decay)
@@ -197,7 +202,8 @@ def fit_translator(
     best = math.inf
     if start or not epochs:
         best, result.val_cosine = validate()
-        for key, entry in zip(result.history, (math.nan, best, result.val_cosine, 0.0), strict=True):
+        before = validate(training_rows[:_TRIAL_ROWS])[0]
+        for key, entry in zip(result.history, (before, best, result.val_cosine, 0.0), strict=True):
             result.history[key].append(entry)
     best_state, reduced, better = copy.deepcopy(translator.state_dict()), 0, -1
     translator.train()
@@ -232,16 +238,11 @@ def fit_translator(
     translator.load_state_dict(best_state)
     translator.fold_standardization(mean, std)
     translator.eval()
-    if examples and not start:
-        result.stopped = "nan"
     if result.stopped == "nan":
         kept = f"the weights of epoch {result.best_epoch}" if result.best_epoch >= 0 else "the initial weights"
-        where = f"the loss was not finite in epoch {len(result.history['lr']) - 1}"
-        if examples and not start:
-            where = "activations or embeddings contain NaN or infinite values"
         warnings.warn(
-            f"{where}, so the fit stopped and keeps {kept}; use a lower lr than {rate:g}, standardize=True, or look "
-            "for NaN in the data",
+            f"the loss was not finite in epoch {len(result.history['lr']) - 1}, so the fit stopped and keeps {kept}; "
+            f"use a lower lr than {rate:g}, standardize=True, or look for NaN in the data",
             ConvergenceWarning,
             stacklevel=2,
         )
