@@ -6,8 +6,8 @@
 ResNet-50 and translator with random weights (time and memory do not depend on them, but for the layers that the
 relevance rule picks: ``map_layer="auto"`` and the last layer are both timed), one image. The published loop runs, for
 every concept, one forward and backward for the channel weights, K masked runs of the translator for every layer and K
-masked forwards of the classifier; it is timed on one concept, since it does every concept alike. Ratios are of processor time,
-which other programs on the machine disturb least; the bare forward is timed before and after each row.
+masked forwards of the classifier; it is timed on one concept, since it does every concept alike. Ratios are of
+processor time, which other programs on the machine disturb least; the bare forward is timed before and after each row.
 """
 
 from __future__ import annotations
