@@ -136,7 +136,7 @@ def test_salf_cbm(real_classifier, photographs, halves, tmp_path):
     images = torch.cat([crops(photographs[name])[:6] for name in ("flower", "palace", "person")])
     labels = torch.arange(3).repeat_interleave(6)
     model = fit_salf_cbm(
-        real_classifier, "last", Reads(real_classifier), (images, labels), ["daisy", "palace", "military uniform"], 3,
+        real_classifier, "last", (images, labels), Reads(real_classifier), ["daisy", "palace", "military uniform"], 3,
         store_path=tmp_path, prompt=RegionPrompt("crop", 2, 56), bottleneck={"max_epochs": 30},
     )  # fmt: skip
     with torch.no_grad():

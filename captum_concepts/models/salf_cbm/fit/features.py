@@ -1,4 +1,4 @@
-"""Backbone features on the grid, by image: cached on disk once, or computed each time they are asked for."""
+"""Backbone features on the grid, by image: cached on disk once, or computed whenever they are asked for."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import integer, one_of
 from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import InputError
-from captum_concepts.models._salf_steps import digest, first_decides, progress, say, world
+from captum_concepts.models.salf_cbm.fit.data import LabeledImages, Transform
+from captum_concepts.models.salf_cbm.fit.steps import digest, first_decides, progress, say
 from captum_concepts.store import (
     Manifest,
     ShardReader,
-    UniformImages,
     all_or_none,
     check_fingerprint,
     fill_shards,
     missing_shards,
     read_manifest,
     shard_sizes,
+    world,
 )
-
-Transform = Callable[[Tensor], Tensor]
 
 
 class GridFeatures(Protocol):
-    """Features of image n at every place of the grid."""
+    """Features of image n at every grid cell."""
 
     @property
     def dim(self) -> int:
@@ -41,45 +41,44 @@ class GridFeatures(Protocol):
         ...
 
     def rows(self, index: Sequence[int]) -> Tensor:
-        """``(n, h*w, D)``, places row by row."""
+        """``(n, h*w, D)``, cells row by row."""
         ...
 
     def __len__(self) -> int: ...
 
 
 class LiveFeatures:
-    """Features computed from the images whenever they are asked for.
+    """Features computed from the images whenever they are asked for, by the model in evaluation mode.
 
     Args:
-        model: has ``features(x) -> (N, D, h, w)``, as :class:`~captum_concepts.models.salf_cbm.SALFCBM`.
-        pictures: the images.
-        transform: from RGB in [0, 1] to what the backbone takes; None gives them as they are.
-        batch_size: images in one forward pass.
+        model: has ``features(images) -> (N, D, h, w)``, as :class:`~captum_concepts.models.salf_cbm.SALFCBM`.
+        images: the images.
+        transform: from a batch of them to what the backbone takes; None passes them as they are.
+        batch_size: images per forward pass.
 
     Attributes:
-        places: h*w.
+        cells: h*w.
         dim: D.
         device: where they are computed.
     """
 
     def __init__(
-        self, model: Any, pictures: UniformImages, transform: Transform | None = None, batch_size: int = 32
+        self, model: Any, images: LabeledImages, transform: Transform | None = None, batch_size: int = 32
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
-        self.model, self.pictures, self.transform, self.batch_size = model, pictures, transform, batch_size
+        self.model, self.images, self.transform = model, images, transform
+        self.batch_size = integer("batch_size", batch_size)
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self.device, self.dtype = like.device, like.dtype
         with torch.no_grad():
-            self.places, self.dim = self._compute([pictures[0]]).shape[1:]
+            self.cells, self.dim = self._compute([images.source[0]]).shape[1:]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def rows(self, index: Sequence[int]) -> Tensor:
-        """``(n, h*w, D)`` float32 on the model's device; differentiable where gradients are enabled."""
+        """``(n, h*w, D)`` float32 on the model's device; differentiable if gradients are enabled."""
         if not len(index):
-            return torch.empty(0, self.places, self.dim, device=self.device)
+            return torch.empty(0, self.cells, self.dim, device=self.device)
         return torch.cat(list(self.batches([int(i) for i in index])))
 
     def batches(self, index: Sequence[int]) -> Iterator[Tensor]:
@@ -91,21 +90,21 @@ class LiveFeatures:
         kept: list[Tensor] = []
         first = 0
         halving = Halving("batch_size")
-        for number, image in enumerate(self.pictures.read(index)):
+        for number, image in enumerate(self.images.read(index)):
             kept.append(image)
             if len(kept) == self.batch_size or number == len(index) - 1:
-                found = torch.cat(halving(self._compute, kept, _halves))
-                finite = found.detach().isfinite().flatten(1).all(1)
+                features = torch.cat(halving(self._compute, kept, _halves))
+                finite = features.detach().isfinite().flatten(1).all(1)
                 if not bool(finite.all()):
                     bad = index[first + int((~finite).nonzero()[0])]
                     raise InputError(f"the backbone's features of image {bad} hold NaN or infinite values")
-                yield found
+                yield features
                 kept, first = [], number + 1
 
     def _compute(self, images: list[Tensor]) -> Tensor:
         batch = torch.stack(images).to(self.device)
         inputs = batch if self.transform is None else self.transform(batch)
-        with evaluation_mode(self.model):  # also while the backbone is trained: its batch statistics stay as they are
+        with evaluation_mode(self.model):  # also while the backbone is trained: its batch statistics are fixed
             maps = self.model.features(inputs.to(self.dtype))
         return maps.flatten(2).transpose(1, 2).float()
 
@@ -120,7 +119,7 @@ class CachedFeatures:
 
     Args:
         path: the folder.
-        made_from: refuses a folder made from something else.
+        made_from: refuses a folder computed from something else.
     """
 
     def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any] | None = None) -> None:
@@ -136,13 +135,13 @@ class CachedFeatures:
         return self._reader.rows("features", index)
 
 
-def features_bytes(images: int, places: int, dim: int, dtype: torch.dtype) -> int:
+def features_bytes(images: int, cells: int, dim: int, dtype: torch.dtype) -> int:
     """Size of a cache.
 
     >>> features_bytes(1_281_167, 49, 2048, torch.float16) / 1e9
     257.135341568
     """
-    return images * places * dim * dtype.itemsize
+    return images * cells * dim * dtype.itemsize
 
 
 def fits(path: Path, size: int, limit: int | None) -> bool:
@@ -167,7 +166,7 @@ def cache_features(
     shard_rows: int | None = None,
     show_progress: bool = False,
 ) -> CachedFeatures:
-    """Compute all features once and keep them in ``path``; goes on with what a killed run has written.
+    """Compute all features once and keep them in ``path``; continues with what a killed run has written.
 
     Each process writes every n-th shard, so the files do not depend on the number of processes, nor on where a run was
     interrupted. Shards carry checksums that are compared when they are first read.
@@ -192,17 +191,16 @@ def cache_features(
     wanted = Manifest(json.loads(json.dumps(dict(made_from))), shard_sizes(count, rows), {"images": count})
 
     def plan() -> None:
-        found = read_manifest(path)
-        if found is not None:
-            check_fingerprint(made_from, found.fingerprint, f"the features at {path}")
-        if rank == 0 and (found is None or found.total != count or found.growing):
+        known = read_manifest(path)
+        if known is not None:
+            check_fingerprint(made_from, known.fingerprint, f"the features at {path}")
+        if rank == 0 and (known is None or known.total != count or known.growing):
             path.mkdir(parents=True, exist_ok=True)
             wanted.write(path)
 
     def write() -> None:
         compute = functools.partial(_fill, source, dtype, show_progress)
-        manifest = read_manifest(path) or wanted
-        fill_shards(path, manifest, compute, rank=rank, size=size, what="the features at")
+        fill_shards(path, read_manifest(path) or wanted, compute, rank=rank, size=size, what="the features at")
 
     all_or_none(plan)
     all_or_none(write)
@@ -210,22 +208,19 @@ def cache_features(
 
 
 def _fill(source: LiveFeatures, dtype: torch.dtype, show: bool, spans: list[tuple[int, int]], write: Any) -> None:
-    with (
-        torch.no_grad(),
-        evaluation_mode(source.model),
-        progress(sum(end - start for start, end in spans), "backbone features", "image", show) as advance,
-    ):
+    total = sum(end - start for start, end in spans)
+    with torch.no_grad(), progress(total, "backbone features", "image", show) as advance:
         for start, end in spans:  # batches begin anew with each file
             parts = []
-            for found in source.batches(range(start, end)):
-                values = found.to(dtype).cpu()
+            for features in source.batches(range(start, end)):
+                values = features.to(dtype).cpu()
                 if not bool(values.isfinite().all()):
                     raise InputError(
-                        f"features reach {float(found.abs().max()):.3g}, beyond half precision; use "
+                        f"features reach {float(features.abs().max()):.3g}, beyond half precision; use "
                         "feature_dtype=torch.float32"
                     )
                 parts.append(values)
-                advance(len(found))
+                advance(len(features))
             write({"features": torch.cat(parts)}, {})
 
 
@@ -240,13 +235,12 @@ def open_features(
     dtype: torch.dtype,
     show_progress: bool,
 ) -> GridFeatures:
-    """Cached features under ``root``, or ``source`` itself where a cache is unwanted or would be too large."""
-    if cache not in (True, False, "auto"):
-        raise InputError(f"cache_features must be True, False or 'auto', got {cache!r}")
+    """Cached features under ``root``, or ``source`` itself if a cache is unwanted or would be too large."""
+    one_of("cache_features", cache, (True, False, "auto"))
     if cache is False:
         return source
     folder = root / f"{name}-{digest(made_from)}"
-    size = features_bytes(len(source), source.places, source.dim, dtype)
+    size = features_bytes(len(source), source.cells, source.dim, dtype)
     manifest = read_manifest(folder)
     if first_decides(manifest is not None and not missing_shards(folder, manifest)):
         say(f"{name}: taken from an earlier run ({folder.name})")

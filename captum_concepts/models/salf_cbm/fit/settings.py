@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from captum_concepts.errors import InputError
-from captum_concepts.models._salf_data import FEWEST
+from captum_concepts.models.salf_cbm.fit.data import FEWEST
 
 
 @dataclass(frozen=True)

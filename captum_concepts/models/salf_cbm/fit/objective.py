@@ -1,8 +1,8 @@
 """The bottleneck's objective on parts of the data: P and the concept maps are never whole in memory.
 
-Everything decomposes over places: for each of them the maps are ``q = F W^T`` and the similarities ``p = E T^T`` of the
-batch's features F and region embeddings E. Both are centred over the samples before the products, so that no large mean
-is subtracted from small differences, and means over several processes cost one short message.
+Everything decomposes over cells: for each of them the maps are ``q = F W^T`` and the similarities ``p = E T^T`` of the
+batch's features F and region embeddings E. Both are centered over the samples before the products, so that no large
+mean is subtracted from small differences, and means over several processes cost one short message.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from captum_concepts.models._salf_feature_cache import GridFeatures, LiveFeatures
-from captum_concepts.models._salf_steps import all_reduce, share_of, world
 from captum_concepts.models.cubic_similarity import CubicSums, similarity_and_gradient
+from captum_concepts.models.salf_cbm.fit.features import GridFeatures, LiveFeatures
+from captum_concepts.models.salf_cbm.fit.steps import all_reduce, share_of
+from captum_concepts.store import world
 
 #: Numbers in one part of q and of p; some four such tensors live at a time.
 PART = 1 << 21
@@ -69,19 +70,19 @@ def ahead(function: Callable[[_Item], _Value], items: Iterable[_Item], depth: in
                 future.cancel()
 
 
-def places(count: int, numbers_each: int) -> Iterator[slice]:
-    """Runs of places, about :data:`PART` numbers each."""
+def cells_of(count: int, numbers_each: int) -> Iterator[slice]:
+    """Runs of grid cells, about :data:`PART` numbers each."""
     step = max(1, min(count, PART // max(numbers_each, 1)))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def by_place(values: Tensor, where: slice, device: torch.device) -> Tensor:
-    """``(k, n, D)`` in float32: some places of ``(n, h*w, D)``."""
+def by_cell(values: Tensor, where: slice, device: torch.device) -> Tensor:
+    """``(k, n, D)`` in float32: some cells of ``(n, h*w, D)``."""
     source = values[:, where].to(device).transpose(0, 1)
     return torch.empty(source.shape, device=device).copy_(source)  # widened and transposed in one pass
 
 
-def centred(values: Tensor, total: int) -> Tensor:
+def centered(values: Tensor, total: int) -> Tensor:
     """Minus the mean over the samples (dimension 1) of all processes, in place."""
     return without_mean(values, all_reduce(values.sum(1, keepdim=True)) / total)
 
@@ -114,7 +115,7 @@ def batch_similarity(
         feature_gradient: also by the features.
 
     Returns:
-        ``(M,)`` mean over the places; the gradient of its sum by ``weight``, this process' part (add up over the
+        ``(M,)`` mean over the cells; the gradient of its sum by ``weight``, this process' part (add up over the
         processes); and the gradient by ``features`` or None.
     """
     count = features.shape[1]
@@ -122,14 +123,14 @@ def batch_similarity(
     gradient = torch.zeros_like(weight)
     by_features = torch.empty(features.shape, device=weight.device) if feature_gradient else None
     reduce = all_reduce if world()[1] > 1 else None
-    for where in places(count, -(-total // world()[1]) * len(weight)):
-        f = centred(by_place(features, where, weight.device), total)
-        e = centred(by_place(embeddings, where, weight.device), total)
+    for where in cells_of(count, -(-total // world()[1]) * len(weight)):
+        f = centered(by_cell(features, where, weight.device), total)
+        e = centered(by_cell(embeddings, where, weight.device), total)
         similarity, slope = similarity_and_gradient(f @ weight.T, e @ text.T, reduce)
         mean += similarity.sum(0)
         gradient += slope.flatten(0, 1).T @ f.flatten(0, 1)
         if by_features is not None:
-            by_features[:, where] = centred(slope @ weight, total).transpose(0, 1)
+            by_features[:, where] = centered(slope @ weight, total).transpose(0, 1)
     return mean / count, gradient / count, None if by_features is None else by_features / count
 
 
@@ -149,15 +150,15 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """``(M,)`` mean over the places, for each of several bottlenecks ``(M, D)``, in one reading."""
+        """``(M,)`` mean over the cells, for each of several bottlenecks ``(M, D)``, in one reading."""
         if self._means is None or self.changing:
             self._means = self._mean_rows()
         device = self.text.device
         sums = [CubicSums((len(self._means[0]), len(self.text)), device) for _ in weights]
         for features, embeddings in self.samples.batches(self.parts):
-            for where in places(features.shape[1], len(features) * len(self.text)):
-                f = without_mean(by_place(features, where, device), self._means[0][where, None])
-                e = without_mean(by_place(embeddings, where, device), self._means[1][where, None])
+            for where in cells_of(features.shape[1], len(features) * len(self.text)):
+                f = without_mean(by_cell(features, where, device), self._means[0][where, None])
+                e = without_mean(by_cell(embeddings, where, device), self._means[1][where, None])
                 p = e @ self.text.T
                 for weight, one in zip(weights, sums, strict=True):
                     one.add(f @ weight.T, p, dim=1, where=where)
@@ -165,13 +166,13 @@ class Validation:
 
     @torch.no_grad()
     def spread(self, weight: Tensor) -> Tensor:
-        """``(M,)`` standard deviation of each concept map about the mean of its place; 1 for a constant one."""
+        """``(M,)`` standard deviation of each concept map about the mean of its cell; 1 for a constant one."""
         features_mean = (self._mean_rows() if self._means is None or self.changing else self._means)[0]
         device = self.text.device
         total = torch.zeros(len(weight), device=device)
         for features, _ in self.samples.batches(self.parts):
-            for where in places(features.shape[1], len(features) * len(weight)):
-                f = without_mean(by_place(features, where, device), features_mean[where, None])
+            for where in cells_of(features.shape[1], len(features) * len(weight)):
+                f = without_mean(by_cell(features, where, device), features_mean[where, None])
                 total += (f @ weight.T).square().sum((0, 1))
         spread = (all_reduce(total) / (len(self.samples.rows) * len(features_mean))).sqrt()
         return torch.where(spread > 0, spread, 1.0)

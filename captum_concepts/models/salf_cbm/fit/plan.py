@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from captum_concepts._checks import number
 from captum_concepts.activations import evaluation_mode
-from captum_concepts.errors import InputError
-from captum_concepts.models._salf_concepts import WHOLE
-from captum_concepts.models._salf_feature_cache import features_bytes, fits, free_bytes
-from captum_concepts.models._salf_objective import batch_similarity
-from captum_concepts.models._salf_run import FitRun
+from captum_concepts.models.salf_cbm.fit.features import features_bytes, fits, free_bytes
+from captum_concepts.models.salf_cbm.fit.filters import WHOLE
+from captum_concepts.models.salf_cbm.fit.objective import batch_similarity
+from captum_concepts.models.salf_cbm.fit.pipeline import FitRun, bound_arguments, prepare
 from captum_concepts.store import RegionEmbeddingStore, device_of, module_of
+from captum_concepts.vlm import RegionPrompt
 
 #: Passes over the activations that a path of sparse heads takes, roughly.
 _HEAD_PASSES = 150
@@ -29,7 +30,7 @@ class FitPlan:
 
     Attributes:
         images: of each data set.
-        places, concepts, classes, embedding_dim, feature_dim: sizes.
+        cells, concepts, classes, embedding_dim, feature_dim: sizes.
         bytes: on disk, by folder.
         free_bytes: on the disk of ``store_path``.
         cached: whether the backbone's features would be cached.
@@ -38,7 +39,7 @@ class FitPlan:
     """
 
     images: dict[str, int]
-    places: int
+    cells: int
     concepts: int
     classes: int
     embedding_dim: int
@@ -68,7 +69,7 @@ class FitPlan:
         total = sum(self.bytes.values())
         sets = ", ".join(f"{count:,} images of {name}" for name, count in self.images.items())
         lines = [
-            f"{sets}; {self.places} places, {self.concepts} concepts, {self.classes} classes; embeddings of "
+            f"{sets}; {self.cells} cells, {self.concepts} concepts, {self.classes} classes; embeddings of "
             f"{self.embedding_dim}, features of {self.feature_dim} channels",
             "disk:",
             *(f"  {name:<28}{_bytes(size):>12}" for name, size in self.bytes.items()),
@@ -86,24 +87,35 @@ class FitPlan:
         return "\n".join(lines)
 
 
-def make_plan(run: FitRun, within_hours: float = 24.0) -> FitPlan:
-    """Try a few images and a few steps, and multiply.
+def plan_salf_cbm(*arguments: Any, within_hours: float = 24.0, **options: Any) -> FitPlan:
+    """What :func:`fit_salf_cbm` with the same arguments would take: disk, time and processes. Writes nothing.
+
+    A few images go through encoder and backbone, and a few steps of the bottleneck are taken on random numbers; the
+    rest is multiplication. Times are those of this machine as busy as it is now, without reading from a slow disk or
+    communication between processes.
+
+    Args:
+        arguments, options: as for :func:`fit_salf_cbm`.
+        within_hours: for which the number of processes is worked out.
+
+    Returns:
+        A :class:`FitPlan`: ``print`` it, or take ``as_dict()``.
 
     Raises:
-        InputError: ``within_hours`` is not positive; whatever encoder or backbone refuse.
+        InputError: ``within_hours`` is not positive; whatever ``fit_salf_cbm``, encoder or backbone refuse.
     """
-    if not within_hours > 0:
-        raise InputError(f"within_hours must be positive, got {within_hours!r}")
+    number("within_hours", within_hours, lambda hours: hours > 0, "a positive number")
+    run = prepare(bound_arguments(arguments, options))
     o, live = run.options, run.splits[0].live
     images = {split.name: len(split.images) for split in run.splits}
-    total, places, m = sum(images.values()), len(o.prompt), len(run.vocabulary)
-    picture, embedding_dim = _time_encoder(run)
+    total, cells, m = sum(images.values()), len(o.prompt), len(run.vocabulary)
+    each, whole, embedding_dim = _time_encoder(run)
     size = {"region embeddings": sum(
         RegionEmbeddingStore.expected_bytes(count, o.prompt, embedding_dim) for count in images.values()
     )}  # fmt: skip
     if o.presence_cutoff is not None:
         size["image embeddings"] = RegionEmbeddingStore.expected_bytes(images["train"], WHOLE, embedding_dim)
-    cache = features_bytes(total, places, live.dim, o.feature_dtype)
+    cache = features_bytes(total, cells, live.dim, o.feature_dtype)
     cached = not o.train_backbone and (
         o.cache_features is True or (o.cache_features == "auto" and fits(run.path, cache, o.max_cache_bytes))
     )
@@ -118,35 +130,40 @@ def make_plan(run: FitRun, within_hours: float = 24.0) -> FitPlan:
     products = _time_product(run) * total * _HEAD_PASSES
     passes = 1 if cached else o.bottleneck.max_epochs + 3
     seconds = {
-        **({} if o.presence_cutoff is None else {"presence of concepts": picture * images["train"]}),
-        "region embeddings": picture * places * total,
+        **({} if o.presence_cutoff is None else {"presence of concepts": whole * images["train"]}),
+        "region embeddings": each * total,
         "backbone features": forward * total * passes,
         f"bottleneck, {o.bottleneck.max_epochs} epochs": epoch * o.bottleneck.max_epochs,
         "head": products,
     }
     return FitPlan(
-        images, places, m, run.num_classes, embedding_dim, live.dim, size, free_bytes(run.path), cached, seconds,
+        images, cells, m, run.num_classes, embedding_dim, live.dim, size, free_bytes(run.path), cached, seconds,
         within_hours,
     )  # fmt: skip
 
 
-def _time_encoder(run: FitRun) -> tuple[float, int]:
-    """Seconds a marked picture, and D."""
-    prompt, device = run.options.prompt, device_of(run.encoder)
-    batch = min(run.options.prompt_batch_size, 4 * len(prompt))
-    image = run.splits[0].images.pictures[0][None].to(device)
-    cells = torch.arange(batch, device=device) % len(prompt)
-    views = prompt.draw_cells(image, torch.zeros_like(cells), cells)
-    with torch.no_grad(), evaluation_mode(module_of(run.encoder)):
-        width = run.encoder.encode_image(views[:2]).shape[1]
-        return _timed(lambda: run.encoder.encode_image(views), device) / batch, width
+def _time_encoder(run: FitRun) -> tuple[float, float, int]:
+    """Seconds of the regions of an image, of an image as it is, and the width of an embedding."""
+    prompt, encoder, device = run.options.prompt, run.encoder, device_of(run.encoder)
+    image = run.splits[0].images.shown[0][None].to(device)
+    with torch.no_grad(), evaluation_mode(module_of(encoder)):
+        width = encoder.encode_image(image).shape[1]
+        several = image.expand(_TRIAL_IMAGES, -1, -1, -1)
+        if not isinstance(prompt, RegionPrompt):
+            dense = _timed(lambda: encoder.encode_regions(several, prompt.grid), device) / _TRIAL_IMAGES
+            return dense, _timed(lambda: encoder.encode_image(several), device) / _TRIAL_IMAGES, width
+        batch = min(run.options.prompt_batch_size or 64, 4 * len(prompt))
+        cells = torch.arange(batch, device=device) % len(prompt)
+        views = prompt.draw_cells(image, torch.zeros_like(cells), cells)
+        one = _timed(lambda: encoder.encode_image(views), device) / batch
+    return one * len(prompt), one, width
 
 
 def _time_step(run: FitRun, embedding_dim: int) -> float:
-    """Seconds an image of a bottleneck's step, from a few places of random numbers."""
-    places, live = len(run.options.prompt), run.splits[0].live
+    """Seconds an image of a bottleneck's step, from a few cells of random numbers."""
+    cells, live = len(run.options.prompt), run.splits[0].live
     total = min(run.options.bottleneck.batch_size, len(run.splits[0].images))
-    few = min(places, 4)
+    few = min(cells, 4)
     generator = torch.Generator().manual_seed(0)
     features, embeddings = (
         torch.randn(total, few, width, generator=generator).to(run.device) for width in (live.dim, embedding_dim)
@@ -156,7 +173,7 @@ def _time_step(run: FitRun, embedding_dim: int) -> float:
     )
     with torch.no_grad():
         found = _timed(lambda: batch_similarity(features, embeddings, weight, text, total), run.device)
-    return found / total * places / few
+    return found / total * cells / few
 
 
 def _time_product(run: FitRun) -> float:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from captum_concepts.concepts import Drop, Vocabulary
 from captum_concepts.errors import InputError
-from captum_concepts.models._salf_objective import ahead
-from captum_concepts.models._salf_steps import share_of, world
-from captum_concepts.store import RegionEmbeddingStore
+from captum_concepts.models.salf_cbm.fit.objective import ahead
+from captum_concepts.models.salf_cbm.fit.steps import share_of
+from captum_concepts.store import RegionEmbeddingStore, world
 from captum_concepts.vlm import RegionPrompt
 
-#: Leaves an image as it is: the window of a single place that covers all of it.
+#: Leaves an image as it is: the window of a single cell that covers all of it.
 WHOLE = RegionPrompt("crop", 1, 112, reference_size=224)
 #: The published filters compare the mean similarity of so many images with their cutoff.
 TOP_IMAGES = 5
@@ -32,13 +32,13 @@ def concept_presence(
         ``(M,)`` float32.
 
     Raises:
-        InputError: the store has several places per image, or k is below 1.
+        InputError: the store has several cells per image, or k is below 1.
     """
     if k < 1:
         raise InputError(f"k={k} must be at least 1")
     if len(store.prompt) != 1:
         raise InputError(
-            f"presence is judged on images as they are, but the store holds {len(store.prompt)} marked places of each; "
+            f"presence is judged on images as they are, but the store holds {len(store.prompt)} marked cells of each; "
             "build one with the prompt WHOLE"
         )
     share = share_of(len(store))
@@ -100,7 +100,7 @@ def interpretable_concepts(vocabulary: Vocabulary, similarity: Tensor, cutoff: f
     return vocabulary.without(drops) if drops else vocabulary
 
 
-def places_of(kept: Vocabulary, before: Vocabulary) -> Sequence[int]:
+def columns_of(kept: Vocabulary, before: Vocabulary) -> Sequence[int]:
     """The numbers of the kept concepts in the vocabulary before."""
     number = {concept: i for i, concept in enumerate(before)}
     return [number[concept] for concept in kept]

@@ -1,4 +1,4 @@
-"""Points, boxes and masks in pixels, as the share of each pixel and of each cell that they cover."""
+"""Points, boxes and masks in pixels, as the fraction of each pixel and of each grid cell that they cover."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, shortened
 
 Size = tuple[int, int]
+_FORMS = {"points": "(x, y)", "boxes": "(x0, y0, x1, y1)"}
+#: How far a box may cross the border, in pixels: detectors round outwards.
+_MARGIN = 1.0
 
 
 def region_mask(
     n: int, image_size: Size, grid: Size, *, points: Any = None, boxes: Any = None, mask: Any = None
 ) -> Tensor:
-    """``(N, H, W)``: how much of each pixel belongs to the region, 0 to 1; all of it where no region is given.
+    """``(N, H, W)``: the fraction of each pixel that belongs to the region; all of it if no region is given.
 
     Pixel ``(x, y)``, column and row, covers ``[x, x+1) x [y, y+1)``.
 
@@ -27,20 +30,23 @@ def region_mask(
         n: images.
         image_size: ``(H, W)``.
         grid: of the concept maps.
-        points: ``(x, y)``; each stands for the cell of the grid that holds it.
-        boxes: ``(x0, y0, x1, y1)``, the borders; cut off at the image's.
-        mask: ``(H, W)`` or one an image; True, or a share in [0, 1].
+        points: ``(x, y)``; each stands for the cell of the grid that contains it.
+        boxes: ``(x0, y0, x1, y1)``, the borders.
+        mask: ``(H, W)`` or one per image; True, or a fraction in [0, 1].
+
+    Points and boxes: one for all images; ``(N, 2)`` or ``(N, 4)``, one per image; ``(N, P, 2)`` or a list of N lists,
+    several per image. For a single image a list of several is taken as such.
 
     Raises:
-        InputError: two kinds at once, another shape, not finite, outside of the image, or empty.
+        InputError: two kinds at once, another shape, not finite, outside of the image, fractions, or empty.
     """
     given = {name: value for name, value in (("points", points), ("boxes", boxes), ("mask", mask)) if value is not None}
     if len(given) > 1:
-        raise InputError(f"give a region as points, boxes or mask, not as {' and '.join(given)}")
+        raise InputError(f"pass a region as points, boxes or mask, not as {' and '.join(given)}")
     if points is not None:
-        return _union([_cells(own, image_size, grid) for own in _each(points, n, 2, "points")], n, image_size)
+        return _union([_cells(own, image_size, grid) for own in _each(points, n, "points")], n, image_size)
     if boxes is not None:
-        return _union([_cut(own, image_size) for own in _each(boxes, n, 4, "boxes")], n, image_size)
+        return _union([_checked_boxes(own, image_size) for own in _each(boxes, n, "boxes")], n, image_size)
     if mask is not None:
         return _mask(mask, n, image_size)
     return torch.ones(n, *image_size)
@@ -61,7 +67,7 @@ def pooled_upsampling(mask: Tensor, grid: Size) -> Tensor:
 
 
 def coverage(mask: Tensor, grid: Size) -> Tensor:
-    """``(N, h, w)``: the share of each cell that the mask covers; their mean is the share of the image.
+    """``(N, h, w)``: the fraction of each cell that the mask covers; their mean is the fraction of the image.
 
     >>> coverage(torch.ones(1, 5, 5), (2, 3)).unique()
     tensor([1.])
@@ -76,7 +82,7 @@ def _upsampling(cells: int, side: int) -> Tensor:
 
 
 def _overlap(cells: int, side: int) -> Tensor:
-    """``(cells, side)``: the share of each cell that each pixel fills."""
+    """``(cells, side)``: the fraction of each cell that each pixel fills."""
     borders = torch.arange(cells + 1, dtype=torch.float64) * side / cells
     return torch.stack([_span(a, b, side) for a, b in pairwise(borders)]).float() * cells / side
 
@@ -87,39 +93,52 @@ def _span(start: Any, stop: Any, side: int) -> Tensor:
     return (torch.clamp(pixel + 1, max=float(stop)) - torch.clamp(pixel, min=float(start))).clamp(0, 1)
 
 
-def _each(values: Any, n: int, width: int, name: str) -> list[Tensor]:
-    """One ``(P, width)`` tensor for each image, or a single one for all."""
-    form = "(x, y)" if width == 2 else "(x0, y0, x1, y1)"
+def _each(values: Any, n: int, name: str) -> list[Tensor]:
+    """One ``(P, 2 or 4)`` tensor per image, or a single one for all images."""
+    width, form = (2, _FORMS[name]) if name == "points" else (4, _FORMS[name])
+    parts = _numbers(values, name)
+    if isinstance(parts, Tensor):
+        if parts.ndim == 1:
+            each = [parts[None]]
+        elif parts.ndim == 3 or n == 1:
+            each = list(parts) if parts.ndim == 3 else [parts]
+        else:
+            if parts.ndim == 2 and len(parts) != n:
+                raise InputError(
+                    f"{len(parts)} {name} are given for {n} images; pass one for all, one per image, or a list per "
+                    f"image: [[{form}, ...], ...]"
+                )
+            each = list(parts[:, None])
+    else:
+        each = parts
+    if any(own.ndim != 2 or own.shape[1] != width for own in each):
+        shapes = sorted({tuple(own.shape) for own in each})
+        raise InputError(f"{name} must be {form}, one per image, or a list of them per image; got shapes {shapes}")
+    if len(each) != n and not (len(each) == 1 and isinstance(parts, Tensor) and parts.ndim == 1):
+        raise InputError(f"{name} are given for {len(each)} images, but there are {n}")
+    if any(not len(own) for own in each):
+        raise InputError(f"the region is empty: there are no {name}")
+    if any(not bool(own.isfinite().all()) for own in each):
+        raise InputError(f"{name} must be finite, got {shortened([own.tolist() for own in each])}")
+    return each
+
+
+def _numbers(values: Any, name: str) -> Tensor | list[Tensor]:
+    """One tensor, or one per image if their numbers of points differ."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().double()
     try:
         if isinstance(values, Sequence) and any(isinstance(v, (Tensor, np.ndarray)) for v in values):
             values = [np.asarray(v.tolist() if isinstance(v, Tensor) else v, dtype=np.float64) for v in values]
-            found = [torch.as_tensor(v, dtype=torch.float64) for v in values]
-            found = [torch.stack(found)] if len({v.shape for v in found}) == 1 else found
-        else:
-            values = values.cpu() if isinstance(values, Tensor) else values  # not every device has doubles
-            found = [torch.as_tensor(values, dtype=torch.float64)]
+            alike = len({v.shape for v in values}) == 1
+            each = [torch.as_tensor(v) for v in values]
+            return torch.stack(each) if alike else each
+        return torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        try:  # another number for each image
-            found = [torch.as_tensor(own, dtype=torch.float64) for own in values]
+        try:
+            return [torch.as_tensor(own, dtype=torch.float64) for own in values]
         except (TypeError, ValueError, RuntimeError):
-            raise InputError(f"{name} must be numbers {form}, got {values!r}") from error
-    if len(found) == 1:
-        whole = found[0]
-        whole = whole[None] if whole.ndim == 1 else whole
-        found = list(whole) if whole.ndim == 3 else [whole]
-        per_image = whole.ndim == 3
-    else:
-        per_image = True
-    if any(own.ndim != 2 or own.shape[1] != width for own in found):
-        shapes = sorted({tuple(own.shape) for own in found})
-        raise InputError(f"{name} must be {form}, a list of them, or such a list for each image; got shapes {shapes}")
-    if per_image and len(found) != n:
-        raise InputError(f"{name} are given for {len(found)} images, but there are {n}")
-    if any(not len(own) for own in found):
-        raise InputError(f"the region is empty: there are no {name}")
-    if any(not bool(own.isfinite().all()) for own in found):
-        raise InputError(f"{name} must be finite, got {[own.tolist() for own in found]}")
-    return found
+            raise InputError(f"{name} must be numbers {_FORMS[name]}, got {shortened(values)}") from error
 
 
 def _cells(points: Tensor, image_size: Size, grid: Size) -> Tensor:
@@ -132,20 +151,33 @@ def _cells(points: Tensor, image_size: Size, grid: Size) -> Tensor:
             f"point {tuple(points[outside][0].tolist())} lies outside of the image: x (column) must be in "
             f"[0, {width}), y (row) in [0, {height})"
         )
+    if bool((points <= 1).all()) and bool((points != points.round()).any()) and max(image_size) > 1:
+        raise InputError(
+            f"points {shortened(points.tolist())} look like fractions of the image; they are pixels: multiply x by "
+            f"{width} and y by {height}"
+        )
     step = sides / torch.tensor([grid[1], grid[0]], dtype=torch.float64)
     first = (points / step).floor()
     return torch.cat([first * step, (first + 1) * step], 1)
 
 
-def _cut(boxes: Tensor, image_size: Size) -> Tensor:
+def _checked_boxes(boxes: Tensor, image_size: Size) -> Tensor:
     height, width = image_size
-    for x0, y0, x1, y1 in boxes.tolist():
+    for box in boxes.tolist():
+        x0, y0, x1, y1 = box
         if x1 <= x0 or y1 <= y0:
-            raise InputError(f"box {(x0, y0, x1, y1)} is empty: give (x0, y0, x1, y1) with x0 < x1 and y0 < y1")
-        if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
+            raise InputError(f"box {tuple(box)} is empty: pass (x0, y0, x1, y1) with x0 < x1 and y0 < y1")
+        beyond = max(-x0, -y0, x1 - width, y1 - height)
+        if beyond > _MARGIN or x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
             raise InputError(
-                f"box {(x0, y0, x1, y1)} lies outside of the image, which is {width} wide and {height} high"
+                f"box {tuple(box)} reaches outside of the image, which is {width} wide and {height} high; boxes are "
+                "in pixels of the images that the model gets, so scale a box of the original photograph"
             )
+    if bool(((boxes >= 0) & (boxes <= 1)).all()) and max(image_size) > 1:
+        raise InputError(
+            f"boxes {shortened(boxes.tolist())} look like fractions of the image; they are pixels: multiply x by "
+            f"{width} and y by {height}"
+        )
     return boxes
 
 
@@ -157,8 +189,8 @@ def _union(regions: list[Tensor], n: int, image_size: Size) -> Tensor:
         for x0, y0, x1, y1 in boxes.tolist():
             mask = torch.maximum(mask, torch.outer(_span(y0, y1, height), _span(x0, x1, width)).float())
         masks.append(mask)
-    found = torch.stack(masks)
-    return found.expand(n, -1, -1) if len(found) == 1 else found
+    together = torch.stack(masks)
+    return together.expand(n, -1, -1) if len(together) == 1 else together
 
 
 def _mask(mask: Any, n: int, image_size: Size) -> Tensor:
@@ -177,7 +209,7 @@ def _mask(mask: Any, n: int, image_size: Size) -> Tensor:
         )
     if given.is_floating_point():
         if not bool(((given >= 0) & (given <= 1)).all()):
-            raise InputError("a floating-point mask must lie in [0, 1]; give a boolean one, or scale it")
+            raise InputError("a floating-point mask must lie in [0, 1]; pass a boolean one, or scale it")
         given = given.float()
     else:
         given = (given != 0).float()

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import ConvergenceWarning, InputError
-from captum_concepts.models._salf_bottleneck_init import gather_moments, least_squares, unit_variance
-from captum_concepts.models._salf_data import FEWEST
-from captum_concepts.models._salf_feature_cache import LiveFeatures
-from captum_concepts.models._salf_objective import Samples, Validation, batch_similarity
-from captum_concepts.models._salf_settings import BottleneckSettings
-from captum_concepts.models._salf_steps import StepResult, all_reduce, first_decides, world
+from captum_concepts.models.salf_cbm.fit.data import FEWEST
+from captum_concepts.models.salf_cbm.fit.features import LiveFeatures
+from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation, batch_similarity
+from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
+from captum_concepts.models.salf_cbm.fit.start import gather_moments, least_squares, unit_variance
+from captum_concepts.models.salf_cbm.fit.steps import StepResult, all_reduce, first_decides
+from captum_concepts.store import world
 
 #: Seconds between two saved states: a kill costs no more than that and the epoch at hand.
 CHECKPOINT_SECONDS = 5.0
@@ -76,7 +77,7 @@ def fit_bottleneck(
         text: ``(M, E)`` unit text embeddings, on the device to train on.
         settings: see :class:`BottleneckSettings`.
         backbone: trained as well, at ``settings.backbone_lr`` and with its batch statistics fixed; needs
-            :class:`~captum_concepts.models._salf_features.LiveFeatures`. None leaves it as it is.
+            :class:`~captum_concepts.models.salf_cbm.fit.LiveFeatures`. None leaves it as it is.
         resume: a state that ``checkpoint`` got; training goes on behind it, to the same bits.
         checkpoint: called with the state after an epoch, every few seconds.
         show_progress: show a bar.

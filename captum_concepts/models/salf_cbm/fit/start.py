@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError
-from captum_concepts.models._salf_objective import Samples, by_place, places
-from captum_concepts.models._salf_steps import all_reduce, world
+from captum_concepts.models.salf_cbm.fit.objective import Samples, by_cell, cells_of
+from captum_concepts.models.salf_cbm.fit.steps import all_reduce
+from captum_concepts.store import world
 
 #: Images that the second moments are taken from: enough for 2,048 channels at 49 places each.
 MOST_IMAGES = 20_000
@@ -18,7 +19,7 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class Moments(NamedTuple):
-    """Second moments about the mean of each place, averaged over images and places: ``(D, D)`` of features, ``(D, E)``
+    """Second moments about the mean of each cell, averaged over images and cells: ``(D, D)`` of features, ``(D, E)``
     of features and embeddings; float64 on the CPU."""
 
     features: Tensor
@@ -47,9 +48,9 @@ def gather_moments(samples: Samples, device: torch.device, *, seed: int = 0, bat
     count, d, e = samples.shape
     sums = [torch.zeros(shape, dtype=wide, device=device) for shape in ((count, d), (count, e), (d, d), (d, e))]
     for features, embeddings in samples.batches(mine.split(batch_size)):
-        for where in places(count, len(features) * max(d, e)):
+        for where in cells_of(count, len(features) * max(d, e)):
             # In single precision the weak directions would be noise, amplified by the inverse.
-            f, g = (by_place(values, where, device).to(wide) for values in (features, embeddings))
+            f, g = (by_cell(values, where, device).to(wide) for values in (features, embeddings))
             sums[0][where] += f.sum(1)
             sums[1][where] += g.sum(1)
             f, g = f.flatten(0, 1), g.flatten(0, 1)
@@ -80,7 +81,7 @@ def least_squares(moments: Moments, text: Tensor, strengths: tuple[float, ...] =
 
 
 def unit_variance(weight: Tensor, moments: Moments) -> Tensor:
-    """Rows scaled so that each concept map has variance 1 over images (mean over the places)."""
+    """Rows scaled so that each concept map has variance 1 over images (mean over the cells)."""
     covariance = moments.scale[:, None] * moments.features * moments.scale
     variance = ((weight @ covariance) * weight).sum(1, keepdim=True)
     return weight / variance.clamp_min(1e-24).sqrt()
