@@ -25,6 +25,13 @@ from captum_concepts.activations.layers import (
     unwrap,
 )
 from captum_concepts.activations.layout import LAYOUTS, Layout, infer_layout
+from captum_concepts.activations.survey import (
+    SurveyedLayer,
+    followed_by_linear,
+    suggest_layer,
+    suggest_stages,
+    survey_layers,
+)
 
 __all__ = [
     "LAYOUTS",
@@ -34,12 +41,14 @@ __all__ = [
     "Layers",
     "Layout",
     "SpatialActivations",
+    "SurveyedLayer",
     "capture",
     "check_images",
     "eager_mode",
     "evaluation_mode",
     "final_activation",
     "find_model",
+    "followed_by_linear",
     "forward_arguments",
     "full_precision",
     "gradients_enabled",
@@ -49,5 +58,8 @@ __all__ = [
     "read_layer",
     "resolve_layer",
     "spatial_activations",
+    "suggest_layer",
+    "suggest_stages",
+    "survey_layers",
     "unwrap",
 ]
