@@ -64,11 +64,12 @@ explanation = cefam.explain(field.image[chosen], target=field.label[chosen], top
 
 # %% picture="ce_fam" alt="Three misclassified scenes; for each, four words with their regions and contributions; the ground speaks against the true class"
 panel(
-    field.image[chosen],
     explanation,
-    by="contributions",
+    field.image[chosen],
+    top_k=4,
+    rank_by="contributions",
     class_names=data.classes,
-    image_titles=titles,
+    image_names=titles,
     title="What speaks for (red) and against (blue) the true class",
     map_label="evidence for the word",
 )

@@ -98,8 +98,9 @@ evaluate(explainers, [(scenes.image, masks)], metrics=["nra", "concept_specifici
 shown = [int(torch.nonzero(scenes.label == c)[0]) for c in (0, 1, 5)]
 explanation = cefam.explain(scenes.image[shown], target=scenes.label[shown])
 panel(
-    scenes.image[shown],
     explanation,
+    scenes.image[shown],
+    top_k=4,
     class_names=data.classes,
     title="What, where and how much",
     map_label="evidence for the word",

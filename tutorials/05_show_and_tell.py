@@ -122,12 +122,12 @@ right = model(test.image).argmax(1) == test.label
 chosen = [int(torch.nonzero((test.label == c) & right)[0]) for c in (0, 3, 4)]
 explanation = model.explain(test.image[chosen], top_k=None)
 panel(
-    test.image[chosen],
     explanation,
-    by="contributions",
+    test.image[chosen],
+    rank_by="contributions",
     top_k=3,
     class_names=data.classes,
-    image_titles=[f"truth: {data.classes[test.label[i]]}" for i in chosen],
+    image_names=[f"truth: {data.classes[test.label[i]]}" for i in chosen],
     title="What decided, where it was seen, and how much it counted",
     map_label="concept map",
 )

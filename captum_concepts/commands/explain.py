@@ -134,4 +134,4 @@ def _draw(image: Tensor, explanation: ConceptExplanation, path: Path, title: str
 
     flags, names = explainer.significant(explanation), explainer.class_names
     k = len(explanation.concepts)
-    save_figure(panel(image[None], explanation, top_k=k, title=title, class_names=names, significant=flags), path)
+    save_figure(panel(explanation, image[None], top_k=k, title=title, class_names=names, significant=flags), path)

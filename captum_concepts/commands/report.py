@@ -60,7 +60,7 @@ class OpenReport:
         flags = None if significant is None else torch.tensor(significant)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", InputWarning)
-            self._writer.add(image, explanation, title=title, significant=flags)
+            self._writer.add(explanation, image, name=title, significant=flags)
         for one in said:
             print(f"warning: {title}: {one.message}", file=sys.stderr)
 

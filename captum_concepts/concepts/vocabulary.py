@@ -15,8 +15,9 @@ from captum_concepts._artifacts import parse_json, write_atomically
 from captum_concepts.concepts import filters
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts._words import tidy
-from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed, without_embedding
+from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed_texts, without_embedding
 from captum_concepts.errors import ArtifactError, InputError, did_you_mean
+from captum_concepts.images import read_text
 
 #: The list of the paper's zero-shot segmentation: one concept a class.
 CLASS_TEMPLATE = "An image of a {class}"
@@ -186,7 +187,7 @@ class Vocabulary:
         """
         self._not_empty()
         texts = [text for concept in self.concepts for text in self._texts(concept)]
-        unit = embed(encoder, texts)
+        unit = embed_texts(encoder, texts)
         return F.normalize(unit.view(len(self), -1, unit.shape[1]).mean(1), dim=1)
 
     def index(self, concept: str) -> int:
@@ -269,19 +270,26 @@ def _fill(template: str, word: str) -> str:
     return template
 
 
-def _read_json(path: Path) -> Any:
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of concepts at {path}")
     try:
-        return parse_json(path.read_text(encoding="utf-8-sig"))
+        return read_text(path)
+    except InputError as error:
+        raise ArtifactError(str(error)) from error
+
+
+def _read_json(path: Path) -> Any:
+    text = _text(path)
+    try:
+        return parse_json(text)
     except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON in UTF-8: {error}") from error
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
 
 
 def _read(path: Path) -> Iterator[tuple[str, str | None]]:
     if path.suffix.lower() != ".json":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ArtifactError(f"{path} is not text in UTF-8: {error}") from error
+        lines = _text(path).split("\n")
         yield from ((line.strip(), None) for line in lines if line.strip() and not line.startswith("#"))
         return
     found = _read_json(path)

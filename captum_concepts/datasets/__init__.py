@@ -1,8 +1,10 @@
 """Data sets with concept masks: synthetic scenes with an exact truth, and readers for published ones."""
 
 from captum_concepts.datasets.folders import (
+    CUB,
     Broden,
     COCOPanoptic,
+    COCOParts,
     ImageNetS,
     ImageNetSegmentation,
     MaskFolder,
@@ -15,8 +17,10 @@ from captum_concepts.datasets.folders import (
 from captum_concepts.datasets.scenes import CaptionedScenes, Scene
 
 __all__ = [
+    "CUB",
     "Broden",
     "COCOPanoptic",
+    "COCOParts",
     "CaptionedScenes",
     "ImageNetS",
     "ImageNetSegmentation",

@@ -6,6 +6,8 @@
 :class:`ImageNetSegmentation`  gtsegs_ijcv.mat, or a folder converted from it
 :class:`PascalVOC`             JPEGImages, SegmentationClass, ImageSets/Segmentation
 :class:`COCOPanoptic`          panoptic_*.json and its PNGs
+:class:`CUB`                   CUB-200-2011: parts as keypoints, attributes
+:class:`COCOParts`             PartImageNet, PartImageNet++: COCO's instance format
 :class:`MaskFolder`            images/, masks/ and classes.json
 =============================  =====================================================================
 """
@@ -20,6 +22,8 @@ from typing import Any
 from captum_concepts.datasets.annotation import Annotation, Layer, read_ids
 from captum_concepts.datasets.broden import Broden
 from captum_concepts.datasets.coco_panoptic import COCOPanoptic
+from captum_concepts.datasets.coco_parts import COCOParts
+from captum_concepts.datasets.cub import CUB
 from captum_concepts.datasets.imagenet_s import ImageNetS
 from captum_concepts.datasets.imagenet_segmentation import ImageNetSegmentation
 from captum_concepts.datasets.segmentation import SegmentationDataset
@@ -29,9 +33,11 @@ from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.images import read_json, read_text
 
 __all__ = [
+    "CUB",
     "VOC_CLASSES",
     "Broden",
     "COCOPanoptic",
+    "COCOParts",
     "ImageNetS",
     "ImageNetSegmentation",
     "MaskFolder",

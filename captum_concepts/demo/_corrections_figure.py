@@ -6,19 +6,34 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from captum_concepts.demo.show_and_tell import Correction
 from captum_concepts.models.salf_cbm import SALFCBM
-from captum_concepts.visualization._parts import ABSENT, BAR_GAP, NEGATIVE, POSITIVE, Canvas, at_print_size, round_up
-from captum_concepts.visualization._text import DETAIL, FAINT, INK, NAME, TITLE, Fitted, fit, number, text_width
+from captum_concepts.visualization.canvas import (
+    ABSENT,
+    BAR_GAP,
+    DETAIL,
+    FAINT,
+    INK,
+    NAME,
+    NEGATIVE,
+    POSITIVE,
+    TITLE,
+    Canvas,
+    Fitted,
+    at_print_size,
+    fit,
+    number,
+    round_up,
+    text_width,
+)
 from captum_concepts.visualization.overlay import blend
+from captum_concepts.visualization.regions import frame
 from captum_concepts.visualization.scale import ColorScale
 
 _MARGIN, _CELL, _GAP = 0.15, 1.55, 0.14
 _BAR, _PITCH, _RULES = 0.85, 0.165, 4
 _AFTER, _TRUE = "#3b3b3b", "#1b7837"
-_EDGE = "#ffd92f"  # yellow on any ground, with a dark rim
 
 
 def corrections_figure(model: SALFCBM, found: Sequence[Correction], title: str, note: str) -> Figure:
@@ -65,11 +80,8 @@ def _rules(canvas: Canvas, model: SALFCBM, names: list[str], top: float, width: 
 def _correction(canvas: Canvas, c: Correction, names: list[str], columns: list[float], y: float) -> None:
     middle = [columns[0] + _CELL / 2, *(x + _CELL / 2 for x in columns[2:4])]
     picture = at_print_size(c.image, _CELL)
-    axes = canvas.picture(columns[0], y, _CELL, _CELL, picture, "input")
-    scale_up = picture.shape[-1] / c.image.shape[-1]
-    x0, y0, x1, y1 = (v * scale_up - 0.5 for v in c.box)
-    for colour, line in (("black", 2.6), (_EDGE, 1.3)):
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=line))
+    axes = canvas.picture(columns[0], y, _CELL, _CELL, picture, "input", (c.image.shape[-2], c.image.shape[-1]))
+    canvas.outline(axes, frame(c.box))
     _caption(canvas, middle[0], y, f"called {c.called}", f"in truth: {c.truth}", _CELL)
     _caption(canvas, columns[1] + _BAR / 2 - 0.2, y, "seen in the box", "standard deviations", _BAR + 0.9)
     top = max(v for _, v in c.seen)
@@ -80,7 +92,7 @@ def _correction(canvas: Canvas, c: Correction, names: list[str], columns: list[f
     _caption(canvas, middle[1], y, f"“{c.concept}” before", "concept map", _CELL)
     _caption(canvas, middle[2], y, f"“{c.concept}” after", f"{number(c.beta, sign=True)} in the box", _CELL)
     for x, heat in ((columns[2], c.map_before), (columns[3], c.map_after)):
-        canvas.picture(x, y, _CELL, _CELL, blend(picture, heat, scale, alpha=0.55), c.concept)
+        canvas.picture(x, y, _CELL, _CELL, blend(picture, heat, scale), c.concept)
     canvas.colorbar(columns[3] + _CELL + BAR_GAP, y, _CELL, scale)
     _caption(canvas, columns[4] + 0.35, y, "class", "grey before, coloured after the edit", 2.4)
     pitch = _CELL / len(names)

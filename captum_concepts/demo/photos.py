@@ -185,7 +185,7 @@ def explain_photos(
         (source[number] for number in range(len(source))),
         folder / PAGE,
         title="Your photographs",
-        image_titles=source.names,
+        image_names=source.names,
         class_names=names,
         settings={"network": "EfficientNet-Lite0, ImageNet", "packages": " ".join(PACKAGES)},
     )

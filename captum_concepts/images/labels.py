@@ -92,26 +92,28 @@ def checked_labels(labels: Any, count: int | None = None) -> list[int] | list[st
 def known_labels(dataset: Any) -> Sequence[Any] | None:
     """The labels that a data set is known to yield, without reading its images; None: read the items.
 
-    ``.targets`` is believed only of torchvision's own classes, whose ``__getitem__`` is known: a data set that
-    relabels in ``__getitem__`` may still carry the old list.
+    Lists such as ``.targets`` are believed only of classes whose ``__getitem__`` is known to return them: a data set
+    that relabels in its own ``__getitem__`` may still carry the old list.
     """
-    if type(dataset) is Subset:
+    get = getattr(type(dataset), "__getitem__", None)
+    home = getattr(get, "__module__", "").split(".")[0]
+    if get is Subset.__getitem__:
         inner = known_labels(dataset.dataset)
         return None if inner is None else [inner[i] for i in dataset.indices]
-    if type(dataset) is ConcatDataset:
+    if get is ConcatDataset.__getitem__:
         parts = [known_labels(part) for part in dataset.datasets]
         return (
             None if any(p is None for p in parts) else [label for part in parts if part is not None for label in part]
         )
-    if type(dataset) is TensorDataset:
+    if get is TensorDataset.__getitem__:
         return list(dataset.tensors[1]) if len(dataset.tensors) > 1 and dataset.tensors[1].ndim < 3 else None
-    if type(dataset).__module__.split(".")[0] == "torchvision":
-        targets = getattr(dataset, "targets", None)
-        plain = getattr(dataset, "target_transform", None) is None and getattr(dataset, "transforms", None) is None
-        transforms = getattr(dataset, "transforms", None)
-        plain = plain or (transforms is not None and getattr(transforms, "target_transform", 0) is None)
-        if plain and targets is not None and len(targets) == len(dataset):
+    if home == "torchvision":
+        targets, transforms = getattr(dataset, "targets", None), getattr(dataset, "transforms", None)
+        relabels = (getattr(one, "target_transform", None) is not None for one in (dataset, transforms))
+        if not any(relabels) and targets is not None and len(targets) == len(dataset):
             return targets
+    if home == "captum_concepts" and isinstance(getattr(dataset, "labels", None), Tensor):
+        return list(dataset.labels)
     if type(dataset).__module__.split(".")[0] == "datasets" and getattr(dataset, "format", {}).get("type") != "custom":
         key = next((key for key in LABEL_KEYS if key in getattr(dataset, "column_names", ())), None)
         return None if key is None else list(dataset[key])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -183,6 +184,20 @@ class ImageSource(Dataset[Tensor]):
             num_workers=self.num_workers,
         )
 
+    def _labelled(self, labels: Any) -> ImageSource:
+        """The same images with other labels, or (False) none."""
+        made = copy(self)
+        made._with_labels, made._seen = labels is not False, {}
+        if labels is False:
+            made._given = None
+        elif self._index is None:
+            made._given = checked_labels(labels)
+        else:  # one per readable image
+            made._index = [self._index[i] for i in self._positions()]
+            made._names = self.names
+            made._given, made._broken, made._kept = checked_labels(labels, len(made._index)), {}, None
+        return made
+
     # ------------------------------------------------------------------------------------------------------- reading
 
     def _name(self, position: int) -> str:
@@ -312,7 +327,8 @@ def open_images(
             or a pattern such as ``"photos/*.jpg"``; a ``Dataset``, ``IterableDataset`` or ``DataLoader``, also of
             Hugging Face; one PIL image; ``(images, labels)``; a dict that holds a batch. Items may be images,
             tuples that begin with one and go on with its label, or dicts with ``image``, ``images``, ``pixel_values``,
-            ``img`` or ``inputs`` and perhaps ``label``. An ``ImageSource`` is returned unchanged.
+            ``img`` or ``inputs`` and perhaps ``label``. An ``ImageSource`` may get other labels,
+            and is else returned unchanged.
         size, mode, transform, resize, bands: see :class:`~captum_concepts.images.Reading`; tensors in another range
             than [0, 1] (normalized ones) stay as they are.
         labels: one per image, in the order of ``source``; None takes those of class folders or items; False ignores
@@ -344,9 +360,9 @@ def open_images(
     given = {"size": size, "resize": resize, "bands": bands, "transform": transform}
     reading = Reading(mode=mode, **{**options, **{name: value for name, value in given.items() if value is not None}})
     if isinstance(source, ImageSource):
-        if labels is None and not skip_broken and reading in (Reading(), source.reading):
-            return source
-        raise InputError("these images are open already; pass their source with the new options")
+        if skip_broken > source.skip_broken or reading not in (Reading(), source.reading):
+            raise InputError("these images are open already; pass their source with the new options")
+        return source if labels is None else source._labelled(labels)
     if isinstance(source, tuple) and len(source) == 2 and _is_stack(source[0], paths=True) and not _is_stack(source[1]):
         if labels is not None:
             raise InputError("labels were given twice: in the source (images, labels) and as labels=")

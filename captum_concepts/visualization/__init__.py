@@ -1,10 +1,8 @@
-"""Explanations as pictures. matplotlib is imported when something is drawn, not before."""
+"""Explanations as figures and pages. matplotlib is imported when something is drawn, not before."""
 
-from captum_concepts.visualization.figures import save_figure
 from captum_concepts.visualization.overlay import as_image, overlay, upsample
-from captum_concepts.visualization.panels import heatmap_figure, panel
-from captum_concepts.visualization.report import report
-from captum_concepts.visualization.report_writer import ReportWriter
+from captum_concepts.visualization.panels import heatmap_figure, panel, save_figure
+from captum_concepts.visualization.report import ReportWriter, report
 from captum_concepts.visualization.scale import ColorScale, value_range
 
 __all__ = [

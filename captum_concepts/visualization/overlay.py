@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_concepts._checks import number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.visualization.scale import ColorScale
 
-_MODES = ("bicubic", "bilinear", "nearest")
+MODES = ("bicubic", "bilinear", "nearest")
+#: Opacity of strong values.
+ALPHA = 0.92
 _LUMA = (0.299, 0.587, 0.114)
+_STRUCTURE = 0.35
 
 
 def as_image(image: Any) -> Tensor:
@@ -21,8 +25,8 @@ def as_image(image: Any) -> Tensor:
 
     Args:
         image: a tensor or array ``(3, H, W)``, ``(1, H, W)`` or ``(H, W)`` (also ``(1, 3, H, W)``; arrays also
-            ``(H, W, 3)``, ``(H, W, 4)``), floating in [0, 1] or of integers in 0 to 255, or a PIL image of any mode.
-            Transparency is put on white.
+            ``(H, W, 3)``, and ``(H, W, 4)`` with alpha), floating in [0, 1] or of integers in 0 to 255, or a PIL image
+            of any mode. Transparency is put on white.
 
     Raises:
         InputError: another shape or dtype, an empty image, or integers outside 0 to 255.
@@ -33,6 +37,7 @@ def as_image(image: Any) -> Tensor:
     if hasattr(image, "convert"):
         has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
         image = image.convert("RGBA" if has_alpha else "RGB")
+    alpha_last = False
     if not isinstance(image, Tensor):
         import numpy as np
 
@@ -42,18 +47,33 @@ def as_image(image: Any) -> Tensor:
             message = f"an image must be a tensor, an array or a PIL image, got {type(image).__name__}"
             raise InputError(message) from error
         if image.ndim == 3 and image.shape[-1] in (1, 3, 4) and image.shape[0] not in (1, 3):
-            image = image.permute(2, 0, 1)
+            image, alpha_last = image.permute(2, 0, 1), image.shape[-1] == 4
     given = tuple(image.shape)
     if image.ndim == 4 and image.shape[0] == 1:
         image = image[0]
     if image.ndim == 2:
         image = image[None]
-    if image.ndim != 3 or image.shape[0] not in (1, 3, 4) or image.numel() == 0:
-        raise InputError(f"an image must be (3, H, W), (1, H, W) or (H, W), got {given}; give one image at a time")
+    if image.ndim != 3 or image.shape[0] not in ((4,) if alpha_last else (1, 3)) or image.numel() == 0:
+        bands = f"; choose three of its {image.shape[0]} channels" if image.ndim == 3 and image.shape[0] > 3 else ""
+        hint = bands or "; pass one image at a time"
+        raise InputError(f"an image must be (3, H, W), (1, H, W) or (H, W), got {given}{hint}")
     image = _unit_range(image.detach().cpu())
-    if image.shape[0] == 4:
+    if alpha_last:
         image = image[:3] * image[3:] + (1 - image[3:])
     return image.expand(3, -1, -1)
+
+
+def as_images(images: Any, n: int) -> list[Tensor]:
+    """``n`` images of :func:`as_image`: a batch, a list, or a single image where n is 1.
+
+    Raises:
+        InputError: another number of them.
+    """
+    single = hasattr(images, "convert") or (getattr(images, "ndim", 4) in (2, 3) and n == 1)
+    found = [as_image(image) for image in ([images] if single else images)]
+    if len(found) != n:
+        raise InputError(f"{len(found)} images for an explanation of {n}; pass one for each, in the same order")
+    return found
 
 
 def _unit_range(image: Tensor) -> Tensor:
@@ -67,18 +87,18 @@ def _unit_range(image: Tensor) -> Tensor:
         return image.float() / 255
     image = image.float()
     if not image.isfinite().all():
-        warnings.warn("the image holds NaN or infinite values; they are drawn black", InputWarning, stacklevel=4)
+        warnings.warn("the image contains NaN or infinite values; they are drawn black", InputWarning, stacklevel=4)
         image = image.nan_to_num(0.0, 0.0, 0.0)
     low, high = float(image.min()), float(image.max())
     if low < -0.1 or high > 1.1:  # bicubic resizing alone overshoots a little
-        message = f"image values reach from {low:.3g} to {high:.3g} and are clipped to [0, 1]"
-        hint = "give the picture before the network's normalisation, divided by 255 if it is 0 to 255"
+        message = f"image values range from {low:.3g} to {high:.3g} and are clipped to [0, 1]"
+        hint = "pass the image before the network's normalization, divided by 255 if it is 0 to 255"
         warnings.warn(f"{message}; {hint}", InputWarning, stacklevel=4)
     return image.clamp(0, 1)
 
 
 def upsample(heatmap: Tensor, size: tuple[int, int], *, mode: str = "bicubic") -> Tensor:
-    """A map ``(h, w)`` at ``size``, with cell centres kept (``align_corners=False``).
+    """A map ``(h, w)`` at ``size``, with cell centers kept (``align_corners=False``).
 
     Args:
         heatmap: finite values.
@@ -86,8 +106,7 @@ def upsample(heatmap: Tensor, size: tuple[int, int], *, mode: str = "bicubic") -
         mode: ``"bicubic"`` (clipped to the values of the map, so that none is invented), ``"bilinear"``, or
             ``"nearest"``, which shows the layer's own cells.
     """
-    if mode not in _MODES:
-        raise InputError(f"mode must be one of {_MODES}, got {mode!r}")
+    one_of("mode", mode, MODES)
     values = heatmap[None, None].float()
     if mode == "nearest":
         return F.interpolate(values, size, mode="nearest-exact")[0, 0]
@@ -100,7 +119,7 @@ def overlay(
     image: Any,
     heatmap: Any,
     *,
-    alpha: float = 0.55,
+    alpha: float = ALPHA,
     saturation: float = 0.3,
     cmap: Any = None,
     signed: bool | str = "auto",
@@ -108,18 +127,22 @@ def overlay(
     vmax: float | None = None,
     mode: str = "bicubic",
 ) -> Tensor:
-    """A heat map over an image: ``(1 - alpha) * ground + alpha * colour(map)``.
+    """A heat map over an image: the stronger a value, the less of the image shows through.
+
+    A pixel is ``(1 - o) * background + o * color(map)``. The opacity o is 0 where the map is zero and grows to
+    ``alpha`` at half of the scale (:meth:`ColorScale.opacity`), so that a strong value has its color of the color bar
+    on dark and on bright pixels alike. The image's fine structure stays visible there as lightness.
 
     Args:
         image: ``(3, H, W)`` in [0, 1] or uint8, an array ``(H, W, 3)``, or a PIL image (:func:`as_image`).
-        heatmap: ``(h, w)``, tensor or array, brought to the image's size.
-        alpha: share of the colour in the result, in [0, 1].
-        saturation: how much of the image's own colour stays under the map, in [0, 1]; its colours would otherwise be
-            read as values.
-        cmap: a matplotlib colour map; None takes a perceptually uniform one, or for signed maps a diverging one whose
+        heatmap: ``(h, w)``, tensor or array, resized to the image.
+        alpha: opacity of the upper half of the scale, in [0, 1].
+        saturation: how much of the image's own color stays under the map, in [0, 1]; it could otherwise be read as
+            values.
+        cmap: a matplotlib color map; None takes a perceptually uniform one, or for signed maps a diverging one whose
             middle is zero.
         signed: True, False, or ``"auto"`` (:meth:`ColorScale.of`).
-        vmin, vmax: values at the ends of the colour map; None takes the map's own.
+        vmin, vmax: values at the ends of the color map; None takes the map's own.
         mode: ``"bicubic"``, ``"bilinear"`` or ``"nearest"`` (:func:`upsample`).
 
     Returns:
@@ -137,29 +160,45 @@ def overlay(
     """
     heatmap = as_heatmap(heatmap)
     if not heatmap.isfinite().all():
-        warnings.warn("the map holds NaN or infinite values; they are left uncoloured", InputWarning, stacklevel=2)
+        warnings.warn("the map contains NaN or infinite values; they are left uncolored", InputWarning, stacklevel=2)
     scale = ColorScale.of(heatmap, signed, vmin, vmax, cmap)
     return blend(as_image(image), heatmap, scale, alpha=alpha, saturation=saturation, mode=mode)
 
 
 def blend(
-    picture: Tensor, heatmap: Tensor, scale: ColorScale, *, alpha: float, saturation: float = 0.3, mode: str = "bicubic"
+    picture: Tensor,
+    heatmap: Tensor,
+    scale: ColorScale,
+    *,
+    alpha: float = ALPHA,
+    saturation: float = 0.3,
+    mode: str = "bicubic",
 ) -> Tensor:
-    """What :func:`overlay` gives, for an image of :func:`as_image` and a scale that several maps may share."""
+    """What :func:`overlay` returns, for an image of :func:`as_image` and a scale that several maps may share."""
     for name, value in (("alpha", alpha), ("saturation", saturation)):
-        if not 0 <= value <= 1:
-            raise InputError(f"{name} must be in [0, 1], got {value}")
+        number(name, value, lambda v: 0 <= v <= 1, "in [0, 1]")
     size = (picture.shape[1], picture.shape[2])
     finite = heatmap.isfinite()
-    coloured = scale.colors(upsample(_filled(heatmap), size, mode=mode))
-    ground = saturation * picture + (1 - saturation) * grey(picture)
-    result = (1 - alpha) * ground + alpha * coloured
+    values = upsample(filled(heatmap), size, mode=mode)
+    opacity = scale.opacity(values, alpha)
+    luminance = gray(picture)
+    colored = (scale.colors(values) + _STRUCTURE * fine_structure(luminance)).clamp(0, 1)
+    result = torch.lerp(torch.lerp(luminance, picture, saturation), colored, opacity)
     if finite.all():
         return result
     return torch.where(upsample(finite.float(), size, mode="nearest") > 0.5, result, picture)
 
 
-def grey(picture: Tensor) -> Tensor:
+def fine_structure(luminance: Tensor) -> Tensor:
+    """A gray image less its local mean, which is 0 wherever the image is flat."""
+    _, height, width = luminance.shape
+    cells = 24 / max(height, width)
+    coarse = (max(round(height * cells), 1), max(round(width * cells), 1))
+    local = F.interpolate(luminance[None, :1], coarse, mode="area")
+    return luminance - F.interpolate(local, (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def gray(picture: Tensor) -> Tensor:
     """The luminance of an RGB image, as RGB."""
     return (picture * picture.new_tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True).expand(3, -1, -1)
 
@@ -174,7 +213,7 @@ def as_heatmap(heatmap: Any) -> Tensor:
     return heatmap.float()
 
 
-def _filled(heatmap: Tensor) -> Tensor:
+def filled(heatmap: Tensor) -> Tensor:
     """Cells that are not finite take the mean of their finite neighbours, ring by ring, so that they do not pull the
     interpolated values of the cells beside them towards an arbitrary number."""
     known = heatmap.isfinite()

@@ -1,181 +1,173 @@
-"""A `ConceptExplanation` as one figure: what, where and how much, for several images."""
+"""A `ConceptExplanation` as one figure: what, where and how much, for several images; and figures as files."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
-from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.visualization._layout import ABOVE, MARGIN, draw_panel
-from captum_concepts.visualization._parts import BAR_GAP, SHORTEST, Canvas, at_print_size, colorbar_space
-from captum_concepts.visualization._rows import Row, make_row, picture_size, share_scales
-from captum_concepts.visualization._text import TITLE, Fitted, fit
-from captum_concepts.visualization.overlay import as_heatmap, as_image, blend
-from captum_concepts.visualization.scale import ColorScale
+from captum_concepts.explanation import RANKINGS, SEEN, ConceptExplanation
+from captum_concepts.visualization.canvas import (
+    BAR_GAP,
+    BARS,
+    DETAIL,
+    FAINT,
+    LEADING,
+    NAME,
+    NOT_ENCODED,
+    NOT_SEEN,
+    SHORTEST,
+    TITLE,
+    Canvas,
+    Fitted,
+    at_print_size,
+    axis_space,
+    colorbar_space,
+    faded,
+    fit,
+    join,
+    number as in_words,
+    round_up,
+    text_width,
+)
+from captum_concepts.visualization.overlay import ALPHA, as_heatmap, as_image, as_images, blend
+from captum_concepts.visualization.regions import Box, frame, outlines, per_image
+from captum_concepts.visualization.scale import ColorScale, schemes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHARED = {
-    "map": "each map has its own colour scale",
-    "row": "the maps of a row share one colour scale",
-    "panel": "all maps share one colour scale",
+SCALES = {
+    "map": "each map has its own color scale",
+    "row": "the maps of a row share one color scale",
+    "panel": "all maps share one color scale",
 }
+#: Concepts of an image where ``top_k`` is None and the explanation has more.
+MOST = 8
+_MARGIN, _ABOVE, _GAP, _ROW_GAP, _FOOT_GAP = 0.12, 0.05, 0.1, 0.18, 0.1
+_LABELS, _TALLEST = 1.3, 1.5
 
 
 def panel(
-    images: Any,
     explanation: ConceptExplanation,
+    images: Any,
     *,
-    top_k: int = 4,
-    by: str | None = "scores",
+    top_k: int | None = None,
+    rank_by: str | None = None,
     title: str | None = None,
     class_names: Sequence[str] | Mapping[int, str] | None = None,
-    image_titles: Sequence[str] | None = None,
+    image_names: Sequence[str] | None = None,
     significant: Any = None,
+    points: Any = None,
+    boxes: Any = None,
+    mask: Any = None,
+    crop: Any = None,
     scale: str = "row",
     map_label: str = "",
     cell_size: float = 1.7,
-    alpha: float = 0.55,
+    alpha: float = ALPHA,
     cmap: Any = None,
     signed: bool | str = "auto",
     mode: str = "bicubic",
 ) -> Figure:
-    """One row an image: the input, its leading concepts with score and region, and signed contributions as bars.
+    """One row per image: the input, its own concepts with score and map, and signed contributions as bars.
 
     Args:
-        images: N images, as for :func:`overlay` (a tensor ``(N, 3, H, W)`` or a list; sizes may differ), or one
+        explanation: of N images.
+        images: these N images, as for :func:`overlay` (a tensor ``(N, 3, H, W)`` or a list; sizes may differ), or one
             image where the explanation has one example.
-        explanation: of these N images.
-        top_k: concepts shown an image.
-        by: each image's own strongest come first by ``"scores"`` or by ``"contributions"`` (magnitude: this shows
-            what spoke against the target as well); None keeps the explanation's order, the same in all rows. Concepts
-            that are not significant come last.
-        title: over the whole figure.
-        class_names: names of the targets, by index.
-        image_titles: one over each input.
-        significant: ``(T,)`` or ``(N, T)`` bool; where False, the concept is drawn grey and called "not encoded here".
-        scale: maps that share one colour scale: those of a ``"row"``, all of the ``"panel"``, or ``"map"`` for none.
+        top_k: concepts per image; None: those the explanation selected for it, at most 8.
+        rank_by: ``"scores"`` or ``"contributions"`` (by magnitude); None keeps the explanation's own order (by scores
+            where it has no ranking and some concepts must be left out). Concepts that are not encoded, or
+            not seen (``presence`` below .5), come last in either case.
+        title: above the figure.
+        class_names: names of the targets, by index; None: the explanation's own.
+        image_names: one above each input; None: the explanation's own.
+        significant: ``(T,)`` or ``(N, T)`` bool; where False, the concept is drawn gray and called "not encoded here".
+        points, boxes, mask: the region that was asked about, in pixels of ``images`` as in ``SALFCBM.explain_region``;
+            outlined on the inputs.
+        crop: ``(x0, y0, x1, y1)`` in pixels, or one per image: the part of the photograph that the model saw and the
+            maps cover. The rest is shown pale.
+        scale: maps that share one color scale: those of a ``"row"``, all of the ``"panel"``, or ``"map"`` for none.
             The figure states it.
-        map_label: what the maps' values are, written beside the colour bar.
-        cell_size: width of a picture in inches; the texts keep their size and wrap.
-        alpha, cmap, signed, mode: as for :func:`overlay`.
+        map_label: what the maps' values are, written next to the color bar.
+        cell_size: width of an image in inches; the texts keep their size and wrap.
+        alpha, cmap, mode: as for :func:`overlay`.
+        signed: True: a diverging color scheme; False: a sequential one; ``"auto"``: diverging for the whole figure if
+            negative values matter in any of its maps.
 
     Returns:
-        A figure outside pyplot, to be written by :func:`save_figure`. Red is positive and blue negative, in maps and
-        in bars; the bars of all rows share one axis.
+        A figure outside pyplot, to be written by :func:`save_figure`. Red is positive and blue negative, in signed maps
+        and in bars; the bars of all rows share one axis.
 
     Raises:
-        InputError: other numbers of images, titles, names or flags than the explanation has, or nothing to draw.
+        InputError: other numbers of images, names or flags than the explanation has, or nothing to draw.
 
     Warns:
-        InputWarning: maps hold NaN or infinite values, which are left uncoloured.
+        InputWarning: maps contain NaN or infinite values, which are left uncolored.
 
     Example:
-        Why was a cow on a beach called a camel? A concept with a negative contribution held the right class down::
+        Why was a cow on a beach called a camel? A concept with a negative contribution lowered the right class::
 
-            e = method.explain(image, target=cow)
-            panel(image, e, by="contributions", class_names=names, image_titles=["cow, called a camel"])
+            e = method.explain(image, target="cow")
+            panel(e, image, rank_by="contributions", image_names=["cow, called a camel"])
 
         >>> e = ConceptExplanation(["sand", "grass"], torch.rand(1, 2), torch.rand(1, 2, 7, 7), torch.randn(1, 2))
-        >>> figure = panel(torch.rand(1, 3, 32, 32), e, title="what, where, how much")
+        >>> figure = panel(e, torch.rand(1, 3, 32, 32), title="what, where, how much")
     """
-    pictures = _pictures(images, explanation)
+    explanation = check_explanation("panel", explanation, images)
     n, t = len(explanation), len(explanation.concepts)
-    if top_k < 1:
-        raise InputError(f"top_k must be at least 1, got {top_k}")
-    if by not in ("scores", "contributions", None):
-        raise InputError(f"by must be 'scores', 'contributions' or None, got {by!r}")
-    if scale not in _SHARED:
-        raise InputError(f"scale must be 'map', 'row' or 'panel', got {scale!r}")
-    if not 0.8 <= cell_size <= 20:
-        raise InputError(f"cell_size must be 0.8 to 20 inches, got {cell_size}")
-    if image_titles is not None and len(image_titles) != n:
-        raise InputError(f"{len(image_titles)} image_titles for {n} images")
+    if not n or not t:
+        raise InputError(f"nothing to draw: {n} images, {t} concepts")
+    pictures = as_images(images, n)
+    limit = MOST if top_k is None else integer("top_k", top_k)
+    one_of("rank_by", rank_by, (*RANKINGS, None))
+    one_of("scale", scale, tuple(SCALES))
+    number("cell_size", cell_size, lambda inches: 0.8 <= inches <= 20, "0.8 to 20 inches")
+    names = explanation.image_names if image_names is None else image_names
+    if names is not None and len(names) != n:
+        raise InputError(f"{len(names)} image_names for {n} images")
     explanation = explanation.to("cpu")
-    flags = _flags(significant, n, t)
-    rows: list[Row] = []
-    for i, one in enumerate(explanation):
-        order = one.top(t, by=by).concepts if by else list(one.concepts)
-        order.sort(key=lambda name: not flags[i, one.index(name)])
-        shown = one[order[:top_k]]
-        encoded = [bool(flags[i, one.index(name)]) for name in shown.concepts]
-        target = None if one.target is None else _class_name(int(one.target), class_names)
-        heading = str(image_titles[i]) if image_titles is not None else "input"
-        rows.append(make_row(pictures[i], shown, encoded, heading, target, cell_size))
-    drawn = [row.shown.maps[0, j] for row in rows for j, yes in enumerate(row.encoded) if yes]
-    if not all(bool(m.isfinite().all()) for m in drawn):
-        warnings.warn("maps hold NaN or infinite values; they are left uncoloured", InputWarning, stacklevel=2)
-    share_scales(rows, scale, signed, cmap)
-    layer = explanation.layer if isinstance(explanation.layer, str) else ""
-    values = map_label and f"maps show the {map_label}"
-    notes = [explanation.method, layer and f"layer {layer}", values, _SHARED[scale] if len(drawn) > 1 else ""]
-    note = "   ·   ".join(filter(None, notes))
-    return draw_panel(rows, scale, title, note, map_label, cell_size, {"alpha": alpha, "mode": mode})
+    flags = significance(significant, n, t)
+    sizes = [(p.shape[1], p.shape[2]) for p in pictures]
+    regions = outlines(sizes, (explanation.maps.shape[2], explanation.maps.shape[3]), points, boxes, mask)
+    crops = [None] * n if crop is None else crop_boxes(crop, sizes)
+    rows = []
+    for i in range(n):
+        one, states = ordered(explanation, i, flags[i], rank_by, limit)
+        cell = Cell(pictures[i], regions[i], crops[i], "input" if names is None else str(names[i]))
+        rows.append(make_row(one, states, cell, class_names, cell_size))
+    if any(row.unknown for row in rows):
+        warnings.warn("maps contain NaN or infinite values; they are left uncolored", InputWarning, stacklevel=2)
+    _share_scales(rows, scale, signed, cmap)
+    hidden = max(int(explanation.selected.sum(1).max()) - limit, 0)
+    note = _note(explanation, rows, scale, map_label, hidden)
+    return _draw(rows, scale, title, note, map_label, cell_size, {"alpha": alpha, "mode": mode})
 
 
-def heatmap_figure(
-    image: Any,
-    heatmap: Any,
-    *,
-    title: str | None = None,
-    label: str = "",
-    width: float = 4.2,
-    alpha: float = 0.55,
-    cmap: Any = None,
-    signed: bool | str = "auto",
-    vmin: float | None = None,
-    vmax: float | None = None,
-    mode: str = "bicubic",
-) -> Figure:
-    """One image with one map and its colour bar.
+def check_explanation(function: str, explanation: Any, images: Any) -> ConceptExplanation:
+    """The explanation, which comes first.
 
-    Args:
-        image, heatmap, alpha, cmap, signed, vmin, vmax, mode: as for :func:`overlay`.
-        title: over the picture; wrapped, and made smaller where needed.
-        label: what the map's values are, beside the colour bar.
-        width: of the picture, in inches.
-
-    Example:
-        >>> figure = heatmap_figure(torch.rand(3, 32, 32), torch.rand(4, 4), title="stripes", label="cosine")
+    Raises:
+        InputError: it is none; where the arguments are exchanged, with the right order.
     """
-    if not 0.8 <= width <= 20:
-        raise InputError(f"width must be 0.8 to 20 inches, got {width}")
-    picture, heatmap = as_image(image), as_heatmap(heatmap)
-    if not heatmap.isfinite().all():
-        warnings.warn("the map holds NaN or infinite values; they are left uncoloured", InputWarning, stacklevel=2)
-    scale = ColorScale.of(heatmap, signed, vmin, vmax, cmap)
-    shown_width, height = picture_size(picture, width)
-    bar = max(height, SHORTEST)
-    head = fit(title, shown_width, TITLE, lines=4) if title else Fitted("", TITLE)
-    full = shown_width + BAR_GAP + colorbar_space(scale, bar, label) + 2 * MARGIN
-    top = MARGIN + head.height + (ABOVE if title else 0.0)
-    canvas = Canvas(full, top + bar + MARGIN)
-    canvas.text(MARGIN + shown_width / 2, MARGIN, head, va="top")
-    picture = at_print_size(picture, max(shown_width, height))
-    pixels = blend(picture, heatmap, scale, alpha=alpha, mode=mode)
-    canvas.picture(MARGIN, top, shown_width, height, pixels, "map")
-    canvas.colorbar(MARGIN + shown_width + BAR_GAP, top, bar, scale, label)
-    return canvas.figure
+    if isinstance(explanation, ConceptExplanation):
+        return explanation
+    swapped = isinstance(images, ConceptExplanation)
+    hint = f"; the explanation comes first: {function}(explanation, images)" if swapped else ""
+    raise InputError(f"{function} needs a ConceptExplanation, got {type(explanation).__name__}{hint}")
 
 
-def _pictures(images: Any, explanation: ConceptExplanation) -> list[Tensor]:
-    n = len(explanation)
-    if not n or not explanation.concepts:
-        raise InputError(f"nothing to draw: {n} examples, {len(explanation.concepts)} concepts")
-    single = hasattr(images, "convert") or (getattr(images, "ndim", 4) == 3 and n == 1)
-    pictures = [as_image(image) for image in ([images] if single else images)]
-    if len(pictures) != n:
-        raise InputError(f"{len(pictures)} images for an explanation of {n} examples")
-    return pictures
-
-
-def _flags(significant: Any, n: int, t: int) -> Tensor:
+def significance(significant: Any, n: int, t: int) -> Tensor:
+    """``(n, t)`` bool; all True where nothing is said."""
     if significant is None:
         return torch.ones(n, t, dtype=torch.bool)
     flags = torch.as_tensor(significant).detach().cpu()
@@ -186,10 +178,377 @@ def _flags(significant: Any, n: int, t: int) -> Tensor:
     return flags.expand(n, t)
 
 
-def _class_name(target: int, names: Sequence[str] | Mapping[int, str] | None) -> str:
+def crop_boxes(crop: Any, sizes: Sequence[tuple[int, int]]) -> list[Box | None]:
+    """One box per image, inside of it."""
+    found: list[Box | None] = []
+    single = isinstance(crop, Sequence) and len(crop) == len(sizes) and not isinstance(crop[0], (int, float))
+    values = [[one] for one in crop] if single or getattr(crop, "ndim", 1) == 2 else crop
+    for (height, width), own in zip(sizes, per_image(values, len(sizes), 4, "crop"), strict=True):
+        x0, y0, x1, y1 = own[0]
+        if len(own) != 1 or not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise InputError(f"crop must be one box (x0, y0, x1, y1) within the {width} x {height} image, got {own}")
+        found.append((x0, y0, x1, y1))
+    return found
+
+
+def ordered(
+    explanation: ConceptExplanation, i: int, encoded: Tensor, rank_by: str | None, limit: int
+) -> tuple[ConceptExplanation, list[str]]:
+    """Image i with its ``limit`` leading concepts as they are shown, and the state of each: empty, not seen, or not
+    encoded. Without a ranking the order stays, except where some must be left out: then by scores."""
+    one = explanation[i]
+    by = rank_by or ("" if one.rank_by or len(one.concepts) <= limit else "scores")
+    if by:
+        one = one.top(len(one.concepts), by=by)
+    state = {}
+    for j, name in enumerate(one.concepts):
+        seen = one.presence is None or not float(one.presence[0, j]) < SEEN
+        state[name] = ("" if seen else NOT_SEEN) if encoded[explanation.index(name)] else NOT_ENCODED
+    order = sorted(one.concepts, key=lambda name: ("", NOT_SEEN, NOT_ENCODED).index(state[name]))[:limit]
+    return one[order], [state[name] for name in order]
+
+
+def class_of(one: ConceptExplanation, names: Sequence[str] | Mapping[int, str] | None) -> str | None:
+    """The name of the target of an explanation of one image."""
+    if one.target is None:
+        return None
+    target = int(one.target)
     if names is None:
-        return f"class {target}"
+        return one.class_name(target)
     known = target in names if isinstance(names, Mapping) else 0 <= target < len(names)
     if not known:
         raise InputError(f"no name for target {target} among {len(names)} class_names")
     return str(names[target])
+
+
+def absence(one: ConceptExplanation, j: int, target: str) -> str:
+    """What explains a bar whose sign differs from that of its map: weight times less than usual.
+
+    Only where the score says so: standardized, 0 is the concept's average over the training images.
+    """
+    score, how = float(one.scores[0, j]), 0.0 if one.contributions is None else float(one.contributions[0, j])
+    if not (score < 0 and how and "deviation" in one.score_unit):
+        return ""
+    return f"its absence {'supports' if how > 0 else 'opposes'} {target}"
+
+
+@dataclass
+class Cell:
+    """The first column of a row: the image, the region asked about, the part that the maps cover, its name."""
+
+    picture: Tensor
+    region: list[Box]
+    crop: Box | None
+    name: str
+
+
+@dataclass
+class Row:
+    """One image: its explanation with the concepts in the order of the columns, and the texts fitted to the cells."""
+
+    cell: Cell
+    shown: ConceptExplanation
+    states: list[str]
+    width: float
+    height: float
+    input_caption: list[Fitted]
+    captions: list[list[Fitted]]
+    bars_caption: list[Fitted] = field(default_factory=list)
+    bar_names: list[Fitted] = field(default_factory=list)
+    scales: list[ColorScale] = field(default_factory=list)
+    bound: float = 1.0
+
+    @property
+    def encoded(self) -> list[bool]:
+        """Whether each concept's map is drawn."""
+        return [state != NOT_ENCODED for state in self.states]
+
+    @property
+    def maps(self) -> list[Tensor]:
+        """Those that are drawn."""
+        return [self.shown.maps[0, j].float() for j, yes in enumerate(self.encoded) if yes]
+
+    @property
+    def unknown(self) -> bool:
+        """Whether a map has values that are not finite."""
+        return not all(bool(m.isfinite().all()) for m in self.maps)
+
+    @property
+    def head(self) -> float:
+        """Inches above the image."""
+        return max(sum(part.height for part in c) for c in (self.input_caption, self.bars_caption, *self.captions))
+
+    @property
+    def body(self) -> float:
+        """Inches for the image, the color bar and the bars."""
+        return max(self.height, SHORTEST, 0.15 * len(self.states) if self.with_bars else 0.0)
+
+    @property
+    def axis(self) -> float:
+        """Inches for the numbers below the bars."""
+        return axis_space(self.bound) if self.with_bars else 0.0
+
+    @property
+    def with_bars(self) -> bool:
+        """Whether there are contributions."""
+        return self.shown.contributions is not None
+
+    @property
+    def contributions(self) -> list[float]:
+        """Of the shown concepts."""
+        return [] if self.shown.contributions is None else self.shown.contributions[0].float().tolist()
+
+
+def make_row(shown: ConceptExplanation, states: list[str], cell: Cell, class_names: Any, size: float) -> Row:
+    """Fit the texts of a row to cells of ``size`` inches."""
+    width, height = picture_size(cell.picture, size)
+    target = class_of(shown, class_names)
+    heading = [fit(cell.name, size, NAME, weight="bold")]
+    if target is not None:
+        sure = "" if shown.target_probability is None else f" {in_words(float(shown.target_probability))}"
+        heading.append(fit(f"target: {target}{sure}", size, DETAIL, lines=2))
+    row = Row(cell, shown, states, width, height, heading, [])
+    row.captions = _captions(row, target, size)
+    if row.with_bars:
+        words = "contribution" if target is None else f"contribution to {target}"
+        row.bars_caption = [fit(words, BARS + 0.2, NAME, weight="bold")]
+        if shown.contribution_unit:
+            row.bars_caption.append(fit(shown.contribution_unit, BARS + 0.2, DETAIL, lines=2))
+        lines = int(row.body / len(states) / (DETAIL * LEADING / 72))
+        row.bar_names = [fit(name, _LABELS, DETAIL, lines=min(max(lines, 1), 3)) for name in shown.concepts]
+    return row
+
+
+def _captions(row: Row, target: str | None, size: float) -> list[list[Fitted]]:
+    shown, details = row.shown, []
+    for j, state in enumerate(row.states):
+        details.append([state] if state else [])
+        if state == NOT_ENCODED:
+            continue
+        details[j].append(f"score {in_words(float(shown.scores[0, j]))} {shown.score_unit}".rstrip())
+        if shown.contributions is not None:
+            details[j].append(f"contribution {in_words(float(shown.contributions[0, j]), sign=True)}")
+        details[j].append(absence(shown, j, target or "the output"))
+        if not isinstance(shown.layer, str):
+            details[j].append(f"layer {shown.layer[0][j]}")
+    names = [fit(name, size, NAME, weight="bold") for name in shown.concepts]
+    parts = join([list(filter(None, own)) for own in details], size, DETAIL)
+    return [list(pair) for pair in zip(names, parts, strict=True)]
+
+
+def picture_size(picture: Tensor, cell: float) -> tuple[float, float]:
+    """Width and height in inches: as wide as the cell, but not much higher than it is wide."""
+    ratio = picture.shape[1] / picture.shape[2]
+    height = min(cell * ratio, _TALLEST * cell)
+    return max(height / ratio, 0.02), max(height, 0.02)
+
+
+def _share_scales(rows: Sequence[Row], shared: str, signed: bool | str, cmap: Any) -> None:
+    """One color scheme for the figure, a scale for each concept of each row, and one axis of contributions."""
+    if shared == "panel":
+        groups = [[m for row in rows for m in row.maps]]
+    else:
+        groups = [group for row in rows for group in ([row.maps] if shared == "row" else [[m] for m in row.maps])]
+    signed = schemes(groups, signed)
+    whole = ColorScale.of(groups[0], signed, cmap=cmap) if shared == "panel" else None
+    for row in rows:
+        one = whole or ColorScale.of(row.maps, signed, cmap=cmap)
+        row.scales = [one] * len(row.states)
+        if shared == "map":
+            row.scales = [ColorScale.of(m, signed, cmap=cmap) for m in row.shown.maps[0]]
+    values = [abs(v) for row in rows for v in row.contributions if abs(v) < float("inf")]
+    bound = round_up(max(values, default=0.0))
+    for row in rows:
+        row.bound = bound
+
+
+def _note(explanation: ConceptExplanation, rows: Sequence[Row], shared: str, map_label: str, hidden: int) -> str:
+    """What the figure shows and how to read it, below it."""
+    states = {state for row in rows for state in row.states}
+    layer = explanation.layer if isinstance(explanation.layer, str) else ""
+    parts = [
+        explanation.method,
+        layer and f"layer {layer}",
+        map_label and f"maps: {map_label}",
+        SCALES[shared] if sum(len(row.maps) for row in rows) > 1 else "",
+        f"not seen (pale): probability of presence below {SEEN:g}" if NOT_SEEN in states else "",
+        "outlined: the region asked about" if any(row.cell.region for row in rows) else "",
+        "framed: the part of the image that the model saw" if any(row.cell.crop for row in rows) else "",
+        f"{hidden} more concepts not shown" if hidden else "",
+    ]
+    return "   ·   ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Left ends of the columns: the input at the margin, maps, bars; and the width of the figure."""
+
+    cell: float
+    first: float
+    step: float
+    bars: float
+    width: float
+
+    @classmethod
+    def measure(cls, rows: Sequence[Row], per_map: bool, label: str, cell: float) -> _Columns:
+        spaces = [BAR_GAP + colorbar_space(s, max(r.height, SHORTEST), label) for r in rows for s in r.scales]
+        space = max(spaces, default=0.0)
+        step = cell + _GAP + (space if per_map else 0.0)
+        first = _MARGIN + cell + 1.5 * _GAP
+        count = max(len(row.states) for row in rows)
+        bars = end = first + count * step - _GAP + (0.0 if per_map else space)
+        if rows[0].with_bars:
+            lines = [line for row in rows for name in row.bar_names for line in name.text.split("\n")]
+            bars = end + 0.2 + max(text_width(line, DETAIL) for line in lines)
+            end = bars + BARS + 0.16
+        return cls(cell, first, step, bars, end + _MARGIN)
+
+
+def _draw(
+    rows: Sequence[Row], shared: str, title: str | None, note: str, label: str, cell: float, style: dict[str, Any]
+) -> Figure:
+    """A figure as large as its rows, with a title above and a note below them."""
+    columns = _Columns.measure(rows, shared == "map", label, cell)
+    head = fit(title, columns.width - 2 * _MARGIN, TITLE, lines=4, weight="bold") if title else Fitted("", TITLE)
+    foot = fit(note, columns.width - 2 * _MARGIN, DETAIL, lines=6)
+    heights = [row.head + _ABOVE + row.body + row.axis for row in rows]
+    y = _MARGIN + (head.height + _ROW_GAP if title else 0.0)
+    bottom = y + sum(heights) + _ROW_GAP * (len(rows) - 1)
+    canvas = Canvas(columns.width, bottom + (_FOOT_GAP + foot.height if note else 0.0) + _MARGIN)
+    canvas.text(columns.width / 2, _MARGIN, head, va="top", fontweight="bold")
+    canvas.text(_MARGIN, canvas.height - _MARGIN, foot, ha="left", color=FAINT)
+    for row, height in zip(rows, heights, strict=True):
+        _draw_row(canvas, columns, row, y, shared == "map", label, style)
+        y += height + _ROW_GAP
+    return canvas.figure
+
+
+def _draw_row(
+    canvas: Canvas, columns: _Columns, row: Row, top: float, per_map: bool, label: str, style: dict[str, Any]
+) -> None:
+    y, cell, size = top + row.head + _ABOVE, columns.cell, (row.cell.picture.shape[1], row.cell.picture.shape[2])
+    indent = (cell - row.width) / 2
+    picture = at_print_size(row.cell.picture, max(row.width, row.height))
+    canvas.caption(_MARGIN + cell / 2, y - _ABOVE, row.input_caption)
+    axes = canvas.picture(_MARGIN + indent, y, row.width, row.height, picture, "input", size)
+    if row.cell.crop is not None:
+        canvas.outline(axes, frame(row.cell.crop), "white")
+    canvas.outline(axes, row.cell.region)
+    last = len(row.states) - 1
+    for j, (name, state, scale) in enumerate(zip(row.shown.concepts, row.states, row.scales, strict=True)):
+        x = columns.first + j * columns.step
+        canvas.caption(x + cell / 2, y - _ABOVE, row.captions[j], faint=bool(state))
+        pixels = faded(picture)
+        if state != NOT_ENCODED:
+            pixels = _covered(picture, row.shown.maps[0, j].float(), scale, row.cell.crop, size, style)
+            pixels = torch.lerp(torch.ones_like(pixels), pixels, 0.45) if state else pixels
+        axes = canvas.picture(x + indent, y, row.width, row.height, pixels, name, size)
+        if row.cell.crop is not None:
+            canvas.outline(axes, frame(row.cell.crop), "white")
+        if state != NOT_ENCODED if per_map else j == last and any(row.encoded):
+            canvas.colorbar(x + cell - indent + BAR_GAP, y, max(row.height, SHORTEST), scale, label)
+    if row.with_bars:
+        canvas.caption(columns.bars + BARS / 2, y - _ABOVE, row.bars_caption)
+        canvas.bars(columns.bars, y, BARS, row.body, row.bar_names, row.contributions, row.states, row.bound)
+
+
+def _covered(
+    picture: Tensor, heatmap: Tensor, scale: ColorScale, crop: Box | None, size: tuple[int, int], style: dict[str, Any]
+) -> Tensor:
+    """The map over the part of the picture that it covers."""
+    if crop is None:
+        return blend(picture, heatmap, scale, **style)
+    dy, dx = picture.shape[1] / size[0], picture.shape[2] / size[1]
+    x0, x1 = round(crop[0] * dx), max(round(crop[2] * dx), round(crop[0] * dx) + 1)
+    y0, y1 = round(crop[1] * dy), max(round(crop[3] * dy), round(crop[1] * dy) + 1)
+    pixels = faded(picture)
+    pixels[:, y0:y1, x0:x1] = blend(picture[:, y0:y1, x0:x1], heatmap, scale, **style)
+    return pixels
+
+
+def heatmap_figure(
+    image: Any,
+    heatmap: Any,
+    *,
+    title: str | None = None,
+    label: str = "",
+    width: float = 4.2,
+    alpha: float = ALPHA,
+    cmap: Any = None,
+    signed: bool | str = "auto",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    mode: str = "bicubic",
+) -> Figure:
+    """One image with one map and its color bar.
+
+    Args:
+        image, heatmap, alpha, cmap, signed, vmin, vmax, mode: as for :func:`overlay`.
+        title: above the image; wrapped, and made smaller where needed.
+        label: what the map's values are, next to the color bar.
+        width: of the image, in inches.
+
+    Example:
+        >>> figure = heatmap_figure(torch.rand(3, 32, 32), torch.rand(4, 4), title="stripes", label="cosine")
+    """
+    number("width", width, lambda inches: 0.8 <= inches <= 20, "0.8 to 20 inches")
+    picture, heatmap = as_image(image), as_heatmap(heatmap)
+    if not heatmap.isfinite().all():
+        warnings.warn("the map contains NaN or infinite values; they are left uncolored", InputWarning, stacklevel=2)
+    scale = ColorScale.of(heatmap, signed, vmin, vmax, cmap)
+    shown_width, height = picture_size(picture, width)
+    bar = max(height, SHORTEST)
+    head = fit(title, shown_width, TITLE, lines=4) if title else Fitted("", TITLE)
+    full = shown_width + BAR_GAP + colorbar_space(scale, bar, label) + 2 * _MARGIN
+    top = _MARGIN + head.height + (_ABOVE if title else 0.0)
+    canvas = Canvas(full, top + bar + _MARGIN)
+    canvas.text(_MARGIN + shown_width / 2, _MARGIN, head, va="top")
+    picture = at_print_size(picture, max(shown_width, height))
+    pixels = blend(picture, heatmap, scale, alpha=alpha, mode=mode)
+    canvas.picture(_MARGIN, top, shown_width, height, pixels, "map")
+    canvas.colorbar(_MARGIN + shown_width + BAR_GAP, top, bar, scale, label)
+    return canvas.figure
+
+
+_METADATA: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+# Type 42 fonts are what publishers ask for; the rest makes the file depend on the figure alone.
+_SETTINGS: dict[Any, Any] = {
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "captum_concepts",
+    "savefig.bbox": None,
+    "savefig.transparent": False,
+}
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 200) -> Path:
+    """Write a figure as PNG, PDF or SVG (by suffix), atomically, at the size it was made.
+
+    Args:
+        figure: of :func:`panel`, :func:`heatmap_figure` or any other matplotlib figure.
+        path: an existing file is replaced.
+        dpi: pixels per inch; in PDF and SVG only images have pixels, text and lines are drawn as such.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: another suffix, or a ``dpi`` that is not positive.
+        FileNotFoundError: the folder does not exist.
+    """
+    from matplotlib import rc_context
+
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _METADATA:
+        raise InputError(f"figures are written as .png, .pdf or .svg, got {path.name!r}")
+    number("dpi", dpi, lambda pixels: pixels > 0, "positive")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{suffix}")
+    try:
+        with rc_context(_SETTINGS):
+            figure.savefig(partial, dpi=dpi, facecolor="white", metadata=_METADATA[suffix])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

@@ -1,4 +1,4 @@
-"""Which value has which colour: one `ColorScale` may serve a map, a row of maps or a whole figure."""
+"""Which value has which color: one `ColorScale` may serve a map, a row of maps or a whole figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from captum_concepts.errors import InputError
 
 #: Perceptually uniform, dark to bright; and a diverging one whose middle, zero, is near white
 #: and whose opposite values are about equally light (CIE L* differs by at most 5.1, at the ends by 0.1).
-#: Both can be read with the common kinds of colour blindness.
+#: Both can be read with the common kinds of color blindness.
 SEQUENTIAL, DIVERGING = "inferno", "RdBu_r"
 
 _NEGLIGIBLE = 0.05
@@ -22,15 +22,15 @@ _NEGLIGIBLE = 0.05
 
 @dataclass(frozen=True)
 class ColorScale:
-    """The values at the two ends of a colour map.
+    """The values at the two ends of a color map.
 
     Args:
-        low, high: values that get the first and the last colour; values beyond are clipped to them.
-        signed: the scale is symmetric, ``low == -high``, so that zero has the neutral middle colour.
-        cmap: a matplotlib colour map or its name; None takes :data:`SEQUENTIAL` or, if signed, :data:`DIVERGING`.
+        low, high: values that get the first and the last color; values beyond are clipped to them.
+        signed: the scale is symmetric, ``low == -high``, so that zero has the neutral middle color.
+        cmap: a matplotlib color map or its name; None takes :data:`SEQUENTIAL` or, if signed, :data:`DIVERGING`.
 
     Raises:
-        InputError: the ends are not finite or not in order, or there is no such colour map.
+        InputError: the ends are not finite or not in order, or there is no such color map.
 
     Example:
         >>> scale = ColorScale.of(torch.tensor([[-1.0, 0.0, 2.0]]))
@@ -47,7 +47,7 @@ class ColorScale:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise InputError(f"a colour scale needs finite vmin < vmax, got {self.low:g} and {self.high:g}")
+            raise InputError(f"a color scale needs finite vmin < vmax, got {self.low:g} and {self.high:g}")
 
     @classmethod
     def of(
@@ -92,26 +92,48 @@ class ColorScale:
         return cls(low, high if high > low else low + 1.0, False, cmap)
 
     def colormap(self) -> Any:
-        """The matplotlib colour map."""
+        """The matplotlib color map."""
         from matplotlib import colormaps
 
         name = self.cmap if self.cmap is not None else DIVERGING if self.signed else SEQUENTIAL
         if not isinstance(name, str):
             return name
         if name not in colormaps:
-            raise InputError(f"no colour map {name!r} in matplotlib; perceptually uniform are 'viridis', 'magma', ...")
+            raise InputError(f"no color map {name!r} in matplotlib; perceptually uniform are 'viridis', 'magma', ...")
         return colormaps[name]
 
+    def fraction(self, values: Tensor) -> Tensor:
+        """Where finite values lie between the ends of the scale, in [0, 1]."""
+        return ((values.detach().float().cpu() - self.low) / (self.high - self.low)).clamp(0, 1)
+
     def colors(self, values: Tensor) -> Tensor:
-        """The colours ``(3, ...)`` in [0, 1] of finite values of any shape."""
-        share = ((values.detach().float().cpu() - self.low) / (self.high - self.low)).clamp(0, 1)
-        return torch.from_numpy(self.colormap()(share.numpy())[..., :3]).movedim(-1, 0).float()
+        """The colors ``(3, ...)`` in [0, 1] of finite values of any shape."""
+        return torch.from_numpy(self.colormap()(self.fraction(values).numpy())[..., :3]).movedim(-1, 0).float()
+
+    def opacity(self, values: Tensor, alpha: float) -> Tensor:
+        """How much of the color covers an image: nothing at zero (at ``low`` if not signed), ``alpha`` from half of the
+        scale on. What stands out then has the color of the color bar, whatever it lies on.
+
+        >>> ColorScale(-1.0, 1.0, signed=True).opacity(torch.tensor([-1.0, -0.5, 0.0, 0.25]), 0.8)
+        tensor([0.8000, 0.8000, 0.0000, 0.4000])
+        """
+        fraction = self.fraction(values)
+        strength = (2 * fraction - 1).abs() if self.signed else fraction
+        return alpha * (2 * strength).clamp(max=1)
+
+
+def schemes(groups: Iterable[Iterable[Tensor]], signed: bool | str = "auto") -> bool:
+    """Whether a figure needs the diverging scheme: with ``"auto"``, where negative values matter in any of its groups
+    of maps, each of which has a scale of its own."""
+    if signed != "auto":
+        return ColorScale.of([], signed).signed
+    return any(ColorScale.of(group).signed for group in groups)
 
 
 def value_range(
     heatmap: Tensor, signed: bool | str = "auto", vmin: float | None = None, vmax: float | None = None
 ) -> tuple[float, float]:
-    """The values at the two ends of the colour map: symmetric around zero for signed maps (:meth:`ColorScale.of`).
+    """The values at the two ends of the color map: symmetric around zero for signed maps (:meth:`ColorScale.of`).
 
     >>> value_range(torch.tensor([0.2, 1.0])), value_range(torch.tensor([-0.5, 1.0]))
     ((0.0, 1.0), (-1.0, 1.0))

@@ -410,3 +410,10 @@ def test_real_words_of_a_real_encoder(shared_data, monkeypatch):
     assert vocabulary.encode(encoder).shape == (len(vocabulary), 512)
     with pytest.raises(InputError, match="flumox"):
         Vocabulary(["banana", "flumox"]).encode(encoder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252", "utf-16"])
+def test_files_in_the_encodings_that_editors_write(tmp_path, encoding):
+    (tmp_path / "words.txt").write_bytes("# mine\r\ncafé\r\nzebra stripes\r\n".encode(encoding))
+    (tmp_path / "words.json").write_bytes('["café"]'.encode(encoding))
+    assert list(Vocabulary.load(tmp_path / "words.txt", tmp_path / "words.json")) == ["café", "zebra stripes", "café"]

@@ -372,6 +372,12 @@ class TestShapes:
         with pytest.raises(InputError, match="already"):
             open_images(source, size=3)
         assert repr(source) == "ImageSource(7 images, own sizes)"
+        labelled = open_images(source, labels=LABELS)
+        assert (labelled.labels, source.labels) == (LABELS, None)
+        assert torch.equal(labelled[2], source[2])
+        assert open_images(labelled, labels=False).labels is None
+        with pytest.raises(InputError, match="2 labels for 7"):
+            open_images(source, labels=[0, 1])
 
 
 class TestFingerprint:
@@ -394,3 +400,14 @@ class TestFingerprint:
     def test_digest(self):
         assert digest(IMAGES[0]) == digest(IMAGES[0].double())
         assert len(digest(IMAGES[0], 8)) == 8
+
+
+def test_scenes_tell_their_labels_without_drawing_them(monkeypatch: pytest.MonkeyPatch):
+    from captum_concepts.datasets import CaptionedScenes
+
+    scenes = CaptionedScenes(20, seed=0, size=16)
+    expected = [int(scenes[i].label) for i in range(20)]
+    assert open_images(scenes).class_names == scenes.classes
+    assert torch.equal(open_images(scenes)[3], scenes[3].image)
+    monkeypatch.setattr("captum_concepts.datasets.scenes.draw_ground", None)
+    assert open_images(scenes).labels == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from captum_concepts.visualization import (
     upsample,
     value_range,
 )
-from captum_concepts.visualization._text import fit, text_width
+from captum_concepts.visualization.canvas import fit, text_width
+from captum_concepts.visualization.regions import outlines, per_image
 from captum_concepts.visualization.scale import DIVERGING, SEQUENTIAL
 
 
@@ -66,11 +68,13 @@ def test_import_does_not_load_matplotlib():
 class TestOverlay:
     def test_extremes_have_the_end_colours(self):
         heat = torch.tensor([[0.0, 1.0, 4.0]])
-        result = overlay(torch.rand(3, 1, 3), heat, alpha=1.0)
+        result = overlay(torch.full((3, 1, 3), 0.4), heat, alpha=1.0)
+        torch.testing.assert_close(result[:, 0, 2], torch.tensor(colormaps[SEQUENTIAL](1.0)[:3]).float())
+        torch.testing.assert_close(result[:, 0, 0], torch.full((3,), 0.4))  # nothing to see: the image
+        signed = overlay(torch.full((3, 1, 3), 0.4), torch.tensor([[-1.0, 0.0, 1.0]]), alpha=1.0)
         for column, end in ((0, 0.0), (2, 1.0)):
-            torch.testing.assert_close(result[:, 0, column], torch.tensor(colormaps[SEQUENTIAL](end)[:3]).float())
-        signed = overlay(torch.rand(3, 1, 3), torch.tensor([[-1.0, 0.0, 4.0]]), alpha=1.0)
-        torch.testing.assert_close(signed[:, 0, 2], torch.tensor(colormaps[DIVERGING](1.0)[:3]).float())
+            torch.testing.assert_close(signed[:, 0, column], torch.tensor(colormaps[DIVERGING](end)[:3]).float())
+        torch.testing.assert_close(signed[:, 0, 1], torch.full((3,), 0.4))
 
     def test_opposite_values_are_equally_light(self):
         share = np.linspace(0, 0.5, 65)
@@ -87,11 +91,33 @@ class TestOverlay:
         steps = np.diff(lightness(colormaps[SEQUENTIAL](np.linspace(0, 1, 256))))
         assert (steps > 0).all()
 
-    def test_full_alpha_is_the_colour_map(self):
-        heat = torch.linspace(0, 2, 12).reshape(3, 4)
-        result = overlay(torch.rand(3, 3, 4), heat, alpha=1.0)
+    def test_full_alpha_is_the_color_map_from_half_of_the_scale_on(self):
+        heat = torch.linspace(1, 2, 12).reshape(3, 4)
+        result = overlay(torch.full((3, 3, 4), 0.2), heat, alpha=1.0)
         expected = torch.from_numpy(colormaps[SEQUENTIAL]((heat / 2).numpy())[..., :3]).permute(2, 0, 1).float()
         torch.testing.assert_close(result, expected)
+
+    @pytest.mark.parametrize("signed", [False, True])
+    @pytest.mark.parametrize("brightness", [0.0, 0.5, 1.0])
+    def test_a_strong_value_can_be_read_off_the_bar_on_dark_and_bright_pixels(self, brightness, signed):
+        values = torch.linspace(0.5, 1, 11)
+        heat = torch.cat([values, -values]) if signed else values
+        shown = overlay(
+            torch.full((3, 1, len(heat)), brightness), heat[None], signed=signed, vmin=-1.0 * signed, vmax=1
+        )
+        bar = torch.linspace(-1.0 if signed else 0.0, 1, 256)
+        name = DIVERGING if signed else SEQUENTIAL
+        colors = colormaps[name](np.linspace(0, 1, 256))[:, :3].astype("float32")
+        nearest = torch.cdist(shown[:, 0].T, torch.from_numpy(colors)).argmin(1)
+        assert (bar[nearest] - heat).abs().max() < 0.13
+
+    def test_what_is_under_a_strong_value_stays_visible_as_lightness(self):
+        image = torch.zeros(3, 64, 64)
+        image[:, 20:44, 20:44] = 1
+        shown = overlay(image, torch.ones(2, 2), vmin=0, vmax=2, signed=False)
+        assert (shown[:, 32, 19] - shown[:, 32, 20]).abs().max() > 0.05
+        flat = overlay(torch.zeros(3, 64, 64), torch.ones(2, 2), vmin=0, vmax=2, signed=False)
+        torch.testing.assert_close(shown[:, 2, 2], flat[:, 2, 2])
 
     def test_zero_alpha_is_the_grey_image(self):
         image = torch.rand(3, 8, 8)
@@ -101,18 +127,17 @@ class TestOverlay:
 
     def test_zero_is_neutral_in_a_signed_map(self):
         heat = torch.tensor([[-3.0, 0.0, 1.0]])
-        result = overlay(torch.zeros(3, 1, 3), heat, alpha=1.0)
-        middle = torch.tensor(colormaps[DIVERGING](0.5)[:3]).float()
-        torch.testing.assert_close(result[:, 0, 1], middle, atol=0.01, rtol=0)
+        result = overlay(torch.full((3, 1, 3), 0.5), heat, alpha=1.0)
+        torch.testing.assert_close(result[:, 0, 1], torch.full((3,), 0.5), atol=0.01, rtol=0)
         assert result[2, 0, 0] > result[0, 0, 0]  # negative is blue
         assert result[0, 0, 2] > result[2, 0, 2]  # positive is red
 
-    def test_one_value_has_one_colour_whatever_the_rest(self):
-        def colour(rest: float) -> torch.Tensor:
+    def test_one_value_has_one_color_whatever_the_rest(self):
+        def color(rest: float) -> torch.Tensor:
             heat = torch.tensor([[0.5, rest]])
             return overlay(torch.zeros(3, 1, 2), heat, alpha=1.0, vmin=0, vmax=1, signed=False)[:, 0, 0]
 
-        assert torch.equal(colour(0.1), colour(0.9))
+        assert torch.equal(color(0.1), color(0.9))
 
     def test_unknown_cells_do_not_pull_their_neighbours(self):
         image, heat = torch.zeros(3, 40, 40), torch.full((4, 4), 0.5)
@@ -133,7 +158,7 @@ class TestOverlay:
             assert torch.equal(overlay(image, torch.full((2, 2), float("nan"))), image)
 
     def test_images_normalised_for_a_network_warn(self):
-        with pytest.warns(InputWarning, match="normalisation"):
+        with pytest.warns(InputWarning, match="normalization"):
             result = overlay(torch.randn(3, 8, 8) * 2, torch.rand(2, 2))
         assert result.min() >= 0
         assert result.max() <= 1
@@ -193,11 +218,12 @@ class TestOverlay:
         [
             (torch.rand(3, 4, 4), torch.rand(1, 2, 2), {}, "heatmap must be"),
             (torch.rand(2, 4, 4), torch.rand(2, 2), {}, "an image must be"),
+            (torch.rand(4, 4, 5), torch.rand(2, 2), {}, "choose three of its 4 channels"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"alpha": 1.5}, "alpha"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"saturation": -1}, "saturation"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"vmin": 1, "vmax": 0}, "vmin must be less"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"signed": "maybe"}, "signed must be"),
-            (torch.rand(3, 4, 4), torch.rand(2, 2), {"cmap": "no such map"}, "colour map"),
+            (torch.rand(3, 4, 4), torch.rand(2, 2), {"cmap": "no such map"}, "color map"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"mode": "cubic"}, "mode must be"),
             (torch.full((3, 4, 4), 300), torch.rand(2, 2), {}, "0 to 255"),
             ("cat.jpg", torch.rand(2, 2), {}, "an image must be a tensor"),
@@ -298,8 +324,8 @@ class TestLayout:
     def test_nothing_overlaps_and_nothing_is_clipped(self, n, t, shape, options, contributions):
         flags = torch.arange(t) != 1
         figure = panel(
-            torch.rand(n, 3, *shape),
             explanation(n, t, contributions),
+            torch.rand(n, 3, *shape),
             top_k=t,
             title=LONG,
             significant=flags,
@@ -311,12 +337,12 @@ class TestLayout:
     def test_values_of_any_size(self, scale):
         e = explanation(2, 3)
         e = ConceptExplanation(e.concepts, e.scores * scale, e.maps * scale, e.contributions * scale, e.target)
-        check_layout(panel(torch.rand(2, 3, 32, 32), e, map_label="value"))
+        check_layout(panel(e, torch.rand(2, 3, 32, 32), map_label="value"))
 
     def test_twenty_images_of_different_shapes(self):
         generator = torch.Generator().manual_seed(0)
         sizes = torch.randint(16, 65, (20, 2), generator=generator).tolist()
-        figure = panel([torch.rand(3, *size) for size in sizes], explanation(20, 1, False), cell_size=0.8)
+        figure = panel(explanation(20, 1, False), [torch.rand(3, *size) for size in sizes], cell_size=0.8)
         assert len(axes_of(figure, "input")) == 20
         check_layout(figure)
 
@@ -328,18 +354,18 @@ class TestLayout:
         style = {"figure.autolayout": True, "font.family": "serif", "text.color": "white", "axes.facecolor": "black",
                  "savefig.bbox": "tight", "xtick.color": "white", "font.size": 20, "axes.titlesize": 30}  # fmt: skip
         with rc_context(style):
-            figure = panel(torch.rand(1, 3, 32, 32), explanation(1, 3), title="t")
+            figure = panel(explanation(1, 3), torch.rand(1, 3, 32, 32), title="t")
             check_layout(figure)
         assert "white" not in {t.get_color() for t in texts_of(figure)}
 
     def test_names_are_not_formulas(self):
         e = ConceptExplanation(["costs $5, $6", "a_b^c & $\\frac$"], torch.rand(1, 2), torch.rand(1, 2, 3, 3))
-        figure = panel(torch.rand(1, 3, 16, 16), e, title="$x$")
+        figure = panel(e, torch.rand(1, 3, 16, 16), title="$x$")
         check_layout(figure)
         assert "costs $5, $6" in strings_of(figure)
 
     def test_pictures_keep_their_shape(self):
-        figure = panel([torch.rand(3, 40, 80), torch.rand(3, 90, 30)], explanation(2, 1))
+        figure = panel(explanation(2, 1), [torch.rand(3, 40, 80), torch.rand(3, 90, 30)])
         for axes, ratio in zip(axes_of(figure, "input"), (0.5, 3.0), strict=True):
             box = axes.get_window_extent()
             assert box.height / box.width == pytest.approx(ratio, rel=0.02)
@@ -348,25 +374,25 @@ class TestLayout:
 class TestPanel:
     def test_each_image_shows_its_own_strongest_concepts(self):
         e = ConceptExplanation(["a", "b"], torch.tensor([[0.9, 0.1], [0.1, 0.8]]), torch.rand(2, 2, 3, 3))
-        found = strings_of(panel(torch.rand(2, 3, 16, 16), e, top_k=1))
+        found = strings_of(panel(e, torch.rand(2, 3, 16, 16), top_k=1))
         assert {"a", "b", "score 0.9", "score 0.8"} <= set(found)
         assert "score 0.1" not in found
 
     def test_order_by_contribution_shows_what_spoke_against_the_target(self):
         how = torch.tensor([[0.1, -0.7, 0.3]])
         e = ConceptExplanation(["x", "y", "z"], torch.tensor([[0.9, 0.5, 0.1]]), torch.rand(1, 3, 3, 3), how)
-        figure = panel(torch.rand(1, 3, 16, 16), e, top_k=2, by="contributions")
+        figure = panel(e, torch.rand(1, 3, 16, 16), top_k=2, rank_by="contributions")
         assert [a.get_label() for a in figure.axes if a.images and a.get_label() != "input"] == ["y", "z"]
         assert any("contribution −0.7" in text for text in strings_of(figure))
 
-    def test_by_none_keeps_the_order(self):
+    def test_without_a_ranking_the_order_stays(self):
         e = ConceptExplanation(["x", "y"], torch.tensor([[0.1, 0.9]]), torch.rand(1, 2, 3, 3))
-        figure = panel(torch.rand(1, 3, 16, 16), e, by=None)
+        figure = panel(e, torch.rand(1, 3, 16, 16))
         assert [a.get_label() for a in figure.axes if a.images] == ["input", "x", "y"]
 
     def test_insignificant_concepts_are_grey_and_last_and_say_so(self):
         e = ConceptExplanation(["a", "b"], torch.tensor([[0.9, 0.1]]), torch.rand(1, 2, 3, 3), torch.ones(1, 2))
-        figure = panel(torch.rand(1, 3, 16, 16), e, significant=torch.tensor([False, True]))
+        figure = panel(e, torch.rand(1, 3, 16, 16), significant=torch.tensor([False, True]))
         assert [a.get_label() for a in figure.axes if a.images] == ["input", "b", "a"]
         assert strings_of(figure).count("not encoded here") == 1
         assert "score 0.9" not in " ".join(strings_of(figure))
@@ -379,7 +405,7 @@ class TestPanel:
 
     def test_bars_show_the_sign(self):
         e = explanation(1)
-        figure = panel(torch.rand(1, 3, 16, 16), e)
+        figure = panel(e, torch.rand(1, 3, 16, 16))
         bars = axes_of(figure, "contributions")[0].patches
         top = e.top(3)
         assert [bar.get_width() for bar in bars] == pytest.approx(top.contributions[0].tolist())
@@ -392,7 +418,7 @@ class TestPanel:
         e = ConceptExplanation(["a", "b"], torch.rand(2, 2), maps)
         ends = {}
         for scale in ("map", "row", "panel"):
-            figure = panel(torch.rand(2, 3, 16, 16), e, scale=scale, by=None)
+            figure = panel(e, torch.rand(2, 3, 16, 16), scale=scale)
             ends[scale] = [a.get_ylim()[1] for a in axes_of(figure, "colorbar")]
             assert any("scale" in text for text in strings_of(figure))
         assert ends == {"map": [1, 2, 4, 8], "row": [2, 8], "panel": [8, 8]}
@@ -402,34 +428,38 @@ class TestPanel:
         maps[0, 0], maps[0, 1] = 0.5, 0.5
         maps[0, 1, 2, 2] = 2.0
         e = ConceptExplanation(["a", "b"], torch.rand(1, 2), maps)
-        figure = panel(torch.zeros(1, 3, 30, 30), e, by=None, mode="nearest")
+        figure = panel(e, torch.zeros(1, 3, 30, 30), mode="nearest")
         a, b = (np.asarray(x.images[0].get_array())[0, 0] for x in figure.axes if x.get_label() in ("a", "b"))
         assert (a == b).all()
 
     def test_target_layer_and_method_are_named(self):
         names = [f"name {k}" for k in range(9)]
-        text = " ".join(strings_of(panel(torch.rand(2, 3, 16, 16), explanation(), class_names=names)))
+        e = dataclasses.replace(explanation(), class_names=names, target_probability=torch.tensor([0.5, 1e-9]))
+        text = " ".join(strings_of(panel(e, torch.rand(2, 3, 16, 16)))).replace("\n", " ")
+        assert "target: name 1 < 0.001" in text
+        assert "target: name 0 0.5" in text
+        text = " ".join(strings_of(panel(explanation(), torch.rand(2, 3, 16, 16), class_names=names)))
         text = text.replace("\n", " ")
         for part in ("target: name 1", "contribution to name 1", "layer layer4", "test"):
             assert part in text
         e = ConceptExplanation(["a"], torch.rand(1, 1), torch.rand(1, 1, 2, 2), layer=[["block.3"]])
-        assert any("layer block.3" in part for part in strings_of(panel(torch.rand(3, 16, 16), e)))
+        assert any("layer block.3" in part for part in strings_of(panel(e, torch.rand(3, 16, 16))))
 
     def test_not_finite_values(self):
         e = ConceptExplanation(
             ["a", "b"], torch.tensor([[float("nan"), 1.0]]), torch.rand(1, 2, 3, 3), torch.tensor([[float("inf"), 1.0]])
         )
-        found = " ".join(strings_of(panel(torch.rand(1, 3, 16, 16), e)))
+        found = " ".join(strings_of(panel(e, torch.rand(1, 3, 16, 16))))
         assert "score n/a" in found
         assert "contribution n/a" in found
         maps = torch.rand(1, 2, 3, 3)
         maps[0, 0, 0, 0] = float("nan")
         with pytest.warns(InputWarning, match="NaN"):
-            panel(torch.rand(1, 3, 16, 16), ConceptExplanation(["a", "b"], torch.rand(1, 2), maps))
+            panel(ConceptExplanation(["a", "b"], torch.rand(1, 2), maps), torch.rand(1, 3, 16, 16))
 
     def test_half_precision(self):
         e = ConceptExplanation(["a"], torch.rand(1, 1).bfloat16(), torch.rand(1, 1, 3, 3).bfloat16())
-        panel(torch.rand(1, 3, 16, 16).half(), e)
+        panel(e, torch.rand(1, 3, 16, 16).half())
 
     def test_pyplot_and_settings_are_not_touched(self, tmp_path: Path):
         code = """
@@ -440,7 +470,7 @@ def settings():  # reading "backend" would itself import pyplot
     return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
 before = settings()
 e = ConceptExplanation(["a"], torch.rand(1, 1), torch.rand(1, 1, 3, 3), torch.rand(1, 1))
-save_figure(panel(torch.rand(1, 3, 16, 16), e), sys.argv[1])
+save_figure(panel(e, torch.rand(1, 3, 16, 16)), sys.argv[1])
 heatmap_figure(torch.rand(3, 16, 16), torch.rand(3, 3), title="t", label="value")
 sys.exit("matplotlib.pyplot" in sys.modules or settings() != before)
 """
@@ -452,23 +482,126 @@ sys.exit("matplotlib.pyplot" in sys.modules or settings() != before)
         [
             ({"significant": torch.ones(2)}, "significant"),
             ({"significant": torch.ones(3)}, "must be bool"),
-            ({"image_titles": ["one"]}, "image_titles"),
+            ({"image_names": ["one"]}, "image_names"),
             ({"class_names": ["one"]}, "no name for target 1"),
             ({"top_k": 0}, "top_k"),
-            ({"by": "names"}, "by must be"),
+            ({"rank_by": "names"}, "rank_by must be"),
             ({"scale": "all"}, "scale must be"),
             ({"cell_size": 0.1}, "cell_size"),
+            ({"boxes": (1, 2, 3)}, "boxes must be 4 numbers"),
+            ({"boxes": (1, 2, 3, 4), "points": (1, 2)}, "points and boxes"),
+            ({"points": [[(1, 2)]]}, "points for 1 images, but there are 2"),
+            ({"mask": torch.ones(3, 3)}, "mask must be"),
+            ({"crop": (0, 0, 9, 4)}, "crop must be one box"),
         ],
     )
     def test_bad_input(self, options, message):
         with pytest.raises(InputError, match=message):
-            panel(torch.rand(2, 3, 8, 8), explanation(), **options)
+            panel(explanation(), torch.rand(2, 3, 8, 8), **options)
 
     def test_other_numbers_of_images(self):
+        with pytest.raises(InputError, match="the explanation comes first: panel"):
+            panel(torch.rand(2, 3, 8, 8), explanation())
+        with pytest.raises(InputError, match="panel needs a ConceptExplanation, got Tensor"):
+            panel(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8))
         with pytest.raises(InputError, match="1 images for an explanation of 2"):
-            panel(torch.rand(1, 3, 8, 8), explanation())
+            panel(explanation(), torch.rand(1, 3, 8, 8))
         with pytest.raises(InputError, match="nothing to draw"):
-            panel([], explanation()[:0])
+            panel(explanation()[:0], [])
+
+
+class TestWhatAStrangerAsks:
+    def test_one_color_scheme_per_figure(self):
+        maps = torch.rand(2, 2, 4, 4) + 0.1
+        maps[1, 1, 0, 0] = -1
+        e = ConceptExplanation(["a", "b"], torch.rand(2, 2), maps)
+        for scale in ("map", "row", "panel"):
+            figure = panel(e, torch.rand(2, 3, 16, 16), scale=scale)
+            lows = [a.get_ylim()[0] for a in axes_of(figure, "colorbar")]
+            assert all(low < 0 for low in lows), scale
+        figure = panel(e[0], torch.rand(1, 3, 16, 16))
+        assert axes_of(figure, "colorbar")[0].get_ylim()[0] == 0
+
+    def test_not_seen_is_pale_and_last_and_says_so(self):
+        presence = torch.tensor([[0.2, 0.9, 0.4999]])
+        e = ConceptExplanation(
+            ["a", "b", "c"],
+            torch.tensor([[0.9, 0.5, 0.1]]),
+            torch.rand(1, 3, 3, 3),
+            torch.ones(1, 3),
+            presence=presence,
+        )
+        for significant, order, notes in ((None, "bac", 2), (torch.tensor([False, True, True]), "bca", 1)):
+            figure = panel(e, torch.rand(1, 3, 16, 16), significant=significant)
+            assert [a.get_label() for a in figure.axes if a.images] == ["input", *order]
+            found = [line for text in strings_of(figure) for line in text.split("\n")]
+            assert found.count("not seen") == notes
+        drawn = {a.get_label(): np.asarray(a.images[0].get_array()).mean() for a in figure.axes if a.images}
+        assert drawn["c"] > drawn["b"] + 40
+        bars = axes_of(figure, "contributions")[0].patches
+        assert [bar.get_alpha() for bar in bars] == [None, 0.45, None]
+        assert any("probability of presence below 0.5" in text for text in strings_of(figure))
+
+    def test_units_and_tiny_numbers(self):
+        e = ConceptExplanation(
+            ["a"], torch.tensor([[8.6e-14]]), torch.rand(1, 1, 3, 3), torch.tensor([[0.5]]), score_unit="cosine",
+            contribution_unit="logit",
+        )  # fmt: skip
+        text = " ".join(strings_of(panel(e, torch.rand(1, 3, 16, 16)))).replace("\n", " ")
+        assert "score < 0.001 cosine" in text
+        assert "logit" in text
+        assert "e-14" not in text
+
+    def test_a_red_bar_beside_a_blue_map_is_explained(self):
+        e = ConceptExplanation(
+            ["a", "b"], torch.tensor([[-1.0, -2.0]]), -torch.rand(1, 2, 3, 3), torch.tensor([[0.5, -0.3]]),
+            torch.tensor([1]), class_names=["x", "cat"], score_unit="standard deviations",
+        )  # fmt: skip
+        lines = [line for text in strings_of(panel(e, torch.rand(1, 3, 16, 16))) for line in text.split("\n")]
+        assert "its absence supports cat" in lines
+        assert "its absence opposes cat" in lines
+        other = dataclasses.replace(e, score_unit="cosine")
+        assert "absence" not in " ".join(strings_of(panel(other, torch.rand(1, 3, 16, 16))))
+
+    def test_each_image_has_its_own_concepts(self):
+        selected = torch.tensor([[True, True, False], [False, False, True]])
+        e = ConceptExplanation(["a", "b", "c"], torch.rand(2, 3), torch.rand(2, 3, 3, 3), selected=selected)
+        figure = panel(e, torch.rand(2, 3, 16, 16))
+        assert [a.get_label() for a in figure.axes if a.images] == ["input", "a", "b", "input", "c"]
+
+    def test_at_most_eight_unless_asked(self):
+        e = explanation(1, 12)
+        figure = panel(e, torch.rand(1, 3, 16, 16))
+        assert sum(bool(a.images) for a in figure.axes) == 1 + 8
+        assert any("4 more concepts not shown" in text for text in strings_of(figure))
+        assert sum(bool(a.images) for a in panel(e, torch.rand(1, 3, 16, 16), top_k=12).axes) == 1 + 12
+
+    def test_region_and_crop_are_drawn_on_the_photograph(self):
+        maps = torch.zeros(1, 1, 2, 2)
+        maps[..., 0, 0] = 1
+        e = ConceptExplanation(["a"], torch.rand(1, 1), maps)
+        image = torch.rand(3, 20, 40)
+        figure = panel(e, image, boxes=(12, 2, 20, 8), crop=(10, 0, 30, 20), mode="nearest")
+        source, drawn = (a for a in figure.axes if a.images)
+        ends = [tuple(map(tuple, line)) for c in source.collections for line in c.get_segments()]
+        assert ((12, 2), (20, 2)) in ends
+        assert ((10, 0), (10, 20)) in ends
+        pixels = np.asarray(drawn.images[0].get_array(), dtype=int)
+        height, width, _ = pixels.shape
+        part = pixels[: height // 2, width // 4 : width // 2]
+        assert np.abs(part - np.array(colormaps[SEQUENTIAL](1.0)[:3]) * 255).mean() < 30
+        assert np.ptp(pixels[:, : width // 4 - 8], axis=-1).max() == 0  # outside of the crop: pale gray
+
+    def test_outlines(self):
+        mask = torch.zeros(4, 4, dtype=torch.bool)
+        mask[1:3, 2:4] = True
+        square = {(2, 1, 4, 1), (2, 3, 4, 3), (2, 1, 2, 3), (4, 1, 4, 3)}
+        assert set(outlines([(4, 4)], (2, 2), mask=mask)[0]) == square
+        assert set(outlines([(4, 4)], (4, 2), boxes=[2, 1, 4, 3])[0]) == square
+        assert set(outlines([(8, 4)], (4, 2), points=torch.tensor([3.9, 3.0]))[0]) == {
+            (2, 2, 4, 2), (2, 4, 4, 4), (2, 2, 2, 4), (4, 2, 4, 4)
+        }  # fmt: skip
+        assert per_image(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 3, 2, "points")[2] == [(1, 2), (3, 4)]
 
 
 class TestSave:
@@ -492,7 +625,7 @@ class TestSave:
             assert image.size == pytest.approx(figure.get_size_inches() * 100, abs=1)
 
     def test_no_figure_is_kept(self, tmp_path: Path):
-        figure = panel(torch.rand(1, 3, 16, 16), explanation(1))
+        figure = panel(explanation(1), torch.rand(1, 3, 16, 16))
         save_figure(figure, tmp_path / "a.png", 50)
         gone = weakref.ref(figure)
         del figure

@@ -1,0 +1,162 @@
+"""Every position of every guidance image is a row: gathered in one pass, under a budget, seeded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from captum_concepts.activations import full_precision
+from captum_concepts.errors import InputError
+from captum_concepts.images import digest
+
+
+@dataclass(frozen=True)
+class GuidanceRows:
+    """Rows of one or several sets of guidance images.
+
+    Args:
+        x: ``(m, C)`` activations.
+        image: ``(m,)`` which image each row is from; equal images have equal numbers.
+        digests: what tells the images apart, by number.
+        origins: the set each image was read from, by number.
+        counts: how often each image was read, by number.
+        positions: how many rows each image had before the budget cut them, by number.
+    """
+
+    x: Tensor
+    image: Tensor
+    digests: tuple[bytes, ...]
+    origins: tuple[str, ...]
+    counts: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    @property
+    def images(self) -> int:
+        """How many images were read, repeated ones included."""
+        return sum(self.counts)
+
+    @property
+    def seen(self) -> int:
+        """How many rows there were before the budget cut them."""
+        return sum(self.positions)
+
+    def select(self, keep: Callable[[bytes, str], bool]) -> GuidanceRows:
+        """Only the rows of images for which ``keep(digest, origin)``."""
+        kept = torch.tensor([keep(*pair) for pair in zip(self.digests, self.origins, strict=True)], dtype=torch.bool)
+        if bool(kept.all()):
+            return self
+        rows = kept.to(self.image.device)[self.image]
+        number = (kept.cumsum(0) - 1).to(self.image.device)
+        return GuidanceRows(
+            self.x[rows],
+            number[self.image[rows]],
+            tuple(compress(self.digests, kept)),
+            tuple(compress(self.origins, kept)),
+            tuple(compress(self.counts, kept)),
+            tuple(compress(self.positions, kept)),
+        )
+
+
+def rows_of(maps: Tensor) -> Tensor:
+    """``(n, h*w, C)``: the activation at each position, from maps ``(n, C, h, w)``.
+
+    >>> maps = torch.arange(8.0).view(1, 2, 2, 2)
+    >>> rows_of(maps)[0, 1], maps[0, :, 0, 1]
+    (tensor([1., 5.]), tensor([1., 5.]))
+    """
+    return maps.flatten(2).transpose(1, 2)
+
+
+def gather(
+    batches: Iterable[tuple[str, Tensor]], maps_of: Callable[[Tensor], Tensor], budget: int, seed: int
+) -> GuidanceRows:
+    """Run every image once and keep at most ``budget`` rows, a seeded uniform sample of all positions.
+
+    Each position draws a key from ``(seed, set, image)`` and the smallest keys stay, so memory is bounded without
+    knowing the number of images, and the sample does not depend on how images are batched.
+
+    Args:
+        batches: ``(set name, images)`` one after another.
+        maps_of: images to activation maps ``(n, C, h, w)``.
+        budget: most rows to keep.
+        seed: of the sample.
+
+    Raises:
+        InputError: NaN or infinite activations, or a layer whose channel count depends on the image.
+    """
+    buffer: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, keys, image numbers
+    numbers: dict[bytes, int] = {}
+    origins: list[str] = []
+    counts: list[int] = []
+    positions: list[int] = []
+    of_set: dict[str, int] = {}
+    held, limit = 0, 2.0
+    for name, batch in batches:
+        rows = rows_of(full_precision(maps_of(batch).detach()))
+        if buffer and rows.shape[2] != buffer[0][0].shape[1]:
+            raise InputError(f"the layer gives {rows.shape[2]} and {buffer[0][0].shape[1]} channels for {name!r}")
+        for image, own in zip(batch, rows, strict=True):
+            index = of_set[name] = of_set.get(name, -1) + 1
+            code = digest(image)
+            if code not in numbers:
+                numbers[code] = len(numbers)
+                origins.append(name)
+                counts.append(0)
+                positions.append(0)
+            counts[numbers[code]] += 1
+            positions[numbers[code]] += len(own)
+            key = torch.rand(len(own), generator=_generator(seed, name, index), dtype=torch.float64)
+            chosen = (key < limit).nonzero().flatten()
+            taken = own[chosen.to(own.device)]
+            if not bool(taken.isfinite().all()):
+                raise InputError(f"the layer gives NaN or infinite activations for images of {name!r}")
+            buffer.append((taken, key[chosen], torch.full((len(chosen),), numbers[code])))
+            held += len(chosen)
+        if held > 2 * budget:
+            buffer = [_smallest(buffer, budget)]
+            limit, held = float(buffer[0][1].max()), budget
+    if not buffer:
+        raise InputError("the guidance sets hold no image")
+    x, _, number = _smallest(buffer, budget)
+    return GuidanceRows(x, number.to(x.device), tuple(numbers), tuple(origins), tuple(counts), tuple(positions))
+
+
+def merge(parts: Sequence[GuidanceRows]) -> GuidanceRows:
+    """Several gatherings as one; an image that is in two of them stays one image."""
+    numbers: dict[bytes, int] = {}
+    origins: list[str] = []
+    counts: list[int] = []
+    positions: list[int] = []
+    images = []
+    for part in parts:
+        for code, origin in zip(part.digests, part.origins, strict=True):
+            if code not in numbers:
+                numbers[code] = len(numbers)
+                origins.append(origin)
+                counts.append(0)
+                positions.append(0)
+        new = torch.tensor([numbers[code] for code in part.digests])
+        for number, count, position in zip(new.tolist(), part.counts, part.positions, strict=True):
+            counts[number] += count
+            positions[number] += position
+        images.append(new.to(part.image.device)[part.image])
+    x = torch.cat([part.x for part in parts])
+    return GuidanceRows(x, torch.cat(images), tuple(numbers), tuple(origins), tuple(counts), tuple(positions))
+
+
+def _smallest(buffer: list[tuple[Tensor, Tensor, Tensor]], budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of the ``budget`` smallest keys, in the order they came."""
+    key = torch.cat([part[1] for part in buffer])
+    order = key.argsort()[:budget].sort().values
+    x = torch.cat([part[0] for part in buffer])
+    return x[order.to(x.device)], key[order], torch.cat([part[2] for part in buffer])[order]
+
+
+def _generator(seed: int, name: str, index: int) -> torch.Generator:
+    code = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(code, "big"))

@@ -1,0 +1,605 @@
+"""Explanations as one HTML file that opens anywhere: what, where and how much, to look at, to keep and to print."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from markupsafe import Markup
+from torch import Tensor
+
+from captum_concepts import __version__
+from captum_concepts._checks import integer, number, one_of
+from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
+from captum_concepts.visualization.canvas import NOT_ENCODED, number as in_words, round_up
+from captum_concepts.visualization.overlay import ALPHA, MODES, as_image, as_images
+from captum_concepts.visualization.panels import absence, check_explanation, class_of, crop_boxes, ordered, significance
+from captum_concepts.visualization.pictures import Picture, gradient, map_picture, photo, place_in_words
+from captum_concepts.visualization.regions import outlines
+from captum_concepts.visualization.scale import ColorScale, schemes
+from captum_concepts.visualization.templates import asset, template
+
+_NOTHING = object()
+#: Classes and concepts that can be filtered by; the most frequent ones where there are more.
+_FILTERS = 300
+#: Where the cards go; no text can contain it, because control characters are replaced.
+_MARK = "\0"
+
+
+def report(
+    source: ConceptExplanation | Iterable[ConceptExplanation] | ConceptExplainer,
+    images: Any,
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Concept explanations",
+    target: Any = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 32,
+    labels: Iterable[int | str] | None = None,
+    image_names: Iterable[str] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
+    top_k: int = 8,
+    rank_by: str | None = None,
+    significant: Any = None,
+    crop: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    scale: str = "row",
+    alpha: float = ALPHA,
+    cmap: Any = None,
+    signed: bool | str = "auto",
+    mode: str = "bicubic",
+    show_progress: bool = False,
+) -> Path:
+    """One standalone HTML file: for each image its own concepts with score, map and signed contribution.
+
+    It opens from disk, needs no network and runs no script; a map appears over the input where its concept is
+    pointed at, tapped or chosen by keyboard. Images are filtered by class, concept and agreement with the true label.
+    Light and dark, readable on a phone, on paper and by a screen reader. It is written image by image, so that memory
+    does not grow with their number. Twenty images of up to eight concepts take less than 5 MB.
+
+    Args:
+        source: the explanation of N images; an iterable of explanations, which is read one by one; or an explainer
+            (one of the methods), which explains the images in batches.
+        images: as many images, in the same order: a tensor ``(N, 3, H, W)``, a list or a generator of images or of
+            batches, as :func:`overlay` takes them; one image where there is one example. RGB in [0, 1] or uint8, before
+            the network's normalization.
+        path: an existing file is replaced, atomically.
+        title: of the page.
+        target: for an explainer: the output to explain, or one per image; None: the predicted one.
+        transform: for an explainer: turns a batch of images in [0, 1] into the model's inputs, such as its
+            normalization; None: they are the same.
+        batch_size: for an explainer: images per batch.
+        labels: the true class of each image, index or name.
+        image_names: one per image, such as file names; None: the explanation's own.
+        class_names: names of the targets, by index; None: the explanation's own.
+        top_k: concepts shown per image.
+        rank_by: ``"scores"``, ``"contributions"`` (by magnitude), or None for the explanation's own order.
+        significant: ``(T,)`` bool, such as ``SpatialACV.significant_``: where False, the concept is pale and called
+            "not encoded here". With one explanation also ``(N, T)``.
+        crop: the part of the photograph that the model saw, ``(x0, y0, x1, y1)`` in pixels, for all images.
+        settings: what to keep of the run, shown in a table; nested mappings become parts. Versions, method, layers and
+            a fingerprint of each input's pixels are added.
+        scale: ``"row"``: the maps of an image share one color scale, so that their strengths compare; ``"map"``: each
+            has its own.
+        alpha, cmap, signed, mode: as for :func:`panel`.
+        show_progress: a tqdm bar.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: other numbers of images or names than examples, nothing to show, an option that does not exist.
+        FileNotFoundError: the folder does not exist.
+
+    Warns:
+        InputWarning: maps contain NaN or infinite values; images are not in [0, 1].
+
+    Example:
+        >>> e = ConceptExplanation(["sand", "grass"], torch.rand(2, 2), torch.rand(2, 2, 7, 7), torch.randn(2, 2))
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> path = report(e, torch.rand(2, 3, 32, 32), folder / "report.html", title="On the beach")
+        >>> path.stat().st_size < 200_000
+        True
+    """
+    if isinstance(images, ConceptExplanation):
+        raise InputError("the explanation comes first: report(explanation, images, path)")
+    writer = ReportWriter(
+        path, title=title, class_names=class_names, top_k=top_k, rank_by=rank_by, settings=settings,
+        scale=scale, alpha=alpha, cmap=cmap, signed=signed, mode=mode,
+    )  # fmt: skip
+    pictures = _pictures(images)
+    if isinstance(source, ConceptExplanation):
+        writer.fix_scheme([source])
+    elif isinstance(source, ConceptExplainer):
+        source, pictures = _explained(source, pictures, target, transform, integer("batch_size", batch_size), top_k)
+    total = len(source) if isinstance(source, ConceptExplanation) else None
+    several = significant is not None and torch.as_tensor(significant).ndim == 2 and total is not None and total > 1
+    with writer:
+        names, truths = (None if given is None else iter(given) for given in (image_names, labels))
+        pairs = zip_longest(_examples(source), pictures, fillvalue=_NOTHING)
+        for i, (example, picture) in enumerate(_progress(pairs, total, show_progress)):
+            if example is _NOTHING or picture is _NOTHING:
+                raise InputError(f"{'more' if example is _NOTHING else 'fewer'} images than explained examples ({i})")
+            own = {"name": _next(names, "image_names", i), "label": _next(truths, "labels", i)}
+            flags = significant[i] if several else significant
+            writer.add(example, [picture], significant=flags, crop=crop, **own)
+        for what, left in (("image_names", names), ("labels", truths)):
+            if left is not None and next(left, _NOTHING) is not _NOTHING:
+                raise InputError(f"more {what} than examples ({len(writer)})")
+    return writer.path
+
+
+def _next(values: Iterator[Any] | None, what: str, i: int) -> Any:
+    value = None if values is None else next(values, _NOTHING)
+    if value is _NOTHING:
+        raise InputError(f"fewer {what} than examples ({i})")
+    return value
+
+
+def _examples(explanations: Any) -> Iterator[ConceptExplanation]:
+    if not isinstance(explanations, Iterable):
+        raise InputError(
+            "source must be a ConceptExplanation, an iterable of them or an explainer, "
+            f"got {type(explanations).__name__}"
+        )
+    for one in [explanations] if isinstance(explanations, ConceptExplanation) else explanations:
+        if not isinstance(one, ConceptExplanation):
+            raise InputError(f"source must contain ConceptExplanation, got {type(one).__name__}")
+        yield from one
+
+
+def _pictures(images: Any) -> Iterator[Any]:
+    if hasattr(images, "convert") or getattr(images, "ndim", 0) in (2, 3):
+        images = [images]
+    for image in images:
+        if getattr(image, "ndim", 0) == 4:
+            yield from image
+        else:
+            yield image
+
+
+def _explained(
+    explainer: ConceptExplainer, images: Iterator[Any], target: Any, transform: Any, batch_size: int, top_k: int
+) -> tuple[Iterator[ConceptExplanation], Iterator[Any]]:
+    """Explanations and images, in step: a batch is explained when its first image is asked for."""
+    ready: list[Tensor] = []
+
+    def explanations() -> Iterator[ConceptExplanation]:
+        start = 0
+        for batch in _batches((as_image(image) for image in images), batch_size):
+            ready.extend(batch)
+            inputs = torch.stack(batch)
+            inputs = inputs if transform is None else transform(inputs)
+            several = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
+            own = target[start : start + len(batch)] if several else target
+            yield explainer.explain(inputs, own, top_k=top_k).to("cpu")
+            start += len(batch)
+
+    def pictures() -> Iterator[Tensor]:
+        while ready:
+            yield ready.pop(0)
+
+    return explanations(), pictures()
+
+
+def _batches(images: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Images of one size, up to ``size`` of them."""
+    batch: list[Tensor] = []
+    for image in images:
+        if batch and (len(batch) == size or image.shape != batch[0].shape):
+            yield batch
+            batch = []
+        batch.append(image)
+    if batch:
+        yield batch
+
+
+def _progress(pairs: Iterable[Any], total: int | None, show: bool) -> Iterable[Any]:
+    if not show:
+        return pairs
+    from tqdm.auto import tqdm
+
+    return tqdm(pairs, desc="report", unit="image", total=total)
+
+
+class ReportWriter:
+    """A report written image by image: only the current one is in memory, so any number of images can pass.
+
+    The file appears when the report is finished, atomically. As a context manager it finishes at the end of
+    the ``with`` block, and leaves an older file untouched where the block raises; call :meth:`finish` yourself to keep
+    what was done.
+
+    Args:
+        path, title, class_names, top_k, rank_by, settings, scale, alpha, cmap, signed, mode: see :func:`report`.
+            ``signed="auto"``: the diverging color scheme from the first explanation on in which negative values matter.
+
+    Raises:
+        InputError: an option that does not exist.
+        FileNotFoundError: the folder of ``path`` does not exist.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with ReportWriter(folder / "report.html", title="Two scenes") as writer:
+        ...     for name in ("first", "second"):
+        ...         e = ConceptExplanation(["sand", "grass"], torch.rand(1, 2), torch.rand(1, 2, 7, 7))
+        ...         writer.add(e, torch.rand(3, 32, 32), name=name)
+        >>> (folder / "report.html").read_text(encoding="utf-8").count("<article")
+        2
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str = "Concept explanations",
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
+        top_k: int = 8,
+        rank_by: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        scale: str = "row",
+        alpha: float = ALPHA,
+        cmap: Any = None,
+        signed: bool | str = "auto",
+        mode: str = "bicubic",
+    ) -> None:
+        self.top_k = integer("top_k", top_k)
+        self.rank_by = one_of("rank_by", rank_by, (*RANKINGS, None))
+        self.scale = one_of("scale", scale, ("row", "map"))
+        self.alpha = number("alpha", alpha, lambda a: 0 <= a <= 1, "in [0, 1]")
+        self.mode = one_of("mode", mode, MODES)
+        ColorScale.of([], signed, cmap=cmap).colormap()
+        if settings is not None and not isinstance(settings, Mapping):
+            raise InputError(f"settings must be a mapping of names to values, got {type(settings).__name__}")
+        self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"no folder {self.path.parent} to write {self.path.name} into")
+        self.title, self.class_names, self.cmap, self.signed = title, class_names, cmap, signed
+        self.settings = dict(settings or {})
+        # The cards wait here, because what is above them is known last; the system removes this file whatever happens.
+        self._cards: IO[bytes] | None = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+        self._known = _Known()
+        self._failed: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        """Images so far."""
+        return len(self._known.index)
+
+    def __enter__(self) -> ReportWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.discard()
+
+    def add(
+        self,
+        explanation: ConceptExplanation,
+        images: Any,
+        *,
+        name: str | None = None,
+        label: int | str | None = None,
+        significant: Any = None,
+        crop: Any = None,
+        points: Any = None,
+        boxes: Any = None,
+        mask: Any = None,
+    ) -> None:
+        """Add the N examples of one explanation.
+
+        Args:
+            explanation: of these images.
+            images: N images as for :func:`panel`, or one where there is one example.
+            name: above the card; with several examples, one for all with their number after it. None: the
+                explanation's own.
+            label: the true class of the image, index or name; for one example only.
+            significant: ``(T,)`` or ``(N, T)`` bool; False draws the concept pale, without a map.
+            crop, points, boxes, mask: as for :func:`panel`.
+
+        Raises:
+            InputError: other numbers of images than examples, no concept, or the report is finished.
+
+        Warns:
+            InputWarning: maps contain NaN or infinite values, which are left uncolored.
+        """
+        if self._cards is None:
+            raise InputError(f"the report {self.path} is finished; nothing can be added")
+        explanation = check_explanation("add", explanation, images).to("cpu")
+        n, t = len(explanation), len(explanation.concepts)
+        if not t:
+            raise InputError("nothing to show: the explanation has no concepts")
+        if label is not None and n != 1:
+            raise InputError(f"a label is for one image, but the explanation has {n}; add them one by one")
+        pictures = as_images(images, n)
+        flags = significance(significant, n, t)
+        self.fix_scheme([explanation])
+        sizes = [(p.shape[1], p.shape[2]) for p in pictures]
+        regions = outlines(sizes, (explanation.maps.shape[2], explanation.maps.shape[3]), points, boxes, mask)
+        crops = [None] * n if crop is None else crop_boxes(crop, sizes)
+        for i, picture in enumerate(pictures):
+            one, states = ordered(explanation, i, flags[i], self.rank_by, self.top_k)
+            own = f"image {len(self) + 1}" if one.image_names is None else one.image_names[0]
+            if name is not None:
+                own = name if n == 1 else f"{name} ({i + 1})"
+            card = self._card(picture, one, states, own, label)
+            card.region = " ".join(f"M{x0:.6g} {y0:.6g}L{x1:.6g} {y1:.6g}" for x0, y0, x1, y1 in regions[i])
+            card.crop = crops[i]
+            self._known.note(card, picture, one)
+            self._cards.write(template("report/card.html").render(card=card, index=len(self)).encode())
+
+    def fix_scheme(self, explanations: Iterable[ConceptExplanation]) -> None:
+        """Take the diverging color scheme from here on if negative values matter in any map of ``explanations``."""
+        if self.signed == "auto":
+            groups = (m.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).float() for e in explanations for m in e.maps)
+            self.signed = True if schemes(groups) else "auto"
+
+    def add_failure(self, name: str, reason: str) -> None:
+        """List an image that could not be explained."""
+        self._failed.append((str(name), str(reason)))
+
+    def finish(self) -> Path:
+        """Write the file; afterwards nothing can be added.
+
+        Returns:
+            The path written.
+
+        Raises:
+            InputError: there is neither an image nor a failure to report, or the report is finished already.
+        """
+        if self._cards is None:
+            raise InputError(f"the report {self.path} is finished already")
+        if not (self._known.index or self._failed):
+            self.discard()
+            raise InputError(f"nothing to report: no example was added to {self.path}")
+        page = template("report/page.html").render(
+            title=self.title,
+            css=asset("report/report.css"),
+            mark=Markup(_MARK),
+            known=self._known,
+            summary=self._known.summary(),
+            class_filter=self._known.filter(self._known.by_class),
+            concept_filter=self._known.filter(self._known.by_concept),
+            failed=self._failed,
+            facts_of_run=self._facts(),
+        )
+        before, after = page.split(_MARK)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(before.encode())
+                self._cards.seek(0)
+                shutil.copyfileobj(self._cards, file)
+                file.write(after.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+            self.discard()
+        return self.path
+
+    def discard(self) -> None:
+        """Give up: no file is written, and an older one stays."""
+        if self._cards is not None:
+            self._cards.close()
+            self._cards = None
+
+    def _card(self, picture: Tensor, shown: ConceptExplanation, states: list[str], name: str, label: Any) -> Card:
+        maps = shown.maps[0].float()
+        drawn = [m for m, state in zip(maps, states, strict=True) if state != NOT_ENCODED]
+        if not all(bool(m.isfinite().all()) for m in drawn):
+            warnings.warn("maps contain NaN or infinite values; they are left uncolored", InputWarning, stacklevel=3)
+        signed = self.signed is True
+        scale = ColorScale.of(drawn, signed, cmap=self.cmap)
+        target = class_of(shown, self.class_names)
+        scores = shown.scores[0].float().tolist()
+        how = None if shown.contributions is None else shown.contributions[0].float().tolist()
+        counted = [state != NOT_ENCODED for state in states]
+        score_end = _end(scores, counted)
+        how_end = _end(how or [], counted)
+        rows = []
+        for k, (concept, state) in enumerate(zip(shown.concepts, states, strict=True)):
+            own = ColorScale.of(maps[k], signed, cmap=self.cmap) if self.scale == "map" else scale
+            encoded = state != NOT_ENCODED
+            layer = "" if isinstance(shown.layer, str) else shown.layer[0][k]
+            detail = [state, layer if encoded else "", absence(shown, k, target or "the output") if encoded else ""]
+            rows.append(
+                ConceptRow(
+                    concept,
+                    " · ".join(filter(None, detail)),
+                    state,
+                    _bar(scores[k], score_end, encoded, min(scores) < 0),
+                    None if how is None else _bar(how[k], how_end, encoded, True),
+                    place_in_words(maps[k]),
+                    map_picture(maps[k], own, self.alpha, self.mode) if encoded else None,
+                )
+            )
+        truth = None
+        if label is not None:
+            named = isinstance(label, str) or (self.class_names or shown.class_names) is None
+            names = self.class_names or shown.class_names
+            truth = str(label) if named else str(names[int(label)])  # type: ignore[index]
+            truth = f"class {truth}" if named and not isinstance(label, str) else truth
+        sure = None if shown.target_probability is None else in_words(float(shown.target_probability))
+        return Card(
+            name, target, sure, truth, photo(picture), rows, tuple(picture.shape[2:0:-1]),
+            (in_words(scale.low), in_words(scale.high)), gradient(scale), self.scale == "row",
+            shown.score_unit, shown.contribution_unit, in_words(score_end), in_words(how_end),
+        )  # fmt: skip
+
+    def _facts(self) -> dict[str, Any]:
+        seen = self._known.seen
+        own = {
+            "images": len(self),
+            "not explained": len(self._failed) or None,
+            "method": list(seen["method"]),
+            "layer": list(seen["layer"]),
+            "grid of the maps": list(seen["maps"]),
+            "scores": list(seen["score unit"]),
+            "contributions": list(seen["contribution unit"]),
+            "concepts shown per image": f"up to {self.top_k}"
+            + (f", ranked by {self.rank_by}" if self.rank_by else ", in the explanation's own order"),
+            "color scale": "one for the maps of an image" if self.scale == "row" else "one for each map",
+            "captum_concepts": __version__,
+            "torch": torch.__version__,
+            "Python": platform.python_version(),
+        }
+        return {**self.settings, "Report": {key: value for key, value in own.items() if value}}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A number and its bar: from ``start``, ``width`` long, in percent of the axis."""
+
+    text: str
+    start: float
+    width: float
+    sign: str
+    middle: bool
+
+
+@dataclass(frozen=True)
+class ConceptRow:
+    """One concept of one image; ``overlay`` is its map, None where the layer does not encode it."""
+
+    name: str
+    detail: str
+    state: str
+    score: Bar
+    contribution: Bar | None
+    place: str
+    overlay: Picture | None
+
+    @property
+    def pale(self) -> bool:
+        """Whether it is not seen or not encoded."""
+        return bool(self.state)
+
+    @property
+    def alt(self) -> str:
+        """The map in words."""
+        return f"Map of {self.name}: {NOT_ENCODED if self.overlay is None else self.place}"
+
+
+@dataclass
+class Card:
+    """One image: what its card shows."""
+
+    name: str
+    target: str | None
+    probability: str | None
+    truth: str | None
+    picture: Picture
+    rows: Sequence[ConceptRow]
+    size: tuple[int, ...]
+    ends: tuple[str, str]
+    ramp: str
+    shared: bool
+    score_unit: str
+    contribution_unit: str
+    score_end: str
+    contribution_end: str
+    region: str = ""
+    crop: tuple[float, float, float, float] | None = None
+    class_index: int = -1
+    concept_indices: list[int] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the explained class is the true one; empty where either is unknown."""
+        return "" if None in (self.target, self.truth) else "right" if self.target == self.truth else "wrong"
+
+    @property
+    def how(self) -> bool:
+        """Whether there are contributions."""
+        return any(row.contribution is not None for row in self.rows)
+
+
+def _end(values: Sequence[float], counted: Sequence[bool]) -> float:
+    """The end of an image's bars: a round number just above the largest magnitude."""
+    return round_up(max((abs(v) for v, yes in zip(values, counted) if yes and math.isfinite(v)), default=0.0))  # noqa: B905
+
+
+def _bar(value: float, end: float, encoded: bool, middle: bool) -> Bar:
+    text = in_words(value, sign=middle) if encoded else "–"
+    length = min(abs(value) / end, 1.0) if encoded and math.isfinite(value) else 0.0
+    width = 100 * length / (2 if middle else 1)
+    start = (50.0 if value >= 0 else 50.0 - width) if middle else 0.0
+    return Bar(text, start, width, "for" if value >= 0 else "against", middle)
+
+
+@dataclass
+class _Known:
+    """What the head and the foot of the page need of the cards: counts and names, a few bytes per image."""
+
+    index: list[tuple[str, str, str]] = field(default_factory=list)
+    images: list[tuple[str, str, str]] = field(default_factory=list)
+    seen: dict[str, dict[str, None]] = field(
+        default_factory=lambda: {part: {} for part in ("method", "layer", "maps", "score unit", "contribution unit")}
+    )
+    numbers: dict[str, int] = field(default_factory=dict)
+    by_class: Counter[str] = field(default_factory=Counter)
+    by_concept: Counter[str] = field(default_factory=Counter)
+    first: Counter[str] = field(default_factory=Counter)
+    verdicts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    most: int = 0
+    how: bool = False
+
+    def note(self, card: Card, picture: Tensor, one: ConceptExplanation) -> None:
+        best = card.rows[0]
+        said = [card.target or "", f"{best.name} {best.score.text}"]
+        self.index.append((card.name, " · ".join(filter(None, said)), card.verdict))
+        pixels = (picture * 255).round().byte().contiguous()
+        digest = hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()[:32]
+        self.images.append((card.name, f"{picture.shape[2]} x {picture.shape[1]}", digest))
+        layers = [one.layer] if isinstance(one.layer, str) else [layer for row in one.layer for layer in row]
+        size = f"{one.maps.shape[2]} x {one.maps.shape[3]}"
+        units = (one.score_unit, one.contribution_unit)
+        for part, values in zip(self.seen.values(), ([one.method], layers, [size], *([u] for u in units)), strict=True):
+            part.update(dict.fromkeys(filter(None, values)))
+        card.concept_indices = [self._number(row.name) for row in card.rows if not row.pale]
+        if card.target is not None:
+            card.class_index = self._number(card.target)
+            self.by_class[card.target] += 1
+            self.verdicts[card.target, card.verdict] += 1
+        shown = [row.name for row in card.rows if not row.pale]
+        self.by_concept.update(shown)
+        self.first.update(shown[:1])
+        self.most, self.how = max(self.most, len(card.rows)), self.how or card.how
+
+    def _number(self, name: str) -> int:
+        """One number for each name of a class or concept: what the filters' style rules call it by."""
+        return self.numbers.setdefault(name, len(self.numbers))
+
+    def filter(self, names: Counter[str]) -> list[tuple[str, int]]:
+        """The most frequent names with their numbers, in alphabetical order."""
+        return [(name, self.numbers[name]) for name in sorted(name for name, _ in names.most_common(_FILTERS))]
+
+    def summary(self) -> dict[str, Any]:
+        """What stands above the cards."""
+        layers = list(self.seen["layer"])
+        said = [f"layer {layers[0]}"] if len(layers) == 1 else [f"{len(layers)} layers"] * bool(layers)
+        judged = sum(count for (_, verdict), count in self.verdicts.items() if verdict)
+        wrong = sum(count for (_, verdict), count in self.verdicts.items() if verdict == "wrong")
+        return {
+            "line": " · ".join([f"{len(self.index)} image{'s' * (len(self.index) != 1)}", *self.seen["method"], *said]),
+            "judged": judged,
+            "wrong": wrong,
+            "classes": [(name, count, self.verdicts[name, "wrong"]) for name, count in self.by_class.most_common(12)],
+            "concepts": [(name, count, self.first[name]) for name, count in self.by_concept.most_common(12)],
+        }
