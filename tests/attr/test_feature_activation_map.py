@@ -577,7 +577,7 @@ class TestBadInput:
             self.fam(layer="1").attribute(self.images)
 
     def test_images(self):
-        with pytest.raises(InputError, match="hold no example"):
+        with pytest.raises(InputError, match="contain no example"):
             self.fam().attribute(self.images[:0])
         with pytest.raises(InputError, match="/ 255"):
             self.fam().attribute((self.images * 255).to(torch.uint8))
