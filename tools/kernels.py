@@ -116,9 +116,9 @@ def table(runs: Sequence[Run]) -> str:
     moving = {site for one in runs[1:] for site in one.comparisons if _moves(site, one, runs[0])}
     lines += [
         "",
-        "Of the comparisons that the settings move, by family of tests: the largest difference and, in parentheses, "
-        "the largest part of a tolerance that was used; perhaps of two comparisons. What is the same under all settings is "
-        "no rounding (a sample with its mean, pixels with their area).",
+        "Of the comparisons that the settings move, by family of tests: the largest difference and (in parentheses)",
+        "the largest part of a tolerance that was used; perhaps of two comparisons. What is the same under all settings",
+        "is no rounding (a sample with its mean, pixels with their area).",
         "",
         "| tests | " + " | ".join(one.setting for one in runs) + " |",
         "|---|" + "---|" * len(runs),
