@@ -117,7 +117,7 @@ def table(runs: Sequence[Run]) -> str:
     lines += [
         "",
         "Of the comparisons that the settings move, by family of tests: the largest difference and (in parentheses)",
-        "the largest part of a tolerance that was used; perhaps of two comparisons. What is the same under all settings",
+        "the largest part of a tolerance that was used; perhaps of two comparisons. What no setting moves",
         "is no rounding (a sample with its mean, pixels with their area).",
         "",
         "| tests | " + " | ".join(one.setting for one in runs) + " |",
