@@ -97,9 +97,8 @@ def drop_absent(concepts: Sequence[str], activations: Tensor, *, k: int = 5, cut
 
     Args:
         concepts: M texts.
-        activations: ``(N, M)`` cosines of images and concepts, or ``(M,)`` means already taken, as
-            ``RegionEmbeddingStore.top_activations`` gives them. LF-CBM takes k=5 and 0.25 (0.28 for ImageNet) for CLIP
-            ViT-B/16; another encoder has another scale.
+        activations: ``(N, M)`` cosines of images and concepts, or ``(M,)`` means already taken. LF-CBM takes k=5 and
+            0.25 (0.28 for ImageNet) for CLIP ViT-B/16; another encoder has another scale.
         k: see above; all images where there are fewer.
         cutoff: see above.
     """

@@ -11,7 +11,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_concepts._artifacts import parse_json, write_atomically
+from captum_concepts._artifacts import (
+    check_json,
+    integer,
+    list_of,
+    mapping_of,
+    nothing_or,
+    number,
+    parse_json,
+    table,
+    text,
+    write_atomically,
+)
 from captum_concepts.concepts import filters
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts._words import tidy
@@ -21,6 +32,32 @@ from captum_concepts.images import read_text
 
 #: The list of the paper's zero-shot segmentation: one concept a class.
 CLASS_TEMPLATE = "An image of a {class}"
+_NAMES = list_of(text())
+_SAVED = table(
+    {
+        "concepts": _NAMES,
+        "templates": nothing_or(_NAMES),
+        "sources": mapping_of(_NAMES),
+        "report": table(
+            {
+                "started": integer(),
+                "kept": integer(),
+                "counts": mapping_of(integer()),
+                "drops": list_of(
+                    table(
+                        {
+                            "concept": text(),
+                            "reason": text(),
+                            "value": nothing_or(number()),
+                            "limit": nothing_or(number()),
+                            "other": nothing_or(text()),
+                        }
+                    )
+                ),
+            }
+        ),
+    }
+)
 _PLACES = ("{}", "{class}", "{concept}")
 
 
@@ -129,7 +166,6 @@ class Vocabulary:
         *,
         max_length: int | None = 30,
         class_cutoff: float = 0.85,
-        concept_cutoff: float = 0.9,
     ) -> Vocabulary:
         """LF-CBM's filters, in its order: too long, a class's name, too similar to a class, to another concept.
 
@@ -141,7 +177,6 @@ class Vocabulary:
                 :class:`~captum_concepts.concepts.TextSimilarity`. None leaves out the two filters that need it.
             max_length: characters; None for any.
             class_cutoff: see :func:`~captum_concepts.concepts.filters.drop_similar_to_classes`.
-            concept_cutoff: see :func:`~captum_concepts.concepts.filters.drop_similar`.
 
         Raises:
             InputError: nothing is left (with the reasons), or a concept has no text embedding.
@@ -157,7 +192,7 @@ class Vocabulary:
             if hasattr(similarity, "encode_text") or isinstance(similarity, (list, tuple)):
                 measure = TextSimilarity(similarity)
             now = now._with(*filters.drop_similar_to_classes(now.concepts, classes, measure, class_cutoff))
-            now = now._with(*filters.drop_similar(now.concepts, measure, concept_cutoff))
+            now = now._with(*filters.drop_similar(now.concepts, measure))
         return now._not_empty()
 
     def present_in(self, activations: Tensor, *, k: int = 5, cutoff: float = 0.25) -> Vocabulary:
@@ -248,12 +283,13 @@ class Vocabulary:
         return self
 
     @classmethod
-    def _restored(cls, found: Mapping[str, Any], path: Path, options: Mapping[str, Any]) -> Vocabulary:
+    def _restored(cls, found: Any, path: Path, options: Mapping[str, Any]) -> Vocabulary:
+        saved = check_json(found, _SAVED, str(path))
         try:
-            report = VocabularyReport.from_dict(found["report"])
-            stored = {"templates": found["templates"], "sources": found["sources"], "report": report}
-            return cls(found["concepts"], **{**stored, **options})
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            report = VocabularyReport.from_dict(saved["report"])
+            stored = {"templates": saved["templates"], "sources": saved["sources"], "report": report}
+            return cls(saved["concepts"], **{**stored, **options})
+        except InputError as error:
             raise ArtifactError(f"{path} is not a vocabulary as save() writes it: {error}") from error
 
 
@@ -280,9 +316,8 @@ def _text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    text = _text(path)
     try:
-        return parse_json(text)
+        return parse_json(_text(path))
     except ValueError as error:
         raise ArtifactError(f"{path} is not valid JSON: {error}") from error
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_concepts._artifacts import check_json, number, table
-from captum_concepts._checks import integer
 from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store import build as building
@@ -328,24 +327,6 @@ class RegionEmbeddingStore:
             InputError: texts without an encoder, embeddings of another width, not finite.
         """
         return Similarity(self, self._text(text), chunk_size)
-
-    def top_activations(self, text: Tensor | Sequence[str], k: int = 5, *, chunk_size: int = 256) -> Tensor:
-        """How strongly each concept appears in the data: mean of the k largest P over images, the best cell of each.
-
-        Feed it to :func:`captum_concepts.concepts.drop_absent`.
-
-        Returns:
-            ``(M,)`` float32.
-        """
-        integer("k", k)
-        best: Tensor | None = None
-        for chunk in self.similarity(text, chunk_size=chunk_size):
-            found = chunk.flatten(2).amax(2)
-            joined = found if best is None else torch.cat([best, found])
-            best = joined.topk(min(k, len(joined)), dim=0).values
-        if best is None:
-            raise InputError("the store is empty")
-        return best.mean(0)
 
     def digests(self) -> Tensor:
         """``(N,)`` int64, 64 bits of a hash of each image's pixels."""
