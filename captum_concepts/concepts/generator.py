@@ -76,7 +76,7 @@ def generate_concepts(
         raise InputError(f"repeats={repeats} must be at least 1")
     for name, prompt in prompts.items():
         if "{class}" not in prompt:
-            raise InputError(f"the prompt {name!r} has no place {{class}}: {prompt!r}")
+            raise InputError(f"the prompt {name!r} has no placeholder {{class}}: {prompt!r}")
     path = None if cache is None else Path(cache)
     answers = _read_cache(path)
     sources: dict[str, list[str]] = {}

@@ -30,7 +30,7 @@ from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embe
 from captum_concepts.errors import ArtifactError, InputError, did_you_mean
 from captum_concepts.images import read_text
 
-#: The list of the paper's zero-shot segmentation: one concept a class.
+#: The list of the paper's zero-shot segmentation: one concept per class.
 CLASS_TEMPLATE = "An image of a {class}"
 _NAMES = list_of(text())
 _SAVED = table(
@@ -62,7 +62,7 @@ _PLACES = ("{}", "{class}", "{concept}")
 
 
 class Vocabulary:
-    """A list of concepts that remembers its sources and its losses. Every step gives a new vocabulary.
+    """A list of concepts with their sources and a report of what was dropped. Every step returns a new vocabulary.
 
     Args:
         concepts: texts, kept as they are and in order.
@@ -71,7 +71,7 @@ class Vocabulary:
         report: what was dropped before.
 
     Raises:
-        InputError: something that is not text, or a template without a place.
+        InputError: something that is not text, or a template without a placeholder.
 
     Example:
         >>> vocabulary = Vocabulary(["wings", "a Wing", "  a long,  feathered tail ", "bird", "beak"])
@@ -108,7 +108,7 @@ class Vocabulary:
     def load(cls, *paths: str | os.PathLike[str], **options: Any) -> Vocabulary:
         """Read concept files, joined in order.
 
-        A text file has one concept a line (LF-CBM's ``*_filtered.txt``; empty lines and lines that begin with ``#``
+        A text file has one concept per line (LF-CBM's ``*_filtered.txt``; empty lines and lines that begin with ``#``
         are passed over). A JSON file is a list of concepts; a dictionary of class names and their concepts (LF-CBM's
         ``gpt3_*_important.json``, ``_around``, ``_superclass``), whose classes become the sources; or what
         :meth:`save` wrote.
@@ -118,7 +118,7 @@ class Vocabulary:
             ArtifactError: the file is no text, no JSON, or JSON of another form.
         """
         if not paths:
-            raise InputError("give at least one file")
+            raise InputError("pass at least one file")
         concepts: list[str] = []
         sources: dict[str, list[str]] = {}
         if len(paths) == 1 and Path(paths[0]).suffix.lower() == ".json":
@@ -134,7 +134,7 @@ class Vocabulary:
 
     @classmethod
     def from_classes(cls, classes: Sequence[str], template: str = CLASS_TEMPLATE) -> Vocabulary:
-        """One concept a class: "An image of a {class}", as in the paper's zero-shot segmentation.
+        """One concept per class: "An image of a {class}", as in the paper's zero-shot segmentation.
 
         >>> list(Vocabulary.from_classes(["zebra", "tench"]))
         ['An image of a zebra', 'An image of a tench']
@@ -215,7 +215,7 @@ class Vocabulary:
         return self._with([c for c in self.concepts if c not in gone], drops)._not_empty()
 
     def encode(self, encoder: Any) -> Tensor:
-        """Unit text embeddings ``(M, D)``, float32; with templates the normalised mean over them.
+        """Unit text embeddings ``(M, D)``, float32; with templates the normalized mean over them.
 
         Raises:
             InputError: the vocabulary is empty; texts the encoder has no embedding for (they are named).
@@ -232,11 +232,11 @@ class Vocabulary:
         return self.concepts.index(concept)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``.txt`` (one concept a line) or ``.json`` (templates, sources and report too), whole or not at all."""
+        """Write ``.txt`` (one concept per line) or ``.json`` (templates, sources and report too), atomically."""
         path = Path(path)
         if path.suffix.lower() == ".txt":
             if any("\n" in concept for concept in self.concepts):
-                raise InputError("a concept holds a line break; clean() the vocabulary, or save it as .json")
+                raise InputError("a concept contains a line break; clean() the vocabulary, or save it as .json")
             write_atomically(path, "\n".join(self.concepts) + "\n")
         elif path.suffix.lower() == ".json":
             write_atomically(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
@@ -279,7 +279,7 @@ class Vocabulary:
 
     def _not_empty(self) -> Vocabulary:
         if not self.concepts:
-            raise InputError(f"no concept is left: {self.report.summary()}; loosen the limits or give more concepts")
+            raise InputError(f"no concept is left: {self.report.summary()}; loosen the limits or pass more concepts")
         return self
 
     @classmethod
@@ -295,7 +295,7 @@ class Vocabulary:
 
 def _template(template: str) -> str:
     if not isinstance(template, str) or not any(place in template for place in _PLACES):
-        raise InputError(f"template {template!r} must hold a place for the word: {', '.join(_PLACES)}")
+        raise InputError(f"template {template!r} must contain a placeholder: {', '.join(_PLACES)}")
     return template
 
 
@@ -331,5 +331,5 @@ def _read(path: Path) -> Iterator[tuple[str, str | None]]:
     groups = found.items() if isinstance(found, dict) else [(None, found)]
     for owner, concepts in groups:
         if not isinstance(concepts, list) or not all(isinstance(concept, str) for concept in concepts):
-            raise ArtifactError(f"{path} must hold a list of texts, or a dictionary of class names and such lists")
+            raise ArtifactError(f"{path} must contain a list of texts, or a dictionary of class names and such lists")
         yield from ((concept, owner) for concept in concepts)

@@ -53,14 +53,14 @@ class RegionEmbeddingStore:
         >>> import tempfile, torch
         >>> from captum_concepts.store import RegionEmbeddingStore
         >>> from captum_concepts.vlm import RegionPrompt
-        >>> class MeanColour:
+        >>> class MeanColor:
         ...     logit_scale, logit_bias = 10.0, 0.0
         ...     def encode_image(self, images):
         ...         return images.mean((2, 3))
         ...     def encode_text(self, texts):
         ...         return torch.stack([torch.eye(3)[["red", "green", "blue"].index(t)] for t in texts])
         >>> images, prompt = torch.rand(5, 3, 16, 16), RegionPrompt("crop", (2, 3), 4)
-        >>> store = RegionEmbeddingStore.build(tempfile.mkdtemp(), images, MeanColour(), prompt)
+        >>> store = RegionEmbeddingStore.build(tempfile.mkdtemp(), images, MeanColor(), prompt)
         >>> store.embeddings(0).shape, store.embeddings([3, 1]).shape
         (torch.Size([6, 3]), torch.Size([2, 6, 3]))
         >>> [chunk.shape for chunk in store.similarity(["red", "blue"], chunk_size=4)]
@@ -299,7 +299,7 @@ class RegionEmbeddingStore:
         """Unit embeddings as stored (:attr:`dtype`; ``.float()`` before arithmetic on a CPU), cells row by row.
 
         Args:
-            index: an image's number (negative ones count from the end), a slice, or several numbers in any order.
+            index: an image's index (negative ones count from the end), a slice, or several indices in any order.
 
         Returns:
             ``(h*w, D)`` for one number, else ``(n, h*w, D)``. A zero vector where the encoder gave zeros.

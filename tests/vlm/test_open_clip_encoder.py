@@ -306,7 +306,7 @@ def test_wrong_texts_templates_and_preprocessing_are_named(tmp_path):
             encoder.encode_text(bad)
     with pytest.warns(InputWarning, match="already normalised"):
         encoder.encode_image(torch.randn(2, 3, 32, 32))
-    with pytest.raises(InputError, match="place for the word"):
+    with pytest.raises(InputError, match="must be texts with a placeholder"):
         OpenCLIPEncoder(model, words, templates=("a photo",))
     with pytest.raises(InputError, match="Did you mean 'mean'"):
         OpenCLIPEncoder(model, words, {"means": 3})
