@@ -304,7 +304,7 @@ def test_wrong_texts_templates_and_preprocessing_are_named(tmp_path):
     for bad in ("red", [], [3]):
         with pytest.raises(InputError, match="texts"):
             encoder.encode_text(bad)
-    with pytest.warns(InputWarning, match="already normalised"):
+    with pytest.warns(InputWarning, match="already normalized"):
         encoder.encode_image(torch.randn(2, 3, 32, 32))
     with pytest.raises(InputError, match="must be texts with a placeholder"):
         OpenCLIPEncoder(model, words, templates=("a photo",))
