@@ -160,7 +160,8 @@ class Reading:
     def from_tensor(self, images: Tensor) -> Tensor:
         """Float images ``(C, H, W)`` or ``(N, C, H, W)`` of a tensor: uint8 / 255, bands, channels, resized."""
         if self.normalize is not None and images.is_floating_point():
-            return images.detach()
+            self._check_channels(images)
+            return self._channels(images.detach())
         if self.transform is not None:
             if images.ndim == 3:
                 return self.transformed(images)

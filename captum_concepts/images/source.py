@@ -222,11 +222,12 @@ class ImageSource(Dataset[Tensor]):
             item = self._collate([item])
         name = self._name(position)
         image, label = split_item(item, name)
-        tensor = to_tensor(image, self.reading, name)
-        if tensor.ndim == 4:
-            if len(tensor) != 1:
+        many = isinstance(image, (list, tuple)) and len(image) == 1  # of a collate_fn that keeps lists
+        tensor = to_tensor(image[0] if many else image, self.reading, name)
+        if many or tensor.ndim == 4:
+            if tensor.ndim == 4 and len(tensor) != 1:
                 raise InputError(f"{name} is a batch {tuple(tensor.shape)}; each item must be one image (C, H, W)")
-            tensor = tensor[0]
+            tensor = tensor[0] if tensor.ndim == 4 else tensor
             label = label[0] if label is not None and not isinstance(label, str) and _count(label) == 1 else label
         if self._with_labels and self._given is None:
             self._seen[position] = label
@@ -371,6 +372,8 @@ def open_images(
         source, found = split_item(source, "the source")
         labels = found if labels is None else labels
     made = _opened(source, reading, labels, skip_broken)
+    if made._index is not None and not len(made._index):
+        raise InputError(f"there is no image in {_described(source)}")
     if made.streamed:
         if labels is not None and labels is not False:
             made._given = checked_labels(labels)
@@ -441,8 +444,6 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
     if _is_pil(source):
         return ImageSource([source], reading, index=range(1), **own)
     if isinstance(source, (list, tuple)):
-        if not source:
-            raise InputError("there are no images in an empty list")
         if all(isinstance(one, (str, os.PathLike)) for one in source):
             files = find_images(source)
             return ImageSource(_Files(files), reading, index=range(len(files)), names=names_of(files), **own)
