@@ -79,8 +79,44 @@ COLUMNS = [
 NOT_COLUMNS: dict[str, str] = {}
 
 
+#: Names of parameters, by what people put there.
+KINDS = {
+    "images": {"inputs", "images", "image", "source", "data", "frames", "train_data", "val_data"},
+    "labels": {"labels"},
+    "words": {"concepts", "words", "classes", "texts"},
+    "model": {"forward_func", "model", "backbone"},
+    "files": {"path", "paths"},
+}
+
+
 def entry_points() -> dict[str, list[str]]:
-    return {}
+    """Public functions, classes and methods by name, with the kinds of things they take from people."""
+    found: dict[str, list[str]] = {}
+    for room in captum_concepts._ROOMS:
+        module = importlib.import_module(f"captum_concepts.{room}")
+        for name in getattr(module, "__all__", ()):
+            _add(f"{room}.{name}", getattr(module, name), found)
+    for name in captum_concepts._NAMES:
+        _add(name, getattr(captum_concepts, name), found)
+    return found
+
+
+def _add(name: str, thing: Any, found: dict[str, list[str]]) -> None:
+    if inspect.isclass(thing) and (issubclass(thing, Exception) or thing.__module__.split(".")[0] != "captum_concepts"):
+        return
+    members = {name: thing} if callable(thing) else {}
+    if inspect.isclass(thing):
+        members |= {f"{name}.{key}": getattr(thing, key) for key in vars(thing) if not key.startswith("_")}
+    for key, member in members.items():
+        if not callable(member):
+            continue
+        try:
+            parameters = inspect.signature(member).parameters
+        except (TypeError, ValueError):
+            continue
+        kinds = [kind for kind, names in KINDS.items() if names & set(parameters)]
+        if kinds:
+            found[key] = kinds
 
 
 def page() -> str:

@@ -333,7 +333,8 @@ class TestShapes:
          (IMAGES[:0], "no image"), ([3], "int"), (3, "int"), (None, "NoneType"),
          ({"pictures": IMAGES}, "pictures.*pixel_values"), (Items(lambda i: {"x": 1}), "keys"),
          (Items(lambda i: ()), "empty"), (Items(lambda i: IMAGES), "is a batch"), ("no/such", "no file or folder"),
-         (Items(lambda i: np.zeros((3, 5, 3), np.uint8)), "first or last"), (Items(lambda i: IMAGES[0, 0]), "shape")],
+         (Items(lambda i: np.zeros((3, 5, 3), np.uint8)), "first or last"),
+         (Items(lambda i: np.zeros((4, 5, 1), np.uint8)), "first or last"), (Items(lambda i: IMAGES[0, 0]), "shape")],
     )  # fmt: skip
     def test_refused(self, source, message: str):
         with pytest.raises(InputError, match=message) as error:
