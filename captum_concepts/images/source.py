@@ -589,24 +589,27 @@ def _batch(
 # ------------------------------------------------------------------------------------------------------------- items
 
 
-def to_tensor(image: Any, reading: Reading | None = None, name: str = "the image") -> Tensor:
+def to_tensor(image: Any, reading: Reading | None = None, name: str | None = None) -> Tensor:
     """One image, of whatever kind, as a float tensor ``(C, H, W)``; a tensor ``(N, C, H, W)`` keeps its N.
 
     Args:
         image: a tensor, array, PIL image, path, open file, or undecoded image of Hugging Face.
         reading: how it is read.
-        name: how messages call it.
+        name: how messages call it; None for its path.
 
     Raises:
         InputError: something else, a broken file, or channels that do not fit.
     """
     reading = reading or Reading()
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image, reading, name)
+    name = name or "the image"
     if isinstance(image, Mapping):
         image = image_bytes(image)
     if isinstance(image, np.ndarray):
         image = _from_array(image, name)
     if not isinstance(image, Tensor):
-        if isinstance(image, (str, os.PathLike)) or hasattr(image, "read") or _is_pil(image):
+        if hasattr(image, "read") or _is_pil(image):
             return read_image(image, reading, name)
         raise InputError(f"{name} is {_described(image)}; pass tensors (C, H, W), PIL images, arrays or files")
     if image.ndim not in (3, 4):

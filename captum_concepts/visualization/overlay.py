@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from captum_concepts._checks import number, one_of
 from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.images import to_tensor
 from captum_concepts.visualization.scale import ColorScale
 
 MODES = ("bicubic", "bilinear", "nearest")
@@ -26,7 +28,7 @@ def as_image(image: Any) -> Tensor:
     Args:
         image: a tensor or array ``(3, H, W)``, ``(1, H, W)`` or ``(H, W)`` (also ``(1, 3, H, W)``; arrays also
             ``(H, W, 3)``, and ``(H, W, 4)`` with alpha), floating in [0, 1] or of integers in 0 to 255, or a PIL image
-            of any mode. Transparency is put on white.
+            of any mode, or the path of one. Transparency is put on white.
 
     Raises:
         InputError: another shape or dtype, an empty image, or integers outside 0 to 255.
@@ -34,9 +36,8 @@ def as_image(image: Any) -> Tensor:
     Warns:
         InputWarning: values outside [0, 1] (an image normalised for a network; clipped) or NaN (drawn black).
     """
-    if hasattr(image, "convert"):
-        has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-        image = image.convert("RGBA" if has_alpha else "RGB")
+    if hasattr(image, "convert") or isinstance(image, (str, os.PathLike)):
+        return to_tensor(image)
     alpha_last = False
     if not isinstance(image, Tensor):
         import numpy as np
@@ -69,7 +70,11 @@ def as_images(images: Any, n: int) -> list[Tensor]:
     Raises:
         InputError: another number of them.
     """
-    single = hasattr(images, "convert") or (getattr(images, "ndim", 4) in (2, 3) and n == 1)
+    single = (
+        hasattr(images, "convert")
+        or isinstance(images, (str, os.PathLike))
+        or (getattr(images, "ndim", 4) in (2, 3) and n == 1)
+    )
     found = [as_image(image) for image in ([images] if single else images)]
     if len(found) != n:
         raise InputError(f"{len(found)} images for an explanation of {n}; pass one for each, in the same order")
