@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from captum_concepts.activations import spatial_activations
 from captum_concepts.activations.receptive_field import strongest_crops
-from captum_concepts.attr._guidance import guidance_sets
 from captum_concepts.attr.layer_sweep import layer_sweep
 from captum_concepts.attr.spatial_acv import SpatialACV
+from captum_concepts.images import batches, open_images
 
 LAYERS = {
     "mobilenet_v2": ["features.1", "features.3", "features.6", "features.13", "features.16"],
@@ -61,8 +61,7 @@ def auroc(scores: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def photographs(data: Path, size: int) -> tuple[Tensor, list[str]]:
     files = sorted((data / "images" / "imagenet").glob("*.jpg"))
-    (one,) = guidance_sets({"imagenet": files}, "concepts")
-    images = torch.cat(list(one.batches(64, image_size=size))).half()
+    images = torch.stack(list(open_images(files, size=size))).half()
     return images, [f.stem.split("_", 2)[2] for f in files]
 
 
@@ -99,15 +98,15 @@ def guidance_features(model: nn.Module, layers: list[str], sets: dict[str, Any],
     """Activations of each layer for the images of all sets, and each set as numbers of images."""
     out: list[list[Tensor]] = [[] for _ in layers]
     numbers, done = {}, 0
-    for one in guidance_sets(sets, "concepts"):
+    for set_name, source in sets.items():
         first = done
-        for images in one.batches(32, image_size=size):
+        for images in (batch.images for batch in batches(source, 32, size=size, labels=False)):
             with torch.no_grad():
                 seen = spatial_activations(model, images, layers)
             for parts, maps in zip(out, seen.maps, strict=True):
                 parts.append(maps)
             done += len(images)
-        numbers[one.name] = torch.arange(first, done).float().view(-1, 1, 1, 1)
+        numbers[set_name] = torch.arange(first, done).float().view(-1, 1, 1, 1)
     return [torch.cat(parts) for parts in out], numbers
 
 
@@ -142,7 +141,7 @@ def textures_and_photographs(
     count = len(numbers)
     for which, (negatives, sweep) in enumerate(sweeps.items()):
         for i, layer in enumerate(LAYERS[name]):
-            for k, texture in enumerate(sweep.concept_names):
+            for k, texture in enumerate(sweep.concepts):
                 truth = torch.tensor([c in HAS[texture] for c in classes])
                 if int(truth.sum()) != len(HAS[texture]):
                     raise SystemExit(f"{texture}: some of the classes {HAS[texture]} are not among the photographs")
@@ -197,8 +196,8 @@ def cost(model: nn.Module, layer: str, repeats: int) -> dict[str, float]:
 
 def calibration(model: nn.Module, layer: str, data: Path, trials: int) -> dict[str, float]:
     """How often p < 0.05 when textures' labels are permuted: it should be 5 %, whatever the layer knows."""
-    folders = guidance_sets({f.name: f for f in sorted((data / "images" / "dtd").iterdir())}, "concepts")
-    images = torch.cat([torch.cat(list(one.batches(32)))[:20] for one in folders])
+    folders = [sorted(f.glob("*.jpg"))[:20] for f in sorted((data / "images" / "dtd").iterdir()) if f.is_dir()]
+    images = torch.cat([torch.stack(list(open_images(files, size=224))) for files in folders])
     with torch.no_grad():
         parts = [spatial_activations(model, batch, [layer]).maps[0] for batch in images.split(32)]
     features = torch.cat(parts)
@@ -268,8 +267,8 @@ def draw_pictures(folder: Path, name: str, model: nn.Module, data: Path) -> None
     for row, (what, texture) in enumerate(shown):
         image = images[classes.index(what)].float()[None]
         target = int(model(image).argmax())
-        k = sweep.concept_names.index(texture)
-        relevance = [m.relevance(image)[0, k] for m in (early, late)]
+        k = sweep.concepts.index(texture)
+        relevance = [m.concept_maps(image)[0, k] for m in (early, late)]
         contribution = late.attribute(image, target=target)[0, k]
         axes[row, 0].imshow(image[0].permute(1, 2, 0).clamp(0, 1))
         axes[row, 0].set_title(f"{what}: {texture}", fontsize=8)

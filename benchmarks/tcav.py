@@ -87,7 +87,7 @@ def main() -> None:
     start = time.perf_counter()
     acv = SpatialACV(model, LAYER).fit(shown)  # negatives: the other words' crops that do not show this one
     fitted = time.perf_counter() - start
-    found = {"sign": torch.zeros(len(images), len(words)), "magnitude": torch.zeros(len(images), len(words))}
+    found = {"sign_count": torch.zeros(len(images), len(words)), "magnitude": torch.zeros(len(images), len(words))}
     for c, x in enumerate(images):
         for kind, value in acv.tcav(x, c).items():
             found[kind][c] = value
@@ -112,13 +112,13 @@ def main() -> None:
             scores = method.interpret(x, sets, target=c)
             for k in range(len(words)):
                 one = scores[f"{2 * k}-{2 * k + 1}"][LAYER]
-                theirs["sign"][c, k] = one["sign_count"][0]
+                theirs["sign_count"][c, k] = one["sign_count"][0]
                 theirs["magnitude"][c, k] = one["magnitude"][0]
         vectors = torch.stack([_weights(cavs[f"{2 * k}-{2 * k + 1}"][LAYER]) for k in range(len(words))])
     spent = {"seconds": time.perf_counter() - start, "seconds_to_fit": fitted}
     table_rows.append(row("captum TCAV", theirs, truth, spent))
-    random = torch.rand(found["sign"].shape, generator=torch.Generator().manual_seed(0))
-    table_rows.append(row("random", {"sign": random, "magnitude": random}, truth, {}))
+    random = torch.rand(found["sign_count"].shape, generator=torch.Generator().manual_seed(0))
+    table_rows.append(row("random", {"sign_count": random, "magnitude": random}, truth, {}))
     for row_ in table_rows[1:]:
         print(row_, flush=True)
 
@@ -160,7 +160,7 @@ def where(
     read = peers.activations(model, layer)
 
     def relevance(x: Tensor, target: Tensor) -> Tensor:
-        return acv.relevance(x)[torch.arange(len(x)), target]
+        return acv.concept_maps(x)[torch.arange(len(x)), target]
 
     def captum_map(x: Tensor, target: Tensor) -> Tensor:
         maps = read(x)

@@ -18,10 +18,14 @@ _NAMES = {
     "FeatureActivationMap": "attr.feature_activation_map",
     "SALFCBM": "models.salf_cbm",
     "SpatialACV": "attr.spatial_acv",
+    "audit_dataset": "audit.concept_audit",
+    "compare_audits": "audit.comparison",
+    "discover_concepts": "attr.discovered_concepts",
     "fit_salf_cbm": "models.salf_cbm_fit",
+    "load": "attr.saved",
 }
 _ROOMS = (
-    *("concepts", "datasets", "demo", "errors", "images", "metrics", "published", "solvers", "store"),
+    *("audit", "concepts", "datasets", "demo", "errors", "images", "metrics", "published", "solvers", "store"),
     *("testing", "visualization", "vlm"),
 )
 
@@ -29,8 +33,12 @@ __all__ = ["__version__", *_NAMES, *_ROOMS]
 
 if TYPE_CHECKING:
     from captum_concepts.attr.concept_fusion_map import ConceptFusionMap as ConceptFusionMap
+    from captum_concepts.attr.discovered_concepts import discover_concepts as discover_concepts
     from captum_concepts.attr.feature_activation_map import FeatureActivationMap as FeatureActivationMap
+    from captum_concepts.attr.saved import load as load
     from captum_concepts.attr.spatial_acv import SpatialACV as SpatialACV
+    from captum_concepts.audit.comparison import compare_audits as compare_audits
+    from captum_concepts.audit.concept_audit import audit_dataset as audit_dataset
     from captum_concepts.explanation import ConceptExplanation as ConceptExplanation
     from captum_concepts.models.concept_translator import ConceptTranslator as ConceptTranslator
     from captum_concepts.models.salf_cbm import SALFCBM as SALFCBM

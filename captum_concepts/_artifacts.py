@@ -233,7 +233,7 @@ class Array:
     """What a stored tensor must be, compared with the header before the tensor is read.
 
     Args:
-        kind: "float", "integer" or "bool".
+        kind: "float", "integer", "bool", "any", or one dtype as safetensors writes it, such as "F16".
         dims: one entry per dimension: a size, None for any size, or a letter, which stands for one size in all tensors
             of a file. A last entry ``...`` allows any further dimensions.
         optional: whether it may be missing.
@@ -246,7 +246,7 @@ class Array:
     def fits(self, dtype: str, shape: list[int], sizes: dict[str, int]) -> bool:
         """Whether a tensor fits; letters that are new enter ``sizes``."""
         dims = self.dims[:-1] if self.dims and self.dims[-1] is ... else self.dims
-        if dtype not in _DTYPES[self.kind] or len(shape) < len(dims):
+        if (self.kind != "any" and dtype not in _DTYPES.get(self.kind, (self.kind,))) or len(shape) < len(dims):
             return False
         if len(dims) == len(self.dims) != len(shape) or any(side > _LARGEST_SIDE for side in shape):
             return False

@@ -1,12 +1,15 @@
-"""The only file that touches Captum's private names, so that a change there is mended here.
+"""The only file that uses Captum's private names, so that a change there is fixed here.
 
-It also turns what Captum accepts as ``target`` into tensors, with errors that say what is allowed.
+It also reads a model's output as one tensor, and turns what Captum accepts as ``target`` into indices, with errors that
+say what is allowed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +19,75 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor
 
-from captum_concepts.errors import TargetError, did_you_mean
+from captum_concepts.errors import InputWarning, TargetError, did_you_mean, shortened
 
-__all__ = ["LayerAttribution", "log_usage", "select_output", "target_indices"]
+__all__ = ["LayerAttribution", "log_usage", "output_tensor", "select_output", "target_indices"]
 
 _ALLOWED = "an int, a 0-d or 1-d integer tensor, a list of ints or of 1-tuples, or a tuple of one int"
+#: What libraries call the tensor that a model exists for: transformers, and torchvision's segmentation networks.
+_OUTPUT_KEYS = ("logits", "image_embeds", "pooler_output", "out")
 
 
-def select_output(output: Tensor, target: Any) -> Tensor:
+def output_tensor(output: Any) -> Tensor:
+    """The tensor that a model's output stands for, so that models need no wrapper.
+
+    A tensor is itself. Of a mapping (transformers' ``ModelOutput``), a dataclass or a named tuple, it is the entry
+    ``logits``, ``image_embeds``, ``pooler_output`` or ``out``, or else the only floating-point tensor; of a tuple or
+    list, the first.
+
+    Raises:
+        TargetError: there is no such tensor, or more than one.
+
+    Warns:
+        InputWarning: a tuple has another tensor ``(N, K)``, which may be the one that is meant.
+
+    >>> output_tensor({"loss": None, "logits": torch.ones(2, 5)}).shape
+    torch.Size([2, 5])
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = _named_entries(output)
+    entries = list(named.items()) if named is not None else []
+    if named is None and isinstance(output, (tuple, list)):
+        entries = [(str(i), item) for i, item in enumerate(output)]
+    tensors = {key: t for key, t in entries if isinstance(t, Tensor) and t.is_floating_point() and t.ndim}
+    for key in _OUTPUT_KEYS:
+        if key in tensors and named is not None:
+            return tensors[key]
+    if len(tensors) == 1 or (tensors and named is None):
+        first, *others = tensors.values()
+        if any(other.ndim == 2 for other in others):
+            warnings.warn(
+                f"the model returns {_described(output, tensors)}; the first tensor is explained. Wrap the model in a "
+                "module that returns one tensor to choose",
+                InputWarning,
+                stacklevel=3,
+            )
+        return first
+    raise TargetError(
+        f"the model returns {_described(output, tensors)}; wrap it in a module whose forward returns the one tensor "
+        "(N, K) to explain"
+    )
+
+
+def _named_entries(output: Any) -> Mapping[str, Any] | None:
+    if isinstance(output, Mapping):
+        return output
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):
+        return output._asdict()
+    return vars(output) if dataclasses.is_dataclass(output) and not isinstance(output, type) else None
+
+
+def _described(output: Any, tensors: Mapping[str, Tensor]) -> str:
+    shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in list(tensors.items())[:8])
+    return f"a {type(output).__name__} " + (f"with the tensors {shapes}" if tensors else "without a tensor")
+
+
+def select_output(output: Any, target: Any) -> Tensor:
     """``output`` of each example at ``target``, as Captum selects it.
 
     Args:
-        output: ``(N, ...)`` the model's output.
+        output: ``(N, ...)`` the model's output, see :func:`output_tensor`.
         target: int, tuple, 0-d or 1-d tensor, list of ints or of tuples; None where ``output`` is ``(N,)``.
 
     Returns:
@@ -39,26 +99,25 @@ def select_output(output: Tensor, target: Any) -> Tensor:
     >>> select_output(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1, 0])
     tensor([2., 3.])
     """
-    if not isinstance(output, Tensor):
-        raise TargetError(
-            f"the model returns {type(output).__name__}; wrap it in a forward_func that returns the tensor that target "
-            "selects from"
-        )
+    output = output_tensor(output)
     shape = tuple(output.shape)
+    _refuse_table(target)
     try:
         selected = _select_targets(output, target)
     except (AssertionError, IndexError, TypeError, RuntimeError, ValueError) as error:
-        raise TargetError(f"target {target!r} does not fit the model's output of shape {shape}: {error}") from error
+        raise TargetError(
+            f"target {shortened(target)} does not fit the model's output of shape {shape}: {error}"
+        ) from error
     if selected.ndim != 1:
         raise TargetError(
-            f"target {target!r} selects values of shape {tuple(selected.shape)} from the output of shape {shape}; "
-            "give a target that selects one value per example"
+            f"target {shortened(target)} selects values of shape {tuple(selected.shape)} from the output of shape "
+            f"{shape}; give a target that selects one value per example"
         )
     return selected
 
 
 def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *, what: str = "concept") -> Tensor:
-    """One index below ``size`` for each of ``n`` examples, from any form of target Captum accepts.
+    """One index below ``size`` per example, for ``n`` examples, from any form of target Captum accepts.
 
     Names are accepted wherever an index is, if ``names`` are given.
 
@@ -84,22 +143,23 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
                 raise TargetError(f"target {value!r} is not the name of a {what}.{hint}")
             return list(names).index(value)
         if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TargetError(f"target {target!r} is not allowed: give {_ALLOWED}{named}, indexing {size} {what}s")
+            raise TargetError(
+                f"target {shortened(target)} is not allowed: give {_ALLOWED}{named}, indexing {size} {what}s"
+            )
         try:
             index = operator.index(value)
         except TypeError as error:
-            raise TargetError(f"target {target!r} is not allowed: give {_ALLOWED}{named}: {error}") from error
+            raise TargetError(f"target {shortened(target)} is not allowed: give {_ALLOWED}{named}: {error}") from error
         if not -size <= index < size:
             raise TargetError(f"target {index} is out of range: there are {size} {what}s (0 to {size - 1})")
         return index % size
 
+    _refuse_table(target)
     if isinstance(target, np.ndarray):
         target = target.tolist()
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TargetError(f"target has dtype {target.dtype}: give {_ALLOWED}{named}")
     if isinstance(target, Tensor) and target.numel() != 1:
-        if target.ndim != 1:
-            raise TargetError(f"target has shape {tuple(target.shape)}: give {_ALLOWED}{named}")
         values = target.tolist()
     elif isinstance(target, list):
         values = target
@@ -108,3 +168,19 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
     if len(values) != n:
         raise TargetError(f"target has {len(values)} entries for {n} examples; give one each, or a single int")
     return torch.tensor([one(value) for value in values], dtype=torch.long)
+
+
+def _refuse_table(target: Any) -> None:
+    """Rows of several entries, such as multi-hot labels, are no indices."""
+    if isinstance(target, (Tensor, np.ndarray)):
+        table = target.ndim > 1 and len(target.flatten()) > 1
+        said = f"of shape {tuple(target.shape)}"
+    else:
+        rows = target if isinstance(target, list) else []
+        table = any(isinstance(row, list) or (isinstance(row, (Tensor, np.ndarray)) and row.ndim > 0) for row in rows)
+        said = shortened(target)
+    if table:
+        raise TargetError(
+            f"target {said} is a table: give {_ALLOWED}. A multi-hot or one-hot target has to become indices: explain "
+            "one output per call, or repeat the images"
+        )

@@ -22,6 +22,7 @@ ROWS = [
     ["store"],
     ["models"],
     ["attr"],
+    ["audit"],
     ["demo"],
     ["commands"],
     ["__main__"],

@@ -12,7 +12,7 @@
 # %matplotlib inline
 import matplotlib.pyplot as plt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from captum_concepts import FeatureActivationMap, demo
@@ -36,8 +36,9 @@ encoder.fc = nn.Identity()  # (N, 3, 64, 64) -> (N, 128)
 
 pool = CaptionedScenes(120, seed=12, size=64).stack()
 support = torch.cat([torch.nonzero(pool.label == c).flatten()[:5] for c in range(len(data.classes))])
-prototypes = FeatureActivationMap.prototypes(encoder, pool.image[support], pool.label[support])
-print("prototypes:", tuple(prototypes.shape))
+fam = FeatureActivationMap(encoder, "layer4", normalize="l1")
+fam.fit(pool.image[support], [data.classes[k] for k in pool.label[support]])
+print(fam, tuple(fam.references.shape))
 
 # %% [markdown]
 # A prototype is the mean embedding of its class; a query gets the class of the most similar prototype. That is all
@@ -45,18 +46,19 @@ print("prototypes:", tuple(prototypes.shape))
 # took for the class.
 
 # %%
-fam = FeatureActivationMap(encoder, "layer4", prototypes, reference_names=data.classes, normalize="l1")
+order = [data.classes.index(name) for name in fam.concepts]  # sorted by name
+truth = torch.tensor([order.index(k) for k in queries.label])
 similarity = fam.scores(queries.image)  # (48, 6) cosines
-print(f"{(similarity.argmax(1) == queries.label).float().mean():.0%} of {len(data)} queries right (chance 17%)")
+print(f"{(similarity.argmax(1) == truth).float().mean():.0%} of {len(data)} queries right (chance 17%)")
 
 # %% picture="fam" alt="Three scenes, each with the maps of its similarity to three class prototypes"
-missed = int(torch.nonzero(similarity.argmax(1) != queries.label)[0])
+missed = int(torch.nonzero(similarity.argmax(1) != truth)[0])
 shown = [0, missed, 5]
 panel(
     fam.explain(queries.image[shown]),
     queries.image[shown],
     top_k=3,
-    class_names=data.classes,
+    class_names=fam.concepts,
     image_names=[f"truth: {data.classes[queries.label[i]]}" for i in shown],
     title="Where the similarity to each class prototype comes from",
     map_label="weighted activation",
@@ -70,7 +72,7 @@ panel(
 # %%
 table = evaluate(
     {"FAM": fam, "centre Gaussian": CenterGaussian(), "random": RandomMaps()},
-    [(queries.image, queries.object_masks[:, 0], queries.label)],
+    [(queries.image, queries.object_masks[:, 0], truth)],
     metrics=["nra", "epg", "pointing_game"],
     n_bootstrap=300,
 )
@@ -79,12 +81,11 @@ table
 # %% [markdown]
 # ## Keep it, and explain a new image
 #
-# Nothing was trained: what is worth keeping are the prototypes, one tensor.
+# Nothing was trained: the file contains the prototypes, their names and the options.
 
 # %%
-save_file({"prototypes": prototypes}, "prototypes.safetensors")
-bank = load_file("prototypes.safetensors")["prototypes"]
-again = FeatureActivationMap(encoder, "layer4", bank, reference_names=data.classes, normalize="l1")
+fam.save("prototypes.safetensors")
+again = FeatureActivationMap.load("prototypes.safetensors", encoder)
 new = CaptionedScenes(1, seed=2026, size=64).stack()
 print(again.explain(new.image, top_k=3))
 print("truth:", data.classes[new.label[0]])

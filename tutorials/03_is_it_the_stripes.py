@@ -116,14 +116,14 @@ panel(
 
 # %% [markdown]
 # The map is *where the layer sees it*; the bar is the derivative of the class score along the concept, added over all
-# positions. Is it the stripes? Over all scenes, the share in which more of a texture raises the class (TCAV's sign score)
+# positions. Is it the stripes? Over all scenes, the fraction in which more of a texture raises the class (TCAV's sign count)
 # and the mean effect:
 
 # %%
 print(f"{'class':16s} {'texture':10s} sign  magnitude")
 for name in ("striped square", "dotted star", "red circle"):
     scores = acv.tcav(scenes.image, target=data.classes.index(name))
-    for texture, sign, size in zip(acv.concept_names, scores["sign"], scores["magnitude"], strict=True):
+    for texture, sign, size in zip(acv.concepts, scores["sign_count"], scores["magnitude"], strict=True):
         print(f"{name:16s} {texture:10s} {sign:.2f}  {size:+9.1f}")
 
 # %% [markdown]
@@ -137,7 +137,7 @@ for name in ("striped square", "dotted star", "red circle"):
 # and on the ground.
 
 # %%
-relevance = F.interpolate(acv.relevance(scenes.image)[:, [acv.concept_names.index("striped")]], (64, 64))[:, 0]
+relevance = F.interpolate(acv.concept_maps(scenes.image, "striped"), (64, 64))[:, 0]
 striped = scenes.masks[:, data.concepts.index("striped")]
 objects = scenes.object_masks.any(1)
 for name, mask in (("striped objects", striped), ("other objects", objects & ~striped), ("ground", ~objects)):
@@ -150,7 +150,7 @@ for name, mask in (("striped objects", striped), ("other objects", objects & ~st
 # of the strongest positions show what the vector answers to (Fig. 2D of the paper).
 
 # %%
-maps = acv.relevance(scenes.image)[:, acv.concept_names.index("striped")]
+maps = acv.concept_maps(scenes.image, "striped")[:, 0]
 crops = strongest_crops(model, "layer3", scenes.image, maps, k=6, share=0.9)
 figure, axes = plt.subplots(1, len(crops), figsize=(8, 1.8), layout="constrained")
 for each, crop in zip(axes, crops, strict=True):

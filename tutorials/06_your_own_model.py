@@ -152,7 +152,7 @@ def inside(word: str, most: int = 24) -> torch.Tensor:
 textures = {word: inside(word) for word in data.concept_groups["texture"]}
 acv = SpatialACV(area, segmenter.body).fit(textures, n_random=20)
 scores = acv.tcav(scenes.image[240:])
-for word, sign, p in zip(acv.concept_names, scores["sign"], acv.p_values_, strict=True):
+for word, sign, p in zip(acv.concepts, scores["sign_count"], acv.p_values_, strict=True):
     print(f"{word:10s} p {p:.0e}   more of it enlarges the striped area in {sign:.0%} of the images")
 
 # %% [markdown]
@@ -163,7 +163,7 @@ for word, sign, p in zip(acv.concept_names, scores["sign"], acv.p_values_, stric
 acv.save("segmenter_textures.safetensors")
 again = SpatialACV.load("segmenter_textures.safetensors", area, segmenter.body)
 new = CaptionedScenes(1, seed=2027, size=64).stack()
-k = again.concept_names.index("striped")
+k = again.concepts.index("striped")
 contribution = again.attribute(new.image)[0, k]
 print("caption:", new.caption[0])
 heatmap_figure(

@@ -71,8 +71,7 @@ print(f"ratio {ratio.min():.1f} to {ratio.max():.1f} (positions: {8 * 8}), cosin
 encoder = demo.load("classifier")
 encoder.fc = torch.nn.Identity()
 support = torch.cat([torch.nonzero(scenes.label[16:] == c).flatten()[:5] + 16 for c in range(6)])
-prototypes = FeatureActivationMap.prototypes(encoder, scenes.image[support], scenes.label[support])
-few_shot = FeatureActivationMap(encoder, "layer4", prototypes, normalize="l1")
+few_shot = FeatureActivationMap(encoder, "layer4", normalize="l1").fit(scenes.image[support], scenes.label[support])
 report("FAM to class prototypes", pipeline(few_shot))
 
 # %% [markdown]
@@ -155,7 +154,7 @@ with warnings.catch_warnings():
 acv = SpatialACV(model, "layer3").fit([concepts[0]], [concepts[1]], n_random=20)
 print(acv.summary())
 scores = acv.tcav(queries, target=striped_square)
-print({word: round(float(sign), 2) for word, sign in zip(acv.concept_names, scores["sign"], strict=True)})
+print({word: round(float(sign), 2) for word, sign in zip(acv.concepts, scores["sign_count"], strict=True)})
 print("maps:", tuple(acv.attribute(queries, target=striped_square).shape))
 
 # %% [markdown]

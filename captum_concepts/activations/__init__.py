@@ -1,11 +1,13 @@
 """From a model and a layer to activation maps (N, C, h, w), whatever the architecture."""
 
+from captum_concepts._captum import output_tensor
 from captum_concepts.activations.capture import (
     Captured,
     Inputs,
     check_images,
     eager_mode,
     evaluation_mode,
+    final_activation,
     forward_arguments,
     gradients_enabled,
     read_layer,
@@ -36,12 +38,14 @@ __all__ = [
     "check_images",
     "eager_mode",
     "evaluation_mode",
+    "final_activation",
     "find_model",
     "forward_arguments",
     "full_precision",
     "gradients_enabled",
     "infer_layout",
     "layer_name",
+    "output_tensor",
     "read_layer",
     "resolve_layer",
     "spatial_activations",

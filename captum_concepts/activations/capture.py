@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import sys
 import threading
 import warnings
@@ -24,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
-from captum_concepts.errors import InputError, InputWarning, LayerError
+from captum_concepts._captum import output_tensor
+from captum_concepts.errors import InputError, InputWarning, LayerError, LayoutError, listing
 
 Inputs = Tensor | tuple[Tensor, ...]
 
@@ -39,17 +42,22 @@ class Captured:
     """The result of one forward pass.
 
     Args:
-        output: what ``forward_func`` returned.
+        returned: what ``forward_func`` returned; :attr:`output` reads it as one tensor.
         layers: the captured tensor of each layer, in order, in the layer's own layout. With ``gradient=True`` they are
-            the tensors to differentiate ``output`` with respect to.
+            the tensors to differentiate the output with respect to.
         order: the numbers of the layers in the order in which they ran.
         originals: the same tensors before a ``substitute`` replaced them.
     """
 
-    output: Any
+    returned: Any
     layers: tuple[Tensor, ...]
     order: tuple[int, ...] = ()
     originals: tuple[Tensor, ...] = ()
+
+    @property
+    def output(self) -> Tensor:
+        """The model's output as one tensor, see :func:`~captum_concepts.activations.output_tensor`."""
+        return output_tensor(self.returned)
 
 
 # ---------------------------------------------------------------- modes, each restored
@@ -177,6 +185,7 @@ def capture_modules(
     gradient: bool = False,
     substitute: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None,
     attribute_to_layer_input: bool = False,
+    logits: bool = False,
 ) -> Captured:
     """Run ``run`` once and record the output of each of ``modules``; see :meth:`Layers.capture`.
 
@@ -186,11 +195,12 @@ def capture_modules(
         parts: all modules of the model, to be held in evaluation mode; None if the model is not known.
         substitute: for some of ``modules``.
     """
-    arguments = (*check_images(inputs), *forward_arguments(additional_forward_args))
+    arguments = (*check_inputs(inputs), *forward_arguments(additional_forward_args))
     unique = dict(zip(modules, names, strict=True))
 
     def attempt(enabled_before: bool) -> tuple[Any, _Recorder]:
         recorder = _Recorder(unique, substitute or {}, gradient)
+        activations = _FinalActivations()
         hook = recorder.at_input if attribute_to_layer_input else recorder.at_output
         with (
             eager_mode(),
@@ -198,8 +208,9 @@ def capture_modules(
             torch.set_grad_enabled(enabled_before),
             evaluation_mode(parts),
             hooked(unique, hook, at_input=attribute_to_layer_input),
+            activations if logits else nullcontext(),
         ):
-            output = run(*map(_normal, arguments))
+            output = activations.undone(run(*map(_normal, arguments)))
             if recorder.gradients_put_off() and not _differentiable(output):
                 recorder.interrupted = True
         return output, recorder
@@ -207,9 +218,15 @@ def capture_modules(
     output, recorder = attempt(enabled_before=False)
     for module, name in unique.items():
         if module not in recorder.record:
+            inside = _ran_inside(module, name, run, arguments, parts)
             raise LayerError(
-                f"layer {name!r} did not run in this forward pass; choose a layer that forward_func "
-                "calls (a layer of another model, of another branch, or inside a compiled function does not)"
+                f"layer {name!r} did not run in this forward pass; "
+                + (
+                    f"its part {inside!r} did: use that layer (a traced graph or checkpoint_sequential calls the parts)"
+                    if inside
+                    else "choose a layer that forward_func calls (a layer of another model, of another branch, or "
+                    "inside a compiled or exported graph does not)"
+                )
             )
     if recorder.interrupted:
         # A model that runs its backbone under its own no_grad() restores "disabled" after the layer; with gradients
@@ -227,6 +244,78 @@ def capture_modules(
     )
 
 
+def _ran_inside(
+    module: nn.Module, name: str, run: Callable[..., Any], arguments: Any, parts: Iterable[nn.Module] | None
+) -> str | None:
+    """The last module inside one that did not run, which ran once."""
+    inside = {child: f"{name}.{child_name}" for child_name, child in module.named_modules() if child is not module}
+    ran: list[nn.Module] = []
+    with (
+        eager_mode(),
+        torch.no_grad(),
+        evaluation_mode(parts),
+        hooked(inside, lambda child, *_: ran.append(child)),
+    ):
+        run(*arguments)
+    return next((inside[child] for child in reversed(ran) if ran.count(child) == 1), None)
+
+
+class _FinalActivations(TorchFunctionMode):
+    """Records what goes into every softmax and sigmoid of a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        source = args[0] if args else kwargs.get("input")
+        name = getattr(func, "__name__", "")
+        if name not in ("softmax", "sigmoid", "sigmoid_"):
+            return func(*args, **kwargs)
+        before = source.clone() if name == "sigmoid_" else source
+        result = func(*args, **kwargs)
+        self.calls.append((before, result))
+        return result
+
+    def undone(self, output: Any) -> Any:
+        """What went into the call that made the model's output; the output itself if none did."""
+        if not self.calls:
+            return output
+        tensor = output_tensor(output)
+        for before, after in reversed(self.calls):
+            if after is tensor or (_same_memory(after, tensor) and after.numel() == tensor.numel()):
+                return before.reshape(tensor.shape)
+        return output
+
+
+_PASSES = re.compile(
+    r"(View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|Select|Slice|Clone|ToCopy|Transpose|T|Permute|Alias|Index|Clamp)"
+    r"(Min|Max)?Backward\d"
+)
+
+
+def final_activation(output: Tensor) -> str | None:
+    """``"softmax"`` or ``"sigmoid"`` if the output is that of one, as its autograd graph tells; else None.
+
+    Where the probability is close to 0 or 1 its gradient vanishes, and a map of it shows next to nothing of the surest
+    prediction; ``Layers.run(..., logits=True)`` gives the output before it.
+
+    >>> scores = torch.rand(2, 5, requires_grad=True)
+    >>> final_activation(scores.softmax(1)[:, 2]), final_activation(scores * 2)
+    ('softmax', None)
+    """
+    node = output.grad_fn
+    while node is not None:
+        name = type(node).__name__
+        if name.startswith(("SoftmaxBackward", "SigmoidBackward")):
+            return "softmax" if name.startswith("Soft") else "sigmoid"
+        if not _PASSES.fullmatch(name):
+            return None
+        node = node.next_functions[0][0]
+    return None
+
+
 @dataclass
 class _Recorder:
     """The hooks of one forward pass and what they have recorded."""
@@ -242,13 +331,13 @@ class _Recorder:
         """Forward hook."""
         tensor, rebuild = first_tensor(output, f"layer {self.names[module]!r} gives")
         # nn.Identity, or dropout in evaluation mode, returns its input, which others may overwrite.
-        shared = any(_same_memory(tensor, other) for other in _tensors((args, kwargs)))
+        shared = any(_same_memory(tensor, other) for other in tensors_in((args, kwargs)))
         return rebuild(self._take(module, tensor, shared))
 
     def at_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any], _output: None) -> Any:
         """Forward pre-hook."""
         name = f"layer {self.names[module]!r} is called with"
-        if kwargs and not any(value.is_floating_point() for value in _tensors(args)):
+        if kwargs and not any(value.is_floating_point() for value in tensors_in(args)):
             tensor, rebuild = first_tensor(kwargs, name)
             return args, rebuild(self._take(module, tensor, True))
         tensor, rebuild = first_tensor(args, name)
@@ -355,6 +444,27 @@ def _read_compiled(model: nn.Module, layer: nn.Module, name: str, args: Any) -> 
 
 
 def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
+    """The inputs as a tuple, one of them a batch of images ``(N, C, H, W)``.
+
+    Raises:
+        InputError: not a tensor, an empty batch, or integer pixels.
+        LayoutError: none of them is a batch of images: a single image, a volume, a video, a sequence.
+    """
+    parts = check_inputs(inputs)
+    if not any(part.ndim == 4 for part in parts):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts[:5])
+        if any(part.ndim == 3 for part in parts):
+            raise LayoutError(
+                f"no batch dimension; pass image[None]: inputs of shape {shapes} are not a batch of images (N, C, H, W)"
+            )
+        raise LayoutError(
+            f"inputs of shape {shapes} are not images (N, C, H, W); volumes, videos and features have no 2-d grid of "
+            "positions"
+        )
+    return parts
+
+
+def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
     """The inputs as a tuple, after a check for mistakes that would otherwise give a wrong map without an error.
 
     Raises:
@@ -364,20 +474,26 @@ def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
     if not parts or not all(isinstance(part, Tensor) for part in parts):
         kinds = [type(part).__name__ for part in parts]
         raise InputError(
-            f"inputs must be a torch.Tensor or a tuple of tensors, got {kinds}; make one batch (N, 3, H, W), "
+            f"inputs must be a torch.Tensor or a tuple of tensors, got {listing(kinds)}; make one batch (N, 3, H, W), "
             "for example torch.stack(images) of tensors"
         )
-    first = parts[0]
-    if first.ndim == 0 or first.shape[0] == 0:
-        raise InputError(f"inputs of shape {tuple(first.shape)} hold no example; give a batch (N, 3, H, W)")
-    if not first.is_floating_point():
+    images = next((part for part in parts if part.ndim == 4), parts[0])
+    if images.ndim == 0 or images.numel() == 0:
+        raise InputError(f"inputs of shape {tuple(images.shape)} contain no example; pass a batch (N, 3, H, W)")
+    if not images.is_floating_point():
         raise InputError(
-            f"inputs have dtype {first.dtype}; convert pixels to floating point the way the model was trained, "
+            f"inputs have dtype {images.dtype}; convert pixels to floating point the way the model was trained, "
             "for example images.float() / 255"
         )
     if any(part.is_floating_point() and _has_nonfinite(part.detach()) for part in parts):
         warnings.warn("the inputs contain NaN or infinite values; so will the result", InputWarning, stacklevel=3)
     return parts
+
+
+def batch_size(inputs: Inputs) -> int:
+    """The number of examples N: that of the images, where there are several inputs."""
+    parts = inputs if isinstance(inputs, tuple) else (inputs,)
+    return next((part for part in parts if part.ndim == 4), parts[0]).shape[0]
 
 
 def forward_arguments(additional_forward_args: Any) -> tuple[Any, ...]:
@@ -390,7 +506,7 @@ def forward_arguments(additional_forward_args: Any) -> tuple[Any, ...]:
 def _warn_of_nan(output: Any, layers: Mapping[str, Tensor], arguments: tuple[Any, ...]) -> None:
     """NaN weights, or half precision that overflows: ReLU's gradient hides it, and a map would look sound."""
     broken = [name for name, values in layers.items() if values.is_floating_point() and _has_nonfinite(values.detach())]
-    scores = [values.detach() for values in _tensors(output) if values.is_floating_point()]
+    scores = [values.detach() for values in tensors_in(output) if values.is_floating_point()]
     # Infinite scores are meant where a model rules classes out; infinite activations are not.
     where = f"layer {broken[0]!r}" if broken else "the model's output" if any(map(_has_nan, scores)) else ""
     inputs = [a.detach() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
@@ -417,17 +533,17 @@ def _normal(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, Mapping)):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _differentiable(output: Any) -> bool:
-    tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+    tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
     return bool(tensors) and all(tensor.requires_grad for tensor in tensors)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,9 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_concepts.activations.capture import Captured, Inputs, capture_modules, gradients_enabled
+from captum_concepts._captum import output_tensor
+from captum_concepts._checks import take_rows
+from captum_concepts.activations.capture import (
+    Captured,
+    Inputs,
+    batch_size,
+    capture_modules,
+    check_images,
+    check_inputs,
+    gradients_enabled,
+    hooked,
+    tensors_in,
+)
 from captum_concepts.activations.layout import LAYOUTS, Layout, ModelTraits, infer_layout
-from captum_concepts.errors import InputError, InputWarning, LayerError, did_you_mean
+from captum_concepts.errors import (
+    InputError,
+    InputWarning,
+    LayerError,
+    LayoutError,
+    TargetError,
+    did_you_mean,
+    listing,
+)
 
 Layer = nn.Module | str
 _WRAPPER_PARTS = ("module", "_orig_mod")  # what DataParallel and torch.compile insert into dotted names
@@ -76,6 +97,12 @@ class Layers:
         named = None if model is None else dict(model.named_modules(remove_duplicate=False))
         modules = tuple(_find(model, named or {}, layer) for layer in wanted)
         names = tuple(_name(named or {}, layer) for layer in wanted)
+        for name, module in zip(names, modules, strict=True):
+            if isinstance(module, torch.jit.ScriptModule):
+                raise LayerError(
+                    f"layer {name!r} is part of a torch.jit model, whose layers cannot be read: it runs no hooks. Pass "
+                    "the original torch.nn.Module; load_state_dict(scripted.state_dict()) gives it the same weights"
+                )
         return cls(forward_func, model, modules, names, named, layout, prefix_tokens)
 
     def __len__(self) -> int:
@@ -104,45 +131,135 @@ class Layers:
         gradient: bool = False,
         attribute_to_layer_input: bool = False,
         substitute: Mapping[Layer, Callable[[Tensor], Tensor]] | None = None,
+        logits: bool = False,
     ) -> SpatialActivations:
         """Run the model once and read the layers as maps ``(N, C, h, w)``.
 
         Args:
-            inputs, additional_forward_args, gradient, attribute_to_layer_input, substitute: see :meth:`capture`.
+            inputs, additional_forward_args, gradient, attribute_to_layer_input, substitute, logits: see
+                :meth:`capture`.
 
         Raises:
             LayerError: as :meth:`capture`.
             LayoutError: a layer has no grid of positions, or more than one reading fits.
         """
+        images = check_images(inputs) if self.layout == "auto" else check_inputs(inputs)
         options = {
             "additional_forward_args": additional_forward_args,
             "attribute_to_layer_input": attribute_to_layer_input,
         }
-        result = self.capture(inputs, gradient=gradient, substitute=substitute, **options)
-        parts = inputs if isinstance(inputs, tuple) else (inputs,)
-        examples = batch = parts[0].shape[0]
+        result = self.capture(inputs, gradient=gradient, substitute=substitute, logits=logits, **options)
+        examples = batch = batch_size(inputs)
         samples = result.originals
         if batch > 1 and self.layout == "auto" and any(r.ndim == 3 and r.shape[:2] == (batch, batch) for r in samples):
             # As many tokens as examples: a single example shows which dimension is which.
-            options["additional_forward_args"] = first_example(additional_forward_args, batch)
-            samples, examples = self.capture(first_example(inputs, batch), **options).layers, 1
-        size = image_size(parts)
+            options["additional_forward_args"] = take_rows(additional_forward_args, slice(1), batch)
+            samples, examples = self.capture(take_rows(inputs, slice(1), batch), **options).layers, 1
         layouts = tuple(
-            infer_layout(
-                sample,
-                examples,
-                size,
-                layout=self.layout,
-                prefix_tokens=self.prefix_tokens,
-                # The type of a layer describes its output, not its input.
-                module=None if attribute_to_layer_input else module,
-                model=self.traits,
-                name=name,
-            )
+            # The type of a layer describes its output, not its input.
+            self.layout_of(sample, examples, images, None if attribute_to_layer_input else module, name)
             for sample, module, name in zip(samples, self.modules, self.names, strict=True)
         )
-        search = functools.partial(_nearest_reaching, self, inputs, additional_forward_args)
-        return SpatialActivations(result.output, result.layers, layouts, self.names, search, result.order)
+        if self.layout == "auto":
+            self.check_order(
+                inputs,
+                layouts,
+                additional_forward_args=additional_forward_args,
+                attribute_to_layer_input=attribute_to_layer_input,
+            )
+        source = _Source(self, inputs, additional_forward_args, attribute_to_layer_input)
+        return SpatialActivations(result.returned, result.layers, layouts, self.names, result.order, source)
+
+    def layout_of(
+        self, output: Tensor, batch: int, images: Sequence[Tensor], module: nn.Module | None, name: str
+    ) -> Layout:
+        """How the output of a layer for ``batch`` examples is read, if all inputs that are images agree.
+
+        Raises:
+            LayoutError: there is no grid, or more than one reading fits.
+        """
+        sizes = list(dict.fromkeys((part.shape[2], part.shape[3]) for part in images if part.ndim == 4))
+        readings: list[Layout] = []
+        failure: LayoutError | None = None
+        candidates: list[tuple[int, int] | None] = [*sizes] or [None]
+        for size in candidates:
+            try:
+                reading = infer_layout(
+                    output,
+                    batch,
+                    size,
+                    layout=self.layout,
+                    prefix_tokens=self.prefix_tokens,
+                    module=module,
+                    model=self.traits,
+                    name=name,
+                )
+            except LayoutError as error:
+                failure = error
+                continue
+            readings += [reading] if reading not in readings else []
+        if len(readings) > 1:
+            raise LayoutError(
+                f"layer {name!r} gives {tuple(output.shape)}, and the inputs are images of the sizes {listing(sizes)}: "
+                f"it can be read as {listing(readings, 2)}; pass one of the images by additional_forward_args"
+            )
+        if not readings and failure is not None:
+            raise failure
+        return readings[0]
+
+    def check_order(
+        self,
+        inputs: Inputs,
+        layouts: Sequence[Layout],
+        *,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+    ) -> None:
+        """Make sure that tokens are in the order of the image's rows, in models that may reorder them.
+
+        Some models sort tokens into windows (Hiera's mask units, for example), by their scores, or at random. Patches
+        of the first image are changed: the tokens that change most by far have to be at or next to that position. It
+        costs one forward pass per layer, once, of a model whose code names such an operation.
+
+        Raises:
+            LayoutError: other tokens change.
+        """
+        images = [part for part in (inputs if isinstance(inputs, tuple) else (inputs,)) if part.ndim == 4]
+        if not self.traits.reorders or len(images) != 1:
+            return
+        batch = batch_size(inputs)
+        for number, layout in enumerate(layouts):
+            module, known = self.modules[number], (layout, attribute_to_layer_input)
+            if layout.kind == "NCHW" or known in _ordered.setdefault(module, set()):
+                continue
+            cells = _spread(layout.grid)
+            parts = repeat_rows(take_rows(inputs, slice(1), batch), len(cells) + 1, 1)
+            parts = parts if isinstance(parts, tuple) else (parts,)
+            parts = tuple(_changed(part, cells, layout.grid) if part.ndim == 4 else part for part in parts)
+            extra = repeat_rows(take_rows(additional_forward_args, slice(1), batch), len(cells) + 1, 1)
+            try:
+                (raw,) = (
+                    self[number]
+                    .capture(parts, additional_forward_args=extra, attribute_to_layer_input=attribute_to_layer_input)
+                    .layers
+                )
+            except (InputError, RuntimeError):
+                continue  # a model of one batch size
+            maps = full_precision(layout.maps(raw))
+            strays, hits = _strays((maps[1:] - maps[:1]).norm(dim=1), cells)
+            name, (h, w) = self.names[number], layout.grid
+            if 2 * len(strays) > len(cells):
+                raise LayoutError(
+                    f"the tokens of layer {name!r} are not in the order of the image's rows: a change of the image at "
+                    f"cell {strays[0][0]} of the {h} x {w} grid appears at {strays[0][1]}; choose a layer before they "
+                    "are reordered or after that is undone"
+                )
+            if self.traits.unrolls and 2 * hits < len(cells):
+                raise LayoutError(
+                    f"the tokens of layer {name!r} may not be in the order of the image's rows, in a model that "
+                    "unrolls them: no change of the image appears at one position; choose the block around it"
+                )
+            _ordered[module].add(known)
 
     def capture(
         self,
@@ -152,6 +269,7 @@ class Layers:
         gradient: bool = False,
         attribute_to_layer_input: bool = False,
         substitute: Mapping[Layer, Callable[[Tensor], Tensor]] | None = None,
+        logits: bool = False,
     ) -> Captured:
         """Run the model once and record the layers in their own layout, whatever it is.
 
@@ -164,6 +282,8 @@ class Layers:
             substitute: ``{layer: function}`` for some of the layers, by module or name; the layer's output is replaced
                 by ``function(output)``, which may have another batch size, and recorded after that.
             attribute_to_layer_input: take each layer's (first) input instead of its output.
+            logits: if the model's output is that of a final softmax or sigmoid, return what went into it, so that
+                gradients do not vanish where the probability is close to 0 or 1 (see :func:`final_activation`).
 
         Hooks, training mode, buffers and ``.grad`` of the model are unchanged afterwards, also after an exception;
         evaluation mode draws no random numbers. Other threads may run the same model meanwhile; their calls are not
@@ -185,6 +305,7 @@ class Layers:
             gradient=gradient,
             substitute={self._module(layer): function for layer, function in (substitute or {}).items()},
             attribute_to_layer_input=attribute_to_layer_input,
+            logits=logits,
         )
 
     def _module(self, layer: Layer) -> nn.Module:
@@ -200,20 +321,25 @@ class SpatialActivations:
     """The layers of one forward pass, readable as maps and differentiable.
 
     Args:
-        output: what the model returned.
+        returned: what the model returned.
         raw: each layer's tensor in its own layout; :meth:`gradients` differentiates with respect to them.
         layouts: how each of them is read as ``(N, C, h, w)``.
         names: how messages refer to the layers.
-        search: finds the layer to suggest instead of one whose positions do not reach the output.
         order: the numbers of the layers in the order in which they ran.
+        source: what was run, to be run again where a message needs to name another layer.
     """
 
-    output: Any
+    returned: Any
     raw: tuple[Tensor, ...]
     layouts: tuple[Layout, ...]
     names: tuple[str, ...]
-    search: Callable[[str], str | None] = field(default=lambda _: None, repr=False)
     order: tuple[int, ...] = ()
+    source: _Source | None = field(default=None, repr=False)
+
+    @property
+    def output(self) -> Tensor:
+        """The model's output as one tensor, see :func:`~captum_concepts.activations.output_tensor`."""
+        return output_tensor(self.returned)
 
     @property
     def maps(self) -> tuple[Tensor, ...]:
@@ -227,10 +353,7 @@ class SpatialActivations:
             LayerError: ``values`` does not depend on a layer, or not on its positions (see :meth:`gradient_maps`).
         """
         if not values.requires_grad:
-            raise LayerError(
-                f"the result does not depend differentiably on layer {self.names[0]!r}; choose a layer on the way to "
-                "the output, and a forward_func that does not detach it"
-            )
+            return self.gradient_maps([None] * len(self.names))
         return self.gradient_maps(
             torch.autograd.grad(values.sum(), self.raw, retain_graph=retain_graph, allow_unused=True)
         )
@@ -249,12 +372,18 @@ class SpatialActivations:
         maps = []
         for name, layout, gradient in zip(self.names, self.layouts, gradients, strict=True):
             if gradient is None:
-                raise LayerError(f"the result does not depend on layer {name!r}; choose one on the way to the output")
+                stop = self.source.gradient_stop(name) if self.source else None
+                raise LayerError(
+                    f"the result does not depend on layer {name!r}: no gradient passes {stop}; "
+                    "choose a layer after that, or a model without it"
+                    if stop
+                    else f"the result does not depend on layer {name!r}; choose one on the way to the output"
+                )
             maps.append(layout.maps(gradient))
             if maps[-1].any():
                 continue
             if layout.prefix_tokens and layout.prefix(gradient).any():
-                other = self.search(name)
+                other = self.source.nearest_reaching(name) if self.source else None
                 raise LayerError(
                     f"no position of layer {name!r} reaches the output, which reads only its prefix (CLS) tokens; "
                     + (f"use layer {other!r} instead" if other else "use an earlier layer instead")
@@ -277,7 +406,7 @@ def capture(
     result = Layers.resolve(forward_func, [*wanted, *more]).capture(inputs, **options)
     count = len(wanted)
     order = tuple(number for number in result.order if number < count)
-    return Captured(result.output, result.layers[:count], order, result.originals[:count])
+    return Captured(result.returned, result.layers[:count], order, result.originals[:count])
 
 
 def spatial_activations(
@@ -373,52 +502,150 @@ def _name(named: Mapping[str, nn.Module], layer: Layer) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def image_size(inputs: Sequence[Tensor]) -> tuple[int, int] | None:
-    """``(H, W)`` of the images among the inputs, which are the tensors of four dimensions; None if there are none."""
-    sizes = {(part.shape[-2], part.shape[-1]) for part in inputs if part.ndim == 4}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def first_example(value: Any, batch: int) -> Any:
-    """Arguments for the first example alone: tensors of ``batch`` rows are cut to one."""
-    if isinstance(value, tuple):
-        return tuple(first_example(item, batch) for item in value)
-    return value[:1] if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch else value
-
-
 def full_precision(tensor: Tensor) -> Tensor:
     """At least fp32, so that sums over channels and positions do not round."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def any_reading(output: Tensor) -> Tensor:
-    """A scalar that stands for whatever may be read from the output.
+def any_reading(output: Any) -> Tensor:
+    """A scalar that stands for whatever may be read from the output; of many tensors, from any of them.
 
     Its weights differ, because the sum of normalized embeddings, or of their squares, is constant.
     """
-    weights = torch.arange(1, output.numel() + 1, device=output.device).sqrt().cos()
-    return (output.flatten().float() * weights).sum()
+    try:
+        parts = [output_tensor(output)]
+    except TargetError:
+        parts = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+    total = torch.zeros((), device=parts[0].device if parts else None)
+    for part in parts:
+        weights = torch.arange(1, part.numel() + 1, device=part.device).sqrt().cos()
+        total = total + (part.flatten().float() * weights).sum()
+    return total
 
 
-def _nearest_reaching(layers: Layers, inputs: Inputs, extra: Any, name: str) -> str | None:
-    """The last layer before layer ``name`` of the same type, or else block, whose positions reach the output."""
-    if layers.named is None:
+@dataclass(frozen=True)
+class _Source:
+    """One forward pass, to be repeated on its first example where a message needs more than it recorded."""
+
+    layers: Layers
+    inputs: Inputs
+    additional_forward_args: Any
+    attribute_to_layer_input: bool
+
+    @property
+    def first(self) -> tuple[Inputs, Any]:
+        """Inputs and additional arguments of the first example."""
+        batch = batch_size(self.inputs)
+        return take_rows(self.inputs, slice(1), batch), take_rows(self.additional_forward_args, slice(1), batch)
+
+    def nearest_reaching(self, name: str) -> str | None:
+        """The last layer before layer ``name`` of the same type, or else block, whose positions reach the output."""
+        if self.layers.named is None:
+            return None
+        inputs, extra = self.first
+        target = self.layers.modules[self.layers.names.index(name)]
+        modules = list(dict.fromkeys(self.layers.named.values()))
+        before = modules[: modules.index(target)] if target in modules else modules
+        same = [m for m in before if type(m) is type(target)]
+        # A norm or an encoder of another type than its blocks: the blocks themselves.
+        blocks = [c for m in modules if isinstance(m, (nn.Sequential, nn.ModuleList)) for c in m.children()]
+        nested = {m for block in blocks for m in list(block.modules())[1:]}
+        blocks = [block for block in blocks if block not in nested]
+        for module in dict.fromkeys([*reversed(same), *reversed(blocks)]):
+            candidate = self.layers.other(module)
+            if reaches_output(candidate, inputs, additional_forward_args=extra):
+                return candidate.names[0]
         return None
-    target = layers.modules[layers.names.index(name)]
-    batch = (inputs[0] if isinstance(inputs, tuple) else inputs).shape[0]
-    parts, extra = first_example(inputs, batch), first_example(extra, batch)
-    modules = list(dict.fromkeys(layers.named.values()))
-    upstream = modules[: modules.index(target)] if target in modules else modules
-    same = [m for m in upstream if type(m) is type(target)]
-    # A norm or an encoder of another type than its blocks: the blocks themselves.
-    blocks = [c for m in modules if isinstance(m, (nn.Sequential, nn.ModuleList)) for c in m.children()]
-    nested = {m for block in blocks for m in list(block.modules())[1:]}
-    blocks = [block for block in blocks if block not in nested]
-    for module in dict.fromkeys([*reversed(same), *reversed(blocks)]):
-        candidate = layers.other(module)
-        if reaches_output(candidate, parts, additional_forward_args=extra):
-            return candidate.names[0]
-    return None
+
+    def gradient_stop(self, name: str) -> str | None:
+        """The module after layer ``name`` that no gradient passes, in words."""
+        if self.layers.named is None:
+            return None
+        inputs, extra = self.first
+        names = {module: other for other, module in self.layers.named.items() if other}
+        runs: list[tuple[nn.Module, list[Tensor], list[Tensor]]] = []
+
+        def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            # Copies, because an in-place operation after the module changes its output.
+            before, after = ([t.clone() for t in tensors_in(part)] for part in ((args, kwargs), output))
+            runs.append((module, before, after))
+
+        with hooked(names, record), gradients_enabled(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (raw,) = (
+                self.layers[self.layers.names.index(name)]
+                .capture(
+                    inputs,
+                    additional_forward_args=extra,
+                    gradient=True,
+                    attribute_to_layer_input=self.attribute_to_layer_input,
+                )
+                .layers
+            )
+
+            def reaches(tensors: list[Tensor]) -> bool:
+                live = [t for t in tensors if t.requires_grad]
+                if not live:
+                    return False
+                total = torch.stack([t.float().sum() for t in live]).sum()
+                return torch.autograd.grad(total, raw, retain_graph=True, allow_unused=True)[0] is not None
+
+            last = None
+            for module, before, after in runs:
+                if reaches(before) and not reaches(after):
+                    return f"through {names[module]!r} ({type(module).__module__}.{type(module).__name__})"
+                last = names[module] if reaches(after) else last
+        return f"beyond {last or name!r} (detach(), no_grad() or checkpointing with use_reentrant=True)"
+
+
+# The layouts of a layer that have been found to be in order, and whether they are of its input.
+_ordered: weakref.WeakKeyDictionary[nn.Module, set[tuple[Layout, bool]]] = weakref.WeakKeyDictionary()
+
+
+def _spread(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """Up to six cells of a grid, whose numbers differ between row by row and other usual orders."""
+    h, w = grid
+    cells = [(0, w - 1), (h - 1, 0), (h // 2, w // 3), (h // 3, w // 2), (1 % h, w - 1), (h - 1, 1 % w)]
+    return list(dict.fromkeys(cells))
+
+
+def _changed(images: Tensor, cells: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
+    """Copies of one image; in each but the first, the pixels of one cell are another pattern."""
+    images = images.clone()
+    scale = images[0].float().std().nan_to_num() + 0.1
+    for copy, (i, j) in zip(images[1:], cells, strict=True):
+        rows, columns = (
+            slice(c * side // count, max((c + 1) * side // count, c * side // count + 1))
+            for c, side, count in zip((i, j), copy.shape[1:], grid, strict=True)
+        )
+        copy[:, rows, columns] = copy[:, rows, columns].flip(1, 2) + 2 * scale.to(copy)
+    return images
+
+
+def _strays(
+    change: Tensor, cells: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[tuple[int, int], tuple[int, int]]], int]:
+    """The cells whose change ``(K, h, w)`` appears far from them, with where, and the number of the others."""
+    h, w = change.shape[1:]
+    reach = 1 if min(h, w) > 3 else 0
+    strays, hits = [], 0
+    for (i, j), one in zip(cells, change, strict=True):
+        near = torch.zeros(h, w, dtype=torch.bool, device=one.device)
+        near[max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1] = True
+        far = one.masked_fill(near, 0)
+        if far.max() > 2 * one[near].max() and far.max() > 3 * one.median():
+            strays.append(((i, j), divmod(int(far.argmax()), w)))
+        hits += bool(one[near].max() > 1.2 * far.max())
+    return strays, hits
+
+
+def repeat_rows(value: Any, count: int, batch: int) -> Any:
+    """``count`` copies of every row of tensors, also in nested tuples, that have one for each of ``batch`` examples."""
+    if isinstance(value, tuple):
+        return tuple(repeat_rows(item, count, batch) for item in value)
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
+        return value.repeat_interleave(count, 0)
+    return value
 
 
 def reaches_output(layer: Layers, inputs: Inputs, *, additional_forward_args: Any = None) -> bool:
@@ -427,7 +654,7 @@ def reaches_output(layer: Layers, inputs: Inputs, *, additional_forward_args: An
         with gradients_enabled(), warnings.catch_warnings():
             warnings.simplefilter("ignore", InputWarning)
             result = layer.run(inputs, additional_forward_args=additional_forward_args, gradient=True)
-            result = replace(result, search=lambda _: None)  # the caller is a search already
-            return bool(result.gradients(any_reading(result.output))[0].any())
+            result = replace(result, source=None)  # the caller is a search already
+            return bool(result.gradients(any_reading(result.returned))[0].any())
     except (InputError, RuntimeError, AttributeError):
         return False  # no grid, does not run, or has no gradient

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,20 @@ _PREFIX_PARAMETER = re.compile(
 _POSITION_PARAMETER = re.compile(r"(^|\.)[a-z_]*pos[a-z]*_(embed|embedding|embeddings)(_\d+)?$")
 
 
+_REORDERING = re.compile(
+    "unroll|reroll|window|shuffle|sort|randperm|permutation|gather|take_along|index_select|topk|scan|merg|hilbert|morton"
+)
+_HARMLESS_BUFFER = re.compile("position_id|num_batches_tracked|relative_")
+
+
+@functools.cache
+def _may_reorder(kind: type[nn.Module]) -> bool:
+    """Whether a module's class or its own methods, or what ``forward`` calls, are named after a reordering."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    names = [kind.__name__, *vars(kind), *(code.co_names if code is not None else ())]
+    return kind.__module__.partition(".")[0] != "torch" and any(_REORDERING.search(name.lower()) for name in names)
+
+
 @dataclass(frozen=True)
 class ModelTraits:
     """What a model's modules and parameters tell about its grids, read once.
@@ -34,12 +50,18 @@ class ModelTraits:
         prefix_parts: how many tokens each of the CLS, distillation and register parameters has.
         positions: the lengths of the position embeddings.
         convolutional: it has convolutions, and nothing but the head works on the last dimension.
+        volumetric: it has 3-d convolutions, so its tokens may be cells of a volume or a video.
+        reorders: its code names an operation that may change the order of tokens.
+        unrolls: that operation is Hiera's.
     """
 
     patch_stride: Size | None = None
     prefix_parts: tuple[int, ...] = ()
     positions: frozenset[int] = frozenset()
     convolutional: bool = False
+    volumetric: bool = False
+    reorders: bool = False
+    unrolls: bool = False
 
     @staticmethod
     def of(modules: Mapping[str, nn.Module]) -> ModelTraits:
@@ -62,12 +84,19 @@ class ModelTraits:
             isinstance(m, last) or type(m).__name__ in ("Permute", "Rearrange") for m in unique
         )
         counts = tuple(count for count in prefixes.values() if count <= MOST_PREFIX_TOKENS)
-        return ModelTraits(stride, counts, frozenset(positions), convolutional)
+        volumetric = any(isinstance(m, nn.Conv3d) for m in unique)
+        reorders = any(map(_may_reorder, dict.fromkeys(map(type, unique)))) or any(
+            not buffer.is_floating_point() and not _HARMLESS_BUFFER.search(name)
+            for module in unique
+            for name, buffer in module.named_buffers(recurse=False)
+        )
+        unrolls = any(hasattr(m, "reroll") for m in unique)
+        return ModelTraits(stride, counts, frozenset(positions), convolutional, volumetric, reorders, unrolls)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where example, channel and position lie in a layer's output, and the inverse.
+    """Where example, channel and position lie in a layer's output.
 
     Args:
         kind: ``"NCHW"``, ``"NHWC"``, ``"NLC"`` (batch first tokens) or ``"LNC"`` (tokens first).
@@ -77,9 +106,8 @@ class Layout:
     Example:
         >>> tokens = torch.rand(2, 1 + 6, 8)
         >>> layout = Layout("NLC", (2, 3), 1)
-        >>> maps = layout.maps(tokens)
-        >>> maps.shape, torch.equal(layout.restore(maps, tokens), tokens)
-        (torch.Size([2, 8, 2, 3]), True)
+        >>> layout.maps(tokens).shape, layout.prefix(tokens).shape
+        (torch.Size([2, 8, 2, 3]), torch.Size([2, 1, 8]))
     """
 
     kind: str
@@ -95,34 +123,12 @@ class Layout:
         tokens = output.transpose(0, 1) if self.kind == "LNC" else output
         return tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
 
-    def restore(self, maps: Tensor, output: Tensor) -> Tensor:
-        """The inverse of :meth:`maps`: ``maps`` in the layer's own layout, prefix tokens taken from ``output``.
-
-        ``maps`` may have a multiple of ``output``'s examples; example ``i`` of the result then takes the prefix of
-        ``output``'s example ``i // multiple``.
-        """
-        if self.kind == "NCHW":
-            return maps
-        if self.kind == "NHWC":
-            return maps.permute(0, 2, 3, 1)
-        tokens = maps.flatten(2).transpose(1, 2)
-        if self.prefix_tokens:
-            prefix = self.prefix(output)
-            multiple = len(maps) // max(len(prefix), 1)
-            tokens = torch.cat([prefix.repeat_interleave(multiple, 0) if multiple > 1 else prefix, tokens], 1)
-        return tokens.transpose(0, 1) if self.kind == "LNC" else tokens
-
     def prefix(self, output: Tensor) -> Tensor:
         """``(N, P, C)``: the prefix tokens; P is 0 for layouts without tokens."""
         if self.kind in ("NCHW", "NHWC"):
             return self.maps(output).flatten(2).transpose(1, 2)[:, :0]
         tokens = output.transpose(0, 1) if self.kind == "LNC" else output
         return tokens[:, : self.prefix_tokens]
-
-    @property
-    def batch_dim(self) -> int:
-        """The dimension of the layer's own output that counts examples."""
-        return 1 if self.kind == "LNC" else 0
 
 
 def infer_layout(
@@ -141,13 +147,14 @@ def infer_layout(
     Args:
         output: the layer's output.
         batch: the number of examples N in it.
-        image_size: ``(H, W)`` of the input; None where the input is not an image (then only square grids fit).
+        image_size: ``(H, W)`` of the images; None where the inputs are not images: then a layout has to be given, and
+            tokens are refused, because a number of tokens that happens to be square does not make them a square.
         layout: one of :data:`LAYOUTS`; anything but ``"auto"`` is taken as given.
         prefix_tokens: how many tokens precede the grid; None infers it.
         module: the layer, whose type decides where sizes alone do not.
         model: the model (or its traits), whose patch embedding and CLS, distillation and register tokens tell the
             token grid.
-        name: how error messages call the layer.
+        name: how error messages refer to the layer.
 
     Raises:
         LayoutError: there is no grid, or more than one reading fits; the message shows the shape and the keyword.
@@ -163,6 +170,11 @@ def infer_layout(
     traits = model or ModelTraits()
     if not output.is_floating_point():
         raise LayoutError(f"{layer} gives {output.dtype}; choose a layer with floating-point activations")
+    if image_size is None and (layout == "auto" or output.ndim == 3):
+        raise LayoutError(
+            f"{layer} gives {shape}, which cannot be read as a grid of image positions, because the inputs are not "
+            "images (N, C, H, W) of one size"
+        )
     if output.ndim == 4:
         if batch != shape[0]:
             raise LayoutError(
@@ -182,8 +194,18 @@ def infer_layout(
                 f"{layer} gives {shape}, which read as {kind} does not hold {batch} examples; choose the block around "
                 "a windowed attention, or another layout="
             )
+        if traits.volumetric:
+            raise LayoutError(
+                f"{layer} gives {shape}, tokens of a model with 3-d convolutions: they may be cells of a volume or a "
+                "video, which have no 2-d grid"
+            )
         length = shape[1 if kind == "NLC" else 0]
         grid, prefix = _token_grid(length, image_size, prefix_tokens, traits, layer, shape)
+        if layout == "auto" and kind == "NLC" and _may_be_channels_first(shape, image_size, module, traits):
+            raise LayoutError(
+                f"{layer} gives {shape}, which may be channels first (N, C, L) as well as tokens (N, L, C); choose the "
+                "layer before it is flattened, or pass layout='NLC' if these are tokens"
+            )
         return Layout(kind, grid, prefix)
     raise LayoutError(
         f"{layer} gives {shape}, which has no grid of positions; choose a layer before pooling, one that gives "
@@ -191,10 +213,28 @@ def infer_layout(
     )
 
 
+def _may_be_channels_first(
+    shape: tuple[int, ...], image_size: Size | None, module: nn.Module | None, traits: ModelTraits
+) -> bool:
+    """Whether the last dimension of ``(N, L, C)`` is as likely to be the positions, as in a flattened (N, C, h * w)."""
+    if module is None:
+        return False
+    for leaf in reversed(list(module.modules())):
+        if isinstance(leaf, (nn.Conv1d, nn.ConvTranspose1d)):
+            return leaf.out_channels == shape[1]
+        if isinstance(leaf, (nn.BatchNorm1d, nn.InstanceNorm1d)):
+            return leaf.num_features == shape[1]
+        if any(p.ndim < 3 and p.shape[:1] == shape[2:] for p in leaf.parameters(recurse=False)):
+            return False  # a linear map to, or a norm of, the last dimension
+    tokens, _ = token_grids(shape[1], image_size, None, traits)
+    channels, fits = token_grids(shape[2], image_size, 0, traits)
+    return bool(fits) and channels <= tokens
+
+
 def _misfit(h: int, w: int, image_size: tuple[int, int] | None) -> float:
     """How far, in cells, an h x w grid is from coming from the image by one stride; infinite if it cannot."""
     if image_size is None:
-        return 0.0 if h == w else math.inf
+        return math.inf
     height, width = image_size
     off = max(abs(w - width * h / height), abs(h - height * w / width))
     # Rounding and unpadded borders cost about a cell, on fine grids a little more.
@@ -295,7 +335,7 @@ def _token_grid(
     shape: tuple[int, ...],
 ) -> tuple[tuple[int, int], int]:
     """``((h, w), prefix)`` for a sequence of ``length`` tokens."""
-    fits = token_grids(length, image_size, prefix_tokens, traits)
+    _, fits = token_grids(length, image_size, prefix_tokens, traits)
     if len(fits) == 1:
         h, w = fits.pop()
         return (h, w), length - h * w
@@ -320,41 +360,42 @@ def pyramid(image_size: Size, stride: Size) -> list[set[Grid]]:
     return levels
 
 
-def token_grids(length: int, image_size: Size | None, prefix_tokens: int | None, traits: ModelTraits) -> set[Grid]:
-    """The grids that ``length`` tokens can be, by the surest evidence that fits any; none, one or several.
+def token_grids(
+    length: int, image_size: Size | None, prefix_tokens: int | None, traits: ModelTraits
+) -> tuple[int, set[Grid]]:
+    """The grids that ``length`` tokens can be, by the best evidence that fits any, and how far-fetched that is.
 
-    The surest is the model's own: the stride of its patches and the number of its prefix tokens. A sequence that does
-    not fit it (pruned or merged tokens, text, latents) is no grid, even if its length happens to be a square.
+    The best is the model's own (0): the stride of its patches and the number of its prefix tokens. Then such a grid
+    halved (1), or any stride (2). A sequence that does not fit the model's own (pruned or merged tokens, text, latents)
+    is no grid, even if its length happens to be a square.
     """
-    for grids, prefixes in _attempts(length, image_size, prefix_tokens, traits):
+    for evidence, grids, prefixes in _attempts(length, image_size, prefix_tokens, traits):
         fits = {(h, w) for h, w in grids if h * w > 1 and length - h * w in prefixes}
         if fits:
-            return fits
-    return set()
+            return evidence, fits
+    return 3, set()
 
 
 def _attempts(
     length: int, image_size: Size | None, prefix_tokens: int | None, traits: ModelTraits
-) -> Iterator[tuple[set[Grid], set[int] | frozenset[int]]]:
+) -> Iterator[tuple[int, set[Grid], set[int] | frozenset[int]]]:
+    if image_size is None:
+        return
     parts = traits.prefix_parts if prefix_tokens is None else (prefix_tokens,)
     own = [{sum(parts)}] if prefix_tokens is not None else [{sum(parts)}, _subset_sums(parts)]
-    stride = traits.patch_stride
-    if image_size is None:
-        anywhere = [{(side, side) for side in range(2, math.isqrt(length) + 1)}]
-    else:
-        anywhere = list(_any_stride(image_size))
-        if stride is not None:
-            first, *halved = pyramid(image_size, stride)
-            smaller = set().union(*halved)
-            yield from ((grids, prefixes) for grids in (first, smaller) for prefixes in own)
-            if prefix_tokens is None:
-                yield first, set(range(MOST_PREFIX_TOKENS + 1))
-                if not _is_whole_sequence(length, sum(parts), traits):
-                    return
+    if traits.patch_stride is not None:
+        first, *halved = pyramid(image_size, traits.patch_stride)
+        levels = (first, set().union(*halved))
+        yield from ((level, grids, prefixes) for level, grids in enumerate(levels) for prefixes in own)
+        if prefix_tokens is None:
+            yield 1, first, set(range(MOST_PREFIX_TOKENS + 1))
+            if not _is_whole_sequence(length, sum(parts), traits):
+                return
+    anywhere = list(_any_stride(image_size))
     if parts:
-        yield from ((grids, prefixes) for grids in anywhere for prefixes in own)
+        yield from ((2, grids, prefixes) for grids in anywhere for prefixes in own)
     if prefix_tokens is None:
-        yield from ((grids, USUAL_PREFIXES) for grids in anywhere)
+        yield from ((2, grids, USUAL_PREFIXES) for grids in anywhere)
 
 
 def _any_stride(image_size: Size) -> Iterator[set[Grid]]:

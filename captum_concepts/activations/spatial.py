@@ -3,9 +3,8 @@
 from captum_concepts.activations.layers import (
     SpatialActivations,
     any_reading,
-    first_example,
     full_precision,
     spatial_activations,
 )
 
-__all__ = ["SpatialActivations", "any_reading", "first_example", "full_precision", "spatial_activations"]
+__all__ = ["SpatialActivations", "any_reading", "full_precision", "spatial_activations"]

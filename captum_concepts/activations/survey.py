@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_concepts.activations.capture import Hook, check_images, evaluation_mode, hooked
-from captum_concepts.activations.layers import Layers, find_model, reaches_output, resolve_layer
-from captum_concepts.activations.layout import Layout, infer_layout
+from captum_concepts._checks import take_rows
+from captum_concepts.activations.capture import (
+    Inputs,
+    batch_size,
+    check_images,
+    evaluation_mode,
+    first_tensor,
+    forward_arguments,
+    gradients_enabled,
+    hooked,
+)
+from captum_concepts.activations.layers import Layers, reaches_output, repeat_rows
+from captum_concepts.activations.layout import Layout
 from captum_concepts.errors import InputError, LayerError, LayoutError
 
 
@@ -32,10 +42,14 @@ class SurveyedLayer:
     layout: Layout
 
 
-def survey_layers(forward_func: Callable[..., Any], inputs: Tensor) -> list[SurveyedLayer]:
-    """The layers with a grid, in the order they finish, found by one forward pass of the first example (twice).
+def survey_layers(
+    forward_func: Callable[..., Any], inputs: Inputs, *, additional_forward_args: Any = None
+) -> list[SurveyedLayer]:
+    """The layers with a grid, in the order they finish, determined by one forward pass of the first example (twice).
 
-    Layers that run more than once, or whose output has no grid or more than one reading, are left out.
+    Of a layer that returns a tuple or a mapping, the first floating-point tensor counts, as in
+    :meth:`Layers.capture`. Layers that run more than once, or whose output has no grid or more than one reading, are
+    left out.
 
     Raises:
         InputError: ``forward_func`` is a plain function, whose model is not known.
@@ -44,58 +58,54 @@ def survey_layers(forward_func: Callable[..., Any], inputs: Tensor) -> list[Surv
     >>> [(layer.name, layer.channels, layer.layout.grid) for layer in survey_layers(net, torch.rand(1, 3, 16, 16))]
     [('0', 4, (7, 7))]
     """
-    model = find_model(forward_func)
-    if model is None:
-        raise InputError("forward_func is a plain function; pass a torch.nn.Module or one of its methods")
-    first = check_images(inputs)[0][:1]
-    twice = first.repeat(2, *[1] * (first.ndim - 1))  # one example cannot show which dimension is the batch
-    names = {module: name for name, module in model.named_modules() if name}
-    outputs: list[tuple[nn.Module, Any]] = []
-    record: Hook = lambda module, _args, _kwargs, output: outputs.append((module, output))  # noqa: E731
-    with torch.no_grad(), evaluation_mode(model), hooked(names, record):
-        forward_func(twice)
-    runs = [module for module, _ in outputs]
-    found = []
-    for module, output in outputs:
-        if runs.count(module) > 1 or not isinstance(output, Tensor):
-            continue
-        try:
-            size = (first.shape[-2], first.shape[-1])
-            layout = infer_layout(output, 2, size, module=module, model=model, name=names[module])
-        except LayoutError:
-            continue
-        if min(layout.grid) > 1:
-            channels = layout.maps(output).shape[1]
-            found.append(SurveyedLayer(names[module], type(module).__name__, channels, layout))
-    return found
+    return [layer for layer, _, _ in _survey(forward_func, inputs, additional_forward_args)]
 
 
-def suggest_layer(forward_func: Callable[..., Any], inputs: Tensor) -> str:
+def suggest_layer(
+    forward_func: Callable[..., Any],
+    inputs: Inputs,
+    *,
+    additional_forward_args: Any = None,
+    for_gradients: bool = False,
+) -> str:
     """The last stage or block with a grid whose positions influence the output.
 
-    Stages and blocks are the children of the model and of its sequences, and the sequences themselves; the projections
-    inside an attention, say, are not what one wants to look at.
+    Stages and blocks are the children of the model and of its sequences, and the sequences themselves, but not, for
+    example, the projections inside an attention.
+
+    Args:
+        for_gradients: leave out layers that only linear operations follow, judged by the gradients of two different
+            images (:func:`followed_by_linear`): there the gradient is the same for every image.
 
     Raises:
         LayerError: there is none.
     """
-    for layer in reversed(_stages(forward_func, inputs)):
-        if reaches_output(Layers.resolve(forward_func, layer.name), inputs[:1]):
-            return layer.name
+    first, extra = _first(inputs, additional_forward_args)
+    for stage in reversed(_stages(forward_func, first, extra)):
+        layer = Layers.resolve(forward_func, stage.name)
+        if not reaches_output(layer, first, additional_forward_args=extra):
+            continue
+        if not for_gradients or not followed_by_linear(layer, first, additional_forward_args=extra)[0]:
+            return stage.name
     raise LayerError(
-        "no stage of this model has a grid of positions that influence its output; choose a layer yourself"
+        "no stage of this model has a grid of positions that influence its output"
+        + (" other than linearly" if for_gradients else "")
+        + "; choose a layer yourself"
     )
 
 
-def suggest_stages(forward_func: Callable[..., Any], inputs: Tensor, most: int = 4) -> list[str]:
+def suggest_stages(
+    forward_func: Callable[..., Any], inputs: Inputs, most: int = 4, *, additional_forward_args: Any = None
+) -> list[str]:
     """The last stage of each of the ``most`` coarsest grids, from fine to coarse; where there are fewer grids, filled
     up with blocks of the coarsest.
 
     Raises:
         LayerError: there is none.
     """
-    last = suggest_layer(forward_func, inputs)
-    stages = _stages(forward_func, inputs)
+    first, extra = _first(inputs, additional_forward_args)
+    last = suggest_layer(forward_func, first, additional_forward_args=extra)
+    stages = _stages(forward_func, first, extra)
     names = [layer.name for layer in stages]
     stages = stages[: names.index(last) + 1]
     grid = stages[-1].layout.grid
@@ -106,10 +116,10 @@ def suggest_stages(forward_func: Callable[..., Any], inputs: Tensor, most: int =
             ends[layer.layout.grid] = layer.name
     ends[grid] = last
     chosen = list(ends.values())[-most:] if len(ends) > 2 else [last]
+    modules = dict(zip(names, Layers.resolve(forward_func, names).modules, strict=True))
     families: dict[str, list[str]] = {}
     for layer in stages:
-        inner = any(resolve_layer(forward_func, layer.name).children())
-        if layer.layout.grid == grid and inner and layer.name != last:
+        if layer.layout.grid == grid and any(modules[layer.name].children()) and layer.name != last:
             families.setdefault(layer.name.rpartition(".")[0], []).append(layer.name)
     spare = max(families.values(), key=len, default=[])
     missing = min(most - len(chosen), len(spare))
@@ -117,13 +127,104 @@ def suggest_stages(forward_func: Callable[..., Any], inputs: Tensor, most: int =
     return sorted(chosen, key=names.index)
 
 
-def _stages(forward_func: Callable[..., Any], inputs: Tensor) -> list[SurveyedLayer]:
-    model = find_model(forward_func)
+def followed_by_linear(layers: Layers, inputs: Inputs, *, additional_forward_args: Any = None) -> tuple[bool, ...]:
+    """For each layer whether the gradient of the output there is the same for every image.
+
+    So it is where only linear operations follow (global average pooling and the classifier, for example): a map of
+    gradients then says nothing about the image. It is judged by the gradients of two different images: the first
+    example, and its mirror image with noise. A final softmax or sigmoid does not count.
+
+    Raises:
+        LayerError: a layer did not run, or has no gradient.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> followed_by_linear(Layers.resolve(net, ["0", "1"]), torch.rand(1, 3, 8, 8))
+    (False, True)
+    """
+    first, extra = _first(inputs, additional_forward_args)
+    noise = torch.Generator().manual_seed(0)
+
+    def pair(part: Tensor) -> Tensor:
+        if part.ndim != 4 or not part.is_floating_point():
+            return part.repeat_interleave(2, 0)
+        scale = part.detach().float().std().nan_to_num() + 0.1
+        moved = part.detach().flip(2, 3) + scale.to(part) * torch.randn(part.shape, generator=noise).to(part)
+        return torch.cat([part.detach(), moved])
+
+    parts = tuple(map(pair, check_images(first)))
+    extra = repeat_rows(extra, 2, 1)
+    with gradients_enabled():
+        result = layers.run(parts, additional_forward_args=extra, gradient=True, logits=True)
+        output = result.output
+        values = output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
+        reading = torch.arange(1, values.shape[1] + 1, device=values.device).sqrt().cos()  # the same of both images
+        gradients = result.gradients((values.float() * reading).sum(1))
+    same = []
+    for gradient in gradients:
+        one, other = gradient.detach().float()
+        tolerance = 1e-4 if gradient.element_size() >= 4 else 3e-2
+        largest = float(gradient.abs().max())
+        same.append(largest > 0 and float((one - other).abs().max()) <= tolerance * largest)
+    return tuple(same)
+
+
+def _first(inputs: Inputs, extra: Any) -> tuple[Inputs, Any]:
+    batch = batch_size(inputs) if isinstance(inputs, (Tensor, tuple)) and len(inputs) else 1
+    return take_rows(inputs, slice(1), batch), take_rows(extra, slice(1), batch)
+
+
+def _survey(
+    forward_func: Callable[..., Any], inputs: Inputs, extra: Any
+) -> Iterator[tuple[SurveyedLayer, nn.Module, bool]]:
+    """Each layer with its module and whether it returns a mapping."""
+    layers = Layers.resolve(forward_func, [])
+    if layers.named is None:
+        raise InputError("forward_func is a plain function; pass a torch.nn.Module or one of its methods")
+    first, extra = _first(inputs, extra)
+    images = check_images(first)
+    # Twice, because one example cannot show which dimension is the batch.
+    twice = repeat_rows(images, 2, 1)
+    names = {
+        module: name
+        for name, module in reversed(list(layers.named.items()))
+        if name and not isinstance(module, torch.jit.ScriptModule)
+    }
+    outputs: list[tuple[nn.Module, Any]] = []
+
+    def record(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        outputs.append((module, output))
+
+    with torch.no_grad(), evaluation_mode(layers.named.values()), hooked(names, record):
+        forward_func(*twice, *repeat_rows(forward_arguments(extra), 2, 1))
+    runs = [module for module, _ in outputs]
+    read = []
+    for module, output in outputs:
+        if runs.count(module) > 1:
+            continue
+        try:
+            tensor, _ = first_tensor(output, names[module])
+            layout = layers.layout_of(tensor, 2, images, module, names[module])
+        except LayerError:
+            continue
+        if min(layout.grid) > 1:
+            surveyed = SurveyedLayer(names[module], type(module).__name__, layout.maps(tensor).shape[1], layout)
+            read.append((surveyed, module, isinstance(output, Mapping)))
+    for surveyed, module, mapping in read:
+        try:
+            layers.other(module).check_order(first, [surveyed.layout], additional_forward_args=extra)
+        except LayoutError:
+            continue
+        yield surveyed, module, mapping
+
+
+def _stages(forward_func: Callable[..., Any], inputs: Inputs, extra: Any) -> list[SurveyedLayer]:
+    model = Layers.resolve(forward_func, []).model
     parents = {child: parent for parent in model.modules() for child in parent.children()} if model is not None else {}
     sequences = (nn.Sequential, nn.ModuleList)
-    found = []
-    for layer in survey_layers(forward_func, inputs):
-        module = resolve_layer(forward_func, layer.name)
-        if parents[module] is model or isinstance(parents[module], sequences) or isinstance(module, sequences):
-            found.append(layer)
-    return found
+    stages = []
+    for layer, module, mapping in _survey(forward_func, inputs, extra):
+        in_sequence = isinstance(parents[module], sequences)
+        # A mapping (transformers' ModelOutput) comes from a whole network inside a network, unless that is a block.
+        if in_sequence or (not mapping and (parents[module] is model or isinstance(module, sequences))):
+            stages.append(layer)
+    return stages

@@ -2,71 +2,370 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.overrides import TorchFunctionMode
 
+from captum_concepts._artifacts import (
+    Array,
+    integer as whole_number,
+    list_of,
+    nothing_or,
+    open_artifact,
+    save_artifact,
+    table,
+    text,
+)
 from captum_concepts._captum import LayerAttribution, log_usage, target_indices
+from captum_concepts._checks import integer, one_of, unique_names
+from captum_concepts._memory import Halving
 from captum_concepts.activations import (
+    LAYOUTS,
+    Inputs,
+    Layer,
+    Layers,
     SpatialActivations,
+    check_images,
     evaluation_mode,
     find_model,
+    forward_arguments,
+    full_precision,
     gradients_enabled,
-    layer_name,
-    spatial_activations,
 )
-from captum_concepts.activations.capture import Inputs, Layer
-from captum_concepts.activations.spatial import full_precision
-from captum_concepts.attr._prototypes import class_means
-from captum_concepts.attr._similarity import (
-    SIMILARITIES,
-    Similarity,
-    check_embedding,
-    check_references,
-    hold_norm,
-    mean_pool_scale,
-    normalized,
-    similarity_gradient,
-    similarity_scores,
-)
-from captum_concepts.errors import InputError
-from captum_concepts.explanation import ConceptExplanation
+from captum_concepts.attr.batches import as_inputs, count, each_batch, image_names, opened, placed
+from captum_concepts.attr.origin import check_origin, origin
+from captum_concepts.errors import InputError, InputWarning, NotFittedError, listing
+from captum_concepts.explanation import ConceptExplanation, Selection
+from captum_concepts.images import ImageSource, batches
+from captum_concepts.solvers import Calibration, fit_calibration, truth_table
 
 NORMALIZE = ("minmax", "l1", "none")
 WEIGHTS = ("contribution", "gradient")
+_SETTINGS = ("similarity", "normalize", "weights", "layout", "prefix_tokens", "batch_size")
+_FORMAT = "captum_concepts.FeatureActivationMap/1"
+_INFO = table({
+    "names": nothing_or(list_of(text())),
+    "layer": text(),
+    "model": text(),
+    "settings": table({
+        "similarity": text(),
+        "normalize": text(*NORMALIZE),
+        "weights": text(*WEIGHTS),
+        "layout": text(*LAYOUTS),
+        "prefix_tokens": nothing_or(whole_number()),
+        "batch_size": whole_number(1),
+    }),
+})  # fmt: skip
+_ARRAYS = {
+    "references": Array("float", ("K", None)),
+    "slopes": Array("float", ("K",), optional=True),
+    "intercepts": Array("float", ("K",), optional=True),
+}
+
+# ------------------------------------------------------------------------------------------------------- similarities
+
+
+@dataclass(frozen=True)
+class SimilarityRule:
+    r"""What FAM needs to know about a similarity s of embeddings f to references r.
+
+    Args:
+        scores: embeddings ``(N, D)`` and the bank ``(K, D)`` to ``(N, K)``.
+        slope: embeddings and one reference each, ``(N, D)``, to :math:`\partial s / \partial f`, with norms constant.
+        unit: of the scores, for people.
+        shares: ``(N, D)`` what each dimension adds to s; None: :math:`f \, \partial s / \partial f`.
+        free_of_length: s depends only on the direction of f.
+    """
+
+    scores: Callable[[Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor]
+    unit: str
+    shares: Callable[[Tensor, Tensor], Tensor] | None = None
+    free_of_length: bool = False
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / _length(rows)
+
+
+def _length(rows: Tensor) -> Tensor:
+    return rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+#: All similarities by name: another one is another entry.
+SIMILARITIES: Mapping[str, SimilarityRule] = {
+    "cosine": SimilarityRule(
+        scores=lambda f, bank: _unit(f) @ _unit(bank).T,
+        slope=lambda f, r: _unit(r) / _length(f),
+        unit="cosine",
+        free_of_length=True,
+    ),
+    "dot": SimilarityRule(scores=lambda f, bank: f @ bank.T, slope=lambda _, r: r, unit="dot product"),
+    "euclidean": SimilarityRule(
+        # The expanded form |f|^2 - 2 f.r + |r|^2 cancels badly for near pairs, whose maps matter most.
+        scores=lambda f, bank: -torch.stack([(f - row).square().sum(1) for row in bank], 1),
+        slope=lambda f, r: -2 * (f - r),
+        unit="negative squared distance",
+        shares=lambda f, r: -(f - r).square(),
+    ),
+}
+Similarity = str | Callable[[Tensor, Tensor], Tensor]
+
+
+def _rule_of(function: Callable[[Tensor, Tensor], Tensor]) -> SimilarityRule:
+    """A user's own function of two ``(N, D)`` tensors, differentiated by autograd."""
+
+    def values(f: Tensor, r: Tensor) -> Tensor:
+        found = function(f, r)
+        if not isinstance(found, Tensor) or found.shape != f.shape[:1]:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(
+                f"the similarity function must turn two ({len(f)}, {f.shape[1]}) tensors into one value per pair, "
+                f"({len(f)},), but gave {shape}"
+            )
+        return found
+
+    def slope(f: Tensor, r: Tensor) -> Tensor:
+        point = f.detach().requires_grad_()
+        found = values(point, r)
+        if not found.requires_grad:
+            raise InputError("the similarity function must be differentiable in its first argument; it is constant")
+        return torch.autograd.grad(found.sum(), point)[0]
+
+    def scores(f: Tensor, bank: Tensor) -> Tensor:
+        return torch.stack([values(f, row.expand_as(f)) for row in bank], 1)
+
+    return SimilarityRule(scores, slope, getattr(function, "__name__", type(function).__name__))
+
+
+# -------------------------------------------------------------------------------------- one forward pass, and its norm
+
+
+class _Rows(TorchFunctionMode):
+    """Copies every tensor with one row per example that the model computes from the layer, in order."""
+
+    def __init__(self, examples: int) -> None:
+        super().__init__()
+        self.examples = examples
+        self.found: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
+                sizes = [size for size in value.shape if size != 1]
+                if len(sizes) == (1 if self.examples == 1 else 2) and (self.examples == 1 or self.examples in sizes):
+                    self.found.append(value.clone())  # a later operation may overwrite it
+        return result
+
+    def like(self, embedding: Tensor) -> list[Tensor]:
+        """Those of the embedding's size, as ``(N, D)``."""
+        rows = []
+        for value in self.found:
+            flat = value.squeeze() if self.examples > 1 else value.reshape(1, -1)
+            flat = flat.unsqueeze(-1) if flat.ndim == 1 else flat
+            rows += [one for one in (flat, flat.T) if one.shape == embedding.shape]
+        return rows
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass.
+
+    Args:
+        maps: ``(N, C, h, w)`` of the layer; ``embedding`` ``(N, D)``; both in full precision, detached.
+        seen: what the embedding is differentiated with respect to.
+        point: ``(N, D)``, differentiable; ``point * factor`` is the embedding, where ``factor`` ``(N, 1)`` is constant.
+        pooled: ``(N, 1)``: the embedding is this times the mean of the maps; None where it is not.
+        channelwise: ``(N,)`` bool: dimension k of the embedding depends on channel k alone.
+    """
+
+    maps: Tensor
+    embedding: Tensor
+    seen: SpatialActivations
+    point: Tensor
+    factor: Tensor
+    pooled: Tensor | None
+    channelwise: Tensor
+
+    def gradient(self, slope: Tensor) -> Tensor:
+        """``(N, C, h, w)``: the derivative of ``(embedding * slope).sum()``."""
+        seed = (slope * self.factor).to(self.point)
+        return full_precision(self.seen.gradients(self.point * seed, retain_graph=True)[0])
+
+
+def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: SimilarityRule, exact: bool) -> _Pass:
+    """Run the model, and choose what its embedding is differentiated at.
+
+    The cosine is a function of the direction of the embedding. So it is differentiated at the first tensor that has
+    this direction, however the model divides by the norm afterwards. Other similarities depend on the length, so
+    only a norm that the model makes constant is held.
+
+    Args:
+        exact: differentiate at the output itself (a user's own similarity).
+    """
+    examples = check_images(inputs)[0].shape[0]
+    with _Rows(examples) as rows:
+        seen = layers.run(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
+    output = embedding_of(seen.output)
+    maps, embedding = full_precision(seen.maps[0].detach()), full_precision(output.detach())
+    tolerance = 1e-2 if output.element_size() < 4 else 1e-5 if output.element_size() < 8 else 1e-9
+    one = torch.ones_like(embedding[:, :1])
+    at_output = _Pass(maps, embedding, seen, output, one, None, one[:, 0] < 0)
+    if exact:
+        return at_output
+    pooled = _mean_pool_factor(maps, embedding, tolerance, any_length=rule.free_of_length)
+    if pooled is not None:
+        return replace(at_output, pooled=pooled, channelwise=one[:, 0] > 0)
+    found = next((row for row in rows.like(embedding) if _parallel(row, embedding, tolerance)), output)
+    factor = _factor(embedding, full_precision(found.detach()))
+    held = replace(at_output, point=found, factor=factor)
+    rescaled = bool((factor - 1).abs().amax() > tolerance)
+    if rescaled and not rule.free_of_length:
+        constant = _length_is_constant(at_output, held)[:, None]
+        held = replace(at_output, point=torch.where(constant, (found * factor).to(output), output))
+    if not rescaled and rule.free_of_length and _hides_its_norm(at_output):
+        warnings.warn(
+            "the embedding is normalized inside a part of the model whose operations cannot be observed (traced or "
+            "custom code), so its contributions sum to 0 instead of the cosine. Let forward_func return the "
+            "embedding before its normalization",
+            InputWarning,
+            stacklevel=3,
+        )
+    if rule.shares is not None and maps.shape[1] == embedding.shape[1]:
+        held = replace(held, channelwise=_channelwise(held, tolerance))
+    return held
+
+
+def _factor(one: Tensor, other: Tensor) -> Tensor:
+    """``(N, 1)``: the multiple of ``other`` that is closest to ``one``."""
+    tiny = torch.finfo(other.dtype).tiny
+    return (one * other).sum(1, keepdim=True) / other.square().sum(1, keepdim=True).clamp_min(tiny)
+
+
+def _parallel(row: Tensor, embedding: Tensor, tolerance: float) -> bool:
+    values = full_precision(row.detach())
+    off = (embedding - _factor(embedding, values) * values).norm(dim=1)
+    return bool((off <= tolerance * embedding.norm(dim=1)).all())
+
+
+def _mean_pool_factor(maps: Tensor, embedding: Tensor, tolerance: float, *, any_length: bool) -> Tensor | None:
+    """``(N, 1)``: a with f = a z for the mean z of the maps; a is 1 or 1/|z| unless it may be ``any_length``."""
+    if maps.shape[1] != embedding.shape[1]:
+        return None
+    z = maps.mean((2, 3))
+    if not _parallel(z, embedding, tolerance):
+        return None
+    factor = _factor(embedding, z)
+    one, inverse = torch.ones_like(factor), 1 / _length(z)
+    known = torch.isclose(factor, one, rtol=10 * tolerance) | torch.isclose(factor, inverse, rtol=10 * tolerance)
+    return factor if any_length or bool(known.all()) else None
+
+
+def _length_is_constant(at_output: _Pass, held: _Pass) -> Tensor:
+    """``(N,)`` bool: whatever the layer computes, the embedding has this length."""
+    return _influence(at_output, at_output.embedding) <= 1e-3 * _influence(held, held.embedding)
+
+
+def _hides_its_norm(run: _Pass) -> bool:
+    """Whether embeddings have length 1 and the layer moves them, but never their length."""
+    if bool(((run.embedding.norm(dim=1) - 1).abs() > 1e-2).any()):
+        return False
+    signs = torch.ones_like(run.embedding)
+    signs[:, ::2] = -1
+    length, direction = _influence(run, run.embedding), _influence(run, signs * run.embedding)
+    return bool(((length <= 1e-3 * direction) & (direction > 0)).any())
+
+
+def _influence(run: _Pass, slope: Tensor) -> Tensor:
+    """``(N,)``: how much the layer's activations move ``(embedding * slope).sum()``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # a gradient of zero is an answer here
+        return (run.gradient(slope) * run.maps).abs().sum((1, 2, 3))
+
+
+def _channelwise(run: _Pass, tolerance: float) -> Tensor:
+    """``(N,)`` bool: dimension k of the embedding depends on channel k alone (mean, maximum, GeM pooling).
+
+    Then, and with probability 1 only then, random weights w of the dimensions multiply the gradient at channel k by
+    :math:`w_k`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = (torch.rand(run.embedding.shape[1], generator=generator, dtype=torch.float64) + 0.5).to(run.embedding)
+    plain = run.gradient(torch.ones_like(run.embedding))
+    weighted = run.gradient(weights.expand_as(run.embedding))
+    off = (weighted - plain * weights[:, None, None]).abs().amax((1, 2, 3))
+    return off <= 10 * tolerance * plain.abs().amax((1, 2, 3))
+
+
+def embedding_of(output: Any) -> Tensor:
+    """A model's output as ``(N, D)`` embeddings; trailing dimensions of size 1 are dropped.
+
+    Raises:
+        InputError: it is not such a tensor.
+    """
+    if isinstance(output, Tensor) and output.ndim > 2 and all(size == 1 for size in output.shape[2:]):
+        output = output.flatten(1)
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        what = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(
+            f"forward_func must return one embedding per image, (N, D), but returns {what}; pass the part of the "
+            "model that does (model.encode_image for CLIP, or a function that selects the embedding)"
+        )
+    return output
+
+
+def normalized(contribution: Tensor, how: str) -> Tensor:
+    """Each example's contributions, normalized; equal contributions get weight 1 by min-max."""
+    if how == "none":
+        return contribution
+    if how == "l1":
+        return contribution / contribution.abs().sum(1, keepdim=True).clamp_min(torch.finfo(contribution.dtype).tiny)
+    low, high = contribution.amin(1, keepdim=True), contribution.amax(1, keepdim=True)
+    return torch.where(high > low, (contribution - low) / (high - low), torch.ones_like(contribution))
+
+
+# ----------------------------------------------------------------------------------------------------------- the method
 
 
 class FeatureActivationMap(LayerAttribution):
     r"""Where in the image the similarity to a reference embedding comes from (FAM).
 
-    For few-shot, contrastive, retrieval and image-text models, which have no classifier head. With the layer's
+    For few-shot, contrastive, retrieval and vision-language models, which have no classifier head. With the layer's
     maps :math:`A_k`, the embedding :math:`f = T(A)` and a reference :math:`r`, the contribution of channel k to
     the similarity :math:`s(f, r)` is
 
     .. math:: c_k = \sum_{ij} A_{kij} \, \frac{\partial s(f, r)}{\partial A_{kij}}
 
-    with the norms of the cosine held constant. Where T pools by mean, max or GeM (everything homogeneous) this is
-    :math:`z_k \, \partial s / \partial z_k` of the pooled z, and :math:`z_k r_k / (|f| |r|)` where f is z itself: then
-    no backward pass is made. The map is :math:`M = \sum_k w_k A_k`.
+    with the norms of the cosine constant, wherever and however the model divides by them. If T pools by mean, maximum
+    or GeM, this is :math:`z_k \, \partial s / \partial z_k` of the pooled z, and
+    :math:`z_k r_k / (|f| |r|)` if f is the mean z itself, which takes no backward pass. For euclidean, if dimension
+    k of f reads channel k alone, it is :math:`c_k = -(f_k - r_k)^2`. The map is :math:`M = \sum_k w_k A_k`.
 
     Args:
         forward_func: maps images to embeddings ``(N, D)``: a model, one of its methods, or any callable.
         layer: the layer to read maps from, as a module or a dotted name; usually the last with a grid.
-        references: ``(K, D)`` bank: class prototypes, gallery items, text embeddings.
-        reference_names: K unique names; ``target`` may then be a name.
-        similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (:math:`-|f - r|^2`) or a differentiable callable that
-            turns two ``(N, D)`` tensors into ``(N,)``. For euclidean and f = z, :math:`c_k = -(f_k - r_k)^2`.
+        references: ``(K, D)`` bank: class prototypes (see :meth:`fit`), gallery items, text embeddings.
+        reference_names: K unique names; ``target`` may then be a name. Without names they are "0", "1", ...
+        similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (:math:`-|f - r|^2`) or a differentiable function of
+            two ``(N, D)`` tensors that returns ``(N,)``. A norm that the model itself divides by is held constant
+            for the first three.
         normalize: of the contributions of each example, ``"minmax"`` to [0, 1] (the paper's), ``"l1"``
-            (divided by the sum of absolute values, sign kept) or ``"none"``. With ``"minmax"`` maps of several
-            references do not compare: draw each on its own scale.
-        weights: ``"contribution"`` (the paper's: w is the normalised c), or ``"gradient"``: w is
-            :math:`\partial s / \partial z_k` alone, never normalised. For mean pooling, a linear T without
+            (divided by the sum of absolute values, signed) or ``"none"``. With ``"minmax"`` the maps of different
+            references do not compare.
+        weights: ``"contribution"`` (the paper's: w is the normalized c), or ``"gradient"``: w is
+            :math:`\partial s / \partial z_k` alone, never normalized. For mean pooling, a linear T without
             bias, and cosine or dot, the mean of the map over its positions then equals the similarity.
         layout: ``"auto"``, ``"NCHW"``, ``"NHWC"``, ``"NLC"`` or ``"LNC"``.
-        prefix_tokens: tokens in front of the grid; None infers it.
+        prefix_tokens: tokens before the grid; None infers it.
+        batch_size: the most images per forward pass. Results do not depend on it beyond rounding.
 
     Raises:
         InputError: an option that does not exist, or names that do not fit the references.
@@ -77,10 +376,12 @@ class FeatureActivationMap(LayerAttribution):
 
     Example:
         >>> from captum_concepts import FeatureActivationMap
+        >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
         >>> images = torch.rand(4, 3, 16, 16)
-        >>> prototypes = FeatureActivationMap.prototypes(net, images, labels=["cat", "cat", "dog", "dog"])
-        >>> fam = FeatureActivationMap(net, "0", prototypes, reference_names=["cat", "dog"])
+        >>> fam = FeatureActivationMap(net, "0").fit(images, labels=["cat", "cat", "dog", "dog"])
+        >>> fam
+        FeatureActivationMap of Sequential, layer '0', cosine to 2 references: 'cat', 'dog'; not calibrated
         >>> fam.attribute(images, target="dog").shape
         torch.Size([4, 1, 14, 14])
     """
@@ -97,18 +398,15 @@ class FeatureActivationMap(LayerAttribution):
         weights: str = "contribution",
         layout: str = "auto",
         prefix_tokens: int | None = None,
+        batch_size: int = 32,
     ) -> None:
         super().__init__(forward_func, layer)
-        _one_of("normalize", normalize, NORMALIZE)
-        _one_of("weights", weights, WEIGHTS)
+        one_of("normalize", normalize, NORMALIZE)
+        one_of("weights", weights, WEIGHTS)
         if not callable(similarity):
-            _one_of("similarity", similarity, SIMILARITIES, "or a callable")
+            one_of("similarity", similarity, tuple(SIMILARITIES), "or a function")
         if reference_names is not None:
-            names = list(reference_names)
-            if references is not None and len(names) != len(references):
-                raise InputError(f"{len(names)} reference_names for {len(references)} references; give one each")
-            if len(set(names)) != len(names):
-                raise InputError(f"reference_names must be unique, got {names}")
+            unique_names(reference_names, "reference", None if references is None else len(references))
         self.references = references
         self.reference_names = reference_names
         self.similarity = similarity
@@ -116,11 +414,28 @@ class FeatureActivationMap(LayerAttribution):
         self.weights = weights
         self.layout = layout
         self.prefix_tokens = prefix_tokens
+        self.batch_size = integer("batch_size", batch_size)
+        self.calibration: Calibration | None = None
+
+    def __repr__(self) -> str:
+        model = find_model(self.forward_func)
+        name = type(model).__name__ if model is not None else getattr(self.forward_func, "__name__", "a function")
+        count = "no references" if self.references is None else f"{len(self.references)} references"
+        names = "" if self.reference_names is None else f": {listing(self.concepts)}"
+        layer = self._layers().names[0]
+        trust = "not calibrated" if self.calibration is None else "calibrated"
+        return f"FeatureActivationMap of {name}, layer {layer!r}, {self._rule().unit} to {count}{names}; {trust}"
+
+    @property
+    def concepts(self) -> list[str]:
+        """The names of the references."""
+        count = 0 if self.references is None else len(self.references)
+        return [str(k) for k in range(count)] if self.reference_names is None else list(self.reference_names)
 
     @log_usage()
     def attribute(
         self,
-        inputs: Inputs,
+        inputs: Any,
         target: Any = None,
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
@@ -129,133 +444,308 @@ class FeatureActivationMap(LayerAttribution):
 
         Args:
             inputs: images ``(N, 3, H, W)`` as ``forward_func`` takes them, or a tuple of tensors.
-            target: the reference to explain: an index or name, or one for each example (1-d tensor or list).
+            target: the reference to explain: an index or name, or one per example (1-d tensor or list).
                 None explains each example's most similar reference; ``torch.arange(N)`` explains pairs.
             additional_forward_args: passed to ``forward_func`` after the inputs.
             attribute_to_layer_input: read the layer's input instead of its output.
 
         Returns:
-            ``(N, 1, h, w)`` in the layer's grid, fp32 (or fp64); enlarge it with ``LayerAttribution.interpolate``.
+            ``(N, 1, h, w)`` in the layer's grid, fp32 (or fp64); resize it with ``LayerAttribution.interpolate``.
 
         Raises:
             TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
             LayerError: unknown, not reached or repeated layer, one without a grid, or one whose positions do not
                 influence the embedding.
         """
-        with gradients_enabled():
-            seen, embedding, bank = self._run(inputs, additional_forward_args, attribute_to_layer_input)
-            index = self._index(target, embedding, bank)
-            return self._map(seen, embedding, bank[index])
+        layers, rule, exact = self._layers(), self._rule(), callable(self.similarity)
+        inputs = as_inputs(inputs, layers.model)
+        index = self._index(target, count(inputs))
 
-    def scores(self, inputs: Inputs, additional_forward_args: Any = None) -> Tensor:
+        def maps(part: Inputs, extra: Any, goal: Tensor | None) -> Tensor:
+            with gradients_enabled():
+                run = _forward(layers, part, extra, attribute_to_layer_input, rule, exact)
+                bank = self._bank(run.embedding)
+                best = rule.scores(run.embedding, bank).argmax(1) if goal is None else goal.to(bank.device)
+                return self._map(run, bank[best])[:, None]
+
+        return torch.cat(self._each(maps, inputs, additional_forward_args, index)).contiguous()
+
+    def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)`` similarities to the references: cosine in [-1, 1], euclidean in (-inf, 0]."""
-        with torch.no_grad(), evaluation_mode(find_model(self.forward_func)):
-            parts = inputs if isinstance(inputs, tuple) else (inputs,)
-            extra = additional_forward_args
-            extra = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
-            embedding = full_precision(check_embedding(self.forward_func(*parts, *extra)))
-            bank = check_references(self.references, embedding, self.similarity)
-            return similarity_scores(embedding, bank, self.similarity)
+        rule = self._rule()
 
-    def explain(
-        self,
-        inputs: Inputs,
-        target: Any = None,
-        top_k: int | None = None,
-        additional_forward_args: Any = None,
-    ) -> ConceptExplanation:
-        """Similarities and maps for the references, as concepts.
+        def score(part: Inputs, extra: Any, _target: None) -> Tensor:
+            embedding = self._embed(part, extra)
+            return rule.scores(embedding, self._bank(embedding)).detach()
+
+        return torch.cat(self._each(score, inputs, additional_forward_args, None))
+
+    def concept_maps(self, inputs: Any, concepts: Any = None, additional_forward_args: Any = None) -> Tensor:
+        """``(N, T, h, w)``: the map of each reference.
 
         Args:
             inputs: images.
-            target: recorded as the explained reference; None records each example's most similar one.
-            top_k: keep only the references that rank highest (by their best score over the examples).
-
-        Returns:
-            Scores ``(N, T)`` and maps ``(N, T, h, w)``; a reference without a name is called by its index.
+            concepts: names or indices of references; None takes all.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
         """
-        with gradients_enabled():
-            seen, embedding, bank = self._run(inputs, additional_forward_args, False)
-            scores = similarity_scores(embedding, bank, self.similarity).detach()
-            index = self._index(target, embedding, bank)
-            columns = range(len(bank)) if top_k is None else scores.amax(0).argsort(descending=True)[:top_k].tolist()
-            maps = [self._map(seen, embedding, bank[k].expand_as(embedding)) for k in columns]
-        names = [str(k) for k in range(len(bank))] if self.reference_names is None else list(self.reference_names)
-        return ConceptExplanation(
-            [names[k] for k in columns],
-            scores[:, list(columns)],
-            torch.cat(maps, 1),
-            target=index,
-            layer=layer_name(self.forward_func, self.layer),
-            method=self.get_name(),
-        )
+        return self._explain(inputs, self.concepts if concepts is None else concepts, None, additional_forward_args)[2]
 
-    @staticmethod
-    def prototypes(
-        forward_func: Callable[..., Any],
-        data: Tensor | Dataset[Any] | DataLoader[Any],
-        labels: Tensor | Sequence[Any] | None = None,
+    def explain(
+        self,
+        inputs: Any,
+        target: Any = None,
         *,
-        batch_size: int = 32,
-    ) -> Tensor:
-        """Class prototypes: the mean embedding of each class (Snell et al., 2017).
+        concepts: Any = None,
+        top_k: int | None = 5,
+        rank_by: str = "scores",
+        contributions: bool = True,  # noqa: ARG002
+        additional_forward_args: Any = None,
+    ) -> ConceptExplanation:
+        """Similarities and maps: the references most similar to each image.
 
         Args:
-            forward_func: maps images to embeddings.
-            data: images ``(n, 3, H, W)``, a dataset or a loader that gives ``(image, label)``.
-            labels: one for each image of a tensor or dataset: integers or strings.
-            batch_size: images a forward pass; a DataLoader brings its own.
+            inputs: images as tensors, or whatever :func:`captum_concepts.images.inputs_for` reads: a folder, paths, PIL
+                images, a data set, a loader.
+            target: recorded as the explained reference; None records each image's most similar reference.
+            concepts: names or indices of references to explain instead of the most similar.
+            top_k: references per image, each image's own; None takes all. Only their maps are computed.
+            rank_by: ``"scores"``; a similarity has no contributions to a class.
+            contributions: there are none; here because all methods have it.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
 
         Returns:
-            ``(K, D)``, classes in sorted order of their labels.
+            Scores ``(N, T)`` and maps ``(N, T, h, w)`` of the T references that any of the images selected.
+        """
+        if rank_by != "scores":
+            one_of("rank_by", rank_by, ("scores",))
+        inputs = as_inputs(inputs, find_model(self.forward_func))
+        chosen, scores, maps, best = self._explain(inputs, concepts, top_k, additional_forward_args)
+        index = self._index(target, len(scores))
+        return ConceptExplanation(
+            [self.concepts[k] for k in chosen.columns],
+            scores[:, chosen.columns],
+            chosen.spread(maps),
+            target=best if index is None else index.to(best.device),
+            presence=None if self.calibration is None else self.calibration(scores)[:, chosen.columns],
+            selected=chosen.selected.to(scores.device),
+            class_names=self.concepts,
+            image_names=image_names(inputs),
+            layer=self._layers().names[0],
+            method=self.get_name(),
+            score_unit=self._rule().unit,
+            rank_by=chosen.rank_by,
+        )
+
+    def fit(
+        self,
+        images: Any,
+        labels: Any = None,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        image_size: int | None = None,
+        show_progress: bool = False,
+    ) -> FeatureActivationMap:
+        """Take class prototypes as references: the mean embedding of each class (Snell et al., 2017).
+
+        Args:
+            images: whatever :func:`captum_concepts.images.open_images` reads: a tensor ``(n, 3, H, W)``, a list, a
+                folder with one folder per class, a data set or a loader of ``(image, label)``. Float tensors are
+                passed to the model as they are.
+            labels: one per image, integers or names; None takes those of the data set or the folders.
+            transform: PIL image to tensor, for files and PIL images; None reads them at the model's own size and
+                normalizes them, if the library that the model comes from says how, else in [0, 1].
+            image_size: of files without ``transform``; None takes the model's own, else 224.
+            show_progress: show a progress bar.
+
+        Returns:
+            The same object, with ``references`` ``(K, D)`` and ``reference_names`` in sorted order of the labels.
 
         Raises:
-            InputError: labels are missing, or not one for each image.
+            InputError: labels are missing, or not one per image.
         """
-        return class_means(forward_func, data, labels, batch_size)
+        model = find_model(self.forward_func)
+        source = opened(images, model, labels=labels, transform=transform, image_size=image_size)
+        sums: dict[Any, Tensor] = {}
+        counts: dict[Any, int] = {}
+        for label, row in self._labeled_embeddings(source, show_progress):
+            sums[label] = sums[label] + row if label in sums else row.clone()
+            counts[label] = counts.get(label, 0) + 1
+        ordered = sorted(sums)
+        names = source.class_names
+        self.references = torch.stack([sums[label] / counts[label] for label in ordered])
+        self.reference_names = [
+            str(label) if names is None or isinstance(label, str) else names[label] for label in ordered
+        ]
+        self.calibration = None
+        return self
 
-    def _run(self, inputs: Inputs, extra: Any, of_input: bool) -> tuple[SpatialActivations, Tensor, Tensor]:
-        seen = spatial_activations(
-            self.forward_func,
-            inputs,
-            [self.layer],
-            additional_forward_args=extra,
-            gradient=True,
-            attribute_to_layer_input=of_input,
-            layout=self.layout,
-            prefix_tokens=self.prefix_tokens,
+    def calibrate(
+        self,
+        images: Any,
+        labels: Any,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        image_size: int | None = None,
+    ) -> FeatureActivationMap:
+        """Learn from labeled images how similar an image that shows a reference's class is; explanations then have
+        ``presence``, the probability that it does. Use other images than those of :meth:`fit`.
+
+        Args:
+            images: whatever :func:`captum_concepts.images.open_images` reads.
+            labels: per image a reference (name or index), a list of them, or None for no reference; or a bool table
+                ``(n, K)``.
+            transform, image_size: as in :meth:`fit`.
+
+        Returns:
+            The same object. The calibration is saved with it.
+        """
+        model = find_model(self.forward_func)
+        source = opened(images, model, transform=transform, image_size=image_size)
+        scores = self.scores(source)
+        self.calibration = fit_calibration(scores, truth_table(labels, self.concepts, len(scores)))
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write references, names, options, calibration and the model's fingerprint as one file, atomically.
+
+        Raises:
+            NotFittedError: there are no references.
+            InputError: the similarity is a function, which is code and not data.
+        """
+        if self.references is None:
+            raise NotFittedError("there are no references to save; pass references=(K, D), or call fit(images, labels)")
+        if not isinstance(self.similarity, str):
+            raise InputError("a similarity function cannot be saved; save the references and construct the map in code")
+        tensors = {"references": self.references}
+        if self.calibration is not None:
+            tensors |= {"slopes": self.calibration.slopes, "intercepts": self.calibration.intercepts}
+        info = {
+            "names": None if self.reference_names is None else list(self.reference_names),
+            **origin(self._layers()),
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
+        }
+        return save_artifact(path, _FORMAT, info, tensors)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], forward_func: Callable[..., Any], layers: Layer | None = None
+    ) -> FeatureActivationMap:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            forward_func: the model that the references come from.
+            layers: the layer; None takes the name in the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: the file is damaged, or was saved for another model.
+        """
+        opened = open_artifact(path, _FORMAT, "a saved FeatureActivationMap", info=_INFO, arrays=_ARRAYS)
+        with opened as (info, tensors):
+            layer = info["layer"] if layers is None else layers
+        bank, names = tensors["references"], info["names"]
+        loaded = check_origin(
+            path, lambda: cls(forward_func, layer, bank, reference_names=names, **info["settings"]), info
         )
-        embedding = full_precision(check_embedding(seen.output).detach())
-        return seen, embedding, check_references(self.references, embedding, self.similarity)
+        if "slopes" in tensors:
+            loaded.calibration = Calibration(tensors["slopes"], tensors["intercepts"])
+        return loaded
 
-    def _index(self, target: Any, embedding: Tensor, bank: Tensor) -> Tensor:
-        if target is None:
-            return similarity_scores(embedding, bank, self.similarity).argmax(1)
-        names = self.reference_names or ()
-        return target_indices(target, len(embedding), len(bank), names, what="reference").to(bank.device)
+    # -------------------------------------------------------------------------------------------------------- inside
 
-    def _map(self, seen: SpatialActivations, embedding: Tensor, references: Tensor) -> Tensor:
-        maps = full_precision(seen.maps[0].detach())
-        slope = similarity_gradient(embedding, references, self.similarity)
-        scale = mean_pool_scale(maps, embedding, half=seen.output.element_size() < 4)
-        if scale is not None:
-            gradient = slope * scale
-            contribution = embedding * slope
-            if self.similarity == "euclidean":
-                contribution = -(embedding - references).square()
+    def _layers(self) -> Layers:
+        return Layers.resolve(self.forward_func, self.layer, layout=self.layout, prefix_tokens=self.prefix_tokens)
+
+    def _rule(self) -> SimilarityRule:
+        return SIMILARITIES[self.similarity] if isinstance(self.similarity, str) else _rule_of(self.similarity)
+
+    def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Any, extra: Any, target: Any) -> list[Any]:
+        model = find_model(self.forward_func)
+        return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
+
+    def _index(self, target: Any, n: int) -> Tensor | None:
+        if target is None or self.references is None:
+            return None
+        return target_indices(target, n, len(self.references), self.reference_names or (), what="reference")
+
+    def _labeled_embeddings(self, source: ImageSource, show_progress: bool) -> Iterator[tuple[Any, Tensor]]:
+        from tqdm import tqdm
+
+        halving = Halving("batch_size")
+        with tqdm(desc="images", unit="img", disable=not show_progress) as bar:
+            for batch in batches(source, self.batch_size):
+                if batch.labels is None:
+                    raise InputError("labels are missing: pass labels=, or a folder, data set or loader that has them")
+                images = placed(batch.images, find_model(self.forward_func))
+                parts = halving(lambda part: self._embed(part, None), images, lambda part: part.chunk(2))
+                yield from zip(batch.labels, torch.cat(parts), strict=True)
+                bar.update(len(batch))
+
+    @torch.no_grad()
+    def _embed(self, inputs: Inputs, extra: Any) -> Tensor:
+        with evaluation_mode(find_model(self.forward_func)):
+            output = self.forward_func(*check_images(inputs), *forward_arguments(extra))
+        return full_precision(embedding_of(output))
+
+    def _bank(self, embedding: Tensor) -> Tensor:
+        """The references as ``(K, D)`` on the embedding's device, checked."""
+        references = self.references
+        if references is None:
+            raise NotFittedError(
+                "there are no references to compare with; pass references=(K, D), or call fit(images, labels)"
+            )
+        shape = tuple(references.shape) if isinstance(references, Tensor) else type(references).__name__
+        if not isinstance(references, Tensor) or references.ndim != 2 or not references.is_floating_point():
+            raise InputError(f"references must be a floating-point tensor (K, D), got {shape}")
+        if not len(references):
+            raise InputError("references has no row; pass at least one reference embedding")
+        if references.shape[1] != embedding.shape[1]:
+            raise InputError(
+                f"references have width {references.shape[1]}, but forward_func returns embeddings of width "
+                f"{embedding.shape[1]}; compute them with the same model, up to the same layer"
+            )
+        bank = references.detach().to(embedding)
+        if not bank.isfinite().all():
+            raise InputError(f"references contain NaN or infinite values in rows {_rows(~bank.isfinite().all(1))}")
+        if self._rule().free_of_length and not bank.any(1).all():
+            raise InputError(f"references rows {_rows(~bank.any(1))} are all zero, which has no direction to compare")
+        return bank
+
+    def _explain(
+        self, inputs: Any, concepts: Any, top_k: int | None, extra: Any
+    ) -> tuple[Selection, Tensor, Tensor, Tensor]:
+        """Each image's own references, all scores ``(N, K)``, maps ``(N, k, h, w)`` of the selected ones, the best."""
+        layers, rule, names = self._layers(), self._rule(), self.concepts
+
+        def part(images: Inputs, more: Any, _target: None) -> tuple[Tensor, Tensor]:
+            with gradients_enabled():
+                run = _forward(layers, images, more, False, rule, callable(self.similarity))
+                bank = self._bank(run.embedding)
+                scores = rule.scores(run.embedding, bank).detach()
+                index = Selection.choose(names, scores, concepts=concepts, top_k=top_k).index.to(bank.device)
+                maps = torch.stack([self._map(run, bank[column]) for column in index.T], 1)
+            return scores, maps
+
+        scores, maps = map(torch.cat, zip(*self._each(part, inputs, extra, None), strict=True))
+        return Selection.choose(names, scores, concepts=concepts, top_k=top_k), scores, maps, scores.argmax(1)
+
+    def _map(self, run: _Pass, references: Tensor) -> Tensor:
+        """``(N, h, w)``: the map of one reference per example."""
+        rule = self._rule()
+        slope = rule.slope(run.embedding, references)
+        if run.pooled is not None:
+            weight, contribution = slope * run.pooled, run.embedding * slope
         else:
-            output = check_embedding(seen.output)
-            release = (lambda: None) if callable(self.similarity) else hold_norm(output)
-            try:
-                at = seen.gradients(output * slope.to(output), retain_graph=True)[0]
-            finally:
-                release()
-            at = full_precision(at)
-            gradient, contribution = at.sum((2, 3)), (maps * at).sum((2, 3))
-        weight = gradient if self.weights == "gradient" else normalized(contribution, self.normalize)
-        return torch.einsum("nk,nkhw->nhw", weight, maps).unsqueeze(1).contiguous()
+            at = run.gradient(slope)
+            weight, contribution = at.sum((2, 3)), (run.maps * at).sum((2, 3))
+        if self.weights != "gradient":
+            if rule.shares is not None and bool(run.channelwise.any()):
+                shares = rule.shares(run.embedding, references)
+                contribution = torch.where(run.channelwise[:, None], shares, contribution)
+            weight = normalized(contribution, self.normalize)
+        return torch.einsum("nk,nkhw->nhw", weight, run.maps)
 
 
-def _one_of(name: str, value: Any, allowed: Sequence[str], more: str = "") -> None:
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {tuple(allowed)} {more}".rstrip() + f", got {value!r}")
+def _rows(mask: Tensor) -> list[int]:
+    return torch.nonzero(mask).flatten().tolist()[:10]

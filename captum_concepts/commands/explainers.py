@@ -105,20 +105,20 @@ def _outputs(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) ->
 def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
     """Similarity of the model's embedding to the mean embedding of each class folder."""
     model = without_head(loaded.model, probe)
-    names, rows = [], []
+    names: list[str] = []
+    examples: list[Tensor] = []
     for name, files in class_folders(settings.references or "").items():
         images = [image for _, image in each_image(loaded.open(files), failed)]
         if not images:
             raise InputError(f"no readable image in {Path(settings.references or '') / name}")
-        inputs = loaded.prepare(torch.stack(images)).to(probe.device)
-        rows.append(FeatureActivationMap.prototypes(model, inputs, [0] * len(inputs), batch_size=settings.batch_size))
-        names.append(name)
+        examples += loaded.prepare(torch.stack(images))
+        names += [name] * len(images)
     layer = settings.layer or suggest_layer(model, probe)
     fam = FeatureActivationMap(
-        model, layer, torch.cat(rows), reference_names=names, similarity=settings.similarity,
+        model, layer, similarity=settings.similarity, batch_size=settings.batch_size,
         normalize="l1",  # not "minmax": the maps of an image share one colour scale
-    )  # fmt: skip
-    return Explainer(fam.explain, fam.get_name(), layer, names, names, one_by_one(fam), model, layer)
+    ).fit(torch.stack(examples), names)  # fmt: skip
+    return Explainer(fam.explain, fam.get_name(), layer, fam.concepts, fam.concepts, one_by_one(fam), model, layer)
 
 
 def _vectors(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
@@ -128,9 +128,9 @@ def _vectors(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe
     acv = load_acv(file, loaded.model)
     with torch.no_grad():
         names = _class_names(settings, loaded, loaded.model(probe).shape[1])
-    flags = None if acv.significant_ is None else dict(zip(acv.concept_names, acv.significant_.tolist(), strict=True))
+    flags = None if acv.significant_ is None else dict(zip(acv.concepts, acv.significant_.tolist(), strict=True))
     return Explainer(
-        acv.explain, acv.get_name(), acv.layer, names, acv.concept_names, all_at_once(acv.relevance), loaded.model,
+        acv.explain, acv.get_name(), acv.layer, names, acv.concepts, all_at_once(acv.concept_maps), loaded.model,
         acv.layer, flags,
     )  # fmt: skip
 

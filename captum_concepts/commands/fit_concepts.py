@@ -75,7 +75,7 @@ def _vectors(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed)
     acv = SpatialACV(loaded.model, layer, batch_size=settings.batch_size)
     acv.fit(concepts, negatives, n_random=settings.n_random, seed=settings.seed, show_progress=True)
     rows = []
-    for k, name in enumerate(acv.concept_names):
+    for k, name in enumerate(acv.concepts):
         low, high = acv.confidence_intervals_[k].tolist()
         rows.append(
             {

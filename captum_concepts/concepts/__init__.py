@@ -10,7 +10,7 @@ from captum_concepts.concepts.filters import (
     drop_too_long,
 )
 from captum_concepts.concepts.generator import PROMPTS, ConceptGenerator, generate_concepts, parse_list
-from captum_concepts.concepts.similarity import TextSimilarity
+from captum_concepts.concepts.similarity import TextSimilarity, embed_texts
 from captum_concepts.concepts.vocabulary import CLASS_TEMPLATE, Vocabulary
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "drop_similar",
     "drop_similar_to_classes",
     "drop_too_long",
+    "embed_texts",
     "generate_concepts",
     "parse_list",
 ]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, shortened
 
 #: Maps two lists of texts to the matrix of their similarities.
 Similarity = Callable[[Sequence[str], Sequence[str]], Tensor]
@@ -45,17 +45,28 @@ class TextSimilarity:
         if not len(first) or not len(second):
             return total
         for encoder, weight in zip(self.encoders, self.weights, strict=True):
-            a, b = (embed(encoder, texts) for texts in (first, second))
+            a, b = (embed_texts(encoder, texts, distinct=False) for texts in (first, second))
             total += weight * (a @ b.T)
         return total
 
 
-def embed(encoder: Any, texts: Sequence[str]) -> Tensor:
+def embed_texts(encoder: Any, texts: Sequence[str], *, distinct: bool = True) -> Tensor:
     """Unit embeddings ``(T, D)``, float32 on the CPU.
 
+    Args:
+        encoder: an object with ``encode_text``, or a function of a list of texts.
+        texts: at least one.
+        distinct: refuse different texts with the same embedding (texts that differ in case and spaces only may share
+            one): the encoder cannot separate them, so no explanation could.
+
     Raises:
-        InputError: no ``encode_text``; a wrong shape; NaN; the texts that the encoder has no embedding for.
+        InputError: no text, or something else; no ``encode_text``; a wrong shape; NaN; the texts that the encoder has
+            no embedding for, or cannot separate.
     """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"texts must be a list of strings, got {shortened(texts)}")
+    if not len(texts):
+        raise InputError("texts is empty; pass at least one")
     function = encoder.encode_text if hasattr(encoder, "encode_text") else encoder
     if not callable(function):
         raise InputError(f"{type(encoder).__name__} has no encode_text; see captum_concepts.vlm.ImageTextEncoder")
@@ -71,12 +82,25 @@ def embed(encoder: Any, texts: Sequence[str]) -> Tensor:
         ) from error
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(texts):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise InputError(f"encode_text must give ({len(texts)}, D) for {len(texts)} texts, got {shape}")
+        raise InputError(f"encode_text must return ({len(texts)}, D) for {len(texts)} texts, got {shape}")
     found = found.detach().float().cpu()
     if not found.isfinite().all():
         bad = texts[int((~found.isfinite().all(1)).nonzero()[0])]
-        raise InputError(f"the text embedding of {bad!r} holds NaN or infinite values")
+        raise InputError(f"the text embedding of {bad!r} contains NaN or infinite values")
+    if distinct:
+        _check_distinct(texts, found)
     return F.normalize(found, dim=1)
+
+
+def _check_distinct(texts: Sequence[str], embeddings: Tensor) -> None:
+    first: dict[bytes, str] = {}
+    for text, row in zip(texts, embeddings.numpy(), strict=True):
+        other = first.setdefault(row.tobytes(), text)
+        if " ".join(other.casefold().split()) != " ".join(text.casefold().split()):
+            raise InputError(
+                f"the encoder has one and the same embedding for {shortened(other)} and {shortened(text)}; it cannot "
+                "separate them. Shorten them, or remove one"
+            )
 
 
 def without_embedding(encoder: Any, texts: Sequence[str]) -> list[str]:

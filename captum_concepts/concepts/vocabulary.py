@@ -15,7 +15,7 @@ from captum_concepts._artifacts import parse_json, write_atomically
 from captum_concepts.concepts import filters
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts._words import tidy
-from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed, without_embedding
+from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed_texts, without_embedding
 from captum_concepts.errors import ArtifactError, InputError, did_you_mean
 from captum_concepts.images import read_text
 
@@ -103,6 +103,8 @@ class Vocabulary:
         ['An image of a zebra', 'An image of a tench']
         """
         _template(template)
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+            raise InputError(f"classes must be a list of names, got {str(classes)[:60]!r}")
         texts = [_fill(template, name) for name in classes]
         return cls(texts, sources={text: [name] for text, name in zip(texts, classes, strict=True)})
 
@@ -187,7 +189,7 @@ class Vocabulary:
         """
         self._not_empty()
         texts = [text for concept in self.concepts for text in self._texts(concept)]
-        unit = embed(encoder, texts)
+        unit = embed_texts(encoder, texts)
         return F.normalize(unit.view(len(self), -1, unit.shape[1]).mean(1), dim=1)
 
     def index(self, concept: str) -> int:

@@ -108,10 +108,10 @@ def few_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     for name, layer, head in (("classifier", "layer4", "fc"), ("vit", "blocks.3", "head")):
         model = demo.load(name)
         setattr(model, head, nn.Identity())
-        bank = FeatureActivationMap.prototypes(model, examples.image[chosen], examples.label[chosen])
-        fam = FeatureActivationMap(model, layer, bank, reference_names=scenes.classes, normalize="l1")
+        names = [scenes.classes[k] for k in examples.label[chosen].tolist()]
+        fam = FeatureActivationMap(model, layer, normalize="l1").fit(examples.image[chosen], names)
         explanation = fam.explain(queries.image)
-        maps = fam.attribute(queries.image, target=queries.label)[:, 0]
+        maps = fam.attribute(queries.image, target=[scenes.classes[k] for k in queries.label.tolist()])[:, 0]
         picture = _picture(
             queries.image, explanation, out / f"fam_{name}.png", f"FAM: similarity to class prototypes, {name} {layer}"
         )
@@ -129,7 +129,7 @@ def zero_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     fam = FeatureActivationMap(clip, layer, text, reference_names=scenes.concepts, normalize="l1")
     explanation = fam.explain(queries.image)
     picture = _picture(queries.image, explanation, out / "fam_clip.png", "FAM: similarity to words, CLIP image tower")
-    return [_concept_row("FAM", "clip", "21 words", explanation.maps, queries, picture)]
+    return [_concept_row("FAM", "clip", "21 words", fam.concept_maps(queries.image), queries, picture)]
 
 
 def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
@@ -142,14 +142,14 @@ def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     queries = scenes.stack()
     explanation = acv.explain(queries.image, target=queries.label)
     columns = [scenes.concepts.index(word) for word in words]
-    order = [explanation.index(word) for word in words]
     significant = torch.as_tensor(acv.significant_)[[words.index(c) for c in explanation.concepts]]
     picture = _picture(
         queries.image, explanation, out / "sacv_classifier.png", "SACV: where layer3 sees each texture",
         class_names=scenes.classes, significant=significant,
     )  # fmt: skip
     one = queries._replace(masks=queries.masks[:, columns], presence=queries.presence[:, columns])
-    return [_concept_row("SACV", "classifier", "4 textures, from crops", explanation.maps[:, order], one, picture)]
+    maps = acv.concept_maps(queries.image, words)
+    return [_concept_row("SACV", "classifier", "4 textures, from crops", maps, one, picture)]
 
 
 def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
@@ -267,6 +267,6 @@ def _picture(images: Tensor, explanation: ConceptExplanation, path: Path, title:
     from captum_concepts.visualization import panel, save_figure
 
     shown = explanation[:SHOWN]
-    options.setdefault("class_names", shown.concepts)
+    options.setdefault("class_names", shown.class_names or shown.concepts)
     save_figure(panel(shown, images[:SHOWN], top_k=4, title=title, **options), path)
     return path.name

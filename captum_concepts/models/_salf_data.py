@@ -12,7 +12,7 @@ from torchvision.datasets import DatasetFolder
 
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.errors import InputError
-from captum_concepts.store._region_data import Pictures
+from captum_concepts.store import UniformImages
 
 Data = Dataset[Any] | DataLoader[Any] | tuple[Tensor, Any] | Sequence[Any]
 #: Fewer cannot carry a similarity over samples: two always give -1, 0 or 1.
@@ -54,7 +54,7 @@ class LabelledImages:
                 raise InputError(f"{what} has {len(images)} images but {len(labels)} labels")
             data = TensorDataset(images)
         dataset: Any = data.dataset if isinstance(data, DataLoader) else data
-        self.pictures = Pictures(dataset, num_workers)
+        self.pictures = UniformImages(dataset, num_workers)
         if labels is None:
             labels = known_labels(dataset)
         if labels is None:

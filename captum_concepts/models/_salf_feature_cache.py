@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +17,17 @@ from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import InputError
 from captum_concepts.models._salf_steps import digest, first_decides, progress, say, world
-from captum_concepts.store._distributed import all_or_none
-from captum_concepts.store._region_data import Pictures
-from captum_concepts.store._region_parts import check_parts, default_shard_rows, join_parts, part_name, share
-from captum_concepts.store.lock import FolderLock
-from captum_concepts.store.shard_files import read_manifest
-from captum_concepts.store.shards import ShardReader, ShardWriter
+from captum_concepts.store import (
+    Manifest,
+    ShardReader,
+    UniformImages,
+    all_or_none,
+    check_fingerprint,
+    fill_shards,
+    missing_shards,
+    read_manifest,
+    shard_sizes,
+)
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -56,7 +63,7 @@ class LiveFeatures:
     """
 
     def __init__(
-        self, model: Any, pictures: Pictures, transform: Transform | None = None, batch_size: int = 32
+        self, model: Any, pictures: UniformImages, transform: Transform | None = None, batch_size: int = 32
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
@@ -162,8 +169,8 @@ def cache_features(
 ) -> CachedFeatures:
     """Compute all features once and keep them in ``path``; goes on with what a killed run has written.
 
-    Each process writes its run of whole shards, so the files do not depend on the number of processes, nor on where a
-    run was interrupted. Shards carry checksums that are compared when they are first read.
+    Each process writes every n-th shard, so the files do not depend on the number of processes, nor on where a run was
+    interrupted. Shards carry checksums that are compared when they are first read.
 
     Args:
         path: the folder.
@@ -181,41 +188,45 @@ def cache_features(
         raise InputError(f"feature_dtype={dtype} must be torch.float16 or torch.float32")
     rank, size = world()
     count = len(source)
+    rows = shard_rows or min(max(count // 200, 32), 1024)
+    wanted = Manifest(json.loads(json.dumps(dict(made_from))), shard_sizes(count, rows), {"images": count})
+
+    def plan() -> None:
+        found = read_manifest(path)
+        if found is not None:
+            check_fingerprint(made_from, found.fingerprint, f"the features at {path}")
+        if rank == 0 and (found is None or found.total != count or found.growing):
+            path.mkdir(parents=True, exist_ok=True)
+            wanted.write(path)
 
     def write() -> None:
-        whole = read_manifest(path)
-        if whole is not None and whole["complete"]:
-            return
-        check_parts(path, size, whole, remove=False)
-        folder = path if size == 1 else path / part_name(rank, size)
-        fingerprint = dict(made_from) if size == 1 else {**made_from, "part": f"{rank} of {size}"}
-        with FolderLock(folder, "the features at"):
-            rows = shard_rows or default_shard_rows(count)
-            writer = ShardWriter(folder, fingerprint, shard_rows=rows)
-            writer.info["images"] = count
-            if not writer.complete:
-                first, last = share(count, rows, rank, size)
-                _fill(writer, source, range(first + writer.rows, last), dtype, show_progress)
-                writer.finish()
-        if size > 1:
-            join_parts(path, dict(made_from), size)
+        compute = functools.partial(_fill, source, dtype, show_progress)
+        manifest = read_manifest(path) or wanted
+        fill_shards(path, manifest, compute, rank=rank, size=size, what="the features at")
 
+    all_or_none(plan)
     all_or_none(write)
     return CachedFeatures(path, made_from)
 
 
-def _fill(writer: ShardWriter, source: LiveFeatures, wanted: range, dtype: torch.dtype, show: bool) -> None:
-    with torch.no_grad(), progress(len(wanted), "backbone features", "image", show) as advance:
-        for start in range(wanted.start, wanted.stop, writer.shard_rows):  # batches begin anew with each file
-            for found in source.batches(range(start, min(start + writer.shard_rows, wanted.stop))):
-                values = found.to(dtype)
+def _fill(source: LiveFeatures, dtype: torch.dtype, show: bool, spans: list[tuple[int, int]], write: Any) -> None:
+    with (
+        torch.no_grad(),
+        evaluation_mode(source.model),
+        progress(sum(end - start for start, end in spans), "backbone features", "image", show) as advance,
+    ):
+        for start, end in spans:  # batches begin anew with each file
+            parts = []
+            for found in source.batches(range(start, end)):
+                values = found.to(dtype).cpu()
                 if not bool(values.isfinite().all()):
                     raise InputError(
                         f"features reach {float(found.abs().max()):.3g}, beyond half precision; use "
                         "feature_dtype=torch.float32"
                     )
-                writer.append({"features": values})
+                parts.append(values)
                 advance(len(found))
+            write({"features": torch.cat(parts)}, {})
 
 
 def open_features(
@@ -237,7 +248,7 @@ def open_features(
     folder = root / f"{name}-{digest(made_from)}"
     size = features_bytes(len(source), source.places, source.dim, dtype)
     manifest = read_manifest(folder)
-    if first_decides(manifest is not None and manifest["complete"]):
+    if first_decides(manifest is not None and not missing_shards(folder, manifest)):
         say(f"{name}: taken from an earlier run ({folder.name})")
     elif cache == "auto" and not first_decides(fits(root, size, max_bytes)):
         say(f"{name}: computed on the fly, because a cache of {size / 1e9:.2f} GB is too large")

@@ -16,9 +16,7 @@ from captum_concepts.models._salf_feature_cache import GridFeatures
 from captum_concepts.models._salf_objective import ahead
 from captum_concepts.models._salf_steps import all_reduce, digest, progress, say, share_of, world
 from captum_concepts.solvers import ElasticNetResult, elastic_net_path, fit_elastic_net
-from captum_concepts.store._distributed import all_or_none
-from captum_concepts.store.shard_files import read_manifest
-from captum_concepts.store.shards import ShardReader, ShardWriter
+from captum_concepts.store import ShardReader, ShardWriter, all_or_none, read_manifest
 
 #: Nonzero weights a class that a sparse head aims at, as LF-CBM does (25 to 35); half of the concepts where that is
 #: less.
@@ -91,7 +89,7 @@ def compute_activations(
 
     def write() -> None:
         whole = read_manifest(folder)
-        if whole is not None and whole["complete"]:
+        if whole is not None and not whole.growing:
             say(f"{name}: taken from an earlier run")
             return
         say(f"{name}: computing")

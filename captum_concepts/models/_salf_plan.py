@@ -16,8 +16,7 @@ from captum_concepts.models._salf_concepts import WHOLE
 from captum_concepts.models._salf_feature_cache import features_bytes, fits, free_bytes
 from captum_concepts.models._salf_objective import batch_similarity
 from captum_concepts.models._salf_run import FitRun
-from captum_concepts.store import RegionEmbeddingStore
-from captum_concepts.store._region_pipeline import device_of, module_of
+from captum_concepts.store import RegionEmbeddingStore, device_of, module_of
 
 #: Passes over the activations that a path of sparse heads takes, roughly.
 _HEAD_PASSES = 150

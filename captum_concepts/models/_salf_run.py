@@ -127,7 +127,7 @@ class FitRun:
         o = self.options
         return RegionEmbeddingStore.build(
             self.path / f"{name}-{split.name}",
-            split.images.pictures.data,
+            split.images.pictures.source,
             self.encoder,
             prompt,
             batch_size=o.prompt_batch_size,

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from captum_concepts._artifacts import open_artifact, save_artifact
 from captum_concepts.errors import ArtifactError
-from captum_concepts.store._distributed import all_or_none, world
-from captum_concepts.store.manifest import fingerprint_tensor
+from captum_concepts.store import all_or_none, fingerprint_tensor, world
 
 logger = logging.getLogger("captum_concepts")
 _KIND = "captum_concepts.salf-step/1"

@@ -26,8 +26,7 @@ from captum_concepts.models._salf_run import FitRun
 from captum_concepts.models._salf_settings import BottleneckSettings
 from captum_concepts.models._salf_steps import world
 from captum_concepts.models.salf_cbm import SALFCBM
-from captum_concepts.store._distributed import all_or_none
-from captum_concepts.store.lock import FolderLock
+from captum_concepts.store import FolderLock, all_or_none
 from captum_concepts.vlm import RegionPrompt
 
 __all__ = [

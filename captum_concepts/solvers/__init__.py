@@ -1,5 +1,6 @@
 """Sparse and dense linear classifiers with a certificate: loss, penalty and solver are three separate things."""
 
+from captum_concepts.solvers.calibration import Calibration, fit_calibration, truth_table
 from captum_concepts.solvers.certificate import Certificate, elastic_net_certificate
 from captum_concepts.solvers.elastic_net import ElasticNetResult, fit_elastic_net, lambda_max
 from captum_concepts.solvers.loss import LogisticLoss, MultinomialLoss
@@ -7,6 +8,7 @@ from captum_concepts.solvers.path import ElasticNetPath, elastic_net_path
 from captum_concepts.solvers.penalty import ElasticNet
 
 __all__ = [
+    "Calibration",
     "Certificate",
     "ElasticNet",
     "ElasticNetPath",
@@ -15,6 +17,8 @@ __all__ = [
     "MultinomialLoss",
     "elastic_net_certificate",
     "elastic_net_path",
+    "fit_calibration",
     "fit_elastic_net",
     "lambda_max",
+    "truth_table",
 ]

@@ -1,7 +1,39 @@
-"""Embeddings and activations on disk: sharded, memory-mapped, resumable, and sure of what they were made from."""
+"""Embeddings and activations on disk: sharded, memory-mapped, resumable, and bound to what they were computed from."""
 
+from captum_concepts.store.build import device_of, module_of
+from captum_concepts.store.lock import FolderLock
+from captum_concepts.store.manifest import (
+    Manifest,
+    check_fingerprint,
+    fingerprint_callable,
+    fingerprint_module,
+    fingerprint_tensor,
+    read_manifest,
+)
+from captum_concepts.store.processes import all_or_none, world
 from captum_concepts.store.region_embeddings import RegionEmbeddingStore
-from captum_concepts.store.shards import ShardReader, ShardWriter
+from captum_concepts.store.shards import ShardReader, ShardWriter, fill_shards, missing_shards, shard_sizes
 from captum_concepts.store.similarity import Similarity
+from captum_concepts.store.uniform_images import UniformImages
 
-__all__ = ["RegionEmbeddingStore", "ShardReader", "ShardWriter", "Similarity"]
+__all__ = [
+    "FolderLock",
+    "Manifest",
+    "RegionEmbeddingStore",
+    "ShardReader",
+    "ShardWriter",
+    "Similarity",
+    "UniformImages",
+    "all_or_none",
+    "check_fingerprint",
+    "device_of",
+    "fill_shards",
+    "fingerprint_callable",
+    "fingerprint_module",
+    "fingerprint_tensor",
+    "missing_shards",
+    "module_of",
+    "read_manifest",
+    "shard_sizes",
+    "world",
+]

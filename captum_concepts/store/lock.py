@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
 
-from captum_concepts._artifacts import parse_json
+from filelock import FileLock, Timeout
+
 from captum_concepts.errors import ArtifactError
-
-_NAME = ".lock"
 
 
 class FolderLock:
     """Hold a folder for writing (a context manager).
 
-    The operating system keeps the lock (``flock``; over NFS too on Linux) and drops it when the process ends, however
-    it ends. So a file left behind by a killed process never blocks, and no age has to be guessed. The file says who
-    holds it, for the message of whoever comes second.
+    The operating system keeps the lock (``filelock``) and drops it when the process ends, however it ends. So a file
+    left by a killed process never blocks, and no age has to be guessed.
 
     Args:
         path: the folder; it is created if it is missing.
         what: how the message calls it.
+        name: of the lock, where parts of a folder are locked apart.
+        wait: seconds to wait for another holder.
 
     Raises:
         ArtifactError: on entering, another process (or thread) holds the folder.
@@ -37,79 +36,38 @@ class FolderLock:
         ...     pass
         Traceback (most recent call last):
         ...
-        captum_concepts.errors.ArtifactError: the folder ... is being written by process ... on ...
+        captum_concepts.errors.ArtifactError: the folder ... is being written by process ... on ...; wait ...
     """
 
-    def __init__(self, path: str | Path, what: str = "the folder") -> None:
+    def __init__(self, path: str | Path, what: str = "the folder", *, name: str = "lock", wait: float = 0) -> None:
         self.path = Path(path)
         self.what = what
-        self._file: IO[str] | None = None
+        self._file = self.path / f".{name}"
+        self._lock = FileLock(self._file, timeout=wait, thread_local=False)
 
     def __enter__(self) -> FolderLock:
         self.path.mkdir(parents=True, exist_ok=True)
-        name = self.path / _NAME
-        while True:
-            file = name.open("a+")
-            if not _try_lock(file):
-                holder = _holder(file)
-                file.close()
-                raise ArtifactError(
-                    f"{self.what} {self.path} is being written by {holder}; wait for it to end, or write elsewhere"
-                )
-            # The holder before may have removed the file between our open and our lock: then we hold a file that
-            # nobody else will look at.
-            if name.exists() and name.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                break
-            file.close()
         try:
-            file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            file.flush()
-        except OSError:  # a full disk: the note is a courtesy, the lock is held
-            pass
-        self._file = file
+            self._lock.acquire()
+        except Timeout:
+            raise ArtifactError(
+                f"{self.what} {self.path} is being written by {self._holder()}; wait for it to end, or write elsewhere"
+            ) from None
+        with contextlib.suppress(OSError):  # a full disk: the note is a courtesy, the lock is held
+            self._file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         return self
+
+    def _holder(self) -> str:
+        try:
+            note = self._file.read_text(encoding="utf-8")[:200]
+        except (OSError, ValueError):
+            note = ""
+        return note or "another process"
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            try:
-                (self.path / _NAME).unlink(missing_ok=True)
-                self._file.close()
-            except OSError:  # closing may flush to a full disk; the descriptor is closed all the same
-                pass
-            self._file = None
-
-
-def _holder(file: IO[str]) -> str:
-    try:
-        file.seek(0)
-        note = parse_json(file.read())
-        return f"process {note['pid']} on {note['host']}"
-    except (ValueError, KeyError, TypeError, OSError):
-        return "another process"
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        import fcntl
-    except ImportError:
-        return _try_lock_windows(file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _try_lock_windows(file: Any) -> bool:
-    import msvcrt
-
-    locking: Any = vars(msvcrt)["locking"]
-    try:
-        file.seek(1 << 20)  # behind the note, which others may read
-        locking(file.fileno(), vars(msvcrt)["LK_NBLCK"], 1)
-    except OSError:
-        return False
-    return True
+        # While it is held: whoever takes the lock of a removed file and whoever creates a new one write the same bytes.
+        with contextlib.suppress(OSError):  # the folder may not be writable any more
+            self._file.unlink(missing_ok=True)
+        self._lock.release()

@@ -1,16 +1,144 @@
-"""What a stored artifact was made from, and the refusal of one that was made from something else."""
+"""What a store was made from: fingerprints, the manifest, and the refusal of a store that was made from something else.
+
+The manifest is written before the first shard: it lists the rows of every shard that there will be. So a store is
+complete when all its shards are there, and whoever finds one missing knows what to compute.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_concepts.errors import ArtifactError
+from captum_concepts._artifacts import (
+    Check,
+    anything,
+    check_json,
+    flag,
+    integer,
+    list_of,
+    mapping_of,
+    parse_json,
+    table,
+    text,
+    write_atomically,
+)
+from captum_concepts.errors import ArtifactError, shortened
+
+FORMAT = "captum_concepts.shards/2"
+MANIFEST = "manifest.json"
+_ROWS = integer(1, 2**40)
+_NOTES = mapping_of(anything, most=1000)
+_SCHEMAS: dict[str, Check] = {
+    FORMAT: table(
+        {"format": text(FORMAT), "fingerprint": _NOTES, "info": _NOTES, "rows": list_of(_ROWS), "growing": flag},
+        {"checksums": mapping_of(text(pattern="[0-9a-f]{64}"))},
+    ),
+    "captum_concepts.shards/1": table(
+        {
+            "format": text("captum_concepts.shards/1"),
+            "fingerprint": _NOTES,
+            "complete": flag,
+            "shards": list_of(
+                table(
+                    {
+                        "file": text(pattern=r"shard-\d{5,}\.safetensors"),
+                        "rows": _ROWS,
+                        "bytes": integer(),
+                        "sha256": text(pattern="[0-9a-f]{64}"),
+                    }
+                )
+            ),
+        },
+        {"info": _NOTES},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards of a store and what they are made from.
+
+    Args:
+        fingerprint: what the rows are made from (anything JSON can hold).
+        rows: of each shard.
+        info: notes of the writer.
+        growing: whether a writer that does not know the number of rows is still appending.
+        checksums: SHA-256 of the shards that were written in format 1; newer ones carry their own.
+    """
+
+    fingerprint: dict[str, Any]
+    rows: list[int] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    growing: bool = False
+    checksums: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Rows of all shards."""
+        return sum(self.rows)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First row and row after the last, of each shard."""
+        ends = [0, *itertools.accumulate(self.rows)]
+        return list(itertools.pairwise(ends))
+
+    @property
+    def identity(self) -> str:
+        """A digest of the fingerprint, which each shard repeats."""
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:32]
+
+    def write(self, path: Path) -> None:
+        """Write the manifest of the folder ``path``, atomically."""
+        found: dict[str, Any] = {"format": FORMAT, "fingerprint": self.fingerprint, "info": self.info}
+        found |= {"rows": self.rows, "growing": self.growing}
+        if self.checksums:
+            found["checksums"] = self.checksums
+        write_atomically(path / MANIFEST, json.dumps(found, indent=1).encode())
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest of the store at ``path``, of this format or an older one; None where there is none.
+
+    Raises:
+        ArtifactError: it is damaged, or not a manifest.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        found = parse_json(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}; remove the folder to start again") from error
+    kind = found.get("format") if isinstance(found, dict) else None
+    if not isinstance(kind, str) or kind not in _SCHEMAS:
+        raise ArtifactError(f"{file} is not the manifest of a store (format {shortened(kind)}, not {FORMAT!r})")
+    found = check_json(found, _SCHEMAS[kind], str(file))
+    if kind == FORMAT:
+        return Manifest(**{key: value for key, value in found.items() if key != "format"})
+    shards = found["shards"]
+    if [shard["file"] for shard in shards] != [shard_name(i) for i in range(len(shards))]:
+        raise ArtifactError(f"{file} is damaged: its shards are not numbered from 0")
+    return Manifest(
+        found["fingerprint"],
+        [shard["rows"] for shard in shards],
+        found.get("info", {}),
+        not found["complete"],
+        {shard["file"]: shard["sha256"] for shard in shards},
+    )
 
 
 def fingerprint_tensor(tensor: Tensor) -> str:
@@ -41,18 +169,13 @@ def fingerprint_module(module: nn.Module) -> str:
 
 
 def fingerprint_callable(function: Any) -> str:
-    """:func:`fingerprint_module` of the module behind ``function``; its qualified name where there is none."""
+    """:func:`fingerprint_module` of the module of ``function``; its qualified name where there is none."""
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-    for candidate in (owner, *(vars(owner).values() if owner is not None else ()), *vars_of(function)):
+    for candidate in (owner, *_attributes(owner), *_attributes(function)):
         if isinstance(candidate, nn.Module):
             method = "" if candidate is function else f"{getattr(function, '__name__', type(function).__name__)}:"
             return method + fingerprint_module(candidate)
     return f"callable:{getattr(function, '__qualname__', type(function).__qualname__)}"
-
-
-def vars_of(value: Any) -> tuple[Any, ...]:
-    """The attributes of an object, or nothing for one without any."""
-    return tuple(vars(value).values()) if hasattr(value, "__dict__") else ()
 
 
 def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) -> None:
@@ -72,12 +195,16 @@ def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], wha
     captum_concepts.errors.ArtifactError: the cache was made from something else: layer is 'b', not 'a'
     """
     differences = [
-        f"{key} is {found.get(key)!r}, not {value!r}"
+        f"{key} is {shortened(found.get(key))}, not {shortened(value)}"
         for key, value in json.loads(json.dumps(expected)).items()
         if value is not None and found.get(key) != value
     ]
     if differences:
         raise ArtifactError(f"{what} was made from something else: " + "; ".join(differences))
+
+
+def _attributes(value: Any) -> tuple[Any, ...]:
+    return tuple(vars(value).values()) if hasattr(value, "__dict__") else ()
 
 
 def _update(digest: Any, tensor: Tensor) -> None:

@@ -3,39 +3,52 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from captum_concepts.errors import InputError
-from captum_concepts.store import _region_build as building
-from captum_concepts.store._distributed import all_or_none, world
-from captum_concepts.store._region_data import Images, Pictures
-from captum_concepts.store._region_reader import RegionReader
-from captum_concepts.store._region_repair import repair, verify
-from captum_concepts.store.shard_files import read_manifest
-from captum_concepts.vlm import RegionPrompt
+from captum_concepts._artifacts import check_json, number, table
+from captum_concepts._checks import integer
+from captum_concepts.concepts import embed_texts
+from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.store import build as building
+from captum_concepts.store.build import Source
+from captum_concepts.store.lock import FolderLock
+from captum_concepts.store.manifest import check_fingerprint, shard_name
+from captum_concepts.store.processes import all_or_none, world
+from captum_concepts.store.shards import ShardReader, clear_store, damage
+from captum_concepts.store.similarity import Similarity
+from captum_concepts.store.uniform_images import UniformImages, check_digests
+from captum_concepts.vlm import Regions
+
+_NOTES = table({}, {"error_bound": number(0, 1)})
 
 
-class RegionEmbeddingStore(RegionReader):
+class RegionEmbeddingStore:
     """The embeddings I[n, ij] = E_img(x_n with region ij marked) / |...| of a data set, on disk.
 
     SALF-CBM needs the similarities P[n, m, i, j] = cos(E_img(x_n with region ij marked), E_text(t_m)) of every image,
-    concept and place. P has rank D, so it is never stored: the embeddings are, ``(N, h*w, D)`` in half precision, and P
-    is one matrix product with the texts. Other concepts need no image again.
+    concept and grid cell. P has rank D, so it is never stored: the embeddings are, ``(N, h*w, D)`` in half precision,
+    and P is one matrix product with the texts. Other concepts need no image again.
 
-    The folder holds shards (safetensors), each written whole or not at all, and a manifest with their checksums and
-    with what they were made from: encoder weights and preprocessing, prompt and grid, image size, and a digest of every
-    image's pixels. A build that is killed at any moment goes on when it is called again, and ends with the same bytes.
-    A store of something else is refused, with what differs. Its size is ``N*h*w*D*2`` bytes and less than 1 % more.
+    The folder contains a manifest and shards (safetensors). The manifest says what the embeddings are computed from:
+    encoder weights and preprocessing, prompt and grid, image size. Each shard is written atomically, carries its own
+    checksum, and a digest of each image's pixels. One rule covers everything: :meth:`build` computes each shard that is
+    missing or damaged. So a build that is killed at any moment resumes when it is called again, and ends with the same
+    bytes. A store of something else is refused, with what differs. Its size is ``N*h*w*D*2`` bytes and less than 1 %
+    more.
 
     Rounding to half precision changes no P by more than :attr:`error_bound`, which is measured while building: the
     largest distance between an embedding and its rounded self, by Cauchy-Schwarz a bound for every unit text. It is
     below 2^-11 = 4.9e-4 by construction, about 2e-4 in practice.
 
-    Open one with :meth:`open`, make one with :meth:`build`. Stores can be pickled (the path travels, not the data), so
-    loader processes can use them.
+    Open a store with :meth:`open`, make one with :meth:`build`. Stores can be pickled (the path travels, not the data),
+    so loader processes can use them.
 
     Example:
         >>> import tempfile, torch
@@ -59,11 +72,34 @@ class RegionEmbeddingStore(RegionReader):
         grid: (h, w).
         embedding_dim: D.
         dtype: of the stored embeddings.
-        prompt: the :class:`~captum_concepts.vlm.RegionPrompt` that was used.
+        prompt: the :class:`~captum_concepts.vlm.RegionPrompt` or :class:`~captum_concepts.vlm.DenseRegions`.
         image_shape: (3, H, W) of the images.
         error_bound: see above.
-        fingerprint: what the store was made from.
+        fingerprint: what the store was computed from.
     """
+
+    def __init__(self, path: str | os.PathLike[str], *, encoder: Any = None, verify: bool = False) -> None:
+        self.path = Path(path)
+        self.encoder = encoder
+        manifest = building.stored_manifest(self.path)
+        self.prompt, self.dtype, self.image_shape = building.stored_settings(self.path, manifest)
+        self.grid = self.prompt.grid
+        self._reader = ShardReader(
+            self.path,
+            verify=verify,
+            verify_on_read=True,
+            arrays=building.stored_arrays(self.prompt, self.dtype),
+        )
+        if not len(self._reader):
+            raise ArtifactError(f"the store at {self.path} is damaged: it has no shard")
+        self.fingerprint: dict[str, Any] = self._reader.fingerprint
+        notes = [check_json(note, _NOTES, f"a shard of {self.path}") for note in self._reader.notes]
+        bounds = [part["error_bound"] for part in (manifest.info, *notes) if "error_bound" in part]
+        self.error_bound = float(max(bounds, default=0.0))
+        self.embedding_dim: int = self._reader.row_shape("embedding")[-1]
+        if encoder is not None:
+            source = Source(None, encoder, self.prompt, self.image_shape, self.dtype)
+            building.check_origin(self.path, manifest, source)
 
     @classmethod
     def open(
@@ -71,17 +107,17 @@ class RegionEmbeddingStore(RegionReader):
         path: str | os.PathLike[str],
         *,
         encoder: Any = None,
-        prompt: RegionPrompt | None = None,
+        prompt: Regions | None = None,
         verify: bool = False,
     ) -> RegionEmbeddingStore:
-        """Open a finished store for reading; a folder without the right to write will do.
+        """Open a finished store for reading; a read-only folder will do.
 
         Args:
             path: the folder.
-            encoder: checked against the one that made the store; then :meth:`similarity` takes words.
-            prompt: checked against the one that made the store.
-            verify: compare all checksums now. In any case sizes are compared now, and the checksum of a shard when it
-                is first read, so damaged values are never returned.
+            encoder: compared with the one that made the store; then :meth:`similarity` takes words.
+            prompt: compared with the one that made the store.
+            verify: compare all checksums now. In any case headers and sizes are compared now, and the checksum of a
+                shard when it is first read, so damaged values are never returned.
 
         Raises:
             FileNotFoundError: no store there.
@@ -89,39 +125,40 @@ class RegionEmbeddingStore(RegionReader):
         """
         store = cls(path, encoder=encoder, verify=verify)
         if prompt is not None:
-            building.check_fingerprint(prompt.as_dict(), store.fingerprint["prompt"], f"the store at {store.path}")
+            check_fingerprint(prompt.as_dict(), store.prompt.as_dict(), f"the store at {store.path}")
         return store
 
     @classmethod
     def build(
         cls,
         path: str | os.PathLike[str],
-        data: Images,
+        data: Any,
         encoder: Any,
-        prompt: RegionPrompt,
+        prompt: Regions,
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         resume: bool = True,
         dtype: torch.dtype = torch.float16,
         shard_rows: int | None = None,
         num_workers: int = 0,
         show_progress: bool = False,
     ) -> RegionEmbeddingStore:
-        """Embed every region of every image, or go on with it; a finished store of the same things is just opened.
+        """Embed every region of every image, as far as it is not on disk, and open the store.
 
-        Loading, drawing and writing run in threads beside the encoder. In a process group of ``torch.distributed``
-        (``torchrun``, gloo or nccl) every process embeds its share and all return the whole store; its bytes do not
-        depend on the number of processes, of one kind of device and with equal ``batch_size``.
+        Every checksum is compared, and what is missing or damaged is computed. Loading, drawing and writing run in
+        threads next to the encoder. In a process group of ``torch.distributed`` (``torchrun``, gloo or nccl) process r
+        of n computes the shards r, r + n, ... and all return the whole store; its bytes do not depend on the number of
+        processes, for one kind of device and equal ``batch_size``.
 
         Args:
             path: the folder; made if missing.
-            data: images ``(N, 3, H, W)``, or a data set (or loader) whose items are, or begin with, an image
-                ``(3, H, W)``; RGB in [0, 1] or uint8, of one size, the same each time. Marks are drawn on these images,
-                before the encoder's own resizing.
+            data: whatever :func:`captum_concepts.images.open_images` accepts, except a stream; RGB images of one size,
+                the same each time. Marks are drawn on these images, before the encoder's own resizing.
             encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`. It runs where its weights are.
-            prompt: the regions and how they are marked.
-            batch_size: marked pictures in one call of the encoder (h*w of them make one image's share).
-            resume: go on with what is there; False begins anew.
+            prompt: the regions and how they are shown to the encoder.
+            batch_size: images in one call of the encoder (h*w visual prompts make one image). None: what a short trial
+                on the device finds fastest; it is noted in the manifest, so every later call uses the same.
+            resume: keep what is there; False starts again.
             dtype: ``torch.float16``, or ``torch.float32`` for twice the size and no rounding.
             shard_rows: images in one file; None chooses about 200 files.
             num_workers: processes that read the data ahead.
@@ -129,30 +166,34 @@ class RegionEmbeddingStore(RegionReader):
 
         Raises:
             InputError: unusable data, encoder or setting; NaN from the encoder (the image is named).
-            ArtifactError: the folder holds a store of another encoder, prompt, grid, image size or data set; is damaged
-                (then :meth:`repair`); or another process is writing it.
+            ArtifactError: the folder contains a store of another encoder, prompt, grid, image size or data set; its
+                manifest is damaged; or another process is writing it.
             OSError: the disk is full or read-only; says how many images are safe. Nothing written is lost.
         """
-        rank, size = world()
-        options: dict[str, Any] = {"batch_size": batch_size, "resume": resume, "dtype": dtype, "shard_rows": shard_rows}
+        path, (rank, size) = Path(path), world()
+
+        def start_again() -> None:
+            if rank == 0 and not resume:
+                with FolderLock(path, "the store at"):
+                    clear_store(path)
+
+        all_or_none(start_again)
+        options: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "shard_rows": shard_rows}
         options |= {"num_workers": num_workers, "show_progress": show_progress and rank == 0}
-        all_or_none(
-            lambda: cls.build_part(path, data, encoder, prompt, rank=rank, num_replicas=size, **options),
-        )
+        all_or_none(lambda: cls.build_part(path, data, encoder, prompt, rank=rank, num_replicas=size, **options))
         return cls(path, encoder=encoder)
 
     @classmethod
     def build_part(
         cls,
         path: str | os.PathLike[str],
-        data: Images,
+        data: Any,
         encoder: Any,
-        prompt: RegionPrompt,
+        prompt: Regions,
         *,
         rank: int,
         num_replicas: int,
-        batch_size: int = 64,
-        resume: bool = True,
+        batch_size: int | None = None,
         dtype: torch.dtype = torch.float16,
         shard_rows: int | None = None,
         num_workers: int = 0,
@@ -160,38 +201,33 @@ class RegionEmbeddingStore(RegionReader):
     ) -> bool:
         """One share of :meth:`build`, for jobs without a process group (a job array on a shared file system).
 
-        Share ``rank`` of ``num_replicas`` is a run of whole shards. Whoever finishes last joins the parts.
+        Share ``rank`` of ``num_replicas`` is every ``num_replicas``-th shard. Shares may run in any order, at the same
+        time, and with another number of processes the next time.
 
         Returns:
-            Whether the store is whole now.
+            Whether the store is complete now.
         """
-        return building.build_part(
-            Path(path),
-            Pictures(data, num_workers),
-            encoder,
-            prompt,
-            batch_size=batch_size,
-            rank=rank,
-            num_replicas=num_replicas,
-            resume=resume,
-            dtype=dtype,
-            shard_rows=shard_rows,
-            show_progress=show_progress,
-        )
+        building.check_options(batch_size, shard_rows, rank, num_replicas)
+        images = UniformImages(data, num_workers)
+        source = Source(images, encoder, prompt, images.shape, dtype)
+        manifest = building.plan(Path(path), source, batch_size=batch_size, shard_rows=shard_rows)
+        share: dict[str, Any] = {"rank": rank, "size": num_replicas, "show_progress": show_progress}
+        building.fill(Path(path), source, manifest, batch_size=batch_size, **share)
+        return not building.missing_shards(Path(path), manifest)
 
     def extend(
         self,
-        data: Images,
+        data: Any,
         encoder: Any = None,
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         num_workers: int = 0,
         show_progress: bool = False,
     ) -> RegionEmbeddingStore:
         """Append more images, with the same prompt, without computing the others again.
 
         Call it again with the same images after a kill (through :meth:`extend_at`, because an unfinished store cannot
-        be opened). In a process group the first process does the work.
+        be opened).
 
         Returns:
             The longer store; this one keeps showing the rows it had.
@@ -205,58 +241,115 @@ class RegionEmbeddingStore(RegionReader):
     def extend_at(
         cls,
         path: str | os.PathLike[str],
-        data: Images,
+        data: Any,
         encoder: Any,
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         num_workers: int = 0,
         show_progress: bool = False,
     ) -> RegionEmbeddingStore:
         """:meth:`extend` of the store at ``path``, also of one whose extension was killed."""
-        manifest = read_manifest(Path(path))
-        if manifest is None:
-            raise FileNotFoundError(f"there is no store at {path}; build it first")
-        if encoder is None:
-            raise InputError("give the encoder that made the store")
-        prompt, dtype = building.made_with(manifest)
-        options: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "show_progress": show_progress}
+        path, (rank, size) = Path(path), world()
+        building.check_options(batch_size, None)
+        source = _source(path, data, encoder, num_workers)
 
         def append() -> None:
-            if world()[0] == 0:
-                building.extend(Path(path), Pictures(data, num_workers), encoder, prompt, **options)
+            manifest, first = building.planned_extension(path)
+            share: dict[str, Any] = {"rank": rank, "size": size, "show_progress": show_progress and rank == 0}
+            building.fill(path, source, manifest, batch_size=batch_size, first=first, **share)
 
+        all_or_none(lambda: building.plan_extension(path, source) if rank == 0 else None)
         all_or_none(append)
+        all_or_none(lambda: building.finish_extension(path) if rank == 0 else None)
         return cls(path, encoder=encoder)
 
     @classmethod
     def repair(
         cls,
         path: str | os.PathLike[str],
-        data: Images,
+        data: Any,
         encoder: Any,
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         num_workers: int = 0,
         show_progress: bool = False,
     ) -> list[int]:
-        """Compute the images of damaged files again, and only those; for stores that cannot be opened any more.
+        """:meth:`build` with the store's own prompt and precision: computes what is missing or damaged.
 
         Args:
             path, data, encoder: as for :meth:`build`; with the same ``batch_size`` the files get their old bytes back.
 
         Returns:
-            The numbers of the images that were embedded again; empty for a sound store.
+            The indices of the images that were embedded again; empty for a sound store.
 
         Raises:
-            ArtifactError: another encoder or data set, or the manifest itself is broken.
+            ArtifactError: another encoder or data set, or the manifest itself is damaged.
         """
-        manifest = read_manifest(Path(path))
-        if manifest is None:
-            raise FileNotFoundError(f"there is no store at {path}")
-        prompt, dtype = building.made_with(manifest)
-        pictures = Pictures(data, num_workers)
-        options: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "show_progress": show_progress}
-        return repair(Path(path), pictures, encoder, prompt, **options)
+        path = Path(path)
+        building.check_options(batch_size, None)
+        source = _source(path, data, encoder, num_workers)
+        manifest = building.plan(path, source, batch_size=batch_size, shard_rows=None)
+        done = building.fill(path, source, manifest, batch_size=batch_size, show_progress=show_progress)
+        return [image for shard in done for image in range(*manifest.spans[shard])]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._reader)
+
+    def embeddings(self, index: int | slice | Sequence[int] | Tensor | np.ndarray[Any, Any]) -> Tensor:
+        """Unit embeddings as stored (:attr:`dtype`; ``.float()`` before arithmetic on a CPU), cells row by row.
+
+        Args:
+            index: an image's number (negative ones count from the end), a slice, or several numbers in any order.
+
+        Returns:
+            ``(h*w, D)`` for one number, else ``(n, h*w, D)``. A zero vector where the encoder gave zeros.
+
+        Raises:
+            InputError: a number outside the store.
+            ArtifactError: the file is damaged.
+        """
+        rows, single = self._rows(index)
+        found = self._reader.rows("embedding", rows)
+        return found[0] if single else found
+
+    def similarity(self, text: Tensor | str | Sequence[str], *, chunk_size: int = 256) -> Similarity:
+        """P[n, m, i, j], the cosine of image n with cell (i, j) marked and text m, computed as it is read.
+
+        Args:
+            text: text embeddings ``(M, D)`` of any length, or texts, which the store's encoder embeds.
+            chunk_size: images at a time.
+
+        Returns:
+            A :class:`~captum_concepts.store.similarity.Similarity` of shape (N, M, h, w): iterate it for chunks
+            ``(n, M, h, w)``, index it by images, or take all with ``.tensor()``. float32, on the device of ``text``.
+
+        Raises:
+            InputError: texts without an encoder, embeddings of another width, not finite.
+        """
+        return Similarity(self, self._text(text), chunk_size)
+
+    def top_activations(self, text: Tensor | Sequence[str], k: int = 5, *, chunk_size: int = 256) -> Tensor:
+        """How strongly each concept appears in the data: mean of the k largest P over images, the best cell of each.
+
+        Feed it to :func:`captum_concepts.concepts.drop_absent`.
+
+        Returns:
+            ``(M,)`` float32.
+        """
+        integer("k", k)
+        best: Tensor | None = None
+        for chunk in self.similarity(text, chunk_size=chunk_size):
+            found = chunk.flatten(2).amax(2)
+            joined = found if best is None else torch.cat([best, found])
+            best = joined.topk(min(k, len(joined)), dim=0).values
+        if best is None:
+            raise InputError("the store is empty")
+        return best.mean(0)
+
+    def digests(self) -> Tensor:
+        """``(N,)`` int64, 64 bits of a hash of each image's pixels."""
+        return self._reader.rows("digest", range(len(self)))
 
     @property
     def nbytes(self) -> int:
@@ -264,17 +357,16 @@ class RegionEmbeddingStore(RegionReader):
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     @staticmethod
-    def expected_bytes(
-        images: int, prompt: RegionPrompt, embedding_dim: int, dtype: torch.dtype = torch.float16
-    ) -> int:
+    def expected_bytes(images: int, prompt: Regions, embedding_dim: int, dtype: torch.dtype = torch.float16) -> int:
         """N*h*w*D bytes of embeddings; the folder is at most 1 % larger.
 
+        >>> from captum_concepts.vlm import RegionPrompt
         >>> RegionEmbeddingStore.expected_bytes(1_281_167, RegionPrompt(grid=7), 512) / 1e9
         64.283835392
         """
         return images * len(prompt) * embedding_dim * dtype.itemsize
 
-    def verify(self, data: Images | None = None) -> dict[str, int]:
+    def verify(self, data: Any | None = None) -> dict[str, int]:
         """Read everything: all sizes and checksums, and that every embedding is finite and has unit length.
 
         Args:
@@ -286,4 +378,73 @@ class RegionEmbeddingStore(RegionReader):
         Raises:
             ArtifactError: lists every damaged file and its images.
         """
-        return verify(self, None if data is None else Pictures(data))
+        manifest = building.stored_manifest(self.path)
+        found = {n: why for n in range(len(manifest.rows)) if (why := damage(self.path, manifest, n)) is not None}
+        if found:
+            spans = manifest.spans
+            files = [f"{shard_name(n)} (images {spans[n][0]} to {spans[n][1] - 1}): {why}" for n, why in found.items()]
+            raise ArtifactError(
+                f"the store at {self.path} is damaged: {'; '.join(files[:3])}"
+                f"{f'; and {len(files) - 3} more' if len(files) > 3 else ''}. build() or repair() computes them again"
+            )
+        tolerance = 2.0**-10 if self.dtype == torch.float16 else 1e-5
+        for start in range(0, len(self), 256):
+            norm = self.embeddings(slice(start, start + 256)).float().norm(dim=2)
+            if not ((norm - 1).abs() < tolerance).logical_or(norm == 0).all():
+                raise ArtifactError(
+                    f"images {start} to {start + 255} of the store at {self.path} have no unit embeddings"
+                )
+        if data is not None:
+            images, count = UniformImages(data), len(self)
+            if len(images) != count:
+                raise ArtifactError(f"the store at {self.path} has {count} images, the data {len(images)}")
+            check_digests(images, self.digests().tolist(), range(count), f"the store at {self.path}")
+        return {"images": len(self), "shards": len(manifest.rows), "bytes": self.nbytes}
+
+    def _rows(self, index: Any) -> tuple[np.ndarray[Any, Any], bool]:
+        count = len(self)
+        if isinstance(index, slice):
+            return np.arange(count)[index], False
+        rows = np.asarray(index)
+        if rows.dtype == bool and rows.shape == (count,):
+            return np.flatnonzero(rows), False
+        if rows.ndim > 1 or (rows.size and rows.dtype.kind not in "iu"):
+            raise InputError(f"index must be one number, a slice, or a list of numbers, got {index!r}")
+        wanted = np.atleast_1d(rows).astype(np.int64)
+        if wanted.size and (wanted.min() < -count or wanted.max() >= count):
+            raise InputError(f"images {wanted.min()} to {wanted.max()} are asked of a store of {count}")
+        return np.where(wanted < 0, wanted + count, wanted), rows.ndim == 0
+
+    def _text(self, text: Any) -> Tensor:
+        if not isinstance(text, Tensor):
+            if self.encoder is None:
+                raise InputError("texts need the encoder: open the store with encoder=, or pass embeddings (M, D)")
+            text = embed_texts(self.encoder, [text] if isinstance(text, str) else text)
+        if text.ndim == 1:
+            text = text[None]
+        if text.ndim != 2 or text.shape[1] != self.embedding_dim or not text.shape[0]:
+            raise InputError(f"text embeddings must be (M, {self.embedding_dim}), got {tuple(text.shape)}")
+        text = text.detach().float()
+        if not text.isfinite().all():
+            raise InputError("text embeddings contain NaN or infinite values")
+        return F.normalize(text, dim=1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
+    def __repr__(self) -> str:
+        h, w = self.grid
+        return (
+            f"{type(self).__name__}({str(self.path)!r}: {len(self)} images, {self.prompt.kind} on {h} x {w}, "
+            f"D={self.embedding_dim}, {str(self.dtype).removeprefix('torch.')})"
+        )
+
+
+def _source(path: Path, data: Any, encoder: Any, num_workers: int) -> Source:
+    """What is needed to write more of the store at ``path``."""
+    manifest = building.stored_manifest(path)
+    if encoder is None:
+        raise InputError("pass the encoder that made the store")
+    prompt, dtype, _ = building.stored_settings(path, manifest)
+    images = UniformImages(data, num_workers)
+    return Source(images, encoder, prompt, images.shape, dtype)

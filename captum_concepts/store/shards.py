@@ -1,37 +1,249 @@
-"""Rows of named tensors on disk: written shard by shard, atomically, resumable after a kill, read through mmap."""
+"""Rows of named tensors on disk: shards that are written atomically, carry their own checksum, and are memory-mapped.
+
+One rule makes a store: *compute shard k if it is missing or damaged* (:func:`fill_shards`). Resuming after a kill,
+repairing, extending, and sharing the work among processes (rank r takes the shards r, r + n, ...) are that rule.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import write_atomically
-from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.store.manifest import check_fingerprint
-from captum_concepts.store.shard_files import FORMAT, MANIFEST, check_files, map_file, read_manifest
+from captum_concepts._artifacts import (
+    Array,
+    anything,
+    check_arrays,
+    check_json,
+    integer,
+    mapping_of,
+    parse_json,
+    table,
+    text,
+    write_atomically,
+)
+from captum_concepts.errors import ArtifactError, InputError, listing
+from captum_concepts.store.lock import FolderLock
+from captum_concepts.store.manifest import MANIFEST, Manifest, check_fingerprint, read_manifest, shard_name
+
+#: First row and row after the last.
+Span = tuple[int, int]
+#: Takes the tensors and the notes of one shard.
+Write = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
+
+_KEY = "captum_concepts.shard/2"
+_ABOUT = table(
+    {
+        "store": text(),
+        "number": integer(),
+        "notes": mapping_of(anything, most=1000),
+        "sha256": text(pattern="[0-9a-f]{64}"),
+    }
+)
+_BLANK = "0" * 64
+_LONGEST_HEADER = 10 << 20
+_BAD = (OSError, ValueError, LookupError, TypeError, RuntimeError, OverflowError)
+
+
+class Shard(NamedTuple):
+    """An opened shard: memory-mapped tensors, and what was noted with them."""
+
+    tensors: dict[str, Tensor]
+    notes: dict[str, Any]
+
+
+def write_shard(
+    path: Path, manifest: Manifest, number: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None
+) -> None:
+    """Write shard ``number`` of a store: one safetensors file, whose header says to which store it belongs, and the
+    SHA-256 of the file with that sum blanked out. Equal tensors give equal bytes.
+
+    Raises:
+        InputError: another number of rows than the manifest lists.
+    """
+    from safetensors.torch import save
+
+    if {len(tensor) for tensor in tensors.values()} != {manifest.rows[number]}:
+        counts = {name: len(tensor) for name, tensor in tensors.items()}
+        raise InputError(f"shard {number} must have {manifest.rows[number]} rows of every tensor, got {counts}")
+    about = {"store": manifest.identity, "number": number, "notes": dict(notes or {}), "sha256": _BLANK}
+    # One metadata entry only: safetensors writes several in any order.
+    data = save(dict(tensors), metadata={_KEY: json.dumps(about)})
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[:end].replace(_BLANK.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+    write_atomically(path / shard_name(number), header + data[end:])
+
+
+def open_shard(path: Path, manifest: Manifest, number: int, arrays: Mapping[str, Array] | None = None) -> Shard:
+    """Map shard ``number`` into memory; its header is checked, its values are not read.
+
+    Args:
+        path: the folder of the store.
+        manifest: of the store.
+        number: of the shard.
+        arrays: what its tensors must be, "N" standing for its rows; None for any.
+
+    Raises:
+        ArtifactError: missing, damaged, or of another store.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file, rows = path / shard_name(number), manifest.rows[number]
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = (opened.metadata() or {}).get(_KEY)
+            notes: dict[str, Any] = {}
+            if about is not None:
+                found = check_json(parse_json(about), _ABOUT, str(file))
+                if (found["store"], found["number"]) != (manifest.identity, number):
+                    raise ArtifactError(f"{file} is not shard {number} of this store")
+                notes = found["notes"]
+            elif file.name not in manifest.checksums:
+                raise ArtifactError(f"{file} is not a shard of a store")
+            names = list(opened.keys())
+            whole = arrays or {name: Array("any", ("N", ...)) for name in names}
+            check_arrays(opened, whole, {"N": rows})
+            return Shard({name: opened.get_tensor(name) for name in names}, notes)
+    except ArtifactError:
+        raise
+    except (SafetensorError, *_BAD) as error:
+        raise ArtifactError(f"{file} is damaged: {error}") from error
+
+
+def check_sum(path: Path, manifest: Manifest, number: int) -> None:
+    """Read shard ``number`` and compare its checksum.
+
+    Raises:
+        ArtifactError: it differs, or there is none.
+    """
+    file = path / shard_name(number)
+    try:
+        with file.open("rb") as handle:
+            size = handle.read(8)
+            length = int.from_bytes(size, "little")
+            header = handle.read(min(length, _LONGEST_HEADER))
+            metadata = parse_json(header).get("__metadata__", {})
+            if _KEY in metadata:
+                expected = check_json(parse_json(metadata[_KEY]), _ABOUT, str(file))["sha256"]
+                header = header.replace(expected.encode(), _BLANK.encode(), 1)
+            else:
+                expected = manifest.checksums.get(file.name)
+            digest = hashlib.sha256(size + header)
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    except ArtifactError:
+        raise
+    except (AttributeError, *_BAD) as error:
+        raise ArtifactError(f"{file} is damaged: its header cannot be read ({error})") from error
+    if digest.hexdigest() != expected:
+        raise ArtifactError(f"{file} is damaged: its checksum differs")
+
+
+def damage(path: Path, manifest: Manifest, number: int, arrays: Mapping[str, Array] | None = None) -> str | None:
+    """What is wrong with shard ``number``, which is read in full; None if nothing is."""
+    try:
+        open_shard(path, manifest, number, arrays)
+        check_sum(path, manifest, number)
+    except ArtifactError as error:
+        return str(error).removeprefix(f"{path / shard_name(number)} is damaged: ")
+    return None
+
+
+def fill_shards(
+    path: Path,
+    manifest: Manifest,
+    compute: Callable[[list[Span], Write], None],
+    *,
+    arrays: Mapping[str, Array] | None = None,
+    check: Callable[[list[int]], None] | None = None,
+    first: int = 0,
+    rank: int = 0,
+    size: int = 1,
+    what: str = "the store at",
+) -> list[int]:
+    """Compute every shard that is missing or damaged, of those that are this process's to do, and write it in place.
+
+    Args:
+        path: the folder, which holds ``manifest`` already.
+        manifest: lists the rows of all shards.
+        compute: called with the spans of rows to compute, it passes the tensors and notes of one span after another to
+            the given function. What it passed before it failed is kept.
+        arrays: what the tensors must be; see :func:`open_shard`.
+        check: called with the numbers of the sound shards before anything is computed; it may refuse to go on.
+        first: only shards from this number on.
+        rank, size: this process takes the shards ``first + rank, first + rank + size, ...``; the files do not depend on
+            it.
+        what: how messages call the folder.
+
+    Returns:
+        The numbers of the computed shards.
+
+    Raises:
+        ArtifactError: another process is writing the same shards.
+    """
+    mine = range(first + rank, len(manifest.rows), size)
+    wanted = [number for number in mine if damage(path, manifest, number, arrays) is not None]
+    if check is not None:
+        check(sorted(set(mine) - set(wanted)))
+    if not wanted:  # nothing to write, so a folder without the right to write will do
+        return []
+    with FolderLock(path, what, name="lock" if size == 1 else f"lock-{rank:05d}-of-{size:05d}"):
+        for number in mine:
+            for leftover in path.glob(f".{shard_name(number)}.*.partial"):  # of a killed process
+                leftover.unlink()
+        wanted = [number for number in wanted if damage(path, manifest, number, arrays) is not None]
+        waiting = iter(wanted)
+
+        def write(tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+            write_shard(path, manifest, next(waiting), tensors, notes)
+
+        if wanted:
+            compute([manifest.spans[number] for number in wanted], write)
+    return wanted
+
+
+def missing_shards(path: Path, manifest: Manifest) -> list[int]:
+    """The shards whose file is missing, by a look at the folder."""
+    return [number for number in range(len(manifest.rows)) if not (path / shard_name(number)).is_file()]
+
+
+def clear_store(path: Path) -> None:
+    """Remove the files of a store, and nothing else; the manifest first, so that no half of a store is left."""
+    for file in [path / MANIFEST, *path.glob("shard-*.safetensors"), *path.glob(".*.partial")]:
+        file.unlink(missing_ok=True)
+
+
+def shard_sizes(rows: int, shard_rows: int) -> list[int]:
+    """Rows of each shard where ``rows`` are cut into shards of ``shard_rows``.
+
+    >>> shard_sizes(10, 4)
+    [4, 4, 2]
+    """
+    return [min(shard_rows, rows - start) for start in range(0, rows, shard_rows)]
 
 
 class ShardWriter:
-    """Append rows to a sharded store.
+    """Append rows to a sharded store whose number of rows is not known before.
 
     A shard is one safetensors file, written to a temporary name and renamed; then the manifest is replaced. So the
-    folder is readable after a kill at any moment, and :attr:`rows` says where to go on.
+    folder is readable after a kill at any moment, and :attr:`rows` says where to resume.
 
     Args:
         path: the folder.
         fingerprint: what the rows are made from: model, layers, encoder, data (anything JSON can hold).
         shard_rows: rows in one file.
-        resume: go on behind the rows that are already there; False removes them.
+        resume: continue after the rows that are there and sound; False removes them.
 
     Raises:
-        ArtifactError: the folder holds rows that were made from something else, or is damaged.
+        ArtifactError: the folder holds rows that were made from something else, or its manifest is damaged.
 
     Example:
         >>> import tempfile
@@ -53,33 +265,34 @@ class ShardWriter:
         self.shard_rows = shard_rows
         self._pending: list[dict[str, Tensor]] = []
         self._waiting = 0
-        manifest = read_manifest(self.path) if resume else None
-        if manifest is not None:
-            check_fingerprint(fingerprint, manifest["fingerprint"], f"the store at {self.path}")
-            check_files(self.path, manifest)
-        else:
-            manifest = {"format": FORMAT, "fingerprint": dict(fingerprint), "shards": [], "complete": False}
+        found = read_manifest(self.path) if resume else None
+        if found is None:
+            clear_store(self.path)
+            found = Manifest(json.loads(json.dumps(dict(fingerprint))), growing=True)
+        check_fingerprint(fingerprint, found.fingerprint, f"the store at {self.path}")
+        sound = next((n for n in range(len(found.rows)) if damage(self.path, found, n) is not None), len(found.rows))
+        if sound < len(found.rows):
+            found = dataclasses.replace(found, rows=found.rows[:sound], growing=True)
         for leftover in [*self.path.glob(".*.partial"), *self.path.glob("shard-*.safetensors")]:
-            if leftover.name not in {shard["file"] for shard in manifest["shards"]}:
+            if leftover.name not in {shard_name(number) for number in range(sound)}:
                 leftover.unlink()
-        self._manifest = manifest
-        self._publish()
+        self._manifest = found
+        self._manifest.write(self.path)
 
     @property
     def rows(self) -> int:
         """Rows safely on disk."""
-        return sum(shard["rows"] for shard in self._manifest["shards"])
+        return self._manifest.total
 
     @property
     def info(self) -> dict[str, Any]:
         """Free notes of the writer, stored with the rows."""
-        notes: dict[str, Any] = self._manifest.setdefault("info", {})
-        return notes
+        return self._manifest.info
 
     @property
     def complete(self) -> bool:
         """Whether :meth:`finish` was reached, now or in an earlier run."""
-        return bool(self._manifest["complete"])
+        return not self._manifest.growing
 
     def append(self, tensors: Mapping[str, Tensor]) -> None:
         """Add rows: tensors with equally many rows each, of the same names and row shapes every time."""
@@ -95,8 +308,7 @@ class ShardWriter:
         """Write what is left and mark the store complete."""
         if self._waiting:
             self._write(self._waiting)
-        self._manifest["complete"] = True
-        self._publish()
+        self._publish(self._manifest.rows, growing=False)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -106,21 +318,17 @@ class ShardWriter:
             self.finish()
 
     def _write(self, count: int) -> None:
-        from safetensors.torch import save
-
         joined = {name: torch.cat([part[name] for part in self._pending]) for name in self._pending[0]}
-        data = save({name: tensor[:count].contiguous() for name, tensor in joined.items()})
-        file = f"shard-{len(self._manifest['shards']):05d}.safetensors"
-        write_atomically(self.path / file, data)
-        digest = hashlib.sha256(data).hexdigest()
-        self._manifest["shards"].append({"file": file, "rows": count, "bytes": len(data), "sha256": digest})
-        self._manifest["complete"] = False
-        self._publish()
+        longer = dataclasses.replace(self._manifest, rows=[*self._manifest.rows, count])
+        shard = {name: tensor[:count].contiguous() for name, tensor in joined.items()}
+        write_shard(self.path, longer, len(self._manifest.rows), shard)
+        self._publish(longer.rows, growing=True)
         self._waiting -= count
         self._pending = [{name: tensor[count:] for name, tensor in joined.items()}] if self._waiting else []
 
-    def _publish(self) -> None:
-        write_atomically(self.path / MANIFEST, json.dumps(self._manifest, indent=1).encode())
+    def _publish(self, rows: list[int], *, growing: bool) -> None:
+        self._manifest = dataclasses.replace(self._manifest, rows=rows, growing=growing)
+        self._manifest.write(self.path)
 
 
 class ShardReader:
@@ -129,8 +337,9 @@ class ShardReader:
     Args:
         path: the folder.
         fingerprint: what the rows must have been made from; None takes any.
-        verify: compare every file's checksum, which reads all of them; sizes are always compared.
+        verify: compare every file's checksum, which reads all of them; headers and sizes are always compared.
         verify_on_read: compare a file's checksum when rows of it are read for the first time.
+        arrays: what the tensors must be; see :func:`open_shard`.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -144,60 +353,87 @@ class ShardReader:
         *,
         verify: bool = False,
         verify_on_read: bool = False,
+        arrays: Mapping[str, Array] | None = None,
     ) -> None:
         self.path = Path(path)
         manifest = read_manifest(self.path)
         if manifest is None:
             raise FileNotFoundError(f"no store at {self.path}")
         if fingerprint is not None:
-            check_fingerprint(fingerprint, manifest["fingerprint"], f"the store at {self.path}")
-        if not manifest["complete"]:
-            rows = sum(shard["rows"] for shard in manifest["shards"])
-            raise ArtifactError(f"the store at {self.path} is unfinished ({rows} rows so far); resume writing it")
-        check_files(self.path, manifest, verify=verify)
-        self.fingerprint: dict[str, Any] = manifest["fingerprint"]
-        self.info: dict[str, Any] = manifest.get("info", {})
-        self._shards = [map_file(self.path / shard["file"]) for shard in manifest["shards"]]
-        _check_shapes(self.path, manifest["shards"], self._shards)
-        self._starts = np.cumsum([0, *(shard["rows"] for shard in manifest["shards"])])
-        self._unchecked = dict(enumerate(manifest["shards"])) if verify_on_read and not verify else {}
+            check_fingerprint(fingerprint, manifest.fingerprint, f"the store at {self.path}")
+        missing = missing_shards(self.path, manifest)
+        if missing or manifest.growing:
+            rows = manifest.total - sum(manifest.rows[number] for number in missing)
+            files = f", missing: {listing([shard_name(number) for number in missing], 3)}" if missing else ""
+            raise ArtifactError(
+                f"the store at {self.path} is unfinished: {rows} rows are there{files}. Make the call that writes it "
+                "again: it computes what is missing"
+            )
+        self._manifest = manifest
+        self._shards = [open_shard(self.path, manifest, number, arrays) for number in range(len(manifest.rows))]
+        for number, shard in enumerate(self._shards):
+            if _kinds(shard) != _kinds(self._shards[0]):
+                file = self.path / shard_name(number)
+                raise ArtifactError(f"{file} is damaged: its tensors are not those of the other shards")
+            if verify:
+                check_sum(self.path, manifest, number)
+        self._unchecked = set(range(len(self._shards))) if verify_on_read and not verify else set()
+        self._ends = torch.tensor([end for _, end in manifest.spans], dtype=torch.long)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the rows are made from."""
+        return self._manifest.fingerprint
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Notes of the writer."""
+        return self._manifest.info
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """What was noted with each shard."""
+        return [shard.notes for shard in self._shards]
+
+    @property
+    def shard_rows(self) -> list[int]:
+        """Rows of each shard."""
+        return self._manifest.rows
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._manifest.total
 
     @property
     def names(self) -> list[str]:
         """The stored tensors."""
-        return sorted(self._shards[0]) if self._shards else []
+        return sorted(self._shards[0].tensors) if self._shards else []
 
     def row_shape(self, name: str) -> tuple[int, ...]:
         """The shape of one row of tensor ``name``; reads no row."""
-        if name not in self.names:
-            raise InputError(f"the store at {self.path} holds {self.names}, not {name!r}")
-        return self._shards[0][name].shape[1:]
+        return tuple(self._first(name).shape[1:])
 
-    def rows(self, name: str, index: Any) -> Tensor:
+    def rows(self, name: str, index: Sequence[int] | Tensor | Any) -> Tensor:
         """The rows of tensor ``name`` at ``index`` (integers in [0, len)), in that order."""
+        source = self._first(name)
+        wanted = torch.as_tensor(index, dtype=torch.long) if len(index) else torch.empty(0, dtype=torch.long)
+        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(self):
+            raise InputError(f"rows {int(wanted.min())} to {int(wanted.max())} are asked of a store of {len(self)}")
+        out = source.new_empty(len(wanted), *source.shape[1:])
+        which = torch.bucketize(wanted, self._ends, right=True)
+        for number in which.unique().tolist():
+            if number in self._unchecked:
+                check_sum(self.path, self._manifest, number)
+                self._unchecked.discard(number)
+            place = which == number
+            first = int(self._ends[number]) - self._manifest.rows[number]
+            out[place] = self._shards[number].tensors[name][wanted[place] - first]
+        return out
+
+    def _first(self, name: str) -> Tensor:
         if name not in self.names:
             raise InputError(f"the store at {self.path} holds {self.names}, not {name!r}")
-        wanted = np.asarray(index, dtype=np.int64)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise InputError(f"rows {wanted.min()} to {wanted.max()} are asked of a store of {len(self)}")
-        source = self._shards[0][name]
-        out = np.empty((len(wanted), *source.shape[1:]), source.dtype)
-        which = np.searchsorted(self._starts, wanted, side="right") - 1
-        for shard in np.unique(which):
-            if shard in self._unchecked:
-                check_files(self.path, {"shards": [self._unchecked[shard]]}, verify=True)
-                del self._unchecked[shard]
-            place = which == shard
-            out[place] = self._shards[shard][name][wanted[place] - self._starts[shard]]
-        return torch.from_numpy(out)
+        return self._shards[0].tensors[name]
 
 
-def _check_shapes(path: Path, shards: list[dict[str, Any]], maps: list[dict[str, np.ndarray[Any, Any]]]) -> None:
-    """Every shard holds the rows that the manifest says, of the tensors of the first one."""
-    kinds = [{name: (m.dtype, m.shape[1:]) for name, m in one.items()} for one in maps]
-    for shard, one, kind in zip(shards, maps, kinds, strict=True):
-        if kind != kinds[0] or any(m.ndim == 0 or len(m) != shard["rows"] for m in one.values()):
-            raise ArtifactError(f"{path / shard['file']} does not hold {shard['rows']} rows of {sorted(kinds[0])}")
+def _kinds(shard: Shard) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in shard.tensors.items()}

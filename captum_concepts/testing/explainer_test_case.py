@@ -56,7 +56,7 @@ class ExplainerTestCase(ABC):
         ...     if not inputs.is_floating_point():
         ...         raise InputError("convert pixels to floating point")
         ...     return inputs
-        >>> for name, test in TestBrightness().tests():
+        >>> for name, test in TestBrightness().cases():
         ...     test()
     """
 
@@ -75,7 +75,7 @@ class ExplainerTestCase(ABC):
     def make_images(self) -> Tensor:
         """At least three different images ``(N, C, H, W)``."""
 
-    def tests(self) -> Iterator[tuple[str, Callable[[], None]]]:
+    def cases(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Every test by its name, for other test runners."""
         return ((name, getattr(self, name)) for name in sorted(dir(type(self))) if name.startswith("test_"))
 

@@ -23,11 +23,14 @@ def clean(value: Any) -> Any:
     return _CONTROL.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+_HERE = Path(__file__).parent
+
+
 @cache
-def template(name: str) -> jinja2.Template:
-    """A template of this room, such as ``"report/card.html"``."""
+def template(name: str, folder: Path = _HERE) -> jinja2.Template:
+    """A template of this room, such as ``"report/card.html"``, or of another ``folder``."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        loader=jinja2.FileSystemLoader(folder, encoding="utf-8"),
         autoescape=True,
         finalize=clean,
         undefined=jinja2.StrictUndefined,
@@ -40,6 +43,6 @@ def template(name: str) -> jinja2.Template:
 
 
 @cache
-def asset(name: str) -> Markup:
-    """A style sheet or script of this room, as it is: it is ours and is not escaped."""
-    return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
+def asset(name: str, folder: Path = _HERE) -> Markup:
+    """A style sheet or script of this room (or of ``folder``), as it is: it is ours and is not escaped."""
+    return Markup((folder / name).read_text(encoding="utf-8"))

@@ -1,7 +1,19 @@
-"""Image-text models: what the package asks of one, and open_clip's models behind that interface."""
+"""Vision-language models: what the package asks of one, encoders of open_clip and transformers, and image regions."""
 
+from captum_concepts.vlm.batching import trial_batch_size
+from captum_concepts.vlm.dense import DenseRegions, Regions, regions_from_dict
 from captum_concepts.vlm.encoder import ImageTextEncoder
+from captum_concepts.vlm.hugging_face import from_transformers
 from captum_concepts.vlm.open_clip import OpenCLIPEncoder
 from captum_concepts.vlm.region_prompt import RegionPrompt
 
-__all__ = ["ImageTextEncoder", "OpenCLIPEncoder", "RegionPrompt"]
+__all__ = [
+    "DenseRegions",
+    "ImageTextEncoder",
+    "OpenCLIPEncoder",
+    "RegionPrompt",
+    "Regions",
+    "from_transformers",
+    "regions_from_dict",
+    "trial_batch_size",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ _DEFAULTS: dict[str, Any] = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
     "fill_color": 0,
+    "max_patches": 256,
 }
 IMAGE_KEYS = tuple(_DEFAULTS)
 
@@ -43,8 +45,10 @@ def check_preprocess(*layers: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"interpolation={config['interpolation']!r} must be 'bicubic' or 'bilinear'")
     if config["interpolation"] == "random":  # open_clip's word for training; its evaluation transform is bicubic
         config["interpolation"] = "bicubic"
-    if config["resize_mode"] not in ("shortest", "longest", "squash"):
-        raise InputError(f"resize_mode={config['resize_mode']!r} must be 'shortest', 'longest' or 'squash'")
+    if config["resize_mode"] not in ("shortest", "longest", "squash", "patches"):
+        raise InputError(f"resize_mode={config['resize_mode']!r} must be 'shortest', 'longest', 'squash' or 'patches'")
+    if config["resize_mode"] != "patches":
+        del config["max_patches"]
     return config
 
 
@@ -73,6 +77,9 @@ def resize_and_normalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
     x = images.float()
     height, width = config["size"]
     mode, interpolation = config["resize_mode"], config["interpolation"]
+    if mode == "patches":
+        height, width = _patched(x.shape[-2], x.shape[-1], height, config["max_patches"])
+        mode = "squash"
     if mode == "shortest" and height != width:
         interpolation = "bicubic"  # open_clip ignores the setting in this one case
     target = _resized(x.shape[-2], x.shape[-1], height, width, mode)
@@ -92,6 +99,17 @@ def _resized(h: int, w: int, height: int, width: int, mode: str) -> tuple[int, i
         return (height, int(height * w / h)) if h <= w else (int(height * h / w), height)
     ratio = (max if mode == "longest" else min)(h / height, w / width)  # timm's ResizeKeepRatio rounds to nearest
     return max(1, round(h / ratio)), max(1, round(w / ratio))
+
+
+def _patched(h: int, w: int, side: int, most: int) -> tuple[int, int]:
+    """The largest size of about the image's aspect ratio that holds at most ``most`` patches (SigLIP 2, "NaFlex")."""
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        rows, columns = (max(1, math.ceil(scale * length / side)) for length in (h, w))
+        low, high = (scale, high) if rows * columns <= most else (low, scale)
+    rows, columns = (max(1, math.ceil(low * length / side)) for length in (h, w))
+    return rows * side, columns * side
 
 
 def _center(x: Tensor, height: int, width: int, fill: float) -> Tensor:

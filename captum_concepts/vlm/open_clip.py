@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_concepts.errors import ArtifactError, InputError, InputWarning, did_you_mean
+from captum_concepts.vlm import _texts
 from captum_concepts.vlm._preprocessing import check_images, check_preprocess, resize_and_normalize
 from captum_concepts.vlm._pretrained import check_file, failure, first_line, published_preprocess
+from captum_concepts.vlm.dense import encode_cells
+from captum_concepts.vlm.region_prompt import check_grid
+from captum_concepts.vlm.towers import open_clip_tower
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -39,8 +43,8 @@ class OpenCLIPEncoder(nn.Module):
             ``encode_text`` and ``logit_scale`` (a logarithm, as open_clip keeps it).
         tokenizer: maps a list of strings to token ids ``(T, context_length)``.
         preprocess: ``size`` (int or (H, W)), ``mean``, ``std``, ``interpolation`` ("bicubic" or "bilinear"),
-            ``resize_mode`` ("shortest", "longest" or "squash") and ``fill_color``; what is missing comes from
-            ``model.visual.preprocess_cfg``, where open_clip's factory leaves it.
+            ``resize_mode`` ("shortest", "longest", "squash", or "patches" with ``max_patches``) and ``fill_color``;
+            what is missing comes from ``model.visual.preprocess_cfg``, where open_clip's factory leaves it.
         templates: texts with ``{}``, for example ``("a photo of a {}.", "a picture of a {}.")``. A text is then the
             normalised mean of its unit embeddings in the templates; with None it is embedded as it is.
         text_batch_size: texts embedded at a time.
@@ -218,6 +222,34 @@ class OpenCLIPEncoder(nn.Module):
 
     forward = encode_image
 
+    def encode_regions(
+        self,
+        images: Tensor,
+        grid: int | Sequence[int],
+        *,
+        attention: str = "value",
+        remove_outliers: bool = True,
+    ) -> Tensor:
+        """Embed all cells of a grid in one forward pass; see :class:`~captum_concepts.vlm.DenseRegions`.
+
+        The whole image is seen: where the model's transform would cut its border off, it is squashed instead, so that
+        the cells are those of the image.
+
+        Returns:
+            ``(N, h*w, D)`` float32, not normalized, cells row by row.
+
+        Raises:
+            InputError: an image tower of unknown structure, or an option that has no meaning for it.
+        """
+        options: dict[str, Any] = {"attention": attention, "remove_outliers": remove_outliers}
+        own = getattr(self.model, "dense_tower", None)
+        tower = own(**options) if own is not None else open_clip_tower(getattr(self.model, "visual", None), **options)
+        whole = (
+            "squash" if self.preprocess["resize_mode"] in ("shortest", "longest") else self.preprocess["resize_mode"]
+        )
+        pixels = resize_and_normalize(check_images(images), {**self.preprocess, "resize_mode": whole})
+        return encode_cells(tower, pixels.to(self.device, self.image_dtype), check_grid(grid))
+
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Embed texts, in the templates if there are any.
@@ -240,10 +272,9 @@ class OpenCLIPEncoder(nn.Module):
         return F.normalize(unit.view(len(texts), len(self.templates), -1).mean(1), dim=1)
 
     def _embed(self, texts: list[str]) -> Tensor:
-        parts = [
-            self.model.encode_text(self.tokenizer(texts[i : i + self.text_batch_size]).to(self.device)).float()
-            for i in range(0, len(texts), self.text_batch_size)
-        ]
+        tokens = self.tokenizer(texts)
+        _texts.check_length(self.tokenizer, texts, tokens)
+        parts = [self.model.encode_text(part.to(self.device)).float() for part in tokens.split(self.text_batch_size)]
         return torch.cat(parts)
 
     def train(self, mode: bool = True) -> OpenCLIPEncoder:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_concepts.errors import InputError, did_you_mean
+from captum_concepts._checks import integer, one_of
+from captum_concepts.errors import InputError, did_you_mean, listing
 from captum_concepts.vlm._drawing import Rings, blurred, crop_windows, disc, resample
 
 KINDS = ("circle", "crop", "blur")
 PLACEMENTS = ("paper", "inset", "cells")
-COLOURS: dict[str, tuple[float, float, float]] = {
+COLORS: dict[str, tuple[float, float, float]] = {
     "red": (1.0, 0.0, 0.0),
     "green": (0.0, 1.0, 0.0),
     "blue": (0.0, 0.0, 1.0),
@@ -26,6 +27,10 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 #: The paper's image side, for which it gives radius 32 and a line of 2 pixels.
 PAPER_SIZE = 224
+#: Most rows, and most columns, of a grid: finer ones would be a mistake, or a forged file.
+FINEST_GRID = 256
+#: Settings of stored prompts that are called otherwise now.
+_EARLIER_NAMES = {"colour": "color"}
 _RADIUS, _WIDTH, _SIGMA = 32.0, 2.0, 12.0  # the blur: enough to lose a texture, not the layout
 
 
@@ -43,7 +48,7 @@ class RegionPrompt:
     - ``"blur"``: everything outside the circle is blurred (Gaussian).
 
     Coordinates are continuous: pixel (i, j) covers [i, i+1] x [j, j+1], and its centre is (i + 0.5, j + 0.5). Lines and
-    edges are anti-aliased: a pixel takes the colour by the share of it that the line covers,
+    edges are anti-aliased: a pixel takes the color by the share of it that the line covers,
     ``clip(min(d + 1/2, r + w/2) - max(d - 1/2, r - w/2), 0, 1)`` for distance d of its centre from the place. What
     crosses the image's border is cut off.
 
@@ -65,7 +70,7 @@ class RegionPrompt:
         radius: of the circle (to the middle of the line) in pixels; None stands for the paper's 32 at 224 px, scaled
             with the shorter side of the image.
         placement: "paper", "inset" or "cells".
-        colour: of the line: R, G, B in [0, 1], or "red", "green", "blue", "yellow", "white", "black".
+        color: of the line: R, G, B in [0, 1], or "red", "green", "blue", "yellow", "white", "black".
         width: of the line in pixels; None stands for the paper's 2 at 224 px, scaled likewise. Below one pixel the
             line is drawn fainter.
         blur_sigma: of the Gaussian in pixels; None stands for 12 at 224 px, scaled likewise.
@@ -95,7 +100,7 @@ class RegionPrompt:
     grid: tuple[int, int] = (7, 7)
     radius: float | None = None
     placement: str = "cells"
-    colour: tuple[float, float, float] = COLOURS["red"]
+    color: tuple[float, float, float] = COLORS["red"]
     width: float | None = None
     blur_sigma: float | None = None
     border: str = "replicate"
@@ -109,21 +114,21 @@ class RegionPrompt:
         radius: float | None = None,
         *,
         placement: str = "cells",
-        colour: str | Sequence[float] = "red",
+        color: str | Sequence[float] = "red",
         width: float | None = None,
         blur_sigma: float | None = None,
         border: str = "replicate",
         reference_size: int | None = None,
     ) -> None:
         values = {
-            "kind": _one_of("kind", kind, KINDS),
-            "grid": _grid(grid),
+            "kind": one_of("kind", kind, KINDS),
+            "grid": check_grid(grid),
             "radius": _positive("radius", radius),
-            "placement": _one_of("placement", placement, PLACEMENTS),
-            "colour": _colour(colour),
+            "placement": one_of("placement", placement, PLACEMENTS),
+            "color": _color(color),
             "width": _positive("width", width),
             "blur_sigma": _positive("blur_sigma", blur_sigma),
-            "border": _one_of("border", border, ("shift", "replicate")),
+            "border": one_of("border", border, ("shift", "replicate")),
             "reference_size": reference_size,
         }
         if reference_size is not None and not (isinstance(reference_size, int) and reference_size >= 1):
@@ -203,7 +208,7 @@ class RegionPrompt:
         if not len(cells):
             return x.new_empty(0, *x.shape[1:])
         if self.kind == "circle":
-            return _rings(self, height, width, x.device).paint(x[images], cells, x.new_tensor(self.colour).expand(1, 3))
+            return _rings(self, height, width, x.device).paint(x[images], cells, x.new_tensor(self.color).expand(1, 3))
         centres = self.centers(height, width).to(x.device)
         if self.kind == "crop":
             windows = crop_windows(centres[cells], size["radius"], height, width, inside=self.border == "shift")
@@ -220,8 +225,21 @@ class RegionPrompt:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RegionPrompt:
-        """The prompt that :meth:`as_dict` described."""
-        return cls(**values)
+        """The prompt that :meth:`as_dict` described, now or in an earlier version.
+
+        Raises:
+            InputError: an unknown or missing setting, or a value that is not allowed.
+        """
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping):
+            raise InputError(f"a RegionPrompt is described by a dictionary of {listing(known, 20)}, got {values!r}")
+        named = {_EARLIER_NAMES.get(name, name): value for name, value in values.items()}
+        unknown = [name for name in named if name not in known]
+        if unknown:
+            raise InputError(f"RegionPrompt has no setting {unknown[0]!r}.{did_you_mean(str(unknown[0]), known)}")
+        if missing := [name for name in known if name not in named]:
+            raise InputError(f"the RegionPrompt lacks {listing(missing)}")
+        return cls(**named)
 
     def _axis(self, length: int, count: int, radius: float) -> list[float]:
         if count == 1:
@@ -252,17 +270,16 @@ def _check_images(x: Tensor) -> Tensor:
     return x
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise InputError(f"{name}={value!r} must be one of {allowed}.{did_you_mean(str(value), allowed)}")
-    return value
+def check_grid(grid: int | Sequence[int]) -> tuple[int, int]:
+    """``grid`` as (rows, columns).
 
-
-def _grid(grid: int | Sequence[int]) -> tuple[int, int]:
-    found = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    if len(found) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in found):
+    Raises:
+        InputError: it is not one or two whole numbers from 1 to 256.
+    """
+    found = (grid, grid) if isinstance(grid, int) else tuple(grid) if isinstance(grid, Sequence) else ()
+    if len(found) != 2:
         raise InputError(f"grid={grid!r} must be two whole numbers (rows, columns), at least 1 each")
-    return found[0], found[1]
+    return integer("grid's rows", found[0], 1, FINEST_GRID), integer("grid's columns", found[1], 1, FINEST_GRID)
 
 
 def _positive(name: str, value: float | None) -> float | None:
@@ -273,12 +290,12 @@ def _positive(name: str, value: float | None) -> float | None:
     return float(value)
 
 
-def _colour(colour: str | Sequence[float]) -> tuple[float, float, float]:
-    if isinstance(colour, str):
-        if colour not in COLOURS:
-            raise InputError(f"colour={colour!r} must be one of {tuple(COLOURS)} or three numbers (R, G, B) in [0, 1]")
-        return COLOURS[colour]
-    found = tuple(float(v) for v in colour)
+def _color(color: str | Sequence[float]) -> tuple[float, float, float]:
+    if isinstance(color, str):
+        if color not in COLORS:
+            raise InputError(f"color={color!r} must be one of {tuple(COLORS)} or three numbers (R, G, B) in [0, 1]")
+        return COLORS[color]
+    found = tuple(float(v) for v in color)
     if len(found) != 3 or not all(0 <= v <= 1 for v in found):
-        raise InputError(f"colour={colour!r} must be three numbers (R, G, B) in [0, 1]")
+        raise InputError(f"color={color!r} must be three numbers (R, G, B) in [0, 1]")
     return found[0], found[1], found[2]

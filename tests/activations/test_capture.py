@@ -667,7 +667,7 @@ def test_two_threads_on_one_model() -> None:
 def test_bad_inputs(net, images) -> None:
     with pytest.raises(InputError, match=r"dtype torch.uint8; convert pixels.*images.float\(\) / 255"):
         capture(net, (images * 255).byte(), ["conv"])
-    with pytest.raises(InputError, match=r"shape \(0, 3, 8, 8\) hold no example"):
+    with pytest.raises(InputError, match=r"shape \(0, 3, 8, 8\) contain no example"):
         capture(net, images[:0], ["conv"])
     for bad in (images.tolist(), None, (), (images, 3)):
         with pytest.raises(InputError, match=r"must be a torch.Tensor or a tuple of tensors"):

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_concepts import FeatureActivationMap
-from captum_concepts.errors import InputError, LayerError, NotFittedError, TargetError
+from captum_concepts.errors import ArtifactError, InputError, InputWarning, LayerError, NotFittedError, TargetError
 
 
 class GeM(nn.Module):
@@ -95,7 +96,7 @@ def paper_map(
                 summed += slope[k, i, j].item()
         contributions.append(total)
         slopes.append(summed)
-    if similarity == "euclidean" and isinstance(head, nn.Identity) and isinstance(pool, Pool) and pool.kind == "gap":
+    if similarity == "euclidean" and isinstance(head, nn.Identity) and not isinstance(pool, AttentionPool):
         contributions = [-((embedding[k] - reference[k]).item() ** 2) for k in range(len(embedding))]
     if weights == "gradient":
         chosen = slopes
@@ -158,27 +159,108 @@ def test_contributions_sum_to_the_cosine_for_homogeneous_pools(pool, head):
     torch.testing.assert_close(weights.sum(1), fam.scores(images)[:, 1], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    "normalise",
-    [lambda f: F.normalize(f, dim=1), lambda f: f / f.norm(dim=1, keepdim=True)],
-    ids=["F.normalize", "norm"],
-)
-@pytest.mark.parametrize("head", ["identity", "linear", "mlp"])
-def test_a_model_that_normalises_its_embedding_gives_the_same_map(normalise, head):
-    """The norm is held constant also where it is inside the model (most contrastive models end like that)."""
-    net, images, references = make("gap", head)
+NORMS = {
+    "F.normalize": lambda f: F.normalize(f, dim=1),
+    "f / f.norm()": lambda f: f / f.norm(dim=1, keepdim=True),
+    "100 * F.normalize": lambda f: 100 * F.normalize(f, dim=1),
+    "F.normalize * 1.0": lambda f: F.normalize(f, dim=1) * 1.0,
+    "twice": lambda f: F.normalize(F.normalize(f, dim=1), dim=1),
+    "rsqrt": lambda f: f * torch.rsqrt((f * f).sum(1, keepdim=True)),
+    "f * (1 / f.norm())": lambda f: f * (1 / f.norm(dim=1, keepdim=True)),
+    "torch.linalg": lambda f: torch.div(f, torch.linalg.vector_norm(f, dim=1, keepdim=True)),
+    "einsum": lambda f: torch.einsum("nd,n->nd", f, f.pow(2).sum(1).pow(-0.5)),
+    "in place": lambda f: f.clone().div_(f.norm(dim=1, keepdim=True)),
+    "transposed": lambda f: (f.T / f.T.norm(dim=0)).T,
+    "norm detached": lambda f: f / f.detach().norm(dim=1, keepdim=True),
+}
 
-    class Normalised(nn.Module):
+
+class Normalized(nn.Module):
+    def __init__(self, net: nn.Module, norm) -> None:
+        super().__init__()
+        self.net, self.norm = net, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.net(x))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_cosine_does_not_depend_on_how_the_model_divides_by_its_norm(norm, pool, head):
+    """The length is constant wherever it is divided out; the reference is the formula on the embedding before."""
+    net, images, references = make(pool, head)
+    inside = Normalized(net, NORMS[norm])
+    for options in ({"normalize": "none"}, {"weights": "gradient"}):
+        fam = FeatureActivationMap(inside, net[0], references, **options)
+        result = fam.attribute(images, target=2)
+        for n in range(N):
+            one = {"normalize": "minmax", "weights": "contribution", **options}
+            expected = paper_map(net, images[n], references[2], "cosine", one["normalize"], one["weights"])
+            torch.testing.assert_close(result[n, 0], expected, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(fam.attribute(images[n : n + 1], target=2), result[n : n + 1])
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+@pytest.mark.parametrize("norm", [name for name in NORMS if name != "100 * F.normalize"])
+def test_a_norm_that_the_model_makes_constant_is_held_for_other_similarities(similarity, norm):
+    net, images, references = make("gem", "linear")
+    options = {"similarity": similarity, "normalize": "none"}
+    result = FeatureActivationMap(Normalized(net, NORMS[norm]), net[0], references, **options).attribute(images, 1)
+    held = Normalized(net, NORMS["norm detached"])
+    torch.testing.assert_close(result, FeatureActivationMap(held, net[0], references, **options).attribute(images, 1))
+
+
+def test_a_length_that_the_model_computes_counts_for_the_dot_product():
+    net, images, references = make("gem", "linear")
+    squared = Normalized(net, lambda f: f * f.norm(dim=1, keepdim=True))
+    result = FeatureActivationMap(squared, net[0], references, similarity="dot", normalize="none").attribute(images, 1)
+    maps = net[0](images).detach().requires_grad_()
+    f = net[2](net[1](maps))
+    slope = torch.autograd.grad((f * f.norm(dim=1, keepdim=True) @ references[1]).sum(), maps)[0]
+    expected = torch.einsum("nk,nkhw->nhw", (slope * maps).sum((2, 3)), maps).detach()
+    torch.testing.assert_close(result[:, 0], expected)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
+@pytest.mark.parametrize("norm", ["F.normalize", "rsqrt", "100 * F.normalize"])
+def test_compiled_models_give_the_same_map(norm):
+    net, images, references = make("gap", "mlp")
+    compiled = torch.compile(Normalized(net, NORMS[norm]), backend="eager")
+    compiled(images)
+    plain = FeatureActivationMap(net, net[0], references, normalize="none").attribute(images, target=2)
+    result = FeatureActivationMap(compiled, net[0], references, normalize="none").attribute(images, target=2)
+    torch.testing.assert_close(result, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_a_norm_that_cannot_be_observed_is_said_so():
+    class Opaque(torch.autograd.Function):
+        """Linear layer and norm in one piece of foreign code."""
+
+        @staticmethod
+        def forward(ctx, z, weight):
+            f = z @ weight.T
+            ctx.save_for_backward(f, weight)
+            return F.normalize(f, dim=1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            f, weight = ctx.saved_tensors
+            unit, length = F.normalize(f, dim=1), f.norm(dim=1, keepdim=True)
+            return (grad - (grad * unit).sum(1, keepdim=True) * unit) / length @ weight, None
+
+    net, images, references = make("gap", "linear")
+
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.net = net
 
         def forward(self, x: Tensor) -> Tensor:
-            return normalise(self.net(x))
+            return Opaque.apply(self.net[1](self.net[0](x)), self.net[2].weight)
 
-    plain = FeatureActivationMap(net, net[0], references).attribute(images, target=2)
-    inside = FeatureActivationMap(Normalised(), net[0], references).attribute(images, target=2)
-    torch.testing.assert_close(inside, plain, rtol=1e-6, atol=1e-9)
+    with pytest.warns(InputWarning, match="before its normalization"):
+        FeatureActivationMap(Model(), net[0], references).attribute(images, target=2)
 
 
 def test_no_backward_pass_where_the_embedding_is_the_pooled_map(monkeypatch):
@@ -245,22 +327,59 @@ def test_results_do_not_depend_on_the_batch(head):
         torch.testing.assert_close(fam.attribute(images[n : n + 1])[0], whole[n], rtol=1e-9, atol=1e-12)
 
 
-def test_explain_has_every_reference_as_a_concept():
+def test_explain_selects_for_each_image():
     net, images, references = make("gap", "linear")
     names = ["ant", "bee", "cat", "dog"]
     fam = FeatureActivationMap(net, "0", references, reference_names=names)
-    explanation = fam.explain(images)
-    assert explanation.concepts == names
-    torch.testing.assert_close(explanation.scores, fam.scores(images))
-    torch.testing.assert_close(explanation["cat"].maps, fam.attribute(images, target="cat"))
-    assert torch.equal(explanation.target, fam.scores(images).argmax(1))
-    assert (explanation.layer, explanation.method) == ("0", "Feature Activation Map")
+    assert fam.concepts == names
+    everything = fam.explain(images, top_k=None)
+    order = [names.index(name) for name in everything.concepts]
+    torch.testing.assert_close(everything.scores, fam.scores(images)[:, order])
+    torch.testing.assert_close(everything.maps, fam.concept_maps(images, everything.concepts))
+    torch.testing.assert_close(everything["cat"].maps, fam.attribute(images, target="cat"))
+    assert torch.equal(everything.target, fam.scores(images).argmax(1))
+    assert (everything.layer, everything.method, everything.score_unit) == ("0", "Feature Activation Map", "cosine")
     two = fam.explain(images, target="bee", top_k=2)
-    assert two.concepts == explanation.top(2).concepts
     assert two.target.tolist() == [1, 1, 1]
+    for n, one in enumerate(two):
+        alone = fam.explain(images[n : n + 1], target="bee", top_k=2)
+        assert one.concepts == alone.concepts == [names[k] for k in fam.scores(images)[n].argsort(descending=True)[:2]]
+        torch.testing.assert_close(one.maps, alone.maps)
+    assert fam.explain(images, concepts=["dog", 0]).concepts == ["dog", "ant"]
+    assert FeatureActivationMap(net, "0", references).explain(images[:1], concepts=[3]).concepts == ["3"]
 
 
-def test_prototypes_are_class_means_in_sorted_order():
+def test_explain_over_many_references_computes_the_maps_of_those_shown(monkeypatch):
+    net, images, _ = make("gem", "linear")
+    fam = FeatureActivationMap(net, "0", torch.randn(1000, WIDTH, dtype=torch.double))
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **more: calls.append(1) or grad(*args, **more))
+    explanation = fam.explain(images, top_k=2)
+    assert len(calls) == 2
+    assert explanation.selected.sum(1).tolist() == [2, 2, 2]
+
+
+def test_results_do_not_depend_on_the_batch_size():
+    net, images, references = make("gem", "mlp")
+    many = torch.cat([images, images + 1, images - 1])
+    sizes = []
+    handle = net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    whole, small = (FeatureActivationMap(net, "0", references, batch_size=size) for size in (32, 2))
+    torch.testing.assert_close(small.attribute(many), whole.attribute(many))
+    torch.testing.assert_close(small.scores(many), whole.scores(many))
+    target = [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    torch.testing.assert_close(small.attribute(many, target=target), whole.attribute(many, target=target))
+    one, other = small.explain(many, top_k=1), whole.explain(many, top_k=1)
+    assert one.concepts == other.concepts
+    torch.testing.assert_close(one.maps, other.maps, equal_nan=True)
+    sizes.clear()
+    small.explain(many)
+    assert max(sizes) == 2
+    handle.remove()
+
+
+def test_fit_takes_class_means_in_sorted_order():
     net, images, _ = make("gap", "linear")
     many = torch.cat([images, images + 1, images - 1])
     labels = ["dog", "ant", "dog", "bee", "ant", "dog", "bee", "ant", "ant"]
@@ -268,14 +387,70 @@ def test_prototypes_are_class_means_in_sorted_order():
     expected = torch.stack(
         [embeddings[[i for i, name in enumerate(labels) if name == c]].mean(0) for c in ("ant", "bee", "dog")]
     )
-    found = FeatureActivationMap.prototypes(net, many, labels, batch_size=4)
-    torch.testing.assert_close(found, expected)
+    fam = FeatureActivationMap(net, "0", batch_size=4)
+    assert fam.fit(many, labels) is fam
+    assert fam.concepts == ["ant", "bee", "dog"]
+    torch.testing.assert_close(fam.references, expected)
+    assert not fam.references.requires_grad
     numbers = torch.tensor([{"ant": 0, "bee": 1, "dog": 2}[name] for name in labels])
+    hot = F.one_hot(numbers)
     dataset = TensorDataset(many, numbers)
-    torch.testing.assert_close(FeatureActivationMap.prototypes(net, dataset, batch_size=2), expected)
-    torch.testing.assert_close(FeatureActivationMap.prototypes(net, DataLoader(dataset, batch_size=5)), expected)
-    torch.testing.assert_close(FeatureActivationMap.prototypes(net, many, numbers), expected)
-    assert not found.requires_grad
+    shuffled = DataLoader(dataset, batch_size=5, shuffle=True, drop_last=True)
+    sources = [(many, numbers), (many, list(numbers)), (many, numbers[:, None]), (many, hot), (dataset, None)]
+    sources += [(DataLoader(dataset, batch_size=5), None), (shuffled, None), ((many, numbers), None)]
+    for data, given in sources:
+        torch.testing.assert_close(fam.fit(data, given).references, expected)
+        assert fam.concepts == ["0", "1", "2"]
+
+
+def test_fit_reads_class_folders(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Pool("gap")).eval()
+    pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    for name, one in zip(("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"), pixels, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(one.permute(1, 2, 0).numpy()).save(tmp_path / name)
+    fam = FeatureActivationMap(net, "0").fit(tmp_path, image_size=8)
+    assert fam.concepts == ["cat", "dog"]
+    torch.testing.assert_close(fam.references, net(pixels / 255).detach().unflatten(0, (2, 2)).mean(1))
+
+
+def test_calibrated_presence_is_the_rate_of_the_class(tmp_path):
+    net, images, _ = make("gap", "linear")
+    torch.manual_seed(0)
+    centers = torch.randn(3, 3, 11, 15, dtype=torch.double)
+    labels = torch.arange(60) % 3
+    many = centers[labels] + 0.8 * torch.randn(60, 3, 11, 15, dtype=torch.double)
+    fam = FeatureActivationMap(net, "0").fit(many[:30], labels[:30])
+    assert fam.explain(images).presence is None
+    assert "not calibrated" in repr(fam)
+    fam.calibrate(many[:30], labels[:30])
+    assert "calibrated" in repr(fam)
+    presence = fam.explain(many[30:], concepts=[0, 1, 2]).presence
+    truth = F.one_hot(labels[30:], 3)
+    brier = (presence - truth).square().mean()
+    assert brier < 0.8 * (torch.full_like(presence, 1 / 3) - truth).square().mean()
+    again = FeatureActivationMap.load(fam.save(tmp_path / "fam.safetensors"), net)
+    torch.testing.assert_close(again.explain(many[30:], concepts=[0, 1, 2]).presence, presence)
+
+
+def test_saved_and_loaded_maps_are_bit_identical(tmp_path):
+    net, images, references = make("gap", "mlp")
+    options = {"similarity": "euclidean", "normalize": "l1", "batch_size": 2}
+    fam = FeatureActivationMap(net, net[0], references, reference_names=["a", "b", "c", "d"], **options)
+    path = fam.save(tmp_path / "fam.safetensors")
+    for layer in (None, "0", net[0]):
+        again = FeatureActivationMap.load(path, net, layer)
+        assert torch.equal(again.attribute(images), fam.attribute(images))
+        assert (again.concepts, again.batch_size, again.similarity) == (fam.concepts, 2, "euclidean")
+    with pytest.raises(ArtifactError, match=r"layer .0., not .0\.0."):
+        FeatureActivationMap.load(path, net, "0.0")
+    with pytest.raises(ArtifactError, match="another model"):
+        FeatureActivationMap.load(path, make("gap", "linear")[0])
+    with pytest.raises(NotFittedError, match="no references to save"):
+        FeatureActivationMap(net, "0").save(path)
+    with pytest.raises(InputError, match="function cannot be saved"):
+        FeatureActivationMap(net, "0", references, similarity=l1_kernel).save(path)
 
 
 def test_vit_patches_and_prefix_tokens():
@@ -346,12 +521,14 @@ def test_constructor_arguments_are_attributes():
         weights="gradient",
         layout="NCHW",
         prefix_tokens=0,
+        batch_size=7,
     )
     assert fam.forward_func is net
     assert fam.layer == "0"
     assert fam.references is references
     assert (fam.reference_names, fam.similarity, fam.normalize) == (["a", "b"], "dot", "l1")
     assert (fam.weights, fam.layout, fam.prefix_tokens) == ("gradient", "NCHW", 0)
+    assert fam.batch_size == 7
 
 
 class TestBadInput:
@@ -365,7 +542,7 @@ class TestBadInput:
         )
 
     def test_no_references(self):
-        with pytest.raises(NotFittedError, match="prototypes"):
+        with pytest.raises(NotFittedError, match="call fit"):
             self.fam(references=None).attribute(self.images)
 
     def test_wrong_width(self):
@@ -400,7 +577,7 @@ class TestBadInput:
             self.fam(layer="1").attribute(self.images)
 
     def test_images(self):
-        with pytest.raises(InputError, match="hold no example"):
+        with pytest.raises(InputError, match="contain no example"):
             self.fam().attribute(self.images[:0])
         with pytest.raises(InputError, match="/ 255"):
             self.fam().attribute((self.images * 255).to(torch.uint8))
@@ -410,31 +587,60 @@ class TestBadInput:
             assert self.fam().attribute(broken, target=0)[1].isfinite().all()
 
     def test_an_embedding_that_is_none(self):
-        with pytest.raises(InputError, match="one embedding an image"):
+        with pytest.raises(InputError, match="one embedding per image"):
             FeatureActivationMap(self.net[0], "0", self.bank).attribute(self.images)
 
     @pytest.mark.parametrize(
         "options",
         [
-            {"similarity": "cos"}, {"normalize": "max"}, {"weights": "grad"}, {"reference_names": ["a"]},
-            {"reference_names": ["a", "a", "b", "c"]},
+            {"similarity": "cos"}, {"normalize": "max"}, {"weights": "grad"}, {"batch_size": 0},
         ],
     )  # fmt: skip
     def test_options(self, options):
         with pytest.raises(InputError, match=next(iter(options))):
             self.fam(**options)
 
+    @pytest.mark.parametrize("names", [["a"], ["a", "a", "b", "c"], "abcd"])
+    def test_names(self, names):
+        with pytest.raises(InputError, match="reference"):
+            self.fam(reference_names=names)
+
     def test_similarity_functions(self):
-        with pytest.raises(InputError, match="one value a pair"):
+        with pytest.raises(InputError, match="one value per pair"):
             self.fam(similarity=lambda f, r: f * r).attribute(self.images)
         with pytest.raises(InputError, match="differentiable"):
             self.fam(similarity=lambda f, r: r.sum(1)).attribute(self.images, target=0)
 
-    def test_prototypes(self):
-        prototypes = FeatureActivationMap.prototypes
+    def test_fit(self):
         with pytest.raises(InputError, match="labels are missing"):
-            prototypes(self.net, self.images)
+            self.fam().fit(self.images)
         with pytest.raises(InputError, match="3 labels for 2 images"):
-            prototypes(self.net, self.images, [0, 1, 2])
+            self.fam().fit(self.images, [0, 1, 2])
         with pytest.raises(InputError, match="no image"):
-            prototypes(self.net, self.images[:0], [])
+            self.fam().fit([], [])
+        with pytest.raises(InputError, match="nan"):
+            self.fam().fit(self.images, [0.0, math.nan])
+        with pytest.raises(InputError, match="multi-hot"):
+            self.fam().fit(self.images, torch.ones(2, 3))
+        loader = DataLoader(self.images, shuffle=True)
+        with pytest.raises(InputError, match="shuffle=True"):
+            self.fam().fit(loader, [0, 1])
+
+    def test_no_batch_dimension(self):
+        fam = self.fam()
+        for call in (fam.attribute, fam.scores, fam.explain, fam.concept_maps):
+            with pytest.raises(InputError, match=r"no batch dimension.*image\[None\]"):
+                call(self.images[0])
+        with pytest.raises(InputError, match=r"no batch dimension.*image\[None\]"):
+            fam.fit(self.images[0], [0])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"top_k": -1}, "top_k"), ({"top_k": 0}, "top_k"), ({"top_k": True}, "top_k"), ({"concepts": ["x"]}, "'x'"),
+            ({"concepts": []}, "no concept"), ({"rank_by": "contributions"}, "rank_by"),
+        ],
+    )  # fmt: skip
+    def test_explain(self, options, message):
+        with pytest.raises(InputError, match=message):
+            self.fam().explain(self.images, **options)

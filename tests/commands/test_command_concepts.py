@@ -93,7 +93,7 @@ class TestFitConcepts:
             files = sorted(path for path in (colours / name).iterdir() if path.name != "broken.png")
             images[name] = torch.stack([load_image(path, 64) for path in files])
         own = SpatialACV(model, "layer2", batch_size=8).fit(images, n_random=5)
-        assert loaded.concept_names == own.concept_names == ["bluish", "reddish"]
+        assert loaded.concepts == own.concepts == ["bluish", "reddish"]
         torch.testing.assert_close(loaded.vectors, own.vectors)
 
     def test_it_says_what_was_learned_and_names_the_broken_file(self, colours, tmp_path, capsys):

@@ -14,10 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import FILE_ROWS, IMAGE_ROWS, IMAGES, LABEL_ROWS, WORD_ROWS, Net, Outcome, Row
+from inputs import (
+    COUNT,
+    FILE_ROWS,
+    IMAGE_ROWS,
+    IMAGES,
+    LABEL_ROWS,
+    RUNS,
+    SIDE,
+    WORD_ROWS,
+    Net,
+    Outcome,
+    Row,
+    refused,
+)
 
 import captum_concepts
-from captum_concepts import images
+from captum_concepts import ConceptExplanation, images
+from captum_concepts.concepts import Vocabulary
+from captum_concepts.metrics import average_drop, deletion, evaluate, increase_in_confidence, insertion
+from captum_concepts.visualization import as_image, panel
 
 
 @dataclass(frozen=True)
@@ -67,17 +83,72 @@ def net() -> torch.nn.Module:
     return Net().eval()
 
 
+def score(inputs: Any) -> Any:
+    """The network's probabilities."""
+    return net()(inputs).softmax(1).detach()
+
+
+def explanation() -> ConceptExplanation:
+    """An explanation of the images."""
+    return ConceptExplanation(["red sky", "green sea"], torch.ones(COUNT, 2), torch.rand(COUNT, 2, 4, 4))
+
+
+def drawn(figure: Any) -> torch.Tensor:
+    """The pictures of the images in a panel."""
+    shown = [torch.as_tensor(ax.images[0].get_array()) for ax in figure.axes if ax.images]
+    return torch.stack([image.float() for image in shown if image.shape == shown[0].shape][:: 3])
+
+
+def saved_words(path: Path) -> list[str]:
+    """Words of a file, one of these that have no other kind of line."""
+    return list(Vocabulary.load(path))
+
+
+def size(inputs: Any) -> int:
+    """How many images there are, where that can be told."""
+    return len(inputs) if hasattr(inputs, "shape") else COUNT
+
+
+def masked(source: Any) -> Any:
+    """Images with a mask each, for `evaluate`."""
+    masks = torch.zeros(len(source), SIDE, SIDE)
+    masks[:, :50, 50:100] = 1
+    return evaluate(lambda x: x.mean(1), list(zip(source, masks, strict=True)), ["epg"], n_bootstrap=0).to_markdown()
+
+
+MAPS = torch.rand(COUNT, 7, 7, generator=torch.Generator().manual_seed(0))
+FORMS = ("list of tensors", "list of PIL images", "list of arrays", "list of paths")  # one image after another
+ONE_BY_ONE = tuple(row for row in IMAGE_ROWS if row not in (*FORMS, "float tensor", "channels last memory", "strided"))
+SCORED = ("four channels", "channels last")  # refused by the network, which is the caller's own here
+
 COLUMNS = [
     Column("images.open_images", "any images", lambda x, _: torch.stack(list(images.open_images(x)))),
     Column("images.batches", "any images", lambda x, _: torch.cat([b.images for b in images.batches(x, 3)])),
     Column("images.fingerprint", "any images", lambda x, _: images.fingerprint(x)),
     Column("images.inputs_for", "any images", lambda x, _: torch.stack(list(images.inputs_for(net(), x)))),
+    Column("images.to_tensor", "any images", lambda x, _: torch.stack([images.to_tensor(one) for one in x]),
+           without=ONE_BY_ONE),
     Column("images.open_images", "labels", lambda y, _: images.open_images(IMAGES, labels=y).labels),
     Column("images.checked_labels", "labels", lambda y, _: images.checked_labels(y, len(IMAGES))),
     Column("images.read_words", "files of words", lambda path, _: images.read_words(path)),
+    Column("concepts.Vocabulary.load", "files of words", lambda path, _: saved_words(path),
+           {"JSON index": refused("list of texts")}),
+    Column("concepts.Vocabulary", "words", lambda words, _: list(Vocabulary(words)),
+           {"twice": RUNS, "blank": RUNS, "empty": RUNS}),
+    Column("concepts.Vocabulary.from_classes", "words", lambda words, _: list(Vocabulary.from_classes(words)),
+           {"twice": RUNS, "blank": RUNS, "empty": RUNS}),
+    Column("metrics.evaluate", "any images", lambda x, _: masked(x), without=ONE_BY_ONE),
+    Column("metrics.average_drop", "tensors", lambda x, _: average_drop(score, x, MAPS[: size(x)], target=1), without=SCORED),
+    Column("metrics.increase_in_confidence", "tensors", lambda x, _: increase_in_confidence(score, x, MAPS[: size(x)], target=1), without=SCORED),
+    Column("metrics.insertion", "tensors", lambda x, _: insertion(score, x, MAPS[: size(x)], target=1, n_steps=4),
+           without=SCORED),
+    Column("metrics.deletion", "tensors", lambda x, _: deletion(score, x, MAPS[: size(x)], target=1, n_steps=4),
+           without=SCORED),
+    Column("visualization.as_image", "any images", lambda x, _: torch.stack([as_image(one) for one in x]),
+           without=ONE_BY_ONE),
+    Column("visualization.panel", "any images", lambda x, _: drawn(panel(explanation(), x)), without=ONE_BY_ONE),
 ]
 NOT_COLUMNS: dict[str, str] = {}
-
 
 #: Names of parameters, by what people put there.
 KINDS = {

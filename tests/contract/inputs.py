@@ -145,7 +145,7 @@ BATCH_DIMENSION = refused(r"no batch dimension|image\[None\]")
 
 def images_row(what: str, make: Callable[[Path], Any], anything: Outcome, tensors: Outcome | None = None) -> Row:
     """A kind of images: what entry points for any holder, and those for Captum's tensors only, make of it."""
-    return Row(what, make, {"any images": anything, "tensors": tensors or refused("torch.Tensor")})
+    return Row(what, make, {"any images": anything, "tensors": tensors or refused("[Tt]ensor|floating point")})
 
 
 def looped(images: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ IMAGE_ROWS: dict[str, Row] = {
     "booleans": images_row("tensor, bool", lambda _: PIXELS > 9, refused("bool"), refused("bool|float")),
     "empty batch": images_row("no images: `(0, 3, H, W)`", lambda _: IMAGES[:0], refused("no image|no example|empty"),
                               refused("no example|empty")),
-    "empty list": images_row("empty list", lambda _: [], refused("empty|no image"), refused("torch.Tensor|inputs")),
+    "empty list": images_row("empty list", lambda _: [], refused("empty|no image"), refused("[Tt]ensor|floating point")),
     "broken file": images_row("folder with a broken file", broken_folder, refused(r"1\.png")),
     "missing path": images_row("a path that is not there", lambda s: s / "nowhere", refused("no file or folder")),
     "text": images_row("text that is no path", lambda _: "a photo of a cat", refused("no file or folder")),

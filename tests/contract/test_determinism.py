@@ -90,7 +90,7 @@ FITS: dict[str, tuple[Callable[[int], Any], bool]] = {
     "deletion": (lambda s: deletion(network(), images(4), torch.zeros(4, 8, 8), target=0, seed=s), True),
     "parameter_randomization": (randomized, True),
     "label_randomization": (relabelled, True),
-    "prototypes": (lambda _: FeatureActivationMap.prototypes(network(), images(), [0, 1, 2] * 8), False),
+    "prototypes": (lambda _: FeatureActivationMap(network(), "0").fit(images(), [0, 1, 2] * 8).references, False),
 }
 
 

@@ -24,7 +24,6 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from captum_concepts import ConceptExplanation, ConceptFusionMap, ConceptTranslator, SpatialACV
-from captum_concepts.attr._guidance import read_image
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.datasets import ImageNetSegmentation
 from captum_concepts.datasets.annotation import read_ids
@@ -114,8 +113,6 @@ LOADERS = {
     "image.jpg": ("a.jpg", image, load_image),
     "image.gif": ("a.gif", image, load_image),
     "image.tif": ("a.tif", image, load_image),
-    "guidance.png": ("a.png", image, read_image),
-    "guidance.webp": ("a.webp", image, read_image),
     "labels.png": ("a.png", labels, read_ids),
     "labels.tif": ("a.tif", labels, read_ids),
     "ImageNetSegmentation": ("gtsegs_ijcv.mat", hdf5, lambda path: ImageNetSegmentation(path, labelled=True)[0]),
@@ -271,7 +268,7 @@ def test_stores(tmp_path, file):
     read(path)
 
 
-@pytest.mark.parametrize("read", [load_image, read_image, read_ids])
+@pytest.mark.parametrize("read", [load_image, read_ids])
 @pytest.mark.parametrize("side", [10_001, 20_000])  # above this package's limit, and above Pillow's own
 def test_a_few_bytes_that_claim_a_huge_image_are_refused_before_they_are_decoded(tmp_path, read, side):
     path = tmp_path / "bomb.png"

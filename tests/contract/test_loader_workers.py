@@ -64,7 +64,7 @@ def test_a_store_keeps_what_is_finished_and_goes_on(tmp_path, how):
 
 CALLS = {
     "SpatialACV.fit": lambda loader, net: SpatialACV(net, "1").fit({"a": loader}, torch.rand(6, 3, 20, 24)),
-    "prototypes": lambda loader, net: FeatureActivationMap.prototypes(net, loader),
+    "prototypes": lambda loader, net: FeatureActivationMap(net, "0").fit(loader),
     "evaluate": lambda loader, net: evaluate(
         lambda x: x[:, :1], ((x[:, None], x > 0.5) for images, _ in loader for x in images[:, :1]), ["nra"]
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 import weakref
@@ -55,7 +56,7 @@ def fitted(net: nn.Module, images: Tensor, batch_size: int) -> SpatialACV:
 
 CALLS = {
     "attribute": lambda acv, x: acv.attribute(x, target=[0, 1, 2, 3, 0, 1, 2, 3]),
-    "relevance": lambda acv, x: acv.relevance(x, probability=True),
+    "concept_maps": lambda acv, x: acv.concept_maps(x, probability=True),
     "explain": lambda acv, x: torch.cat([t.flatten() for t in vars(acv.explain(x)).values() if isinstance(t, Tensor)]),
     "tcav": lambda acv, x: acv.tcav(x, target=1)["magnitude"],
 }
@@ -107,7 +108,7 @@ def test_one_image_cannot_be_halved(images):
         acv.attribute(images[:1], target=0)
 
 
-@pytest.mark.parametrize("metric", [deletion, average_drop])
+@pytest.mark.parametrize("metric", [deletion, functools.partial(average_drop, scores="raw")], ids=["deletion", "drop"])
 def test_perturbation_metrics(images, metric):
     net, maps = network(), torch.rand(8, 9, 8, generator=torch.Generator().manual_seed(2))
     expected = metric(net, images, maps, target=1, batch_size=6)
@@ -152,11 +153,11 @@ def test_backward_passes_of_many_concepts(images):
 
 def test_prototypes(images):
     labels = [0, 1] * 4
-    expected = FeatureActivationMap.prototypes(network(), images, labels, batch_size=8)
+    expected = FeatureActivationMap(network(), "0", batch_size=8).fit(images, labels).references
     net = network()
     net.register_forward_pre_hook(SmallDevice(4))
     with pytest.warns(InputWarning, match=SAID):
-        found = FeatureActivationMap.prototypes(net, images, labels, batch_size=8)
+        found = FeatureActivationMap(net, "0", batch_size=8).fit(images, labels).references
     torch.testing.assert_close(found, expected)
 
 

@@ -81,7 +81,7 @@ def test_spatial_acv(real_classifier, photographs, halves):
     examples = {name: crops(photographs[name]) for name in ("flower", "palace")}
     sacv.fit(examples, crops(photographs["person"]))
     assert (sacv.accuracies_ > 0.9).all()
-    relevance = left(sacv.relevance(halves))[0]
+    relevance = left(sacv.concept_maps(halves))[0]
     assert relevance[0] > 0.8
     assert relevance[1] < 0.2
     assert sacv.attribute(halves, target=DAISY).any()

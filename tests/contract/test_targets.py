@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 from captum._utils.common import _select_targets
 
-from captum_concepts._captum import select_output, target_indices
-from captum_concepts.errors import CaptumConceptsError, TargetError
+from captum_concepts._captum import output_tensor, select_output, target_indices
+from captum_concepts.errors import CaptumConceptsError, InputWarning, TargetError
 
 NAMES = ["sky", "sea", "sand"]
 
@@ -70,6 +73,69 @@ def test_bad_targets_of_outputs(target):
         select_output(OUTPUT, target)
 
 
-def test_an_output_that_is_no_tensor():
-    with pytest.raises(TargetError, match="the model returns tuple; wrap it"):
-        select_output((OUTPUT,), 1)
+Pair = namedtuple("Pair", ["features", "logits"])
+
+
+class ModelOutput(OrderedDict):
+    """As in transformers."""
+
+
+@dataclass
+class Detected:
+    scores: torch.Tensor
+    names: list[str]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        (OUTPUT,),
+        [OUTPUT],
+        {"logits": OUTPUT, "hidden": torch.ones(2, 3)},
+        {"loss": torch.tensor(1.0), "anything": OUTPUT},
+        ModelOutput(loss=None, logits=OUTPUT, hidden_states=(torch.ones(2, 3),)),
+        ModelOutput(last_hidden_state=torch.ones(2, 7, 12), pooler_output=OUTPUT),
+        ModelOutput(image_embeds=OUTPUT, last_hidden_state=torch.ones(2, 7, 12)),
+        {"out": OUTPUT, "aux": torch.ones(2, 12)},
+        Pair(torch.ones(2, 3), OUTPUT),
+        (torch.tensor(0.5), OUTPUT, torch.ones(2, 7, 12)),
+        (torch.ones(2, dtype=torch.long), OUTPUT),
+        Detected(OUTPUT, ["a", "b"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_outputs_are_read_without_a_wrapper(returned):
+    assert output_tensor(returned) is OUTPUT
+    assert torch.equal(select_output(returned, 3), OUTPUT[:, 3])
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ({"a": OUTPUT, "b": torch.ones(2, 3)}, r"a dict with the tensors a \(2, 12\), b \(2, 3\); wrap it in a module"),
+        ({}, "a dict without a tensor"),
+        ((), "a tuple without a tensor"),
+        ([{"boxes": OUTPUT}], "a list without a tensor"),
+        ("text", "a str without a tensor"),
+        (None, "a NoneType without a tensor"),
+    ],
+)
+def test_outputs_that_are_no_one_tensor(returned, said):
+    with pytest.raises(TargetError, match=f"the model returns {said}"):
+        select_output(returned, 1)
+
+
+def test_a_second_table_of_scores_in_a_tuple_is_pointed_out():
+    with pytest.warns(
+        InputWarning, match=r"a tuple with the tensors 0 \(2, 12\), 1 \(2, 3\); the first tensor is explained"
+    ):
+        assert output_tensor((OUTPUT, torch.ones(2, 3))) is OUTPUT
+
+
+@pytest.mark.parametrize(
+    "target", [torch.ones(2, 12).long(), torch.ones(2, 12), [[0, 1], [1, 0]], np.ones((2, 12)), [torch.ones(12)] * 2]
+)
+def test_multi_hot_targets_are_named(target):
+    for read in (lambda: select_output(OUTPUT, target), lambda: target_indices(target, 2, 12)):
+        with pytest.raises(TargetError, match=r"target .* is a table: give an int.*multi-hot.*explain one output"):
+            read()

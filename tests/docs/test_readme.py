@@ -19,7 +19,7 @@ def test_every_code_block_runs_in_order(tmp_path, monkeypatch):
     written = {"explanation.png", "explanation.safetensors", "report.html", "words.safetensors", "store", "salf"}
     assert {p.name for p in tmp_path.iterdir()} == written
     assert namespace["maps"].shape == (6, 1, 7, 7)
-    assert namespace["contribution"].shape == (4, 1, 16, 16)
+    assert namespace["sensitivity"].shape == (4, 1, 16, 16)
     assert namespace["after"].shape == (1, 6)
     assert not namespace["after"].equal(namespace["before"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -18,15 +19,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparisons import within
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from captum_concepts import _artifacts
 from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.store import RegionEmbeddingStore, _region_data, shards
+from captum_concepts.store import RegionEmbeddingStore, manifest, shards, uniform_images
 from captum_concepts.store.lock import FolderLock
 from captum_concepts.vlm import RegionPrompt
 
+HERE = Path(__file__).resolve()
+IMPORTS = [str(folder) for folder in HERE.parents[:3]]  # of this file, of the tests' helpers, and the package
 PROMPT = RegionPrompt("circle", (2, 3), 4, width=2)
 
 
@@ -66,6 +71,12 @@ def build(path, data=None, encoder=None, prompt=PROMPT, **options):
     options = {"batch_size": 7, "shard_rows": 4, **options}
     data = pictures(19) if data is None else data
     return RegionEmbeddingStore.build(path, data, encoder or TinyEncoder(), prompt, **options)
+
+
+def patch_writes(monkeypatch, function) -> None:
+    """Every file of a store is written by ``function``."""
+    for module in (shards, manifest):
+        monkeypatch.setattr(module, "write_atomically", function)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -199,13 +210,12 @@ def test_kinds_of_data_and_loading_processes(tmp_path):
     ("data", "message"),
     [
         ([torch.rand(3, 8, 8), torch.rand(3, 8, 9)], "one size.*image 1"),
-        ([torch.rand(1, 8, 8)], "item 0"),
-        ([torch.zeros(3, 8, 8, dtype=torch.long)], "dtype"),
-        ([], "no image"),
-        (torch.rand(3, 8, 8), r"must be RGB \(N, 3, H, W\), got \(3, 8, 8\)"),
-        (torch.rand(2, 1, 8, 8), r"must be RGB \(N, 3, H, W\), got \(2, 1, 8, 8\)"),
-        ("folder", "data set"),
-        (7, "data set"),
+        (torch.rand(2, 4, 8, 8), "4 channels"),
+        ([], "no images"),
+        (torch.rand(3, 8, 8), r"no batch dimension .*\(3, 8, 8\)"),
+        ("folder", "folder"),
+        (7, "images must be"),
+        ((image for image in torch.rand(2, 3, 8, 8)), "stream"),
     ],
 )
 def test_unusable_data(tmp_path, data, message):
@@ -227,7 +237,7 @@ def test_an_encoder_that_gives_nan_is_told_where(tmp_path):
 
     encoder = Broken()
     encoder.seen = -1  # one image tries the encoder out first
-    with pytest.raises(InputError, match="NaN or infinite values for image 10, place 5"):
+    with pytest.raises(InputError, match="NaN or infinite values for image 10, cell 5"):
         build(tmp_path, encoder=encoder)
 
 
@@ -253,7 +263,7 @@ def test_unusable_encoders_and_settings(tmp_path):
     nan = Wrong(lambda x: x.mean((2, 3)) / (x.flatten(1).amax(1, keepdim=True) < 1.2))
     images = pictures(5)
     images[3, 0, 10, 12] = 1.5
-    with pytest.raises(InputError, match="image 3, place"):
+    with pytest.raises(InputError, match="image 3, cell"):
         build(tmp_path, images, nan)
     for options in ({"batch_size": 0}, {"dtype": torch.bfloat16}, {"shard_rows": 0}):
         with pytest.raises(InputError):
@@ -384,7 +394,7 @@ class TestInterruption:
         expected, path, rng = contents(tmp_path / "whole"), tmp_path / "killed-0", random.Random(0)
         server = (  # imports once, then forks a builder a line
             "import os, sys, time, torch\n"
-            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]!r}\n"
+            f"sys.path[:0] = {IMPORTS!r}\n"
             "torch.set_num_threads(1)\n"
             "from test_region_embedding_store import TinyEncoder, build, pictures\n"
             "class Slow(TinyEncoder):\n"
@@ -431,7 +441,7 @@ class TestInterruption:
                 raise SystemError("cut")
             plain(path, data)
 
-        monkeypatch.setattr(shards, "write_atomically", until)
+        patch_writes(monkeypatch, until)
         try:
             build(tmp_path / "cut")
         except SystemError:
@@ -453,13 +463,30 @@ class TestDamage:
         file.write_bytes(file.read_bytes()[:-10])
         with pytest.raises(ArtifactError, match="shard-00002"):
             RegionEmbeddingStore.open(folder)
-        with pytest.raises(ArtifactError, match="shard-00002"):
-            build(folder)
+        self.is_built_again(folder)
 
     def test_missing_shard(self, folder):
         (folder / "shard-00002.safetensors").unlink()
-        with pytest.raises(ArtifactError, match=r"shard-00002.*missing"):
+        with pytest.raises(ArtifactError, match=r"unfinished.*missing: 'shard-00002"):
             RegionEmbeddingStore.open(folder)
+        self.is_built_again(folder)
+
+    def test_shard_of_another_store(self, folder, tmp_path):
+        """Of the same size and sound in itself."""
+        build(tmp_path / "other", encoder=TinyEncoder(seed=1))
+        name = "shard-00002.safetensors"
+        (folder / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        with pytest.raises(ArtifactError, match="is not shard 2 of this store"):
+            RegionEmbeddingStore.open(folder)
+        self.is_built_again(folder)
+        (folder / name).write_bytes((folder / "shard-00001.safetensors").read_bytes())
+        self.is_built_again(folder)
+
+    def is_built_again(self, folder):
+        encoder = TinyEncoder()
+        build(folder, encoder=encoder)
+        assert encoder.calls == 2 + 4  # two test images, and 24 pictures by 7
+        assert contents(folder) == contents(folder.parent / "whole")
 
     @pytest.mark.parametrize("place", [3, 20, 60, -400, -1])
     def test_flipped_byte_is_never_served(self, folder, place):
@@ -521,6 +548,87 @@ class TestDamage:
             RegionEmbeddingStore.open(tmp_path / "b").verify()
 
 
+def as_format_1(path: Path, shards_kept: int | None = None, extension: dict | None = None) -> None:
+    """Rewrite a store as an earlier version wrote it; unfinished with fewer shards."""
+    found = json.loads((path / "manifest.json").read_text())
+    rows, bounds = found["rows"][:shards_kept], []
+    entries = []
+    for number in range(len(found["rows"])):
+        file = path / manifest.shard_name(number)
+        if number >= len(rows):
+            file.unlink()
+            continue
+        with safe_open(file, "pt") as opened:
+            bounds.append(json.loads(opened.metadata()["captum_concepts.shard/2"])["notes"]["error_bound"])
+            data = save({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+        file.write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        entries.append({"file": file.name, "rows": rows[number], "bytes": len(data), "sha256": digest})
+    info = {key: value for key, value in found["info"].items() if key != "batch_size"} | {"error_bound": max(bounds)}
+    if extension is not None:
+        info["extension"] = extension
+    prompt = found["fingerprint"]["prompt"]
+    prompt["colour"] = prompt.pop("color")
+    old = {"format": "captum_concepts.shards/1", "fingerprint": found["fingerprint"], "shards": entries}
+    old |= {"complete": len(rows) == len(found["rows"]) and extension is None, "info": info}
+    (path / "manifest.json").write_text(json.dumps(old))
+
+
+class TestFormat1:
+    def test_it_opens_and_verifies(self, tmp_path):
+        expected = build(tmp_path)
+        values, bound = expected.embeddings(slice(None)), expected.error_bound
+        as_format_1(tmp_path)
+        before = contents(tmp_path)
+        store = RegionEmbeddingStore.open(tmp_path, encoder=TinyEncoder(), prompt=PROMPT, verify=True)
+        assert torch.equal(store.embeddings(slice(None)), values)
+        assert store.error_bound == bound
+        assert store.prompt == PROMPT
+        assert store.verify(pictures(19))["shards"] == 5
+        encoder = TinyEncoder()
+        build(tmp_path, encoder=encoder)
+        assert encoder.calls == 2
+        assert contents(tmp_path) == before
+        with pytest.raises(ArtifactError, match="other data"):
+            build(tmp_path, pictures(19, seed=1))
+
+    def test_damage_is_found_and_computed_again(self, tmp_path):
+        values = build(tmp_path).embeddings(slice(None))
+        as_format_1(tmp_path)
+        file = tmp_path / "shard-00001.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(ArtifactError, match="checksum"):
+            RegionEmbeddingStore.open(tmp_path).embeddings(5)
+        assert RegionEmbeddingStore.repair(tmp_path, pictures(19), TinyEncoder(), batch_size=7) == [4, 5, 6, 7]
+        assert torch.equal(RegionEmbeddingStore.open(tmp_path, verify=True).embeddings(slice(None)), values)
+
+    def test_an_unfinished_one_continues(self, tmp_path):
+        values = build(tmp_path).embeddings(slice(None))
+        as_format_1(tmp_path, shards_kept=2)
+        with pytest.raises(ArtifactError, match="unfinished"):
+            RegionEmbeddingStore.open(tmp_path)
+        encoder = TinyEncoder()
+        assert torch.equal(build(tmp_path, encoder=encoder).embeddings(slice(None)), values)
+        assert encoder.calls == 2 + 4 + 4 + 3
+
+    def test_an_extension_continues(self, tmp_path):
+        values = build(tmp_path, pictures(8)).extend(pictures(7, seed=1), TinyEncoder()).embeddings(slice(None))
+        as_format_1(tmp_path, shards_kept=3, extension={"first": 8, "images": 7})
+        with pytest.raises(ArtifactError, match="middle of an extension"):
+            build(tmp_path, pictures(8))
+        found = RegionEmbeddingStore.extend_at(tmp_path, pictures(7, seed=1), TinyEncoder())
+        assert torch.allclose(found.embeddings(slice(None)).float(), values.float(), atol=1e-3)
+        found.verify()
+
+    def test_it_is_extended(self, tmp_path):
+        build(tmp_path, pictures(8))
+        as_format_1(tmp_path)
+        assert len(RegionEmbeddingStore.open(tmp_path).extend(pictures(7, seed=1), TinyEncoder())) == 15
+        RegionEmbeddingStore.open(tmp_path, verify=True).verify()
+
+
 class TestDiskAndLocks:
     @pytest.fixture
     def small_disk(self, tmp_path):
@@ -546,7 +654,7 @@ class TestDiskAndLocks:
                     raise OSError(errno.ENOSPC, "No space left on device", str(path))
                 plain(path, data)
 
-            monkeypatch.setattr(shards, "write_atomically", full)
+            patch_writes(monkeypatch, full)
         with pytest.raises(OSError, match=r"No space left.* of 60 images are safe") as caught:
             build(folder, pictures(60), TinyEncoder(dim=128))
         assert caught.value.errno == errno.ENOSPC
@@ -587,7 +695,7 @@ class TestDiskAndLocks:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
             plain(path, data)
 
-        monkeypatch.setattr(shards, "write_atomically", full)
+        patch_writes(monkeypatch, full)
         with pytest.raises(OSError, match=r"No space left.* 7 of 16 images are safe"):
             store.extend(pictures(9, seed=1), TinyEncoder())
         monkeypatch.undo()
@@ -612,10 +720,10 @@ class TestDiskAndLocks:
     @pytest.mark.skipif(sys.platform == "win32", reason="the other process locks as POSIX does")
     def test_two_processes_at_once(self, tmp_path):
         code = (  # as lock.py does it, without the time its imports take
-            "import fcntl, json, os, sys\n"
+            "import fcntl, os, sys\n"
             f"file = open({str(tmp_path / '.lock')!r}, 'w')\n"
             "fcntl.flock(file, fcntl.LOCK_EX)\n"
-            "file.write(json.dumps({'pid': os.getpid(), 'host': 'here'})); file.flush()\n"
+            "file.write(f'process {os.getpid()} on here'); file.flush()\n"
             "print('locked', flush=True); sys.stdin.read()"
         )
         process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
@@ -661,7 +769,7 @@ class TestExtension:
         assert longer.verify(both)
         assert len(build(tmp_path / "store", both)) == 17
 
-    @pytest.mark.parametrize("moment", range(0, 9))
+    @pytest.mark.parametrize("moment", range(0, 5))  # plan, three shards, the end
     def test_stopped_at_every_write(self, tmp_path, monkeypatch, moment):
         for name in ("a", "b"):
             build(tmp_path / name, pictures(10))
@@ -675,14 +783,15 @@ class TestExtension:
                 raise SystemError("cut")
             plain(path, data)
 
-        monkeypatch.setattr(shards, "write_atomically", until)
+        patch_writes(monkeypatch, until)
         with pytest.raises(SystemError):
             RegionEmbeddingStore.extend_at(tmp_path / "b", new, TinyEncoder(), batch_size=7)
         monkeypatch.undo()
         manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
         if "extension" in manifest.get("info", {}):
-            with pytest.raises(ArtifactError, match="other data"):
-                RegionEmbeddingStore.extend_at(tmp_path / "b", pictures(11, seed=5), TinyEncoder(), batch_size=7)
+            if moment > 1:  # some of it is there to compare with
+                with pytest.raises(ArtifactError, match="other data"):
+                    RegionEmbeddingStore.extend_at(tmp_path / "b", pictures(11, seed=5), TinyEncoder(), batch_size=7)
             with pytest.raises(ArtifactError, match="extended by 11"):
                 RegionEmbeddingStore.extend_at(tmp_path / "b", pictures(4, seed=1), TinyEncoder(), batch_size=7)
             with pytest.raises(ArtifactError, match="extension"):
@@ -718,46 +827,25 @@ class TestSeveralProcesses:
         assert RegionEmbeddingStore.build_part(path, pictures(19), again, PROMPT, rank=1, **options)
         assert again.calls == 1
 
-    def test_a_join_that_was_killed(self, tmp_path, monkeypatch):
+    def test_any_number_of_processes_continues(self, tmp_path):
         build(tmp_path / "one")
-        options = {"batch_size": 7, "shard_rows": 4, "num_replicas": 2}
-        plain = Path.replace
-        for moment in range(5):
-            path = tmp_path / f"many{moment}"
-            RegionEmbeddingStore.build_part(path, pictures(19), TinyEncoder(), PROMPT, rank=0, **options)
-            moved = [0]
-
-            def until(self, target, path=path, moved=moved, moment=moment):
-                if Path(target).parent == path:
-                    moved[0] += 1
-                    if moved[0] > moment:
-                        raise SystemError("cut")
-                return plain(self, target)
-
-            monkeypatch.setattr(Path, "replace", until)
-            with pytest.raises(SystemError):
-                RegionEmbeddingStore.build_part(path, pictures(19), TinyEncoder(), PROMPT, rank=1, **options)
-            monkeypatch.undo()
-            assert RegionEmbeddingStore.build_part(path, pictures(19), TinyEncoder(), PROMPT, rank=0, **options)
-            assert contents(path) == contents(tmp_path / "one")
-
-    def test_another_number_of_processes_is_refused(self, tmp_path):
         options = {"batch_size": 7, "shard_rows": 4}
-        data = (pictures(19), TinyEncoder(), PROMPT)
-        RegionEmbeddingStore.build_part(tmp_path, *data, rank=0, num_replicas=2, **options)
-        with pytest.raises(ArtifactError, match="begun by 2 processes"):
-            RegionEmbeddingStore.build_part(tmp_path, *data, rank=0, num_replicas=3, **options)
-        with pytest.raises(ArtifactError, match="begun by 2 processes"):
-            build(tmp_path)
-        assert len(build(tmp_path, resume=False)) == 19
-        with pytest.raises(InputError, match="rank=2"):
-            RegionEmbeddingStore.build_part(tmp_path, *data, rank=2, num_replicas=2, **options)
+        data, path = (pictures(19), TinyEncoder(), PROMPT), tmp_path / "many"
+        RegionEmbeddingStore.build_part(path, *data, rank=1, num_replicas=2, **options)
+        assert sorted(p.name for p in path.glob("shard*")) == ["shard-00001.safetensors", "shard-00003.safetensors"]
+        assert not RegionEmbeddingStore.build_part(path, *data, rank=2, num_replicas=3, **options)
+        encoder = TinyEncoder()
+        build(path, encoder=encoder)
+        assert encoder.calls == 2 + 4 + 3  # shards 0 and 4, of 24 and 18 pictures by 7
+        assert contents(path) == contents(tmp_path / "one")
+        with pytest.raises(InputError, match=r"rank must be an integer .* at most 1, got 2"):
+            RegionEmbeddingStore.build_part(path, *data, rank=2, num_replicas=2, **options)
 
     def test_two_gloo_processes(self, tmp_path):
         build(tmp_path / "one")
         code = (
             "import sys, torch, torch.distributed as dist\n"
-            f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]!r}\n"
+            f"sys.path[:0] = {IMPORTS!r}\n"
             "torch.set_num_threads(1)\n"
             "from test_region_embedding_store import TinyEncoder, build, pictures\n"
             "rank, folder = int(sys.argv[1]), sys.argv[2]\n"
@@ -778,7 +866,7 @@ class TestSeveralProcesses:
         ]
         outputs = [run.communicate(timeout=120) for run in runs]
         assert [run.returncode for run in runs] == [0, 0], outputs
-        assert "InputError data holds no image" in outputs[0][0]
+        assert "InputError there are no images" in outputs[0][0]
         assert "process 1 has done its part, but process 0: InputError" in outputs[1][0]
         two, one = contents(tmp_path / "two"), contents(tmp_path / "one")
         same = [name for name in one if name.startswith("shard")]
@@ -790,8 +878,8 @@ def test_digests_tell_pictures_apart():
     a = pictures(1)[0]
     b = a.clone()
     b[2, 19, 23] += 1e-6
-    assert _region_data.digest(a) == _region_data.digest(a.clone().transpose(1, 2).contiguous().transpose(1, 2))
-    assert _region_data.digest(a) != _region_data.digest(b)
+    assert uniform_images.digest(a) == uniform_images.digest(a.clone().transpose(1, 2).contiguous().transpose(1, 2))
+    assert uniform_images.digest(a) != uniform_images.digest(b)
 
 
 def test_p_of_a_real_encoder_with_crops(shared_data, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ def overlap(low, high, a, b):
     return max(0.0, min(high, b) - max(low, a))
 
 
-def slow_circle(image, centre, radius, width, colour):
+def slow_circle(image, centre, radius, width, color):
     """One pixel after another: the share of [d - 1/2, d + 1/2] within the line."""
     out = image.clone()
     for i in range(image.shape[1]):
@@ -29,7 +29,7 @@ def slow_circle(image, centre, radius, width, colour):
             d = math.hypot(i + 0.5 - centre[0], j + 0.5 - centre[1])
             share = overlap(d - 0.5, d + 0.5, radius - width / 2, radius + width / 2)
             for c in range(3):
-                out[c, i, j] = (1 - share) * float(image[c, i, j]) + share * colour[c]
+                out[c, i, j] = (1 - share) * float(image[c, i, j]) + share * color[c]
     return out
 
 
@@ -81,7 +81,7 @@ def slow_blur(image, centre, radius, sigma):
     ("kind", "options"),
     [
         ("circle", {"width": 2}),
-        ("circle", {"width": 0.6, "colour": (0.2, 0.9, 0.4)}),
+        ("circle", {"width": 0.6, "color": (0.2, 0.9, 0.4)}),
         ("crop", {}),
         ("crop", {"border": "shift"}),
         ("blur", {"blur_sigma": 0.9}),
@@ -95,7 +95,7 @@ def test_equal_to_the_slow_drawing(kind, options, placement):
     for n in range(2):
         for k, centre in enumerate(prompt.centers(15, 19).tolist()):
             if kind == "circle":
-                expected = slow_circle(x[n], centre, 5.5, prompt.width, prompt.colour)
+                expected = slow_circle(x[n], centre, 5.5, prompt.width, prompt.color)
             elif kind == "crop":
                 expected = slow_crop(x[n], centre, 5.5, prompt.border)
             else:
@@ -105,8 +105,8 @@ def test_equal_to_the_slow_drawing(kind, options, placement):
 
 
 def test_the_line_covers_its_true_area():
-    """A pixel's colour is the covered area of its square: 32 x 32 samples in each, for an exact ring."""
-    prompt = RegionPrompt("circle", 1, 6.3, width=2, colour=(1, 1, 1))
+    """A pixel's color is the covered area of its square: 32 x 32 samples in each, for an exact ring."""
+    prompt = RegionPrompt("circle", 1, 6.3, width=2, color=(1, 1, 1))
     drawn = prompt.draw(torch.zeros(1, 3, 21, 20, dtype=torch.float64))[0, 0, 0]
     fine = (torch.arange(21 * 32) + 0.5) / 32
     d = torch.hypot(fine[:, None] - 10.5, fine[None, : 20 * 32] - 10)
@@ -214,7 +214,7 @@ class TestDrawing:
 
 
 def test_a_crop_holds_only_its_region():
-    """Each quarter of the image has a colour of its own; a crop inside a quarter has that colour everywhere."""
+    """Each quarter of the image has a color of its own; a crop inside a quarter has that color everywhere."""
     x = torch.zeros(1, 3, 32, 48)
     x[:, 0, :16, :24], x[:, 1, :16, 24:], x[:, 2, 16:, :24], x[:, :, 16:, 24:] = 1, 1, 1, 1
     drawn = RegionPrompt("crop", (2, 2), 6).draw(x)[0]
@@ -231,7 +231,7 @@ def test_agrees_with_the_circles_the_demo_model_was_trained_with():
 
 
 def test_it_is_a_value():
-    prompt = RegionPrompt("crop", (2, 3), 5, placement="inset", colour="blue", width=1.5, reference_size=100)
+    prompt = RegionPrompt("crop", (2, 3), 5, placement="inset", color="blue", width=1.5, reference_size=100)
     assert RegionPrompt.from_dict(prompt.as_dict()) == prompt
     assert pickle.loads(pickle.dumps(prompt)) == prompt
     assert hash(RegionPrompt(grid=7)) == hash(RegionPrompt(grid=(7, 7)))
@@ -253,9 +253,9 @@ def test_it_is_a_value():
         ({"radius": "32"}, "radius"),
         ({"width": -1}, "width"),
         ({"blur_sigma": math.inf}, "blur_sigma"),
-        ({"colour": "mauve"}, "colour"),
-        ({"colour": (255, 0, 0)}, "colour"),
-        ({"colour": (0, 0)}, "colour"),
+        ({"color": "mauve"}, "color"),
+        ({"color": (255, 0, 0)}, "color"),
+        ({"color": (0, 0)}, "color"),
         ({"border": "zeros"}, "border"),
         ({"reference_size": 0}, "reference_size"),
     ],

@@ -12,13 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_concepts.attr import _acv_fit, _acv_rows
-from captum_concepts.attr._guidance import guidance_sets
 from captum_concepts.attr.layer_sweep import layer_sweep
-from captum_concepts.attr.spatial_acv import SpatialACV
+from captum_concepts.attr.spatial_acv import (
+    SpatialACV,
+    classifier,
+    fit as fitting,
+    problem,
+    rows as row_module,
+    statistics,
+)
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.datasets._drawing import COLOURS, TEXTURES, ObjectSpec, draw_object
 from captum_concepts.errors import ArtifactError, InputError, InputWarning, LayerError, NotFittedError, TargetError
+from captum_concepts.images import open_images
 from captum_concepts.metrics import epg, nra
 
 CHANNELS = 24
@@ -74,7 +80,7 @@ def planted_check(planted: dict) -> tuple[float, float]:
     """Cosine with the planted direction, and AUROC of the relevance against the planted positions."""
     acv = SpatialACV(planted["net"], "at").fit({"planted": planted["concept"]}, planted["negatives"])
     cosine = float(acv.vectors[0] @ F.normalize(planted["net"].direction.detach(), dim=0))
-    return cosine, auroc(acv.relevance(planted["test"])[:, 0], planted["where"])
+    return cosine, auroc(acv.concept_maps(planted["test"])[:, 0], planted["where"])
 
 
 def passes(cosine: float, area: float) -> bool:
@@ -90,13 +96,14 @@ def test_a_planted_concept_is_found(planted):
 
 
 def test_the_reshape_of_the_public_notebook_fails_the_check(planted, monkeypatch):
-    monkeypatch.setattr(_acv_rows, "rows_of", lambda maps: maps.reshape(len(maps), -1, maps.shape[1]))
+    monkeypatch.setattr(row_module, "rows_of", lambda maps: maps.reshape(len(maps), -1, maps.shape[1]))
     assert not passes(*planted_check(planted))
 
 
 def test_the_label_swap_of_the_public_notebook_fails_the_check(planted, monkeypatch):
-    monkeypatch.setattr(_acv_fit, "LABEL_CONCEPT", 0)
-    monkeypatch.setattr(_acv_fit, "LABEL_NEGATIVE", 1)
+    for module in (problem, classifier, fitting, statistics):
+        monkeypatch.setattr(module, "LABEL_CONCEPT", 0)
+        monkeypatch.setattr(module, "LABEL_NEGATIVE", 1, raising=False)
     cosine, area = planted_check(planted)
     assert not passes(cosine, area)
     assert cosine < -0.95
@@ -106,7 +113,7 @@ def test_statistics_of_a_planted_concept_and_of_noise(planted):
     noise = scenes_with(torch.zeros(14, 24, 24), 9)
     acv = SpatialACV(planted["net"], "at")
     assert acv.fit({"planted": planted["concept"], "noise": noise}, planted["negatives"], n_random=20) is acv
-    assert acv.concept_names == ["planted", "noise"]
+    assert acv.concepts == ["planted", "noise"]
     assert torch.allclose(acv.vectors.norm(dim=1), torch.ones(2))
     assert acv.accuracies_[0] > 0.97
     assert abs(acv.accuracies_[1] - 0.5) < 0.1
@@ -168,18 +175,18 @@ def test_relevance_is_the_projection_of_each_position(planted, fitted):
     handle = planted["net"].at.register_forward_hook(lambda m, i, o: seen.update(a=o.detach()))
     planted["net"](x)
     handle.remove()
-    maps = fitted.relevance(x)
+    maps = fitted.concept_maps(x)
     for n, k, i, j in ((0, 0, 3, 4), (1, 3, 11, 0), (1, 2, 5, 5)):
         assert float(maps[n, k, i, j]) == pytest.approx(float(seen["a"][n, :, i, j] @ fitted.vectors[k]), abs=1e-5)
 
 
 def test_probabilities_are_in_order_with_relevance_and_right_on_average(planted):
     acv = SpatialACV(planted["net"], "at").fit({"a": planted["concept"]}, planted["negatives"])
-    yes, no = acv.relevance(planted["concept"], probability=True), acv.relevance(planted["negatives"], True)
+    yes, no = (acv.concept_maps(planted[side], probability=True) for side in ("concept", "negatives"))
     assert bool(((yes >= 0) & (yes <= 1)).all())
     assert yes.mean() > 0.7 > 0.3 > no.mean()
     assert float(yes.mean() + no.mean()) == pytest.approx(1, abs=0.02)  # the intercept: both classes weigh the same
-    bare = acv.relevance(planted["concept"])
+    bare = acv.concept_maps(planted["concept"])
     assert torch.equal(bare.flatten().argsort()[-50:].sort().values, yes.flatten().argsort()[-50:].sort().values)
 
 
@@ -190,7 +197,7 @@ def test_tcav_scores_are_sign_and_mean_of_the_summed_maps(planted, fitted):
     for n in range(12):
         total[n] = fitted.attribute(x[n : n + 1], 1)[0].sum((1, 2))
     assert torch.allclose(scores["magnitude"], total.mean(0), atol=1e-6)
-    assert torch.equal(scores["sign"], (total > 0).float().mean(0))
+    assert torch.equal(scores["sign_count"], (total > 0).float().mean(0))
     # the derivative of the output along the concept, added everywhere: a finite difference agrees
     net, k, step = copy.deepcopy(planted["net"]).double(), 2, 1e-6
     v = fitted.vectors[k].double()
@@ -205,18 +212,34 @@ def test_tcav_scores_are_sign_and_mean_of_the_summed_maps(planted, fitted):
 
 def test_explain_puts_the_three_together(planted, fitted):
     x = planted["test"][:5]
-    e = fitted.explain(x)
+    e = fitted.explain(x, top_k=None)
     best = planted["net"](x).argmax(1)
-    assert e.concepts == fitted.concept_names
+    assert sorted(e.concepts) == sorted(fitted.concepts)
+    order = [fitted.concepts.index(name) for name in e.concepts]
     assert e.target.tolist() == best.tolist()
     assert (e.layer, e.method) == ("at", fitted.get_name())
-    assert torch.allclose(e.maps, fitted.relevance(x), atol=1e-6)
-    assert torch.allclose(e.scores, fitted.relevance(x, probability=True).amax((2, 3)), atol=1e-6)
-    assert torch.allclose(e.contributions, fitted.attribute(x, best).sum((2, 3)), atol=1e-6)
-    one = fitted.explain(x, target=3, top_k=2)
-    assert one.target.tolist() == [3] * 5
-    assert one.concepts == e.top(2).concepts
-    assert torch.allclose(one.contributions, fitted.attribute(x, 3)[:, [e.index(c) for c in one.concepts]].sum((2, 3)))
+    torch.testing.assert_close(e.maps, fitted.concept_maps(x)[:, order])
+    torch.testing.assert_close(e.scores, fitted.scores(x)[:, order])
+    torch.testing.assert_close(e.contributions, fitted.contributions(x)[:, order])
+    torch.testing.assert_close(e.contributions, fitted.attribute(x, best).sum((2, 3))[:, order])
+    assert fitted.explain(x, concepts=["c2", 0], contributions=False).contributions is None
+    named = fitted.explain(x, target=3, concepts=["c2", 0])
+    assert named.concepts == ["c2", "c0"]
+    assert named.target.tolist() == [3] * 5
+    torch.testing.assert_close(named.contributions, fitted.contributions(x, 3, ["c2", "c0"]))
+    torch.testing.assert_close(named.maps, fitted.concept_maps(x, ["c2", "c0"]))
+
+
+@pytest.mark.parametrize("rank_by", ["scores", "contributions"])
+def test_an_image_says_the_same_in_a_batch_as_alone(planted, fitted, rank_by):
+    x = torch.cat([planted["test"], planted["concept"][:3], planted["negatives"][:3]])
+    batch = fitted.explain(x, top_k=2, rank_by=rank_by)
+    for n, one in enumerate(batch):
+        alone = fitted.explain(x[n : n + 1], top_k=2, rank_by=rank_by)
+        assert one.concepts == alone.concepts
+        torch.testing.assert_close(one.scores, alone.scores)
+        torch.testing.assert_close(one.maps, alone.maps, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.contributions, alone.contributions, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_not_encoded_ranks_last(planted):
@@ -224,6 +247,8 @@ def test_what_is_not_encoded_ranks_last(planted):
     sets = {"noise": noise, "planted": planted["concept"]}
     acv = SpatialACV(planted["net"], "at").fit(sets, planted["negatives"], n_random=20)
     assert acv.explain(planted["negatives"], target=0, top_k=2).concepts == ["planted", "noise"]
+    for rank_by in ("scores", "contributions"):
+        assert acv.explain(planted["negatives"], target=0, top_k=1, rank_by=rank_by).concepts == ["planted"]
 
 
 def test_results_do_not_depend_on_the_batch_size(planted):
@@ -242,8 +267,8 @@ def test_results_do_not_depend_on_the_batch_size(planted):
     assert torch.allclose(whole.accuracies_, small.accuracies_, atol=1e-3)
     assert torch.allclose(whole.attribute(x, target, extra), small.attribute(x, target, extra), atol=1e-6)
     assert torch.allclose(whole.attribute(x, target, (extra,)), small.attribute(x, target, (extra,)), atol=1e-6)
-    assert torch.allclose(whole.relevance(x), small.relevance(x), atol=1e-5)
-    assert torch.allclose(whole.explain(x).contributions, small.explain(x).contributions, atol=1e-5)
+    assert torch.allclose(whole.concept_maps(x), small.concept_maps(x), atol=1e-5)
+    assert torch.allclose(whole.contributions(x), small.contributions(x), atol=1e-5)
 
 
 def test_k_concepts_cost_one_backward_pass(planted, fitted):
@@ -275,7 +300,7 @@ def test_captum_concepts_and_tensors_agree(planted):
     )
     # the sets' names seed only the row sample, and no row was cut here
     assert torch.allclose(a.vectors, b.vectors, atol=1e-6)
-    assert b.concept_names == ["a"]
+    assert b.concepts == ["a"]
 
 
 def test_the_row_budget_is_kept_and_reported(planted):
@@ -319,7 +344,7 @@ def test_any_captum_classifier_works_in_any_class_order(planted, order):
     assert acv.classifier is classifier
     assert float(acv.vectors[0] @ F.normalize(planted["net"].direction.detach(), dim=0)) > 0.99
     assert acv.accuracies_[0] > 0.97
-    assert acv.relevance(planted["concept"], probability=True).mean() > 0.8
+    assert acv.concept_maps(planted["concept"], probability=True).mean() > 0.8
 
 
 @pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy.ndarrays")  # inside Captum
@@ -346,7 +371,7 @@ def test_the_layers_input_can_be_fitted_and_explained(planted):
     assert torch.allclose(acv.vectors, output.vectors, atol=1e-5)
     x = planted["test"][:2]
     assert torch.allclose(acv.attribute(x, 1, attribute_to_layer_input=True), output.attribute(x, 1), atol=1e-6)
-    assert torch.allclose(acv.relevance(x), output.relevance(x), atol=1e-4)
+    assert torch.allclose(acv.concept_maps(x), output.concept_maps(x), atol=1e-4)
     assert torch.allclose(acv.tcav(x, 1)["magnitude"], output.tcav(x, 1)["magnitude"], atol=1e-5)
     with pytest.raises(InputError, match="fitted with True"):
         acv.attribute(x, 1)
@@ -400,12 +425,12 @@ def test_saved_and_loaded_maps_are_bit_identical(planted, tmp_path):
     for layer in ("at", planted["net"].at, None):
         again = SpatialACV.load(path, planted["net"], layer)
         x = planted["test"]
-        assert torch.equal(again.relevance(x), acv.relevance(x))
-        assert torch.equal(again.relevance(x, probability=True), acv.relevance(x, probability=True))
+        assert torch.equal(again.concept_maps(x), acv.concept_maps(x))
+        assert torch.equal(again.concept_maps(x, probability=True), acv.concept_maps(x, probability=True))
         assert torch.equal(again.attribute(x, 1), acv.attribute(x, 1))
         for name in ("accuracies_", "confidence_intervals_", "contrasts_", "p_values_", "significant_"):
             assert torch.equal(getattr(again, name), getattr(acv, name))
-        assert (again.concept_names, again.rows_, again.batch_size) == (acv.concept_names, acv.rows_, 7)
+        assert (again.concepts, again.rows_, again.batch_size) == (acv.concepts, acv.rows_, 7)
 
 
 def test_a_foreign_or_broken_file_is_refused(planted, fitted, tmp_path):
@@ -449,7 +474,7 @@ def test_tokens_and_channels_last(name):
     acv = SpatialACV(net, layer).fit({"light": light}, dark)
     grid = (4, 4) if "vit" in name else (56, 56)
     halves = torch.cat([light[:1, :, :, : size // 2], dark[:1, :, :, size // 2 :]], 3)
-    seen = acv.relevance(halves)
+    seen = acv.concept_maps(halves)
     assert seen.shape == (1, 1, *grid)
     assert seen[..., : grid[1] // 2].mean() > seen[..., grid[1] // 2 :].mean()
     maps = acv.attribute(halves, 1)
@@ -530,7 +555,7 @@ def test_striped_is_found_on_scenes_and_controls_are_not():
     scenes = CaptionedScenes(120, seed=5, size=64)
     chosen = [i for i in range(120) if scenes.presence[i, k]][:40]
     batch = scenes.stack(chosen)
-    maps, masks = acv.relevance(batch.image, probability=True)[:, 0], batch.masks[:, k]
+    maps, masks = acv.concept_maps(batch.image, probability=True)[:, 0], batch.masks[:, k]
     # controls: a random direction, and vectors of permuted labels
     mixed = torch.cat([texture_images("striped", 24, 0), others])
     mixed = mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))]
@@ -541,9 +566,9 @@ def test_striped_is_found_on_scenes_and_controls_are_not():
     random._fitted = type(acv._fitted)(
         tuple(str(i) for i in range(20)), vectors, *[torch.zeros(20)] * 3, torch.zeros(20, 2), torch.zeros(20), None, {}
     )
-    by_random = random.relevance(batch.image)
+    by_random = random.concept_maps(batch.image)
     own = float(nra(maps, masks, baseline="exact").mean()), float(epg(maps, masks).mean())
-    shuffled = permuted.relevance(batch.image, probability=True)[:, 0]
+    shuffled = permuted.concept_maps(batch.image, probability=True)[:, 0]
     control = [(float(nra(m, masks, baseline="exact").mean()), float(epg(m, masks).mean()))
                for m in (shuffled, *by_random.unbind(1))]  # fmt: skip
     by_chance = [sum(c[i] for c in control[1:]) / 20 for i in (0, 1)]
@@ -598,7 +623,7 @@ def test_no_call_of_the_model_sees_more_than_a_batch(planted):
     handle = planted["net"].register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     acv = SpatialACV(planted["net"], "at", batch_size=5)
     acv.fit([Concept(0, "a", DataLoader(planted["concept"], batch_size=14))], planted["negatives"])
-    acv.attribute(planted["test"], 1), acv.relevance(planted["test"]), acv.explain(planted["test"])
+    acv.attribute(planted["test"], 1), acv.concept_maps(planted["test"]), acv.explain(planted["test"])
     acv.tcav(planted["test"], 1)
     handle.remove()
     assert max(sizes) == 5
@@ -642,9 +667,8 @@ def test_real_textures_and_photographs(shared_data, monkeypatch):
     others = photographs[::30]
     scores = []
     for paths in (zebra, others):
-        (one,) = guidance_sets({"x": paths}, "concepts")
-        images = torch.cat(list(one.batches(32, image_size=160)))
-        scores.append(acv.relevance(images)[:, acv.concept_names.index("banded")].amax((1, 2)))
+        images = torch.stack(list(open_images(paths, size=160)))
+        scores.append(acv.concept_maps(images, "banded").amax((1, 2, 3)))
     assert float((scores[0] > scores[1]).float().mean()) > 0.8
 
 
@@ -654,12 +678,12 @@ def test_real_textures_and_photographs(shared_data, monkeypatch):
 @pytest.mark.parametrize(
     ("concepts", "negatives", "message"),
     [
-        (lambda p: {"a": p["concept"][:1]}, "negatives", "1 guidance image, 1 different"),
-        (lambda p: {"a": p["concept"][:1].repeat(5, 1, 1, 1)}, "negatives", "5 guidance images, 1 different"),
-        (lambda p: {"a": p["concept"][:0]}, "negatives", "holds no image"),
+        (lambda p: {"a": p["concept"][:1]}, "negatives", "1 image, 1 different"),
+        (lambda p: {"a": p["concept"][:1].repeat(5, 1, 1, 1)}, "negatives", "5 images, 1 different"),
+        (lambda p: {"a": p["concept"][:0]}, "negatives", "contains no image"),
         (lambda p: {"a": p["negatives"].clone()}, "negatives", "identical images"),
         (lambda p: {"a": p["negatives"]}, "negatives", "identical images"),
-        (lambda p: {"a": p["concept"].mul(255).byte()}, "negatives", "floating point"),
+        (lambda p: {"a": p["concept"][0]}, "negatives", "no batch dimension"),
         (lambda p: {}, "negatives", "empty"),
     ],
 )
@@ -668,16 +692,18 @@ def test_guidance_that_cannot_teach_is_refused(planted, concepts, negatives, mes
     with pytest.raises(InputError, match=message):
         acv.fit(concepts(planted), planted[negatives])
     with pytest.raises(NotFittedError):
-        acv.relevance(planted["test"])
+        acv.concept_maps(planted["test"])
 
 
-def test_gray_and_rgba_guidance_images_are_read_as_rgb():
+def test_gray_examples_are_read_as_rgb_and_four_channels_are_refused():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    light, dark = torch.rand(4, 1, 12, 12) * 0.3 + 0.7, torch.rand(4, 4, 12, 12) * 0.3
+    light, dark = torch.rand(4, 1, 12, 12) * 0.3 + 0.7, torch.rand(4, 3, 12, 12) * 0.3
     mixed = SpatialACV(net, "1").fit({"light": light}, dark)
-    plain = SpatialACV(net, "1").fit({"light": light.expand(-1, 3, -1, -1)}, dark[:, :3])
+    plain = SpatialACV(net, "1").fit({"light": light.expand(-1, 3, -1, -1)}, dark)
     assert torch.equal(mixed.vectors, plain.vectors)
+    with pytest.raises(InputError, match=r"4 channels.*bands="):
+        SpatialACV(net, "1").fit({"light": light}, torch.rand(4, 4, 12, 12))
 
 
 @pytest.mark.parametrize(
@@ -698,7 +724,7 @@ def test_bad_construction_and_use_are_refused(planted, fitted):
         SpatialACV(planted["net"], "at", batch_size=0)
     with pytest.raises(NotFittedError, match="call fit"):
         SpatialACV(planted["net"], "at").vectors
-    with pytest.raises(InputError, match="make another SpatialACV"):
+    with pytest.raises(InputError, match="construct another SpatialACV"):
         fitted.layer = "tail"
     for target in (5, [0, 1], torch.tensor([0, 1, 2]), 1.5, None):
         with pytest.raises(TargetError):
@@ -724,7 +750,7 @@ def test_a_layer_that_does_not_reach_the_target_is_said_so(planted):
     acv = SpatialACV(Dead().eval(), "at").fit({"planted": planted["concept"]}, planted["negatives"])
     with pytest.warns(InputWarning, match="zero for every example"):
         assert not acv.attribute(planted["test"], 1).any()
-    assert acv.relevance(planted["test"]).any()
+    assert acv.concept_maps(planted["test"]).any()
 
     timm = pytest.importorskip("timm")
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3).eval()

@@ -7,17 +7,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from captum.concept import Concept
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from captum_concepts.attr import _acv_fit
-from captum_concepts.attr._acv_fit import calibrate, fit_concept, logistic_trainer, make_problem
-from captum_concepts.attr._acv_rows import GuidanceRows, gather, merge, rows_of
-from captum_concepts.attr._acv_significance import encoding_p_value
-from captum_concepts.attr._acv_statistics import balanced_accuracy, holm, t_tail
-from captum_concepts.attr._guidance import GuidanceSet, guidance_sets, read_image
+from captum_concepts.attr.spatial_acv.classifier import calibrate, logistic_trainer, reproducible
+from captum_concepts.attr.spatial_acv.fit import fit_concept
+from captum_concepts.attr.spatial_acv.problem import make_problem
+from captum_concepts.attr.spatial_acv.rows import GuidanceRows, gather, merge, rows_of
+from captum_concepts.attr.spatial_acv.statistics import (
+    balanced_accuracy,
+    encoding_p_value,
+    holm,
+    refitted_error,
+    t_tail,
+)
 from captum_concepts.errors import InputError
 
 
@@ -30,105 +31,6 @@ def clustered(seed, images, tag, *, shift=0.0, positions=12, channels=8):
     names = tuple(f"{tag}{i}" for i in range(images))
     image = torch.arange(images).repeat_interleave(positions)
     return GuidanceRows(x.flatten(0, 1), image, names, (tag,) * images, (1,) * images, (positions,) * images)
-
-
-# ------------------------------------------------------------------------------------------------ guidance images
-
-
-def test_every_source_gives_the_same_images(tmp_path):
-    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    images = pixels.float() / 255
-    pil = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
-    for i, one in enumerate(pil):
-        one.save(tmp_path / f"{i}.png")
-    (tmp_path / "notes.txt").write_text("not an image")
-    labelled = TensorDataset(images, torch.arange(5))
-    sources = {
-        "tensor": images,
-        "list": list(images),
-        "pil": pil,
-        "folder": tmp_path,
-        "folder as text": str(tmp_path),
-        "files": sorted(tmp_path.glob("*.png")),
-        "labelled": labelled,
-        "loader": DataLoader(labelled, batch_size=4),
-        "dicts": [{"image": image, "label": 0} for image in images],
-    }
-    for one in guidance_sets(sources, "concepts"):
-        read = torch.cat(list(one.batches(2, image_size=8)))
-        assert torch.equal(read, images), one.name
-        assert [len(b) for b in one.batches(2, image_size=8)] == [2, 2, 1]
-    (concept,) = guidance_sets([Concept(7, "stripes", DataLoader(images, batch_size=3))], "concepts")
-    assert concept.name == "stripes"
-    assert torch.equal(torch.cat(list(concept.batches(2))), images)
-
-
-def test_images_of_several_sizes_are_batched_apart():
-    images = [torch.rand(3, 8, 8), torch.rand(3, 8, 8), torch.rand(3, 6, 9), torch.rand(3, 8, 8)]
-    shapes = [tuple(b.shape) for b in GuidanceSet("a", images).batches(8)]
-    assert shapes == [(2, 3, 8, 8), (1, 3, 6, 9), (1, 3, 8, 8)]
-
-
-def test_gray_and_alpha_become_rgb_where_the_model_takes_rgb(tmp_path):
-    gray, alpha = torch.rand(2, 1, 8, 8), torch.rand(2, 4, 8, 8)
-    (read,) = GuidanceSet("gray", gray).batches(4, channels=3)
-    assert torch.equal(read, gray.expand(-1, 3, -1, -1))
-    (read,) = GuidanceSet("rgba", alpha).batches(4, channels=3)
-    assert torch.equal(read, alpha[:, :3])
-    (read,) = GuidanceSet("kept", alpha).batches(4, channels=4)
-    assert torch.equal(read, alpha)
-    rgba = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
-    Image.fromarray(rgba).save(tmp_path / "a.png")
-    Image.fromarray(rgba[..., 0]).save(tmp_path / "b.png")
-    Image.fromarray(rgba[..., :3]).convert("P").save(tmp_path / "c.png", transparency=b"\x00" * 16)
-    Image.fromarray(rgba[..., 0].astype(np.uint16) * 257).save(tmp_path / "d.png")
-    (one,) = guidance_sets({"files": tmp_path}, "concepts")
-    (read,) = one.batches(4, image_size=8, channels=3)
-    assert read.shape == (4, 3, 8, 8)
-    assert torch.equal(read[0], torch.from_numpy(rgba[..., :3].copy()).permute(2, 0, 1) / 255)
-    expected = torch.from_numpy(rgba[..., 0].copy()).expand(3, 8, 8) / 255
-    assert torch.equal(read[1], expected)
-    assert torch.allclose(read[3], expected, atol=1.01 / 255)
-
-
-def test_default_transform_resizes_the_shorter_side_and_takes_the_middle(tmp_path):
-    wide = np.zeros((10, 40, 3), np.uint8)
-    wide[:, 15:25] = 255
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    (one,) = guidance_sets({"a": tmp_path}, "concepts")
-    (read,) = one.batches(1, image_size=10)
-    assert read.shape == (1, 3, 10, 10)
-    assert bool((read == 1).all())
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "empty"),
-        ([], "empty"),
-        (torch.rand(2, 3, 4, 4), "must be a dict"),
-        ({"a": 3}, "holds int"),
-        ({"a": "/no/such/folder"}, "no folder"),
-        ({"a": iter([])}, "only once"),
-        ([Concept(0, "a", None)], "no data_iter"),
-        ([Concept(0, "a", []), Concept(1, "a", [])], "more than once: \\['a'\\]"),
-    ],
-)
-def test_sets_that_cannot_be_read_are_refused(given, message):
-    with pytest.raises(InputError, match=message):
-        guidance_sets(given, "concepts")
-
-
-def test_empty_folder_broken_file_and_wrong_pixels_are_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no image"):
-        guidance_sets({"a": tmp_path}, "concepts")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
-    with pytest.raises(InputError, match="cannot be read as an image"):
-        read_image(tmp_path / "broken.png")
-    with pytest.raises(InputError, match="floating point"):
-        list(GuidanceSet("a", torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).batches(2))
-    with pytest.raises(InputError, match="shape"):
-        list(GuidanceSet("a", torch.zeros(2, 4)).batches(2))
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -166,11 +68,11 @@ def test_budget_keeps_a_seeded_uniform_sample_whatever_the_batches():
 
 
 def test_gathering_never_holds_more_than_twice_the_budget_and_a_batch(monkeypatch):
-    from captum_concepts.attr import _acv_rows
+    from captum_concepts.attr.spatial_acv import rows as module
 
     held = []
-    original = _acv_rows._smallest
-    monkeypatch.setattr(_acv_rows, "_smallest", lambda b, n: held.append(sum(len(p[0]) for p in b)) or original(b, n))
+    original = module._smallest
+    monkeypatch.setattr(module, "_smallest", lambda b, n: held.append(sum(len(p[0]) for p in b)) or original(b, n))
     images = torch.rand(200, 2, 8, 8)
     rows = gather((("a", b) for b in images.split(4)), lambda x: x, 100, 0)
     assert len(rows.x) == 100
@@ -226,20 +128,68 @@ def test_accuracy_by_image_does_not_reward_recognising_the_image():
     assert abs(np.mean(by_image) - 0.5) < 0.12
 
 
-def test_balanced_accuracy_and_its_interval_against_scipy():
+def test_the_corrected_interval_against_scipy():
+    """Welch's variance times Nadeau and Bengio's correction for K folds: 1 + K / (K - 1)."""
     stats = pytest.importorskip("scipy.stats")
     draw = np.random.default_rng(0)
-    a, b = draw.uniform(0.5, 1, 9), draw.uniform(0.2, 1, 30)
+    a, b = draw.uniform(0.5, 0.9, 9), draw.uniform(0.2, 0.9, 30)
     label = torch.tensor([1] * 9 + [0] * 30)
-    accuracy, (low, high) = balanced_accuracy(torch.tensor(np.concatenate([a, b])), label == 1)
+    accuracy, (low, high) = balanced_accuracy(torch.tensor(np.concatenate([a, b])), label == 1, folds=3)
     assert accuracy == pytest.approx((a.mean() + b.mean()) / 2)
     parts = np.array([a.var(ddof=1) / 9, b.var(ddof=1) / 30]) / 4
     freedom = parts.sum() ** 2 / (parts**2 / np.array([8, 29])).sum()
-    reach = stats.t.ppf(0.975, freedom) * np.sqrt(parts.sum())
+    reach = stats.t.ppf(0.975, freedom) * np.sqrt(parts.sum() * (1 + 3 / 2))
     assert (low, high) == pytest.approx((accuracy - reach, min(accuracy + reach, 1)), abs=1e-6)
+    _, (low, high) = balanced_accuracy(torch.tensor(np.concatenate([a, b])), label == 1, folds=3, error=0.05)
+    assert high - low == pytest.approx(2 * 0.05 * stats.t.ppf(0.975, freedom), abs=1e-6)
     for freedom in (1, 2.5, 9, 200):
         for t in (-3.0, -0.2, 0.0, 0.7, 2.0, 40.0):
             assert t_tail(t, freedom) == pytest.approx(stats.t.sf(t, freedom), rel=1e-9)
+
+
+def held_out(problem, times, lam):
+    """Held-out balanced accuracy where image i counts ``times[i]`` times, each fold fitted to the end."""
+    right = torch.zeros(len(problem.label), dtype=torch.float64)
+    for fold in range(problem.folds):
+        rows = ~problem.rows_in(fold)
+        x, y, weight = problem.x[rows], problem.y[rows], times[problem.image[rows]].clone()
+        for label in (0, 1):
+            weight[y == label] *= len(y) / 2 / weight[y == label].sum()
+        w, b = logistic_trainer(lam)(x, y, weight)
+        for i in (problem.fold == fold).nonzero().flatten():
+            own = problem.image == i
+            right[i] = (((problem.x[own] @ w + b) > 0) == (problem.y[own] == 1)).double().mean()
+    sides = [problem.label == label for label in (0, 1)]
+    return float(sum((times[s] * right[s]).sum() / times[s].sum() for s in sides) / 2)
+
+
+def test_the_refitted_error_is_that_of_a_bootstrap_with_whole_refits():
+    for seed in range(3):
+        problem = make_problem(clustered(seed, 15, "a", shift=1.5), clustered(seed + 9, 15, "b"), "a", 3, 0)
+        train = logistic_trainer(0.3)
+        balance = torch.ones(len(problem.x))
+        fits = [train(problem.x[r], problem.y[r], balance[r]) for r in (~problem.rows_in(f) for f in range(3))]
+        draw, found = np.random.default_rng(seed), []
+        for _ in range(60):
+            times = torch.zeros(30)
+            for side in (range(15), range(15, 30)):
+                times += torch.bincount(torch.tensor(draw.choice(list(side), 15)), minlength=30)
+            found.append(held_out(problem, times, 0.3))
+        whole = np.std(found, ddof=1)
+        assert refitted_error(problem, fits, 0.3) == pytest.approx(whole, rel=0.35)
+
+
+@pytest.mark.parametrize("images", [10, 30, 60])
+def test_the_interval_covers_the_accuracy_on_new_images(images):
+    """Truth: the accuracy on new images of vectors fitted as in the folds, which the estimate's mean is."""
+    found = []
+    for seed in range(300):
+        options = {"positions": 6, "shift": 2.5}
+        concept, other = clustered(2 * seed, images, "a", **options), clustered(2 * seed + 1, images, "b", positions=6)
+        one = fit_concept(make_problem(concept, other, "a", 3, seed), logistic_trainer(0.3), 0.3, seed)
+        found.append((one.accuracy, *one.interval))
+    accuracy, low, high = np.array(found).T
+    assert 0.93 <= ((low <= accuracy.mean()) & (accuracy.mean() <= high)).mean() <= 0.97
 
 
 def test_the_vector_solves_the_penalised_problem():
@@ -303,7 +253,7 @@ def reference_statistic(problem, labels):
 
 
 def test_the_statistic_equals_a_plain_loop():
-    from captum_concepts.attr._acv_significance import _held_out_accuracy, _random_labels
+    from captum_concepts.attr.spatial_acv.statistics import _held_out_accuracy, _random_labels
 
     problem = make_problem(clustered(0, 6, "a", shift=0.7), clustered(1, 9, "b"), "a", 3, 0)
     labels = _random_labels(problem, 4, seed=3)
@@ -344,19 +294,11 @@ def test_random_states_are_left_as_they_were():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
     before = states()
-    with _acv_fit.reproducible(3):
+    with reproducible(3):
         first = random.random(), np.random.random(), float(torch.rand(()))  # noqa: NPY002
     assert states() == before
-    with _acv_fit.reproducible(3):
+    with reproducible(3):
         assert first == (random.random(), np.random.random(), float(torch.rand(())))  # noqa: NPY002
-
-
-def test_input_channels_are_read_off_the_first_convolution():
-    from captum_concepts.attr._guidance import input_channels
-
-    assert input_channels(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, 3))) == 1
-    assert input_channels(nn.Linear(2, 2)) is None
-    assert input_channels(None) is None
 
 
 def test_fewer_rows_than_channels_give_the_solution_of_the_whole_problem():

@@ -44,7 +44,7 @@ EARLY = [
     ({"data": (X, Y + 0.5)}, "one class index an image"),
     ({"data": X}, "has no label"),
     ({"data": TensorDataset(X)}, "has no label"),
-    ({"data": TensorDataset(X, X)}, "has no label"),
+    ({"data": TensorDataset(X, X)}, "is a list"),
     ({"data": [(x, "red") for x in X]}, "has no label"),
     ({"data": (X[:5], Y[:5])}, "needs at least 8|have no image"),
     ({"data": (X[:0], Y[:0])}, "no image"),
@@ -84,7 +84,7 @@ def test_iterable_data(tmp_path):
             return iter(zip(X, Y, strict=True))
 
     for data in (Stream(), DataLoader(Stream(), batch_size=4), "images/"):
-        with pytest.raises(InputError, match="data set with a length"):
+        with pytest.raises(InputError, match=r"data set with a length|no file or folder"):
             fit(tmp_path, data)
 
 

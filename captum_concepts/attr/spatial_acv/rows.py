@@ -10,9 +10,9 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from captum_concepts.activations.spatial import full_precision
-from captum_concepts.attr._guidance import digest
+from captum_concepts.activations import full_precision
 from captum_concepts.errors import InputError
+from captum_concepts.images import digest
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GuidanceRows:
 
     x: Tensor
     image: Tensor
-    digests: tuple[str, ...]
+    digests: tuple[bytes, ...]
     origins: tuple[str, ...]
     counts: tuple[int, ...]
     positions: tuple[int, ...]
@@ -45,7 +45,7 @@ class GuidanceRows:
         """How many rows there were before the budget cut them."""
         return sum(self.positions)
 
-    def select(self, keep: Callable[[str, str], bool]) -> GuidanceRows:
+    def select(self, keep: Callable[[bytes, str], bool]) -> GuidanceRows:
         """Only the rows of images for which ``keep(digest, origin)``."""
         kept = torch.tensor([keep(*pair) for pair in zip(self.digests, self.origins, strict=True)], dtype=torch.bool)
         if bool(kept.all()):
@@ -90,7 +90,7 @@ def gather(
         InputError: NaN or infinite activations, or a layer whose channel count depends on the image.
     """
     buffer: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, keys, image numbers
-    numbers: dict[str, int] = {}
+    numbers: dict[bytes, int] = {}
     origins: list[str] = []
     counts: list[int] = []
     positions: list[int] = []
@@ -128,7 +128,7 @@ def gather(
 
 def merge(parts: Sequence[GuidanceRows]) -> GuidanceRows:
     """Several gatherings as one; an image that is in two of them stays one image."""
-    numbers: dict[str, int] = {}
+    numbers: dict[bytes, int] = {}
     origins: list[str] = []
     counts: list[int] = []
     positions: list[int] = []

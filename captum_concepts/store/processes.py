@@ -1,4 +1,4 @@
-"""What a store needs of ``torch.distributed``: who we are, and that all processes succeed or all fail."""
+"""Several processes that work on one store: who we are, and that all of them succeed or all fail."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ def world() -> tuple[int, int]:
 
 
 def all_or_none(work: Callable[[], Any]) -> None:
-    """Do ``work`` in every process and wait for the others; where one fails, all raise.
+    """Run ``work`` in every process and wait for the others; where one fails, all raise.
 
     Otherwise the others would wait for the failed one until the process group's timeout.
+
+    Raises:
+        CaptumConceptsError: another process failed, or ended without a word.
     """
     rank, size = world()
     if size == 1:
@@ -32,7 +35,15 @@ def all_or_none(work: Callable[[], Any]) -> None:
     except Exception as error:
         failure = error
     outcomes: list[str | None] = [None] * size
-    torch.distributed.all_gather_object(outcomes, None if failure is None else f"{type(failure).__name__}: {failure}")
+    try:
+        torch.distributed.all_gather_object(
+            outcomes, None if failure is None else f"{type(failure).__name__}: {failure}"
+        )
+    except RuntimeError as error:  # what the backends raise for a peer that is gone
+        raise failure or CaptumConceptsError(
+            f"process {rank} has done its part, but another of the {size} processes ended without a word ({error}); "
+            "start all of them again: what is written is kept"
+        ) from error
     if failure is not None:
         raise failure
     failed = [f"process {r}: {outcome}" for r, outcome in enumerate(outcomes) if outcome is not None]

@@ -1,0 +1,122 @@
+"""Inputs of a method in batches: tensors as Captum takes them, or images from whatever holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from captum_concepts._checks import take_rows
+from captum_concepts._memory import Halving
+from captum_concepts.activations import Inputs, check_images
+from captum_concepts.errors import InputError, TargetError
+from captum_concepts.images import ImageSource, batches, inputs_for, open_images
+
+Batch = tuple[Inputs, Any, Any]  # inputs, additional_forward_args, target
+Result = TypeVar("Result")
+
+
+def opened(
+    source: Any, model: nn.Module | None, *, labels: Any = False, transform: Any = None, image_size: Any = None
+) -> ImageSource:
+    """Images from whatever holds them, as ``model`` wants them; see :func:`captum_concepts.images.inputs_for`."""
+    if isinstance(source, ImageSource):
+        return source if labels in (None, False) else open_images(source, labels=labels)
+    if model is None and isinstance(source, Tensor) and source.is_floating_point():
+        return open_images(source, mode="any", labels=labels)  # nothing says how many channels there must be
+    return inputs_for(model, source, size=image_size, transform=transform, labels=labels)
+
+
+def as_inputs(inputs: Any, model: nn.Module | None) -> Inputs | ImageSource:
+    """Tensors as they are, anything else as images that ``model`` wants to see."""
+    if isinstance(inputs, ImageSource):
+        return inputs
+    parts = inputs if isinstance(inputs, tuple) else (inputs,)
+    if all(isinstance(part, Tensor) for part in parts):
+        first = check_images(inputs)[0]
+        if first.ndim == 3 and first.shape[0] in (1, 3):
+            raise InputError(f"no batch dimension; pass image[None] instead of an image of shape {tuple(first.shape)}")
+        tensors: Inputs = inputs
+        return tensors
+    return opened(inputs, model)
+
+
+def count(inputs: Inputs | ImageSource) -> int:
+    """The number of examples."""
+    return len(inputs[0] if isinstance(inputs, tuple) else inputs)
+
+
+def image_names(inputs: Inputs | ImageSource) -> list[str] | None:
+    """The names of images that were read; None for tensors."""
+    return inputs.names if isinstance(inputs, ImageSource) else None
+
+
+def placed(images: Tensor, model: nn.Module | None) -> Tensor:
+    """``images`` on the device and in the dtype of the model."""
+    parameters = model.parameters() if model is not None else ()
+    parameter = next((p for p in parameters if p.is_floating_point()), None)
+    return images if parameter is None else images.to(parameter.device, parameter.dtype)
+
+
+def each_batch(
+    run: Callable[[Inputs, Any, Any], Result],
+    inputs: Inputs | ImageSource,
+    extra: Any,
+    target: Any,
+    batch_size: int,
+    model: nn.Module | None,
+) -> list[Result]:
+    """``run(inputs, extra, target)`` of at most ``batch_size`` examples at a time.
+
+    Args:
+        run: the function.
+        inputs: from :func:`as_inputs`.
+        extra: additional arguments; tensors of N rows are cut, other values are passed as they are.
+        target: in any form Captum accepts; one entry per example is cut.
+        batch_size: the most examples per call. A batch for which the device has no memory is halved.
+        model: takes images that are read to its device and dtype.
+
+    Raises:
+        InputError: bad inputs.
+        TargetError: a list of targets that is not one per example.
+    """
+    halving = Halving("batch_size")
+    return [
+        result
+        for part in _batches(inputs, extra, target, batch_size, model)
+        for result in halving(lambda batch: run(*batch), part, _halves)
+    ]
+
+
+def _batches(
+    inputs: Inputs | ImageSource, extra: Any, target: Any, batch_size: int, model: nn.Module | None = None
+) -> Iterator[Batch]:
+    n = count(inputs)
+    listed = isinstance(target, list) or (isinstance(target, Tensor) and target.ndim > 0 and target.numel() > 1)
+    if listed and len(target) != n:
+        raise TargetError(f"target has {len(target)} entries for {n} examples; pass one each, or a single int")
+    if not isinstance(inputs, ImageSource) and n <= batch_size:
+        yield inputs, extra, target
+        return
+    start = 0
+    for part in _cut(inputs, batch_size, model):
+        rows = slice(start, start + count(part))
+        yield part, take_rows(extra, rows, n), target[rows] if listed else target
+        start = rows.stop
+
+
+def _cut(inputs: Inputs | ImageSource, batch_size: int, model: nn.Module | None) -> Iterator[Inputs]:
+    if isinstance(inputs, ImageSource):
+        for batch in batches(inputs, batch_size):
+            yield placed(batch.images, model)
+    elif isinstance(inputs, tuple):
+        yield from zip(*(part.split(batch_size) for part in inputs), strict=True)
+    else:
+        yield from inputs.split(batch_size)
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    """A batch as two of half as many examples; a single example remains one."""
+    inputs, extra, target = batch
+    return list(_batches(inputs, extra, target, -(-count(inputs) // 2)))

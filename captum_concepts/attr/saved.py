@@ -1,0 +1,81 @@
+"""`load`: any saved explainer, by what its file says it is."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from captum_concepts._artifacts import listing
+from captum_concepts.errors import ArtifactError
+
+#: Where the class is whose ``save`` writes this format. A method that is saved is one line.
+KINDS = {
+    "ConceptFusionMap": "captum_concepts.attr.concept_fusion_map",
+    "DiscoveredConcepts": "captum_concepts.attr.discovered_concepts",
+    "FeatureActivationMap": "captum_concepts.attr.feature_activation_map",
+    "SpatialACV": "captum_concepts.attr.spatial_acv",
+}
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The class whose ``save`` wrote ``path``: a name of :data:`KINDS`, or ``"SALFCBM"`` for a folder.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ArtifactError: it is no saved explainer.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.is_dir():
+        return "SALFCBM"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file or folder {path}, which should be a saved explainer")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            found = (opened.metadata() or {}).get("format", "")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read as a saved explainer: {error}") from error
+    kind = found.removeprefix("captum_concepts.").partition("/")[0]
+    if kind not in KINDS:
+        what = f"it is a {kind}" if kind else "it does not say what it is"
+        raise ArtifactError(
+            f"{path} is not a saved explainer ({what}); these are {listing(KINDS)}, and SALFCBM folders"
+        )
+    return kind
+
+
+def load(path: str | os.PathLike[str], model: Any, layers: Any = None) -> Any:
+    """A saved explainer of any method, for its model.
+
+    Args:
+        path: a file of ``save``, or a folder of ``SALFCBM.save_pretrained``.
+        model: what it explains: the same model as when it was saved (for a ``SALFCBM`` its backbone, or None to build
+            it by name).
+        layers: only where the saved names do not lead to the layers (modules of a plain function).
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ArtifactError: damaged, not a saved explainer, or of another model.
+
+    Example:
+        >>> import tempfile, torch
+        >>> import captum_concepts
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> fam = captum_concepts.FeatureActivationMap(net, "0", torch.eye(4), reference_names=list("abcd"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = captum_concepts.load(fam.save(f"{folder}/fam.safetensors"), net)
+        >>> again.concepts
+        ['a', 'b', 'c', 'd']
+    """
+    kind = kind_of(path)
+    if kind == "SALFCBM":
+        from captum_concepts.models.salf_cbm import SALFCBM
+
+        try:
+            return SALFCBM.from_pretrained(path, backbone=model)
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{path} does not contain a saved SALFCBM: {error}") from error
+    return getattr(importlib.import_module(KINDS[kind]), kind).load(path, model, layers)

@@ -1,0 +1,305 @@
+"""From sets of images to concept vectors, their held-out accuracy, and what can be said about each concept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts._checks import integer, number
+from captum_concepts._memory import Halving
+from captum_concepts.attr.batches import placed
+from captum_concepts.attr.guidance import Read, named_sets
+from captum_concepts.attr.spatial_acv.classifier import Trainer, captum_trainer, logistic_trainer, reproducible
+from captum_concepts.attr.spatial_acv.problem import LABEL_CONCEPT, LABEL_NEGATIVE, Problem, make_problem, mean_by_image
+from captum_concepts.attr.spatial_acv.rows import GuidanceRows, gather, merge
+from captum_concepts.attr.spatial_acv.statistics import balanced_accuracy, encoding_p_value, holm, refitted_error
+from captum_concepts.errors import InputError
+from captum_concepts.images import ImageSource, batches
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The options of ``SpatialACV.fit`` that are numbers; see there."""
+
+    n_random: int = 0
+    seed: int = 0
+    lam: float = 0.3
+    folds: int = 3
+    max_rows: int = 50_000
+    attribute_to_layer_input: bool = False
+
+    def __post_init__(self) -> None:
+        integer("n_random", self.n_random, least=0)
+        integer("seed", self.seed, least=0)
+        integer("folds", self.folds, least=2)
+        integer("max_rows", self.max_rows, least=16)
+        if self.n_random == 1:
+            raise InputError("n_random=1 cannot show how random sets vary; pass 0, or at least 2 (20 recommended)")
+        number("lam", self.lam, lambda lam: lam > 0, "positive; separable rows have no finite solution without it")
+
+
+@dataclass(frozen=True)
+class FittedVectors:
+    """The fitted state: everything that is saved.
+
+    Args:
+        names: K concepts.
+        vectors: ``(K, C)`` unit rows.
+        slopes, intercepts: ``(K,)`` of the probability.
+        accuracies, contrasts: ``(K,)``; intervals ``(K, 2)``; p_values ``(K,)`` or None.
+        rows: counts for each concept.
+        of_input: fitted on the layer's input.
+    """
+
+    names: tuple[str, ...]
+    vectors: Tensor
+    slopes: Tensor
+    intercepts: Tensor
+    accuracies: Tensor
+    intervals: Tensor
+    contrasts: Tensor
+    p_values: Tensor | None
+    rows: dict[str, dict[str, int]]
+    of_input: bool = False
+
+    @property
+    def significant(self) -> Tensor | None:
+        """``(K,)`` bool: p below 0.05; None without p-values."""
+        return None if self.p_values is None else self.p_values < ALPHA
+
+    def probability(self, projected: Tensor) -> Tensor:
+        """``(N, K, h, w)`` the classifier's probability at each position, from projections."""
+        slopes, intercepts = (t.to(projected).view(1, -1, 1, 1) for t in (self.slopes, self.intercepts))
+        return torch.sigmoid(projected * slopes + intercepts)
+
+    def scores(self, projected: Tensor) -> Tensor:
+        """``(N, K)`` the score of each image, from projections ``(N, K, h, w)``."""
+        return self.probability(projected).amax((2, 3))
+
+    def trust(self) -> str:
+        """One line: the concepts, and how well they are encoded."""
+        parts = [f"{name} {float(a):.2f}" for name, a in zip(self.names, self.accuracies, strict=True)]
+        flags = self.significant
+        if flags is not None:
+            parts = [p if yes else f"{p} (not encoded)" for p, yes in zip(parts, flags.tolist(), strict=True)]
+        shown = ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+        return f"held-out accuracy of {shown}; chance 0.5"
+
+    def summary(self) -> str:
+        """A table of the concepts."""
+        width = max(7, *map(len, self.names))
+        lines = [f"{'concept':<{width}}  accuracy  95 % interval   p (Holm)  images  rows used of seen"]
+        for k, name in enumerate(self.names):
+            low, high = self.intervals[k].tolist()
+            p = "-" if self.p_values is None else f"{float(self.p_values[k]):.2g}"
+            count = self.rows[name]
+            used, seen = (count["concept_rows"], count["concept_rows_seen"])
+            line = f"{name:<{width}}  {float(self.accuracies[k]):8.3f}  {low:.3f} to {high:.3f}  {p:>8}"
+            line += f"  {count['concept_images']:>6}  {used} of {seen}"
+            if self.significant is not None and not bool(self.significant[k]):
+                line += "  not encoded here"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class FittedConcept:
+    """One concept's vector and how well it separates images it was not fitted on.
+
+    Args:
+        vector: ``(C,)`` unit length, towards the concept.
+        slope, intercept: the probability of the concept at an activation a is sigmoid(slope * a.v + intercept).
+        accuracy: held-out balanced accuracy of positions, chance 0.5.
+        interval: its 95 % confidence interval.
+        contrast: held-out (mean of a.v on the concept - on the negatives) / their standard deviation.
+    """
+
+    vector: Tensor
+    slope: float
+    intercept: float
+    accuracy: float
+    interval: tuple[float, float]
+    contrast: float
+
+
+def fit_vectors(
+    maps_of: Callable[[Tensor], Tensor],
+    concepts: Any,
+    negatives: Any,
+    options: FitOptions,
+    *,
+    read: Read,
+    model: nn.Module | None,
+    batch_size: int,
+    classifier: Any,
+    show_progress: bool,
+) -> FittedVectors:
+    """Fit every concept against the negatives.
+
+    Args:
+        maps_of: images to activation maps ``(n, C, h, w)``.
+        concepts, negatives: as in ``SpatialACV.fit``.
+        options: the numbers.
+        read: opens a set of images.
+        model: takes the images.
+        batch_size: the most images per forward pass.
+        classifier: a Captum ``Classifier`` or None.
+        show_progress: show a bar over images, then one over concepts.
+    """
+    from tqdm import tqdm
+
+    sets = named_sets(concepts, "concepts", read)
+    others = None if negatives is None else named_sets(negatives, "negatives", read)
+    if others is None and len(sets) < 2:
+        raise InputError("one concept without negatives: pass negatives=, or a second concept to separate it from")
+    halving = Halving("batch_size")
+
+    def run(images: Tensor) -> Tensor:
+        return torch.cat(halving(maps_of, placed(images, model), lambda part: part.chunk(2)))
+
+    train = logistic_trainer(options.lam) if classifier is None else captum_trainer(classifier, options.seed)
+    with (
+        tqdm(desc="images", unit="img", disable=not show_progress) as images_seen,
+        tqdm(desc="concepts", total=len(sets), disable=not show_progress) as concepts_fitted,
+        reproducible(options.seed),
+    ):
+
+        def rows_of(some: dict[str, ImageSource], budget: int) -> GuidanceRows:
+            return gather(_read(some, batch_size, images_seen.update), run, budget, options.seed)
+
+        fitted, p_values, counts = [], [], {}
+        for name, rows, bank in _pairs(sets, others, rows_of, options.max_rows):
+            against = _without(bank, name, rows, others is None)
+            problem = make_problem(rows, against, name, options.folds, options.seed)
+            counts[name] = _counts(rows, against)
+            fitted.append(fit_concept(problem, train, options.lam if classifier is None else None, options.seed))
+            if options.n_random:
+                p_values.append(encoding_p_value(problem, options.n_random, options.seed))
+            concepts_fitted.update()
+    numbers = {
+        "slopes": [f.slope for f in fitted],
+        "intercepts": [f.intercept for f in fitted],
+        "accuracies": [f.accuracy for f in fitted],
+        "intervals": [f.interval for f in fitted],
+        "contrasts": [f.contrast for f in fitted],
+    }
+    return FittedVectors(
+        tuple(sets),
+        torch.stack([f.vector for f in fitted]),
+        p_values=torch.tensor(holm(p_values), dtype=torch.float32) if options.n_random else None,
+        rows=counts,
+        of_input=bool(options.attribute_to_layer_input),
+        **{name: torch.tensor(values, dtype=torch.float32) for name, values in numbers.items()},
+    )
+
+
+def _read(sets: dict[str, ImageSource], batch_size: int, count: Callable[[int], Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, source in sets.items():
+        seen = 0
+        for batch in batches(source, batch_size):
+            seen += len(batch)
+            count(len(batch))
+            yield name, batch.images
+        if not seen:
+            raise InputError(f"{name!r} contains no image; pass at least 2 images")
+
+
+def _pairs(
+    sets: dict[str, ImageSource],
+    others: dict[str, ImageSource] | None,
+    rows_of: Callable[[dict[str, ImageSource], int], GuidanceRows],
+    max_rows: int,
+) -> Iterator[tuple[str, GuidanceRows, GuidanceRows]]:
+    """Each concept with its rows and the rows its negatives come from, never more than ``max_rows`` at once."""
+    if others is not None:
+        bank = rows_of(others, max_rows // 2)
+        for name, source in sets.items():
+            yield name, rows_of({name: source}, max_rows - max_rows // 2), bank
+        return
+    each = [rows_of({name: source}, max(max_rows // len(sets), 8)) for name, source in sets.items()]
+    for k, name in enumerate(sets):
+        yield name, each[k], merge(each[:k] + each[k + 1 :])
+
+
+def _without(bank: GuidanceRows, name: str, rows: GuidanceRows, by_name: bool) -> GuidanceRows:
+    """The negatives of one concept: all but its own images."""
+    own = set(rows.digests)
+    left = bank.select(lambda digest, origin: digest not in own and not (by_name and origin == name))
+    if not left.digests:
+        raise InputError(
+            f"concept {name!r} and its negatives contain identical images, so there is nothing to separate; pass "
+            "negatives that do not show the concept"
+        )
+    return left
+
+
+def _counts(rows: GuidanceRows, against: GuidanceRows) -> dict[str, int]:
+    return {
+        "concept_images": rows.images,
+        "concept_rows": len(rows.x),
+        "concept_rows_seen": rows.seen,
+        "negative_images": against.images,
+        "negative_rows": len(against.x),
+        "negative_rows_seen": against.seen,
+    }
+
+
+def fit_concept(problem: Problem, train: Trainer, lam: float | None = None, seed: int = 0) -> FittedConcept:
+    """The concept's vector from all rows, its accuracy from fits that left images out.
+
+    Args:
+        problem: the rows.
+        train: the classifier.
+        lam: its L2 penalty, if it is the package's logistic regression: the interval is then that of refits.
+        seed: of the bootstrap.
+    """
+    right = torch.zeros(len(problem.label), dtype=torch.float64)
+    contrasts, fits = [], []
+    for fold in range(problem.folds):
+        held = problem.rows_in(fold)
+        weight, bias = _train(problem, ~held, train)
+        fits.append((weight, bias))
+        score = problem.x[held] @ weight + bias
+        y = problem.y[held]
+        per_image = mean_by_image(((score > 0) == (y == LABEL_CONCEPT)).float(), problem.image[held], len(right))
+        right += per_image.cpu().double()
+        contrasts.append(_contrast(score, y))
+    # An image of which the row budget left nothing says nothing.
+    present = (torch.bincount(problem.image, minlength=len(problem.label)) > 0).cpu()
+    error = None
+    if lam is not None and problem.x.device.type != "mps":
+        error = refitted_error(problem, fits, lam, seed=seed)
+    accuracy, interval = balanced_accuracy(
+        right[present], problem.label.cpu()[present] == LABEL_CONCEPT, problem.folds, error
+    )
+    weight, bias = _train(problem, slice(None), train)
+    length = float(weight.norm())
+    if not math.isfinite(length) or length == 0:
+        raise InputError("the classifier gives no direction: its weights are zero or not finite; use a weaker penalty")
+    vector = weight / length
+    slope = length / problem.scale
+    intercept = float(bias) - slope * float(problem.center @ vector)
+    return FittedConcept(vector, slope, intercept, accuracy, interval, sum(contrasts) / len(contrasts))
+
+
+def _train(problem: Problem, rows: Tensor | slice, train: Trainer) -> tuple[Tensor, Tensor]:
+    x, y = problem.x[rows], problem.y[rows]
+    positive = y == LABEL_CONCEPT
+    # Both classes weigh the same however many images each has; so chance is 0.5 and the intercept means something.
+    half = len(y) / 2
+    weight = torch.where(positive, half / positive.sum().clamp_min(1), half / (~positive).sum().clamp_min(1))
+    return train(x, y, weight.to(x.dtype))
+
+
+def _contrast(score: Tensor, y: Tensor) -> float:
+    score, y = score.cpu().double(), y.cpu()
+    a, b = score[y == LABEL_CONCEPT], score[y == LABEL_NEGATIVE]
+    spread = ((a.var(unbiased=False) + b.var(unbiased=False)) / 2).sqrt()
+    return float((a.mean() - b.mean()) / spread.clamp_min(1e-12)) if len(a) and len(b) else 0.0

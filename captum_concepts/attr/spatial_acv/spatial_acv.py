@@ -1,0 +1,628 @@
+"""Spatial Activation Concept Vectors: where a layer encodes a concept, and where it moves the prediction."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts._artifacts import (
+    Array,
+    Keys,
+    flag,
+    integer as whole_number,
+    list_of,
+    mapping_of,
+    nothing_or,
+    open_artifact,
+    save_artifact,
+    table,
+    text,
+)
+from captum_concepts._captum import LayerAttribution, log_usage, select_output
+from captum_concepts._checks import integer, name_positions, one_of
+from captum_concepts.activations import (
+    LAYOUTS,
+    Inputs,
+    Layer,
+    Layers,
+    SpatialActivations,
+    find_model,
+    full_precision,
+    gradients_enabled,
+    unwrap,
+)
+from captum_concepts.attr.batches import as_inputs, each_batch, image_names, opened
+from captum_concepts.attr.origin import check_origin, origin
+from captum_concepts.attr.spatial_acv.fit import FitOptions, FittedVectors, fit_vectors
+from captum_concepts.attr.spatial_acv.sweep import LayerSweep, sweep
+from captum_concepts.errors import InputError, LayerError, NotFittedError
+from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
+
+_FORMAT = "captum_concepts.SpatialACV/2"
+_SETTINGS = ("layout", "prefix_tokens", "batch_size")
+_TENSORS = ("vectors", "slopes", "intercepts", "accuracies", "intervals", "contrasts", "p_values")
+_INFO = table({
+    "names": list_of(text(), least=1),
+    "rows": mapping_of(mapping_of(whole_number())),
+    "of_input": flag,
+    "layer": text(),
+    "model": text(),
+    "settings": table({
+        "layout": text(*LAYOUTS), "prefix_tokens": nothing_or(whole_number()), "batch_size": whole_number(1)
+    }),
+})  # fmt: skip
+_ARRAYS = {
+    "vectors": Array("float", ("K", None)),
+    **{name: Array("float", ("K",)) for name in ("slopes", "intercepts", "accuracies", "contrasts")},
+    "intervals": Array("float", ("K", 2)),
+    "p_values": Array("float", ("K",), optional=True),
+}
+#: Names of earlier versions and what they are now.
+_RENAMED = {
+    "relevance": "concept_maps(inputs, concepts=None, probability=False)",
+    "concept_names": "concepts",
+}
+
+
+class SpatialACV(LayerAttribution):
+    r"""Spatial Activation Concept Vectors (SACV): TCAV, position by position.
+
+    Every position of every concept example is one training row; a linear classifier separates the concept's rows from
+    the negatives' rows, and :math:`v_k` is its weight vector, of unit length, pointing towards the concept. With the
+    layer's activations A and an output :math:`F_c`,
+
+    .. math::
+        S_k(i, j) = A_{ij}^T v_k \qquad S_{k \to c}(i, j) = \Big(\frac{\partial F_c}{\partial A_{ij}}\Big)^T v_k
+
+    show where the layer encodes the concept (*concept map*) and where more of it would raise the output (*conceptual
+    sensitivity*, whose sum over positions is the *contribution*). All K concepts cost one backward pass.
+
+    Args:
+        forward_func: the model, one of its methods, or any callable that returns the outputs to explain.
+        layer: the layer to read, as a module or a dotted name.
+        classifier: None for the package's L2 logistic regression, or any ``captum.concept`` ``Classifier``.
+        layout: ``"auto"``, ``"NCHW"``, ``"NHWC"``, ``"NLC"`` or ``"LNC"``.
+        prefix_tokens: tokens before the grid; None infers it.
+        batch_size: the most images in one forward pass, in fitting and in explaining. Results do not depend on it
+            beyond rounding.
+
+    After :meth:`fit` there are ``vectors`` (K, C), ``concepts``, and for each concept ``accuracies_``,
+    ``confidence_intervals_``, ``contrasts_``, ``p_values_``, ``significant_`` and ``rows_``; ``summary()`` prints them.
+    ``visualization.panel(acv.explain(images), images, significant=acv.significant_)`` draws the maps, gray where a
+    concept is *not encoded here*.
+
+    Inside ``captum.concept.TCAV(..., layer_attr_method=SpatialACV(model, layer))``, fitted or not, it returns the
+    gradients of all channels in the layer's own layout, which TCAV multiplies with the vectors it learns itself. After
+    TCAV assigns ``.layer``, the next :meth:`attribute` returns them.
+
+    Reference:
+        Wang, A., Lee, W.-N. *Exploring Concept Contribution Spatially: Hidden Layer Interpretation with Spatial
+        Activation Concept Vector.* arXiv:2205.11511, 2022. The published notebook reshapes (C, HW) to (HW, C) where it
+        must transpose, and gives the concept label 0, which reverses the vector; here it is as the paper says.
+
+    Example:
+        >>> from captum_concepts.attr.spatial_acv import SpatialACV
+        >>> _ = torch.manual_seed(0)
+        >>> conv = torch.nn.Conv2d(3, 8, 3)
+        >>> net = torch.nn.Sequential(conv, torch.nn.Tanh(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        >>> red = torch.rand(6, 3, 16, 16) * torch.tensor([1.0, 0.2, 0.2]).view(3, 1, 1)
+        >>> acv = SpatialACV(net, "0").fit({"red": red}, torch.rand(6, 3, 16, 16), n_random=20)
+        >>> acv.attribute(red, target=1).shape, acv.concept_maps(red).shape
+        (torch.Size([6, 1, 14, 14]), torch.Size([6, 1, 14, 14]))
+        >>> bool(acv.accuracies_ > 0.9), acv.significant_.tolist()
+        (True, [True])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: Layer,
+        *,
+        classifier: Any = None,
+        layout: str = "auto",
+        prefix_tokens: int | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        self._layer: Layer | None = None
+        self._asked_by_tcav: nn.Module | None = None
+        super().__init__(forward_func, layer)
+        if classifier is not None and not all(hasattr(classifier, n) for n in ("train_and_eval", "weights", "classes")):
+            raise InputError(f"classifier must be a captum.concept Classifier or None, got {type(classifier).__name__}")
+        self.classifier = classifier
+        self.layout = layout
+        self.prefix_tokens = prefix_tokens
+        self.batch_size = integer("batch_size", batch_size)
+        self._fitted: FittedVectors | None = None
+        self._layers()  # an unknown layer is refused now
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Captum would spell the class's name "Spatial A C V"."""
+        return "Spatial ACV"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _RENAMED:
+            raise AttributeError(f"SpatialACV.{name} is called {_RENAMED[name]} now")
+        raise AttributeError(f"SpatialACV has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        model = find_model(self.forward_func)
+        name = type(model).__name__ if model is not None else getattr(self.forward_func, "__name__", "a function")
+        about = "no concepts yet, call fit" if self._fitted is None else self._fitted.trust()
+        return f"SpatialACV of {name}, layer {self.layer_name!r}: {about}"
+
+    @property
+    def layer(self) -> Any:
+        """The layer; a SpatialACV keeps the one it was constructed for."""
+        return self._layer
+
+    @layer.setter
+    def layer(self, value: Any) -> None:
+        if self._layer is None:
+            self._layer = value
+        elif isinstance(value, nn.Module):
+            self._asked_by_tcav = value
+        else:
+            raise InputError("the vectors belong to one layer; construct another SpatialACV for another layer")
+
+    @property
+    def layer_name(self) -> str:
+        """The dotted name of the layer."""
+        return self._layers().names[0]
+
+    # ------------------------------------------------------------------------------------------------------- fitting
+
+    def fit(
+        self,
+        concepts: Any,
+        negatives: Any = None,
+        *,
+        n_random: int = 0,
+        seed: int = 0,
+        lam: float = 0.3,
+        folds: int = 3,
+        max_rows: int = 50_000,
+        transform: Callable[[Any], Any] | None = None,
+        image_size: int | None = None,
+        attribute_to_layer_input: bool = False,
+        show_progress: bool = False,
+    ) -> SpatialACV:
+        r"""Learn the vectors from concept examples: images whose whole content shows the concept.
+
+        Args:
+            concepts: ``{name: images}`` or a list of ``captum.concept.Concept``. Images are whatever
+                :func:`captum_concepts.images.open_images` reads: a tensor ``(n, 3, H, W)``, a list, a folder, a data
+                set, a loader. Float tensors are passed to the model as they are.
+            negatives: the same, all sets pooled, or one set alone. None takes the other concepts (*which* of them is
+                it?); images like those to be explained (*is* it there?) find a concept better in them. An image that
+                also belongs to the concept is never its negative.
+            n_random: random sets for ``p_values_``; 0 for none, 20 or more recommended. The test asks whether the
+                concept's images can be separated from the negatives at this layer: held-out-by-image balanced accuracy
+                of a linear discriminant, against the same with the labels permuted among whole images ``n_random``
+                times, by the predictive t distribution (one-sided), Holm-adjusted over the concepts.
+            seed: of the folds, of the random sets and of the row sample.
+            lam: L2 penalty of the default classifier, for features divided by their common standard deviation. A strong
+                one turns the vector from the best filter (small ``lam``) towards the difference of the means, which is
+                the concept's own direction; the default costs about a point of accuracy on real textures.
+            folds: parts that the images are assigned to for held-out accuracy.
+            max_rows: row budget: the concept keeps at most half of it and the negatives the other half (without
+                ``negatives``, each of the K sets keeps 1/K), a seeded uniform sample of all positions; ``rows_``
+                reports it. Memory is a few times ``max_rows`` times C floats, whatever the number of images.
+            transform: PIL image to tensor, for files and PIL images; None reads them at the model's own size and
+                normalizes them, if the library that the model comes from says how, else in [0, 1].
+            image_size: of files without ``transform``; None takes the model's own, else 224.
+            attribute_to_layer_input: learn in the layer's input instead of its output.
+            show_progress: show a progress bar over images and one over concepts.
+
+        Raises:
+            InputError: fewer than 2 different images on a side, concept and negatives identical, an empty folder, a
+                name twice, NaN activations, a bad option.
+            LayerError, LayoutError: the layer is unknown, does not run, or has no grid.
+        """
+        options = FitOptions(n_random, seed, lam, folds, max_rows, bool(attribute_to_layer_input))
+        layers = self._layers()
+        self._fitted = fit_vectors(
+            lambda images: _maps(layers, images, None, options.attribute_to_layer_input),
+            concepts,
+            negatives,
+            options,
+            read=lambda source: opened(source, layers.model, transform=transform, image_size=image_size),
+            model=layers.model,
+            batch_size=self.batch_size,
+            classifier=self.classifier,
+            show_progress=show_progress,
+        )
+        return self
+
+    @classmethod
+    def layer_sweep(
+        cls,
+        forward_func: Callable[..., Any],
+        layers: Sequence[Layer],
+        concepts: Any,
+        negatives: Any = None,
+        *,
+        classifier: Any = None,
+        layout: str = "auto",
+        prefix_tokens: int | None = None,
+        batch_size: int = 32,
+        show_progress: bool = False,
+        **options: Any,
+    ) -> LayerSweep:
+        """Fit the concepts at every layer and compare (paper, Fig. 2B: deep layers know stripes, early ones do not).
+
+        Accuracy and contrast are held out by image and free of scale, so layers of any width and range compare.
+
+        Args:
+            forward_func: the model.
+            layers: modules or dotted names, usually from the image to the output.
+            concepts, negatives: as in :meth:`fit`.
+            classifier, layout, prefix_tokens, batch_size: as in the constructor.
+            show_progress: show a bar over the layers.
+            **options: of :meth:`fit`: ``n_random``, ``seed``, ``lam``, ``folds``, ``max_rows``, ...
+
+        Returns:
+            The comparison, with the fitted methods and a ``plot()``.
+
+        Example:
+            >>> _ = torch.manual_seed(0)
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
+            >>> dark = torch.rand(4, 3, 12, 12) * 0.1
+            >>> sweep = SpatialACV.layer_sweep(net, ["0", "2"], {"dark": dark}, torch.rand(4, 3, 12, 12))
+            >>> sweep.layers, sweep.accuracies.shape
+            (['0', '2'], torch.Size([2, 1]))
+        """
+        settings = {"classifier": classifier, "layout": layout, "prefix_tokens": prefix_tokens}
+        return sweep(
+            lambda layer: cls(forward_func, layer, batch_size=batch_size, **settings),
+            layers,
+            lambda method: method.fit(concepts, negatives, **options),
+            show_progress,
+        )
+
+    @property
+    def vectors(self) -> Tensor:
+        """``(K, C)`` unit rows, towards the concept."""
+        return self._need_fit().vectors
+
+    @property
+    def concepts(self) -> list[str]:
+        """The K names."""
+        return list(self._need_fit().names)
+
+    @property
+    def accuracies_(self) -> Tensor:
+        """``(K,)`` held-out balanced accuracy of positions in [0, 1], chance 0.5; held out by image."""
+        return self._need_fit().accuracies
+
+    @property
+    def confidence_intervals_(self) -> Tensor:
+        """``(K, 2)`` 95 % interval of the accuracy, by a bootstrap over images with refitting; with a ``classifier``,
+        Nadeau and Bengio's corrected t interval."""
+        return self._need_fit().intervals
+
+    @property
+    def contrasts_(self) -> Tensor:
+        """``(K,)`` held-out difference of the mean projection on concept and negatives, in standard deviations."""
+        return self._need_fit().contrasts
+
+    @property
+    def p_values_(self) -> Tensor | None:
+        """``(K,)`` Holm-adjusted p-values (see ``fit``), or None where ``n_random=0``."""
+        return self._need_fit().p_values
+
+    @property
+    def significant_(self) -> Tensor | None:
+        """``(K,)`` bool, ``p_values_ < 0.05``: False means *not encoded here*. None where ``n_random=0``."""
+        return self._need_fit().significant
+
+    @property
+    def rows_(self) -> dict[str, dict[str, int]]:
+        """For each concept how many images and rows were seen and how many rows the budget kept."""
+        return self._need_fit().rows
+
+    def summary(self) -> str:
+        """A table of the concepts: accuracy, interval, p-value, rows; a concept may be *not encoded here*."""
+        return self._need_fit().summary()
+
+    # ---------------------------------------------------------------------------------------------------- explaining
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Tensor:
+        """Conceptual sensitivity: where more of each concept would raise the target output.
+
+        Args:
+            inputs: images ``(N, 3, H, W)`` or a tuple of tensors.
+            target: the output to explain, in any form Captum accepts; None where the model returns ``(N,)``.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+            attribute_to_layer_input: must be as it was in :meth:`fit`.
+
+        Returns:
+            ``(N, K, h, w)``, signed, in units of the output per unit of activation, fp32 (or fp64). Its sum over the
+            positions is :meth:`contributions`.
+
+        Raises:
+            NotFittedError: before :meth:`fit`.
+            TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
+            LayerError: unknown, not reached or repeated layer, one without a grid, or one whose positions do not
+                influence the output. A gradient that is zero for every example warns (``InputWarning``).
+        """
+        if self._asked_by_tcav is not None:
+            asked, self._asked_by_tcav = self._layers().other(unwrap(self._asked_by_tcav)), None
+
+            def every(part: Inputs, extra: Any, goal: Any) -> Tensor:
+                return _all_channels(asked, part, extra, goal, attribute_to_layer_input)
+
+            return torch.cat(self._each(every, inputs, additional_forward_args, target)).contiguous()
+        fitted, layers = self._need_fit(), self._layers()
+        if bool(attribute_to_layer_input) != fitted.of_input:
+            raise InputError(
+                f"attribute_to_layer_input={attribute_to_layer_input}, but the vectors were fitted with "
+                f"{fitted.of_input}; fit again with what you want to explain"
+            )
+
+        def sensitivity(part: Inputs, extra: Any, goal: Any) -> Tensor:
+            _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=False)
+            return _project(gradient, fitted)
+
+        return torch.cat(self._each(sensitivity, inputs, additional_forward_args, target)).contiguous()
+
+    def contributions(
+        self, inputs: Any, target: Any = None, concepts: Any = None, additional_forward_args: Any = None
+    ) -> Tensor:
+        """``(N, T)``: the derivative of the output along each concept, added at every position at once.
+
+        Args:
+            inputs: images.
+            target: the output; None takes each example's highest output.
+            concepts: names or indices; None takes all.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+        """
+        fitted, layers = self._need_fit(), self._layers()
+        columns = name_positions(concepts, fitted.names)
+
+        def sums(part: Inputs, extra: Any, goal: Any) -> Tensor:
+            _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=True)
+            return _project(gradient, fitted).sum((2, 3))[:, columns]
+
+        return torch.cat(self._each(sums, inputs, additional_forward_args, target))
+
+    def concept_maps(
+        self, inputs: Any, concepts: Any = None, *, probability: bool = False, additional_forward_args: Any = None
+    ) -> Tensor:
+        """Where the layer encodes each concept.
+
+        Args:
+            inputs: images.
+            concepts: names or indices; None takes all.
+            probability: the classifier's probability of the concept at each position (slope and intercept
+                included, concept and negatives equally likely beforehand) instead of the bare projection.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+
+        Returns:
+            ``(N, T, h, w)``: the projection in units of the activation, or probabilities in [0, 1].
+        """
+        if not isinstance(probability, bool):
+            raise InputError(f"probability must be True or False, got {probability!r}")
+        fitted, layers = self._need_fit(), self._layers()
+        columns = name_positions(concepts, fitted.names)
+
+        def maps(part: Inputs, extra: Any, _target: None) -> Tensor:
+            projected = _project(_maps(layers, part, extra, fitted.of_input), fitted)
+            return (fitted.probability(projected) if probability else projected)[:, columns]
+
+        return torch.cat(self._each(maps, inputs, additional_forward_args, None)).contiguous()
+
+    def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
+        """``(N, K)``: the highest probability of the concept at any position."""
+        fitted, layers = self._need_fit(), self._layers()
+
+        def score(part: Inputs, extra: Any, _target: None) -> Tensor:
+            return fitted.scores(_project(_maps(layers, part, extra, fitted.of_input), fitted))
+
+        return torch.cat(self._each(score, inputs, additional_forward_args, None))
+
+    def tcav(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> dict[str, Tensor]:
+        r"""TCAV scores: how the :meth:`contributions` of a set of images vary.
+
+        Returns:
+            ``"sign_count"`` ``(K,)``: fraction of the examples with a positive contribution, in [0, 1];
+            ``"magnitude"`` ``(K,)``: mean contribution.
+        """
+        total = self.contributions(inputs, target, additional_forward_args=additional_forward_args)
+        return {"sign_count": (total > 0).to(total.dtype).mean(0), "magnitude": total.mean(0)}
+
+    def explain(
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        concepts: Any = None,
+        top_k: int | None = 5,
+        rank_by: str = "scores",
+        contributions: bool = True,
+        additional_forward_args: Any = None,
+    ) -> ConceptExplanation:
+        """What, where and how much.
+
+        Args:
+            inputs: images as tensors, or whatever :func:`captum_concepts.images.inputs_for` reads: a folder, paths, PIL
+                images, a data set, a loader.
+            target: the output that contributions refer to; None takes each example's highest output.
+            concepts: names or indices to explain instead of the leading ones.
+            top_k: concepts per image, each image's own; None takes all. Concepts *not encoded here* come last.
+            rank_by: ``"scores"`` or ``"contributions"`` (by magnitude).
+            contributions: False leaves them out, which takes no backward pass.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+
+        Returns:
+            Scores as :meth:`scores`, maps as :meth:`concept_maps`, contributions as :meth:`contributions`.
+        """
+        one_of("rank_by", rank_by, RANKINGS)
+        if rank_by == "contributions" and not contributions:
+            raise InputError("rank_by='contributions' needs contributions=True")
+        fitted, layers = self._need_fit(), self._layers()
+        inputs = as_inputs(inputs, layers.model)
+
+        def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
+            if not contributions:
+                projected = _project(_maps(layers, images, extra, fitted.of_input), fitted)
+                return fitted.scores(projected), projected
+            seen, gradient, index = _gradient(layers, images, extra, goal, fitted.of_input, best=True)
+            projected = _project(seen.maps[0].detach(), fitted)
+            sums = _project(gradient, fitted).sum((2, 3))
+            return (fitted.scores(projected), projected, sums, *([] if index is None else [index]))
+
+        parts = self._each(part, inputs, additional_forward_args, target)
+        scores, maps, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        values = rest[0] if rank_by == "contributions" else scores
+        chosen = Selection.choose(
+            fitted.names, self._demoted(values, rank_by), concepts=concepts, top_k=top_k, rank_by=rank_by
+        )
+        columns = chosen.columns
+        return ConceptExplanation(
+            [fitted.names[k] for k in columns],
+            scores[:, columns],
+            maps[:, columns],
+            rest[0][:, columns] if contributions else None,
+            target=rest[1] if len(rest) > 1 else None,
+            selected=chosen.selected.to(scores.device),
+            image_names=image_names(inputs),
+            layer=layers.names[0],
+            method=self.get_name(),
+            score_unit="probability at the strongest position",
+            contribution_unit="output per unit of activation" if contributions else "",
+            rank_by=chosen.rank_by,
+        )
+
+    # ------------------------------------------------------------------------------------------------------- storage
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write vectors, statistics and the model's fingerprint as one safetensors file, atomically."""
+        fitted = self._need_fit()
+        info = {
+            "names": fitted.names,
+            "rows": fitted.rows,
+            "of_input": fitted.of_input,
+            **origin(self._layers()),
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
+        }
+        return save_artifact(path, _FORMAT, info, {n: v for n in _TENSORS if (v := getattr(fitted, n)) is not None})
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], forward_func: Callable[..., Any], layers: Layer | None = None
+    ) -> SpatialACV:
+        """Read what :meth:`save` wrote; maps are bit-identical to those before.
+
+        Args:
+            path: the file.
+            forward_func: the model it was fitted on.
+            layers: the layer it was fitted on; None takes the name in the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: the file is damaged, or was fitted on another model or layer.
+        """
+        sizes = lambda info: {"K": len(info["names"])}  # noqa: E731
+        formats: dict[str, Keys] = {_FORMAT: {}, "captum_concepts.SpatialACV/1": {}}
+        opened = open_artifact(path, formats, "a saved SpatialACV", info=_INFO, arrays=_ARRAYS, sizes=sizes)
+        with opened as (info, tensors):
+            fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
+            fitted = FittedVectors(tuple(info["names"]), rows=info["rows"], of_input=info["of_input"], **fields)
+            if missing := set(fitted.names) - set(fitted.rows):
+                raise ValueError(f"it has no counts of rows for {sorted(missing)[:5]}")
+        loaded = check_origin(
+            path, lambda: cls(forward_func, info["layer"] if layers is None else layers, **info["settings"]), info
+        )
+        loaded._fitted = fitted
+        return loaded
+
+    # -------------------------------------------------------------------------------------------------------- inside
+
+    def _layers(self) -> Layers:
+        return Layers.resolve(self.forward_func, self.layer, layout=self.layout, prefix_tokens=self.prefix_tokens)
+
+    def _need_fit(self) -> FittedVectors:
+        if self._fitted is None:
+            raise NotFittedError("there are no concept vectors yet; call fit(concepts, negatives), or SpatialACV.load")
+        return self._fitted
+
+    def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Inputs, extra: Any, target: Any) -> list[Any]:
+        model = find_model(self.forward_func)
+        return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
+
+    def _demoted(self, values: Tensor, rank_by: str) -> Tensor:
+        """``values`` for ranking, with those of concepts that are not encoded below all others."""
+        significant = self.significant_
+        if significant is None or bool(significant.all()):
+            return values
+        ranked = values.abs() if rank_by == "contributions" else values
+        low, high = ranked.aminmax()
+        return ranked + (high - low + 1) * significant.to(ranked)
+
+
+def _maps(layers: Layers, inputs: Inputs, extra: Any, of_input: bool) -> Tensor:
+    """``(N, C, h, w)`` of the layer, without gradients."""
+    with torch.no_grad():
+        seen = layers.run(inputs, additional_forward_args=extra, attribute_to_layer_input=of_input)
+    return seen.maps[0].detach()
+
+
+def _gradient(
+    layers: Layers, inputs: Inputs, extra: Any, target: Any, of_input: bool, *, best: bool
+) -> tuple[SpatialActivations, Tensor, Tensor | None]:
+    """The pass, the gradient ``(N, C, h, w)`` of the target output, and the index of that output if it has one.
+
+    Args:
+        best: ``target=None`` is each example's highest output.
+    """
+    with gradients_enabled():
+        seen = layers.run(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
+        output = seen.output
+        index = _explained(output, target) if isinstance(output, Tensor) else None
+        goal = index if best and target is None else target
+        gradient = seen.gradients(select_output(output, goal))[0]
+    return seen, gradient.detach(), index
+
+
+def _explained(output: Tensor, target: Any) -> Tensor | None:
+    """``(N,)`` the index of the explained output, the highest where ``target`` is None; None for other shapes."""
+    if output.ndim != 2:
+        return None
+    if target is None:
+        return output.detach().argmax(1)
+    if isinstance(target, list) and target and isinstance(target[0], tuple):
+        target = [item[0] for item in target]
+    index = torch.as_tensor(target, device=output.device).flatten()
+    if index.is_floating_point():
+        return None  # select_output refuses it
+    index = index.long() % output.shape[1]
+    return index.expand(output.shape[0]) if len(index) == 1 else index
+
+
+def _project(maps: Tensor, fitted: FittedVectors) -> Tensor:
+    """``(N, K, h, w)``: the component of each position of ``(N, C, h, w)`` along each vector."""
+    maps, vectors = full_precision(maps), fitted.vectors
+    if vectors.shape[1] != maps.shape[1]:
+        raise LayerError(f"the vectors have {vectors.shape[1]} channels, but the layer has {maps.shape[1]} now")
+    return torch.einsum("nchw,kc->nkhw", maps, vectors.to(maps))
+
+
+def _all_channels(layers: Layers, inputs: Inputs, extra: Any, target: Any, of_input: bool) -> Tensor:
+    """The gradient at a layer, in the layer's own layout, which is how Captum's TCAV flattens activations."""
+    with gradients_enabled():
+        seen = layers.capture(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
+        value = select_output(seen.output, target)
+        return torch.autograd.grad(value.sum(), seen.layers[0])[0].detach()

@@ -1,0 +1,188 @@
+"""The pass over a data set: a few numbers of every image, written part by part so that a killed audit resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts._artifacts import Array, open_artifact, save_artifact
+from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.explanation import ContributionExplainer
+from captum_concepts.images import ImageSource, batches, digest
+
+_PART = "captum_concepts.AuditPart/1"
+_ARRAYS = {
+    "probabilities": Array("float", ("N", "C")),
+    "presence": Array("float", ("N", "T")),
+    "contributions": Array("float", ("N", "T")),
+    "digests": Array("integer", ("N", 16)),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is kept of N images, for C classes and T concepts.
+
+    Args:
+        probabilities: ``(N, C)`` of the model.
+        presence: ``(N, T)`` in [0, 1]: is the concept there?
+        contributions: ``(N, T)`` to the predicted class; NaN for concepts that were not among the image's ``top_k``.
+        digests: ``(N, 16)`` uint8, of the pixels that the model saw.
+    """
+
+    probabilities: Tensor
+    presence: Tensor
+    contributions: Tensor
+    digests: Tensor
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+    @classmethod
+    def join(cls, parts: Sequence[Rows]) -> Rows:
+        """Of several parts, in order."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in _ARRAYS))
+
+
+def model_of(explainer: Any) -> Callable[[Tensor], Any]:
+    """What the explainer explains: its ``forward_func``, or itself if it is a classifier.
+
+    Raises:
+        InputError: neither.
+    """
+    found = getattr(explainer, "forward_func", explainer)
+    if not callable(found):
+        raise InputError(f"{type(explainer).__name__} has neither forward_func nor a forward of its own")
+    return found
+
+
+@torch.no_grad()
+def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
+    """``(N, C)``: softmax of the model's outputs, or the outputs themselves where they are probabilities already.
+
+    Raises:
+        InputError: the outputs are not ``(N, C)`` of at least two classes.
+    """
+    from captum_concepts._captum import output_tensor
+    from captum_concepts.activations import evaluation_mode, find_model
+
+    function = model_of(explainer)
+    with evaluation_mode(find_model(function)):
+        outputs = output_tensor(function(inputs))
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise InputError(f"an audit needs a classifier with outputs (N, classes), got {tuple(outputs.shape)}")
+    outputs = outputs.float()
+    sums = outputs.sum(1)
+    ready = bool((outputs >= 0).all()) and bool(torch.isclose(sums, torch.ones_like(sums), atol=1e-4).all())
+    return outputs if ready else outputs.softmax(1)
+
+
+def concept_presence(explainer: Any, inputs: Tensor) -> Tensor | None:
+    """``(N, T)`` calibrated presence, or None if the explainer does not know it."""
+    function = getattr(explainer, "presence", None)
+    return function(inputs) if callable(function) else None
+
+
+def collect_rows(
+    explainer: Any,
+    source: ImageSource,
+    *,
+    top_k: int | None,
+    batch_size: int,
+    part_size: int,
+    folder: Path | None,
+    settings: dict[str, Any],
+    show_progress: bool,
+) -> Rows:
+    """The rows of all images; with ``folder``, parts that exist there already are read instead of computed.
+
+    Under ``torch.distributed`` rank r computes the parts r, r + n, ...; all ranks read all of them afterwards.
+
+    Raises:
+        ArtifactError: ``folder`` contains parts of another audit.
+    """
+    from tqdm import tqdm
+
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    if world > 1 and folder is None:
+        raise InputError("several processes need store_path=, a folder that all of them see")
+    starts = list(range(0, len(source), part_size))
+    mine = [(k, start) for k, start in enumerate(starts) if k % world == rank]
+    made: dict[int, Rows] = {}
+    for k, start in tqdm(mine, desc="audit", unit="part", disable=not show_progress):
+        path = None if folder is None else folder / f"part-{k:06d}.safetensors"
+        stop = min(start + part_size, len(source))
+        if path is not None and path.is_file():
+            continue
+        rows = _part(explainer, source.select(range(start, stop)), top_k, batch_size)
+        if path is None:
+            made[k] = rows
+        else:
+            save_artifact(path, _PART, settings | {"start": start}, rows.tensors())
+    if distributed and world > 1:
+        torch.distributed.barrier()
+    if folder is None:
+        return Rows.join([made[k] for k in range(len(starts))])
+    paths = [folder / f"part-{k:06d}.safetensors" for k in range(len(starts))]
+    return Rows.join([_read(path, settings | {"start": s}) for path, s in zip(paths, starts, strict=True)])
+
+
+def _part(explainer: Any, source: ImageSource, top_k: int | None, batch_size: int) -> Rows:
+    names = list(explainer.concepts)
+    device = next((p.device for p in getattr(model_of(explainer), "parameters", lambda: iter(()))()), None)
+    kept: dict[str, list[Tensor]] = {name: [] for name in _ARRAYS}
+    for batch in batches(source, batch_size, device=device):
+        inputs = batch.images
+        probabilities = class_probabilities(explainer, inputs)
+        presence = concept_presence(explainer, inputs)
+        if presence is None:
+            presence = explainer.scores(inputs)
+        contributions = torch.full((len(inputs), len(names)), torch.nan)
+        if isinstance(explainer, ContributionExplainer):
+            explanation = explainer.explain(inputs, target=probabilities.argmax(1).tolist(), top_k=top_k)
+            columns = [names.index(name) for name in explanation.concepts]
+            if explanation.contributions is not None:
+                contributions[:, columns] = explanation.contributions.float().cpu()
+        codes = torch.stack([torch.frombuffer(bytearray(digest(x, 16)), dtype=torch.uint8) for x in inputs])
+        for name, value in zip(_ARRAYS, (probabilities, presence, contributions, codes), strict=True):
+            kept[name].append(value.detach().cpu() if value.dtype == torch.uint8 else value.detach().float().cpu())
+    return Rows(**{name: torch.cat(values) for name, values in kept.items()})
+
+
+def _read(path: Path, settings: dict[str, Any]) -> Rows:
+    with open_artifact(path, _PART, "a part of an audit", arrays=_ARRAYS) as (info, tensors):
+        settings = json.loads(json.dumps(settings))
+        changed = sorted(key for key in {*info, *settings} if not _same(info.get(key), settings.get(key), key))
+        if changed:
+            raise ArtifactError(
+                f"{path} belongs to another audit (different: {', '.join(changed)[:200]}); use another store_path"
+            )
+        return Rows(**tensors)
+
+
+def _same(a: Any, b: Any, key: str) -> bool:
+    """Equal; numbers of the probe within what kernels and threads make of them."""
+    if key != "probe" or not isinstance(a, list) or not isinstance(b, list) or len(a) != len(b):
+        return bool(a == b)
+    return all(abs(x - y) <= 1e-4 + 1e-3 * abs(y) for x, y in zip(a, b, strict=True))
+
+
+def prepared_folder(path: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of the parts, created if needed."""
+    if path is None:
+        return None
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,606 @@
+"""Region embeddings: what they are computed from, and the pipeline from images to unit embeddings."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_concepts._artifacts import (
+    Array,
+    anything,
+    check_json,
+    integer,
+    list_of,
+    nothing_or,
+    number,
+    table,
+    text,
+)
+from captum_concepts._checks import integer as checked_integer
+from captum_concepts._memory import Halving
+from captum_concepts.activations import evaluation_mode, find_model
+from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.store.lock import FolderLock
+from captum_concepts.store.manifest import Manifest, check_fingerprint, fingerprint_callable, read_manifest
+from captum_concepts.store.shards import (
+    Span,
+    Write,
+    clear_store,
+    fill_shards,
+    missing_shards,
+    open_shard,
+    shard_sizes,
+)
+from captum_concepts.store.uniform_images import UniformImages, check_digests, digest
+from captum_concepts.vlm import DenseRegions, RegionPrompt, Regions, regions_from_dict, trial_batch_size
+
+KIND = "region embeddings, version 1"
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_PROBE, _PROBE_TOLERANCE, _PROBE_SIDE = 16, 5e-3, 2048
+_SAMPLE = 32
+_SIDE = integer(1, 2**20)
+_ORIGIN = table(
+    {
+        "kind": text(KIND),
+        "encoder": text(),
+        "preprocess": nothing_or(anything),
+        "prompt": anything,  # read by regions_from_dict
+        "image": list_of(_SIDE, length=3),
+        "dtype": text(*DTYPES),
+    }
+)
+_INFO = table(
+    {},
+    {
+        "images": integer(1),
+        "shard_rows": integer(1),
+        "batch_size": integer(1),
+        "probe": list_of(number(-2, 2), most=_PROBE),
+        "error_bound": number(0, 1),
+        "extension": table({"first": integer(), "images": integer(1)}),
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a store is computed from: images, the encoder, how regions are shown to it, and the precision.
+
+    Args:
+        images: the images; None where a store is only compared with an encoder.
+        encoder: see :class:`~captum_concepts.vlm.ImageTextEncoder`.
+        regions: see :class:`~captum_concepts.vlm.RegionPrompt` and :class:`~captum_concepts.vlm.DenseRegions`.
+        shape: of an image.
+        dtype: of the stored embeddings.
+    """
+
+    images: UniformImages | None
+    encoder: Any
+    regions: Regions
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        check_encoder(self.encoder)
+        if not isinstance(self.regions, (RegionPrompt, DenseRegions)):
+            raise InputError(f"prompt must be a RegionPrompt or DenseRegions, got {type(self.regions).__name__}")
+        if isinstance(self.regions, DenseRegions) and not callable(getattr(self.encoder, "encode_regions", None)):
+            raise InputError(
+                f"DenseRegions needs an encoder with encode_regions, which {type(self.encoder).__name__} has not; use "
+                "RegionPrompt('crop'), which works with every encoder"
+            )
+        if self.dtype not in DTYPES.values():
+            raise InputError(f"dtype={self.dtype} must be torch.float16 or torch.float32")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that must be equal for two stores to be one."""
+        preprocess = getattr(self.encoder, "preprocess", None)
+        return {
+            "kind": KIND,
+            "encoder": fingerprint_callable(self.encoder.encode_image),
+            "preprocess": json.loads(json.dumps(preprocess, default=str)) if isinstance(preprocess, Mapping) else None,
+            "prompt": self.regions.as_dict(),
+            "image": list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @functools.cached_property
+    def probe(self) -> Tensor:
+        """The unit embedding ``(D,)`` of a fixed image: separates encoders that differ in more than their weights."""
+        sides = [min(side, _PROBE_SIDE) for side in self.shape[1:]]  # a forged size must not be allocated
+        image = torch.rand(1, self.shape[0], *sides, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), evaluation_mode(module_of(self.encoder)):
+            embedding = check_embedding(self.encoder.encode_image(image.to(device_of(self.encoder))), 1)[0].cpu()
+        return F.normalize(embedding, dim=0)
+
+
+def check_encoder(encoder: Any) -> None:
+    """Refuse what is not an :class:`~captum_concepts.vlm.ImageTextEncoder`.
+
+    Raises:
+        InputError: it has no ``encode_image``; a Hugging Face model is told how to become one.
+    """
+    if callable(getattr(encoder, "encode_image", None)):
+        return
+    name = type(encoder).__name__
+    if callable(getattr(encoder, "get_image_features", None)):
+        raise InputError(f"{name} is a Hugging Face model; pass vlm.from_transformers(model, processor) as the encoder")
+    raise InputError(f"encoder {name} has no encode_image; see captum_concepts.vlm.ImageTextEncoder")
+
+
+def stored_settings(path: Path, manifest: Manifest) -> tuple[Regions, torch.dtype, tuple[int, ...]]:
+    """Regions, precision and image shape of a store.
+
+    Raises:
+        ArtifactError: the store is not one of region embeddings, or its manifest is damaged.
+    """
+    if manifest.fingerprint.get("kind") != KIND:
+        raise ArtifactError(f"{path} holds a store, but not one of region embeddings of this version")
+    found = check_json(manifest.fingerprint, _ORIGIN, f"the fingerprint in {path}")
+    check_json(manifest.info, _INFO, f"the info in {path}")
+    try:
+        regions = regions_from_dict(found["prompt"])
+    except InputError as error:
+        raise ArtifactError(f"the prompt in the manifest of {path} is damaged or foreign: {error}") from error
+    return regions, DTYPES[found["dtype"]], tuple(found["image"])
+
+
+def check_origin(path: Path, manifest: Manifest, source: Source) -> None:
+    """Refuse a store of another encoder, preprocessing, prompt, grid, image size or precision."""
+    regions, _, _ = stored_settings(path, manifest)
+    what, wanted = f"the store at {path}", source.fingerprint()
+    found = {**manifest.fingerprint, "prompt": regions.as_dict()}  # by its present names
+    check_fingerprint(wanted["prompt"], found["prompt"], f"{what} (its prompt)")  # names the one setting
+    check_fingerprint({key: value for key, value in wanted.items() if found.get(key) != value}, found, what)
+    stored = torch.tensor(manifest.info.get("probe", []))
+    if not torch.allclose(stored, source.probe[: len(stored)], atol=_PROBE_TOLERANCE, rtol=0):
+        raise ArtifactError(
+            f"{what} was made by an encoder with the same weights that embeds a test image differently: its "
+            "preprocessing or settings have changed"
+        )
+
+
+def stored_arrays(regions: Regions, dtype: torch.dtype, dim: int | None = None) -> dict[str, Array]:
+    """What the tensors of a shard must be."""
+    kind = "F16" if dtype == torch.float16 else "F32"
+    return {"embedding": Array(kind, ("N", len(regions), dim)), "digest": Array("I64", ("N",))}
+
+
+def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int | None) -> Manifest:
+    """The manifest of the store of all images, written if there is none.
+
+    Raises:
+        ArtifactError: the folder holds a store of something else.
+    """
+    assert source.images is not None
+    count = len(source.images)
+    found = read_manifest(path)
+    if found is None:
+        with explained(path, count), FolderLock(path, "the store at", name="plan", wait=60):
+            found = read_manifest(path)  # another process may have been faster
+            if found is None:
+                clear_store(path)
+                rows = shard_rows or min(max(count // 200, 32), 1024)  # about 200 files, so that a kill costs little
+                info = {
+                    "images": count,
+                    "shard_rows": rows,
+                    "probe": [round(v, 4) for v in source.probe[:_PROBE].tolist() if math.isfinite(v)],
+                }
+                info["batch_size"] = batch_size or chosen_batch_size(source)
+                found = Manifest(source.fingerprint(), shard_sizes(count, rows), info)
+                found.write(path)
+    check_origin(path, found, source)
+    what = f"the store at {path}"
+    if "extension" in found.info:
+        raise ArtifactError(f"{what} is in the middle of an extension; call extend again with the same images")
+    if found.growing and found.info.get("images", count) == count:  # format 1, unfinished
+        found = _continued(path, found, count, shard_rows)
+    if found.total != count:
+        raise ArtifactError(
+            f"{what} was made from {found.total} images, the data has {count}; add images with extend(), or build "
+            "elsewhere"
+        )
+    return found
+
+
+def plan_extension(path: Path, source: Source) -> None:
+    """Add the shards of more images to the manifest, or find that a killed extension by as many has done so.
+
+    Raises:
+        ArtifactError: the store is unfinished, of something else, or being extended by other images.
+    """
+    assert source.images is not None
+    count, what = len(source.images), f"the store at {path}"
+    with explained(path, None), FolderLock(path, "the store at"):
+        found = stored_manifest(path)
+        check_origin(path, found, source)
+        started = found.info.get("extension")
+        if started is None:
+            if found.growing or missing_shards(path, found):
+                raise ArtifactError(f"{what} is unfinished; call build again with its own images, then extend it")
+            info = {**found.info, "images": found.total + count}
+            info["extension"] = {"first": found.total, "images": count}
+            rows = [*found.rows, *shard_sizes(count, found.info.get("shard_rows") or max(found.rows))]
+            dataclasses.replace(found, rows=rows, info=info).write(path)
+        elif started["images"] != count:
+            raise ArtifactError(
+                f"{what} is being extended by {started['images']} images, not {count}; finish that extension first"
+            )
+        elif found.growing:
+            _continued(path, found, started["first"] + count, None)
+
+
+def planned_extension(path: Path) -> tuple[Manifest, int]:
+    """The manifest of a store that is being extended, and the first shard of the extension."""
+    found = stored_manifest(path)
+    started, firsts = found.info.get("extension"), [start for start, _ in found.spans]
+    if started is None or started["first"] not in firsts or found.total != started["first"] + started["images"]:
+        raise ArtifactError(f"the store at {path} is damaged: its manifest and its extension do not fit")
+    return found, firsts.index(started["first"])
+
+
+def stored_manifest(path: Path) -> Manifest:
+    """The manifest of a store that must be there.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = read_manifest(path)
+    if found is None:
+        raise FileNotFoundError(f"there is no store at {path}; build it first")
+    return found
+
+
+def finish_extension(path: Path) -> None:
+    """Remove the note that an extension is under way, once all of its shards are there."""
+    with explained(path, None), FolderLock(path, "the store at"):
+        found = read_manifest(path)
+        if found is not None and "extension" in found.info and not missing_shards(path, found):
+            info = {key: value for key, value in found.info.items() if key != "extension"}
+            dataclasses.replace(found, info=info).write(path)
+
+
+def _continued(path: Path, found: Manifest, count: int, shard_rows: int | None) -> Manifest:
+    """An unfinished store of format 1, whose manifest lists only the shards that were there, with all its shards."""
+    rows = found.info.get("shard_rows") or shard_rows or (found.rows[0] if found.rows else count)
+    whole = dataclasses.replace(found, rows=[*found.rows, *shard_sizes(count - found.total, rows)], growing=False)
+    whole.write(path)
+    return whole
+
+
+def fill(
+    path: Path,
+    source: Source,
+    manifest: Manifest,
+    *,
+    batch_size: int | None,
+    first: int = 0,
+    rank: int = 0,
+    size: int = 1,
+    show_progress: bool = False,
+) -> list[int]:
+    """Embed what is missing or damaged of this process's shards; their numbers.
+
+    Args:
+        first: the shard that the first image of ``source`` begins.
+    """
+    images = source.images
+    assert images is not None
+    arrays = stored_arrays(source.regions, source.dtype, len(source.probe))
+    offset = manifest.spans[first][0]
+
+    def check(sound: list[int]) -> None:
+        ends = list(itertools.accumulate(manifest.rows[number] for number in sound))
+        count = ends[-1] if ends else 0
+        sample = sorted({*range(0, count, max(1, -(-count // _SAMPLE))), count - 1}) if count else []
+        stored, indices = [], []
+        for i in sample:
+            k = bisect.bisect_right(ends, i)
+            row = i - (ends[k - 1] if k else 0)
+            stored.append(int(open_shard(path, manifest, sound[k], arrays).tensors["digest"][row]))
+            indices.append(manifest.spans[sound[k]][0] + row - offset)
+        check_digests(images, stored, indices, f"the store at {path}")
+
+    failures: list[OSError] = []
+
+    def compute(spans: list[Span], write: Write) -> None:
+        def consume(tensors: dict[str, Tensor], rounding: float) -> None:
+            with explained(path, manifest):
+                write(tensors, {"error_bound": rounding})
+
+        own = [(start - offset, end - offset) for start, end in spans]
+        size = batch_size or manifest.info.get("batch_size", 64)
+        try:
+            embed_spans(source, own, consume, batch_size=size, show=show_progress)
+        except OSError as error:  # of the data, or explained already
+            failures.append(error)
+
+    with explained(path, manifest):
+        done = fill_shards(path, manifest, compute, arrays=arrays, check=check, first=first, rank=rank, size=size)
+    if failures:
+        raise failures[0]
+    return done
+
+
+def chosen_batch_size(source: Source) -> int:
+    """How many pictures the encoder embeds fastest at a time, by a short trial on its device."""
+    encoder, regions = source.encoder, source.regions
+    device = device_of(encoder)
+    image = torch.rand(1, *source.shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def run(count: int) -> None:
+        many = image.expand(count, -1, -1, -1)
+        if isinstance(regions, DenseRegions):
+            regions.encode(encoder, many)
+        else:
+            encoder.encode_image(many)
+
+    with torch.no_grad(), evaluation_mode(module_of(encoder)):
+        return trial_batch_size(run, device)
+
+
+class _Batch(NamedTuple):
+    """What one call of the encoder gets: pictures that are drawn already, or what to draw them from."""
+
+    images: Tensor
+    which: Tensor
+    cells: Tensor
+    digests: list[int]
+    drawn: bool
+
+
+class _Failure(NamedTuple):
+    error: BaseException
+
+
+#: Takes the rows of one span, in order: ``{"embedding": (rows, h*w, D), "digest": (rows,)}`` and the largest rounding
+#: error of an embedding (Euclidean).
+Consumer = Callable[[dict[str, Tensor], float], None]
+
+
+def embed_spans(
+    source: Source, spans: Sequence[Span], consume: Consumer, *, batch_size: int, show: bool = False
+) -> None:
+    """Embed the images of each span [start, stop) and hand every span over as a whole.
+
+    One thread loads and draws ahead (on an accelerator the drawing is done there), one normalizes and consumes. Batches
+    begin anew with each span, so the result of a span depends neither on where a run began nor on who else works: the
+    same calls give the same bits.
+    """
+    stop = threading.Event()
+    batches: queue.Queue[Any] = queue.Queue(maxsize=2)
+    results: queue.Queue[Any] = queue.Queue(maxsize=8)
+    device = device_of(source.encoder)
+
+    def load() -> None:
+        try:
+            with torch.no_grad():
+                for batch in _batches(source, spans, batch_size, draw=device.type == "cpu"):
+                    if not _put(batches, batch, stop):
+                        return
+            _put(batches, None, stop)
+        except BaseException as error:
+            _put(batches, _Failure(error), stop)
+
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            with torch.no_grad():
+                _write(results, spans, len(source.regions), source.dtype, consume, stop)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=task, daemon=True, name=task.__name__) for task in (load, write)]
+    for thread in threads:
+        thread.start()
+    try:
+        _encode(batches, results, source, device, stop, _bar(spans, show))
+    finally:  # also after an error: what is computed is written before it goes on
+        _put(results, None, stop)
+        threads[1].join()
+        stop.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _batches(source: Source, spans: Sequence[Span], size: int, *, draw: bool) -> Iterator[_Batch]:
+    regions, data = source.regions, source.images
+    assert data is not None
+    prompt = regions if isinstance(regions, RegionPrompt) else None
+    views_each = 1 if prompt is None else len(prompt)
+    for start, end in spans:
+        reader, first = data.read(range(start, end)), 0
+        kept: list[Tensor] = []  # images first, first + 1, ... of the span
+        for v0 in range(0, (end - start) * views_each, size):
+            views = torch.arange(v0, min(v0 + size, (end - start) * views_each))
+            rows, cells = views // views_each, views % views_each
+            kept, first = kept[int(rows[0]) - first :], int(rows[0])
+            digests = []
+            while first + len(kept) <= int(rows[-1]):
+                kept.append(next(reader))
+                digests.append(digest(kept[-1]))
+            images, which = torch.stack(kept[: int(rows[-1]) - first + 1]), rows - first
+            if prompt is not None and draw:
+                images = prompt.draw_cells(images, which, cells)
+            yield _Batch(images, which, cells, digests, draw)
+        for _ in reader:  # an exhausted loader ends its worker processes
+            pass
+
+
+@torch.no_grad()
+def _encode(
+    batches: queue.Queue[Any],
+    results: queue.Queue[Any],
+    source: Source,
+    device: torch.device,
+    stop: threading.Event,
+    progress: Any,
+) -> None:
+    waiting: tuple[Tensor, list[int]] | None = None
+    halving = Halving("batch_size")
+    encoder, regions = source.encoder, source.regions
+    with evaluation_mode(module_of(encoder)), progress as bar:
+        try:
+            while (batch := _get(batches, stop)) is not None:
+                if isinstance(batch, _Failure):
+                    raise batch.error
+                images = batch.images if device.type == "cpu" else batch.images.to(device, non_blocking=True)
+
+                def embed(views: Tensor, batch: _Batch = batch, images: Tensor = images) -> Tensor:
+                    if isinstance(regions, DenseRegions):
+                        shown = images if len(views) == len(images) else images[views.to(images.device)]
+                        return regions.encode(encoder, shown).detach().float().flatten(0, 1)
+                    if batch.drawn:
+                        drawn = images if len(views) == len(images) else images[views]
+                    else:
+                        drawn = regions.draw_cells(images, batch.which[views], batch.cells[views])
+                    return check_embedding(encoder.encode_image(drawn), len(views))
+
+                every = torch.arange(len(batch.cells))
+                embedding = torch.cat(halving(embed, every, lambda views: views.chunk(2)))
+                if waiting is not None:  # one batch late: an accelerator gets work before its last result is awaited
+                    _put(results, (waiting[0].cpu(), waiting[1]), stop)
+                waiting = embedding, batch.digests
+                if bar is not None:
+                    bar.update(len(batch.digests))
+        finally:
+            if waiting is not None:
+                _put(results, (waiting[0].cpu(), waiting[1]), stop)
+
+
+def check_embedding(embedding: Any, count: int) -> Tensor:
+    """``(count, D)`` in float32, or an error that says what the encoder returned."""
+    if not isinstance(embedding, Tensor) or embedding.ndim != 2 or len(embedding) != count:
+        found = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
+        raise InputError(f"encoder.encode_image must return ({count}, D) for {count} images, got {found}")
+    return embedding.detach().float()
+
+
+def _write(
+    results: queue.Queue[Any],
+    spans: Sequence[Span],
+    places: int,
+    dtype: torch.dtype,
+    consume: Consumer,
+    stop: threading.Event,
+) -> None:
+    for start, end in spans:
+        wanted, rounding = (end - start) * places, 0.0
+        parts: list[Tensor] = []
+        digests: list[int] = []
+        done = 0
+        while done < wanted:
+            found = _get(results, stop)
+            if found is None:
+                return
+            raw, new = found
+            finite = raw.isfinite().all(1)
+            if not finite.all():
+                bad = done + int((~finite).nonzero()[0])
+                raise InputError(
+                    f"the encoder returns NaN or infinite values for image {start + bad // places}, cell {bad % places}"
+                )
+            unit = F.normalize(raw, dim=1)
+            parts.append(unit.to(dtype))
+            rounding = max(rounding, float((parts[-1].float() - unit).norm(dim=1).max()))
+            digests += new
+            done += len(raw)
+        consume(
+            {"embedding": torch.cat(parts).unflatten(0, (end - start, places)), "digest": torch.tensor(digests)},
+            rounding,
+        )
+
+
+def module_of(encoder: Any) -> nn.Module | None:
+    """The network of an encoder: itself, or what its ``encode_image`` belongs to or holds."""
+    found = find_model(encoder) or find_model(encoder.encode_image)
+    if found is None and hasattr(encoder, "__dict__"):
+        found = next((value for value in vars(encoder).values() if isinstance(value, nn.Module)), None)
+    return found
+
+
+def device_of(encoder: Any) -> torch.device:
+    """Where the encoder takes its images: its ``device``, or that of its weights; else the CPU."""
+    given = getattr(encoder, "device", None)
+    if isinstance(given, (str, torch.device)):
+        return torch.device(given)
+    module = module_of(encoder)
+    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+@contextmanager
+def explained(path: Path, manifest: Manifest | int | None) -> Iterator[None]:
+    """Say with an error of the file system what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, FileNotFoundError):
+            raise
+        try:
+            found = manifest if isinstance(manifest, Manifest) else read_manifest(path)
+        except (ArtifactError, OSError):
+            found = None
+        rows = 0 if found is None else found.total - sum(found.rows[n] for n in missing_shards(path, found))
+        total = manifest if isinstance(manifest, int) else None if found is None else found.total
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: the store at {path} cannot be written. {rows}{'' if total is None else f' of {total}'} "
+            "images are safe in it; make room or give the right to write, then make the same call again to resume",
+            error.filename,
+        ) from error
+
+
+def _put(target: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            target.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def _get(source: queue.Queue[Any], stop: threading.Event) -> Any:
+    while not stop.is_set():
+        try:
+            return source.get(timeout=0.1)
+        except queue.Empty:
+            continue
+    return None
+
+
+def _bar(spans: Sequence[Span], show: bool) -> Any:
+    if not show:
+        return nullcontext()
+    from tqdm.auto import tqdm
+
+    return tqdm(total=sum(end - start for start, end in spans), desc="region embeddings", unit="image")
+
+
+def check_options(batch_size: int | None, shard_rows: int | None, rank: int = 0, size: int = 1) -> None:
+    """Refuse wrong settings before any work."""
+    if batch_size is not None:
+        checked_integer("batch_size", batch_size)
+    if shard_rows is not None:
+        checked_integer("shard_rows", shard_rows)
+    checked_integer("num_replicas", size)
+    checked_integer("rank", rank, 0, size - 1)

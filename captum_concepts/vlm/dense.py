@@ -1,0 +1,276 @@
+"""`DenseRegions`: embeddings of all grid cells from one forward pass, instead of one per visual prompt.
+
+The idea is MaskCLIP's: a tower that pools its positions by attention already computes, for each position, what it would
+contribute to the embedding. Here that is *what the tower's own pooling returns for a feature map that holds the
+features of one position only*: for attention pooling its value path, for average pooling the projected feature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_concepts._checks import one_of
+from captum_concepts.errors import InputError
+from captum_concepts.vlm.region_prompt import RegionPrompt, check_grid
+
+ATTENTIONS = ("value", "qq", "kk")
+#: A position is an outlier if its norm is so many (scaled) median deviations above the median.
+_OUTLIER = 5.0
+
+
+@dataclass(frozen=True)
+class DenseRegions:
+    """The cells of a grid, embedded in one forward pass per image; stands wherever a :class:`RegionPrompt` does.
+
+    The encoder is asked for ``encode_regions(images, grid) -> (N, h*w, D)``, as
+    :class:`~captum_concepts.vlm.OpenCLIPEncoder` has it.
+
+    Args:
+        grid: rows and columns (h, w), or one number for both. The tower's own positions are averaged to it, or
+            interpolated where it is finer.
+        attention: for towers that read a class token (CLIP's ViT): what a position of the last block attends to.
+            ``"value"``: itself only (MaskCLIP); ``"qq"``, ``"kk"``: positions of similar queries (ClearCLIP) or keys
+            (NACLIP). Without the residual connection and the MLP, as in ClearCLIP.
+        remove_outliers: for these towers: replace positions of extreme norm, which carry global information like
+            registers, by the mean of their neighbors before the last block.
+
+    Raises:
+        InputError: a value outside what is listed above.
+
+    Example:
+        >>> from captum_concepts import demo
+        >>> regions = DenseRegions((4, 4))
+        >>> regions.encode(demo.load("clip"), torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 16, 128])
+
+    References:
+        Zhou et al., "Extract free dense labels from CLIP" (MaskCLIP), 2022; Lan et al., "ClearCLIP", 2024; Hajimiri et
+        al., "Pay attention to your neighbours" (NACLIP), 2025; Darcet et al., "Vision transformers need registers",
+        2024.
+    """
+
+    grid: tuple[int, int] = (7, 7)
+    attention: str = "value"
+    remove_outliers: bool = True
+
+    def __init__(
+        self, grid: int | Sequence[int] = (7, 7), *, attention: str = "value", remove_outliers: bool = True
+    ) -> None:
+        if not isinstance(remove_outliers, bool):
+            raise InputError(f"remove_outliers must be True or False, got {remove_outliers!r}")
+        object.__setattr__(self, "grid", check_grid(grid))
+        object.__setattr__(self, "attention", one_of("attention", attention, ATTENTIONS))
+        object.__setattr__(self, "remove_outliers", remove_outliers)
+
+    @property
+    def kind(self) -> str:
+        """ "dense"."""
+        return "dense"
+
+    def __len__(self) -> int:
+        """Number of cells, h*w."""
+        return self.grid[0] * self.grid[1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The arguments, as JSON keeps them; :func:`regions_from_dict` reads them back."""
+        return {"kind": self.kind, **dataclasses.asdict(self), "grid": list(self.grid)}
+
+    def encode(self, encoder: Any, images: Tensor) -> Tensor:
+        """Ask ``encoder`` for the embeddings of all cells.
+
+        Returns:
+            ``(N, h*w, D)``, cells row by row, not normalized.
+
+        Raises:
+            InputError: the encoder has no ``encode_regions``, or it returns another shape.
+        """
+        if not callable(getattr(encoder, "encode_regions", None)):
+            raise InputError(
+                f"DenseRegions needs an encoder with encode_regions(images, grid), which {type(encoder).__name__} has "
+                "not; RegionPrompt('crop') works with every encoder"
+            )
+        changed: dict[str, Any] = {} if self.attention == "value" else {"attention": self.attention}
+        if not self.remove_outliers:
+            changed["remove_outliers"] = False
+        found = encoder.encode_regions(images, self.grid, **changed)
+        if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[:2] != (len(images), len(self)):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"encoder.encode_regions must return ({len(images)}, {len(self)}, D), got {shape}")
+        return found
+
+
+#: How regions are shown to an encoder.
+Regions = RegionPrompt | DenseRegions
+
+
+def regions_from_dict(values: Any) -> Regions:
+    """The :class:`RegionPrompt` or :class:`DenseRegions` that ``as_dict`` described.
+
+    Raises:
+        InputError: an unknown or missing setting, or a value that is not allowed.
+
+    >>> regions_from_dict(DenseRegions(3).as_dict()) == DenseRegions(3)
+    True
+    """
+    if isinstance(values, Mapping) and values.get("kind") == "dense":
+        known = {"kind", *(field.name for field in dataclasses.fields(DenseRegions))}
+        if set(values) != known:
+            raise InputError(f"DenseRegions has the settings {sorted(known)}, got {sorted(map(str, values))}")
+        return DenseRegions(**{key: value for key, value in values.items() if key != "kind"})
+    return RegionPrompt.from_dict(values)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An image tower as dense embeddings need it.
+
+    Args:
+        features: ``pixels -> (N, h, w, C)``: features by position, before pooling; for a tower with a class token the
+            output of the changed last block.
+        pool: ``(M, C) -> (M, D)``: the tower's pooling and projection of feature maps that hold one position.
+    """
+
+    features: Callable[[Tensor], Tensor]
+    pool: Callable[[Tensor], Tensor]
+
+
+def encode_cells(tower: Tower, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """``(N, h*w, D)``: the tower's dense embeddings, averaged (or interpolated) to the grid."""
+    found = tower.features(pixels)
+    n, h, w, _ = found.shape
+    maps = tower.pool(found.flatten(0, 2)).float().unflatten(0, (n, h, w)).permute(0, 3, 1, 2)
+    return resized(maps, grid).flatten(2).transpose(1, 2)
+
+
+def resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """``(N, C, h, w)`` averaged over the cells of a coarser grid, bilinear in a finer one."""
+    h, w = (min(size, side) for size, side in zip(grid, maps.shape[2:], strict=True))
+    maps = F.adaptive_avg_pool2d(maps, (h, w))
+    return maps if (h, w) == grid else F.interpolate(maps, grid, mode="bilinear", align_corners=False)
+
+
+def without_outliers(tokens: Tensor) -> Tensor:
+    """``(N, h, w, C)`` with positions of extreme norm replaced by the mean of their ordinary neighbors.
+
+    A position is extreme if its norm exceeds the image's median by five median absolute deviations (times 1.4826) and
+    by half of it.
+    """
+    norm = tokens.float().norm(dim=3)
+    flat = norm.flatten(1)
+    median = flat.median(1, keepdim=True).values
+    spread = 1.4826 * (flat - median).abs().median(1, keepdim=True).values
+    extreme = ((flat > median + _OUTLIER * spread) & (flat > 1.5 * median)).view_as(norm)
+    if not bool(extreme.any()):
+        return tokens
+    ordinary = (~extreme)[:, None].float()
+    window = tokens.new_ones(1, 1, 3, 3, dtype=torch.float32)
+    count = F.conv2d(ordinary, window, padding=1)
+    masked = tokens.float().permute(0, 3, 1, 2) * ordinary
+    channels = masked.shape[1]
+    total = F.conv2d(masked, window.expand(channels, 1, 3, 3), padding=1, groups=channels)
+    whole = (masked.sum((2, 3), keepdim=True) / ordinary.sum((2, 3), keepdim=True).clamp(min=1)).expand_as(total)
+    mean = torch.where(count > 0, total / count.clamp(min=1), whole).permute(0, 2, 3, 1)
+    return torch.where(extreme[..., None], mean.to(tokens.dtype), tokens)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attention: str) -> Tensor:
+    """``(N, L, C)``: what each position reads, ``(N, heads, L, d)`` given: its own value, or those of similar ones."""
+    if attention == "value":
+        out = v
+    else:
+        like = q if attention == "qq" else k
+        out = F.scaled_dot_product_attention(like, like, v)
+    return out.transpose(1, 2).flatten(2)
+
+
+def multihead_projections(attention: nn.MultiheadAttention, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``(N, heads, L, d)`` of a module with a joint projection."""
+    joint = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in joint.chunk(3, dim=2))
+    return q, k, v
+
+
+class LastBlock:
+    """Reads the input of a block while a tower runs, without changing the tower."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.tokens: Tensor | None = None
+
+    def run(self, function: Callable[[Tensor], Any], pixels: Tensor) -> Tensor:
+        """The tokens ``(N, L, C)`` that the block gets when ``function(pixels)`` runs; the block itself is not run."""
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self.tokens = args[0] if args else keywords["hidden_states"]
+            raise _Reached
+
+        handle = self.block.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            function(pixels)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        if self.tokens is None:
+            raise InputError(f"the last block {type(self.block).__name__} did not run; use RegionPrompt instead")
+        return self.tokens
+
+
+class _Reached(Exception):
+    pass
+
+
+def class_token_tower(
+    block: nn.Module,
+    run: Callable[[Tensor], Any],
+    grid: Callable[[Tensor], tuple[int, int]],
+    prefix: int,
+    project: Callable[[Tensor, str], Tensor],
+    pool: Callable[[Tensor], Tensor],
+    *,
+    attention: str,
+    remove_outliers: bool,
+) -> Tower:
+    """The tower of a transformer that reads its class token.
+
+    Args:
+        block: the last block.
+        run: the tower up to it, at least.
+        grid: rows and columns of the patches of some pixels.
+        prefix: tokens before the patches.
+        project: ``(tokens of all positions, attention) -> (N, L, C)``, the block's attention, changed.
+        pool: see :class:`Tower`.
+        attention, remove_outliers: see :class:`DenseRegions`.
+    """
+
+    def features(pixels: Tensor) -> Tensor:
+        tokens = LastBlock(block).run(run, pixels)
+        size = grid(pixels)
+        if tokens.shape[1] != prefix + size[0] * size[1]:
+            raise InputError(
+                f"the last block has {tokens.shape[1]} tokens, not {prefix} + {size[0]} * {size[1]}: this tower has no "
+                "grid that DenseRegions could read; use RegionPrompt instead"
+            )
+        patches = tokens[:, prefix:].unflatten(1, size)
+        if remove_outliers:
+            patches = without_outliers(patches)
+        every = torch.cat([tokens[:, :prefix], patches.flatten(1, 2)], 1)
+        return project(every, attention)[:, prefix:].unflatten(1, size)
+
+    return Tower(features, pool)
+
+
+def needs_class_token(attention: str, what: str) -> None:
+    """Refuse a choice that has no meaning for a tower without a class token."""
+    if attention != "value":
+        raise InputError(
+            f"attention={attention!r} is for towers that read a class token; {what} pools all positions, so only "
+            "'value' applies"
+        )

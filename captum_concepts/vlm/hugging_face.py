@@ -1,0 +1,135 @@
+"""`from_transformers`: CLIP and SigLIP models of the transformers library as image-text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts.errors import InputError
+from captum_concepts.vlm.open_clip import OpenCLIPEncoder
+from captum_concepts.vlm.towers import Tower, transformers_tower
+
+
+def from_transformers(
+    model: Any, processor: Any, *, templates: Sequence[str] | None = None, text_batch_size: int = 256
+) -> OpenCLIPEncoder:
+    """A model of the ``transformers`` library as an encoder of this package.
+
+    Args:
+        model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, or another with ``get_image_features``,
+            ``get_text_features`` and ``logit_scale``. It is frozen and put into evaluation mode.
+        processor: what ``AutoProcessor.from_pretrained`` returns for it: an object with an ``image_processor`` (its
+            size, mean, standard deviation and interpolation are taken over) and a ``tokenizer``.
+        templates, text_batch_size: see :class:`~captum_concepts.vlm.OpenCLIPEncoder`.
+
+    Returns:
+        An encoder with all that :class:`~captum_concepts.vlm.OpenCLIPEncoder` has, dense regions included.
+
+    Raises:
+        InputError: something else than such a model and processor.
+
+    Example::
+
+        from transformers import AutoModel, AutoProcessor
+
+        name = "google/siglip2-base-patch16-224"
+        encoder = from_transformers(AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name))
+        encoder.encode_image(images), encoder.encode_text(["striped", "dotted"])
+    """
+    missing = [name for name in ("get_image_features", "get_text_features", "logit_scale") if not hasattr(model, name)]
+    if missing:
+        raise InputError(
+            f"{type(model).__name__} has no {', '.join(missing)}: it must be an image-text model of the transformers "
+            "library, such as CLIPModel or SiglipModel, not its image or text half"
+        )
+    parts = [getattr(processor, name, None) for name in ("image_processor", "tokenizer")]
+    if None in parts:
+        raise InputError(
+            f"processor {type(processor).__name__} must have an image_processor and a tokenizer, as "
+            "AutoProcessor.from_pretrained returns it"
+        )
+    adapter = _Adapter(model.requires_grad_(False))
+    tokenizer = _Tokenizer(parts[1], int(model.config.text_config.max_position_embeddings))
+    preprocess = _preprocessing(parts[0], adapter.patch_size)
+    return OpenCLIPEncoder(adapter, tokenizer, preprocess, templates=templates, text_batch_size=text_batch_size)
+
+
+class _Tokenizer:
+    """Texts to ids of one length."""
+
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        self.tokenizer, self.context_length = tokenizer, context_length
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        found = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
+        )
+        ids = found["input_ids"]
+        return ids if isinstance(ids, Tensor) else torch.as_tensor(ids)
+
+
+class _Adapter(nn.Module):
+    """A model of transformers behind the methods of an open_clip model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        embeddings = getattr(model.vision_model, "embeddings", None)
+        #: Side of a patch for models that take patches of images of any aspect ratio (SigLIP 2, "NaFlex").
+        naflex = isinstance(getattr(embeddings, "patch_embedding", None), nn.Linear)
+        self.patch_size: int | None = int(model.config.vision_config.patch_size) if naflex else None
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.model.logit_scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        return getattr(self.model, "logit_bias", None)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return _pooled(self.model.get_image_features(**self._inputs(pixels)))
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        # Padding of SigLIP is read like any word, as in its training; CLIP's follows the end of the text, unseen.
+        return _pooled(self.model.get_text_features(input_ids=ids))
+
+    def dense_tower(self, **options: Any) -> Tower:
+        return transformers_tower(self.model, self._inputs, **options)
+
+    def _inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        if self.patch_size is None:
+            return {"pixel_values": pixels}
+        side = self.patch_size
+        n, channels, height, width = pixels.shape
+        h, w = height // side, width // side
+        patches = pixels.reshape(n, channels, h, side, w, side).permute(0, 2, 4, 3, 5, 1).reshape(n, h * w, -1)
+        shape = torch.tensor([[h, w]], device=pixels.device).expand(n, 2)
+        mask = torch.ones(n, h * w, dtype=torch.int32, device=pixels.device)
+        return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shape}
+
+
+def _pooled(found: Any) -> Tensor:
+    """Older versions of transformers return the embedding, newer ones an object that holds it."""
+    return found if isinstance(found, Tensor) else found.pooler_output
+
+
+def _preprocessing(processor: Any, patch_size: int | None) -> dict[str, Any]:
+    """The settings of an image processor in the words of :class:`OpenCLIPEncoder`."""
+    found: dict[str, Any] = {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
+    resample = int(getattr(processor, "resample", None) or 3)
+    if resample not in (2, 3):
+        raise InputError(f"the processor resizes with PIL's method {resample}; known: 2 (bilinear) and 3 (bicubic)")
+    found["interpolation"] = "bilinear" if resample == 2 else "bicubic"
+    if patch_size is not None:
+        return {**found, "resize_mode": "patches", "size": patch_size, "max_patches": int(processor.max_num_patches)}
+    size, crop = dict(processor.size), getattr(processor, "crop_size", None)
+    if getattr(processor, "do_center_crop", None) and crop:
+        crop = dict(crop)
+        return {**found, "resize_mode": "shortest", "size": (int(crop["height"]), int(crop["width"]))}
+    if size.get("height") and size.get("width"):
+        return {**found, "resize_mode": "squash", "size": (int(size["height"]), int(size["width"]))}
+    return {**found, "resize_mode": "shortest", "size": int(size["shortest_edge"])}

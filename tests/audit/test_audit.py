@@ -1,0 +1,359 @@
+"""The audit: planted shortcuts are found and nothing else, numbers agree with slow references, runs resume."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from captum_concepts import ConceptExplanation, audit_dataset, compare_audits
+from captum_concepts._checks import name_positions
+from captum_concepts.audit import ConceptAudit
+from captum_concepts.audit.statistics import (
+    binomial_p,
+    holm,
+    permutation_p,
+    split_scores,
+    stratified_difference,
+)
+from captum_concepts.errors import ArtifactError, InputError, TargetError
+from captum_concepts.explanation import Selection
+
+CONCEPTS = ["shape a", "shape b", "grass", "sand", "noise"]
+
+
+class Net(nn.Module):
+    """Classes 0 and 1 by the shape in channel 0; ``bias`` adds the ground in channel 1 to the evidence."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        evidence = 3 * (x[:, 0].mean((1, 2)) - 0.5) * 2 + self.bias * (x[:, 1].mean((1, 2)) - 0.5) * 2
+        return torch.stack([evidence, -evidence], 1)
+
+
+class Truth:
+    """A ConceptExplainer that reads the concepts off the image, with a rate of mistakes."""
+
+    concepts = CONCEPTS
+
+    def __init__(self, model: Net, presence: bool = True) -> None:
+        self.forward_func = model
+        if not presence:
+            self.presence = None  # type: ignore[assignment]
+
+    @staticmethod
+    def get_name() -> str:
+        return "Truth"
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        shape, ground, noise = (inputs[:, k].mean((1, 2)) for k in range(3))
+        return torch.stack([shape, 1 - shape, ground, 1 - ground, noise], 1).clamp(0, 1)
+
+    def presence(self, inputs: Tensor) -> Tensor:
+        return self.scores(inputs)
+
+    def concept_maps(self, inputs: Tensor, concepts=None) -> Tensor:
+        columns = name_positions(concepts, self.concepts)
+        return self.scores(inputs)[:, columns, None, None].expand(-1, -1, 2, 2).contiguous()
+
+    def contributions(self, inputs: Tensor, target=None, concepts=None) -> Tensor:
+        logits = self.forward_func(inputs).detach()
+        classes = logits.argmax(1) if target is None else torch.as_tensor(target).expand(len(inputs))
+        sign = 1.0 - 2.0 * classes.float()
+        centered = self.scores(inputs) - 0.5
+        bias = float(self.forward_func.bias.detach())
+        weights = torch.tensor([3.0, -3.0, bias, -bias, 0.0])
+        return (sign[:, None] * centered * weights)[:, name_positions(concepts, self.concepts)]
+
+    def explain(self, inputs, target=None, *, concepts=None, top_k=5, rank_by="scores", contributions=True):
+        scores = self.scores(inputs)
+        chosen = Selection.choose(self.concepts, scores, concepts=concepts, top_k=top_k, rank_by=rank_by)
+        rows = torch.arange(len(inputs))[:, None]
+        given = chosen.spread(self.contributions(inputs, target)[rows, chosen.index])
+        names = [self.concepts[k] for k in chosen.columns]
+        maps = chosen.spread(self.concept_maps(inputs)[rows, chosen.index])
+        return ConceptExplanation(names, scores[:, chosen.columns], maps, given, selected=chosen.selected)
+
+
+def scenes(n: int, seed: int, correlated: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Images of a shape on a ground that goes with the class in a fraction of the images."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, n)
+    ground = np.where(rng.random(n) < correlated, labels == 0, labels != 0)
+    clear = rng.uniform(0.75, 1, n)  # how clearly the shape is seen
+    values = np.stack([np.where(labels == 0, clear, 1 - clear), ground * 0.8 + 0.1, rng.random(n)], 1)
+    images = torch.tensor(values, dtype=torch.float32)[:, :, None, None].expand(-1, -1, 4, 4)
+    return images + 0.01 * torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed)), torch.tensor(labels)
+
+
+def audited(bias: float, n: int = 200, seed: int = 0, **options) -> ConceptAudit:
+    images, labels = scenes(n, seed)
+    options = {"n_bootstrap": 100, "class_names": ["a", "b"], **options}
+    return audit_dataset(Truth(Net(bias)), images, labels=labels, **options)
+
+
+class TestSuspects:
+    def test_the_planted_ground_is_found_and_confirmed(self):
+        audit = audited(2.5)
+        pairs = {(s.class_name, s.concept) for s in audit.suspects()}
+        assert pairs == {("a", "grass"), ("b", "sand")}
+        for suspect in audit.suspects():
+            assert suspect.p < 0.05
+            assert suspect.effect.low > 0
+            assert suspect.effect.low <= suspect.effect.value <= suspect.effect.high
+            assert suspect.effect.value == min(suspect.raises, suspect.lowers)
+            assert suspect.confirmed is True
+            assert "ablation confirms it" in suspect.sentence()
+            column, c = CONCEPTS.index(suspect.concept), audit.class_names.index(suspect.class_name)
+            for i in suspect.images:
+                assert int(audit.labels[i]) != c
+                assert audit.rows.presence[i, column] >= 0.5
+        assert "2 suspects" in repr(audit)
+
+    def test_an_unbiased_model_has_none_in_nearly_all_audits(self):
+        found = sum(bool(audited(0.0, n=120, seed=seed, min_effect=0.0).suspects()) for seed in range(20))
+        assert found <= 3  # at 5 % each, more has a probability below 2 %
+
+    def test_what_defines_a_class_is_not_tested(self):
+        audit = audited(2.5, alpha=0.999, min_effect=0.0)
+        assert not {s.concept for s in audit.suspects()} & {"shape a", "shape b"}
+
+    def test_an_effect_too_small_to_matter(self):
+        weak = audited(0.3, n=2000, min_effect=0.0)
+        assert {(s.class_name, s.concept) for s in weak.suspects()} == {("a", "grass"), ("b", "sand")}
+        assert not audited(0.3, n=2000, min_effect=0.5).suspects()
+
+    def test_without_labels(self):
+        images, _ = scenes(40, 0)
+        audit = audit_dataset(Truth(Net(1.0)), images, n_bootstrap=10)
+        assert audit.accuracy is None
+        assert audit.errors == []
+        with pytest.raises(InputError, match="need the true classes"):
+            audit.suspects()
+
+
+class TestNumbers:
+    def test_drivers_by_hand(self):
+        audit = audited(2.5, n=120, top_k=2)
+        rows = audit.rows
+        predicted = audit.predicted
+        for row in audit.drivers:
+            c, t = audit.class_names.index(row["class"]), CONCEPTS.index(row["concept"])
+            here = predicted == c
+            if row["where"] != "all":
+                here &= (predicted == audit.labels) == (row["where"] == "right")
+            values = rows.contributions[here, t]
+            values = values[~values.isnan()]
+            assert row["images"] == int(here.sum())
+            assert row["presence_rate"] == pytest.approx(float((rows.presence[here, t] >= 0.5).float().mean()))
+            assert row["n"] == len(values)
+            if len(values):
+                assert row["contribution"] == pytest.approx(float(values.mean()), abs=1e-6)
+            if len(values) >= 5:
+                assert row["low"] <= row["contribution"] <= row["high"]
+        assert (~rows.contributions.isnan()).sum(1).tolist() == [2] * len(rows)
+
+    def test_errors_by_hand(self):
+        audit = audited(5.0, n=300)
+        labels, predicted = audit.labels.numpy(), audit.predicted.numpy()
+        assert audit.accuracy == pytest.approx(float((labels == predicted).mean()))
+        first = audit.errors[0]
+        assert (first["true"], first["predicted"], first["concept"]) in {("a", "b", "sand"), ("b", "a", "grass")}
+        for row in audit.errors:
+            y, c = audit.class_names.index(row["true"]), audit.class_names.index(row["predicted"])
+            t = CONCEPTS.index(row["concept"])
+            wrong = (labels == y) & (predicted == c)
+            present = audit.rows.presence.numpy()[:, t] >= 0.5
+            assert row["n"] == wrong.sum()
+            assert row["presence_rate"] == pytest.approx(present[wrong].mean())
+            assert row["lift"] == pytest.approx(row["presence_rate"] / row["expected_rate"])
+        assert all(0 <= row["p"] <= 1 for row in audit.errors)
+
+    def test_scores_are_split_where_presence_is_unknown(self):
+        images, labels = scenes(100, 1)
+        audit = audit_dataset(Truth(Net(2.5), presence=False), images, labels=labels, n_bootstrap=10)
+        assert audit.settings["presence"] == "scores split in two groups"
+        grass = images[:, 1].mean((1, 2)) > 0.5
+        assert torch.equal(audit.rows.presence[:, 2] >= 0.5, grass)
+
+    def test_the_permutation_test_against_all_permutations(self):
+        rng = np.random.default_rng(0)
+        values, seen = rng.random(8), np.array([True, True, False, False, False, True, False, True])
+        strata = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+        observed = stratified_difference(values, seen, strata)
+        larger = total = 0
+        for first in itertools.combinations(range(4), 2):
+            for second in itertools.combinations(range(4, 8), 2):
+                other = np.zeros(8, dtype=bool)
+                other[[*first, *second]] = True
+                total += 1
+                larger += stratified_difference(values, other, strata) >= observed - 1e-12
+        values = values + np.where(seen, 0.3, 0)  # clear enough to be drawn, not approximated
+        observed = stratified_difference(values, seen, strata)
+        exact = 0
+        for first in itertools.combinations(range(4), 2):
+            for second in itertools.combinations(range(4, 8), 2):
+                other = np.zeros(8, dtype=bool)
+                other[[*first, *second]] = True
+                exact += stratified_difference(values, other, strata) >= observed - 1e-12
+        drawn = permutation_p(values, seen, strata, np.random.default_rng(1), 20_000)
+        assert drawn == pytest.approx(exact / total, abs=4 * math.sqrt(0.25 / 20_000) + 1e-4)
+
+    def test_permutation_p_is_uniform_without_an_effect(self):
+        rng = np.random.default_rng(3)
+        strata = np.repeat([0, 1, 2], 20)
+        p = []
+        for _ in range(400):
+            seen = np.concatenate([rng.permutation(20) < k for k in (6, 10, 14)])
+            p.append(permutation_p(rng.random(60) ** 4 + strata, seen, strata, rng, 400))
+        for level in (0.01, 0.05, 0.2):
+            rate = np.mean(np.array(p) <= level)
+            assert rate <= level + 4 * math.sqrt(level * (1 - level) / 400)
+        assert 0.4 < np.mean(p) < 0.6
+
+    def test_holm_binomial_and_split(self):
+        assert holm([]) == []
+        assert holm([0.2, 0.01]) == [0.2, 0.02]
+        assert binomial_p(0, 5, 0.3) == pytest.approx(1)
+        assert binomial_p(2, 3, 0.5) == pytest.approx(0.5)
+        assert (binomial_p(1, 3, 0.0), binomial_p(0, 3, 0.0), binomial_p(3, 3, 1.0)) == (0, 1, 1)
+        assert split_scores(np.array([3.0, 3.0])).tolist() == [0, 0]
+        assert split_scores(np.array([0.0, 0.1, 0.05, 5.0, 5.2])).tolist() == [0, 0, 0, 1, 1]
+
+
+class TestRuns:
+    def test_a_killed_audit_resumes_with_the_same_bytes(self, tmp_path):
+        whole = audited(2.5, n=600, store_path=tmp_path / "whole").save(tmp_path / "whole.safetensors")
+        images, labels = scenes(600, 0)
+        calls = []
+
+        class Killed(Truth):
+            def explain(self, inputs, *args, **kwargs):
+                calls.append(len(inputs))
+                if sum(calls) > 300:
+                    raise KeyboardInterrupt
+                return super().explain(inputs, *args, **kwargs)
+
+        options = {"labels": labels, "n_bootstrap": 100, "class_names": ["a", "b"], "store_path": tmp_path / "parts"}
+        with pytest.raises(KeyboardInterrupt):
+            audit_dataset(Killed(Net(2.5)), images, **options)
+        assert [path.name for path in (tmp_path / "parts").iterdir()] == ["part-000000.safetensors"]
+        saved = audit_dataset(Truth(Net(2.5)), images, **options).save(tmp_path / "resumed.safetensors")
+        with safe_open(whole, "pt") as a, safe_open(saved, "pt") as b:
+            for name in a.keys():  # noqa: SIM118
+                assert torch.equal(a.get_tensor(name).nan_to_num(7), b.get_tensor(name).nan_to_num(7))
+
+    def test_another_audit_is_refused(self, tmp_path):
+        audited(2.5, n=20, store_path=tmp_path)
+        with pytest.raises(ArtifactError, match="different: images"):
+            audited(2.5, n=20, seed=1, store_path=tmp_path)
+        with pytest.raises(ArtifactError, match="different: probe"):  # another model
+            audited(1.0, n=20, store_path=tmp_path)
+
+    def test_results_do_not_depend_on_batches(self):
+        one, other = audited(2.5, n=90, batch_size=90), audited(2.5, n=90, batch_size=7)
+        assert one.drivers == other.drivers
+        assert one.errors == other.errors
+
+    def test_saved_loaded_and_forged(self, tmp_path):
+        audit = audited(2.5)
+        path = audit.save(tmp_path / "audit.safetensors")
+        again = ConceptAudit.load(path)
+        assert again.suspects() == audit.suspects()
+        assert json.dumps(again.drivers) == json.dumps(audit.drivers)
+        assert again.errors == audit.errors
+        assert torch.equal(again.labels, audit.labels)
+        path.write_bytes(path.read_bytes()[:300])
+        with pytest.raises(ArtifactError):
+            ConceptAudit.load(path)
+
+    def test_frames(self):
+        audit = audited(2.5)
+        for kind in ("drivers", "errors", "suspects", "images"):
+            records = audit.to_records(kind)
+            assert records
+            frame = audit.to_frame(kind)
+            assert list(frame["concept"]) == [record["concept"] for record in records]
+        assert {"class", "concept", "effect", "p", "confirmed"} <= set(audit.to_records("suspects")[0])
+        with pytest.raises(InputError, match="kind must be one of"):
+            audit.to_frame("words")
+
+    def test_the_page(self, tmp_path):
+        images, _ = scenes(200, 0)
+        audit = audited(2.5, class_names=["<b>a", "b"])
+        path = audit.report(tmp_path / "audit.html", images.clamp(0, 1), title="<script>")
+        html = path.read_text()
+        assert "<script" not in html
+        assert "<b>a" not in html
+        assert html.count("confirmed by ablation") == 2
+        assert html.count("data:image/") >= 6
+        assert "called" in audited(5.0).report(tmp_path / "plain.html").read_text()
+        with pytest.raises(InputError, match="3 images for an audit of 200"):
+            audit.report(tmp_path / "x.html", images[:3].clamp(0, 1))
+
+
+class TestComparison:
+    def test_what_a_repaired_model_lost(self):
+        before, after = audited(2.5), audited(0.0)
+        change = compare_audits(before, after, n_bootstrap=200)
+        assert {(s.class_name, s.concept) for s in change.lost} == {("a", "grass"), ("b", "sand")}
+        assert change.gained == change.kept == []
+        value, low, high = change.accuracy_change
+        assert value == pytest.approx(change.accuracy[1] - change.accuracy[0])
+        assert low <= value <= high
+        assert {row["concept"] for row in change.changes if row["p"] < 0.05} >= {"grass", "sand"}
+        assert all(row["before"] == row["after"] for row in change.presence)
+        assert "suspects lost: 2" in repr(change)
+        same = compare_audits(before, before)
+        assert same.gained == same.lost == []
+        assert all(row["change"] == 0 and row["p"] == 1 for row in same.changes)
+
+    def test_the_order_of_images_does_not_matter(self):
+        images, labels = scenes(200, 0)
+        options = {"n_bootstrap": 0, "class_names": ["a", "b"]}
+        there = audit_dataset(Truth(Net(2.5)), images, labels=labels, **options)
+        back = audit_dataset(Truth(Net(2.5)), images.flip(0), labels=labels.flip(0), **options)
+        assert all(row["change"] == pytest.approx(0, abs=1e-6) for row in compare_audits(there, back).changes)
+
+    def test_other_images_classes_or_concepts(self):
+        one = audited(2.5, n=40)
+        with pytest.raises(InputError, match="different images: 80"):
+            compare_audits(one, audited(2.5, n=40, seed=1))
+        with pytest.raises(InputError, match="different class_names"):
+            compare_audits(one, audited(2.5, n=40, class_names=["a", "c"]))
+
+
+IMAGES, LABELS = scenes(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("explainer", "changes", "error", "message"),
+    [
+        (Truth(Net(1.0)), {"labels": [0, 1]}, InputError, "label"),
+        (Truth(Net(1.0)), {"labels": [5] * 8}, TargetError, "out of range"),
+        (Truth(Net(1.0)), {"class_names": ["a"]}, InputError, "1 class_names for a model with 2"),
+        (Truth(Net(1.0)), {"alpha": 0}, InputError, "alpha must be"),
+        (Truth(Net(1.0)), {"min_effect": 2}, InputError, "min_effect must be"),
+        (Truth(Net(1.0)), {"top_k": 0}, InputError, "top_k must be"),
+        (object(), {}, InputError, "explainer must have"),
+    ],
+)
+def test_wrong_input(explainer, changes, error, message):
+    with pytest.raises(error, match=message):
+        audit_dataset(explainer, IMAGES, **{"labels": LABELS, **changes})
+
+
+def test_a_model_that_is_no_classifier():
+    explainer = Truth(Net(1.0))
+    explainer.forward_func = lambda x: x.mean((1, 2, 3))
+    with pytest.raises(InputError, match="needs a classifier"):
+        audit_dataset(explainer, IMAGES, labels=LABELS)

@@ -1,0 +1,44 @@
+"""Every method of the package keeps the contract that `captum_concepts.testing` ships for methods from elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts import FeatureActivationMap, SpatialACV
+from captum_concepts.testing import ExplainerTestCase
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.5),
+            nn.Conv2d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+        )  # fmt: skip
+
+
+def pictures(n: int = 4, seed: int = 3) -> Tensor:
+    return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+class OnTheNetwork(ExplainerTestCase):
+    def make_model(self) -> nn.Module:
+        return network()
+
+    def make_images(self) -> Tensor:
+        return pictures()
+
+
+class TestFeatureActivationMap(OnTheNetwork):
+    def make_explainer(self, model: nn.Module) -> FeatureActivationMap:
+        bank = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+        return FeatureActivationMap(model, "5", bank, reference_names=NAMES)
+
+
+class TestSpatialACV(OnTheNetwork):
+    def make_explainer(self, model: nn.Module) -> SpatialACV:
+        sets = {name: pictures(6, seed=10 + k) * (k + 1) / 4 for k, name in enumerate(NAMES)}
+        return SpatialACV(model, "2").fit(sets)

@@ -1,0 +1,344 @@
+"""DenseRegions: one forward pass per image, equal to what each tower's own pooling says of one position."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import open_clip
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from torch import Tensor, nn
+
+from captum_concepts import demo
+from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.store import RegionEmbeddingStore
+from captum_concepts.vlm import DenseRegions, OpenCLIPEncoder, RegionPrompt, regions_from_dict
+from captum_concepts.vlm.dense import resized, without_outliers
+
+TEXT = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+TIMM = {"timm_proj": "linear", "timm_pool": "avg"}
+VISION = {
+    "vit": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16},
+    "vit-avg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "pool_type": "avg"},
+    "coca": {
+        "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "attentional_pool": True,
+        "attn_pooler_queries": 5, "attn_pooler_heads": 2,
+    },
+    "modified-resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
+    "timm-resnet": {"image_size": 64, "timm_model_name": "resnet10t", **TIMM},
+    "timm-convnext": {"image_size": 64, "timm_model_name": "convnext_atto", **TIMM},
+    "timm-swin": {"image_size": 64, "timm_model_name": "resnet10t", **TIMM},
+    "timm-vit": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"},
+    "timm-vit-avg": {"image_size": 160, "timm_model_name": "test_vit", **TIMM},
+    "timm-siglip": {"image_size": 160, "timm_model_name": "test_vit2", "timm_pool": "map", "timm_proj": "none"},
+    "timm-attention": {"image_size": 64, "timm_model_name": "resnet10t", "timm_pool": "rot_attn", "timm_proj": ""},
+}  # fmt: skip
+CLASS_TOKEN = ("vit", "vit-avg", "timm-vit")
+
+
+def tokenizer(texts) -> Tensor:
+    return torch.tensor([[1, 2 + len(t) % 16, 19, 0, 0, 0, 0, 0] for t in texts])
+
+
+def encoder(kind: str, seed: int = 0) -> OpenCLIPEncoder:
+    torch.manual_seed(seed)
+    model = CLIP(24, dict(VISION[kind]), dict(TEXT))
+    if kind == "timm-swin":  # small, which open_clip's configuration cannot say; channels last
+        small = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "window_size": 2}
+        model.visual.trunk = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=0, **small)
+        model.visual.head = nn.Linear(128, 24)
+    return OpenCLIPEncoder(model, tokenizer, {"size": VISION[kind]["image_size"]})
+
+
+def pictures(n: int, side: int, seed: int = 0) -> Tensor:
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", VISION)
+def test_every_kind_of_tower_runs_once(kind):
+    model = encoder(kind)
+    side = VISION[kind]["image_size"]
+    runs, first = [], next(m for m in model.model.visual.modules() if isinstance(m, nn.Conv2d))
+    first.register_forward_hook(lambda *_: runs.append(1))
+    found = model.encode_regions(pictures(2, side), (2, 2))
+    assert found.shape == (2, 4, model.encode_image(pictures(1, side)).shape[1])
+    assert found.isfinite().all()
+    assert found.dtype == torch.float32
+    assert len(runs) == 2  # one for the cells, one for the comparison
+    assert all(not m._forward_pre_hooks for m in model.modules())
+    one = model.encode_regions(pictures(2, side)[1:], (2, 2))
+    torch.testing.assert_close(found[1:], one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_pooling_is_the_mean_of_its_cells():
+    """Average pooling and a linear projection: the embedding of the image is the mean over its cells."""
+    model, x = encoder("timm-resnet"), pictures(3, 64)
+    torch.testing.assert_close(model.encode_regions(x, 2).mean(1), model.encode_image(x), rtol=1e-4, atol=1e-5)
+
+
+POOLED = {
+    "coca": lambda visual: visual.transformer,
+    "timm-resnet": lambda visual: visual.trunk.layer4,
+    "timm-convnext": lambda visual: visual.trunk.stages,
+    "timm-swin": lambda visual: visual.trunk.norm,
+    "timm-vit-avg": lambda visual: visual.trunk.norm,
+    "timm-siglip": lambda visual: visual.trunk.norm,
+    "timm-attention": lambda visual: visual.trunk.layer4,
+}
+
+
+@pytest.mark.parametrize("kind", POOLED)
+def test_equal_positions_say_what_the_image_says(kind):
+    """If all positions hold the same feature, the tower's own pooling gives each cell's embedding."""
+    model, x = encoder(kind), pictures(2, VISION[kind]["image_size"])
+
+    def level(_module, _args, output):
+        tokens = output.ndim == 3
+        last = output.shape[-1] == 128  # channels last
+        mean = output[:, -1:] if tokens else output[:, :1, :1] if last else output[:, :, :1, :1]
+        return mean.expand_as(output).clone()
+
+    POOLED[kind](model.model.visual).register_forward_hook(level)
+    cells, whole = model.encode_regions(x, (3, 2)), model.encode_image(x)
+    torch.testing.assert_close(cells, whole[:, None].expand_as(cells), rtol=1e-4, atol=1e-5)
+
+
+def by_hand(visual: nn.Module, pixels: Tensor, attention: str) -> Tensor:
+    """MaskCLIP and its variants for open_clip's ViT, one head and one position after another."""
+    x = visual._embeds(pixels)
+    for block in visual.transformer.resblocks[:-1]:
+        x = block(x)
+    block = visual.transformer.resblocks[-1]
+    y = block.ln_1(x)
+    weight, bias, heads = block.attn.in_proj_weight, block.attn.in_proj_bias, block.attn.num_heads
+    width = y.shape[2]
+    out = torch.zeros_like(y)
+    for n in range(len(y)):
+        q, k, v = (y[n] @ weight[i * width : (i + 1) * width].T + bias[i * width : (i + 1) * width] for i in range(3))
+        for h in range(heads):
+            part = slice(h * width // heads, (h + 1) * width // heads)
+            for i in range(y.shape[1]):
+                if attention == "value":
+                    out[n, i, part] = v[i, part]
+                    continue
+                like = q[:, part] if attention == "qq" else k[:, part]
+                weights = (like @ like[i] / (width // heads) ** 0.5).softmax(0)
+                out[n, i, part] = (weights[:, None] * v[:, part]).sum(0)
+    out = out @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+    return visual.ln_post(out[:, 1:]) @ visual.proj
+
+
+@pytest.mark.parametrize("attention", ["value", "qq", "kk"])
+def test_vit_by_hand(attention):
+    model, x = encoder("vit"), pictures(2, 32)
+    with torch.no_grad():
+        expected = by_hand(model.model.visual, model.transform(x), attention)
+    found = model.encode_regions(x, (4, 4), attention=attention, remove_outliers=False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_timms_vit_says_the_same_as_open_clips():
+    """The same weights in both implementations."""
+    model = encoder("timm-vit")
+    trunk, x = model.model.visual.trunk, pictures(2, 160)
+    block, kept = trunk.blocks[-1], {}
+    block.register_forward_pre_hook(lambda _m, args: kept.update(x=args[0]))
+    with torch.no_grad():
+        model.encode_image(x)
+        width = kept["x"].shape[2]
+        value = F.linear(block.norm1(kept["x"]), block.attn.qkv.weight[2 * width :], block.attn.qkv.bias[2 * width :])
+        tokens = trunk.norm(block.ls1(block.attn.proj(value)))[:, trunk.num_prefix_tokens :]
+        expected = model.model.visual.head(trunk.fc_norm(tokens))
+        side = int(expected.shape[1] ** 0.5)
+    found = model.encode_regions(x, side, remove_outliers=False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bundled_encoder_by_hand():
+    model = demo.load("clip")
+    visual, x = model.model.visual, pictures(2, 64)
+    pool = visual.head.pool
+    with torch.no_grad():
+        features = visual.trunk.forward_features(model.transform(x))
+        expected = torch.zeros(2, *features.shape[2:], 128)
+        for n in range(2):
+            for i in range(features.shape[2]):
+                for j in range(features.shape[3]):
+                    cell = features[n, :, i, j] + pool.pos_embed[1 + i * features.shape[3] + j]
+                    width = pool.qkv.weight.shape[0] // 3
+                    value = pool.qkv.weight[2 * width :] @ cell + pool.qkv.bias[2 * width :]
+                    expected[n, i, j] = pool.proj(value)
+    found = model.encode_regions(x, tuple(features.shape[2:]))
+    torch.testing.assert_close(found, expected.flatten(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_cells_are_averaged_or_interpolated():
+    maps = torch.arange(16.0).view(1, 1, 4, 4)
+    assert resized(maps, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert resized(maps, (4, 4)) is maps or torch.equal(resized(maps, (4, 4)), maps)
+    assert resized(maps, (2, 8)).shape == (1, 1, 2, 8)
+    assert resized(maps, (8, 8))[0, 0, 0, 0] == 0
+    torch.testing.assert_close(resized(maps, (8, 8)).mean(), maps.mean())
+
+
+def test_the_whole_image_is_seen():
+    """A wide image is squashed, not cropped: cells are those of the image."""
+    model = encoder("timm-resnet")
+    wide = torch.zeros(1, 3, 64, 128)
+    wide[..., :32] = 1.0  # a center crop would not see it
+    cells = model.encode_regions(wide, (1, 2))
+    squashed = F.interpolate(wide, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(cells, model.encode_regions(squashed, (1, 2)), rtol=1e-2, atol=1e-2)
+    assert (cells[0, 0] - cells[0, 1]).norm() > 0.01
+
+
+class TestOutliers:
+    def test_a_planted_one_becomes_the_mean_of_its_neighbors(self):
+        tokens = torch.rand(2, 4, 5, 6, generator=torch.Generator().manual_seed(0)) + 1
+        planted = tokens.clone()
+        planted[1, 2, 3] *= 20
+        found = without_outliers(planted)
+        around = tokens[1, 1:4, 2:5].flatten(0, 1)
+        expected = (around.sum(0) - tokens[1, 2, 3]) / 8
+        torch.testing.assert_close(found[1, 2, 3], expected)
+        planted[1, 2, 3] = found[1, 2, 3]
+        assert torch.equal(found, planted)
+
+    def test_ordinary_tokens_stay(self):
+        tokens = torch.rand(2, 4, 5, 6)
+        assert without_outliers(tokens) is tokens
+
+    def test_at_the_border_and_side_by_side(self):
+        tokens = torch.ones(1, 3, 3, 2) + 0.01 * torch.rand(1, 3, 3, 2, generator=torch.Generator().manual_seed(0))
+        tokens[0, 0, 0], tokens[0, 0, 1] = 50.0, 40.0
+        found = without_outliers(tokens)
+        torch.testing.assert_close(found[0, 0, 0], tokens[0, 1, :2].mean(0))
+        assert found.max() < 2
+
+    def test_the_encoder_asks_for_it(self):
+        model, x = encoder("vit"), pictures(1, 32)
+        block = model.model.visual.transformer.resblocks[-2]
+        block.register_forward_hook(lambda _m, _a, out: torch.cat([out[:, :4], out[:, 4:5] * 100, out[:, 5:]], 1))
+        kept = model.encode_regions(x, 4, remove_outliers=False)
+        found = model.encode_regions(x, 4)
+        assert not torch.allclose(found[0, 3], kept[0, 3], atol=1e-3)
+        torch.testing.assert_close(found[0, 4:], kept[0, 4:])
+
+
+class TestArguments:
+    def test_round_trip(self):
+        for regions in (DenseRegions(3), DenseRegions((2, 5), attention="qq", remove_outliers=False), RegionPrompt()):
+            assert regions_from_dict(json.loads(json.dumps(regions.as_dict()))) == regions
+        assert len(DenseRegions((2, 5))) == 10
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"kind": "dense"},
+            {**DenseRegions(2).as_dict(), "x": 1},
+            {**DenseRegions(2).as_dict(), "grid": [2**31, 2**31]},
+            {**DenseRegions(2).as_dict(), "attention": "none"},
+            {**DenseRegions(2).as_dict(), "remove_outliers": 1},
+            {**RegionPrompt().as_dict(), "radus": 1},
+            {key: value for key, value in RegionPrompt().as_dict().items() if key != "radius"},
+            [],
+            None,
+            3,
+        ],
+    )
+    def test_foreign_descriptions(self, values):
+        with pytest.raises(InputError):
+            regions_from_dict(values)
+
+    @pytest.mark.parametrize("kind", [kind for kind in VISION if kind not in CLASS_TOKEN])
+    def test_an_attention_that_has_no_meaning_is_refused(self, kind):
+        with pytest.raises(InputError, match="attention='qq' is for towers that read a class token"):
+            encoder(kind).encode_regions(pictures(1, VISION[kind]["image_size"]), 2, attention="qq")
+
+    def test_a_tower_without_dense_regions(self):
+        class Own(nn.Module):
+            logit_scale = nn.Parameter(torch.zeros(()))
+            visual = nn.Linear(2, 2)
+
+        model = OpenCLIPEncoder(Own(), tokenizer)
+        with pytest.raises(InputError, match=r"Linear has no dense regions here; use RegionPrompt"):
+            model.encode_regions(pictures(1, 8), 2)
+
+
+class OneFeature:
+    """An encoder of somebody else: what the contract asks for, and no more."""
+
+    logit_scale, logit_bias = 10.0, 0.0
+
+    def __init__(self):
+        self.passes = 0
+
+    def encode_image(self, images):
+        self.passes += 1
+        return images.mean((2, 3))
+
+    def encode_regions(self, images, grid):
+        self.passes += 1
+        return F.adaptive_avg_pool2d(images, grid).flatten(2).transpose(1, 2)
+
+    def encode_text(self, texts):
+        return torch.eye(3)[[["red", "green", "blue"].index(t) for t in texts]]
+
+
+class TestStore:
+    def test_one_pass_per_image(self, tmp_path):
+        model, x = OneFeature(), pictures(10, 12)
+        store = RegionEmbeddingStore.build(tmp_path, x, model, DenseRegions((3, 2)), batch_size=4, dtype=torch.float32)
+        assert model.passes == 2 + 3  # tried out by build and by open
+        expected = F.normalize(F.adaptive_avg_pool2d(x, (3, 2)).flatten(2).transpose(1, 2), dim=2)
+        torch.testing.assert_close(store.embeddings(slice(None)), expected)
+        torch.testing.assert_close(store.similarity(["green"]).tensor().flatten(1), expected[..., 1])
+        assert store.prompt == DenseRegions((3, 2))
+        assert "dense on 3 x 2" in repr(store)
+        RegionEmbeddingStore.build(tmp_path, x, model, DenseRegions((3, 2)), dtype=torch.float32)
+        with pytest.raises(ArtifactError, match="kind is 'dense', not 'circle'"):
+            RegionEmbeddingStore.build(tmp_path, x, model, RegionPrompt("circle", (3, 2)), dtype=torch.float32)
+        with pytest.raises(ArtifactError, match="attention is 'value', not 'qq'"):
+            RegionEmbeddingStore.build(tmp_path, x, model, DenseRegions((3, 2), attention="qq"))
+        assert len(store.extend(pictures(3, 12, 1), model)) == 13
+
+    def test_batches_and_processes_do_not_matter(self, tmp_path):
+        x, model = pictures(11, 64), demo.load("clip")
+        options = {"batch_size": 3, "shard_rows": 4}
+        one = RegionEmbeddingStore.build(tmp_path / "one", x, model, DenseRegions(7), **options)
+        for rank in (1, 0):
+            RegionEmbeddingStore.build_part(
+                tmp_path / "two", x, model, DenseRegions(7), rank=rank, num_replicas=2, **options
+            )
+        two = RegionEmbeddingStore.open(tmp_path / "two", encoder=model, verify=True)
+        assert torch.equal(one.embeddings(slice(None)), two.embeddings(slice(None)))
+        expected = F.normalize(model.encode_regions(x, 7), dim=2)
+        torch.testing.assert_close(one.embeddings(slice(None)).float(), expected, rtol=0, atol=1e-3)
+
+    def test_refusals(self, tmp_path):
+        class Plain:
+            logit_scale, logit_bias = 1.0, 0.0
+
+            def encode_image(self, images):
+                return images.mean((2, 3))
+
+        class Wrong(OneFeature):
+            def encode_regions(self, images, grid):
+                return images.mean((2, 3))
+
+        with pytest.raises(InputError, match="needs an encoder with encode_regions, which Plain has not"):
+            RegionEmbeddingStore.build(tmp_path, pictures(3, 8), Plain(), DenseRegions(2))
+        with pytest.raises(InputError, match=r"must return \(3, 4, D\), got \(3, 3\)"):
+            RegionEmbeddingStore.build(tmp_path, pictures(3, 8), Wrong(), DenseRegions(2), batch_size=3)
+
+
+def test_open_clip_is_imported_when_needed_only():
+    code = "import sys, captum_concepts.vlm.dense; print('open_clip' in sys.modules, 'transformers' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "False"]
+    assert open_clip is not None
