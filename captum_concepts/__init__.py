@@ -21,6 +21,7 @@ _NAMES = {
     "audit_dataset": "audit.concept_audit",
     "compare_audits": "audit.comparison",
     "discover_concepts": "attr.discovered_concepts",
+    "explore": "visualization.explorer",
     "fit_salf_cbm": "models.salf_cbm_fit",
     "load": "attr.saved",
 }
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from captum_concepts.models.concept_translator import ConceptTranslator as ConceptTranslator
     from captum_concepts.models.salf_cbm import SALFCBM as SALFCBM
     from captum_concepts.models.salf_cbm_fit import fit_salf_cbm as fit_salf_cbm
+    from captum_concepts.visualization.explorer import explore as explore
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,8 @@ from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
 from captum_concepts.visualization.canvas import NOT_ENCODED, number as in_words, round_up
-from captum_concepts.visualization.overlay import ALPHA, MODES, as_image, as_images
+from captum_concepts.visualization.inputs import shown_batches
+from captum_concepts.visualization.overlay import ALPHA, MODES, as_images
 from captum_concepts.visualization.panels import absence, check_explanation, class_of, crop_boxes, ordered, significance
 from captum_concepts.visualization.pictures import Picture, gradient, map_picture, photo, place_in_words
 from captum_concepts.visualization.regions import outlines
@@ -76,15 +77,18 @@ def report(
             (one of the methods), which explains the images in batches.
         images: as many images, in the same order: a tensor ``(N, 3, H, W)``, a list or a generator of images or of
             batches, as :func:`overlay` takes them; one image where there is one example. RGB in [0, 1] or uint8, before
-            the network's normalization.
+            the network's normalization. For an explainer: whatever
+            :func:`~captum_concepts.images.inputs_for` takes (folders, files, PIL images, loaders; float tensors are the
+            model's inputs).
         path: an existing file is replaced, atomically.
         title: of the page.
         target: for an explainer: the output to explain, or one per image; None: the predicted one.
         transform: for an explainer: turns a batch of images in [0, 1] into the model's inputs, such as its
             normalization; None: they are the same.
         batch_size: for an explainer: images per batch.
-        labels: the true class of each image, index or name.
-        image_names: one per image, such as file names; None: the explanation's own.
+        labels: the true class of each image, index or name; None: those of class folders or data sets, for an
+            explainer.
+        image_names: one per image, such as file names; None: those of the files, or the explanation's own.
         class_names: names of the targets, by index; None: the explanation's own.
         top_k: concepts shown per image.
         rank_by: ``"scores"``, ``"contributions"`` (by magnitude), or None for the explanation's own order.
@@ -121,20 +125,23 @@ def report(
         path, title=title, class_names=class_names, top_k=top_k, rank_by=rank_by, settings=settings,
         scale=scale, alpha=alpha, cmap=cmap, signed=signed, mode=mode,
     )  # fmt: skip
-    pictures = _pictures(images)
-    if isinstance(source, ConceptExplanation):
-        writer.fix_scheme([source])
-    elif isinstance(source, ConceptExplainer):
-        source, pictures = _explained(source, pictures, target, transform, integer("batch_size", batch_size), top_k)
     total = len(source) if isinstance(source, ConceptExplanation) else None
     several = significant is not None and torch.as_tensor(significant).ndim == 2 and total is not None and total > 1
+    rows: Iterable[tuple[Any, Any, dict[str, Any]]]
+    if isinstance(source, ConceptExplainer):
+        rows = _explained(source, images, target, transform, integer("batch_size", batch_size), top_k)
+    else:
+        pairs = zip_longest(_examples(source), _pictures(images), fillvalue=_NOTHING)
+        rows = ((example, picture, {}) for example, picture in pairs)
+    if isinstance(source, ConceptExplanation):
+        writer.fix_scheme([source])
     with writer:
         names, truths = (None if given is None else iter(given) for given in (image_names, labels))
-        pairs = zip_longest(_examples(source), pictures, fillvalue=_NOTHING)
-        for i, (example, picture) in enumerate(_progress(pairs, total, show_progress)):
+        for i, (example, picture, found) in enumerate(_progress(rows, total, show_progress)):
             if example is _NOTHING or picture is _NOTHING:
                 raise InputError(f"{'more' if example is _NOTHING else 'fewer'} images than explained examples ({i})")
-            own = {"name": _next(names, "image_names", i), "label": _next(truths, "labels", i)}
+            given = {"name": _next(names, "image_names", i), "label": _next(truths, "labels", i)}
+            own = {**found, **{key: value for key, value in given.items() if value is not None}}
             flags = significant[i] if several else significant
             writer.add(example, [picture], significant=flags, crop=crop, **own)
         for what, left in (("image_names", names), ("labels", truths)):
@@ -173,39 +180,18 @@ def _pictures(images: Any) -> Iterator[Any]:
 
 
 def _explained(
-    explainer: ConceptExplainer, images: Iterator[Any], target: Any, transform: Any, batch_size: int, top_k: int
-) -> tuple[Iterator[ConceptExplanation], Iterator[Any]]:
-    """Explanations and images, in step: a batch is explained when its first image is asked for."""
-    ready: list[Tensor] = []
-
-    def explanations() -> Iterator[ConceptExplanation]:
-        start = 0
-        for batch in _batches((as_image(image) for image in images), batch_size):
-            ready.extend(batch)
-            inputs = torch.stack(batch)
-            inputs = inputs if transform is None else transform(inputs)
-            several = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
-            own = target[start : start + len(batch)] if several else target
-            yield explainer.explain(inputs, own, top_k=top_k).to("cpu")
-            start += len(batch)
-
-    def pictures() -> Iterator[Tensor]:
-        while ready:
-            yield ready.pop(0)
-
-    return explanations(), pictures()
-
-
-def _batches(images: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Images of one size, up to ``size`` of them."""
-    batch: list[Tensor] = []
-    for image in images:
-        if batch and (len(batch) == size or image.shape != batch[0].shape):
-            yield batch
-            batch = []
-        batch.append(image)
-    if batch:
-        yield batch
+    explainer: ConceptExplainer, images: Any, target: Any, transform: Any, batch_size: int, top_k: int
+) -> Iterator[tuple[ConceptExplanation, Any, dict[str, Any]]]:
+    """Explanation, image, name and label of one image after another; a batch is explained when its first is due."""
+    start = 0
+    for batch in shown_batches(explainer, images, batch_size, transform):
+        several = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
+        own = target[start : start + len(batch.pictures)] if several else target
+        explained = explainer.explain(batch.inputs, own, top_k=top_k).to("cpu")
+        for i, (one, picture) in enumerate(zip(explained, batch.pictures, strict=True)):
+            found = {"name": batch.names and batch.names[i], "label": batch.labels[i] if batch.labels else None}
+            yield one, picture, found
+        start += len(batch.pictures)
 
 
 def _progress(pairs: Iterable[Any], total: int | None, show: bool) -> Iterable[Any]:

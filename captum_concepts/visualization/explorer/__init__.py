@@ -1,0 +1,576 @@
+"""Point at a region, see its concepts, change them, watch the decision: one HTML file without network or server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from markupsafe import Markup
+from torch import Tensor
+
+from captum_concepts._artifacts import write_atomically
+from captum_concepts._checks import integer, name_positions, unique_names
+from captum_concepts.errors import InputError
+from captum_concepts.explanation import SEEN, ConceptExplainer, ConceptExplanation
+from captum_concepts.visualization.inputs import shown_batches
+from captum_concepts.visualization.overlay import as_images
+from captum_concepts.visualization.pictures import Picture, palette, photo
+from captum_concepts.visualization.scale import ColorScale, schemes
+from captum_concepts.visualization.templates import asset, clean, template
+
+#: Concepts per image of a method whose concepts cannot be edited, where ``top_k`` is not given.
+_TOP = 40
+#: Concepts by which an image is found: its strongest ones.
+_FOUND_BY = 5
+_STEPS = 65_534
+_UNKNOWN = 65_535
+_OBSERVES = (
+    "This method observes a trained network: the decision does not pass through its concepts, so changing one has no "
+    "defined effect on the classes. To edit concepts, fit a SALFCBM on the same backbone "
+    "(captum_concepts.fit_salf_cbm) and pass it to explore()."
+)
+_SAVED = (
+    "This page shows a saved explanation, without the model that it explains. To edit concepts, pass a SALFCBM and its "
+    "images to explore()."
+)
+_HEAD = (
+    "This model's head is not one linear layer, so the page cannot compute what an edit does. model.intervene() can, "
+    "in Python."
+)
+
+
+@runtime_checkable
+class EditableExplainer(Protocol):
+    """A model whose decision is linear in pooled, standardized concept maps, such as ``SALFCBM``.
+
+    With the maps c(x) in ``(N, M, h, w)``: ``logits = head((mean(c) - concept_mean) / concept_std)``.
+    """
+
+    concepts: Any
+    class_names: Any
+    concept_mean: Tensor
+    concept_std: Tensor
+    head: Any
+
+    def concept_maps(self, inputs: Any) -> Tensor:
+        """``(N, M, h, w)``, not standardized."""
+        ...
+
+
+def explore(
+    explainer: EditableExplainer | ConceptExplainer | ConceptExplanation,
+    images: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_names: Iterable[str] | None = None,
+    concepts: Any = None,
+    labels: Iterable[int | str] | None = None,
+    target: Any = None,
+    top_k: int | None = _TOP,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 32,
+    title: str = "Concept explorer",
+) -> Explorer:
+    r"""A page on which one marks a region of an image, sees its concepts, edits them, and watches the classes.
+
+    For a :class:`~captum_concepts.SALFCBM` the page contains the standardized concept maps
+    :math:`z = (c(x) - \mu) / \sigma` and the head W, so region and edit are arithmetic in the page. With the region
+    :math:`I` in pixels and the maps enlarged bilinearly to the image:
+
+    .. math:: a(x, m \mid I) = \frac{\sum I \odot z_m}{\sum I}, \qquad
+        \text{logits} \leftarrow \text{logits} + W_{\cdot m}\, \beta\, \overline{I}
+
+    These are ``explain_region`` and ``intervene`` with ``units="std"``. For the other methods and for an explanation
+    the page shows the concepts of a region, without edits, and says why.
+
+    Args:
+        explainer: a SALFCBM, one of the methods, or an explanation of these images.
+        images: whatever :func:`~captum_concepts.images.inputs_for` takes; float tensors are the model's inputs. For an
+            explanation as for :func:`panel`.
+        class_names: names of the model's outputs; None: the model's own.
+        image_names: one per image; None: file names where there are any.
+        concepts: names or indices of those in the page; None: all of a SALFCBM, the ``top_k`` of each image otherwise.
+        labels: the true class of each image, index or name; None: those of class folders or data sets. Wrong
+            predictions are shown first.
+        target: the output whose contributions are shown, or one per image; None: the predicted one.
+        top_k: concepts per image by score, for methods without edits. None: all.
+        transform: makes the model's inputs from a batch of images in [0, 1].
+        batch_size: images per forward pass.
+        title: of the page.
+
+    Returns:
+        An :class:`Explorer`, which shows itself in a notebook and is written by ``save``.
+
+    Raises:
+        InputError: no image, other numbers of names or labels than images, an unknown concept.
+
+    Example:
+        >>> e = ConceptExplanation(["sand", "grass"], torch.rand(1, 2), torch.rand(1, 2, 7, 7))
+        >>> explore(e, torch.rand(1, 3, 32, 32), image_names=["beach.jpg"])
+        Explorer(1 image, 2 concepts, without edits)
+    """
+    batch_size = integer("batch_size", batch_size)
+    if isinstance(images, ConceptExplanation):
+        raise InputError("the explainer or explanation comes first: explore(explainer, images)")
+    if isinstance(explainer, ConceptExplanation):
+        page = _of_explanation(explainer, images, concepts)
+    elif isinstance(explainer, EditableExplainer):
+        page = _of_editable(explainer, shown_batches(explainer, images, batch_size, transform), concepts, target)
+    elif isinstance(explainer, ConceptExplainer):
+        batches = shown_batches(explainer, images, batch_size, transform)
+        page = _of_explainer(explainer, batches, concepts, target, top_k)
+    else:
+        raise InputError(
+            "explore needs a SALFCBM, one of the methods or a ConceptExplanation, and then images; got "
+            f"{type(explainer).__name__}"
+        )
+    if not page.images:
+        raise InputError("there is no image to explore")
+    page.given = isinstance(images, Tensor)
+    if class_names is not None:
+        page.classes = unique_names(class_names, "class", len(page.classes) if page.complete else None)
+    for what, values in (("image_names", image_names), ("labels", labels)):
+        listed = None if values is None else list(values)
+        if listed is not None and len(listed) != len(page.images):
+            raise InputError(f"{len(listed)} {what} for {len(page.images)} images; pass one for each")
+        for one, value in zip(page.images, listed or (), strict=bool(listed)):
+            setattr(one, "name" if what == "image_names" else "label", str(value) if what == "image_names" else value)
+    return Explorer(page, title)
+
+
+@dataclass
+class _Image:
+    """One image of the page; ``rows`` are its concepts as numbers of the page's list, None: all of them."""
+
+    picture: Picture
+    thumb: Picture
+    size: tuple[int, int]
+    maps: Tensor
+    scores: Tensor
+    name: str = ""
+    label: Any = None
+    rows: list[int] | None = None
+    contributions: Tensor | None = None
+    presence: Tensor | None = None
+    logits: Tensor | None = None
+    target: int | None = None
+    probability: float | None = None
+
+    @classmethod
+    def of(cls, picture: Tensor, maps: Tensor, scores: Tensor, **more: Any) -> _Image:
+        size = (picture.shape[2], picture.shape[1])
+        return cls(photo(picture, most=64_000), photo(picture, 96, 4_000), size, maps, scores.float(), **more)
+
+    def strongest(self) -> list[int]:
+        """The concepts it is found by."""
+        order = self.scores.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)[:_FOUND_BY].tolist()
+        return order if self.rows is None else [self.rows[j] for j in order]
+
+
+@dataclass
+class _Page:
+    """What the page is made of."""
+
+    concepts: list[str]
+    classes: list[str]
+    images: list[_Image] = field(default_factory=list)
+    head: Tensor | None = None
+    why: str = ""
+    method: str = ""
+    score_unit: str = ""
+    contribution_unit: str = ""
+    map_unit: str = ""
+    complete: bool = False
+    independent: bool = False
+    given: bool = True
+    module: str = "model.backbone"
+
+
+def _class_list(explainer: Any, count: int) -> list[str]:
+    names = getattr(explainer, "class_names", None)
+    return list(names) if names else [f"class {i}" for i in range(count)]
+
+
+def _of_editable(model: Any, batches: Iterator[Any], concepts: Any, target: Any) -> _Page:
+    """Standardized maps, activations, logits and head of a model with a linear head."""
+    linear = isinstance(model.head, torch.nn.Linear)
+    rows = name_positions(concepts, list(model.concepts))
+    page = _Page(
+        [model.concepts[i] for i in rows], [], complete=True, method=type(model).__name__,
+        score_unit="standard deviations", contribution_unit="logit", map_unit="standard deviations",
+        why="" if linear else _HEAD,
+    )  # fmt: skip
+    page.module = "model.backbone" if hasattr(model, "backbone") else "model"
+    page.independent = bool(getattr(model, "multi_label", False))
+    mean, std = (v.detach().double().cpu()[rows, None, None] for v in (model.concept_mean, model.concept_std))
+    weight = model.head.weight.detach().float().cpu() if linear else None
+    start, device = 0, model.concept_mean.device
+    for batch in batches:
+        inputs = batch.inputs.to(device)
+        maps, logits = _looked(model, inputs)
+        maps = (maps[:, rows] - mean) / std
+        targets = _targets(target, logits, start, model)
+        for i, picture in enumerate(batch.pictures):
+            scores = maps[i].mean((1, 2)).float()
+            one = _Image.of(picture, maps[i].float(), scores, logits=logits[i].float(), target=targets[i])
+            one.name = batch.names[i] if batch.names else f"image {start + i}"
+            one.label = batch.labels[i] if batch.labels else None
+            page.images.append(one)
+        start += len(batch.pictures)
+        page.classes = page.classes or _class_list(model, logits.shape[1])
+    page.head = None if weight is None else weight[:, rows]
+    return page
+
+
+def _looked(model: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps and logits in evaluation mode; the model's own mode is restored."""
+    modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            return model.concept_maps(inputs).double().cpu(), model(inputs).double().cpu()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _targets(target: Any, logits: Tensor, start: int, model: Any) -> list[int]:
+    """The class of each image of a batch."""
+    n = len(logits)
+    if target is None:
+        return logits.argmax(1).tolist()
+    several = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
+    own = list(target[start : start + n]) if several else [target] * n
+    names = _class_list(model, logits.shape[1])
+    return [name_positions([one if isinstance(one, str) else int(one)], names, "class")[0] for one in own]
+
+
+def _of_explainer(explainer: Any, batches: Iterator[Any], concepts: Any, target: Any, top_k: int | None) -> _Page:
+    page, start = _Page([], [], why=_OBSERVES), 0
+    for batch in batches:
+        several = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
+        own = target[start : start + len(batch.pictures)] if several else target
+        options = {"top_k": top_k} if concepts is None else {"concepts": concepts}
+        explained = explainer.explain(batch.inputs, own, **options).to("cpu")
+        _extend(page, explained, batch.pictures, batch.names, batch.labels)
+        start += len(batch.pictures)
+    if not any(one.target is not None for one in page.images):
+        page.classes = []
+    page.module = next((f"explainer.{n}" for n in ("backbone", "forward_func") if hasattr(explainer, n)), "explainer")
+    return page
+
+
+def _of_explanation(explanation: ConceptExplanation, images: Any, concepts: Any) -> _Page:
+    pictures = as_images(images, len(explanation))
+    page = _Page([], [], why=_SAVED)
+    chosen = explanation
+    if concepts is not None:
+        columns = name_positions(concepts, explanation.concepts, "concept")
+        chosen = explanation[[explanation.concepts[j] for j in columns]]
+    _extend(page, chosen.to("cpu"), pictures, explanation.image_names, None)
+    return page
+
+
+def _extend(
+    page: _Page, explanation: ConceptExplanation, pictures: list[Tensor], names: list[str] | None, labels: Any
+) -> None:
+    """Add the images of one explanation, each with its own concepts."""
+    known = {name: i for i, name in enumerate(page.concepts)}
+    for name in explanation.concepts:
+        if name not in known:
+            known[name] = len(page.concepts)
+            page.concepts.append(name)
+    page.method, page.score_unit = explanation.method, explanation.score_unit
+    page.contribution_unit = explanation.contribution_unit
+    if explanation.class_names is not None:
+        page.classes = list(explanation.class_names)
+        page.complete = True
+    for i, one in enumerate(explanation):
+        target = None if one.target is None else int(one.target)
+        if target is not None and not page.complete:
+            page.classes += [f"class {k}" for k in range(len(page.classes), target + 1)]
+        page.images.append(
+            _Image.of(
+                pictures[i], one.maps[0].float(), one.scores[0], rows=[known[name] for name in one.concepts],
+                contributions=None if one.contributions is None else one.contributions[0].float(),
+                presence=None if one.presence is None else one.presence[0].float(), target=target,
+                probability=None if one.target_probability is None else float(one.target_probability),
+                name=names[i] if names else f"image {len(page.images)}", label=labels[i] if labels else None,
+            )
+        )  # fmt: skip
+
+
+class Explorer:
+    """What :func:`explore` returns: a page that shows itself in a notebook, and is written by :meth:`save`.
+
+    In a notebook with the extra ``notebook`` (anywidget), edits come back to Python as :attr:`edits`.
+    """
+
+    def __init__(self, page: _Page, title: str) -> None:
+        self.title = str(title)
+        self._page = page
+        self._html: str | None = None
+        self._widget: Any = None
+        self._state: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        n, t = len(self._page.images), len(self._page.concepts)
+        editable = "edits of concepts" if self._page.head is not None else "without edits"
+        return f"Explorer({n} image{'s' * (n != 1)}, {t} concept{'s' * (t != 1)}, {editable})"
+
+    @property
+    def html(self) -> str:
+        """The page: one HTML text that needs nothing from elsewhere."""
+        if self._html is None:
+            self._html = _rendered(self._page, self.title)
+        return self._html
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page as one HTML file, atomically; it opens from disk, without network or server.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+        return write_atomically(path, self.html)
+
+    @property
+    def edits(self) -> list[dict[str, Any]]:
+        """The edits of the image that is shown, as ``SALFCBM.intervene`` takes them; empty without anywidget.
+
+        ``before, after = model.intervene(images[[explorer.image]], explorer.edits, units="std")``
+        """
+        self._read()
+        return [dict(edit) for edit in self._state.get("edits", {}).get(str(self.image), [])]
+
+    @property
+    def image(self) -> int:
+        """The number of the image that is shown."""
+        self._read()
+        return int(self._state.get("image", 0))
+
+    @property
+    def region(self) -> dict[str, Any]:
+        """The region that is marked, as keywords of ``SALFCBM.explain_region``; empty: the whole image."""
+        self._read()
+        return dict(self._state.get("region") or {})
+
+    def _read(self) -> None:
+        """What the widget says, with masks as tensors of the image's size."""
+        if self._widget is None:
+            return
+        said = dict(self._widget.state)
+        sizes = [one.size for one in self._page.images]
+
+        def mask(entry: dict[str, Any], number: int) -> dict[str, Any]:
+            if "mask" not in entry:
+                return {key: value for key, value in entry.items() if value is not None}
+            width, height = sizes[number]
+            flags = torch.zeros(height, width, dtype=torch.bool)
+            for y, start, stop in entry["mask"]:
+                flags[y, start:stop] = True
+            return {**entry, "mask": flags}
+
+        edits = {key: [mask(edit, int(key)) for edit in own] for key, own in said.get("edits", {}).items()}
+        self._state = {**said, "edits": edits, "region": mask(said.get("region") or {}, int(said.get("image", 0)))}
+
+    def widget(self) -> Any:
+        """The page as an anywidget, which returns edits to Python; made once.
+
+        Raises:
+            ImportError: anywidget is not installed (extra ``notebook``).
+        """
+        if self._widget is None:
+            self._widget = _make_widget(self.html)
+        return self._widget
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        try:
+            shown = self.widget()
+        except ImportError:
+            return {"text/plain": repr(self), "text/html": self._repr_html_()}
+        return shown._repr_mimebundle_(**options)
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe title="{html.escape(clean(self.title), quote=True)}" sandbox="allow-scripts" '
+            'style="width:100%;height:880px;border:0;border-radius:8px;resize:vertical" '
+            f'srcdoc="{html.escape(self.html, quote=True)}"></iframe>'
+        )
+
+
+_ESM = """
+export default { render({ model, el }) {
+  const frame = document.createElement("iframe");
+  frame.sandbox = "allow-scripts";
+  frame.title = "Concept explorer";
+  frame.style.cssText = "width:100%;height:880px;border:0;border-radius:8px";
+  frame.srcdoc = model.get("page");
+  const heard = (event) => {
+    if (event.source !== frame.contentWindow || event.data?.from !== "captum_concepts") return;
+    model.set("state", event.data.state);
+    model.save_changes();
+  };
+  window.addEventListener("message", heard);
+  el.append(frame);
+  return () => window.removeEventListener("message", heard);
+} };
+"""
+
+
+def _make_widget(page: str) -> Any:
+    """An anywidget with traits ``page`` and ``state``."""
+    import anywidget
+    import traitlets
+
+    kind = type(
+        "ExplorerWidget",
+        (anywidget.AnyWidget,),
+        {
+            "_esm": _ESM,
+            "page": traitlets.Unicode().tag(sync=True),
+            "state": traitlets.Dict().tag(sync=True),
+        },
+    )
+    return kind(page=page)
+
+
+def _rendered(page: _Page, title: str) -> str:
+    signed = page.head is not None or schemes(
+        ([m.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)] for one in page.images for m in one.maps), "auto"
+    )
+    colors, opacity = palette(ColorScale(-1.0 if signed else 0.0, 1.0, signed), 1.0, 256)
+    strongest = [one.strongest() for one in page.images]
+    about = {
+        "title": title,
+        "editable": page.head is not None,
+        "independent": page.independent,
+        "why": page.why,
+        "method": page.method,
+        "scoreUnit": page.score_unit,
+        "contributionUnit": page.contribution_unit,
+        "mapUnit": page.map_unit,
+        "seen": SEEN,
+        "concepts": page.concepts,
+        "classes": page.classes,
+        "head": None if page.head is None else _head(page.head),
+        "signed": signed,
+        "palette": {"colors": _packed(bytes(colors)), "opacity": _packed(bytes(opacity))},
+        "tensor": page.given,
+        "module": page.module,
+        "images": [_filed(one, own, page) for one, own in zip(page.images, strongest, strict=True)],
+    }
+    script, style = asset("explorer/explorer.js"), asset("explorer/explorer.css")
+    return template("explorer/explorer.html").render(
+        script=script,
+        style=style,
+        script_hash=_hash(script),
+        style_hash=_hash(style),
+        about=_json(about),
+        images=[_json(_loaded(one)) for one in page.images],
+    )
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(value: Any) -> Markup:
+    """JSON inside of a script element: no ``<`` that could end it."""
+    text = json.dumps(_cleaned(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for letter in "<>&\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return Markup(text)
+
+
+def _cleaned(value: Any) -> Any:
+    """Texts without what HTML cannot contain."""
+    if isinstance(value, dict):
+        return {key: _cleaned(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cleaned(item) for item in value]
+    return clean(value)
+
+
+def _filed(one: _Image, strongest: list[int], page: _Page) -> dict[str, Any]:
+    """What the filmstrip needs of an image."""
+    label = one.label
+    if label is not None and not isinstance(label, str):
+        label = page.classes[int(label)] if 0 <= int(label) < len(page.classes) else f"class {int(label)}"
+    predicted = one.target if one.logits is None else int(one.logits.argmax())
+    return {
+        "name": one.name,
+        "label": label,
+        "predicted": predicted,
+        "thumb": one.thumb.uri,
+        "thumbSize": [one.thumb.width, one.thumb.height],
+        "strongest": strongest,
+    }
+
+
+def _loaded(one: _Image) -> dict[str, Any]:
+    """What the page reads when an image is chosen.
+
+    A map is stored in steps of 1 / 65,534 of its range, two bytes per cell: as small as half precision, and more exact.
+    """
+    maps = one.maps.double()
+    finite = maps.isfinite()
+    low = maps.where(finite, torch.inf).flatten(1).amin(1)
+    high = maps.where(finite, -torch.inf).flatten(1).amax(1)
+    low, high = low.where(low.isfinite(), 0.0), high.where(high.isfinite(), 0.0)
+    step = ((high - low) / _STEPS).clamp_min(1e-30).float()
+    low = low.float()
+    index = ((maps - low.double()[:, None, None]) / step.double()[:, None, None]).round().clamp(0, _STEPS)
+    stored = index.where(finite, float(_UNKNOWN)).to(torch.int32).numpy().astype("<u2")
+    known = maps[finite].abs()
+    end = float(known.kthvalue(math.ceil(0.995 * len(known))).values) if len(known) else 1.0
+    values = {
+        "scores": one.scores, "contributions": one.contributions, "presence": one.presence, "logits": one.logits,
+        "low": low, "step": step,
+    }  # fmt: skip
+    packed = {name: None if v is None else _packed(_f32(v)) for name, v in values.items()}
+    return {
+        **packed,
+        "picture": one.picture.uri,
+        "pixelated": one.picture.pixelated,
+        "size": list(one.size),
+        "grid": [maps.shape[2], maps.shape[1]],
+        "rows": one.rows,
+        "maps": _packed(stored.tobytes()),
+        "end": end or 1.0,
+        "target": one.target,
+        "probability": one.probability,
+    }
+
+
+def _f32(values: Tensor) -> bytes:
+    return bytes(values.float().contiguous().numpy().astype("<f4").tobytes())
+
+
+def _packed(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _head(weight: Tensor) -> dict[str, Any]:
+    """``(L, M)`` weights: all of them, or the positions of those that are not zero where that is shorter."""
+    column, row = weight.T.nonzero(as_tuple=True)
+    if 3 * len(row) < weight.numel():
+        counts = torch.bincount(column, minlength=weight.shape[1]).int()
+        return {
+            "starts": _packed(torch.cat([counts.new_zeros(1), counts.cumsum(0).int()]).numpy().astype("<i4").tobytes()),
+            "classes": _packed(row.int().numpy().astype("<i4").tobytes()),
+            "weights": _packed(_f32(weight.T[column, row])),
+        }
+    return {"weights": _packed(_f32(weight.T))}

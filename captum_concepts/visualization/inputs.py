@@ -1,0 +1,78 @@
+"""Images for an explainer, in batches: what the model gets, and what people see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from captum_concepts.images import ImageSource, batches, inputs_for, open_images
+from captum_concepts.visualization.overlay import as_image
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One batch.
+
+    Args:
+        inputs: ``(n, C, H, W)`` for the model.
+        pictures: n images of :func:`as_image`, as they are drawn.
+        names: one per image; None where they have none of their own.
+        labels: the true classes, by index or name, or None.
+    """
+
+    inputs: Tensor
+    pictures: list[Tensor]
+    names: list[str] | None
+    labels: list[int] | list[str] | None
+
+
+def model_of(explainer: Any) -> Any:
+    """The network that an explainer explains: its size and normalization are those of the images."""
+    for name in ("backbone", "forward_func"):
+        if hasattr(explainer, name):
+            return getattr(explainer, name)
+    return explainer
+
+
+def source_of(explainer: Any, images: Any, transform: Callable[[Tensor], Tensor] | None) -> ImageSource:
+    """The images opened as the explainer's model wants them; with ``transform``, in [0, 1] and in their own size."""
+    if hasattr(images, "convert"):
+        images = [images]
+    if isinstance(images, Tensor) and images.ndim == 3:
+        images = images[None]
+    return open_images(images) if transform is not None else inputs_for(model_of(explainer), images)
+
+
+def shown_batches(
+    explainer: Any, images: Any, batch_size: int, transform: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[Shown]:
+    """The images in batches of one size.
+
+    Args:
+        explainer: a method.
+        images: whatever :func:`~captum_concepts.images.inputs_for` takes. Files, PIL images and arrays are resized and
+            normalized as the model wants them; float tensors are its inputs already.
+        batch_size: images per batch at most.
+        transform: makes the model's inputs from a batch in [0, 1] instead.
+    """
+    source = source_of(explainer, images, transform)
+    named = source.files is not None if not source.streamed else False
+    for batch in batches(source, batch_size):
+        inputs = batch.images if transform is None else transform(batch.images)
+        labels = batch.labels
+        if labels is not None and source.class_names is not None:
+            labels = [source.class_names[one] if isinstance(one, int) else one for one in labels]
+        pictures = [_seen(image, source) for image in batch.images]
+        yield Shown(inputs, pictures, list(batch.names) if named else None, labels)
+
+
+def _seen(image: Tensor, source: ImageSource) -> Tensor:
+    """An image before the model's normalization; one channel is gray, of more than three the first three are shown."""
+    low, high = float(image.min()), float(image.max())
+    if source.preprocessing is not None and (low < -0.1 or high > 1.1):
+        image = source.preprocessing.undo(image)
+        image = image.clamp(0, 1) if float(image.min()) > -0.1 and float(image.max()) < 1.1 else image
+    return as_image(image[:3] if image.shape[0] > 3 else image)
