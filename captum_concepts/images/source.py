@@ -365,9 +365,9 @@ def open_images(
             raise InputError("these images are open already; pass their source with the new options")
         return source if labels is None else source._labelled(labels)
     if isinstance(source, tuple) and len(source) == 2 and _is_stack(source[0], paths=True) and not _is_stack(source[1]):
-        if labels is not None:
+        if labels is not None and labels is not False:
             raise InputError("labels were given twice: in the source (images, labels) and as labels=")
-        source, labels = source
+        source, labels = source[0], source[1] if labels is None else labels
     if isinstance(source, Mapping) and not hasattr(source, "column_names"):
         source, found = split_item(source, "the source")
         labels = found if labels is None else labels

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +21,10 @@ from inputs import (
     IMAGE_ROWS,
     IMAGES,
     LABEL_ROWS,
+    LABELS,
+    MODEL_ROWS,
     RUNS,
+    SAME,
     SIDE,
     WORD_ROWS,
     Net,
@@ -30,10 +34,20 @@ from inputs import (
 )
 
 import captum_concepts
-from captum_concepts import ConceptExplanation, images
+from captum_concepts import (
+    ConceptExplanation,
+    FeatureActivationMap,
+    SpatialACV,
+    audit_dataset,
+    discover_concepts,
+    explore,
+    images,
+)
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.metrics import average_drop, deletion, evaluate, increase_in_confidence, insertion
-from captum_concepts.visualization import as_image, panel
+from captum_concepts.store import RegionEmbeddingStore, UniformImages
+from captum_concepts.visualization import as_image, panel, report
+from captum_concepts.vlm import RegionPrompt
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,7 @@ FAMILIES = {
     "labels": Family("Labels", LABEL_ROWS),
     "words": Family("Concepts", WORD_ROWS),
     "files of words": Family("Files of words", FILE_ROWS),
+    "models": Family("Models and layers", MODEL_ROWS),
 }
 
 
@@ -109,6 +124,44 @@ def size(inputs: Any) -> int:
     return len(inputs) if hasattr(inputs, "shape") else COUNT
 
 
+@cache
+def fam() -> FeatureActivationMap:
+    """FAM of the network's own outputs."""
+    return FeatureActivationMap(net(), "last", torch.eye(2), similarity="dot", reference_names=["red sky", "green sea"])
+
+
+@cache
+def sacv() -> SpatialACV:
+    """Two fitted concepts."""
+    return SpatialACV(net(), "last").fit({"red sky": IMAGES[:2], "green sea": IMAGES[2:]})
+
+
+class Encoder:
+    """Mean colors, and a vector for each word."""
+
+    logit_scale, logit_bias = 10.0, 0.0
+
+    def encode_image(self, batch: torch.Tensor) -> torch.Tensor:
+        """``(N, 3)``."""
+        return batch.mean((2, 3))
+
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        """``(T, 3)``, another one for each text."""
+        return torch.stack([torch.tensor([len(t), t.count("e"), t.count("r")]).float() + 1 for t in texts])
+
+
+def built(source: Any, space: Path) -> Any:
+    """Embeddings of a store."""
+    path = Path(tempfile.mkdtemp(dir=space)) / "store"
+    store = RegionEmbeddingStore.build(path, source, Encoder(), RegionPrompt("crop", 2))
+    return store.embeddings(list(range(len(store)))).float()
+
+
+def mapped(given: tuple[Any, Any], make: Callable[[Any, Any], Any]) -> Any:
+    """The maps of an explainer of a model."""
+    return make(*given).explain(IMAGES, top_k=None).maps
+
+
 def masked(source: Any) -> Any:
     """Images with a mask each, for `evaluate`."""
     masks = torch.zeros(len(source), SIDE, SIDE)
@@ -147,6 +200,43 @@ COLUMNS = [
     Column("visualization.as_image", "any images", lambda x, _: torch.stack([as_image(one) for one in x]),
            without=ONE_BY_ONE),
     Column("visualization.panel", "any images", lambda x, _: drawn(panel(explanation(), x)), without=ONE_BY_ONE),
+]
+BESIDE = {  # labels= next to images that have their own number or order
+    "pair": refused("twice"), "shuffling loader": refused("RandomSampler"), "one PIL image": refused("4 labels for 1"),
+    "one path": refused("4 labels for 1"), "gray": refused("4 labels for 1"),
+}  # fmt: skip
+COLUMNS += [
+    Column("FeatureActivationMap.attribute", "any images", lambda x, _: fam().attribute(x, target=1)),
+    Column("FeatureActivationMap.scores", "any images", lambda x, _: fam().scores(x)),
+    Column("FeatureActivationMap.concept_maps", "any images", lambda x, _: fam().concept_maps(x)),
+    Column("FeatureActivationMap.explain", "any images", lambda x, _: fam().explain(x).maps),
+    Column("FeatureActivationMap.fit", "any images",
+           lambda x, _: FeatureActivationMap(net(), "last").fit(x, LABELS).references, BESIDE),
+    Column("FeatureActivationMap.fit", "labels",
+           lambda y, _: FeatureActivationMap(net(), "last").fit(IMAGES, y).references, {"names": SAME}),
+    Column("SpatialACV.attribute", "any images", lambda x, _: sacv().attribute(x, target=1)),
+    Column("SpatialACV.scores", "any images", lambda x, _: sacv().scores(x)),
+    Column("SpatialACV.concept_maps", "any images", lambda x, _: sacv().concept_maps(x)),
+    Column("SpatialACV.contributions", "any images", lambda x, _: sacv().contributions(x, 1)),
+    Column("SpatialACV.explain", "any images", lambda x, _: sacv().explain(x).maps),
+    Column("SpatialACV.tcav", "any images", lambda x, _: list(sacv().tcav(x, 1).values())),
+    Column("SpatialACV.fit", "any images",
+           lambda x, _: SpatialACV(net(), "last").fit({"a": x, "b": 1 - IMAGES}).vectors),
+    Column("FeatureActivationMap", "models",
+           lambda m, _: mapped(m, lambda f, l: FeatureActivationMap(f, l, torch.eye(2), similarity="dot"))),
+    Column("SpatialACV", "models",
+           lambda m, _: mapped(m, lambda f, l: SpatialACV(f, l).fit({"a": IMAGES[:2], "b": IMAGES[2:]}))),
+    Column("discover_concepts", "any images",
+           lambda x, _: discover_concepts(net(), "last", x, n_concepts=2).explain(IMAGES).maps),
+    Column("audit_dataset", "any images",
+           lambda x, _: audit_dataset(fam(), x, labels=LABELS, n_bootstrap=10).drivers, BESIDE),
+    Column("audit_dataset", "labels",
+           lambda y, _: audit_dataset(fam(), IMAGES, labels=y, n_bootstrap=10).drivers),
+    Column("store.UniformImages", "any images", lambda x, _: torch.stack(list((lambda u: u.read(range(len(u))))(UniformImages(x))))),
+    Column("store.RegionEmbeddingStore.build", "any images", built),
+    Column("visualization.report", "any images",
+           lambda x, space: report(explanation(), x, space / "r.html").read_bytes()[-500:]),
+    Column("explore", "any images", lambda x, _: explore(fam(), x).html[-500:]),
 ]
 NOT_COLUMNS: dict[str, str] = {}
 

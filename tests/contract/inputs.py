@@ -7,6 +7,7 @@ an outcome for every row; a column may differ from its family where it says so. 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,3 +324,33 @@ class Wrapped(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """The wrapped logits."""
         return self.wrap(self.inner(images))
+
+
+def model_row(what: str, make: Callable[[], tuple[Any, Any]], outcome: Outcome) -> Row:
+    """A kind of model, with the layer to explain."""
+    return Row(what, lambda _: make(), {"models": outcome})
+
+
+def scripted() -> Any:
+    """A scripted model, without torch's advice against it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(Net().eval())
+
+
+MODEL_ROWS: dict[str, Row] = {
+    "module": model_row("`nn.Module`, layer by name", lambda: (Net().eval(), "last"), SAME),
+    "layer": model_row("layer as a module", lambda: (lambda m: (m, m.last))(Net().eval()), SAME),
+    "training mode": model_row("in training mode, with BatchNorm", lambda: (Net().train(), "last"), SAME),
+    "frozen": model_row("frozen weights", lambda: (Net().eval().requires_grad_(False), "last"), SAME),
+    "parallel": model_row("in `DataParallel`", lambda: (nn.DataParallel(Net().eval()), "module.last"), SAME),
+    "compiled": model_row("compiled", lambda: (torch.compile(Net().eval(), backend="eager"), "last"), SAME),
+    "tuple": model_row("returns `(logits, more)`", lambda: (Wrapped(lambda y: (y, y.sum())).eval(), "inner.last"), SAME),
+    "dict": model_row('returns `{"logits": ...}`', lambda: (Wrapped(lambda y: {"logits": y}).eval(), "inner.last"), SAME),
+    "scripted": model_row("`torch.jit.script`", lambda: (scripted(), "last"), refused("script")),
+    "double": model_row("float64, for float32 images", lambda: (Net().eval().double(), "last"), refused("float64")),
+    "unknown layer": model_row("a layer that is not there", lambda: (Net().eval(), "lost"), refused("last")),
+    "no grid": model_row("a layer without positions", lambda: (Net().eval(), "head"), refused("positions|grid")),
+    "None": model_row("None", lambda: (None, "last"), refused("")),
+    "text": model_row("the name of a model", lambda: ("resnet50", "last"), refused("")),
+}  # fmt: skip
