@@ -41,8 +41,6 @@ def source_of(explainer: Any, images: Any, transform: Callable[[Tensor], Tensor]
     """The images opened as the explainer's model wants them; with ``transform``, in [0, 1] and in their own size."""
     if hasattr(images, "convert"):
         images = [images]
-    if isinstance(images, Tensor) and images.ndim == 3:
-        images = images[None]
     return open_images(images) if transform is not None else inputs_for(model_of(explainer), images)
 
 

@@ -111,7 +111,7 @@ def explanation() -> ConceptExplanation:
 def drawn(figure: Any) -> torch.Tensor:
     """The pictures of the images in a panel."""
     shown = [torch.as_tensor(ax.images[0].get_array()) for ax in figure.axes if ax.images]
-    return torch.stack([image.float() for image in shown if image.shape == shown[0].shape][:: 3])
+    return torch.stack([image.float() for image in shown if image.shape == shown[0].shape][::3])
 
 
 def saved_words(path: Path) -> list[str]:
@@ -157,6 +157,11 @@ def built(source: Any, space: Path) -> Any:
     return store.embeddings(list(range(len(store)))).float()
 
 
+def read_all(source: UniformImages) -> torch.Tensor:
+    """All images of a store's source."""
+    return torch.stack(list(source.read(range(len(source)))))
+
+
 def mapped(given: tuple[Any, Any], make: Callable[[Any, Any], Any]) -> Any:
     """The maps of an explainer of a model."""
     return make(*given).explain(IMAGES, top_k=None).maps
@@ -172,6 +177,8 @@ def masked(source: Any) -> Any:
 MAPS = torch.rand(COUNT, 7, 7, generator=torch.Generator().manual_seed(0))
 FORMS = ("list of tensors", "list of PIL images", "list of arrays", "list of paths")  # one image after another
 ONE_BY_ONE = tuple(row for row in IMAGE_ROWS if row not in (*FORMS, "float tensor", "channels last memory", "strided"))
+#: Next to an explanation, files might have another crop than what was explained.
+ON_THEIR_OWN = {"list of paths": refused("inputs_for")}
 SCORED = ("four channels", "channels last")  # refused by the network, which is the caller's own here
 
 COLUMNS = [
@@ -179,63 +186,138 @@ COLUMNS = [
     Column("images.batches", "any images", lambda x, _: torch.cat([b.images for b in images.batches(x, 3)])),
     Column("images.fingerprint", "any images", lambda x, _: images.fingerprint(x)),
     Column("images.inputs_for", "any images", lambda x, _: torch.stack(list(images.inputs_for(net(), x)))),
-    Column("images.to_tensor", "any images", lambda x, _: torch.stack([images.to_tensor(one) for one in x]),
-           without=ONE_BY_ONE),
+    Column(
+        "images.to_tensor",
+        "any images",
+        lambda x, _: torch.stack([images.to_tensor(one) for one in x]),
+        without=ONE_BY_ONE,
+    ),
     Column("images.open_images", "labels", lambda y, _: images.open_images(IMAGES, labels=y).labels),
     Column("images.checked_labels", "labels", lambda y, _: images.checked_labels(y, len(IMAGES))),
     Column("images.read_words", "files of words", lambda path, _: images.read_words(path)),
-    Column("concepts.Vocabulary.load", "files of words", lambda path, _: saved_words(path),
-           {"JSON index": refused("list of texts")}),
-    Column("concepts.Vocabulary", "words", lambda words, _: list(Vocabulary(words)),
-           {"twice": RUNS, "blank": RUNS, "empty": RUNS}),
-    Column("concepts.Vocabulary.from_classes", "words", lambda words, _: list(Vocabulary.from_classes(words)),
-           {"twice": RUNS, "blank": RUNS, "empty": RUNS}),
+    Column(
+        "concepts.Vocabulary.load",
+        "files of words",
+        lambda path, _: saved_words(path),
+        {"JSON index": refused("list of texts")},
+    ),
+    Column(
+        "concepts.Vocabulary",
+        "words",
+        lambda words, _: list(Vocabulary(words)),
+        {"twice": RUNS, "blank": RUNS, "empty": RUNS},
+    ),
+    Column(
+        "concepts.Vocabulary.from_classes",
+        "words",
+        lambda words, _: list(Vocabulary.from_classes(words)),
+        {"twice": RUNS, "blank": RUNS, "empty": RUNS},
+    ),
     Column("metrics.evaluate", "any images", lambda x, _: masked(x), without=ONE_BY_ONE),
-    Column("metrics.average_drop", "tensors", lambda x, _: average_drop(score, x, MAPS[: size(x)], target=1), without=SCORED),
-    Column("metrics.increase_in_confidence", "tensors", lambda x, _: increase_in_confidence(score, x, MAPS[: size(x)], target=1), without=SCORED),
-    Column("metrics.insertion", "tensors", lambda x, _: insertion(score, x, MAPS[: size(x)], target=1, n_steps=4),
-           without=SCORED),
-    Column("metrics.deletion", "tensors", lambda x, _: deletion(score, x, MAPS[: size(x)], target=1, n_steps=4),
-           without=SCORED),
-    Column("visualization.as_image", "any images", lambda x, _: torch.stack([as_image(one) for one in x]),
-           without=ONE_BY_ONE),
-    Column("visualization.panel", "any images", lambda x, _: drawn(panel(explanation(), x)), without=ONE_BY_ONE),
+    Column(
+        "metrics.average_drop",
+        "tensors",
+        lambda x, _: average_drop(score, x, MAPS[: size(x)], target=1),
+        without=SCORED,
+    ),
+    Column(
+        "metrics.increase_in_confidence",
+        "tensors",
+        lambda x, _: increase_in_confidence(score, x, MAPS[: size(x)], target=1),
+        without=SCORED,
+    ),
+    Column(
+        "metrics.insertion",
+        "tensors",
+        lambda x, _: insertion(score, x, MAPS[: size(x)], target=1, n_steps=4),
+        without=SCORED,
+    ),
+    Column(
+        "metrics.deletion",
+        "tensors",
+        lambda x, _: deletion(score, x, MAPS[: size(x)], target=1, n_steps=4),
+        without=SCORED,
+    ),
+    Column(
+        "visualization.as_image",
+        "any images",
+        lambda x, _: torch.stack([as_image(one) for one in x]),
+        without=ONE_BY_ONE,
+    ),
+    Column("visualization.panel", "any images", lambda x, _: drawn(panel(explanation(), x)), ON_THEIR_OWN, ONE_BY_ONE),
 ]
 BESIDE = {  # labels= next to images that have their own number or order
     "pair": refused("twice"), "shuffling loader": refused("RandomSampler"), "one PIL image": refused("4 labels for 1"),
-    "one path": refused("4 labels for 1"), "gray": refused("4 labels for 1"),
+    "one path": refused("4 labels for 1"), "gray": refused("4 labels for 1"), "broken file": refused("4 labels for 2"),
 }  # fmt: skip
+#: Of tensors, explainers take those that the network takes; a stream has no length.
+EXPLAINED = {"uint8 tensor": refused("uint8"), "stream": refused("stream")}
 COLUMNS += [
-    Column("FeatureActivationMap.attribute", "any images", lambda x, _: fam().attribute(x, target=1)),
-    Column("FeatureActivationMap.scores", "any images", lambda x, _: fam().scores(x)),
-    Column("FeatureActivationMap.concept_maps", "any images", lambda x, _: fam().concept_maps(x)),
-    Column("FeatureActivationMap.explain", "any images", lambda x, _: fam().explain(x).maps),
-    Column("FeatureActivationMap.fit", "any images",
-           lambda x, _: FeatureActivationMap(net(), "last").fit(x, LABELS).references, BESIDE),
-    Column("FeatureActivationMap.fit", "labels",
-           lambda y, _: FeatureActivationMap(net(), "last").fit(IMAGES, y).references, {"names": SAME}),
-    Column("SpatialACV.attribute", "any images", lambda x, _: sacv().attribute(x, target=1)),
-    Column("SpatialACV.scores", "any images", lambda x, _: sacv().scores(x)),
-    Column("SpatialACV.concept_maps", "any images", lambda x, _: sacv().concept_maps(x)),
-    Column("SpatialACV.contributions", "any images", lambda x, _: sacv().contributions(x, 1)),
-    Column("SpatialACV.explain", "any images", lambda x, _: sacv().explain(x).maps),
-    Column("SpatialACV.tcav", "any images", lambda x, _: list(sacv().tcav(x, 1).values())),
-    Column("SpatialACV.fit", "any images",
-           lambda x, _: SpatialACV(net(), "last").fit({"a": x, "b": 1 - IMAGES}).vectors),
-    Column("FeatureActivationMap", "models",
-           lambda m, _: mapped(m, lambda f, l: FeatureActivationMap(f, l, torch.eye(2), similarity="dot"))),
-    Column("SpatialACV", "models",
-           lambda m, _: mapped(m, lambda f, l: SpatialACV(f, l).fit({"a": IMAGES[:2], "b": IMAGES[2:]}))),
-    Column("discover_concepts", "any images",
-           lambda x, _: discover_concepts(net(), "last", x, n_concepts=2).explain(IMAGES).maps),
-    Column("audit_dataset", "any images",
-           lambda x, _: audit_dataset(fam(), x, labels=LABELS, n_bootstrap=10).drivers, BESIDE),
-    Column("audit_dataset", "labels",
-           lambda y, _: audit_dataset(fam(), IMAGES, labels=y, n_bootstrap=10).drivers),
-    Column("store.UniformImages", "any images", lambda x, _: torch.stack(list((lambda u: u.read(range(len(u))))(UniformImages(x))))),
-    Column("store.RegionEmbeddingStore.build", "any images", built),
-    Column("visualization.report", "any images",
-           lambda x, space: report(explanation(), x, space / "r.html").read_bytes()[-500:]),
+    Column("FeatureActivationMap.attribute", "any images", lambda x, _: fam().attribute(x, target=1), EXPLAINED),
+    Column("FeatureActivationMap.scores", "any images", lambda x, _: fam().scores(x), EXPLAINED),
+    Column("FeatureActivationMap.concept_maps", "any images", lambda x, _: fam().concept_maps(x), EXPLAINED),
+    Column("FeatureActivationMap.explain", "any images", lambda x, _: fam().explain(x).maps, EXPLAINED),
+    Column(
+        "FeatureActivationMap.fit",
+        "any images",
+        lambda x, _: FeatureActivationMap(net(), "last").fit(x, LABELS).references,
+        BESIDE,
+    ),
+    Column(
+        "FeatureActivationMap.fit",
+        "labels",
+        lambda y, _: FeatureActivationMap(net(), "last").fit(IMAGES, y).references,
+        {"names": SAME},
+    ),
+    Column("SpatialACV.attribute", "any images", lambda x, _: sacv().attribute(x, target=1), EXPLAINED),
+    Column("SpatialACV.scores", "any images", lambda x, _: sacv().scores(x), EXPLAINED),
+    Column("SpatialACV.concept_maps", "any images", lambda x, _: sacv().concept_maps(x), EXPLAINED),
+    Column("SpatialACV.contributions", "any images", lambda x, _: sacv().contributions(x, 1), EXPLAINED),
+    Column("SpatialACV.explain", "any images", lambda x, _: sacv().explain(x).maps, EXPLAINED),
+    Column("SpatialACV.tcav", "any images", lambda x, _: list(sacv().tcav(x, 1).values()), EXPLAINED),
+    Column(
+        "SpatialACV.fit",
+        "any images",
+        lambda x, _: SpatialACV(net(), "last").fit({"a": x, "b": 1 - IMAGES}).vectors,
+        dict.fromkeys(("one PIL image", "one path", "gray"), refused("at least 2 different images")),
+    ),
+    Column(
+        "FeatureActivationMap",
+        "models",
+        lambda m, _: mapped(m, lambda f, at: FeatureActivationMap(f, at, torch.eye(2), similarity="dot")),
+    ),
+    Column(
+        "SpatialACV",
+        "models",
+        lambda m, _: mapped(m, lambda f, at: SpatialACV(f, at).fit({"a": IMAGES[:2], "b": IMAGES[2:]})),
+    ),
+    Column(
+        "discover_concepts",
+        "any images",
+        lambda x, _: discover_concepts(net(), "last", x, n_concepts=2).explain(IMAGES).maps,
+        {"stream": refused("stream")},
+    ),
+    Column(
+        "audit_dataset",
+        "any images",
+        lambda x, _: audit_dataset(fam(), x, labels=LABELS, n_bootstrap=10).drivers,
+        {**BESIDE, "stream": refused("stream")},
+    ),
+    Column(
+        "audit_dataset",
+        "labels",
+        lambda y, _: audit_dataset(fam(), IMAGES, labels=y, n_bootstrap=10).drivers,
+        {"names": refused("'cat' is not the name of a class")},
+    ),
+    Column("store.UniformImages", "any images", lambda x, _: read_all(UniformImages(x)), {"stream": refused("stream")}),
+    Column("store.RegionEmbeddingStore.build", "any images", built, {"stream": refused("stream")}),
+    Column(
+        "visualization.report",
+        "any images",
+        lambda x, space: report(explanation(), x, space / "r.html").read_bytes()[-500:],
+        ON_THEIR_OWN,
+        ONE_BY_ONE,
+    ),
     Column("explore", "any images", lambda x, _: explore(fam(), x).html[-500:]),
 ]
 NOT_COLUMNS: dict[str, str] = {}

@@ -170,6 +170,8 @@ class TestInputsForAModel:
         source = inputs_for(gray, [Image.new("RGB", (10, 20), (255, 255, 255))])
         assert source[0].shape == (1, 224, 224)
         assert source[0].unique().tolist() == [1.0]
+        blocks = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 2, 3))
+        assert inputs_for(blocks, [Image.new("RGB", (8, 8))], size=8)[0].shape == (3, 8, 8)
         five = nn.Sequential(nn.Conv2d(5, 2, 3))
         assert inputs_for(five, torch.zeros(1, 5, 8, 8))[0].shape == (5, 8, 8)
         made = inputs_for(gray, [Image.new("L", (4, 4))], transform=lambda image: torch.ones(1, 2, 2))
