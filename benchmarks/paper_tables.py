@@ -56,8 +56,8 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
         salf = fit_salf_cbm(
             model,
             args.layers[-1],
-            encoder,
             train,
+            encoder,
             concepts,
             len(train.classes),
             store_path=args.cache,

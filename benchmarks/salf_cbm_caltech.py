@@ -18,7 +18,7 @@ from salf_cbm_peers import CUTOFF, fit_lf_cbm
 from torch import Tensor
 
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.models.salf_cbm_fit import (
+from captum_concepts.models.salf_cbm.fit import (
     BottleneckSettings,
     Samples,
     concept_presence,
@@ -36,7 +36,7 @@ SPARSE = 30
 
 
 class Held:
-    """Features of images in memory, as :func:`~captum_concepts.models.salf_cbm_fit.fit_bottleneck` reads them."""
+    """Features of images in memory, as :func:`~captum_concepts.models.salf_cbm.fit.fit_bottleneck` reads them."""
 
     def __init__(self, maps: Tensor) -> None:
         self.values = maps.flatten(2).transpose(1, 2)

@@ -111,9 +111,9 @@ def by_intervention(model: Any, test: Any, grounds: list[str]) -> tuple[Tensor, 
         seen = model.explain_region(x, mask=mask, top_k=None)
         score = dict(zip(seen.concepts, seen.scores[0].tolist(), strict=True))
         word = max(grounds, key=score.__getitem__)
-        one.append(model.intervene(x, word, mask=mask, beta=-score[word], standardize=True)[1])
+        one.append(model.intervene(x, word, mask=mask, beta=-score[word], units="std")[1])
         betas = [-score[concept] for concept in model.concepts]
-        every.append(model.intervene(x, list(model.concepts), mask=mask, beta=betas, standardize=True)[1])
+        every.append(model.intervene(x, list(model.concepts), mask=mask, beta=betas, units="std")[1])
         named.append(word)
     return torch.cat(one), torch.cat(every), named
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from captum_concepts import demo
 from captum_concepts.metrics import nra
-from captum_concepts.models.salf_cbm_fit import fit_salf_cbm
+from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import RegionPrompt
 
@@ -43,7 +43,7 @@ def fit(
 ) -> Any:
     """SALF-CBM with every concept kept, so that each has a map to be judged."""
     return fit_salf_cbm(
-        backbone, LAYER, demo.load("clip"), (train.image, train.label), list(concepts), CLASSES,
+        backbone, LAYER, (train.image, train.label), demo.load("clip"), list(concepts), CLASSES,
         store_path=folder(cache, name, len(train.label), prompt), prompt=prompt, presence_cutoff=None,
         interpretability_cutoff=None, batch_size=100, prompt_batch_size=98, **options,
     )  # fmt: skip

@@ -24,9 +24,9 @@ import _record
 import torch
 import torch.nn.functional as F
 
-from captum_concepts.models._salf_bottleneck_fit import _batches, _State
-from captum_concepts.models._salf_objective import Samples, Validation, batch_similarity
-from captum_concepts.models._salf_settings import BottleneckSettings
+from captum_concepts.models.salf_cbm.fit.bottleneck import _batches, _State
+from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation, batch_similarity
+from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
 from captum_concepts.store import ShardReader, ShardWriter, Similarity
 
 PLACES, EMBEDDING = 49, 512

@@ -22,7 +22,7 @@ _NAMES = {
     "compare_audits": "audit.comparison",
     "discover_concepts": "attr.discovered_concepts",
     "explore": "visualization.explorer",
-    "fit_salf_cbm": "models.salf_cbm_fit",
+    "fit_salf_cbm": "models.salf_cbm.fit",
     "load": "attr.saved",
 }
 _ROOMS = (
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from captum_concepts.explanation import ConceptExplanation as ConceptExplanation
     from captum_concepts.models.concept_translator import ConceptTranslator as ConceptTranslator
     from captum_concepts.models.salf_cbm import SALFCBM as SALFCBM
-    from captum_concepts.models.salf_cbm_fit import fit_salf_cbm as fit_salf_cbm
+    from captum_concepts.models.salf_cbm.fit import fit_salf_cbm as fit_salf_cbm
     from captum_concepts.visualization.explorer import explore as explore
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -498,6 +498,8 @@ class ConceptExplanation:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        if _displays:
+            return _displays[-1](self, None)
         head = "<tr><th>image</th><th>concept</th><th>score</th><th>contribution</th></tr>"
         rows = []
         for i in range(min(len(self), 10)):
@@ -508,6 +510,17 @@ class ConceptExplanation:
                 rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
         title = html.escape(f"ConceptExplanation({self._summary()})")
         return f"<table><caption>{title}</caption>{head}{''.join(rows)}</table>"
+
+
+_displays: list[Callable[[ConceptExplanation, Any], str]] = []
+
+
+def show_with(display: Callable[[ConceptExplanation, Any], str]) -> None:
+    """Let notebooks show explanations as ``display(explanation, None)``, an HTML text.
+
+    The pictures lie above this module in the package's import order, so they register themselves when imported.
+    """
+    _displays.append(display)
 
 
 def _saved_sizes(info: dict[str, Any]) -> dict[str, int]:

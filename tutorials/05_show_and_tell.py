@@ -67,8 +67,8 @@ def fit(layer: str) -> SALFCBM:
     return fit_salf_cbm(
         backbone,
         layer,
-        clip,
         (train.image, train.label),
+        clip,
         data.concepts,
         len(data.classes),
         store_path="salf",
@@ -190,7 +190,7 @@ edits = [
     {"concept": "striped", "beta": -12.0, "boxes": box},
     {"concept": "red", "beta": 12.0, "boxes": box},
 ]
-before, after = model.intervene(image, edits, standardize=True)
+before, after = model.intervene(image, edits, units="std")
 for name, logits in (("before", before), ("after", after)):
     probability = logits.softmax(1)[0]
     ranked = probability.argsort(descending=True)[:3].tolist()
@@ -204,7 +204,7 @@ for beta in strengths.tolist():
         {"concept": "striped", "beta": -beta, "boxes": box},
         {"concept": "red", "beta": beta, "boxes": box},
     ]
-    curves.append(model.intervene(image, edits, standardize=True)[1].softmax(1)[0])
+    curves.append(model.intervene(image, edits, units="std")[1].softmax(1)[0])
 curves = torch.stack(curves)
 figure, axes = plt.subplots(figsize=(6.4, 3), layout="constrained")
 for k in curves.amax(0).argsort(descending=True)[:3].tolist():

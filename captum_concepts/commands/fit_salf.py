@@ -17,7 +17,7 @@ import torch
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.commands.fit_salf_config import fit_arguments, read_config
 from captum_concepts.errors import InputError
-from captum_concepts.models.salf_cbm_fit import fit_salf_cbm, plan_salf_cbm
+from captum_concepts.models.salf_cbm.fit import fit_salf_cbm, plan_salf_cbm
 
 
 @dataclass(frozen=True)

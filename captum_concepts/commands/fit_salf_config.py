@@ -18,7 +18,7 @@ from captum_concepts.commands.models import load_encoder, load_model, to_device
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.images import read_words
-from captum_concepts.models.salf_cbm_fit import fit_salf_cbm
+from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.vlm import RegionPrompt
 
 EXAMPLE = {
@@ -64,8 +64,8 @@ _OWN = (
     "within_hours",
 )
 _NOT_HERE = (
-    "backbone", "encoder", "train_data", "val_data", "concepts", "store_path", "class_names", "model_transform",
-    "show_progress", "prompt",
+    "backbone", "encoder", "images", "val_data", "concepts", "store_path", "class_names", "model_transform",
+    "encoder_transform", "show_progress", "prompt",
 )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def fit_arguments(
         "backbone": loaded.model,
         "layer": layer,
         "encoder": encoder,
-        "train_data": train,
+        "images": train,
         "val_data": opened.get("val"),
         "concepts": _vocabulary(config, names, encoder),
         "num_classes": len(names),

@@ -13,7 +13,7 @@ from captum_concepts import demo
 from captum_concepts.datasets import CaptionedScenes, Scene
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.models.salf_cbm import SALFCBM
-from captum_concepts.models.salf_cbm_fit import fit_salf_cbm
+from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.vlm import RegionPrompt
 
 #: Scenes to train on, with 49 circled pictures each, scenes to look for mistakes in, and passes over the former.
@@ -58,8 +58,8 @@ def train(scenes: CaptionedScenes, n: int = TRAIN) -> SALFCBM:
         return fit_salf_cbm(
             demo.load("classifier"),
             "layer4",
-            demo.load("clip"),
             (known.image, known.label),
+            demo.load("clip"),
             data.concepts,
             len(data.classes),
             store_path=folder,
@@ -124,7 +124,7 @@ def _try(model: SALFCBM, scenes: Scene, i: int, called: int, k: int) -> Correcti
     x, truth = scenes.image[i : i + 1], int(scenes.label[i])
     size = float(scenes.image.shape[-1])
     box = tuple(scenes.boxes[i, k].clamp(0, size).tolist())
-    seen, other = (model.explain_region(x, boxes=box, target=c, top_k=None) for c in (called, truth))
+    seen, other = (model.explain_region(x, c, boxes=box, top_k=None) for c in (called, truth))
     there = {model.concepts[int(word)] for word in scenes.objects[i, k]}
     misleads = _contributions(seen) - _contributions(other)[[other.index(word) for word in seen.concepts]]
     wrongly = torch.tensor([word not in there for word in seen.concepts])
@@ -135,7 +135,7 @@ def _try(model: SALFCBM, scenes: Scene, i: int, called: int, k: int) -> Correcti
     weight = float((model.head.weight[called, j] - model.head.weight[truth, j]).detach())
     area = (box[2] - box[0]) * (box[3] - box[1]) / size**2
     beta = -float(misleads[at]) / (weight * area) if weight else 0.0
-    before, after = model.intervene(x, concept, boxes=box, beta=beta, standardize=True)
+    before, after = model.intervene(x, concept, beta=beta, units="std", boxes=box)
     with torch.no_grad():
         map_before = (model.concept_maps(x)[0, j] - model.concept_mean[j]) / model.concept_std[j]
     names = model.class_names or []

@@ -166,7 +166,7 @@ def check_origin(path: Path, manifest: Manifest, source: Source) -> None:
     found = {**manifest.fingerprint, "prompt": regions.as_dict()}  # by its present names
     check_fingerprint(wanted["prompt"], found["prompt"], f"{what} (its prompt)")  # names the one setting
     check_fingerprint({key: value for key, value in wanted.items() if found.get(key) != value}, found, what)
-    stored = torch.tensor(manifest.info.get("probe", []))
+    stored = torch.tensor(manifest.info.get("probe", []), dtype=torch.float32)
     if not torch.allclose(stored, source.probe[: len(stored)], atol=_PROBE_TOLERANCE, rtol=0):
         raise ArtifactError(
             f"{what} was made by an encoder with the same weights that embeds a test image differently: its "

@@ -1,6 +1,8 @@
 """Explanations as figures and pages. matplotlib is imported when something is drawn, not before."""
 
 from captum_concepts.visualization.explorer import Explorer, explore
+from captum_concepts.visualization.figures import legend, most_activating, sankey
+from captum_concepts.visualization.notebook import show
 from captum_concepts.visualization.overlay import as_image, overlay, upsample
 from captum_concepts.visualization.panels import heatmap_figure, panel, save_figure
 from captum_concepts.visualization.report import ReportWriter, report
@@ -13,10 +15,14 @@ __all__ = [
     "as_image",
     "explore",
     "heatmap_figure",
+    "legend",
+    "most_activating",
     "overlay",
     "panel",
     "report",
+    "sankey",
     "save_figure",
+    "show",
     "upsample",
     "value_range",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +120,16 @@ def place_in_words(heatmap: Tensor) -> str:
     row, column = (0 if v < 0.36 else 2 if v > 0.64 else 1 for v in (y, x))
     share = 100 * float(strong.float().mean())
     return f"strongest at the {_PLACES[row][column]}; {max(share, 1):.0f} % of the image above half of that"
+
+
+def figure_uri(figure: Any) -> str:
+    """A matplotlib figure as SVG, the same for the same figure."""
+    from matplotlib import rc_context
+
+    file = io.BytesIO()
+    with rc_context({"svg.hashsalt": "captum_concepts", "savefig.bbox": None}):
+        figure.savefig(file, format="svg", facecolor="white", metadata={"Date": None})
+    return _uri(file, "svg+xml")
 
 
 def _uri(file: io.BytesIO, kind: str) -> str:

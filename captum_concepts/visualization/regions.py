@@ -81,7 +81,7 @@ def outlines(
     flags = flags[None] if flags.ndim == 2 else flags
     if flags.ndim != 3 or len(flags) not in (1, n) or any(tuple(flags.shape[1:]) != tuple(size) for size in sizes):
         raise InputError(f"mask must be (H, W) or (N, H, W) of the images' size {sizes[0]}, got {tuple(flags.shape)}")
-    return [_edges(flag > 0.5 if flag.is_floating_point() else flag != 0) for flag in flags.expand(n, -1, -1)]
+    return [edges(flag > 0.5 if flag.is_floating_point() else flag != 0) for flag in flags.expand(n, -1, -1)]
 
 
 def frame(box: Box) -> list[Box]:
@@ -90,7 +90,7 @@ def frame(box: Box) -> list[Box]:
     return [(x0, y0, x1, y0), (x0, y1, x1, y1), (x0, y0, x0, y1), (x1, y0, x1, y1)]
 
 
-def _edges(mask: Tensor) -> list[Box]:
+def edges(mask: Tensor) -> list[Box]:
     """The border of a mask, as horizontal and vertical lines."""
     padded = torch.nn.functional.pad(mask, (1, 1, 1, 1))
     lines: list[Box] = []

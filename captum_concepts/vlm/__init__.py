@@ -4,7 +4,7 @@ from captum_concepts.vlm.batching import trial_batch_size
 from captum_concepts.vlm.dense import DenseRegions, Regions, regions_from_dict
 from captum_concepts.vlm.encoder import ImageTextEncoder
 from captum_concepts.vlm.hugging_face import from_transformers
-from captum_concepts.vlm.open_clip import OpenCLIPEncoder
+from captum_concepts.vlm.open_clip import OpenCLIPEncoder, build_tower, tower_names
 from captum_concepts.vlm.region_prompt import RegionPrompt
 
 __all__ = [
@@ -13,7 +13,9 @@ __all__ = [
     "OpenCLIPEncoder",
     "RegionPrompt",
     "Regions",
+    "build_tower",
     "from_transformers",
     "regions_from_dict",
+    "tower_names",
     "trial_batch_size",
 ]

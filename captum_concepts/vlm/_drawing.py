@@ -92,8 +92,8 @@ def resample(images: Tensor, windows: Tensor) -> Tensor:
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur, cut off at three sigma, the border's pixels repeated; rows, then columns."""
-    reach = max(1, math.ceil(3 * sigma))
+    """Gaussian blur, cut off at three sigma (or twice the image), the border's pixels repeated; rows, then columns."""
+    reach = max(1, min(math.ceil(3 * sigma), 2 * max(images.shape[-2:])))
     offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = kernel / kernel.sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +296,24 @@ def _check_templates(templates: Sequence[str] | None) -> tuple[str, ...] | None:
             f"templates={templates!r} must be texts with a place for the word, such as 'a photo of a {{}}'"
         )
     return found
+
+
+def tower_names(tower: nn.Module) -> Iterator[str]:
+    """The names of open_clip's models whose image tower has the size and width of ``tower``."""
+    import open_clip
+
+    size = getattr(tower, "image_size", None)
+    sides = None if size is None else tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name) or {}
+        wanted = config.get("vision_cfg", {}).get("image_size", 224)
+        wanted = tuple(wanted) if isinstance(wanted, (tuple, list)) else (wanted, wanted)
+        if sides == wanted and getattr(tower, "output_dim", config.get("embed_dim")) == config.get("embed_dim"):
+            yield name
+
+
+def build_tower(name: str) -> nn.Module:
+    """The image tower of an open_clip model, with random weights; nothing is downloaded."""
+    import open_clip
+
+    return open_clip.create_model(name, load_weights=False).visual

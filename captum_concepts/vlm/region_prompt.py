@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts._checks import integer, one_of
-from captum_concepts.errors import InputError, did_you_mean, listing
+from captum_concepts._checks import integer, number, one_of
+from captum_concepts.errors import InputError, did_you_mean, listing, shortened
 from captum_concepts.vlm._drawing import Rings, blurred, crop_windows, disc, resample
 
 KINDS = ("circle", "crop", "blur")
@@ -29,6 +28,8 @@ COLORS: dict[str, tuple[float, float, float]] = {
 PAPER_SIZE = 224
 #: Most rows, and most columns, of a grid: finer ones would be a mistake, or a forged file.
 FINEST_GRID = 256
+#: The largest radius, line width and blur, likewise.
+MOST_PIXELS = 10_000
 #: Settings of stored prompts that are called otherwise now.
 _EARLIER_NAMES = {"colour": "color"}
 _RADIUS, _WIDTH, _SIGMA = 32.0, 2.0, 12.0  # the blur: enough to lose a texture, not the layout
@@ -131,8 +132,8 @@ class RegionPrompt:
             "border": one_of("border", border, ("shift", "replicate")),
             "reference_size": reference_size,
         }
-        if reference_size is not None and not (isinstance(reference_size, int) and reference_size >= 1):
-            raise InputError(f"reference_size={reference_size!r} must be a number of pixels, or None")
+        if reference_size is not None:
+            integer("reference_size", reference_size, 1, MOST_PIXELS)
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -282,20 +283,17 @@ def check_grid(grid: int | Sequence[int]) -> tuple[int, int]:
     return integer("grid's rows", found[0], 1, FINEST_GRID), integer("grid's columns", found[1], 1, FINEST_GRID)
 
 
-def _positive(name: str, value: float | None) -> float | None:
+def _positive(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise InputError(f"{name}={value!r} must be a positive number of pixels, or None")
-    return float(value)
+    return number(name, value, lambda v: 0 < v <= MOST_PIXELS, f"a number of pixels in (0, {MOST_PIXELS:,}], or None")
 
 
-def _color(color: str | Sequence[float]) -> tuple[float, float, float]:
-    if isinstance(color, str):
-        if color not in COLORS:
-            raise InputError(f"color={color!r} must be one of {tuple(COLORS)} or three numbers (R, G, B) in [0, 1]")
+def _color(color: Any) -> tuple[float, float, float]:
+    if isinstance(color, str) and color in COLORS:
         return COLORS[color]
-    found = tuple(float(v) for v in color)
-    if len(found) != 3 or not all(0 <= v <= 1 for v in found):
-        raise InputError(f"color={color!r} must be three numbers (R, G, B) in [0, 1]")
-    return found[0], found[1], found[2]
+    allowed = f"one of {', '.join(map(repr, COLORS))}, or three numbers (R, G, B) in [0, 1]"
+    if isinstance(color, str) or not isinstance(color, Sequence) or len(color) != 3:
+        raise InputError(f"color must be {allowed}; got {shortened(color)}")
+    red, green, blue = (number("color", v, lambda c: 0 <= c <= 1, allowed) for v in color)
+    return red, green, blue

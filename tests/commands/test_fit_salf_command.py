@@ -117,7 +117,7 @@ def test_dry_run_writes_nothing(config, capsys):
         [*before, Path("config.json")]
     )
     printed = capsys.readouterr().out
-    assert "60 images of train, 60 images of val; 4 places, 5 concepts, 3 classes" in printed
+    assert "60 images of train, 60 images of val; 4 cells, 5 concepts, 3 classes" in printed
     assert "machines like this one for 24 hours: 1" in printed
     assert run({**config, "within_hours": 1e-9}, "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["plan"]["processes"] > 1

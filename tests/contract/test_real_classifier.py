@@ -98,7 +98,7 @@ def test_concept_fusion_map(real_classifier, photographs, halves):
     gradcam = LayerGradCam(real_classifier, real_classifier.last).attribute(halves, DAISY, relu_attributions=True)
     torch.testing.assert_close(maps[:1], gradcam, rtol=1e-3, atol=1e-4)
     flower = photographs["flower"][None]
-    own, foreign = cefam.contribution(flower, target=DAISY, concepts=["daisy", "palace"])[0]
+    own, foreign = cefam.contributions(flower, target=DAISY, concepts=["daisy", "palace"])[0]
     assert own > 0.5
     assert own > foreign + 0.2
 
@@ -136,7 +136,7 @@ def test_salf_cbm(real_classifier, photographs, halves, tmp_path):
     images = torch.cat([crops(photographs[name])[:6] for name in ("flower", "palace", "person")])
     labels = torch.arange(3).repeat_interleave(6)
     model = fit_salf_cbm(
-        real_classifier, "last", Reads(real_classifier), (images, labels), ["daisy", "palace", "military uniform"], 3,
+        real_classifier, "last", (images, labels), Reads(real_classifier), ["daisy", "palace", "military uniform"], 3,
         store_path=tmp_path, prompt=RegionPrompt("crop", 2, 56), bottleneck={"max_epochs": 30},
     )  # fmt: skip
     with torch.no_grad():

@@ -41,7 +41,7 @@ def test_a_search_counts_the_wrong_and_the_corrected(model, scenes, found):
 def test_each_correction_is_what_intervene_gives(model, scenes, found):
     for c in found.shown:
         assert c.called != c.truth == c.corrected
-        before, after = model.intervene(c.image[None], c.concept, boxes=c.box, beta=c.beta, standardize=True)
+        before, after = model.intervene(c.image[None], c.concept, beta=c.beta, units="std", boxes=c.box)
         for logits, shown, name in ((before, c.before, c.called), (after, c.after, c.truth)):
             assert torch.allclose(logits.softmax(1)[0], shown, atol=1e-6)
             assert scenes.classes[int(logits.argmax())] == name

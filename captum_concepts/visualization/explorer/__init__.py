@@ -397,11 +397,13 @@ class Explorer:
         return self._widget
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
+        plain = {"text/plain": repr(self), "text/html": self._repr_html_()}  # what a notebook without its kernel shows
         try:
-            shown = self.widget()
+            shown = self.widget()._repr_mimebundle_(**options)
         except ImportError:
-            return {"text/plain": repr(self), "text/html": self._repr_html_()}
-        return shown._repr_mimebundle_(**options)
+            return plain
+        data, *more = shown if isinstance(shown, tuple) else (shown,)
+        return ({**data, **plain}, *more) if more else {**data, **plain}
 
     def _repr_html_(self) -> str:
         return (

@@ -26,10 +26,11 @@ from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
 from captum_concepts.visualization.canvas import NOT_ENCODED, number as in_words, round_up
+from captum_concepts.visualization.figures import class_rules, sankey
 from captum_concepts.visualization.inputs import shown_batches
 from captum_concepts.visualization.overlay import ALPHA, MODES, as_images, each_image
 from captum_concepts.visualization.panels import absence, check_explanation, class_of, crop_boxes, ordered, significance
-from captum_concepts.visualization.pictures import Picture, gradient, map_picture, photo, place_in_words
+from captum_concepts.visualization.pictures import Picture, figure_uri, gradient, map_picture, photo, place_in_words
 from captum_concepts.visualization.regions import outlines
 from captum_concepts.visualization.scale import ColorScale, schemes
 from captum_concepts.visualization.templates import asset, template
@@ -58,6 +59,7 @@ def report(
     significant: Any = None,
     crop: Any = None,
     settings: Mapping[str, Any] | None = None,
+    explorer: Any = None,
     scale: str = "row",
     alpha: float = ALPHA,
     cmap: Any = None,
@@ -97,6 +99,7 @@ def report(
         crop: the part of the photograph that the model saw, ``(x0, y0, x1, y1)`` in pixels, for all images.
         settings: what to keep of the run, shown in a table; nested mappings become parts. Versions, method, layers and
             a fingerprint of each input's pixels are added.
+        explorer: of :func:`explore`: written next to the report as ``NAME.explorer.html``, with a button that opens it.
         scale: ``"row"``: the maps of an image share one color scale, so that their strengths compare; ``"map"``: each
             has its own.
         alpha, cmap, signed, mode: as for :func:`panel`.
@@ -135,6 +138,10 @@ def report(
         rows = ((example, picture, {}) for example, picture in pairs)
     if isinstance(source, ConceptExplanation):
         writer.fix_scheme([source])
+    if hasattr(source, "decision_rules"):
+        writer.add_rules(source)
+    if explorer is not None:
+        writer.explorer = explorer.save(writer.path.with_name(f"{writer.path.stem}.explorer.html")).name
     with writer:
         names, truths = (None if given is None else iter(given) for given in (image_names, labels))
         for i, (example, picture, found) in enumerate(_progress(rows, total, show_progress)):
@@ -249,6 +256,8 @@ class ReportWriter:
         self._cards: IO[bytes] | None = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
         self._known = _Known()
         self._failed: list[tuple[str, str]] = []
+        self._rules: tuple[Any, Any] | None = None
+        self.explorer: str | None = None
 
     def __len__(self) -> int:
         """Images so far."""
@@ -328,6 +337,15 @@ class ReportWriter:
         """List an image that could not be explained."""
         self._failed.append((str(name), str(reason)))
 
+    def add_rules(self, model: Any, classes: Any = None) -> None:
+        """Show which concepts the classes go by, as the diagram of :func:`sankey` and as a table.
+
+        Args:
+            model: a SALFCBM, or anything that :func:`sankey` takes.
+            classes: names or indices; None: those explained most often, at most 8.
+        """
+        self._rules = (model, classes)
+
     def finish(self) -> Path:
         """Write the file; afterwards nothing can be added.
 
@@ -351,6 +369,8 @@ class ReportWriter:
             class_filter=self._known.filter(self._known.by_class),
             concept_filter=self._known.filter(self._known.by_concept),
             failed=self._failed,
+            rules=self._drawn_rules(),
+            explorer=self.explorer,
             facts_of_run=self._facts(),
         )
         before, after = page.split(_MARK)
@@ -386,8 +406,8 @@ class ReportWriter:
         scores = shown.scores[0].float().tolist()
         how = None if shown.contributions is None else shown.contributions[0].float().tolist()
         counted = [state != NOT_ENCODED for state in states]
-        score_end = _end(scores, counted)
-        how_end = _end(how or [], counted)
+        score_end = bar_end(scores, counted)
+        how_end = bar_end(how or [], counted)
         rows = []
         for k, (concept, state) in enumerate(zip(shown.concepts, states, strict=True)):
             own = ColorScale.of(maps[k], signed, cmap=self.cmap) if self.scale == "map" else scale
@@ -399,8 +419,8 @@ class ReportWriter:
                     concept,
                     " · ".join(filter(None, detail)),
                     state,
-                    _bar(scores[k], score_end, encoded, min(scores) < 0),
-                    None if how is None else _bar(how[k], how_end, encoded, True),
+                    bar(scores[k], score_end, encoded, min(scores) < 0),
+                    None if how is None else bar(how[k], how_end, encoded, True),
                     place_in_words(maps[k]),
                     map_picture(maps[k], own, self.alpha, self.mode) if encoded else None,
                 )
@@ -417,6 +437,21 @@ class ReportWriter:
             (in_words(scale.low), in_words(scale.high)), gradient(scale), self.scale == "row",
             shown.score_unit, shown.contribution_unit, in_words(score_end), in_words(how_end),
         )  # fmt: skip
+
+    def _drawn_rules(self) -> dict[str, Any] | None:
+        """The rules of the classes that occur, and their diagram."""
+        if self._rules is None:
+            return None
+        model, classes = self._rules
+        if classes is None:
+            known = list(model.class_names or [])
+            often = [name for name, _ in self._known.by_class.most_common(8)]
+            classes = [name for name in often if name in known] or list(range(min(model.num_classes, 8)))
+        rules = class_rules(model, classes, 6)
+        if not any(rules.values()):
+            return None
+        shown = {name: [(c, in_words(w, sign=True)) for c, w in rule] for name, rule in rules.items()}
+        return {"classes": shown, "picture": figure_uri(sankey(model, classes, top_k=6))}
 
     def _facts(self) -> dict[str, Any]:
         seen = self._known.seen
@@ -506,12 +541,13 @@ class Card:
         return any(row.contribution is not None for row in self.rows)
 
 
-def _end(values: Sequence[float], counted: Sequence[bool]) -> float:
+def bar_end(values: Sequence[float], counted: Sequence[bool]) -> float:
     """The end of an image's bars: a round number just above the largest magnitude."""
     return round_up(max((abs(v) for v, yes in zip(values, counted) if yes and math.isfinite(v)), default=0.0))  # noqa: B905
 
 
-def _bar(value: float, end: float, encoded: bool, middle: bool) -> Bar:
+def bar(value: float, end: float, encoded: bool, middle: bool) -> Bar:
+    """The number in words with its bar; ``middle``: zero is in the middle of the axis."""
     text = in_words(value, sign=middle) if encoded else "–"
     length = min(abs(value) / end, 1.0) if encoded and math.isfinite(value) else 0.0
     width = 100 * length / (2 if middle else 1)
@@ -576,6 +612,6 @@ class _Known:
             "line": " · ".join([f"{len(self.index)} image{'s' * (len(self.index) != 1)}", *self.seen["method"], *said]),
             "judged": judged,
             "wrong": wrong,
-            "classes": [(name, count, self.verdicts[name, "wrong"]) for name, count in self.by_class.most_common(12)],
-            "concepts": [(name, count, self.first[name]) for name, count in self.by_concept.most_common(12)],
+            "classes": [(name, count, self.verdicts[name, "wrong"]) for name, count in self.by_class.most_common(8)],
+            "concepts": [(name, count, self.first[name]) for name, count in self.by_concept.most_common(8)],
         }

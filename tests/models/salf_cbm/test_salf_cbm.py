@@ -245,6 +245,11 @@ class TestAsModule:
         assert torch.equal(other(x), model(x))
         own = {name for name in model.state_dict() if not name.startswith("backbone.")}
         assert own == {"bottleneck.weight", "head.weight", "head.bias", "concept_mean", "concept_std"}
+        model.calibrate(pictures(30), torch.rand(30, 5) > 0.5)
+        other.load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(other.presence(x), model.presence(x))
+        other.load_state_dict(conv_model().state_dict(), strict=True)
+        assert other.presence_slope is None
 
     def test_deepcopy_is_independent(self):
         model, x = conv_model(), pictures()
@@ -390,10 +395,10 @@ class TestBadInput:
         [
             ([], "there is no concept"),
             (["a", "a"], "more than once: \\['a'\\]"),
-            (["a", " "], "not empty"),
-            (["a", 3], "must be texts"),
-            ("abc", "list of texts"),
-            (None, "list of texts"),
+            (["a", " "], "non-empty"),
+            (["a", 3], "must be non-empty strings"),
+            ("abc", "list of names"),
+            (None, "list of names"),
         ],
     )
     def test_concepts(self, concepts, message):
@@ -425,7 +430,7 @@ class TestBadInput:
             SALFCBM(lambda x: x, "body", CONCEPTS, 3)
         with pytest.raises(LayerError, match="Did you mean 'body'"):
             SALFCBM(ConvNet(), "bodi", CONCEPTS, 3)
-        with pytest.raises(LayerError, match="no part of the backbone"):
+        with pytest.raises(LayerError, match="not part of the backbone"):
             SALFCBM(ConvNet(), nn.ReLU(), CONCEPTS, 3)
         with pytest.raises(LayoutError, match="no grid of positions"):
             SALFCBM(ConvNet(), "fc", CONCEPTS, 3)
@@ -457,7 +462,7 @@ class TestBadInput:
         assert hooks(net) == 0
 
     def test_a_backbone_that_takes_no_image(self):
-        with pytest.raises(InputError, match="say input_size="):
+        with pytest.raises(InputError, match="pass input_size="):
             SALFCBM(nn.Sequential(nn.Linear(5, 5)), "0", CONCEPTS, 3)
 
     @pytest.mark.parametrize("x", [torch.rand(3, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])

@@ -107,7 +107,7 @@ class TestExplain:
             lambda: model.contributions(x),
             lambda: model.explain_classes(x, [0, 1]),
             lambda: model.explain_region(x, points=(3, 3)),
-            lambda: model.intervene(x, 0, beta=1),
+            lambda: model.intervene(x, 0, beta=1, units="map"),
             lambda: model.zero_shot_segmentation(x, target="grass"),
         ):
             calls.clear()
@@ -142,7 +142,7 @@ class TestExplain:
         expected = model.explain(x, concepts=CONCEPTS)
         found = model.bfloat16().explain(x.bfloat16(), concepts=CONCEPTS)
         torch.testing.assert_close(found.maps.float(), expected.maps, atol=0.1, rtol=0.1)
-        before, after = model.intervene(x.bfloat16(), "grass", beta=1.0)
+        before, after = model.intervene(x.bfloat16(), "grass", beta=1.0, units="map")
         assert before.dtype == after.dtype == torch.bfloat16
 
 
@@ -179,10 +179,10 @@ class TestExplainRegion:
         for n in range(3):
             for m in range(5):
                 expected[n, m] = sum(large[n, m, i, j] for i, j in mask.nonzero().tolist())
-        found = model.explain_region(x, mask=mask, standardize=False, reduction="sum", top_k=None)
+        found = model.explain_region(x, mask=mask, units="map", reduction="sum", top_k=None)
         columns = [CONCEPTS.index(c) for c in found.concepts]
         torch.testing.assert_close(found.scores, expected[:, columns], atol=1e-3, rtol=1e-4)
-        mean = model.explain_region(x, mask=mask, standardize=False, top_k=None)
+        mean = model.explain_region(x, mask=mask, units="map", top_k=None)
         torch.testing.assert_close(mean[:, CONCEPTS].scores, expected / mask.sum(), atol=1e-5, rtol=1e-4)
         standard = model.explain_region(x, mask=mask, top_k=None)[CONCEPTS]
         torch.testing.assert_close(
@@ -218,13 +218,13 @@ class TestExplainRegion:
         x[:, 2] = 1
         x[:, 0] = 0.1
         assert model.explain_region(x, boxes=(0, 0, 64, 64)).concepts[0] == CONCEPTS[1]
-        plain = model.explain_region(x, boxes=(0, 0, 64, 64), standardize=False)
+        plain = model.explain_region(x, boxes=(0, 0, 64, 64), units="map")
         assert plain.concepts[0] == CONCEPTS[0]
 
     def test_the_parts_of_a_tiling_add_up(self):
         model, x = conv_model(), pictures(2, 32, 24)
         boxes = [(0, 0, 10, 13), (10, 0, 24, 13), (0, 13, 24, 32)]
-        parts = [model.explain_region(x, boxes=box, target=1, top_k=None)[:, CONCEPTS].contributions for box in boxes]
+        parts = [model.explain_region(x, 1, boxes=box, top_k=None)[:, CONCEPTS].contributions for box in boxes]
         torch.testing.assert_close(sum(parts), model.contributions(x, 1), atol=1e-5, rtol=1e-4)
 
     def test_the_whole_image_is_the_global_explanation(self):
@@ -234,7 +234,7 @@ class TestExplainRegion:
 
     def test_bad(self):
         model, x = conv_model(), pictures()
-        with pytest.raises(InputError, match="give the region as"):
+        with pytest.raises(InputError, match="pass the region as"):
             model.explain_region(x)
         with pytest.raises(InputError, match="reduction"):
             model.explain_region(x, points=(1, 1), reduction="max")
@@ -254,44 +254,44 @@ class TestIntervene:
         large[:, m] += beta * mask
         pooled = large.flatten(2).mean(2)
         expected = model.head((pooled - model.concept_mean) / model.concept_std)
-        before, after = model.intervene(x, CONCEPTS[m], mask=mask, beta=beta)
+        before, after = model.intervene(x, CONCEPTS[m], mask=mask, beta=beta, units="map")
         torch.testing.assert_close(before, model(x).detach())
         torch.testing.assert_close(after, expected.detach(), atol=1e-4, rtol=1e-4)
         assert not torch.allclose(before, after)
 
     def test_the_effect_is_exact_for_any_size(self):
         model, x = conv_model(), pictures(2, 30, 50)
-        before, after = model.intervene(x, 1, boxes=(3, 4, 20, 22), beta=2.0)
+        before, after = model.intervene(x, 1, boxes=(3, 4, 20, 22), beta=2.0, units="map")
         expected = model.head.weight[:, 1] * 2.0 * (17 * 18) / (30 * 50) / model.concept_std[1]
         torch.testing.assert_close(after - before, expected.detach().expand(2, 3), atol=1e-5, rtol=1e-4)
 
     def test_whole_image_in_standard_deviations(self):
         model, x = conv_model(), pictures()
-        before, after = model.intervene(x, "grass", beta=1.0, standardize=True)
+        before, after = model.intervene(x, "grass", beta=1.0, units="std")
         torch.testing.assert_close(after - before, model.head.weight[:, 2].detach().expand(4, 3))
-        before, after = model.intervene(x, "grass", beta=1.0)
+        before, after = model.intervene(x, "grass", beta=1.0, units="map")
         expected = model.head.weight[:, 2] / model.concept_std[2]
         torch.testing.assert_close(after - before, expected.detach().expand(4, 3))
 
     def test_a_point_edits_its_cell(self):
         model, x = conv_model(), pictures()
-        before, after = model.intervene(x, 2, points=(5, 5), beta=49.0, standardize=True)
+        before, after = model.intervene(x, 2, points=(5, 5), beta=49.0, units="std")
         torch.testing.assert_close(after - before, model.head.weight[:, 2].detach().expand(4, 3), atol=1e-5, rtol=1e-4)
 
     def test_several_edits_at_once(self):
         model, x = conv_model(), pictures()
-        first = model.intervene(x, "grass", beta=2.0, boxes=(0, 0, 9, 9))
-        second = model.intervene(x, "wheels", beta=-1.0, points=(20, 30))
+        first = model.intervene(x, "grass", beta=2.0, boxes=(0, 0, 9, 9), units="map")
+        second = model.intervene(x, "wheels", beta=-1.0, points=(20, 30), units="map")
         edits = [
             {"concept": "grass", "beta": 2.0, "boxes": (0, 0, 9, 9)},
             {"concept": "wheels", "beta": -1.0, "points": (20, 30)},
         ]
-        before, after = model.intervene(x, edits)
+        before, after = model.intervene(x, edits, units="map")
         torch.testing.assert_close(after - before, first[1] - first[0] + second[1] - second[0])
-        together = model.intervene(x, ["grass", 1], beta=[2.0, -1.0], boxes=(0, 0, 9, 9))
-        alone = model.intervene(x, 1, beta=-1.0, boxes=(0, 0, 9, 9))
+        together = model.intervene(x, ["grass", 1], beta=[2.0, -1.0], boxes=(0, 0, 9, 9), units="map")
+        alone = model.intervene(x, 1, beta=-1.0, boxes=(0, 0, 9, 9), units="map")
         torch.testing.assert_close(together[1] - before, first[1] - before + alone[1] - before)
-        same = model.intervene(x, ["grass", "grass"], beta=1.0, boxes=(0, 0, 9, 9))
+        same = model.intervene(x, ["grass", "grass"], beta=1.0, boxes=(0, 0, 9, 9), units="map")
         torch.testing.assert_close(same[1], first[1])
 
     def test_a_region_for_each_image(self):
@@ -299,14 +299,16 @@ class TestIntervene:
         masks = torch.zeros(2, 32, 24, dtype=torch.bool)
         masks[0, :16] = True
         masks[1, :, :6] = True
-        _, after = model.intervene(x, 0, mask=masks, beta=1.0)
+        _, after = model.intervene(x, 0, mask=masks, beta=1.0, units="map")
         for n in range(2):
-            torch.testing.assert_close(after[n : n + 1], model.intervene(x[n : n + 1], 0, mask=masks[n], beta=1.0)[1])
+            torch.testing.assert_close(
+                after[n : n + 1], model.intervene(x[n : n + 1], 0, mask=masks[n], beta=1.0, units="map")[1]
+            )
 
     def test_the_model_is_left_as_it_was(self):
         model, x = conv_model(), pictures()
         expected = model(x)
-        model.intervene(x, 0, beta=5.0)
+        model.intervene(x, 0, beta=5.0, units="map")
         assert torch.equal(model(x), expected)
 
     @pytest.mark.parametrize(
@@ -314,7 +316,7 @@ class TestIntervene:
     )
     def test_bad_beta(self, beta):
         with pytest.raises(InputError, match="beta"):
-            conv_model().intervene(pictures(), "grass", beta=beta)
+            conv_model().intervene(pictures(), "grass", beta=beta, units="map")
 
     @pytest.mark.parametrize(
         ("concept", "message"),
@@ -330,8 +332,8 @@ class TestIntervene:
     def test_bad_concept_or_edit(self, concept, message):
         edits = isinstance(concept, list) and concept
         with pytest.raises(InputError, match=message):
-            conv_model().intervene(pictures(), concept, **({} if edits else {"beta": 1.0}))
+            conv_model().intervene(pictures(), concept, units="map", **({} if edits else {"beta": 1.0}))
 
     def test_edits_bring_their_own_regions(self):
-        with pytest.raises(InputError, match="of its own"):
-            conv_model().intervene(pictures(), [{"concept": 0, "beta": 1.0}], beta=2.0)
+        with pytest.raises(InputError, match="its own betas and regions"):
+            conv_model().intervene(pictures(), [{"concept": 0, "beta": 1.0}], beta=2.0, units="map")

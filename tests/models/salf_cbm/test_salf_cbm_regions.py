@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from captum_concepts.errors import InputError
-from captum_concepts.models._salf_regions import coverage, pooled_upsampling, region_mask
+from captum_concepts.models.salf_cbm.regions import coverage, pooled_upsampling, region_mask
 
 SIZE, GRID = (30, 44), (7, 5)
 sides = st.integers(1, 40)
@@ -62,8 +62,12 @@ class TestPoints:
         assert share.sum().item() == pytest.approx(1, abs=1e-4)
 
     def test_several_points_count_each_cell_once(self):
-        share = coverage(mask_of(points=[(1, 1), (2, 2), (43.9, 29.9)]), GRID)
-        assert share[1].sum().item() == pytest.approx(2, abs=1e-4)
+        for n in (1, 2):
+            each = [[(1, 1), (2, 2), (43.9, 29.9)]] * n
+            share = coverage(region_mask(n, SIZE, GRID, points=each), GRID)
+            assert share[-1].sum().item() == pytest.approx(2, abs=1e-4)
+        share = coverage(region_mask(1, SIZE, GRID, points=each[0]), GRID)
+        assert share[0].sum().item() == pytest.approx(2, abs=1e-4)
 
     @pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
     def test_points_for_each_image(self, kind):
@@ -72,6 +76,8 @@ class TestPoints:
         assert share[1].argmax() == 34
         ragged = coverage(mask_of(points=[[(1, 1)], [(1, 1), (43, 29)]]), GRID)
         assert ragged.sum((1, 2)).tolist() == pytest.approx([1, 2], abs=1e-3)
+        one_each = coverage(mask_of(points=kind([[1, 1], [43, 29]])), GRID)
+        torch.testing.assert_close(one_each, share)
         arrays = coverage(mask_of(points=[torch.tensor([[1, 1]]), np.array([[1, 1], [43, 29]])]), GRID)
         torch.testing.assert_close(arrays, ragged)
 
@@ -82,11 +88,16 @@ class TestPoints:
             ((3, 30), r"y \(row\) in \[0, 30\)"),
             ((-0.1, 3), "outside"),
             ([], "must be"),
-            (torch.empty(0, 2), "empty"),
+            (torch.empty(0, 2), "0 points are given for 2 images"),
+            (torch.empty(2, 0, 2), "empty"),
             ((1, 2, 3), "must be"),
             ((float("nan"), 1), "finite"),
             ("ab", "must be numbers"),
             ([[[1, 1]]] * 3, "3 images, but there are 2"),
+            ([(1, 1), (2, 2), (3, 3)], "3 points are given for 2 images"),
+            ((0.25, 0.5), "look like fractions of the image.*multiply x by 44 and y by 30"),
+            ([(0.25, 0.5), (1.0, 0.75)], "look like fractions"),
+            (torch.rand(2, 2, 2, 2), "got shapes"),
         ],
     )
     def test_bad(self, points, message):
@@ -106,19 +117,30 @@ class TestBoxes:
         assert mask[0].sum().item() == pytest.approx(1.5 * 0.25)
 
     def test_overlapping_boxes_are_a_union(self):
-        mask = mask_of(boxes=[(0, 0, 4, 4), (2, 2, 6, 6)])
-        assert mask[0].sum() == 16 + 16 - 4
+        pair = [(0, 0, 4, 4), (2, 2, 6, 6)]
+        assert mask_of(boxes=[pair, pair]).sum((1, 2)).tolist() == [28, 28]
+        assert region_mask(1, SIZE, GRID, boxes=pair).sum() == 16 + 16 - 4  # a single image has both
+        assert mask_of(boxes=pair).sum((1, 2)).tolist() == [16, 16]  # of two images, one each
 
-    def test_one_for_each_image_and_cut_at_the_border(self):
-        mask = mask_of(boxes=torch.tensor([[[0, 0, 2, 2]], [[40, 28, 60, 60]]]))
-        assert mask.sum((1, 2)).tolist() == [4, 8]
+    def test_one_for_each_image(self):
+        boxes = torch.tensor([[0, 0, 2, 2], [40, 28, 44, 30]])
+        for form in (boxes, boxes[:, None], boxes.tolist(), boxes.numpy(), [boxes[:1], boxes[1:]]):
+            assert mask_of(boxes=form).sum((1, 2)).tolist() == [4, 8]
+
+    def test_a_rounded_border_is_cut(self):
+        assert mask_of(boxes=(40, 28, 44.6, 30.9)).sum((1, 2)).tolist() == [8, 8]
 
     @pytest.mark.parametrize(
         ("boxes", "message"),
         [
             ((44, 0, 50, 10), "outside of the image, which is 44 wide and 30 high"),
             ((0, -5, 10, 0), "outside"),
-            ((5, 5, 5, 9), "is empty: give"),
+            ((40, 28, 60, 60), "reaches outside.*scale a box of the original photograph"),
+            ((-3, 0, 10, 10), "outside"),
+            ((0.1, 0.2, 0.6, 0.8), "look like fractions of the image.*multiply x by 44 and y by 30"),
+            ((0, 0, 1, 1), "look like fractions"),
+            ([(0, 0, 9, 9)] * 3, "3 boxes are given for 2 images"),
+            ((5, 5, 5, 9), "is empty: pass"),
             ((9, 5, 5, 9), "x0 < x1"),
             ((1, 2, 3), "must be"),
             ((0, 0, float("inf"), 3), "finite"),

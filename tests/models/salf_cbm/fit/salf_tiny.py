@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from captum_concepts.models.salf_cbm_fit import fit_salf_cbm
+from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.vlm import RegionPrompt
 
 WORDS = ["red", "green", "blue", "yellow", "white"]
@@ -81,7 +81,8 @@ def fit(path, data=None, **options):
     options = {"presence_cutoff": -1.0, "interpretability_cutoff": None, "lam": 0.01, "prompt": PROMPT, **options}
     network, words = options.pop("network", None) or backbone(), options.pop("words", WORDS)
     return fit_salf_cbm(
-        network, options.pop("layer", "1"), options.pop("encoder", None) or Colours(), data, words, 3,
+        network, options.pop("layer", "1"), data, options.pop("encoder", None) or Colours(), words,
+        options.pop("classes", 3),
         store_path=path, bottleneck=settings, **options,
     )  # fmt: skip
 

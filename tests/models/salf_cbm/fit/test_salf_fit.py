@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.models.cubic_similarity import cubic_similarity
-from captum_concepts.models.salf_cbm_fit import BottleneckSettings
+from captum_concepts.models.salf_cbm.fit import BottleneckSettings
 from captum_concepts.solvers import fit_elastic_net
 from captum_concepts.vlm import RegionPrompt
 
@@ -318,7 +318,7 @@ def test_settings_object_and_dictionary_agree(tmp_path):
     data, common = images_and_labels(), {"store_path": tmp_path, "prompt": PROMPT, "lam": 0.01}
     common |= {"presence_cutoff": None, "interpretability_cutoff": None}
     first, second = (
-        salf_tiny.fit_salf_cbm(backbone(), "1", Colours(), data, WORDS, 3, bottleneck=settings, **common)
+        salf_tiny.fit_salf_cbm(backbone(), "1", data, Colours(), WORDS, 3, bottleneck=settings, **common)
         for settings in (BottleneckSettings(max_epochs=2, batch_size=32), {"max_epochs": 2, "batch_size": 32})
     )
     assert torch.equal(first.bottleneck.weight, second.bottleneck.weight)
@@ -338,7 +338,7 @@ def test_scenes_are_data_as_they_are(tmp_path):
 
     scenes = CaptionedScenes(40, seed=0, size=16)
     model = salf_tiny.fit_salf_cbm(
-        nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.AdaptiveAvgPool2d(1)), "0", Colours(), scenes, WORDS, 6,
+        nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.AdaptiveAvgPool2d(1)), "0", scenes, Colours(), WORDS, 6,
         store_path=tmp_path, prompt=PROMPT, presence_cutoff=None, interpretability_cutoff=None, lam=0.05,
         bottleneck={"max_epochs": 1},
     )  # fmt: skip

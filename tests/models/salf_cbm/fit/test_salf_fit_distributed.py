@@ -47,7 +47,7 @@ def worker(rank: int, folder: str) -> None:
         x, y = images_and_labels()
         if rank == 1:
             x = x.clone()
-            x[40] = float("nan")  # in a shard of its own
+            x[40] = float("nan")
         with pytest.raises(CaptumConceptsError, match="NaN"):
             fit(Path(folder) / "nan", (x, y))
         with pytest.raises(CaptumConceptsError, match="has label 3"):

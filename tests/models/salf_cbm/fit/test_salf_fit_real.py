@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from captum_concepts.images import class_folders, load_image
-from captum_concepts.models.salf_cbm_fit import fit_salf_cbm
+from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.vlm import RegionPrompt
 
 CLASSES = ("butterfly", "grand_piano", "Motorbikes")
@@ -35,8 +35,8 @@ def test_three_classes_of_caltech(real, shared_data, tmp_path):
     model = fit_salf_cbm(
         real.mobilenet_v2(),
         "net.features.18",
-        encoder,
         (images[~held_out], labels[~held_out]),
+        encoder,
         words,
         3,
         store_path=tmp_path,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from salf_tiny import Colours, backbone, fit, images_and_labels, state
 
 from captum_concepts.errors import ArtifactError
-from captum_concepts.models import _salf_bottleneck_fit
+from captum_concepts.models.salf_cbm.fit import bottleneck
 from captum_concepts.store.lock import FolderLock
 
 
@@ -42,7 +42,7 @@ def test_a_second_call_computes_nothing(tmp_path, monkeypatch, caplog):
     first = fit(tmp_path)
     assert not any("taken from" in line for line in logged(caplog))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    monkeypatch.setattr(_salf_bottleneck_fit._State, "step", None)
+    monkeypatch.setattr(bottleneck._State, "step", None)
     second = fit(tmp_path)
     assert equal(state(first), state(second))
     assert first.metadata == second.metadata
@@ -54,8 +54,8 @@ def test_a_second_call_computes_nothing(tmp_path, monkeypatch, caplog):
 def test_interrupted_in_any_epoch(tmp_path, monkeypatch, live):
     options = {"train_backbone": live, "bottleneck": {"init": "random", "max_epochs": 6, "backbone_lr": 1e-3}}
     whole = fit(tmp_path / "whole", **options)
-    monkeypatch.setattr(_salf_bottleneck_fit, "CHECKPOINT_SECONDS", 0)
-    finish = _salf_bottleneck_fit._State.finish_epoch
+    monkeypatch.setattr(bottleneck, "CHECKPOINT_SECONDS", 0)
+    finish = bottleneck._State.finish_epoch
     started: list[int] = []
 
     def interrupt(self, epoch, *rest):
@@ -64,12 +64,12 @@ def test_interrupted_in_any_epoch(tmp_path, monkeypatch, live):
             raise Stopped
         finish(self, epoch, *rest)
 
-    monkeypatch.setattr(_salf_bottleneck_fit._State, "finish_epoch", interrupt)
+    monkeypatch.setattr(bottleneck._State, "finish_epoch", interrupt)
     for _ in range(5):
         with pytest.raises(Stopped):
             fit(tmp_path / "broken", **options)
     assert list((tmp_path / "broken").glob("bottleneck.progress-*"))
-    monkeypatch.setattr(_salf_bottleneck_fit._State, "finish_epoch", finish)
+    monkeypatch.setattr(bottleneck._State, "finish_epoch", finish)
     resumed = fit(tmp_path / "broken", **options)
     assert started == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     assert equal(state(whole), state(resumed))
@@ -81,7 +81,7 @@ def test_interrupted_in_any_epoch(tmp_path, monkeypatch, live):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed processes are forks")
 def test_kill_9_at_random_moments(tmp_path, monkeypatch):
     kills = int(os.environ.get("CAPTUM_CONCEPTS_KILLS", "4"))
-    monkeypatch.setattr(_salf_bottleneck_fit, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(bottleneck, "CHECKPOINT_SECONDS", 0)
     settings = {"bottleneck": {"max_epochs": 20, "patience": 20}}
     start = time.perf_counter()
     whole = state(fit(tmp_path / "whole", **settings))
@@ -192,12 +192,15 @@ def test_damaged_results_are_computed_again(tmp_path, caplog):
 
 
 def test_a_damaged_cache_is_computed_again(tmp_path):
+    expected = state(fit(tmp_path, seed=1))
     fit(tmp_path)
     (shard,) = tmp_path.glob("features-train-*/shard-00000.safetensors")
-    good = shard.read_bytes()
-    shard.write_bytes(good[:-20] + bytes([good[-20] ^ 1]) + good[-19:])
-    fit(tmp_path, seed=1)
-    assert shard.read_bytes() == good
+    content = bytearray(shard.read_bytes())
+    whole = bytes(content)
+    content[-20] ^= 1
+    shard.write_bytes(content)
+    assert equal(expected, state(fit(tmp_path, seed=1)))
+    assert shard.read_bytes() == whole
 
 
 def test_two_fits_in_one_folder_at_once(tmp_path):
@@ -207,15 +210,15 @@ def test_two_fits_in_one_folder_at_once(tmp_path):
 
 def test_full_disk_in_the_middle(tmp_path, monkeypatch):
     whole = state(fit(tmp_path / "whole"))
-    save = _salf_bottleneck_fit.fit_bottleneck
+    save = bottleneck.fit_bottleneck
 
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("captum_concepts.models._salf_run.fit_bottleneck", full)
+    monkeypatch.setattr("captum_concepts.models.salf_cbm.fit.pipeline.fit_bottleneck", full)
     with pytest.raises(OSError, match="No space"):
         fit(tmp_path / "full")
-    monkeypatch.setattr("captum_concepts.models._salf_run.fit_bottleneck", save)
+    monkeypatch.setattr("captum_concepts.models.salf_cbm.fit.pipeline.fit_bottleneck", save)
     assert equal(whole, state(fit(tmp_path / "full")))
     assert not list(tmp_path.rglob("*.partial"))
 

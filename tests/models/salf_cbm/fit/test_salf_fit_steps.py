@@ -14,23 +14,23 @@ from torch.utils.data import TensorDataset
 
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.models import _salf_objective
-from captum_concepts.models._salf_bottleneck_init import gather_moments, least_squares, unit_variance
-from captum_concepts.models._salf_concepts import WHOLE
-from captum_concepts.models._salf_objective import Samples, Validation, ahead, batch_similarity
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm import SALFCBM
-from captum_concepts.models.salf_cbm_fit import (
+from captum_concepts.models.salf_cbm.fit import (
     CachedFeatures,
-    LabelledImages,
     LiveFeatures,
     cache_features,
     compute_activations,
     concept_presence,
     fit_head,
     interpretable_concepts,
+    labeled_images,
+    objective,
     present_concepts,
 )
+from captum_concepts.models.salf_cbm.fit.filters import WHOLE
+from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation, ahead, batch_similarity
+from captum_concepts.models.salf_cbm.fit.start import gather_moments, least_squares, unit_variance
 from captum_concepts.store import RegionEmbeddingStore
 
 
@@ -68,7 +68,7 @@ def expected_similarity(features, embeddings, weight, text):
 
 @pytest.mark.parametrize("part", [1, 200, 1 << 21])
 def test_batch_similarity_and_its_gradients(problem, monkeypatch, part):
-    monkeypatch.setattr(_salf_objective, "PART", part)
+    monkeypatch.setattr(objective, "PART", part)
     features, embeddings, text, weight = problem
     f, w = features.values.clone().requires_grad_(), weight.clone().requires_grad_()
     expected = expected_similarity(f, embeddings.values, w, text)
@@ -83,7 +83,7 @@ def test_batch_similarity_and_its_gradients(problem, monkeypatch, part):
 
 @pytest.mark.parametrize(("part", "batch_size"), [(1, 1), (50, 4), (1 << 21, 256)])
 def test_validation_in_parts_is_validation_at_once(problem, monkeypatch, part, batch_size):
-    monkeypatch.setattr(_salf_objective, "PART", part)
+    monkeypatch.setattr(objective, "PART", part)
     features, embeddings, text, weight = problem
     rows = torch.tensor([20, 3, 4, 9, 11, 0, 17, 5, 6])
     validate = Validation(Samples(features, embeddings, rows), text, batch_size=batch_size)
@@ -137,7 +137,7 @@ def test_start_is_the_ridge_solution_of_p(problem):
 
 def test_start_from_some_of_many_images(problem, monkeypatch):
     features, embeddings, _, _ = problem
-    monkeypatch.setattr("captum_concepts.models._salf_bottleneck_init.MOST_IMAGES", 10)
+    monkeypatch.setattr("captum_concepts.models.salf_cbm.fit.start.MOST_IMAGES", 10)
     samples = Samples(features, embeddings, torch.arange(21))
     first, again = (gather_moments(samples, torch.device("cpu"), seed=3) for _ in range(2))
     other = gather_moments(samples, torch.device("cpu"), seed=4)
@@ -165,7 +165,7 @@ def test_reading_ahead_keeps_order_and_passes_errors_on():
 def source():
     x, _ = images_and_labels(30)
     model = SALFCBM(backbone(), "1", WORDS, 3, (2, 2))
-    return LiveFeatures(model, LabelledImages((x, torch.arange(30) % 3), 3).pictures, batch_size=7), x
+    return LiveFeatures(model, labeled_images((x, torch.arange(30) % 3), 3), batch_size=7), x
 
 
 def test_features_are_those_of_the_backbone(source):
@@ -176,7 +176,7 @@ def test_features_are_those_of_the_backbone(source):
     torch.testing.assert_close(live.rows(range(30)), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(live.rows([5, 2]), expected[[5, 2]], atol=1e-6, rtol=1e-5)
     assert live.rows([]).shape == (0, 4, 12)
-    assert (live.places, live.dim, len(live)) == (4, 12, 30)
+    assert (live.cells, live.dim, len(live)) == (4, 12, 30)
 
 
 def test_a_cache_is_resumed_to_the_same_bytes(source, tmp_path, monkeypatch):
@@ -219,10 +219,10 @@ def test_activations_are_pooled_maps(problem, tmp_path):
 def test_more_activations_than_memory_are_read_in_chunks(tmp_path, monkeypatch):
     values = InMemory(random(300, 2, 6))
     y = (values.values.mean(1) @ random(6, 3, seed=5)).argmax(1)
-    monkeypatch.setattr("captum_concepts.models._salf_head._ROWS", 64)
+    monkeypatch.setattr("captum_concepts.models.salf_cbm.fit.head._ROWS", 64)
     activations = compute_activations(tmp_path, "activations", values, torch.eye(6), {"a": 1}, batch_size=50)
     at_once = fit_head(activations.rows(), y, 3, lam=0.01, tol=1e-6)
-    monkeypatch.setattr("captum_concepts.models._salf_head.IN_MEMORY", 10)
+    monkeypatch.setattr("captum_concepts.models.salf_cbm.fit.head.IN_MEMORY", 10)
     assert activations.rows() is activations
     in_chunks = fit_head(activations.rows(), y, 3, lam=0.01, tol=1e-4)
     torch.testing.assert_close(in_chunks.weight, at_once.weight, atol=1e-3, rtol=1e-3)
@@ -255,7 +255,7 @@ def test_presence_is_judged_on_images_as_they_are(tmp_path):
         torch.testing.assert_close(concept_presence(whole, text, k=k, batch_size=7), expected, atol=2e-3, rtol=0)
     regions = RegionEmbeddingStore.build(tmp_path / "regions", x, Colours(), PROMPT)
     assert (regions.top_activations(text, 5) > concept_presence(whole, text) + 0.02).all()  # what it was compared with
-    with pytest.raises(InputError, match="4 marked places of each"):
+    with pytest.raises(InputError, match="4 marked cells of each"):
         concept_presence(regions, text)
     with pytest.raises(InputError, match="k=0"):
         concept_presence(whole, text, k=0)
@@ -271,8 +271,8 @@ def test_concepts_that_are_not_there_are_refused_before_regions_are_embedded(tmp
     seen = []
     monkeypatch.setattr(Colours, "encode_image", _counted(Colours.encode_image, seen))
     with pytest.raises(InputError, match="no concept is left"):
-        fit(tmp_path, presence_cutoff=0.99)
-    assert sum(seen) <= 96 + 4  # one pass per image, and what a store tries first
+        fit(tmp_path, presence_cutoff=0.99, prompt_batch_size=32)
+    assert sum(seen) <= 96 + 16  # one pass per image, and what a store tries first
     assert not (tmp_path / "regions-train").exists()
 
 
@@ -321,11 +321,11 @@ class Relabelled(torch.utils.data.Dataset):
 def test_labels_are_those_of_the_items(wrong):
     x, y = images_and_labels(60)
     data = Relabelled(x, y, wrong)
-    assert torch.equal(LabelledImages(data, 3).labels, y)
+    assert torch.equal(labeled_images(data, 3).labels, y)
     backwards = torch.utils.data.Subset(data, range(59, -1, -1))
-    assert torch.equal(LabelledImages(backwards, 3).labels, y.flip(0))
+    assert torch.equal(labeled_images(backwards, 3).labels, y.flip(0))
     joined = torch.utils.data.ConcatDataset([TensorDataset(x, y), data])
-    assert torch.equal(LabelledImages(joined, 3).labels, y.repeat(2))
+    assert torch.equal(labeled_images(joined, 3).labels, y.repeat(2))
 
 
 def test_labels_of_an_image_folder(tmp_path):
@@ -337,26 +337,26 @@ def test_labels_of_an_image_folder(tmp_path):
         (tmp_path / f"class {number % 3}").mkdir(exist_ok=True)
         Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"class {number % 3}" / f"{number}.png")
     expected = torch.arange(3).repeat_interleave(4)
-    assert torch.equal(LabelledImages(ImageFolder(tmp_path, to_tensor), 3).labels, expected)
+    assert torch.equal(labeled_images(ImageFolder(tmp_path, to_tensor), 3).labels, expected)
     swapped = ImageFolder(tmp_path, to_tensor, target_transform=lambda label: 2 - label)
-    assert torch.equal(LabelledImages(swapped, 3).labels, 2 - expected)
+    assert torch.equal(labeled_images(swapped, 3).labels, 2 - expected)
 
     class Merged(ImageFolder):
         def __getitem__(self, index):
             image, label = super().__getitem__(index)
             return image, min(label, 1)
 
-    assert torch.equal(LabelledImages(Merged(tmp_path, to_tensor), 2).labels, expected.clamp(max=1))
+    assert torch.equal(labeled_images(Merged(tmp_path, to_tensor), 2).labels, expected.clamp(max=1))
 
 
 @pytest.mark.parametrize("key", ["label", "labels", "target", "y"])
 def test_labels_in_dictionaries_and_bad_ones(key):
     x, y = images_and_labels(12)
     items = [{"image": image, key: label.float()} for image, label in zip(x, y, strict=True)]
-    assert torch.equal(LabelledImages(items, 3, all_classes=False).labels, y)
+    assert torch.equal(labeled_images(items, 3, all_classes=False).labels, y)
     items[7][key] = 1.5
-    with pytest.raises(InputError, match="item 7 of train_data has no label"):
-        LabelledImages(items, 3, all_classes=False)
+    with pytest.raises(InputError, match="one class index per image"):
+        labeled_images(items, 3, all_classes=False)
 
 
 def test_vit_with_cls_token(tmp_path):
@@ -384,7 +384,7 @@ def test_vit_with_cls_token(tmp_path):
 
 
 def test_the_rate_falls_where_no_progress_is_made(tmp_path, monkeypatch):
-    from captum_concepts.models import _salf_bottleneck_fit as module
+    from captum_concepts.models.salf_cbm.fit import bottleneck as module
 
     monkeypatch.setattr(module, "_LEAST_STEPS", 3)
     rates, finish = [], module._State.finish_epoch

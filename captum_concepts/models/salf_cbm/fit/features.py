@@ -1,0 +1,252 @@
+"""Backbone features on the grid, by image: cached on disk once, or computed whenever they are asked for."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from captum_concepts._checks import integer, one_of
+from captum_concepts._memory import Halving
+from captum_concepts.activations import evaluation_mode
+from captum_concepts.errors import InputError
+from captum_concepts.models.salf_cbm.fit.data import LabeledImages, Transform
+from captum_concepts.models.salf_cbm.fit.steps import digest, first_decides, progress, say
+from captum_concepts.store import (
+    Manifest,
+    ShardReader,
+    all_or_none,
+    check_fingerprint,
+    fill_shards,
+    missing_shards,
+    read_manifest,
+    shard_sizes,
+    world,
+)
+
+
+class GridFeatures(Protocol):
+    """Features of image n at every grid cell."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        ...
+
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """``(n, h*w, D)``, cells row by row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class LiveFeatures:
+    """Features computed from the images whenever they are asked for, by the model in evaluation mode.
+
+    Args:
+        model: has ``features(images) -> (N, D, h, w)``, as :class:`~captum_concepts.models.salf_cbm.SALFCBM`.
+        images: the images.
+        transform: from a batch of them to what the backbone takes; None passes them as they are.
+        batch_size: images per forward pass.
+
+    Attributes:
+        cells: h*w.
+        dim: D.
+        device: where they are computed.
+    """
+
+    def __init__(
+        self, model: Any, images: LabeledImages, transform: Transform | None = None, batch_size: int = 32
+    ) -> None:
+        self.model, self.images, self.transform = model, images, transform
+        self.batch_size = integer("batch_size", batch_size)
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        self.device, self.dtype = like.device, like.dtype
+        with torch.no_grad():
+            self.cells, self.dim = self._compute([images.source[0]]).shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """``(n, h*w, D)`` float32 on the model's device; differentiable if gradients are enabled."""
+        if not len(index):
+            return torch.empty(0, self.cells, self.dim, device=self.device)
+        return torch.cat(list(self.batches([int(i) for i in index])))
+
+    def batches(self, index: Sequence[int]) -> Iterator[Tensor]:
+        """:meth:`rows` in parts of ``batch_size`` images.
+
+        Raises:
+            InputError: NaN or infinite features; the image is named.
+        """
+        kept: list[Tensor] = []
+        first = 0
+        halving = Halving("batch_size")
+        for number, image in enumerate(self.images.read(index)):
+            kept.append(image)
+            if len(kept) == self.batch_size or number == len(index) - 1:
+                features = torch.cat(halving(self._compute, kept, _halves))
+                finite = features.detach().isfinite().flatten(1).all(1)
+                if not bool(finite.all()):
+                    bad = index[first + int((~finite).nonzero()[0])]
+                    raise InputError(f"the backbone's features of image {bad} hold NaN or infinite values")
+                yield features
+                kept, first = [], number + 1
+
+    def _compute(self, images: list[Tensor]) -> Tensor:
+        batch = torch.stack(images).to(self.device)
+        inputs = batch if self.transform is None else self.transform(batch)
+        with evaluation_mode(self.model):  # also while the backbone is trained: its batch statistics are fixed
+            maps = self.model.features(inputs.to(self.dtype))
+        return maps.flatten(2).transpose(1, 2).float()
+
+
+def _halves(images: list[Tensor]) -> list[list[Tensor]]:
+    middle = -(-len(images) // 2)
+    return [part for part in (images[:middle], images[middle:]) if part]
+
+
+class CachedFeatures:
+    """Features read from the folder that :func:`cache_features` wrote, through memory maps.
+
+    Args:
+        path: the folder.
+        made_from: refuses a folder computed from something else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self._reader = ShardReader(self.path, made_from, verify_on_read=True)
+        self.dim: int = self._reader.row_shape("features")[-1]
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """``(n, h*w, D)`` as stored, on the CPU."""
+        return self._reader.rows("features", index)
+
+
+def features_bytes(images: int, cells: int, dim: int, dtype: torch.dtype) -> int:
+    """Size of a cache.
+
+    >>> features_bytes(1_281_167, 49, 2048, torch.float16) / 1e9
+    257.135341568
+    """
+    return images * cells * dim * dtype.itemsize
+
+
+def fits(path: Path, size: int, limit: int | None) -> bool:
+    """Whether a cache of ``size`` bytes may be written: up to ``limit``, or (None) to half of the free disk."""
+    return size <= (free_bytes(path) // 2 if limit is None else limit)
+
+
+def free_bytes(path: Path) -> int:
+    """Free room on the disk that ``path`` is or will be on."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def cache_features(
+    path: Path,
+    source: LiveFeatures,
+    made_from: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float16,
+    shard_rows: int | None = None,
+    show_progress: bool = False,
+) -> CachedFeatures:
+    """Compute all features once and keep them in ``path``; continues with what a killed run has written.
+
+    Each process writes every n-th shard, so the files do not depend on the number of processes, nor on where a run was
+    interrupted. Shards carry checksums that are compared when they are first read.
+
+    Args:
+        path: the folder.
+        source: where the features come from.
+        made_from: see :class:`~captum_concepts.store.ShardWriter`.
+        dtype: ``torch.float16`` or ``torch.float32``.
+        shard_rows: images in one file; None chooses.
+        show_progress: show a bar.
+
+    Raises:
+        InputError: NaN, or values beyond half precision.
+        ArtifactError: the folder holds features of something else, or is being written.
+    """
+    if dtype not in (torch.float16, torch.float32):
+        raise InputError(f"feature_dtype={dtype} must be torch.float16 or torch.float32")
+    rank, size = world()
+    count = len(source)
+    rows = shard_rows or min(max(count // 200, 32), 1024)
+    wanted = Manifest(json.loads(json.dumps(dict(made_from))), shard_sizes(count, rows), {"images": count})
+
+    def plan() -> None:
+        known = read_manifest(path)
+        if known is not None:
+            check_fingerprint(made_from, known.fingerprint, f"the features at {path}")
+        if rank == 0 and (known is None or known.total != count or known.growing):
+            path.mkdir(parents=True, exist_ok=True)
+            wanted.write(path)
+
+    def write() -> None:
+        compute = functools.partial(_fill, source, dtype, show_progress)
+        fill_shards(path, read_manifest(path) or wanted, compute, rank=rank, size=size, what="the features at")
+
+    all_or_none(plan)
+    all_or_none(write)
+    return CachedFeatures(path, made_from)
+
+
+def _fill(source: LiveFeatures, dtype: torch.dtype, show: bool, spans: list[tuple[int, int]], write: Any) -> None:
+    total = sum(end - start for start, end in spans)
+    with torch.no_grad(), progress(total, "backbone features", "image", show) as advance:
+        for start, end in spans:  # batches begin anew with each file
+            parts = []
+            for features in source.batches(range(start, end)):
+                values = features.to(dtype).cpu()
+                if not bool(values.isfinite().all()):
+                    raise InputError(
+                        f"features reach {float(features.abs().max()):.3g}, beyond half precision; use "
+                        "feature_dtype=torch.float32"
+                    )
+                parts.append(values)
+                advance(len(features))
+            write({"features": torch.cat(parts)}, {})
+
+
+def open_features(
+    root: Path,
+    name: str,
+    source: LiveFeatures,
+    made_from: Mapping[str, Any],
+    *,
+    cache: bool | str,
+    max_bytes: int | None,
+    dtype: torch.dtype,
+    show_progress: bool,
+) -> GridFeatures:
+    """Cached features under ``root``, or ``source`` itself if a cache is unwanted or would be too large."""
+    one_of("cache_features", cache, (True, False, "auto"))
+    if cache is False:
+        return source
+    folder = root / f"{name}-{digest(made_from)}"
+    size = features_bytes(len(source), source.cells, source.dim, dtype)
+    manifest = read_manifest(folder)
+    if first_decides(manifest is not None and not missing_shards(folder, manifest)):
+        say(f"{name}: taken from an earlier run ({folder.name})")
+    elif cache == "auto" and not first_decides(fits(root, size, max_bytes)):
+        say(f"{name}: computed on the fly, because a cache of {size / 1e9:.2f} GB is too large")
+        return source
+    else:
+        say(f"{name}: computing once, {size / 1e9:.3g} GB ({folder.name})")
+    return cache_features(folder, source, made_from, dtype=dtype, show_progress=show_progress)

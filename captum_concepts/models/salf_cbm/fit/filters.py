@@ -1,0 +1,106 @@
+"""Which concepts a model keeps: those that the data show, and those that its bottleneck can follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from captum_concepts.concepts import Drop, Vocabulary
+from captum_concepts.errors import InputError
+from captum_concepts.models.salf_cbm.fit.objective import ahead
+from captum_concepts.models.salf_cbm.fit.steps import share_of
+from captum_concepts.store import RegionEmbeddingStore, world
+from captum_concepts.vlm import RegionPrompt
+
+#: Leaves an image as it is: the window of a single cell that covers all of it.
+WHOLE = RegionPrompt("crop", 1, 112, reference_size=224)
+#: The published filters compare the mean similarity of so many images with their cutoff.
+TOP_IMAGES = 5
+
+
+def concept_presence(
+    store: RegionEmbeddingStore, text: Tensor, *, k: int = TOP_IMAGES, batch_size: int = 256
+) -> Tensor:
+    """How strongly each concept appears in the data: the mean of the k largest similarities of the images.
+
+    The published cutoffs belong to the images as they are, so ``store`` must hold these: one made with the prompt
+    :data:`WHOLE`. The images are divided among the processes of ``torch.distributed``.
+
+    Returns:
+        ``(M,)`` float32.
+
+    Raises:
+        InputError: the store has several cells per image, or k is below 1.
+    """
+    if k < 1:
+        raise InputError(f"k={k} must be at least 1")
+    if len(store.prompt) != 1:
+        raise InputError(
+            f"presence is judged on images as they are, but the store holds {len(store.prompt)} marked cells of each; "
+            "build one with the prompt WHOLE"
+        )
+    share = share_of(len(store))
+    similarity = store.similarity(text)
+    best = torch.empty(0, len(text), device=text.device)
+    parts = [slice(s, min(s + batch_size, share.stop)) for s in range(share.start, share.stop, batch_size)]
+    for p in ahead(similarity.__getitem__, parts, depth=1):
+        joined = torch.cat([best, p.flatten(1)])
+        best = joined.topk(min(k, len(joined)), dim=0).values
+    if world()[1] > 1:
+        found: list[Tensor] = [best] * world()[1]
+        torch.distributed.all_gather_object(found, best.cpu())
+        joined = torch.cat(found).to(text.device)
+        best = joined.topk(min(k, len(joined)), dim=0).values
+    return best.mean(0)
+
+
+def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | None) -> Vocabulary:
+    """The concepts whose presence is above ``cutoff``; None keeps all.
+
+    Raises:
+        InputError: none is; says how high the highest comes, because the scale is the encoder's own.
+    """
+    if cutoff is None:
+        return vocabulary
+    best = float(presence.max())
+    if best <= cutoff:
+        raise InputError(
+            f"no concept is left: the most present one, {vocabulary[int(presence.argmax())]!r}, has a mean "
+            f"top-{TOP_IMAGES} similarity of {best:.3g}, not above presence_cutoff={cutoff:g}. The published 0.25 "
+            "belongs to CLIP ViT-B/16; give another cutoff, None for no such filter, or other concepts"
+        )
+    return vocabulary.present_in(presence.cpu(), k=TOP_IMAGES, cutoff=cutoff)
+
+
+def interpretable_concepts(vocabulary: Vocabulary, similarity: Tensor, cutoff: float | None) -> Vocabulary:
+    """The concepts whose validation similarity is at least ``cutoff`` (LF-CBM drops those below 0.45); None keeps all.
+
+    Raises:
+        InputError: none does; says how high the highest comes.
+    """
+    values = similarity.tolist()
+    if len(values) != len(vocabulary):
+        raise InputError(f"{len(values)} similarities for {len(vocabulary)} concepts")
+    if cutoff is None:
+        return vocabulary
+    best = max(values)
+    if best < cutoff:
+        raise InputError(
+            f"no concept is left: the best one, {vocabulary[values.index(best)]!r}, has a validation similarity of "
+            f"{best:.3g}, below interpretability_cutoff={cutoff:g}; give a lower cutoff, None for no such filter, "
+            "a layer with more information, or more images"
+        )
+    drops = [
+        Drop(concept, "low validation similarity", value, cutoff)
+        for concept, value in zip(vocabulary, values, strict=True)
+        if value < cutoff
+    ]
+    return vocabulary.without(drops) if drops else vocabulary
+
+
+def columns_of(kept: Vocabulary, before: Vocabulary) -> Sequence[int]:
+    """The numbers of the kept concepts in the vocabulary before."""
+    number = {concept: i for i, concept in enumerate(before)}
+    return [number[concept] for concept in kept]

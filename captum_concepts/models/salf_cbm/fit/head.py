@@ -1,0 +1,331 @@
+"""Concept activations on disk, and the sparse or dense linear head over them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from captum_concepts._checks import number, one_of
+from captum_concepts.activations import full_precision
+from captum_concepts.errors import InputError, InputWarning, shortened
+from captum_concepts.models.salf_cbm.fit.features import GridFeatures
+from captum_concepts.models.salf_cbm.fit.objective import ahead
+from captum_concepts.models.salf_cbm.fit.steps import all_reduce, digest, progress, say, share_of
+from captum_concepts.solvers import ElasticNetResult, elastic_net_path, fit_elastic_net
+from captum_concepts.store import ShardReader, ShardWriter, all_or_none, read_manifest, world
+
+if TYPE_CHECKING:
+    from captum_concepts.models.salf_cbm.salf_cbm import SALFCBM
+
+#: Nonzero weights per class that a sparse head aims at, as LF-CBM does (25 to 35); half of the concepts where that is
+#: less.
+NONZEROS = 30
+#: Strength of a dense head's ridge penalty: enough for a unique optimum.
+DENSE_LAM = 1e-4
+#: Activations of up to so many bytes are held in memory by the solver, more are read from disk in chunks.
+IN_MEMORY = 1 << 30
+_ROWS = 1024
+
+
+class Activations:
+    """``(N, M)`` concept activations (means of the concept maps, as they are) of this process' images, by chunk.
+
+    Args:
+        path: the folder that :func:`compute_activations` wrote.
+        made_from: what they must have been made from.
+    """
+
+    def __init__(self, path: Path, made_from: Mapping[str, Any]) -> None:
+        self._reader = ShardReader(path, made_from, verify_on_read=True)
+        self.concepts: int = self._reader.row_shape("activations")[0]
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return ahead(
+            lambda start: self._reader.rows("activations", range(start, min(start + _ROWS, len(self)))),
+            range(0, len(self), _ROWS),
+        )
+
+    def rows(self) -> Any:
+        """What the solver takes: one tensor, or these chunks.
+
+        Double precision where there is room: nearly collinear concepts (which are usual) leave the solver's certificate
+        in single precision short of its tolerance.
+        """
+        return torch.cat([chunk.double() for chunk in self]) if len(self) * self.concepts * 8 <= IN_MEMORY else self
+
+
+def compute_activations(
+    root: Path,
+    name: str,
+    features: GridFeatures,
+    weight: Tensor,
+    made_from: Mapping[str, Any],
+    *,
+    batch_size: int = 256,
+    show_progress: bool = False,
+) -> Activations:
+    """Pool the features and apply the bottleneck: the mean of a concept map is the map of the mean feature.
+
+    Written shard by shard under ``root``, by each process its own images; goes on after a kill.
+
+    Args:
+        root: where the folder ``NAME-DIGEST`` lies.
+        name: see above.
+        features: of all images.
+        weight: ``(M, D)``.
+        made_from: see :class:`~captum_concepts.store.ShardWriter`.
+        batch_size: images read at a time.
+        show_progress: show a bar.
+    """
+    rank, size = world()
+    folder = root / f"{name}-{digest(made_from)}"
+    if size > 1:
+        folder = folder / f"part-{rank:05d}-of-{size:05d}"
+    share = share_of(len(features))
+
+    def write() -> None:
+        whole = read_manifest(folder)
+        if whole is not None and not whole.growing:
+            say(f"{name}: taken from an earlier run")
+            return
+        say(f"{name}: computing")
+        writer = ShardWriter(folder, made_from, shard_rows=_ROWS)
+        mine = torch.tensor(share, dtype=torch.long)[writer.rows :]
+        with torch.no_grad(), progress(len(mine), "concept activations", "image", show_progress) as advance:
+            for part in (part for span in mine.split(_ROWS) for part in span.split(batch_size)):
+                pooled = features.rows(part.numpy()).to(weight.device).float().mean(1)
+                writer.append({"activations": pooled @ weight.T})
+                advance(len(part))
+        writer.finish()
+
+    all_or_none(write)
+    return Activations(folder, made_from)
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """A linear head over standardized activations.
+
+    Attributes:
+        weight, bias: ``(L, M)`` and ``(L,)``.
+        mean, std: ``(M,)`` each, over the training images.
+        notes: lam, alpha, objective, gap, converged, nonzeros (mean per class); for independent classes the largest
+            gap, and the sum of the objectives.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+    notes: dict[str, Any]
+
+
+def check_head(head: str, lam: float | None, nonzeros_per_class: float | None, concepts: int) -> None:
+    """Refuse contradicting settings before the long steps.
+
+    Raises:
+        InputError: both ``lam`` and ``nonzeros_per_class``, or one that is out of range.
+    """
+    one_of("head", head, ("sparse", "dense"))
+    if lam is not None and nonzeros_per_class is not None:
+        raise InputError(f"pass lam={lam} or nonzeros_per_class={nonzeros_per_class}, not both: one decides the other")
+    if head == "dense" and nonzeros_per_class is not None:
+        raise InputError(
+            f"nonzeros_per_class={nonzeros_per_class} is for head='sparse'; a dense head keeps all weights"
+        )
+    if lam is not None:
+        number("lam", lam, lambda value: value >= 0, "a number of at least 0")
+    if nonzeros_per_class is not None and not 0 < nonzeros_per_class <= concepts:
+        raise InputError(f"nonzeros_per_class={nonzeros_per_class} must lie in (0, {concepts}], the number of concepts")
+
+
+def check_class_weights(weights: str | Sequence[float] | None, num_classes: int) -> None:
+    """Refuse what is not ``"balanced"``, one positive number per class, or None."""
+    if weights is None or isinstance(weights, str):
+        one_of("class_weights", weights, (None, "balanced"))
+        return
+    given = torch.as_tensor(weights, dtype=torch.float64)
+    if given.shape != (num_classes,) or not bool(((given > 0) & given.isfinite()).all()):
+        allowed = f"{num_classes} positive numbers or 'balanced'"
+        raise InputError(f"class_weights must be {allowed}, got {shortened(weights)}")
+
+
+def fit_head(
+    activations: Any,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    lam: float | None = None,
+    nonzeros_per_class: float | None = None,
+    head: str = "sparse",
+    alpha: float = 0.99,
+    class_weights: str | Sequence[float] | None = None,
+    tol: float = 1e-4,
+    device: torch.device | str | None = None,
+    show_progress: bool = False,
+) -> HeadFit:
+    r"""Cross-entropy over standardized activations, plus an elastic net (SALF-CBM, section 3.4).
+
+    .. math:: \frac1N \sum_n \mathrm{CE}(W c^*_n + b, y_n) + \lambda \left(\tfrac{1-\alpha}{2} \|W\|_F^2 +
+        \alpha \|W\|_1\right)
+
+    Args:
+        activations: ``(N, M)`` tensor, array, or re-iterable of chunks, not standardized; this process' rows under
+            ``torch.distributed``.
+        labels: ``(N,)`` of the same rows; or ``(N, L)`` of 0 and 1, for classes that do not exclude each other: one
+            logistic regression each.
+        num_classes: L.
+        lam: strength. For a sparse head None aims at ``nonzeros_per_class``; for a dense one it is 1e-4.
+        nonzeros_per_class: mean number of weights that a class keeps (met within 10 % if possible); None stands for 30,
+            or half of the concepts if that is less, or as many as it takes if classes are separated by fewer.
+        head: ``"sparse"``, or ``"dense"``: ridge alone (alpha 0).
+        alpha: fraction of the absolute values, for a sparse head.
+        class_weights: what an image of each class counts: L numbers, or ``"balanced"``, which makes all classes count
+            the same. For independent classes it is what an image that has the class counts.
+        tol: accuracy of the optimum; see :func:`~captum_concepts.solvers.fit_elastic_net`.
+        device: where to compute.
+        show_progress: show a bar.
+
+    Example:
+        >>> c = torch.tensor([[0.0, 1.0], [1.0, 1.1], [2.0, 1.1], [3.0, 1.0]] * 3)
+        >>> fit = fit_head(c, torch.tensor([0, 0, 1, 1] * 3), 2, lam=0.1)
+        >>> (fit.weight != 0).tolist(), fit.mean
+        ([[True, False], [True, False]], tensor([1.5000, 1.0500]))
+    """
+    width = activations.shape[1] if hasattr(activations, "shape") else next(iter(activations)).shape[1]
+    check_head(head, lam, nonzeros_per_class, width)
+    options: dict[str, Any] = {
+        "tol": tol,
+        "standardize": True,
+        "device": device,
+        "process_group": True if world()[1] > 1 else None,
+        "show_progress": show_progress and world()[0] == 0,
+    }
+    how = (lam, nonzeros_per_class, head, alpha, width)
+    weights = _class_weights(class_weights, labels, num_classes)
+    if labels.ndim == 1:
+        each = None if weights is None else weights[labels.long()]
+        return _head_fit(_solved(activations, labels, how, sample_weight=each, num_classes=num_classes, **options))
+    fits = []
+    for k in range(num_classes):
+        own = labels[:, k].long()
+        each = None if weights is None else torch.where(own > 0, weights[k], torch.ones(()).double())
+        fits.append(_head_fit(_solved(activations, own, how, sample_weight=each, loss="logistic", **options)))
+    notes = {
+        "lam": [fit.notes["lam"] for fit in fits],
+        "alpha": fits[0].notes["alpha"],
+        "objective": sum(fit.notes["objective"] for fit in fits),
+        "gap": max(fit.notes["gap"] for fit in fits),
+        "converged": all(fit.notes["converged"] for fit in fits),
+        "nonzeros_per_class": sum(fit.notes["nonzeros_per_class"] for fit in fits) / len(fits),
+    }
+    weight, bias = torch.cat([fit.weight for fit in fits]), torch.cat([fit.bias for fit in fits])
+    return HeadFit(weight, bias, fits[0].mean, fits[0].std, notes)
+
+
+def _solved(
+    activations: Any,
+    labels: Tensor,
+    how: tuple[float | None, float | None, str, float, int],
+    **options: Any,
+) -> ElasticNetResult:
+    lam, nonzeros_per_class, head, alpha, width = how
+    if head == "dense":
+        return fit_elastic_net(activations, labels, DENSE_LAM if lam is None else lam, alpha=0.0, **options)
+    if lam is not None:
+        return fit_elastic_net(activations, labels, lam, alpha=alpha, **options)
+    wanted = nonzeros_per_class or min(NONZEROS, width / 2)
+    with warnings.catch_warnings():
+        if nonzeros_per_class is None:  # nobody asked for that number: classes that are easily separated need less
+            warnings.filterwarnings("ignore", "no point of the path", InputWarning)
+        path = elastic_net_path(activations, labels, nonzeros_per_class=wanted, alpha=alpha, **options)
+    if path.selected is None:
+        raise InputError("the elastic-net path is empty")
+    return path.selected
+
+
+def _class_weights(weights: str | Sequence[float] | None, labels: Tensor, num_classes: int) -> Tensor | None:
+    """``(L,)`` what an image of each class counts."""
+    if weights is None:
+        return None
+    check_class_weights(weights, num_classes)
+    if isinstance(weights, str):
+        counts = torch.bincount(labels, minlength=num_classes) if labels.ndim == 1 else labels.sum(0)
+        total = torch.cat([counts.double(), torch.tensor([len(labels)]).double()])
+        counts, n = all_reduce(total)[:-1], total[-1]
+        ratio = n / (num_classes * counts) if labels.ndim == 1 else (n - counts) / counts
+        return torch.where(counts > 0, ratio, 1.0)
+    return torch.as_tensor(weights, dtype=torch.float64)
+
+
+def _head_fit(result: ElasticNetResult) -> HeadFit:
+    if result.feature_mean is None or result.feature_std is None:
+        raise InputError("the head was fitted without standardization")
+    notes = {
+        "lam": result.lam,
+        "alpha": result.alpha,
+        "objective": result.objective,
+        "gap": result.gap,
+        "converged": result.converged,
+        "nonzeros_per_class": float(result.nonzeros.double().mean()),
+    }
+    bias = result.bias.detach().double().cpu()
+    if result.loss == "multinomial":
+        bias -= bias.mean()  # a shift of all logits changes nothing, and the solver leaves it where it happens to be
+    weight, mean, std = (v.detach().float().cpu() for v in (result.weight, result.feature_mean, result.feature_std))
+    return HeadFit(weight, bias.float(), mean, std, notes)
+
+
+def accuracy(activations: Iterable[Tensor], labels: Tensor, head: HeadFit) -> float:
+    """Fraction of the images (of all processes) whose largest logit is that of their label; for independent classes,
+    of all decisions that are right."""
+    right, start = torch.zeros(2, dtype=torch.float64), 0
+    for chunk in activations:
+        logits = (chunk - head.mean) / head.std @ head.weight.T + head.bias
+        own = labels[start : start + len(chunk)]
+        same = logits.argmax(1) == own if own.ndim == 1 else (logits > 0) == (own > 0)
+        right += torch.tensor([same.sum(), same.numel()])
+        start += len(chunk)
+    correct, total = all_reduce(right).tolist()
+    return correct / total
+
+
+@torch.no_grad()
+def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALFCBM:
+    """A copy of ``model`` whose rules (and standardization) are fitted again to labeled images, its concepts unchanged:
+    after :meth:`~captum_concepts.SALFCBM.without` or for other classes' examples.
+
+    Args:
+        model: a SALFCBM with a linear head.
+        images: as for :meth:`~captum_concepts.SALFCBM.explain`.
+        labels: ``(N,)`` class indices, or ``(N, L)`` of 0 and 1.
+        options: of :func:`fit_head`: ``lam``, ``nonzeros_per_class``, ``head``, ...
+
+    Raises:
+        InputError: another number of labels.
+    """
+    labels = torch.as_tensor(labels).cpu()
+    new = model.select_concepts(list(range(len(model.concepts))))
+    std, mean = (full_precision(v).cpu() for v in (model.concept_std, model.concept_mean))
+    pooled = full_precision(model.scores(images)).cpu() * std + mean
+    if len(labels) != len(pooled):
+        raise InputError(f"{len(labels)} labels for {len(pooled)} images")
+    fit = fit_head(pooled.double(), labels, model.num_classes, **options)
+    new.head.weight.copy_(fit.weight)
+    new.head.bias.copy_(fit.bias)
+    new.set_standardization(fit.mean, fit.std)
+    if model.presence_slope is not None and model.presence_offset is not None:
+        slope, offset = model.presence_slope.cpu(), model.presence_offset.cpu()
+        new.set_presence(slope * fit.std / std, offset + slope * (fit.mean - mean) / std)
+    new.metadata["head"] = {**fit.notes, "refitted": len(labels)}
+    new.metadata.pop("accuracy", None)
+    return new

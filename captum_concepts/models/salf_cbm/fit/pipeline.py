@@ -1,0 +1,510 @@
+"""`fit_salf_cbm`: from a backbone, a vision-language model and labeled images to a SALFCBM, step by step, resumable."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_concepts.activations import Layer, evaluation_mode, layer_name
+from captum_concepts.concepts import Vocabulary
+from captum_concepts.errors import InputError
+from captum_concepts.models.salf_cbm.fit.bottleneck import BottleneckFit, fit_bottleneck
+from captum_concepts.models.salf_cbm.fit.data import FEWEST, LabeledImages, labeled_images
+from captum_concepts.models.salf_cbm.fit.features import GridFeatures, LiveFeatures, open_features
+from captum_concepts.models.salf_cbm.fit.filters import (
+    TOP_IMAGES,
+    WHOLE,
+    columns_of,
+    concept_presence,
+    interpretable_concepts,
+    present_concepts,
+)
+from captum_concepts.models.salf_cbm.fit.head import HeadFit, accuracy, compute_activations, fit_head
+from captum_concepts.models.salf_cbm.fit.objective import Samples
+from captum_concepts.models.salf_cbm.fit.options import (
+    FitOptions,
+    checked_options,
+    checked_vocabulary,
+    input_size,
+    transform_fingerprint,
+)
+from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
+from captum_concepts.models.salf_cbm.fit.steps import StepFolder, StepResult, digest, share_of
+from captum_concepts.models.salf_cbm.salf_cbm import SALFCBM
+from captum_concepts.store import (
+    FolderLock,
+    RegionEmbeddingStore,
+    all_or_none,
+    fingerprint_module,
+    fingerprint_tensor,
+    world,
+)
+from captum_concepts.vlm import Regions
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def fit_salf_cbm(
+    backbone: nn.Module,
+    layer: Layer,
+    images: Any,
+    encoder: Any,
+    concepts: Vocabulary | Sequence[str],
+    num_classes: int,
+    *,
+    store_path: str | os.PathLike[str],
+    val_data: Any = None,
+    lam: float | None = None,
+    nonzeros_per_class: float | None = None,
+    head: str = "sparse",
+    alpha: float = 0.99,
+    class_weights: str | Sequence[float] | None = None,
+    head_tol: float = 1e-4,
+    grid: int | Sequence[int] | None = None,
+    prompt: Regions | None = None,
+    cls_token: bool = False,
+    layout: str = "auto",
+    prefix_tokens: int | None = None,
+    class_names: Sequence[str] | None = None,
+    multi_label: bool | None = None,
+    model_transform: Transform | None = None,
+    encoder_transform: Transform | None = None,
+    presence_cutoff: float | None = 0.25,
+    interpretability_cutoff: float | None = 0.45,
+    validation_fraction: float = 0.1,
+    train_backbone: bool = False,
+    bottleneck: BottleneckSettings | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    cache_features: bool | str = "auto",
+    max_cache_bytes: int | None = None,
+    feature_dtype: torch.dtype = torch.float16,
+    batch_size: int = 32,
+    prompt_batch_size: int | None = None,
+    num_workers: int = 0,
+    show_progress: bool = False,
+) -> SALFCBM:
+    """Train a spatially-aware, label-free concept bottleneck model (Benou and Riklin Raviv, "Show and Tell", 2025).
+
+    1. Drop concepts that the images, unmarked, do not show (:func:`present_concepts`).
+    2. Embed every marked region of every image (:class:`~captum_concepts.store.RegionEmbeddingStore`).
+    3. Compute the backbone's features on the grid, once if the disk has room (:func:`cache_features`).
+    4. Train the 1 x 1 bottleneck by the cubic cosine similarity (:func:`fit_bottleneck`).
+    5. Drop concepts that it cannot follow on validation images (:func:`interpretable_concepts`).
+    6. Pool, standardize, and fit a sparse or dense head (:func:`compute_activations`, :func:`fit_head`).
+
+    Each step can be called alone. The result of a step is written atomically into ``store_path`` under the digest of
+    what it was computed from. So a fit that was killed resumes when it is called again, and ends with the same model;
+    after a change of settings only what depends on them is computed anew, next to the old results, and why is logged
+    (logger ``captum_concepts``). Regions of another encoder, prompt or data set are refused, because they are what
+    takes long: use another ``store_path``.
+
+    Under ``torch.distributed`` (``torchrun``; all processes call this with the same arguments and see one file system)
+    each process embeds its share and computes its share of every batch; all return the model that one process would
+    have returned.
+
+    Args:
+        backbone: the network; it takes ``model_transform`` of the images.
+        layer: where its features are read, a module or dotted name; NCHW, NHWC or tokens.
+        images: labeled images: a data set whose items begin with an image and its label, such as ``ImageFolder`` with
+            a transform; a loader of one; ``(images, labels)``; a folder of class folders. Of one size, the same each
+            time: normalizing belongs into ``model_transform``, random augmentation nowhere. Labels are those of the
+            items.
+        encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`.
+        concepts: texts, or a :class:`~captum_concepts.concepts.Vocabulary` with its templates and its report of drops.
+        num_classes: L; labels are 0..L-1 and every class has images.
+        store_path: folder for all results.
+        val_data: for early stopping, the interpretability cutoff and the reported accuracy; None holds out
+            ``validation_fraction`` of the training images for the first two.
+        lam, nonzeros_per_class, head, alpha, class_weights: of the head, see :func:`fit_head`.
+        head_tol: see :func:`~captum_concepts.solvers.fit_elastic_net`.
+        grid: rows and columns; None takes the prompt's, or 7 x 7.
+        prompt: how regions are shown to the encoder, a :class:`~captum_concepts.vlm.RegionPrompt` or
+            ``DenseRegions``; None takes ``RegionPrompt("circle", grid)``.
+        cls_token: join a ViT's CLS token to every patch token.
+        layout, prefix_tokens: how the layer's output is read, see :class:`~captum_concepts.FeatureActivationMap`.
+        class_names: names of the classes; None takes those of the data if they fit.
+        multi_label: the classes do not exclude each other: labels are ``(N, L)`` of 0 and 1, and each class gets a
+            logistic head of its own. None: if some image has none or several.
+        model_transform: from a batch of images to the backbone's input, e.g. ``torchvision.transforms.Normalize``.
+            The finished model takes transformed images, as the backbone does.
+        encoder_transform: from a batch of images to the RGB images in [0, 1] that the encoder sees. None: images of
+            one channel are repeated, images of three are taken as they are; others need it.
+        presence_cutoff: least mean of a concept's five highest similarities among the training images as they are,
+            unmarked, as published. 0.25 belongs to CLIP ViT-B/16; None leaves this filter out. It costs one pass of the
+            encoder per image and comes first.
+        interpretability_cutoff: least validation similarity of a concept (LF-CBM's 0.45); None leaves it out.
+        validation_fraction: see ``val_data``.
+        train_backbone: train a copy of the backbone together with the bottleneck, on features computed on the fly, its
+            batch statistics fixed; otherwise the backbone is frozen.
+        bottleneck: a :class:`BottleneckSettings`, or a dictionary of its fields.
+        seed: of everything random. Same seed, data, ``prompt_batch_size`` and number of processes: same bits.
+        cache_features: True, False, or "auto": if the cache fits ``max_cache_bytes``, or half of the free disk.
+        feature_dtype: of the cache, ``torch.float16`` or ``torch.float32``.
+        batch_size: images per forward pass of the backbone.
+        prompt_batch_size: marked images per forward pass of the encoder; None finds the fastest by a short trial.
+        num_workers: processes that read images ahead.
+        show_progress: show bars.
+
+    Returns:
+        A :class:`~captum_concepts.SALFCBM` in evaluation mode. Its ``metadata`` records what it was trained on, which
+        concepts were dropped and why, the validation similarity of each one kept, the accuracies, and the history of
+        the training (``metadata["history"]``, lists to plot).
+
+    Raises:
+        InputError: unusable data or settings, before the long steps if possible; no concept left.
+        ArtifactError: ``store_path`` holds the regions of something else, is damaged, or is in use.
+
+    Example:
+        >>> import tempfile
+        >>> class Colors:
+        ...     logit_scale, logit_bias = 10.0, 0.0
+        ...     def encode_image(self, images):
+        ...         return images.mean((2, 3)) - images.mean((1, 2, 3))[:, None] + 0.01
+        ...     def encode_text(self, texts):
+        ...         return torch.stack([torch.eye(3)[["red", "green", "blue"].index(t)] for t in texts])
+        >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> images = torch.rand(60, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 16, 16)
+        >>> images = 0.7 * images + 0.3 * torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        >>> labels = images.mean((2, 3)).argmax(1)  # the class is the strongest color
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = fit_salf_cbm(backbone, "0", (images, labels), Colors(), ["red", "green", "blue"], 3,
+        ...         store_path=folder, grid=2, prompt=RegionPrompt("crop", 2), head="dense")
+        >>> model.concepts, bool((model(images).argmax(1) == labels).float().mean() > 0.9)
+        (['red', 'green', 'blue'], True)
+    """
+    given, runs = dict(locals()), []
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            runs.append(prepare(given))
+            if world()[0] == 0:
+                stack.enter_context(FolderLock(runs[0].path, "the results at"))
+
+        all_or_none(begin)
+        return runs[0].run()
+
+
+def bound_arguments(arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of :func:`fit_salf_cbm`, with its defaults."""
+    bound = inspect.signature(fit_salf_cbm).bind(*arguments, **options)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def prepare(given: Mapping[str, Any]) -> FitRun:
+    """Check the arguments of :func:`fit_salf_cbm`, and open the data."""
+    if hasattr(given["images"], "encode_image"):
+        raise InputError(
+            "fit_salf_cbm takes the images before the encoder: fit_salf_cbm(backbone, layer, images, encoder, "
+            "concepts, num_classes, store_path=...)"
+        )
+    vocabulary = checked_vocabulary(given["concepts"])
+    options = checked_options(given, vocabulary)
+    reading: dict[str, Any] = {
+        "class_names": given["class_names"],
+        "encoder_transform": given["encoder_transform"],
+        "num_workers": options.num_workers,
+        "show_progress": options.show_progress and world()[0] == 0,
+    }
+    count = given["num_classes"]
+    train = labeled_images(given["images"], count, multi_label=given["multi_label"], **reading)
+    val = None
+    if given["val_data"] is not None:
+        reading["multi_label"] = train.multi_label or None
+        val = labeled_images(given["val_data"], count, what="val_data", all_classes=False, **reading)
+    path = Path(given["store_path"])
+    return FitRun(given["backbone"], given["layer"], given["encoder"], train, val, vocabulary, count, path, options)
+
+
+class Split:
+    """One data set on its way: images, regions, features."""
+
+    def __init__(self, name: str, images: LabeledImages, live: LiveFeatures) -> None:
+        self.name, self.images, self.live = name, images, live
+        self.features: GridFeatures = live
+        self.regions: Any = None
+        self.made_from: dict[str, Any] = {}
+
+    def samples(self, rows: Tensor) -> Samples:
+        """Some of its images."""
+        return Samples(self.features, self.regions, rows)
+
+
+class FitRun:
+    """One fit: construct it, which checks what can be checked without long work, then :meth:`run`."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layer: Layer,
+        encoder: Any,
+        train: LabeledImages,
+        val: LabeledImages | None,
+        vocabulary: Vocabulary,
+        num_classes: int,
+        path: Path,
+        options: FitOptions,
+    ) -> None:
+        self.encoder, self.num_classes, self.path, self.options = encoder, num_classes, path, options
+        self.layer = layer_name(backbone, layer)
+        self.backbone = copy.deepcopy(backbone) if options.train_backbone else backbone
+        self.place: Layer = self.layer if options.train_backbone else layer
+        self.vocabulary = vocabulary
+        self.text = vocabulary.encode(encoder)  # fails now, not after hours, if a concept has no text
+        self.class_names = options.class_names or _fitting(train.class_names, num_classes)
+        self.multi_label = train.multi_label
+        self.input_size = input_size(train, options.model_transform)
+        self.model = self._model(vocabulary)
+        parts = [("train", train), *([("val", val)] if val is not None else [])]
+        self.splits = [
+            Split(name, images, LiveFeatures(self.model, images, options.model_transform, options.batch_size))
+            for name, images in parts
+        ]
+        self.rows = self._rows()
+        self.device = self.splits[0].live.device
+        self.text = self.text.to(self.device)
+
+    def run(self) -> SALFCBM:
+        """All steps."""
+        steps = StepFolder(self.path)
+        vocabulary = self._present(steps)  # first: it needs one pass of the encoder per image
+        for split in self.splits:
+            self._embed(split)
+        for split in self.splits:
+            self._features(split)
+        fit, made_from = self._bottleneck(steps)
+        kept = interpretable_concepts(vocabulary, fit.validation_similarity.cpu(), self.options.interpretability_cutoff)
+        chosen = torch.tensor(columns_of(kept, vocabulary))
+        weight = fit.weight[chosen.to(fit.weight.device)].contiguous()
+        head, accuracies = self._head(steps, weight, made_from)
+        model = self._model(kept)
+        with torch.no_grad():
+            model.get_parameter("bottleneck.weight").copy_(weight[:, :, None, None])
+            model.head.weight.copy_(head.weight)
+            model.head.bias.copy_(head.bias)
+        model.set_standardization(head.mean, head.std)
+        model.metadata.update(self._metadata(kept, fit, chosen, head, accuracies))
+        return model.eval()
+
+    def _model(self, vocabulary: Vocabulary) -> SALFCBM:
+        o = self.options
+        with torch.random.fork_rng(devices=[]):  # its first weights are replaced
+            model = SALFCBM(
+                self.backbone,
+                self.place,
+                list(vocabulary),
+                self.num_classes,
+                o.prompt.grid,
+                cls_token=o.cls_token,
+                multi_label=self.multi_label,
+                class_names=self.class_names,
+                layout=o.layout,
+                prefix_tokens=o.prefix_tokens,
+                freeze_backbone=not o.train_backbone,
+                input_size=self.input_size,
+            )
+        parameter = next(self.backbone.parameters(), None)
+        return model if parameter is None else model.to(parameter.device)
+
+    def _store(self, name: str, split: Split, prompt: Any) -> RegionEmbeddingStore:
+        o = self.options
+        return RegionEmbeddingStore.build(
+            self.path / f"{name}-{split.name}",
+            split.images.shown,
+            self.encoder,
+            prompt,
+            batch_size=o.prompt_batch_size,
+            num_workers=o.num_workers,
+            show_progress=o.show_progress,
+        )
+
+    def _embed(self, split: Split) -> None:
+        split.regions = self._store("regions", split, self.options.prompt)
+        split.regions.similarity(self.text)  # refuses a text of another width
+        split.made_from = _origin(split.regions)
+
+    def _present(self, steps: StepFolder) -> Vocabulary:
+        cutoff = self.options.presence_cutoff
+        if cutoff is None:
+            return self.vocabulary
+        images = self._store("images", self.splits[0], WHOLE)
+        presence = steps.run(
+            "presence",
+            {**_origin(images), "text": fingerprint_tensor(self.text.cpu()), "k": TOP_IMAGES},
+            lambda: StepResult({"presence": concept_presence(images, self.text).cpu()}, {}),
+        )
+        kept = present_concepts(self.vocabulary, presence.tensors["presence"], cutoff)
+        self.text = self.text[torch.tensor(columns_of(kept, self.vocabulary), device=self.text.device)]
+        return kept
+
+    def _features(self, split: Split) -> None:
+        o = self.options
+        made_from = self._features_from(split)
+        split.made_from |= {"features": digest(made_from)}
+        if o.train_backbone:
+            return
+        split.features = open_features(
+            self.path,
+            f"features-{split.name}",
+            split.live,
+            made_from,
+            cache=o.cache_features,
+            max_bytes=o.max_cache_bytes,
+            dtype=o.feature_dtype,
+            show_progress=o.show_progress,
+        )
+
+    def _features_from(self, split: Split) -> dict[str, Any]:
+        o = self.options
+        return {
+            "images": split.images.digest(split.made_from["images"]),
+            "backbone": fingerprint_module(self.backbone),
+            "layer": self.layer,
+            "grid": list(o.prompt.grid),
+            "cls_token": o.cls_token,
+            "layout": o.layout,
+            "prefix_tokens": o.prefix_tokens,
+            "transform": transform_fingerprint(o.model_transform, split.images.source[0]),
+            "dtype": str(o.feature_dtype).removeprefix("torch."),
+        }
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Which images train the bottleneck, and which validate it: those of val_data, or some held out."""
+        everything = torch.arange(len(self.splits[0].images))
+        if len(self.splits) > 1:
+            return everything, torch.arange(len(self.splits[1].images))
+        generator = torch.Generator().manual_seed(self.options.bottleneck.seed)
+        order = torch.randperm(len(everything), generator=generator)
+        held = max(FEWEST, round(len(order) * self.options.validation_fraction))
+        if len(order) - held < FEWEST:
+            raise InputError(
+                f"images has {len(order)} images, too few to hold {held} out for validation; pass val_data, or more "
+                "images"
+            )
+        return order[held:].sort().values, order[:held].sort().values
+
+    def _bottleneck(self, steps: StepFolder) -> tuple[BottleneckFit, dict[str, Any]]:
+        o = self.options
+        train, validation = self.splits[0].samples(self.rows[0]), self.splits[-1].samples(self.rows[1])
+        made_from = {
+            **{split.name: split.made_from for split in self.splits},
+            "rows": fingerprint_tensor(torch.cat([train.rows, torch.tensor([-1]), validation.rows])),
+            "text": fingerprint_tensor(self.text.cpu()),
+            "settings": asdict(o.bottleneck),
+            "train_backbone": o.train_backbone,
+        }
+        backbone = self.backbone if o.train_backbone else None
+
+        def compute() -> StepResult:
+            fit = fit_bottleneck(
+                train,
+                validation,
+                self.text,
+                o.bottleneck,
+                backbone=backbone,
+                resume=steps.load("bottleneck.progress", made_from),
+                checkpoint=lambda state: steps.save("bottleneck.progress", made_from, state),
+                show_progress=o.show_progress,
+            )
+            tensors = {"weight": fit.weight, "similarity": fit.validation_similarity}
+            tensors |= {f"backbone.{name}": value for name, value in fit.backbone.items()}
+            notes = {"history": fit.history, "best_epoch": fit.best_epoch, "stopped": fit.stopped}
+            return StepResult(tensors, notes | {"start_similarity": fit.start_similarity})
+
+        with evaluation_mode(self.backbone):
+            result = steps.run("bottleneck", made_from, compute)
+        steps.remove("bottleneck.progress", made_from)
+        trained = {n.removeprefix("backbone."): v for n, v in result.tensors.items() if n.startswith("backbone.")}
+        if trained:
+            self.backbone.load_state_dict(trained, strict=False)
+        weight, similarity = (result.tensors[name].to(self.device) for name in ("weight", "similarity"))
+        return BottleneckFit(weight, similarity, **result.notes, backbone=trained), made_from
+
+    def _head(
+        self, steps: StepFolder, weight: Tensor, bottleneck_from: Mapping[str, Any]
+    ) -> tuple[HeadFit, dict[str, float | None]]:
+        o = self.options
+        made_from = {"weight": fingerprint_tensor(weight.cpu()), "bottleneck": digest(bottleneck_from)}
+        activations = [
+            compute_activations(
+                self.path,
+                f"activations-{split.name}",
+                split.features,
+                weight,
+                {**made_from, "data": split.made_from},
+                show_progress=o.show_progress,
+            )
+            for split in self.splits
+        ]
+        labels = [split.images.labels[torch.tensor(share_of(len(split.images)))] for split in self.splits]
+        head_from = {
+            **made_from,
+            "labels": [fingerprint_tensor(split.images.labels) for split in self.splits],
+            "head": [o.head, o.lam, o.nonzeros_per_class, o.alpha, o.head_tol, self.num_classes],
+            **({} if o.class_weights is None else {"class_weights": o.class_weights}),
+        }
+
+        def compute() -> StepResult:
+            fit = fit_head(
+                activations[0].rows(),
+                labels[0],
+                self.num_classes,
+                lam=o.lam,
+                nonzeros_per_class=o.nonzeros_per_class,
+                head=o.head,
+                alpha=o.alpha,
+                class_weights=o.class_weights,
+                tol=o.head_tol,
+                show_progress=o.show_progress,
+            )
+            scores = [accuracy(a, y, fit) for a, y in zip(activations, labels, strict=True)]
+            tensors = {"weight": fit.weight, "bias": fit.bias, "mean": fit.mean, "std": fit.std}
+            return StepResult(tensors, {"fit": fit.notes, "accuracy": scores})
+
+        kept = steps.run("head", head_from, compute)
+        t, scores = kept.tensors, kept.notes["accuracy"]
+        head = HeadFit(t["weight"], t["bias"], t["mean"], t["std"], kept.notes["fit"])
+        return head, {"train": scores[0], "validation": scores[1] if len(scores) > 1 else None}
+
+    def _metadata(
+        self, kept: Vocabulary, fit: BottleneckFit, chosen: Tensor, head: HeadFit, accuracies: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        o = self.options
+        plain = replace(o, model_transform=None, encoder_transform=None)
+        settings = {**asdict(plain), "feature_dtype": str(o.feature_dtype)}
+        unsaid = ("prompt", "model_transform", "encoder_transform", "class_names", "num_workers", "show_progress")
+        similarity = fit.validation_similarity.cpu()[chosen].tolist()
+        return {
+            "data": {split.name: {"count": len(split.images), **split.made_from} for split in self.splits},
+            "encoder": type(self.encoder).__name__,
+            "prompt": o.prompt.as_dict(),
+            "settings": {k: v for k, v in settings.items() if k not in (*unsaid, "max_cache_bytes")},
+            "vocabulary": kept.as_dict(),
+            "validation_similarity": dict(zip(kept, similarity, strict=True)),
+            "bottleneck": {"start": fit.start_similarity, "best_epoch": fit.best_epoch, "stopped": fit.stopped},
+            "history": fit.history,
+            "head": head.notes,
+            "accuracy": dict(accuracies),
+        }
+
+
+def _origin(store: RegionEmbeddingStore) -> dict[str, Any]:
+    """What a store was computed from."""
+    return {
+        "images": fingerprint_tensor(store.digests()),
+        "encoder": store.fingerprint["encoder"],
+        "prompt": store.prompt.as_dict(),
+    }
+
+
+def _fitting(names: Sequence[str] | None, count: int) -> list[str] | None:
+    return list(names) if names is not None and len(names) == count else None

@@ -1,0 +1,47 @@
+"""How a bottleneck is trained: the settings, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from captum_concepts.errors import InputError
+from captum_concepts.models.salf_cbm.fit.data import FEWEST
+
+
+@dataclass(frozen=True)
+class BottleneckSettings:
+    """How :func:`fit_bottleneck` trains.
+
+    Args:
+        init: ``"least_squares"``, the ridge fit of P by the features (its strength chosen on the validation images),
+            or ``"random"``, as published.
+        lr: Adam's rate, on features of unit variance. Where no progress is made it is multiplied by 0.3, twice, each
+            time from the best weights.
+        batch_size: images of a step; the similarity is taken over them. An epoch is cut into equal batches.
+        max_epochs: at most so many; 0 keeps the start.
+        patience: epochs (and at least 50 steps) without a higher validation similarity after which the rate is lowered,
+            or, the third time, training ends.
+        backbone_lr: rate of a backbone that is trained too.
+        seed: of the start, the order and the choice of images.
+    """
+
+    init: str = "least_squares"
+    lr: float = 1e-2
+    batch_size: int = 512
+    max_epochs: int = 100
+    patience: int = 5
+    backbone_lr: float = 1e-5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.init not in ("least_squares", "random"):
+            raise InputError(f"init must be 'least_squares' or 'random', got {self.init!r}")
+        for name in ("lr", "backbone_lr"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be a positive number, got {value!r}")
+        for name, least in (("batch_size", FEWEST), ("max_epochs", 0), ("patience", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -1,0 +1,328 @@
+"""SALFCBM on disk and on the Hugging Face Hub: safetensors, JSON and a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor, nn
+
+from captum_concepts._artifacts import (
+    anything,
+    check_json,
+    flag,
+    integer,
+    list_of,
+    mapping_of,
+    nothing_or,
+    number,
+    open_artifact,
+    read_json,
+    save_artifact,
+    table,
+    text,
+    write_atomically,
+)
+from captum_concepts.activations import unwrap
+from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.images import Preprocessing
+from captum_concepts.models.salf_cbm.card import card_fields
+from captum_concepts.models.salf_cbm.reading import Reading, freeze_unreached, input_channels
+from captum_concepts.models.salf_cbm.recipes import build_backbone, recipe_of
+from captum_concepts.store import fingerprint_module
+
+if TYPE_CHECKING:
+    from captum_concepts.models.salf_cbm.salf_cbm import SALFCBM
+
+Model = TypeVar("Model", bound="SALFCBM")
+
+FORMAT = "captum_concepts.SALFCBM/2"
+_FIRST = "captum_concepts.SALFCBM/1"
+#: Format 1 lacks the keys that have a default here; all others are called as now.
+_SINCE_2 = {"hidden": None, "multi_label": False, "preprocessing": None, "batch_size": 32}
+#: What the constructor takes besides the backbone, all attributes of the model.
+ARGUMENTS = (
+    "layer",
+    "concepts",
+    "num_classes",
+    "grid",
+    "cls_token",
+    "class_names",
+    "freeze_backbone",
+    "layout",
+    "prefix_tokens",
+    "feature_dim",
+    "input_size",
+    "metadata",
+    *_SINCE_2,
+)
+_WEIGHTS, _CONFIG, _CARD, _PICTURE = "model.safetensors", "config.json", "README.md", "examples.png"
+_TEMPLATE = Path(__file__).with_name("card.md")
+_BUFFERS = ("concept_mean", "concept_std", "presence_slope", "presence_offset")
+_BACKBONE = "backbone."
+_WHAT = "a saved SALFCBM"
+
+_SIZE = integer(1, 2**31)
+_PAIR = list_of(_SIZE, length=2)
+_FIELDS = {
+    "format": text(FORMAT, _FIRST),
+    "layer": text(),
+    "concepts": list_of(text(), least=1),
+    "num_classes": _SIZE,
+    "grid": _PAIR,
+    "cls_token": flag,
+    "class_names": nothing_or(list_of(text())),
+    "freeze_backbone": flag,
+    "layout": text(),
+    "prefix_tokens": nothing_or(integer(0, 2**31)),
+    "feature_dim": _SIZE,
+    "input_size": nothing_or(_PAIR),
+    "metadata": mapping_of(anything),
+    "backbone": table({"class": text(), "fingerprint": text(), "stored": flag}, {"recipe": anything}),
+    "reading": nothing_or(
+        table(
+            {
+                "kind": text("NCHW", "NHWC", "NLC", "LNC"),
+                "prefix_tokens": integer(0, 2**31),
+                "channels": _SIZE,
+                "image_size": _PAIR,
+                "grid": _PAIR,
+            }
+        )
+    ),
+}
+_NEWER = {
+    "hidden": nothing_or(_SIZE),
+    "multi_label": flag,
+    "batch_size": _SIZE,
+    "preprocessing": nothing_or(
+        table(
+            {
+                "size": nothing_or(_PAIR),
+                "mean": list_of(number(), least=1, most=1024),
+                "std": list_of(number(1e-12), least=1, most=1024),
+                "interpolation": text(),
+                "crop": number(0, 1),
+                "resize": text(),
+                "source": text(),
+            }
+        )
+    ),
+}
+_SCHEMA = table(_FIELDS, {**_NEWER, "nonzeros": integer()})
+
+
+# ------------------------------------------------------------------------------------------------- saving
+
+
+def save_folder(model: SALFCBM, folder: Path, card: str, images: Tensor | None) -> None:
+    """All files of a model, complete before the first of an older one is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
+        write_files(model, Path(new))
+        if images is not None:
+            card = _with_picture(model, images, Path(new) / _PICTURE, card)
+        write_atomically(Path(new) / _CARD, card)
+        for file in (_WEIGHTS, _CONFIG, _PICTURE, _CARD):
+            if (Path(new) / file).exists():
+                (Path(new) / file).replace(folder / file)
+
+
+def write_files(model: SALFCBM, folder: Path) -> None:
+    """Weights and configuration."""
+    state = model.state_dict()
+    config = config_of(model)
+    own = {name: value for name, value in state.items() if not name.startswith(_BACKBONE)}
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    if shapes != _shapes(config, own) or not isinstance(model.head, nn.Linear):
+        raise InputError(
+            "save_pretrained keeps the model's own bottleneck and head, but they were replaced "
+            f"({type(model.bottleneck).__name__}, {type(model.head).__name__}); save such a model by its state_dict()"
+        )
+    try:
+        content = json.dumps(config, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"metadata must be valid JSON (texts, finite numbers, lists, dictionaries): {error}"
+        ) from error
+    whole = {name: v for name, v in _plain(state).items() if isinstance(v, Tensor)}
+    tensors = whole if config["backbone"]["stored"] else own
+    save_artifact(folder / _WEIGHTS, FORMAT, {"config": _digest(config)}, tensors)
+    write_atomically(folder / _CONFIG, content)
+
+
+def config_of(model: SALFCBM) -> dict[str, Any]:
+    """What ``config.json`` holds."""
+    backbone = unwrap(model.backbone)
+    recipe = recipe_of(backbone, model.layer, None if model._reading is None else model._reading.image_size)
+    stored = model._save_backbone
+    if stored is None:
+        stored = not model.freeze_backbone or recipe is not None
+    values = {name: getattr(model, name) for name in ARGUMENTS}
+    preprocessing = model.preprocessing
+    values["preprocessing"] = None if preprocessing is None else asdict(preprocessing)
+    about = {"class": type(backbone).__name__, "fingerprint": fingerprint_module(backbone), "stored": stored}
+    return {
+        "format": FORMAT,
+        **values,
+        "nonzeros": int((model.head.weight != 0).sum()) if isinstance(model.head, nn.Linear) else 0,
+        "backbone": about if recipe is None else {**about, "recipe": recipe},
+        "reading": None if model._reading is None else asdict(model._reading),
+    }
+
+
+def model_card(model: SALFCBM, name: str, data: ModelCardData) -> ModelCard:
+    """The card of ``card.md``, filled in."""
+    values = card_fields(model, config_of(model), name)
+    return ModelCard.from_template(data, template_path=str(_TEMPLATE), **values)
+
+
+def _with_picture(model: SALFCBM, images: Tensor, path: Path, card: str) -> str:
+    from captum_concepts.visualization import panel
+
+    shown = images[:4]
+    explanation = model.explain(shown, top_k=3)
+    pixels = shown.detach().float().cpu()
+    pixels = pixels if model.preprocessing is None else model.preprocessing.undo(pixels)
+    if model.preprocessing is None and not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
+        pixels = (pixels - low) / (high - low).clamp_min(1e-12)
+    panel(explanation, pixels.clamp(0, 1)).savefig(path, dpi=100, bbox_inches="tight")
+    return f"{card.rstrip()}\n\n## Examples\n\n![Images, the concepts that decided, and where]({_PICTURE})\n"
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Names without what ``torch.compile`` and DataParallel put around a backbone."""
+    wrappers = ("_orig_mod", "module")
+    plain = {}
+    for name, value in state.items():
+        head, *rest = name.split(".")
+        while head == "backbone" and rest and rest[0] in wrappers:
+            rest = rest[1:]
+        plain[".".join([head, *rest])] = value
+    return plain
+
+
+def _shapes(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What the tensors besides the backbone's must be; only a calibrated model has presence."""
+    m, width, classes, hidden = len(config["concepts"]), config["feature_dim"], config["num_classes"], config["hidden"]
+    shapes: dict[str, tuple[int, ...]] = {"head.weight": (classes, m), "head.bias": (classes,)}
+    if hidden is None:
+        shapes["bottleneck.weight"] = (m, width, 1, 1)
+    else:
+        shapes |= {"bottleneck.0.weight": (hidden, width, 1, 1), "bottleneck.0.bias": (hidden,)}
+        shapes["bottleneck.2.weight"] = (m, hidden, 1, 1)
+    there = _BUFFERS if "presence_slope" in own else _BUFFERS[:2]
+    return shapes | dict.fromkeys(there, (m,))
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def find_folder(name: str | os.PathLike[str], download: Mapping[str, Any]) -> Path:
+    """The folder called ``name``, downloaded from the Hub if it is the name of a repository there."""
+    path = str(name)
+    if Path(path).is_dir():
+        return Path(path)
+    if isinstance(name, os.PathLike) or path[:1] in ("/", ".", "~") or "\\" in path:
+        raise FileNotFoundError(f"there is no folder {path}, which should hold {_WHAT}")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=[_WEIGHTS, _CONFIG], **download))
+
+
+def load_folder(cls: type[Model], folder: Path, backbone: nn.Module | None, check_backbone: bool) -> Model:
+    """The model in ``folder``; see ``SALFCBM.from_pretrained``."""
+    config = _read_config(folder / _CONFIG)
+    backbone = _backbone(config, folder) if backbone is None else backbone
+    with open_artifact(folder / _WEIGHTS, {FORMAT: {}, _FIRST: {}}, _WHAT) as (info, tensors):
+        if info.get("config") != _digest(config):
+            raise ArtifactError(f"{folder / _CONFIG} and {_WEIGHTS} beside it do not belong together")
+        inner = {n.removeprefix(_BACKBONE): t for n, t in tensors.items() if n.startswith(_BACKBONE)}
+        own = {n: t for n, t in tensors.items() if not n.startswith(_BACKBONE)}
+        _check_tensors(config, own, folder)
+        given = unwrap(backbone)
+        about = config["backbone"]
+        if about["stored"]:
+            _check_fit({n: v for n, v in given.state_dict().items() if isinstance(v, Tensor)}, inner, folder)
+        elif check_backbone and fingerprint_module(given) != about["fingerprint"]:
+            raise ArtifactError(
+                f"the model in {folder} was trained with a {about['class']} of other weights (or another dtype) than "
+                f"the {type(given).__name__} given; pass that one, or check_backbone=False"
+            )
+        options = {name: config[name] for name in ARGUMENTS}
+        if options["preprocessing"] is not None:
+            values: dict[str, Any] = options["preprocessing"]
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            options["preprocessing"] = Preprocessing(**values)
+        model = cls(backbone, **options)
+        given.load_state_dict(inner, strict=False)
+        model.load_state_dict(own, strict=False)
+        model.set_standardization(own["concept_mean"], own["concept_std"])
+        if config["reading"] is not None:
+            model._reading = _reading(config["reading"])
+            if not model.freeze_backbone:
+                image = torch.zeros(1, input_channels(given), *model._reading.image_size).to(model.concept_mean)
+                freeze_unreached(backbone, model.layer, image)
+        return model.eval()
+
+
+def _backbone(config: Mapping[str, Any], folder: Path) -> nn.Module:
+    about = config["backbone"]
+    if "recipe" not in about:
+        raise InputError(
+            f"pass backbone=, the {about['class']} that the model in {folder} was trained with; nothing there says how "
+            "to build it"
+        )
+    if not about["stored"]:
+        raise InputError(
+            f"pass backbone=, the {about['class']} that the model in {folder} was trained with; its weights were not "
+            "saved (save_backbone=False)"
+        )
+    return build_backbone(about["recipe"], folder)
+
+
+def _check_tensors(config: Mapping[str, Any], own: Mapping[str, Tensor], folder: Path) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    wanted = _shapes(config, own)
+    if shapes != wanted:
+        wrong = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))[:3]
+        found = ", ".join(f"{name} {shapes.get(name, 'missing')}, not {wanted.get(name, 'expected')}" for name in wrong)
+        raise ArtifactError(f"{folder / _WEIGHTS} does not fit its configuration: {found}")
+    if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in own.values()):
+        raise ArtifactError(f"{folder / _WEIGHTS} holds values that are not finite numbers")
+
+
+def _check_fit(given: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path) -> None:
+    """Before anything is copied: a backbone that does not fit is unchanged."""
+    if other := sorted(set(given) ^ set(stored)):
+        raise ArtifactError(f"the backbone stored in {folder} and the one given differ in {other[:5]}")
+    if other := [name for name in given if given[name].shape != stored[name].shape]:
+        raise ArtifactError(f"the backbone stored in {folder} and the one given differ in the shapes of {other[:5]}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, anything, f"the configuration of {_WHAT}")
+    if not isinstance(config, dict) or config.get("format") not in (FORMAT, _FIRST):
+        raise ArtifactError(f"{path} is not the configuration of {_WHAT} (format {FORMAT!r} or {_FIRST!r})")
+    return check_json({**_SINCE_2, **config}, _SCHEMA, str(path))
+
+
+def _reading(values: Mapping[str, Any]) -> Reading:
+    pairs = {name: tuple(values[name]) for name in ("image_size", "grid")}
+    return Reading(**{f.name: pairs.get(f.name, values.get(f.name)) for f in fields(Reading)})  # type: ignore[arg-type]
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Of what the tensors mean; names of classes and metadata may be corrected by hand."""
+    unbound = ("metadata", "class_names", *(_SINCE_2 if config["format"] == _FIRST else ()))
+    meant = {name: config[name] for name in (*ARGUMENTS, "backbone") if name not in unbound}
+    return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()[:32]
