@@ -451,7 +451,11 @@ def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
 
     in_place = any(getattr(m, "_compiled_call_impl", None) is not None for m in (*around, layer))
     try:
-        with eager_mode() if in_place else nullcontext(), hooked([layer], hook):
+        with (
+            eager_mode() if in_place else nullcontext(),
+            hooked([layer], hook),
+            input_errors(args, [*model.modules()]),
+        ):
             model(*args)
     except _ReachedError:
         pass

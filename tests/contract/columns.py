@@ -27,6 +27,7 @@ from inputs import (
     SAME,
     SIDE,
     WORD_ROWS,
+    WORDS,
     Net,
     Outcome,
     Row,
@@ -35,12 +36,16 @@ from inputs import (
 
 import captum_concepts
 from captum_concepts import (
+    SALFCBM,
     ConceptExplanation,
+    ConceptFusionMap,
+    ConceptTranslator,
     FeatureActivationMap,
     SpatialACV,
     audit_dataset,
     discover_concepts,
     explore,
+    fit_salf_cbm,
     images,
 )
 from captum_concepts.concepts import Vocabulary
@@ -136,6 +141,25 @@ def sacv() -> SpatialACV:
     return SpatialACV(net(), "last").fit({"red sky": IMAGES[:2], "green sea": IMAGES[2:]})
 
 
+@cache
+def cefam() -> ConceptFusionMap:
+    """Two words through a random translator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        translator = ConceptTranslator([4, 6], 3, hidden=(8, 8))
+    return ConceptFusionMap(net(), ["first", "last"], translator, list(WORDS), torch.eye(3)[:2])
+
+
+@cache
+def salf() -> SALFCBM:
+    """Two concepts of a random bottleneck."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SALFCBM(Net().eval(), "last", list(WORDS), 2, (7, 7))
+        torch.nn.init.normal_(model.head.weight)
+    return model.eval()
+
+
 class Encoder:
     """Mean colors, and a vector for each word."""
 
@@ -160,6 +184,34 @@ def built(source: Any, space: Path) -> Any:
 def read_all(source: UniformImages) -> torch.Tensor:
     """All images of a store's source."""
     return torch.stack(list(source.read(range(len(source)))))
+
+
+def translator_of_last() -> ConceptTranslator:
+    """A translator that reads one layer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ConceptTranslator([6], 3, hidden=(8, 8))
+
+
+def fusion_map(model: Any, layers: Any, words: Any = WORDS) -> ConceptFusionMap:
+    """Words through a random translator of one layer."""
+    bank = torch.eye(3)[: len(list(words)) if hasattr(words, "__len__") else 2]
+    return ConceptFusionMap(model, layers, translator_of_last(), words, bank)
+
+
+def fitted(source: Any) -> torch.Tensor:
+    """Scores of a translator that was trained for a moment."""
+    made = ConceptFusionMap(net(), ["first", "last"]).fit(
+        source, Encoder(), list(WORDS), training={"epochs": 2}, crops=0
+    )
+    return made.scores(IMAGES)
+
+
+def bottleneck(backbone: Any, layer: Any) -> SALFCBM:
+    """A random bottleneck on a backbone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SALFCBM(backbone, layer, list(WORDS), 2, (7, 7)).eval()
 
 
 def mapped(given: tuple[Any, Any], make: Callable[[Any, Any], Any]) -> Any:
@@ -250,6 +302,8 @@ BESIDE = {  # labels= next to images that have their own number or order
     "pair": refused("twice"), "shuffling loader": refused("RandomSampler"), "one PIL image": refused("4 labels for 1"),
     "one path": refused("4 labels for 1"), "gray": refused("4 labels for 1"), "broken file": refused("4 labels for 2"),
 }  # fmt: skip
+BOXED = {"channels last": refused("outside of the image")}  # of three rows
+SHAPED: dict[str, dict[str, Outcome]] = {"explain_region": BOXED, "intervene": BOXED, "zero_shot_segmentation": {}}
 #: Of tensors, explainers take those that the network takes; a stream has no length.
 EXPLAINED = {"uint8 tensor": refused("uint8"), "stream": refused("stream")}
 COLUMNS += [
@@ -291,6 +345,55 @@ COLUMNS += [
         "models",
         lambda m, _: mapped(m, lambda f, at: SpatialACV(f, at).fit({"a": IMAGES[:2], "b": IMAGES[2:]})),
     ),
+    *(
+        Column(f"ConceptFusionMap.{name}", "any images", call, EXPLAINED)
+        for name, call in {
+            "attribute": lambda x, _: cefam().attribute(x, target=1),
+            "concept_maps": lambda x, _: cefam().concept_maps(x),
+            "logits": lambda x, _: cefam().logits(x),
+            "scores": lambda x, _: cefam().scores(x),
+            "layer_relevance": lambda x, _: cefam().layer_relevance(x),
+            "contributions": lambda x, _: cefam().contributions(x, 1),
+            "explain": lambda x, _: cefam().explain(x).maps,
+        }.items()
+    ),
+    *(
+        Column(f"SALFCBM.{name}", "any images", call, {"uint8 tensor": refused("uint8")})
+        for name, call in {
+            "scores": lambda x, _: salf().scores(x),
+            "concept_maps": lambda x, _: salf().concept_maps(x),
+            "contributions": lambda x, _: salf().contributions(x, 1),
+            "explain": lambda x, _: salf().explain(x).maps,
+            "explain_classes": lambda x, _: salf().explain_classes(x, [1])[1].maps,
+            "most_activating": lambda x, _: list(salf().most_activating(x, k=2)["red sky"]),
+        }.items()
+    ),
+    *(
+        Column(f"SALFCBM.{name}", "tensors", call, SHAPED.get(name, {"empty batch": RUNS}))
+        for name, call in {
+            "forward": lambda x, _: salf()(x),
+            "features": lambda x, _: salf().features(x),
+            "concept_activations": lambda x, _: salf().concept_activations(x),
+            "explain_region": lambda x, _: salf().explain_region(x, boxes=(0, 0, 99, 99)).scores,
+            "intervene": lambda x, _: salf().intervene(x, 0, beta=1.0, units="std", boxes=(0, 0, 99, 99)),
+            "zero_shot_segmentation": lambda x, _: salf().zero_shot_segmentation(x, "red sky").heatmaps,
+        }.items()
+    ),
+    Column(
+        "ConceptFusionMap.fit",
+        "any images",
+        lambda x, _: fitted(x),
+        dict.fromkeys(("one PIL image", "one path", "gray"), refused("there is one image")),
+    ),
+    Column("ConceptFusionMap", "models", lambda m, _: mapped((m[0], [m[1]]), fusion_map)),
+    Column("SALFCBM", "models", lambda m, _: mapped(m, bottleneck)),
+    Column("ConceptFusionMap", "words", lambda words, _: list(fusion_map(net(), ["last"], words).concepts)),
+    Column(
+        "ConceptFusionMap.with_concepts",
+        "words",
+        lambda words, _: list(cefam().with_concepts(words, Encoder()).concepts),
+    ),
+    Column("SALFCBM", "words", lambda words, _: list(SALFCBM(Net().eval(), "last", words, 2).concepts)),
     Column(
         "discover_concepts",
         "any images",

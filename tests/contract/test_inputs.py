@@ -41,7 +41,7 @@ def same(a: Any, b: Any) -> bool:
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), atol=1e-5, equal_nan=True)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+    return bool(a == b) or (isinstance(a, float) and a == pytest.approx(b, abs=1e-5))
 
 
 def run(column: Column, row: str, space: Path, outcome: Outcome) -> Any:
