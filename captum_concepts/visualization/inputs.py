@@ -68,9 +68,17 @@ def shown_batches(
 
 
 def _seen(image: Tensor, source: ImageSource) -> Tensor:
-    """An image before the model's normalization; one channel is gray, of more than three the first three are shown."""
-    low, high = float(image.min()), float(image.max())
-    if source.preprocessing is not None and (low < -0.1 or high > 1.1):
+    """An image before the model's normalization, for people to look at: one channel is gray, of more than three the
+    first three are shown; values of an unknown range are stretched to [0, 1]."""
+    image = image.detach().float().cpu()
+    if source.preprocessing is not None and not _in_range(image):
         image = source.preprocessing.undo(image)
-        image = image.clamp(0, 1) if float(image.min()) > -0.1 and float(image.max()) < 1.1 else image
-    return as_image(image[:3] if image.shape[0] > 3 else image)
+    if image.shape[0] not in (1, 3):
+        image = image[: 3 if image.shape[0] > 3 else 1]
+    if not _in_range(image) and bool(image.isfinite().all()):
+        image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
+    return as_image(image)
+
+
+def _in_range(image: Tensor) -> bool:
+    return float(image.min()) > -0.1 and float(image.max()) < 1.1

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
+import io
+import json
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +18,9 @@ from PIL import Image
 from torch import nn
 
 import captum_concepts
-from captum_concepts import SALFCBM, ConceptExplanation, demo
+from captum_concepts import SALFCBM, ConceptExplanation, FeatureActivationMap, SpatialACV, demo
 from captum_concepts.errors import InputError
-from captum_concepts.visualization import Explorer, explore
+from captum_concepts.visualization import Explorer, explore, report
 
 SIZE, CLASSES = 64, 6
 HOSTILE = [
@@ -509,6 +514,25 @@ class TestFromOutside:
         assert "nul\ufffd and bell\ufffd" in found
         assert page.seen.evaluate("document.title") == HOSTILE[0]
 
+    def test_thousands_of_hostile_names(self, opened):
+        """Every one is shown as it is: none becomes an element, a request, or a complaint."""
+        pieces = ["<", ">", '"', "'", "&", "</script", "<img src=//x>", "onerror=", "javascript:", "\\", "`", "${",
+                  "-->", "<!--", "]]>", "\u202e", "\u2028", "\x00", "\ud800", "%3C", "&lt;", "\n", " "]  # fmt: skip
+        draw = random.Random(0)
+        names = sorted({"".join(draw.choices(pieces, k=draw.randint(1, 6))) + str(k) for k in range(2000)})
+        e = ConceptExplanation(names, torch.rand(1, len(names)), torch.rand(1, len(names), 2, 2))
+        page = opened(e, images(1), image_names=names[:1])
+        more = page.page.locator("#more-concepts")
+        while more.is_visible():
+            more.click()
+        found = page.page.locator("[data-testid=concept] bdi").all_text_contents()
+        expected = [re.sub("[\x00\ud800]", "\ufffd", name) for name in names]
+        assert sorted(found) == sorted(expected)
+        assert page.seen.evaluate("document.querySelectorAll('img').length") == 3
+        assert page.seen.evaluate("document.scripts.length") == 2 + 1
+        assert page.seen.complaints == []
+        assert page.seen.outside == []
+
     def test_the_code_survives_hostile_names(self, opened):
         model, x = salf(names=HOSTILE[:7] + ['quote " \\ back'], concepts=8), images(1)
         page = opened(model, x)
@@ -560,6 +584,33 @@ class TestWhatIsGiven:
         assert page.page.get_by_test_id("image").count() == 2
         assert "inputs_for(model.backbone, images)[0][None]" in page.code
         assert page.page.inner_text("#name") == "0.png"
+
+    def test_normalized_inputs_are_shown_as_images(self, tmp_path):
+        """The model gets what is given, people see an image, and nobody is warned."""
+        x = images(2)
+        path = explore(salf(), 4 * x - 2).save(tmp_path / "e.html")
+        data = json.loads(re.search(r'id="image-0">(.*?)</script>', path.read_text()).group(1))
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["picture"].split(",")[1]))))
+        expected = (x[0] - x[0].min()) / (x[0].max() - x[0].min())
+        assert np.abs(shown / 255 - expected.permute(1, 2, 0).numpy()).max() < 0.01
+
+    @pytest.mark.parametrize("method", ["FAM", "SACV"])
+    def test_the_methods(self, opened, method, tmp_path):
+        model, x = demo.load("classifier"), images(3)
+        if method == "FAM":
+            model.fc = nn.Identity()
+            explainer = FeatureActivationMap(model, "layer4", torch.rand(4, model(x[:1]).shape[1]))
+        else:
+            explainer = SpatialACV(model, "layer3").fit({"a": images(6, seed=3), "b": images(6, seed=4).flip(2)})
+        page = opened(explainer, x)
+        assert page.page.get_by_test_id("image").count() == 3
+        page.drag((0.25, 0.25), (0.75, 0.5))
+        close(
+            page.listed(),
+            dict(zip(explainer.concepts, page.run(explainer=explainer, images=x)["scores"].tolist(), strict=True)),
+        )
+        assert "fit_salf_cbm" in page.page.inner_text("#why")
+        assert report(explainer, x, tmp_path / "r.html").read_text().count("<article") == 3
 
     def test_a_nonlinear_head_has_no_edits(self, opened):
         model = salf()
