@@ -45,7 +45,6 @@ from captum_concepts import (
     audit_dataset,
     discover_concepts,
     explore,
-    fit_salf_cbm,
     images,
 )
 from captum_concepts.concepts import Vocabulary
@@ -423,7 +422,72 @@ COLUMNS += [
     ),
     Column("explore", "any images", lambda x, _: explore(fam(), x).html[-500:]),
 ]
-NOT_COLUMNS: dict[str, str] = {}
+#: Entry points without a column, by pattern, and why.
+NOT_COLUMNS = {
+    "*.save": "writes a file",
+    "*.to_csv": "writes a file",
+    "*.to_json": "writes a file",
+    "*.to_markdown": "writes a file",
+    "*.save_*": "writes a file",
+    "SALFCBM.export": "writes a file",
+    "visualization.ReportWriter": "writes a file",
+    "store.ShardWriter": "writes files",
+    "store.Manifest.*": "writes a file",
+    "store.FolderLock": "writes a file",
+    "store.fill_shards": "writes files",
+    "store.missing_shards": "files of a store: test_hostile_files.py",
+    "*.load": "files of the package: test_hostile_files.py",
+    "load": "files of the package: test_hostile_files.py",
+    "*.from_pretrained": "files of the package: test_hostile_files.py",
+    "*.open": "files of the package: test_hostile_files.py",
+    "store.ShardReader": "files of the package: test_hostile_files.py",
+    "store.read_manifest": "files of the package: test_hostile_files.py",
+    "images.read_json": "any JSON: tests/images/test_files.py",
+    "images.read_text": "any text: tests/images/test_files.py",
+    "images.find_images": "paths alone: tests/images/test_files.py",
+    "images.load_image": "one file: tests/images/test_files.py",
+    "images.preprocessing_of": "models of all libraries: tests/images/test_preprocessing.py",
+    "images.input_channels": "models of all libraries: tests/images/test_preprocessing.py",
+    "datasets.*": "folders of a published format: tests/datasets",
+    "ConceptExplanation": "made by methods: tests/test_explanation.py",
+    "audit.ConceptAudit*": "made by audit_dataset",
+    "audit.Suspect": "made by audit_dataset",
+    "audit.audit_dataset": "audit_dataset",
+    "store.RegionEmbeddingStore": "made by build",
+    "images.ImageSource": "made by open_images",
+    "images.Batch": "made by batches",
+    "images.Reading.*": "one step of open_images",
+    "images.Preprocessing*": "a batch of tensors: tests/images/test_preprocessing.py",
+    "images.digest": "one tensor: tests/images/test_source.py",
+    "store.RegionEmbeddingStore.*": "reads images as build does: tests/store",
+    "visualization.ReportWriter.*": "one step of report",
+    "visualization.Explorer*": "made by explore",
+    "visualization.explore": "explore",
+    "visualization.show": "as panel",
+    "visualization.legend": "as panel",
+    "visualization.overlay": "as as_image",
+    "visualization.heatmap_figure": "as as_image",
+    "visualization.most_activating": "reads images as explore does",
+    "visualization.sankey": "takes a fitted model",
+    "concepts.drop_*": "one step of Vocabulary.filter: tests/concepts",
+    "concepts.embed_texts": "as an encoder does: tests/vlm",
+    "concepts.generate_concepts": "classes for a language model: tests/concepts",
+    "concepts.Vocabulary.filter": "tests/concepts",
+    "vlm.*": "what an encoder takes: tests/vlm",
+    "solvers.truth_table": "labels of concepts: tests/solvers",
+    "testing.*": "for tests of other methods",
+    "metrics.*.per_example": "the metric as a class: tests/metrics",
+    "metrics.*_randomization": "models in training: tests/metrics",
+    "metrics.average_precision": "maps and masks",
+    "metrics.AveragePrecision": "maps and masks",
+    "*.calibrate": "labels of concepts: tests/attr, tests/models",
+    "*.presence": "as scores",
+    "SpatialACV.layer_sweep": "as fit",
+    "SALFCBM.explain_video": "frames one by one",
+    "SALFCBM.select_concepts": "known concepts",
+    "SALFCBM.without": "known concepts",
+    "fit_salf_cbm": "reads images and labels as open_images does; a fit: tests/models/salf_cbm/fit",
+}
 
 #: Names of parameters, by what people put there.
 KINDS = {
@@ -465,5 +529,38 @@ def _add(name: str, thing: Any, found: dict[str, list[str]]) -> None:
             found[key] = kinds
 
 
+WORDS_OF = {"same": "works", "runs": "works", "refused": "refused"}
+HEAD = """# What you can give it
+
+Every public function and method that takes images, labels, concepts, files of words or models is tried with every kind
+of them by `tests/contract/test_inputs.py`, and this page is printed from the same table. *works* means the same values
+as from the first row (or, where the input is another one, values of its own). *refused* means an error of the package,
+at most 600 characters long, that says what was given, what is allowed and what to do. Where labels are passed next to
+images, there are four of them, so a single image is refused there.
+"""
+
+
 def page() -> str:
-    return ""
+    """The table as Markdown."""
+    parts = [HEAD]
+    for key, family in FAMILIES.items():
+        columns = [column for column in COLUMNS if column.family == key]
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(column.name for column in columns))
+        parts.append(f"## {family.what}\n\n{names}.\n\n| you pass | what happens |\n| --- | --- |")
+        parts += [f"| {row.what} | {WORDS_OF[row.outcomes[key].kind]} |" for row in family.rows.values()]
+        others: dict[tuple[str, str], list[str]] = {}
+        for column in columns:
+            for row, outcome in column.outcomes.items():
+                found = WORDS_OF[outcome.kind]
+                if found != WORDS_OF[family.rows[row].outcomes[key].kind]:
+                    others.setdefault((family.rows[row].what, found), []).append(f"`{column.name}`")
+        if others:
+            parts.append("\nDifferent:\n\n| you pass | what happens | where |\n| --- | --- | --- |")
+            parts += [f"| {what} | {found} | {', '.join(names)} |" for (what, found), names in others.items()]
+        parts.append("")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    target = Path(__file__).resolve().parents[2] / "docs" / "inputs.md"
+    target.write_text(page(), encoding="utf-8")

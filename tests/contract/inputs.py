@@ -1,7 +1,8 @@
 """What people give: kinds of images, labels, words, files and models, and what must become of each.
 
-A row is a kind of input; a column is a public entry point, in ``columns.py``. Each column belongs to a family, which has
-an outcome for every row; a column may differ from its family where it says so. ``docs/inputs.md`` is printed from here.
+A row is a kind of input; a column is a public entry point, in ``columns.py``. Each column belongs to a family, which
+has an outcome for every row; a column may differ from its family where it says so. ``docs/inputs.md`` is printed from
+here.
 """
 
 from __future__ import annotations
@@ -158,7 +159,9 @@ IMAGE_ROWS: dict[str, Row] = {
     "float tensor": images_row("tensor `(N, 3, H, W)`, float", lambda _: IMAGES.clone(), SAME, SAME),
     "channels last memory": images_row(
         "the same in `channels_last` memory format",
-        lambda _: IMAGES.contiguous(memory_format=torch.channels_last), SAME, SAME,
+        lambda _: IMAGES.contiguous(memory_format=torch.channels_last),
+        SAME,
+        SAME,
     ),
     "strided": images_row("the same with other strides", lambda _: looped(IMAGES), SAME, SAME),
     "requires grad": images_row("the same with `requires_grad`", lambda _: IMAGES.clone().requires_grad_(), SAME, SAME),
@@ -175,7 +178,8 @@ IMAGE_ROWS: dict[str, Row] = {
     "data set": images_row("`Dataset` of (image, label)", lambda _: Items(lambda i: (IMAGES[i], LABELS[i])), SAME),
     "data set of dicts": images_row(
         "`Dataset` of dicts with `image` or `pixel_values`",
-        lambda _: Items(lambda i: {"pixel_values": IMAGES[i], "labels": LABELS[i]}), SAME,
+        lambda _: Items(lambda i: {"pixel_values": IMAGES[i], "labels": LABELS[i]}),
+        SAME,
     ),
     "data set of PIL images": images_row(
         "`Dataset` of PIL images", lambda _: Items(lambda i: (picture(i), LABELS[i])), SAME
@@ -183,20 +187,26 @@ IMAGE_ROWS: dict[str, Row] = {
     "loader": images_row("`DataLoader`", lambda _: DataLoader(TensorDataset(IMAGES, torch.tensor(LABELS)), 3), SAME),
     "shuffling loader": images_row(
         "`DataLoader(shuffle=True, drop_last=True)`: read in the order of its data set",
-        lambda _: DataLoader(TensorDataset(IMAGES, torch.tensor(LABELS)), 3, shuffle=True, drop_last=True), SAME,
+        lambda _: DataLoader(TensorDataset(IMAGES, torch.tensor(LABELS)), 3, shuffle=True, drop_last=True),
+        SAME,
     ),
     "loader of dicts": images_row(
         "`DataLoader` of dicts",
-        lambda _: DataLoader(Items(lambda i: {"image": IMAGES[i], "label": LABELS[i]}), 2), SAME,
+        lambda _: DataLoader(Items(lambda i: {"image": IMAGES[i], "label": LABELS[i]}), 2),
+        SAME,
     ),
     "stream": images_row("`IterableDataset`, also with a length", lambda _: Stream(), SAME),
     "pair": images_row("`(images, labels)`", lambda _: (IMAGES, LABELS), SAME),
     "one PIL image": images_row("one PIL image", lambda _: picture(0), RUNS),
     "one path": images_row("one path", lambda s: folder(s) / "0.png", RUNS),
     "gray": images_row("one channel, for a model of three: repeated", lambda _: [IMAGES[0, :1]], RUNS),
-    "one image": images_row("one image `(3, H, W)` without batch", lambda _: IMAGES[0], BATCH_DIMENSION, BATCH_DIMENSION),
+    "one image": images_row(
+        "one image `(3, H, W)` without batch", lambda _: IMAGES[0], BATCH_DIMENSION, BATCH_DIMENSION
+    ),
     "four channels": images_row(
-        "four channels, for a model of three", lambda _: torch.rand(2, 4, SIDE, SIDE), refused("channels"),
+        "four channels, for a model of three",
+        lambda _: torch.rand(2, 4, SIDE, SIDE),
+        refused("channels"),
         refused("channels"),
     ),
     "channels last": images_row(
@@ -204,15 +214,21 @@ IMAGE_ROWS: dict[str, Row] = {
     ),
     "integers": images_row("tensor, int64", lambda _: PIXELS.long(), refused("int64"), refused("int64|float")),
     "booleans": images_row("tensor, bool", lambda _: PIXELS > 9, refused("bool"), refused("bool|float")),
-    "empty batch": images_row("no images: `(0, 3, H, W)`", lambda _: IMAGES[:0], refused("no image|no example|empty"),
-                              refused("no example|empty")),
-    "empty list": images_row("empty list", lambda _: [], refused("empty|no image"), refused("[Tt]ensor|floating point")),
+    "empty batch": images_row(
+        "no images: `(0, 3, H, W)`",
+        lambda _: IMAGES[:0],
+        refused("no image|no example|empty"),
+        refused("no example|empty"),
+    ),
+    "empty list": images_row(
+        "empty list", lambda _: [], refused("empty|no image"), refused("[Tt]ensor|floating point")
+    ),
     "broken file": images_row("folder with a broken file", broken_folder, refused(r"1\.png")),
     "missing path": images_row("a path that is not there", lambda s: s / "nowhere", refused("no file or folder")),
     "text": images_row("text that is no path", lambda _: "a photo of a cat", refused("no file or folder")),
     "None": images_row("None", lambda _: None, refused("NoneType"), refused("NoneType")),
     "number": images_row("a number", lambda _: 3, refused("int"), refused("int")),
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
@@ -274,18 +290,23 @@ WORD_ROWS: dict[str, Row] = {
 }
 FILE_ROWS: dict[str, Row] = {
     "UTF-8": Row("text file, UTF-8", word_file("a.txt", TEXT.encode()), {"files of words": SAME}),
-    "BOM": Row("text file with a byte order mark", word_file("b.txt", TEXT.encode("utf-8-sig")), {"files of words": SAME}),
+    "BOM": Row(
+        "text file with a byte order mark", word_file("b.txt", TEXT.encode("utf-8-sig")), {"files of words": SAME}
+    ),
     "UTF-16": Row("text file, UTF-16", word_file("c.txt", TEXT.encode("utf-16")), {"files of words": SAME}),
-    "cp1252": Row("text file, Windows (cp1252)", word_file("d.txt", (TEXT + "café").encode("cp1252")),
-                  {"files of words": RUNS}),
+    "cp1252": Row(
+        "text file, Windows (cp1252)", word_file("d.txt", (TEXT + "café").encode("cp1252")), {"files of words": RUNS}
+    ),
     "JSON list": Row("JSON list", word_file("e.json", json.dumps(WORDS).encode()), {"files of words": SAME}),
-    "JSON index": Row('JSON object `{"0": name}` or `{name: 0}`',
-                      word_file("f.json", json.dumps({w: i for i, w in enumerate(WORDS)}).encode()),
-                      {"files of words": SAME}),
+    "JSON index": Row(
+        'JSON object `{"0": name}` or `{name: 0}`',
+        word_file("f.json", json.dumps({w: i for i, w in enumerate(WORDS)}).encode()),
+        {"files of words": SAME},
+    ),
     "broken JSON": Row("broken JSON", word_file("g.json", b"["), {"files of words": refused("JSON")}),
     "binary": Row("a binary file", word_file("h.txt", bytes(range(256))), {"files of words": refused("text")}),
     "missing": Row("a file that is not there", lambda s: s / "none.txt", {"files of words": refused("none.txt")}),
-}  # fmt: skip
+}
 
 
 def vocabulary() -> Any:
@@ -345,12 +366,16 @@ MODEL_ROWS: dict[str, Row] = {
     "frozen": model_row("frozen weights", lambda: (Net().eval().requires_grad_(False), "last"), SAME),
     "parallel": model_row("in `DataParallel`", lambda: (nn.DataParallel(Net().eval()), "module.last"), SAME),
     "compiled": model_row("compiled", lambda: (torch.compile(Net().eval(), backend="eager"), "last"), SAME),
-    "tuple": model_row("returns `(logits, more)`", lambda: (Wrapped(lambda y: (y, y.sum())).eval(), "inner.last"), SAME),
-    "dict": model_row('returns `{"logits": ...}`', lambda: (Wrapped(lambda y: {"logits": y}).eval(), "inner.last"), SAME),
+    "tuple": model_row(
+        "returns `(logits, more)`", lambda: (Wrapped(lambda y: (y, y.sum())).eval(), "inner.last"), SAME
+    ),
+    "dict": model_row(
+        'returns `{"logits": ...}`', lambda: (Wrapped(lambda y: {"logits": y}).eval(), "inner.last"), SAME
+    ),
     "scripted": model_row("`torch.jit.script`", lambda: (scripted(), "last"), refused("script")),
     "double": model_row("float64, for float32 images", lambda: (Net().eval().double(), "last"), refused("float64")),
     "unknown layer": model_row("a layer that is not there", lambda: (Net().eval(), "lost"), refused("last")),
     "no grid": model_row("a layer without positions", lambda: (Net().eval(), "head"), refused("positions|grid")),
     "None": model_row("None", lambda: (None, "last"), refused("")),
     "text": model_row("the name of a model", lambda: ("resnet50", "last"), refused("")),
-}  # fmt: skip
+}
