@@ -231,12 +231,7 @@ class SALFCBM(
         Args:
             inputs: images ``(N, C, H, W)`` as the backbone takes them, of any size that it takes.
         """
-        if inputs.ndim != 4 or not inputs.is_floating_point():
-            hint = "; it has no batch dimension, pass image[None]" if inputs.ndim == 3 else ""
-            raise InputError(
-                f"images must be a floating-point batch (N, C, H, W), got {tuple(inputs.shape)} of {inputs.dtype}"
-                f"{hint or '; preprocess them as the backbone was trained'}"
-            )
+        _check_batch(inputs)
         output = read_layer(unwrap(self.backbone), self.layer, inputs)
         size = (inputs.shape[-2], inputs.shape[-1])
         read = None if self._reading is None else self._reading.maps(output, size)
@@ -498,6 +493,7 @@ class SALFCBM(
             raise InputError("pass the region as points=, boxes= or mask=; explain() explains the whole image")
         one_of("units", units, UNITS)
         one_of("reduction", reduction, ("mean", "sum"))
+        _check_batch(inputs)
         area = self._region(inputs, points, boxes, mask)
         seen, _ = self._look(inputs)
         return self._region_explanation(
@@ -548,6 +544,7 @@ class SALFCBM(
                 or not one per concept; a region as in :meth:`explain_region`.
         """
         edits = map_edits(concept, beta, units, {"points": points, "boxes": boxes, "mask": mask}, self.concepts)
+        _check_batch(inputs)
         areas = [self._region(inputs, **edit.region) for edit in edits]
         std = full_precision(self.concept_std)
         steps = [edit.beta * (std[edit.column] if edit.units == "std" else 1.0) for edit in edits]
@@ -864,6 +861,7 @@ class SALFCBM(
             raise InputError(f"threshold must be 'mean' or a number in [0, 1], got {threshold!r}")
         if "{class}" not in template:
             raise InputError(f"template needs the field {{class}}, got {template!r}")
+        _check_batch(inputs)
         seen, _ = self._look(inputs)
         maps, columns = [], []
         for one in seen:
@@ -1251,3 +1249,17 @@ def _progress(seen: Iterator[_Seen], show: bool) -> Iterator[_Seen]:
     from tqdm.auto import tqdm
 
     return iter(tqdm(seen, desc="most activating images", unit="batch"))
+
+
+def _check_batch(inputs: Any) -> None:
+    if not isinstance(inputs, Tensor):
+        raise InputError(
+            f"images must be a tensor (N, C, H, W), got {type(inputs).__name__}; explain, scores and concept_maps read "
+            "files and data sets, and so does images.inputs_for(backbone, source)"
+        )
+    if inputs.ndim != 4 or not inputs.is_floating_point():
+        hint = "; it has no batch dimension, pass image[None]" if inputs.ndim == 3 else ""
+        raise InputError(
+            f"images must be a floating-point batch (N, C, H, W), got {tuple(inputs.shape)} of {inputs.dtype}"
+            f"{hint or '; preprocess them as the backbone was trained'}"
+        )
