@@ -928,7 +928,7 @@ class SALFCBM(
         before = self._save_backbone  # pushing to the Hub saves once more, into a folder of its own
         self._save_backbone = before if save_backbone is None else save_backbone
         try:
-            hub.save_folder(self, folder, str(self.generate_model_card(**card)), images)
+            hub.save_folder(self, folder, card["name"], self._hub_mixin_info.model_card_data, images)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=card, **push_to_hub_kwargs)
             return None
@@ -937,11 +937,11 @@ class SALFCBM(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What ``push_to_hub`` calls."""
-        hub.write_files(self, save_directory)
+        hub.write_files(self, hub.config_of(self), save_directory)
 
     def generate_model_card(self, name: str = "SALF-CBM", **_options: Any) -> ModelCard:
         """The model card: rules, concepts, limits, and data, accuracy and drops from :attr:`metadata`."""
-        return hub.model_card(self, name, self._hub_mixin_info.model_card_data)
+        return hub.model_card(self, hub.config_of(self), name, self._hub_mixin_info.model_card_data)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
