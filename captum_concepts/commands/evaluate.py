@@ -193,7 +193,7 @@ def _rows(explainer: Explainer, loaded: LoadedModel, baselines: bool) -> dict[st
         return RandomMaps(n_maps=len(concepts))(inputs)
 
     rows: dict[str, Callable[..., Tensor]] = {explainer.name: maps}
-    return rows | ({"activation energy": energy, "center Gaussian": center, "random": noise} if baselines else {})
+    return rows | ({"activation energy": energy, "centre Gaussian": center, "random": noise} if baselines else {})
 
 
 def _metric_names(given: str) -> list[str]:

@@ -167,7 +167,7 @@ def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> C
     layers = settings.layers.split(",") if settings.layers else suggest_stages(loaded.model, loaded.empty())
     images = readable(loaded.open(find_images(settings.train or "")), failed, "training images")
     made = ConceptFusionMap(loaded.model, layers, map_layer="fused", batch_size=settings.batch_size)
-    return made.fit(images, encoder, words, image_size=loaded.size, model_transform=loaded.prepare, show_progress=True)
+    return made.fit(images, encoder, words, model_transform=loaded.prepare, show_progress=True)
 
 
 def encoder_of(settings: ModelSettings) -> Any:
