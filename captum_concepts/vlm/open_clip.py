@@ -314,9 +314,9 @@ def tower_names(tower: nn.Module) -> Iterator[str]:
         config = open_clip.get_model_config(name) or {}
         vision = {"image_size": 224, **config.get("vision_cfg", {})}
         wanted = {key: _pair(vision[key]) if "size" in key else vision[key] for key in own if key in vision}
-        if all(own[key] in (None, value) for key, value in wanted.items()):
-            if getattr(tower, "output_dim", config.get("embed_dim")) == config.get("embed_dim"):
-                yield name
+        width = config.get("embed_dim")
+        if getattr(tower, "output_dim", width) == width and all(own[k] in (None, v) for k, v in wanted.items()):
+            yield name
 
 
 def build_tower(name: str) -> nn.Module:

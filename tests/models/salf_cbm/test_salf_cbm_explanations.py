@@ -111,7 +111,12 @@ class TestExplain:
         for n in range(3):
             to_pil_image(x[n]).save(tmp_path / f"{n}.png")
         expected = model.explain(size(x), "car", top_k=None)
-        for form in (tmp_path, str(tmp_path / "*.png"), [to_pil_image(one) for one in x], (x * 255).to(torch.uint8).numpy()):
+        for form in (
+            tmp_path,
+            str(tmp_path / "*.png"),
+            [to_pil_image(one) for one in x],
+            (x * 255).to(torch.uint8).numpy(),
+        ):
             found = model.explain(form, "car", top_k=None)
             torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=1e-4)
         assert model.explain(tmp_path).image_names == ["0.png", "1.png", "2.png"]

@@ -96,7 +96,7 @@ def test_a_changed_network_is_not_mistaken_for_the_librarys(tmp_path):
 def test_a_forged_recipe(recipe, tmp_path):
     from captum_concepts.models.salf_cbm.recipes import build_backbone
 
-    with pytest.raises(ArtifactError, match="recipe|cannot be built"):
+    with pytest.raises(ArtifactError, match=r"recipe|cannot be built"):
         build_backbone(recipe, tmp_path)
 
 
