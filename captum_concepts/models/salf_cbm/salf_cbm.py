@@ -236,9 +236,10 @@ class SALFCBM(
         size = (inputs.shape[-2], inputs.shape[-1])
         read = None if self._reading is None else self._reading.maps(output, size)
         if read is None:
-            reading = reading_of(
-                self.backbone, self.layer, output, inputs.shape[0], size, self.layout, self.prefix_tokens, self._traits
-            )
+            known = self._reading  # another size of images has the same layout and as many prefix tokens
+            how = (self.layout, self.prefix_tokens) if known is None else (known.kind, known.prefix_tokens)
+            batch = inputs.shape[0]
+            reading = reading_of(self.backbone, self.layer, output, batch, size, how[0], how[1], self._traits)
             self._check_reading(reading)
             self._reading = self._reading or reading
             read = reading.maps(output, size)
