@@ -321,7 +321,7 @@ class TestAsModule:
         model = conv_model()
         model(pictures())
         assert hooks(model) == 0
-        with pytest.raises(RuntimeError):
+        with pytest.raises(InputError, match="5 channels"):
             model(torch.rand(2, 5, 32, 24))  # five channels
         assert hooks(model) == 0
         assert "captum_concepts" not in model.backbone.body._forward_hooks
@@ -503,7 +503,7 @@ def test_tokens_that_fit_no_grid_are_an_error():
 
     model = SALFCBM(Pruned().eval(), "block", CONCEPTS, 3, input_size=(16, 16))
     assert model(pictures(1, 16, 16)).shape == (1, 3)
-    with pytest.raises(LayoutError, match=r"layer 'block' gives \(1, 20, 8\)"):
+    with pytest.raises(LayoutError, match=r"layer 'block' returns \(1, 20, 8\)"):
         model(pictures(1, 16, 20))
 
 
