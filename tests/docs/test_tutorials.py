@@ -56,7 +56,6 @@ def test_there_are_eight():
     assert [source.name[:2] for source in SOURCES] == [f"{k:02d}" for k in range(1, 9)]
 
 
-@pytest.mark.xfail(reason="not every tutorial follows the new signatures yet", strict=False)
 @pytest.mark.parametrize("name", QUICK)
 def test_runs_from_start_to_end(name, tmp_path):
     code = (TUTORIALS / f"{name}.py").read_text(encoding="utf-8")
