@@ -210,7 +210,9 @@ def capture_modules(
             hooked(unique, hook, at_input=attribute_to_layer_input),
             activations if logits else nullcontext(),
         ):
-            output = activations.undone(run(*map(_normal, arguments)))
+            with input_errors(arguments, parts):
+                output = run(*map(_normal, arguments))
+            output = activations.undone(output)
             if recorder.gradients_put_off() and not _differentiable(output):
                 recorder.interrupted = True
         return output, recorder
@@ -242,6 +244,40 @@ def capture_modules(
         order,
         tuple(originals[module] for module in modules),
     )
+
+
+_CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
+
+
+@contextmanager
+def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) -> Iterator[None]:
+    """A context for a forward pass: torch's errors about channels or dtype of the images, in terms of the images.
+
+    Args:
+        arguments: of the model.
+        parts: its modules, or None if they are not known.
+
+    Raises:
+        InputError: instead of such an error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        for images in (a for a in arguments if isinstance(a, Tensor) and a.ndim == 4 and a.is_floating_point()):
+            found = _CHANNELS.search(str(error))
+            if found and int(found[2]) == images.shape[1]:
+                raise InputError(
+                    f"inputs of shape {tuple(images.shape)} have {found[2]} channels, (N, C, H, W), where the model "
+                    f"takes {found[1]}; choose some, as in inputs[:, :3], or move the channels to the front"
+                ) from error
+            dtypes = {p.dtype for part in parts or () for p in part.parameters(recurse=False) if p.is_floating_point()}
+            if dtypes and images.dtype not in dtypes:
+                kinds = ", ".join(sorted(map(str, dtypes)))
+                raise InputError(
+                    f"inputs are {images.dtype} and the model's weights {kinds} ({str(error)[:200]}); convert one of "
+                    "them"
+                ) from error
+        raise
 
 
 def _ran_inside(
@@ -415,7 +451,11 @@ def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
 
     in_place = any(getattr(m, "_compiled_call_impl", None) is not None for m in (*around, layer))
     try:
-        with eager_mode() if in_place else nullcontext(), hooked([layer], hook):
+        with (
+            eager_mode() if in_place else nullcontext(),
+            hooked([layer], hook),
+            input_errors(args, [*model.modules()]),
+        ):
             model(*args)
     except _ReachedError:
         pass

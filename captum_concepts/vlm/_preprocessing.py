@@ -1,4 +1,4 @@
-"""open_clip's evaluation transform on tensors: resize, crop or pad, normalise."""
+"""open_clip's evaluation transform on tensors: resize, crop or pad, normalize."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def check_images(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"images of shape {shape} are not RGB images (N, 3, H, W)")
     if 0 in shape:
-        raise InputError(f"images of shape {shape} hold no pixel")
+        raise InputError(f"images of shape {shape} have no pixels")
     if not images.is_floating_point():
-        raise InputError(f"images have dtype {images.dtype}; give RGB in [0, 1], for example images.float() / 255")
+        raise InputError(f"images have dtype {images.dtype}; pass RGB in [0, 1], for example images.float() / 255")
     low, high = images.detach().aminmax()
     if not (low >= -0.05 and high <= 1.05):
         warnings.warn(
             f"pixel values go from {float(low):.3g} to {float(high):.3g}, but the encoder takes RGB in [0, 1] and "
-            "normalises by itself; images that are already normalised give a wrong embedding",
+            "normalizes by itself; images that are already normalized get a wrong embedding",
             InputWarning,
             stacklevel=4,
         )
@@ -119,7 +119,7 @@ def _patched(h: int, w: int, side: int, most: int) -> tuple[int, int]:
 
 
 def _center(x: Tensor, height: int, width: int, fill: float, *, round_down: bool = False) -> Tensor:
-    """Pad to at least, then crop to exactly ``(height, width)`` around the centre."""
+    """Pad to at least, then crop to exactly ``(height, width)`` around the center."""
     h, w = x.shape[-2:]
     if h < height or w < width:
         dy, dx = max(height - h, 0), max(width - w, 0)

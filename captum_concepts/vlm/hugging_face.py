@@ -1,4 +1,4 @@
-"""`from_transformers`: CLIP and SigLIP models of the transformers library as image-text encoders."""
+"""`from_transformers`: CLIP and SigLIP models of the transformers library as encoders."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def from_transformers(
     missing = [name for name in ("get_image_features", "get_text_features", "logit_scale") if not hasattr(model, name)]
     if missing:
         raise InputError(
-            f"{type(model).__name__} has no {', '.join(missing)}: it must be an image-text model of the transformers "
-            "library, such as CLIPModel or SiglipModel, not its image or text half"
+            f"{type(model).__name__} has no {', '.join(missing)}: it must be a vision-language model of transformers, "
+            "such as CLIPModel or SiglipModel, not its image or text half"
         )
     parts = [getattr(processor, name, None) for name in ("image_processor", "tokenizer")]
     if None in parts:
@@ -72,7 +72,7 @@ class _Tokenizer:
 
 
 class _Adapter(nn.Module):
-    """A model of transformers behind the methods of an open_clip model."""
+    """A model of transformers with the methods of an open_clip model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -117,12 +117,12 @@ class _Adapter(nn.Module):
 
 
 def _pooled(found: Any) -> Tensor:
-    """Older versions of transformers return the embedding, newer ones an object that holds it."""
+    """Older versions of transformers return the embedding, newer ones an object that contains it."""
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
 def _preprocessing(processor: Any, patch_size: int | None) -> dict[str, Any]:
-    """The settings of an image processor in the words of :class:`OpenCLIPEncoder`."""
+    """The settings of an image processor as those of :class:`OpenCLIPEncoder`."""
     found: dict[str, Any] = {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
     given = getattr(processor, "resample", None)
     resample = 3 if given is None else int(given)

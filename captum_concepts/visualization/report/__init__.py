@@ -28,7 +28,7 @@ from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExpla
 from captum_concepts.visualization.canvas import NOT_ENCODED, number as in_words, round_up
 from captum_concepts.visualization.figures import class_rules, sankey
 from captum_concepts.visualization.inputs import shown_batches
-from captum_concepts.visualization.overlay import ALPHA, MODES, as_images
+from captum_concepts.visualization.overlay import ALPHA, MODES, as_images, each_image
 from captum_concepts.visualization.panels import absence, check_explanation, class_of, crop_boxes, ordered, significance
 from captum_concepts.visualization.pictures import Picture, figure_uri, gradient, map_picture, photo, place_in_words
 from captum_concepts.visualization.regions import outlines
@@ -134,12 +134,14 @@ def report(
     if isinstance(source, ConceptExplainer):
         rows = _explained(source, images, target, transform, integer("batch_size", batch_size), top_k)
     else:
-        pairs = zip_longest(_examples(source), _pictures(images), fillvalue=_NOTHING)
+        pairs = zip_longest(_examples(source), each_image(images), fillvalue=_NOTHING)
         rows = ((example, picture, {}) for example, picture in pairs)
     if isinstance(source, ConceptExplanation):
         writer.fix_scheme([source])
     if hasattr(source, "decision_rules"):
         writer.add_rules(source)
+    said = getattr(source, "trust", "")
+    writer.trust = said if isinstance(said, str) else ""
     if explorer is not None:
         writer.explorer = explorer.save(writer.path.with_name(f"{writer.path.stem}.explorer.html")).name
     with writer:
@@ -176,16 +178,6 @@ def _examples(explanations: Any) -> Iterator[ConceptExplanation]:
         yield from one
 
 
-def _pictures(images: Any) -> Iterator[Any]:
-    if hasattr(images, "convert") or getattr(images, "ndim", 0) in (2, 3):
-        images = [images]
-    for image in images:
-        if getattr(image, "ndim", 0) == 4:
-            yield from image
-        else:
-            yield image
-
-
 def _explained(
     explainer: ConceptExplainer, images: Any, target: Any, transform: Any, batch_size: int, top_k: int
 ) -> Iterator[tuple[ConceptExplanation, Any, dict[str, Any]]]:
@@ -219,6 +211,10 @@ class ReportWriter:
     Args:
         path, title, class_names, top_k, rank_by, settings, scale, alpha, cmap, signed, mode: see :func:`report`.
             ``signed="auto"``: the diverging color scheme from the first explanation on in which negative values matter.
+
+    Attributes:
+        trust: a sentence below the title: whether the concepts' names can be believed.
+        explorer: the address of an explorer's page, for a button.
 
     Raises:
         InputError: an option that does not exist.
@@ -268,6 +264,7 @@ class ReportWriter:
         self._failed: list[tuple[str, str]] = []
         self._rules: tuple[Any, Any] | None = None
         self.explorer: str | None = None
+        self.trust = ""
 
     def __len__(self) -> int:
         """Images so far."""
@@ -381,6 +378,7 @@ class ReportWriter:
             failed=self._failed,
             rules=self._drawn_rules(),
             explorer=self.explorer,
+            trust=self.trust,
             facts_of_run=self._facts(),
         )
         before, after = page.split(_MARK)
