@@ -497,7 +497,7 @@ def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
 
 def require_images(parts: Sequence[Tensor]) -> None:
     """Refuse inputs none of which is a batch of images; see :func:`check_images`."""
-    if all(isinstance(part, Tensor) and part.ndim != 4 for part in parts):
+    if parts and all(isinstance(part, Tensor) and part.ndim != 4 for part in parts):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts[:5])
         if any(part.ndim == 3 for part in parts):
             raise LayoutError(
