@@ -40,6 +40,7 @@ from captum_concepts.store.shards import (
     Span,
     Write,
     clear_store,
+    default_shard_rows,
     fill_shards,
     missing_shards,
     open_shard,
@@ -194,7 +195,7 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
             found = read_manifest(path)  # another process may have been faster
             if found is None:
                 clear_store(path)
-                rows = shard_rows or min(max(count // 200, 32), 1024)  # about 200 files, so that a kill costs little
+                rows = shard_rows or default_shard_rows(count)
                 info = {
                     "images": count,
                     "shard_rows": rows,

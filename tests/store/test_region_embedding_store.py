@@ -163,6 +163,7 @@ def test_size_on_disk(tmp_path):
     raw = RegionEmbeddingStore.expected_bytes(70, store.prompt, 512)
     assert raw == 70 * 49 * 512 * 2
     assert raw <= store.nbytes <= 1.01 * raw
+    assert json.loads((tmp_path / "manifest.json").read_text())["rows"] == [32, 32, 6]
 
 
 class Named(Dataset):
@@ -800,6 +801,9 @@ class TestExtension:
             RegionEmbeddingStore.open(tmp_path).extend(pictures(2))
         with pytest.raises(FileNotFoundError):
             RegionEmbeddingStore.extend_at(tmp_path / "none", pictures(2), TinyEncoder())
+        (tmp_path / "shard-00001.safetensors").unlink()
+        with pytest.raises(ArtifactError, match="is unfinished; call build again with its own images"):
+            store.extend(pictures(2), TinyEncoder())
 
 
 class TestSeveralProcesses:
