@@ -47,7 +47,14 @@ from captum_concepts.store.shards import (
     shard_sizes,
 )
 from captum_concepts.store.uniform_images import UniformImages, check_digests, digest
-from captum_concepts.vlm import DenseRegions, RegionPrompt, Regions, regions_from_dict, trial_batch_size
+from captum_concepts.vlm import (
+    DenseRegions,
+    RegionPrompt,
+    Regions,
+    check_encoder,
+    regions_from_dict,
+    trial_batch_size,
+)
 
 KIND = "region embeddings, version 1"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -127,20 +134,6 @@ class Source:
         with torch.no_grad(), evaluation_mode(module_of(self.encoder)):
             embedding = check_embedding(self.encoder.encode_image(image.to(device_of(self.encoder))), 1)[0].cpu()
         return F.normalize(embedding, dim=0)
-
-
-def check_encoder(encoder: Any) -> None:
-    """Refuse what is not an :class:`~captum_concepts.vlm.ImageTextEncoder`.
-
-    Raises:
-        InputError: it has no ``encode_image``; the message tells how a Hugging Face model becomes one.
-    """
-    if callable(getattr(encoder, "encode_image", None)):
-        return
-    name = type(encoder).__name__
-    if callable(getattr(encoder, "get_image_features", None)):
-        raise InputError(f"{name} is a Hugging Face model; pass vlm.from_transformers(model, processor) as the encoder")
-    raise InputError(f"encoder {name} has no encode_image; see captum_concepts.vlm.ImageTextEncoder")
 
 
 def stored_settings(path: Path, manifest: Manifest) -> tuple[Regions, torch.dtype, tuple[int, ...]]:
