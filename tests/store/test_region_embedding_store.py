@@ -203,7 +203,7 @@ def test_kinds_of_data_and_loading_processes(tmp_path):
     [
         ([torch.rand(3, 8, 8), torch.rand(3, 8, 9)], "one size.*image 1"),
         (torch.rand(2, 4, 8, 8), "4 channels"),
-        ([], "no images"),
+        ([], "no image"),
         (torch.rand(3, 8, 8), r"no batch dimension .*\(3, 8, 8\)"),
         ("folder", "folder"),
         (7, "images must be"),
@@ -861,7 +861,7 @@ class TestSeveralProcesses:
         ]
         outputs = [run.communicate(timeout=120) for run in runs]
         assert [run.returncode for run in runs] == [0, 0], outputs
-        assert "InputError there are no images" in outputs[0][0]
+        assert "InputError no image" in outputs[0][0]
         assert "process 1 has done its part, but process 0: InputError" in outputs[1][0]
         two, one = contents(tmp_path / "two"), contents(tmp_path / "one")
         same = [name for name in one if name.startswith("shard")]
