@@ -82,20 +82,20 @@ def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[N
     """
     held: set[nn.Module] = set()
 
-    def hold(module: nn.Module) -> None:
+    def hold(modules: Iterable[nn.Module]) -> None:
         with _lock:
-            if module not in held and (module.training or module in _evaluated):
-                _evaluated[module] = _evaluated.get(module, 0) + 1
-                module.training = False
-                held.add(module)
+            for module in modules:
+                if (module.training or module in _evaluated) and module not in held:
+                    _evaluated[module] = _evaluated.get(module, 0) + 1
+                    module.training = False
+                    held.add(module)
 
     try:
         if model is None:
-            with _before_each_call(hold):
+            with _before_each_call(lambda module: hold([module])):
                 yield
         else:
-            for module in model.modules() if isinstance(model, nn.Module) else model:
-                hold(module)
+            hold(model.modules() if isinstance(model, nn.Module) else model)
             yield
     finally:
         with _lock:

@@ -34,13 +34,13 @@ _HARMLESS_BUFFER = re.compile("position_id|num_batches_tracked|relative_")
 
 
 @functools.cache
-def _may_reorder(kind: type[nn.Module]) -> bool:
-    """Whether a module's class or its own methods, or what ``forward`` calls, are named after a reordering."""
-    if issubclass(kind, torch.jit.ScriptModule):
-        return False
+def _reorderings(kind: type[nn.Module]) -> str:
+    """What is named after a reordering in a module's class: itself, its methods, or what ``forward`` calls."""
+    if kind.__module__.partition(".")[0] == "torch" or issubclass(kind, torch.jit.ScriptModule):
+        return ""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     names = [kind.__name__, *vars(kind), *(code.co_names if code is not None else ())]
-    return kind.__module__.partition(".")[0] != "torch" and any(_REORDERING.search(name.lower()) for name in names)
+    return " ".join(name for name in names if _REORDERING.search(name.lower()))
 
 
 @dataclass(frozen=True)
@@ -68,32 +68,47 @@ class ModelTraits:
     @staticmethod
     def of(modules: Mapping[str, nn.Module]) -> ModelTraits:
         """Read the traits off all named modules of a model."""
-        unique = dict.fromkeys(modules.values())
-        first = next((m for m in unique if isinstance(m, nn.Conv2d) and m.in_channels in (1, 3, 4)), None)
-        stride = None
-        if first is not None and tuple(first.kernel_size) == tuple(first.stride) and first.stride[0] > 1:
-            stride = (first.stride[0], first.stride[1])
+        first: nn.Conv2d | None = None
+        last_dimension = volumetric = False
         prefixes: dict[nn.Parameter, int] = {}
         positions = set()
-        for prefix, module in modules.items():
-            for name, p in module.named_parameters(prefix, recurse=False):
+        reorderings = ""
+        for path, module in modules.items():
+            kind = type(module)
+            reorderings += _reorderings(kind)  # type: ignore[arg-type]
+            if isinstance(module, nn.Conv2d):
+                first = first or module
+                if module.in_channels in (1, 3, 4) and first.in_channels not in (1, 3, 4):
+                    first = module
+            volumetric = volumetric or isinstance(module, nn.Conv3d)
+            last_dimension = (
+                last_dimension
+                or isinstance(module, (nn.LayerNorm, nn.MultiheadAttention))
+                or kind.__name__ in ("Permute", "Rearrange")
+            )
+            for name, p in module._parameters.items():
+                if p is None or p.ndim == 0:
+                    continue
+                name = f"{path}.{name}"
                 if _PREFIX_PARAMETER.search(name):
                     prefixes[p] = p.shape[-2] if p.ndim > 1 else 1
                 if p.ndim > 1 and _POSITION_PARAMETER.search(name):
                     positions.add(p.shape[-2])
-        last = (nn.LayerNorm, nn.MultiheadAttention)
-        convolutional = any(isinstance(m, nn.Conv2d) for m in unique) and not any(
-            isinstance(m, last) or type(m).__name__ in ("Permute", "Rearrange") for m in unique
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_floating_point() and not _HARMLESS_BUFFER.search(name):
+                    reorderings += name
+        stride = None
+        if first is not None and first.in_channels in (1, 3, 4) and first.kernel_size == first.stride:
+            stride = (first.stride[0], first.stride[1]) if first.stride[0] > 1 else None
+        return ModelTraits(
+            stride,
+            tuple([count for count in prefixes.values() if count <= MOST_PREFIX_TOKENS]),
+            frozenset(positions),
+            first is not None and not last_dimension,
+            volumetric,
+            bool(reorderings),
+            "reroll" in reorderings.lower(),
         )
-        counts = tuple(count for count in prefixes.values() if count <= MOST_PREFIX_TOKENS)
-        volumetric = any(isinstance(m, nn.Conv3d) for m in unique)
-        reorders = any(map(_may_reorder, dict.fromkeys(map(type, unique)))) or any(
-            not buffer.is_floating_point() and not _HARMLESS_BUFFER.search(name)
-            for module in unique
-            for name, buffer in module.named_buffers(recurse=False)
-        )
-        unrolls = any(hasattr(m, "reroll") for m in unique)
-        return ModelTraits(stride, counts, frozenset(positions), convolutional, volumetric, reorders, unrolls)
 
 
 @dataclass(frozen=True)
