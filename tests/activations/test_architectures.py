@@ -19,10 +19,6 @@ def test_a_bright_corner_is_found_in_its_cell(name):
     assert misplaced(name) <= 1
 
 
-@pytest.mark.xfail(
-    reason="docs/architectures.md is older than the networks' new sizes: run tests/activations/architectures.py",
-    strict=False,
-)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_as_the_page_says(name):
     assert line(outcome(name)) in ROWS
