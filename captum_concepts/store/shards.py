@@ -207,6 +207,9 @@ def fill_shards(
 
         if wanted:
             compute([manifest.spans[number] for number in wanted], write)
+        if size == 1:
+            for stale in path.glob(".lock-*-of-*"):  # of processes that were killed; whoever is alive has it open
+                stale.unlink(missing_ok=True)
     return wanted
 
 
