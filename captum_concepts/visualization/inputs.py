@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from captum_concepts.images import ImageSource, batches, inputs_for, open_images
@@ -41,7 +42,16 @@ def source_of(explainer: Any, images: Any, transform: Callable[[Tensor], Tensor]
     """The images opened as the explainer's model wants them; with ``transform``, in [0, 1] and in their own size."""
     if hasattr(images, "convert"):
         images = [images]
-    return open_images(images) if transform is not None else inputs_for(model_of(explainer), images)
+    if transform is not None:
+        return open_images(images)
+    known, size = reader_of(explainer)
+    return inputs_for(known, images, size=size)
+
+
+def reader_of(explainer: Any) -> tuple[Any, Any]:
+    """What files are read by: the explainer's own preprocessing and size where it has them, else its network's."""
+    own = getattr(explainer, "preprocessing", None)
+    return (own, None) if own is not None else (model_of(explainer), getattr(explainer, "input_size", None))
 
 
 def shown_batches(
@@ -57,9 +67,12 @@ def shown_batches(
         transform: makes the model's inputs from a batch in [0, 1] instead.
     """
     source = source_of(explainer, images, transform)
+    network = model_of(explainer)
+    like = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
     named = source.files is not None if not source.streamed else False
     for batch in batches(source, batch_size):
         inputs = batch.images if transform is None else transform(batch.images)
+        inputs = inputs if like is None else inputs.to(like.device)
         labels = batch.labels
         if labels is not None and source.class_names is not None:
             labels = [source.class_names[one] if isinstance(one, int) else one for one in labels]

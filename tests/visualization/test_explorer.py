@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import inspect
 import io
 import json
 import random
@@ -129,10 +128,7 @@ class Page:
 
     def run(self, **names) -> dict:
         """The page's Python, executed."""
-        code = self.code
-        if "units" not in inspect.signature(SALFCBM.intervene).parameters:
-            code = code.replace('units="std"', "standardize=True")
-        exec(code, names)
+        exec(self.code, names)
         return names
 
 
@@ -222,6 +218,29 @@ class TestEqualsPython:
         slow[1] -= 12.5 * (ran["mask"] * cell).sum() / cell.sum()
         close(page.listed("region-concept-after"), dict(zip(model.concepts, slow.tolist(), strict=True)))
 
+    def test_the_region_after_the_edit_is_that_of_intervene(self, opened):
+        model, x = salf("vit", 5), images(1)
+        page = opened(model, x)
+        page.drag((0.2, 0.1), (0.71, 0.64))
+        page.choose("concept 4")
+        page.beta(11)
+        edit = page.run(model=model, images=x)["edits"]
+        regions = model.intervene(x, edit, units="std", return_regions=True)[2]
+        close(page.listed("region-concept-after"), dict(zip(regions.concepts, regions.scores[0].tolist(), strict=True)))
+
+    def test_independent_classes_and_presence(self, opened):
+        model, x = salf("cnn", 5, multi_label=True), images(1)
+        model.set_presence(torch.full((5,), 3.0), torch.zeros(5))
+        page = opened(model, x)
+        page.beta(4)
+        after = page.run(model=model, images=x)["probabilities"][0]
+        for k, (before, shown) in enumerate(v for _, v in sorted(page.classes().items())):
+            assert before == pytest.approx(float(model(x).sigmoid()[0, k]), rel=1e-3)
+            assert shown == pytest.approx(float(after[k]), rel=1e-3)
+        absent = [name for name, p in zip(model.concepts, model.presence(x)[0], strict=True) if p < 0.5]
+        pale = page.page.locator("#concepts .pale [data-testid=concept]").all()
+        assert sorted(one.get_attribute("data-concept") for one in pale) == sorted(absent)
+
     def test_a_dense_and_a_sparse_head_say_the_same(self, opened):
         model, x = salf("cnn", 12), images(1)
         for sparse in (False, True):
@@ -239,8 +258,6 @@ class TestEqualsPython:
         shown = page.page.locator("[data-testid=concept] .how").all_inner_texts()
         code = page.code.replace('units="std")', 'units="std", target=2, top_k=None)')
         names = {"model": model, "images": x}
-        if "units" not in inspect.signature(SALFCBM.intervene).parameters:
-            code = code.replace('units="std"', "standardize=True")
         exec(code, names)
         expected = dict(zip(names["seen"].concepts, names["seen"].contributions[0].tolist(), strict=True))
         for name, text in zip(page.listed(), shown, strict=True):
@@ -689,8 +706,7 @@ class TestInANotebook:
         first, second = explorer.edits
         assert int(first["mask"].sum()) == 8
         assert second == {"concept": "concept 0", "beta": 1}
-        how = {"units": "std"} if "units" in inspect.signature(SALFCBM.intervene).parameters else {"standardize": True}
-        before, after = model.intervene(x[[explorer.image]], explorer.edits, **how)
+        before, after = model.intervene(x[[explorer.image]], explorer.edits, units="std")
         assert before.shape == after.shape
         bundle = explorer._repr_mimebundle_()
         data = bundle[0] if isinstance(bundle, tuple) else bundle
