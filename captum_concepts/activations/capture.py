@@ -365,7 +365,7 @@ class _Recorder:
 
     def at_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook."""
-        tensor, rebuild = first_tensor(output, f"layer {self.names[module]!r} gives")
+        tensor, rebuild = first_tensor(output, f"layer {self.names[module]!r} returns")
         # nn.Identity, or dropout in evaluation mode, returns its input, which others may overwrite.
         shared = any(_same_memory(tensor, other) for other in tensors_in((args, kwargs)))
         return rebuild(self._take(module, tensor, shared))
@@ -387,7 +387,7 @@ class _Recorder:
                 "tensor; choose a layer that runs once (a shared ReLU, for example, has the layer before it)"
             )
         if self.gradient and not tensor.is_floating_point():
-            raise LayerError(f"layer {self.names[module]!r} has no gradient, because it gives {tensor.dtype}")
+            raise LayerError(f"layer {self.names[module]!r} has no gradient, because it returns {tensor.dtype}")
         self.interrupted = self.interrupted or self.gradients_put_off()
         if self.gradient and not self.record:
             tensor = tensor.detach()  # what is upstream of the first layer is never differentiated
@@ -601,11 +601,13 @@ def first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any]
     for key, item in keyed:
         if isinstance(item, Tensor) and item.is_floating_point():
             return item, functools.partial(_put, value, key)
-    raise LayerError(f"{name} {type(value).__name__}, which holds no floating-point tensor; choose a layer that does")
+    raise LayerError(
+        f"{name} {type(value).__name__}, which contains no floating-point tensor; choose a layer that does"
+    )
 
 
 def _tensor_of(output: Any, name: str) -> Tensor:
-    return output if isinstance(output, Tensor) else first_tensor(output, f"layer {name!r} gives")[0]
+    return output if isinstance(output, Tensor) else first_tensor(output, f"layer {name!r} returns")[0]
 
 
 def _put(value: Any, key: Any, new: Tensor) -> Any:

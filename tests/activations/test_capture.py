@@ -483,7 +483,7 @@ def test_layers_without_a_usable_tensor(images) -> None:
             return x.mean((2, 3))
 
     for value in (None, "text", (1, 2), {"ids": torch.ones(2, dtype=torch.long)}):
-        with pytest.raises(LayerError, match=r"layer 'odd' gives .* holds no floating-point tensor"):
+        with pytest.raises(LayerError, match=r"layer 'odd' returns .* contains no floating-point tensor"):
             capture(Model(value), images, ["odd"])
     with pytest.raises(LayerError, match=r"layer 'odd' has no gradient.*int64"):
         capture(Model(torch.ones(2, dtype=torch.long)), images, ["odd"], gradient=True)

@@ -189,6 +189,8 @@ def _opened(
     layers: Layers, images: Any, image_size: Any, model_transform: Transform | None
 ) -> tuple[reader.ImageSource, Transform | None]:
     """The images in [0, 1] (float tensors as they are), and what turns them into the classifier's inputs."""
+    if isinstance(images, reader.ImageSource):  # opened as the caller wants them
+        return images, model_transform
     prepared = _is_prepared(images)
     known = None if prepared or model_transform is not None else reader.preprocessing_of(layers.model)
     mode = {1: "L", 3: "RGB", None: "RGB"}.get(reader.input_channels(layers.model), "any")

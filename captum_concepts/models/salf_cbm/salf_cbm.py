@@ -236,9 +236,10 @@ class SALFCBM(
         size = (inputs.shape[-2], inputs.shape[-1])
         read = None if self._reading is None else self._reading.maps(output, size)
         if read is None:
-            reading = reading_of(
-                self.backbone, self.layer, output, inputs.shape[0], size, self.layout, self.prefix_tokens, self._traits
-            )
+            known = self._reading  # another size of images has the same layout and as many prefix tokens
+            how = (self.layout, self.prefix_tokens) if known is None else (known.kind, known.prefix_tokens)
+            batch = inputs.shape[0]
+            reading = reading_of(self.backbone, self.layer, output, batch, size, how[0], how[1], self._traits)
             self._check_reading(reading)
             self._reading = self._reading or reading
             read = reading.maps(output, size)
@@ -928,7 +929,7 @@ class SALFCBM(
         before = self._save_backbone  # pushing to the Hub saves once more, into a folder of its own
         self._save_backbone = before if save_backbone is None else save_backbone
         try:
-            hub.save_folder(self, folder, str(self.generate_model_card(**card)), images)
+            hub.save_folder(self, folder, card["name"], self._hub_mixin_info.model_card_data, images)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=card, **push_to_hub_kwargs)
             return None
@@ -937,11 +938,11 @@ class SALFCBM(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What ``push_to_hub`` calls."""
-        hub.write_files(self, save_directory)
+        hub.write_files(self, hub.config_of(self), save_directory)
 
     def generate_model_card(self, name: str = "SALF-CBM", **_options: Any) -> ModelCard:
         """The model card: rules, concepts, limits, and data, accuracy and drops from :attr:`metadata`."""
-        return hub.model_card(self, name, self._hub_mixin_info.model_card_data)
+        return hub.model_card(self, hub.config_of(self), name, self._hub_mixin_info.model_card_data)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
