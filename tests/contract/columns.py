@@ -146,7 +146,7 @@ def cefam() -> ConceptFusionMap:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         translator = ConceptTranslator([4, 6], 3, hidden=(8, 8))
-    return ConceptFusionMap(net(), ["first", "last"], translator, list(WORDS), torch.eye(3)[:2])
+    return ConceptFusionMap(net(), ["first", "last"], translator, list(WORDS), torch.eye(3)[:2], logit_scale=5.0)
 
 
 @cache
