@@ -32,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "captum_concepts"
-ROOMS = ("attr", "solvers", "metrics", "store")
+ROOMS = ("attr", "solvers", "metrics", "store", "vlm", "concepts")
 #: Patterns of modules and the tests that are about them, quickest first. The first pattern that fits counts.
 TESTS = {
     "attr/feature_activation_map": ["feature_activation_map", "model_conditions"],
@@ -64,9 +64,14 @@ TESTS = {
     "datasets/coco_parts": ["parts"],
     "datasets/scenes": ["scenes"],
     "datasets/*": ["folders", "parts", "scenes"],
-    "store/shards": ["shards", "hostile_files", "region_embedding_store"],
-    "store/shard_files": ["shards", "hostile_files", "region_embedding_store"],
-    "store/*": ["region_embedding_store", "shards", "out_of_memory", "loader_workers", "salf_fit_resume"],
+    "store/shards": ["shards", "region_embedding_store", "hostile_files"],
+    "store/manifest": ["shards", "region_embedding_store", "hostile_files"],
+    "store/*": ["region_embedding_store", "shards", "dense_regions", "out_of_memory", "loader_workers"],
+    "vlm/region_prompt": ["region_prompt"],
+    "vlm/_drawing": ["region_prompt"],
+    "vlm/batching": ["batching"],
+    "vlm/*": ["dense_regions", "hugging_face", "open_clip_encoder"],
+    "concepts/*": ["vocabulary"],
 }
 #: Operators that make no mutant worth a look.
 LEFT_OUT = ("core/RemoveDecorator", "core/VariableReplacer", "core/VariableInserter")

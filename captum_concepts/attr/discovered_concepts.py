@@ -26,9 +26,11 @@ from captum_concepts._captum import LayerAttribution, log_usage, output_tensor, 
 from captum_concepts._checks import integer, name_positions, take_rows, unique_names
 from captum_concepts.activations import check_images, find_model, full_precision, gradients_enabled
 from captum_concepts.activations.layers import Layer, Layers
+from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError, LayerError
 from captum_concepts.explanation import ConceptExplanation, Selection
 from captum_concepts.images import batches, inputs_for
+from captum_concepts.vlm import check_encoder
 
 _FORMAT = "captum_concepts.DiscoveredConcepts/1"
 _SWEEPS = 60  # of coordinate descent for the weights of a position, from zero: they have converged by then
@@ -338,6 +340,8 @@ def discover_concepts(
     integer("max_rows", max_rows)
     if (encoder is None) != (words is None):
         raise InputError("naming needs both encoder= and words=")
+    if encoder is not None:
+        check_encoder(encoder, words=True)
     if not 0 < crop <= 1:
         raise InputError(f"crop must be a fraction of the image's side in (0, 1], got {crop!r}")
     layers = Layers.resolve(forward_func, layer, layout=layout, prefix_tokens=prefix_tokens)
@@ -487,7 +491,7 @@ def _names(
     """The nearest word of each concept, and the projection of its mean centered embedding on it; unique names."""
     parts = [part if transform is None else transform(part) for part in crops.split(16)]
     embedded = F.normalize(torch.cat([encoder.encode_image(part).detach().float().cpu() for part in parts]), dim=1)
-    text_rows = F.normalize(encoder.encode_text(words).detach().float().cpu(), dim=1)
+    text_rows = embed_texts(encoder, words)
     if len(words) > 1:
         text_rows = text_rows - text_rows.mean(0)
     text_rows = F.normalize(text_rows, dim=1)

@@ -19,7 +19,7 @@ from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.images import read_words
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
-from captum_concepts.vlm import RegionPrompt
+from captum_concepts.vlm import regions_from_dict
 
 EXAMPLE = {
     "model": "resnet50",
@@ -90,7 +90,8 @@ the configuration is JSON; relative paths are relative to the folder the command
   filter: drops what is too long or too similar, e.g. {{"max_length": 30, "class_cutoff": 0.85}};
     with "similarity": false only by length and class name, for encoders that know certain texts only
   classes: a file of class names, in the order of the folders
-  prompt: {{"kind": "circle", "crop" or "blur", "grid": 7, "radius": 32, ...}} (RegionPrompt)
+  prompt: {{"kind": "circle", "crop" or "blur", "grid": 7, "radius": 32, ...}} (RegionPrompt), or one encoder pass per
+          image: {{"kind": "dense", "grid": 7}} (DenseRegions)
   skip_unreadable: true looks at every image first and leaves out what cannot be read
   within_hours: what the dry run works the number of machines out for (default: 24)
   and of fit_salf_cbm: {options}
@@ -168,10 +169,7 @@ def fit_arguments(
     if "feature_dtype" in options:
         options["feature_dtype"] = _dtype(options["feature_dtype"])
     if isinstance(config.get("prompt"), dict):
-        try:
-            options["prompt"] = RegionPrompt(**config["prompt"])
-        except TypeError as error:
-            raise InputError(f"prompt {config['prompt']} is not one of a RegionPrompt: {error}") from None
+        options["prompt"] = regions_from_dict(config["prompt"], complete=False)
     elif config.get("prompt") is not None:
         raise InputError(f"prompt must be an object such as {EXAMPLE['prompt']}, got {config['prompt']!r}")
     layer = config.get("layer")

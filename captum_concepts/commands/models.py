@@ -227,8 +227,9 @@ def load_encoder(name: str, weights: str | None = None) -> Any:
         return demo.load("clip")
     if ".py:" in name:
         made = _call_python(name)
-        if not (hasattr(made, "encode_image") and hasattr(made, "encode_text")):
-            raise InputError(f"{name} returned {type(made).__name__}; it needs encode_image and encode_text")
+        from captum_concepts.vlm import check_encoder
+
+        check_encoder(made, words=True)
         return made
     if weights is None:
         raise InputError(f"open_clip's {name} needs --encoder-weights: a local file, or a pretrained tag (downloads)")

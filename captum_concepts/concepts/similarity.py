@@ -68,8 +68,11 @@ def embed_texts(encoder: Any, texts: Sequence[str], *, distinct: bool = True) ->
     if not len(texts):
         raise InputError("texts is empty; pass at least one")
     function = encoder.encode_text if hasattr(encoder, "encode_text") else encoder
-    if not callable(function):
-        raise InputError(f"{type(encoder).__name__} has no encode_text; see captum_concepts.vlm.ImageTextEncoder")
+    if not callable(function) or (function is encoder and hasattr(encoder, "get_text_features")):
+        raise InputError(
+            f"{type(encoder).__name__} has no encode_text; see vlm.ImageTextEncoder, and for models of transformers "
+            "vlm.from_transformers"
+        )
     try:
         found = function(list(texts))
     except (KeyError, LookupError, ValueError) as error:

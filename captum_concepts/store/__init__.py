@@ -12,7 +12,14 @@ from captum_concepts.store.manifest import (
 )
 from captum_concepts.store.processes import all_or_none, world
 from captum_concepts.store.region_embeddings import RegionEmbeddingStore
-from captum_concepts.store.shards import ShardReader, ShardWriter, fill_shards, missing_shards, shard_sizes
+from captum_concepts.store.shards import (
+    ShardReader,
+    ShardWriter,
+    default_shard_rows,
+    fill_shards,
+    missing_shards,
+    shard_sizes,
+)
 from captum_concepts.store.similarity import Similarity
 from captum_concepts.store.uniform_images import UniformImages
 
@@ -26,6 +33,7 @@ __all__ = [
     "UniformImages",
     "all_or_none",
     "check_fingerprint",
+    "default_shard_rows",
     "device_of",
     "fill_shards",
     "fingerprint_callable",

@@ -40,13 +40,21 @@ from captum_concepts.store.shards import (
     Span,
     Write,
     clear_store,
+    default_shard_rows,
     fill_shards,
     missing_shards,
     open_shard,
     shard_sizes,
 )
 from captum_concepts.store.uniform_images import UniformImages, check_digests, digest
-from captum_concepts.vlm import DenseRegions, RegionPrompt, Regions, regions_from_dict, trial_batch_size
+from captum_concepts.vlm import (
+    DenseRegions,
+    RegionPrompt,
+    Regions,
+    check_encoder,
+    regions_from_dict,
+    trial_batch_size,
+)
 
 KIND = "region embeddings, version 1"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -128,20 +136,6 @@ class Source:
         return F.normalize(embedding, dim=0)
 
 
-def check_encoder(encoder: Any) -> None:
-    """Refuse what is not an :class:`~captum_concepts.vlm.ImageTextEncoder`.
-
-    Raises:
-        InputError: it has no ``encode_image``; the message tells how a Hugging Face model becomes one.
-    """
-    if callable(getattr(encoder, "encode_image", None)):
-        return
-    name = type(encoder).__name__
-    if callable(getattr(encoder, "get_image_features", None)):
-        raise InputError(f"{name} is a Hugging Face model; pass vlm.from_transformers(model, processor) as the encoder")
-    raise InputError(f"encoder {name} has no encode_image; see captum_concepts.vlm.ImageTextEncoder")
-
-
 def stored_settings(path: Path, manifest: Manifest) -> tuple[Regions, torch.dtype, tuple[int, ...]]:
     """Regions, precision and image shape of a store.
 
@@ -194,7 +188,7 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
             found = read_manifest(path)  # another process may have been faster
             if found is None:
                 clear_store(path)
-                rows = shard_rows or min(max(count // 200, 32), 1024)  # about 200 files, so that a kill costs little
+                rows = shard_rows or default_shard_rows(count)
                 info = {
                     "images": count,
                     "shard_rows": rows,

@@ -230,6 +230,15 @@ def shard_sizes(rows: int, shard_rows: int) -> list[int]:
     return [min(shard_rows, rows - start) for start in range(0, rows, shard_rows)]
 
 
+def default_shard_rows(rows: int) -> int:
+    """Rows per shard for about 200 shards, so that a kill costs little and the list stays short.
+
+    >>> default_shard_rows(500), default_shard_rows(50_000), default_shard_rows(1_281_167)
+    (32, 250, 1024)
+    """
+    return min(max(rows // 200, 32), 1024)
+
+
 class ShardWriter:
     """Append rows to a sharded store whose number of rows is not known before.
 
@@ -267,7 +276,6 @@ class ShardWriter:
         self._waiting = 0
         found = read_manifest(self.path) if resume else None
         if found is None:
-            clear_store(self.path)
             found = Manifest(json.loads(json.dumps(dict(fingerprint))), growing=True)
         check_fingerprint(fingerprint, found.fingerprint, f"the store at {self.path}")
         sound = next((n for n in range(len(found.rows)) if damage(self.path, found, n) is not None), len(found.rows))

@@ -55,7 +55,7 @@ def trial_batch_size(
         rate = (end - start) / size
         if rate > _CLEARLY * best_rate:
             break
-        if rate < best_rate * _CLEARLY:
+        if rate <= best_rate * _CLEARLY:
             best, best_rate = size, min(rate, best_rate)
         if end - begun > seconds:
             break

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_concepts._checks import one_of
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, listing
 from captum_concepts.vlm.region_prompt import RegionPrompt, check_grid
 
 ATTENTIONS = ("value", "qq", "kk")
@@ -110,8 +110,12 @@ class DenseRegions:
 Regions = RegionPrompt | DenseRegions
 
 
-def regions_from_dict(values: Any) -> Regions:
+def regions_from_dict(values: Any, *, complete: bool = True) -> Regions:
     """The :class:`RegionPrompt` or :class:`DenseRegions` that ``as_dict`` described.
+
+    Args:
+        values: the settings by name; ``"kind": "dense"`` for :class:`DenseRegions`.
+        complete: refuse to fill in a missing one with its default.
 
     Raises:
         InputError: an unknown or missing setting, or a value that is not allowed.
@@ -121,10 +125,10 @@ def regions_from_dict(values: Any) -> Regions:
     """
     if isinstance(values, Mapping) and values.get("kind") == "dense":
         known = {"kind", *(field.name for field in dataclasses.fields(DenseRegions))}
-        if set(values) != known:
-            raise InputError(f"DenseRegions has the settings {sorted(known)}, got {sorted(map(str, values))}")
+        if not set(values) <= known or (complete and set(values) != known):
+            raise InputError(f"DenseRegions has the settings {sorted(known)}, got {listing(map(str, values))}")
         return DenseRegions(**{key: value for key, value in values.items() if key != "kind"})
-    return RegionPrompt.from_dict(values)
+    return RegionPrompt.from_dict(values, complete=complete)
 
 
 @dataclass(frozen=True)

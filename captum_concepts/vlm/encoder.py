@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from captum_concepts.errors import InputError
 
 
 @runtime_checkable
@@ -49,3 +51,29 @@ class ImageTextEncoder(Protocol):
     def encode_text(self, texts: list[str]) -> Tensor:
         """Embed T texts; returns ``(T, D)``."""
         ...
+
+
+def check_encoder(encoder: Any, *, words: bool = False) -> None:
+    """Refuse what is not an :class:`ImageTextEncoder`, before any work.
+
+    Args:
+        encoder: what was given as one.
+        words: whether texts will be embedded too.
+
+    Raises:
+        InputError: names the missing methods; a model of transformers is referred to ``vlm.from_transformers``.
+    """
+    needed = ["encode_image", "encode_text"] if words else ["encode_image"]
+    absent = [name for name in needed if not callable(getattr(encoder, name, None))]
+    if not absent:
+        return
+    kind = type(encoder).__name__
+    if callable(getattr(encoder, "get_image_features", None)):
+        raise InputError(
+            f"{kind} is a Hugging Face model, which has no {' and no '.join(absent)}; pass "
+            "vlm.from_transformers(model, processor) as the encoder"
+        )
+    raise InputError(
+        f"encoder must be a vision-language model with {' and '.join(needed)} (vlm.ImageTextEncoder, for example "
+        f"vlm.OpenCLIPEncoder); {kind} has no {' and no '.join(absent)}"
+    )

@@ -17,8 +17,7 @@ from captum_concepts.errors import ArtifactError, InputError, InputWarning, did_
 from captum_concepts.vlm import _texts
 from captum_concepts.vlm._preprocessing import check_images, check_preprocess, resize_and_normalize
 from captum_concepts.vlm._pretrained import check_file, failure, first_line, published_preprocess
-from captum_concepts.vlm.dense import encode_cells
-from captum_concepts.vlm.region_prompt import check_grid
+from captum_concepts.vlm.dense import DenseRegions, encode_cells
 from captum_concepts.vlm.towers import open_clip_tower
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -241,14 +240,14 @@ class OpenCLIPEncoder(nn.Module):
         Raises:
             InputError: an image tower of unknown structure, or an option that has no meaning for it.
         """
-        options: dict[str, Any] = {"attention": attention, "remove_outliers": remove_outliers}
+        regions = DenseRegions(grid, attention=attention, remove_outliers=remove_outliers)
+        options: dict[str, Any] = {"attention": regions.attention, "remove_outliers": remove_outliers}
         own = getattr(self.model, "dense_tower", None)
         tower = own(**options) if own is not None else open_clip_tower(getattr(self.model, "visual", None), **options)
-        whole = (
-            "squash" if self.preprocess["resize_mode"] in ("shortest", "longest") else self.preprocess["resize_mode"]
-        )
+        mode = self.preprocess["resize_mode"]
+        whole = mode if mode == "patches" else "squash"
         pixels = resize_and_normalize(check_images(images), {**self.preprocess, "resize_mode": whole})
-        return encode_cells(tower, pixels.to(self.device, self.image_dtype), check_grid(grid))
+        return encode_cells(tower, pixels.to(self.device, self.image_dtype), regions.grid)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:

@@ -223,8 +223,12 @@ class RegionPrompt:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RegionPrompt:
+    def from_dict(cls, values: Mapping[str, Any], *, complete: bool = True) -> RegionPrompt:
         """The prompt that :meth:`as_dict` described, now or in an earlier version.
+
+        Args:
+            values: the settings by name.
+            complete: refuse to fill in a missing one with its default.
 
         Raises:
             InputError: an unknown or missing setting, or a value that is not allowed.
@@ -236,7 +240,7 @@ class RegionPrompt:
         unknown = [name for name in named if name not in known]
         if unknown:
             raise InputError(f"RegionPrompt has no setting {unknown[0]!r}.{did_you_mean(str(unknown[0]), known)}")
-        if missing := [name for name in known if name not in named]:
+        if complete and (missing := [name for name in known if name not in named]):
             raise InputError(f"the RegionPrompt lacks {listing(missing)}")
         return cls(**named)
 

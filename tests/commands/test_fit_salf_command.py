@@ -157,7 +157,7 @@ def test_unreadable_images(config, capsys):
         ({"concepts": ["red", "mauve"]}, "mauve"),
         ({"lam": 0.1, "nonzeros_per_class": 2}, "not both"),
         ({"prompt": {"kind": "square"}}, "must be one of"),
-        ({"prompt": {"size": 3}}, "is not one of a RegionPrompt"),
+        ({"prompt": {"size": 3}}, "RegionPrompt has no setting .size."),
         ({"prompt": "circle"}, "must be an object"),
         ({"filter": {"cutoff": 1}}, "filter"),
         ({"feature_dtype": "bfloat16"}, "'float16' or 'float32'"),

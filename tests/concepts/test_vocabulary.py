@@ -130,7 +130,7 @@ PLURALS = (
     "men man, women woman, people person, children child, feet foot, teeth tooth, geese goose, mice mouse, "
     "leaves leaf, knives knife, wolves wolf, shelves shelf, halves half, calves calf, loaves loaf, scarves "
     "scarf, hooves hoof, lives life, wives wife, oxen ox, cacti cactus, fungi fungus, classes class, foxes "
-    "fox, beaches beach, dishes dish, buzzes buzz, berries berry, eyes eye, horns horn, bees bee"
+    "fox, beaches beach, dishes dish, buzzes buzz, berries berry, flies fly, eyes eye, horns horn, bees bee"
 )
 NO_PLURALS = (
     "bus gas lens series species canvas octopus cactus iris trousers scissors glasses pants jeans shorts "
@@ -299,7 +299,8 @@ class TestFilters:
         assert [drop.value for drop in drops] == pytest.approx([mean for mean in means if mean <= 0.25])
         assert drop_absent(concepts, torch.tensor(means))[0] == kept
         assert drop_absent(concepts, activations[:2], k=5)[0]  # fewer images than k
-        assert drop_absent(["a"], torch.tensor([0.25]), cutoff=0.25)[0] == []  # the limit itself goes, as published
+        expected = ([], [Drop("a", "absent from the data", 0.25, 0.25)])
+        assert drop_absent(["a"], torch.tensor([0.25]), cutoff=0.25) == expected  # the limit itself goes, as published
 
     @pytest.mark.parametrize(
         "activations", [torch.rand(5), torch.rand(3, 5), torch.rand(0, 2), torch.tensor([0.1, float("nan")])]

@@ -163,6 +163,7 @@ def test_size_on_disk(tmp_path):
     raw = RegionEmbeddingStore.expected_bytes(70, store.prompt, 512)
     assert raw == 70 * 49 * 512 * 2
     assert raw <= store.nbytes <= 1.01 * raw
+    assert json.loads((tmp_path / "manifest.json").read_text())["rows"] == [32, 32, 6]
 
 
 class Named(Dataset):
@@ -202,7 +203,7 @@ def test_kinds_of_data_and_loading_processes(tmp_path):
     [
         ([torch.rand(3, 8, 8), torch.rand(3, 8, 9)], "one size.*image 1"),
         (torch.rand(2, 4, 8, 8), "4 channels"),
-        ([], "no images"),
+        ([], "no image"),
         (torch.rand(3, 8, 8), r"no batch dimension .*\(3, 8, 8\)"),
         ("folder", "folder"),
         (7, "images must be"),
@@ -800,6 +801,9 @@ class TestExtension:
             RegionEmbeddingStore.open(tmp_path).extend(pictures(2))
         with pytest.raises(FileNotFoundError):
             RegionEmbeddingStore.extend_at(tmp_path / "none", pictures(2), TinyEncoder())
+        (tmp_path / "shard-00001.safetensors").unlink()
+        with pytest.raises(ArtifactError, match="is unfinished; call build again with its own images"):
+            store.extend(pictures(2), TinyEncoder())
 
 
 class TestSeveralProcesses:
@@ -857,7 +861,7 @@ class TestSeveralProcesses:
         ]
         outputs = [run.communicate(timeout=120) for run in runs]
         assert [run.returncode for run in runs] == [0, 0], outputs
-        assert "InputError there are no images" in outputs[0][0]
+        assert "InputError no image" in outputs[0][0]
         assert "process 1 has done its part, but process 0: InputError" in outputs[1][0]
         two, one = contents(tmp_path / "two"), contents(tmp_path / "one")
         same = [name for name in one if name.startswith("shard")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.store.manifest import fingerprint_callable, fingerprint_module
+from captum_concepts.store.manifest import fingerprint_callable, fingerprint_module, fingerprint_tensor
 from captum_concepts.store.shards import ShardReader, ShardWriter
 
 ROWS = torch.randn(23, 3, generator=torch.Generator().manual_seed(0))
@@ -95,6 +95,15 @@ def test_uneven_rows_are_refused(tmp_path):
 
 
 def test_fingerprints():
+    zeros = [
+        torch.zeros(2, 3),
+        torch.zeros(3, 2),
+        torch.zeros(6),
+        torch.zeros(2, 3, dtype=torch.int32),
+        torch.ones(2, 3),
+    ]
+    assert len({fingerprint_tensor(tensor) for tensor in zeros}) == 5
+    assert fingerprint_tensor(torch.zeros(2, 3)) == fingerprint_tensor(torch.zeros(3, 2).T.clone())
     a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     b.load_state_dict(a.state_dict())
     assert fingerprint_module(a) == fingerprint_module(b)

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from captum_concepts import demo
@@ -23,7 +24,7 @@ from captum_concepts.vlm.dense import resized, without_outliers
 TEXT = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
 TIMM = {"timm_proj": "linear", "timm_pool": "avg"}
 VISION = {
-    "vit": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16},
+    "vit": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16, "ls_init_value": 0.3},
     "vit-avg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "pool_type": "avg"},
     "coca": {
         "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "attentional_pool": True,
@@ -35,10 +36,11 @@ VISION = {
     "timm-swin": {"image_size": 64, "timm_model_name": "resnet10t", **TIMM},
     "timm-vit": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"},
     "timm-vit-avg": {"image_size": 160, "timm_model_name": "test_vit", **TIMM},
+    "timm-eva": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"},
     "timm-siglip": {"image_size": 160, "timm_model_name": "test_vit2", "timm_pool": "map", "timm_proj": "none"},
     "timm-attention": {"image_size": 64, "timm_model_name": "resnet10t", "timm_pool": "rot_attn", "timm_proj": ""},
 }  # fmt: skip
-CLASS_TOKEN = ("vit", "vit-avg", "timm-vit")
+CLASS_TOKEN = ("vit", "vit-avg", "timm-vit", "timm-eva")
 
 
 def tokenizer(texts) -> Tensor:
@@ -52,6 +54,12 @@ def encoder(kind: str, seed: int = 0) -> OpenCLIPEncoder:
         small = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "window_size": 2}
         model.visual.trunk = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=0, **small)
         model.visual.head = nn.Linear(128, 24)
+    if kind == "timm-eva":
+        small = {"img_size": 160, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2, "init_values": 0.5}
+        model.visual.trunk = Eva(**small, qkv_fused=False, use_rot_pos_emb=True, num_classes=0, global_pool="token")
+        for block in model.visual.trunk.blocks:
+            nn.init.uniform_(block.gamma_1)
+        model.visual.head = nn.Linear(24, 24)
     return OpenCLIPEncoder(model, tokenizer, {"size": VISION[kind]["image_size"]})
 
 
@@ -129,7 +137,7 @@ def by_hand(visual: nn.Module, pixels: Tensor, attention: str) -> Tensor:
                 like = q[:, part] if attention == "qq" else k[:, part]
                 weights = (like @ like[i] / (width // heads) ** 0.5).softmax(0)
                 out[n, i, part] = (weights[:, None] * v[:, part]).sum(0)
-    out = out @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+    out = (out @ block.attn.out_proj.weight.T + block.attn.out_proj.bias) * block.ls_1.gamma
     return visual.ln_post(out[:, 1:]) @ visual.proj
 
 
@@ -137,6 +145,7 @@ def by_hand(visual: nn.Module, pixels: Tensor, attention: str) -> Tensor:
 def test_vit_by_hand(attention):
     model, x = encoder("vit"), pictures(2, 32)
     with torch.no_grad():
+        nn.init.uniform_(model.model.visual.transformer.resblocks[-1].ls_1.gamma)
         expected = by_hand(model.model.visual, model.transform(x), attention)
     found = model.encode_regions(x, (4, 4), attention=attention, remove_outliers=False)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -157,6 +166,37 @@ def test_timms_vit_says_the_same_as_open_clips():
         side = int(expected.shape[1] ** 0.5)
     found = model.encode_regions(x, side, remove_outliers=False)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_eva_by_hand():
+    """Separate projections, layer scale, rotary positions."""
+    model, x = encoder("timm-eva"), pictures(2, 160)
+    trunk, kept = model.model.visual.trunk, {}
+    block = trunk.blocks[-1]
+    handle = block.register_forward_pre_hook(lambda _m, args: kept.update(x=args[0]))
+    with torch.no_grad():
+        model.encode_image(x)
+        handle.remove()
+        value = block.attn.norm(block.attn.v_proj(block.norm1(kept["x"])))
+        tokens = trunk.norm(block.gamma_1 * block.attn.proj(value))[:, trunk.num_prefix_tokens :]
+        expected = model.model.visual.head(trunk.fc_norm(tokens))
+    found = model.encode_regions(x, 10, remove_outliers=False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="rotary position embeddings"):
+        model.encode_regions(x, 10, attention="qq")
+
+
+def test_the_resnet_of_clip_by_hand():
+    model, x = encoder("modified-resnet"), pictures(2, 64)
+    visual, pool = model.model.visual, model.model.visual.attnpool
+    with torch.no_grad():
+        features = visual.forward_intermediates(model.transform(x), intermediates_only=True)["image_intermediates"][-1]
+        cells = features.flatten(2).transpose(1, 2) + pool.positional_embedding[1:]
+        width = pool.v_proj.weight.shape[0]
+        value = cells @ pool.v_proj.weight.T + pool.v_proj.bias
+        expected = value @ pool.c_proj.weight.T + pool.c_proj.bias
+    assert width == cells.shape[2]
+    torch.testing.assert_close(model.encode_regions(x, 2), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_bundled_encoder_by_hand():
@@ -213,6 +253,14 @@ class TestOutliers:
         tokens = torch.rand(2, 4, 5, 6)
         assert without_outliers(tokens) is tokens
 
+    def test_hardly_longer_ones_stay(self):
+        """However even the others are."""
+        tokens = torch.ones(1, 4, 4, 2)
+        tokens[0, 1, 1] *= 1.4
+        assert without_outliers(tokens) is tokens
+        tokens[0, 1, 1] *= 1.2
+        assert without_outliers(tokens)[0, 1, 1].tolist() == [1.0, 1.0]
+
     def test_at_the_border_and_side_by_side(self):
         tokens = torch.ones(1, 3, 3, 2) + 0.01 * torch.rand(1, 3, 3, 2, generator=torch.Generator().manual_seed(0))
         tokens[0, 0, 0], tokens[0, 0, 1] = 50.0, 40.0
@@ -227,6 +275,8 @@ class TestOutliers:
         kept = model.encode_regions(x, 4, remove_outliers=False)
         found = model.encode_regions(x, 4)
         assert not torch.allclose(found[0, 3], kept[0, 3], atol=1e-3)
+        assert torch.equal(DenseRegions(4, remove_outliers=False).encode(model, x), kept)
+        assert torch.equal(DenseRegions(4).encode(model, x), found)
         torch.testing.assert_close(found[0, 4:], kept[0, 4:])
 
 
@@ -235,6 +285,20 @@ class TestArguments:
         for regions in (DenseRegions(3), DenseRegions((2, 5), attention="qq", remove_outliers=False), RegionPrompt()):
             assert regions_from_dict(json.loads(json.dumps(regions.as_dict()))) == regions
         assert len(DenseRegions((2, 5))) == 10
+        assert regions_from_dict({"kind": "dense"}, complete=False) == DenseRegions(7)
+        assert regions_from_dict({"kind": "crop", "colour": "blue"}, complete=False) == RegionPrompt(
+            "crop", color="blue"
+        )
+        for wrong in ({"kind": "dense", "radius": 3}, {"kind": "crop", "x": 3}):
+            with pytest.raises(InputError, match=r"settings|no setting"):
+                regions_from_dict(wrong, complete=False)
+
+    @pytest.mark.parametrize("option", [{"attention": "vv"}, {"remove_outliers": 1}, {"grid": 0}, {"grid": (2, 3, 4)}])
+    def test_wrong_options(self, option):
+        with pytest.raises(InputError, match=next(iter(option))):
+            DenseRegions(**{"grid": 2, **option})
+        with pytest.raises(InputError, match=next(iter(option))):
+            encoder("vit").encode_regions(pictures(1, 32), **{"grid": 2, **option})
 
     @pytest.mark.parametrize(
         "values",

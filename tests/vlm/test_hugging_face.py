@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from captum_concepts import ConceptFusionMap, discover_concepts, fit_salf_cbm
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import DenseRegions, ImageTextEncoder, RegionPrompt, from_transformers
@@ -177,9 +178,21 @@ class TestRefusals:
             from_transformers(model, processor.image_processor)
 
     def test_a_model_given_as_encoder(self, tmp_path):
+        """Wherever an encoder is asked for."""
         model, _ = clip()
-        with pytest.raises(InputError, match=r"CLIPModel is a Hugging Face model; pass vlm.from_transformers"):
-            RegionEmbeddingStore.build(tmp_path, torch.rand(2, 3, 32, 32), model, RegionPrompt("crop", 2, 8))
+        x, net = torch.rand(9, 3, 32, 32), nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        for call in (
+            lambda: RegionEmbeddingStore.build(tmp_path, x, model, RegionPrompt("crop", 2, 8)),
+            lambda: ConceptFusionMap(net, ["0"]).fit(x, model, ["red"]),
+            lambda: ConceptFusionMap(net, ["0"]).fit(x, model),
+            lambda: discover_concepts(net, "0", x, n_concepts=2, encoder=model, words=["red"]),
+            lambda: fit_salf_cbm(net, "0", (x, [0, 1, 2] * 3), model, ["red", "blue"], 3, store_path=tmp_path / "fit"),
+        ):
+            with pytest.raises(InputError, match=r"CLIPModel is a Hugging Face model.*pass vlm.from_transformers"):
+                call()
+        for wrong in (object(), nn.Linear(2, 2), "ViT-B-32", None):
+            with pytest.raises(InputError, match="has no encode_image"):
+                RegionEmbeddingStore.build(tmp_path, x, wrong, RegionPrompt("crop", 2, 8))
 
     def test_an_unknown_interpolation(self):
         model, processor = clip()

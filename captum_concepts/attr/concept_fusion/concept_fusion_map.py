@@ -19,7 +19,7 @@ from captum_concepts._checks import integer, name_positions, number, one_of, uni
 from captum_concepts.activations import Inputs, Layer, Layers, find_model, gradients_enabled
 from captum_concepts.attr.batches import as_inputs, count, image_names
 from captum_concepts.attr.concept_fusion import ablation, file
-from captum_concepts.attr.concept_fusion.fit import check_encoder, link_of, train
+from captum_concepts.attr.concept_fusion.fit import link_of, train
 from captum_concepts.attr.concept_fusion.setup import Setup
 from captum_concepts.attr.concept_fusion.trust import Curve, HeldOut, Trust, judge, odds, presence_table
 from captum_concepts.attr.concept_fusion.words import LINKS, TextBank, check_words, encode
@@ -27,6 +27,7 @@ from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning,
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
 from captum_concepts.images import ImageSource
 from captum_concepts.models.concept_translator import Training
+from captum_concepts.vlm import check_encoder
 
 if TYPE_CHECKING:
     from typing_extensions import Self

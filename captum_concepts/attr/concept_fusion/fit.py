@@ -34,21 +34,6 @@ class Fitted:
     held_out: HeldOut
 
 
-def check_encoder(encoder: Any, *, words: bool) -> None:
-    """Refuse what is not a vision-language model.
-
-    Raises:
-        InputError: names the missing methods.
-    """
-    needed = ["encode_image", "encode_text"] if words else ["encode_image"]
-    absent = [name for name in needed if not callable(getattr(encoder, name, None))]
-    if absent:
-        raise InputError(
-            f"encoder must be a vision-language model with {' and '.join(needed)} (vlm.ImageTextEncoder, for example "
-            f"vlm.OpenCLIPEncoder); {type(encoder).__name__} has no {' and no '.join(absent)}"
-        )
-
-
 def link_of(encoder: Any) -> str:
     """``"softmax"`` or ``"sigmoid"``: what the encoder says as ``link`` or ``probability``, else by its name.
 

@@ -48,7 +48,7 @@ from captum_concepts.store import (
     fingerprint_tensor,
     world,
 )
-from captum_concepts.vlm import Regions
+from captum_concepts.vlm import Regions, check_encoder
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -207,6 +207,7 @@ def prepare(given: Mapping[str, Any]) -> FitRun:
             "fit_salf_cbm takes the images before the encoder: fit_salf_cbm(backbone, layer, images, encoder, "
             "concepts, num_classes, store_path=...)"
         )
+    check_encoder(given["encoder"], words=True)
     vocabulary = checked_vocabulary(given["concepts"])
     options = checked_options(given, vocabulary)
     reading: dict[str, Any] = {
