@@ -26,6 +26,13 @@ from captum_concepts.activations.layers import (
     unwrap,
 )
 from captum_concepts.activations.layout import LAYOUTS, Layout, infer_layout
+from captum_concepts.activations.survey import (
+    SurveyedLayer,
+    followed_by_linear,
+    suggest_layer,
+    suggest_stages,
+    survey_layers,
+)
 
 __all__ = [
     "LAYOUTS",
@@ -35,12 +42,14 @@ __all__ = [
     "Layers",
     "Layout",
     "SpatialActivations",
+    "SurveyedLayer",
     "capture",
     "check_images",
     "eager_mode",
     "evaluation_mode",
     "final_activation",
     "find_model",
+    "followed_by_linear",
     "forward_arguments",
     "full_precision",
     "gradients_enabled",
@@ -51,5 +60,8 @@ __all__ = [
     "read_layer",
     "resolve_layer",
     "spatial_activations",
+    "suggest_layer",
+    "suggest_stages",
+    "survey_layers",
     "unwrap",
 ]

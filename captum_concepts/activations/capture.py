@@ -491,7 +491,13 @@ def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
         LayoutError: none of them is a batch of images: a single image, a volume, a video, a sequence.
     """
     parts = check_inputs(inputs)
-    if not any(part.ndim == 4 for part in parts):
+    require_images(parts)
+    return parts
+
+
+def require_images(parts: Sequence[Tensor]) -> None:
+    """Refuse inputs none of which is a batch of images; see :func:`check_images`."""
+    if parts and all(isinstance(part, Tensor) and part.ndim != 4 for part in parts):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts[:5])
         if any(part.ndim == 3 for part in parts):
             raise LayoutError(
@@ -501,7 +507,6 @@ def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
             f"inputs of shape {shapes} are not images (N, C, H, W); volumes, videos and features have no 2-d grid of "
             "positions"
         )
-    return parts
 
 
 def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -619,11 +624,3 @@ def _put(value: Any, key: Any, new: Tensor) -> Any:
     copied = copy.copy(value)
     copied[key] = new
     return copied
-
-
-def __getattr__(name: str) -> Any:  # moved names, until their importers have moved too
-    if name in ("Layer", "capture", "find_model", "layer_name", "resolve_layer", "unwrap"):
-        from captum_concepts.activations import layers
-
-        return getattr(layers, name)
-    raise AttributeError(name)

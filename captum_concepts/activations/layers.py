@@ -19,10 +19,9 @@ from captum_concepts.activations.capture import (
     Inputs,
     batch_size,
     capture_modules,
-    check_images,
-    check_inputs,
     gradients_enabled,
     hooked,
+    require_images,
     tensors_in,
 )
 from captum_concepts.activations.layout import LAYOUTS, Layout, ModelTraits, infer_layout
@@ -143,7 +142,9 @@ class Layers:
             LayerError: as :meth:`capture`.
             LayoutError: a layer has no grid of positions, or more than one reading fits.
         """
-        images = check_images(inputs) if self.layout == "auto" else check_inputs(inputs)
+        images = inputs if isinstance(inputs, tuple) else (inputs,)
+        if self.layout == "auto":
+            require_images(images)
         options = {
             "additional_forward_args": additional_forward_args,
             "attribute_to_layer_input": attribute_to_layer_input,
@@ -402,12 +403,7 @@ def capture(
     forward_func: Callable[..., Any], inputs: Inputs, layers: Layer | Sequence[Layer], **options: Any
 ) -> Captured:
     """One forward pass, for a single use: ``Layers.resolve(forward_func, layers).capture(inputs, **options)``."""
-    wanted = [layers] if isinstance(layers, (nn.Module, str)) else list(layers)
-    more = [layer for layer in options.get("substitute") or {} if layer not in wanted]
-    result = Layers.resolve(forward_func, [*wanted, *more]).capture(inputs, **options)
-    count = len(wanted)
-    order = tuple(number for number in result.order if number < count)
-    return Captured(result.returned, result.layers[:count], order, result.originals[:count])
+    return Layers.resolve(forward_func, layers).capture(inputs, **options)
 
 
 def spatial_activations(
@@ -596,7 +592,10 @@ class _Source:
                 if reaches(before) and not reaches(after):
                     return f"through {names[module]!r} ({type(module).__module__}.{type(module).__name__})"
                 last = names[module] if reaches(after) else last
-        return f"beyond {last or name!r} (detach(), no_grad() or checkpointing with use_reentrant=True)"
+        return (
+            f"beyond {last or name!r} (nothing uses its output, or only after detach(), under no_grad() or in "
+            "checkpointing with use_reentrant=True)"
+        )
 
 
 # The layouts of a layer that have been found to be in order, and whether they are of its input.

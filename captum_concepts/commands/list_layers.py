@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts.activations import gradients_enabled, spatial_activations
-from captum_concepts.activations.spatial import any_reading
+from captum_concepts.activations.layers import any_reading
 from captum_concepts.activations.survey import SurveyedLayer, suggest_layer, suggest_stages, survey_layers
 from captum_concepts.commands.models import load_model
 from captum_concepts.errors import InputError, InputWarning, LayerError
@@ -54,7 +54,8 @@ def list_layers(settings: ModelsSettings) -> dict[str, Any]:
     """Layers with their grid, channels, and the methods they suit.
 
     A layer *suits* a method if its positions reach the output (FAM and contributions) and its grid is what the method
-    works with; ``advice`` names the choice for each method. Without ``weights`` the network is built with random ones:
+    works with; ``advice`` names the choice for each method. That for SpatialACV is the last stage where the gradient is
+    not the same for every image. Without ``weights`` the network is built with random ones:
     layers, grids and channels are the same.
 
     Returns:
@@ -80,24 +81,29 @@ def list_layers(settings: ModelsSettings) -> dict[str, Any]:
         output = model(probe)
     surveyed = survey_layers(model, probe)
     last, stages = suggest_layer(model, probe), suggest_stages(model, probe)
+    try:
+        sensitive = suggest_layer(model, probe, for_gradients=True)
+    except LayerError:
+        sensitive = last
+    chosen = (last, sensitive, *stages)
     if not settings.all:
-        surveyed = [layer for layer in surveyed if layer.name in _blocks(model) or layer.name in (last, *stages)]
+        surveyed = [layer for layer in surveyed if layer.name in _blocks(model) or layer.name in chosen]
     reaches = _reaching(model, probe, [layer.name for layer in surveyed])
-    rows = [_row(layer, reaches[layer.name], last, stages) for layer in surveyed]
+    rows = [_row(layer, reaches[layer.name], last, sensitive, stages) for layer in surveyed]
     return {
         "model": settings.model,
         "input": [loaded.size, loaded.size],
         "outputs": list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__,
         "layers": rows,
-        "advice": {"FAM": last, "SpatialACV": last, "CE-FAM": stages, "SALF-CBM": last},
+        "advice": {"FAM": last, "SpatialACV": sensitive, "CE-FAM": stages, "SALF-CBM": last},
     }
 
 
-def _row(layer: SurveyedLayer, reaches: bool, last: str, stages: list[str]) -> dict[str, Any]:
+def _row(layer: SurveyedLayer, reaches: bool, last: str, sensitive: str, stages: list[str]) -> dict[str, Any]:
     suits = []
     if reaches:
         suits.append("FAM*" if layer.name == last else "FAM")
-        suits.append("SpatialACV*" if layer.name == last else "SpatialACV")
+        suits.append("SpatialACV*" if layer.name == sensitive else "SpatialACV")
     else:
         suits.append("SpatialACV (relevance only)")
     suits.append("CE-FAM*" if layer.name in stages else "CE-FAM")
@@ -135,7 +141,7 @@ def _reaching(model: Any, probe: Tensor, names: list[str]) -> dict[str, bool]:
         warnings.simplefilter("ignore", InputWarning)
         try:
             seen = spatial_activations(model, probe, names, gradient=True)
-            found = torch.autograd.grad(any_reading(seen.output), seen.raw, allow_unused=True)
+            found = torch.autograd.grad(any_reading(seen.returned), seen.raw, allow_unused=True)
         except (LayerError, RuntimeError):
             if len(names) == 1:
                 return {names[0]: False}
@@ -158,6 +164,6 @@ def table(found: dict[str, Any]) -> str:
     advice = found["advice"]
     top = f"{found['model']}: input {found['input'][0]} x {found['input'][1]}, outputs {found['outputs']}"
     return "\n".join(
-        [top, "", *lines, "", f"--layer {advice['FAM']} for FAM, SpatialACV and SALF-CBM; "
-         f"--layers {','.join(advice['CE-FAM'])} for CE-FAM"]
+        [top, "", *lines, "", f"--layer {advice['FAM']} for FAM and SALF-CBM; --layer {advice['SpatialACV']} for "
+         f"SpatialACV; --layers {','.join(advice['CE-FAM'])} for CE-FAM"]
     )  # fmt: skip

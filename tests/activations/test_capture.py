@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_concepts.activations import capture, find_model, gradients_enabled, layer_name, resolve_layer
+from captum_concepts.activations import (
+    capture,
+    find_model,
+    gradients_enabled,
+    layer_name,
+    resolve_layer,
+    spatial_activations,
+)
 from captum_concepts.errors import InputError, InputWarning, LayerError
 
 Pair = namedtuple("Pair", ["first", "second"])
@@ -114,7 +121,7 @@ def test_the_model_is_left_as_found_after_an_exception(net, images, error, where
     def fail(*_):
         raise error("planned")
 
-    substitute = {"deep": fail} if where == "substitute" else None
+    substitute = {"deep.0": fail} if where == "substitute" else None
     handle = net.deep[0].register_forward_pre_hook(fail) if where == "user hook" else None
     original, net.features = net.features, fail if where == "forward" else net.features
     net.train()
@@ -364,7 +371,7 @@ def test_substitution_with_a_larger_batch_runs_the_front_once(images) -> None:
     def expand(a: Tensor) -> Tensor:
         return torch.cat([a * s for s in scale])
 
-    result = capture(model, images, ["1", "0"], substitute={model[0]: expand}, gradient=True)
+    result = capture(model, images, ["1", model[0]], substitute={model[0]: expand}, gradient=True)
     assert sizes == [2]
     assert result.output.shape == (6, 2)
     assert result.layers[1].shape[0] == result.layers[0].shape[0] == 6
@@ -373,15 +380,14 @@ def test_substitution_with_a_larger_batch_runs_the_front_once(images) -> None:
     assert torch.autograd.grad(result.output.sum(), result.layers)[1].shape[0] == 6
 
 
-def test_a_substituted_layer_need_not_be_captured(net, images) -> None:
-    result = capture(net, images, [], substitute={"conv": torch.zeros_like})
-    assert result.layers == ()
+def test_bad_substitutes(net, images) -> None:
+    result = capture(net, images, "conv", substitute={"conv": torch.zeros_like})
     assert torch.equal(result.output[0], result.output[1])
     net.lost = nn.Identity()
     with pytest.raises(LayerError, match="'lost' did not run"):
-        capture(net, images, [], substitute={"lost": torch.zeros_like})
+        capture(net, images, "lost", substitute={"lost": torch.zeros_like})
     with pytest.raises(InputError, match="must return a tensor"):
-        capture(net, images, [], substitute={"conv": lambda a: None})
+        capture(net, images, "conv", substitute={"conv": lambda a: None})
 
 
 # ---------------------------------------------------------------- inputs of layers, containers
@@ -420,7 +426,7 @@ def test_layer_inputs_given_by_keyword(images, call) -> None:
     factor = 1 if call == "positional" else 2
     gradient = torch.autograd.grad(result.output.sum(), result.layers)[0]
     torch.testing.assert_close(gradient, torch.full_like(images, factor / 64))
-    cut = capture(Model(), images, [], substitute={"layer": torch.zeros_like}, attribute_to_layer_input=True)
+    cut = capture(Model(), images, "layer", substitute={"layer": torch.zeros_like}, attribute_to_layer_input=True)
     assert not cut.output.any()
 
 
@@ -756,9 +762,10 @@ def test_nan_weights_are_warned_about_once_and_ruled_out_classes_are_not(net, im
         capture(net, images, ["conv", "deep.0"])
     assert len(said) == 1
     images[0, 0, 0, 0] = torch.nan
-    with pytest.warns(InputWarning, match="the inputs contain NaN") as said:
-        capture(net, images, ["conv", "deep.0"])
-    assert len(said) == 1
+    for read in (capture, spatial_activations):
+        with pytest.warns(InputWarning, match="the inputs contain NaN") as said:
+            read(net, images, ["conv", "deep.0"])
+        assert len(said) == 1
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class Detached(Small):
 
 
 def test_where_a_gradient_is_lost_is_named(images):
-    with pytest.raises(LayerError, match=r"layer 'stage1': no gradient passes beyond 'stage1' \(detach\(\)"):
+    with pytest.raises(LayerError, match=r"layer 'stage1': no gradient passes beyond 'stage1' \(.*detach\(\)"):
         gradient(Detached().eval(), "stage1", images)
     assert gradient(Detached().eval(), "stage2", images).any()
 

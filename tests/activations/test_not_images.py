@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from captum_concepts import SALFCBM
 from captum_concepts.activations import Layers, check_images, infer_layout
 from captum_concepts.activations.survey import suggest_layer, survey_layers
 from captum_concepts.errors import InputError, LayoutError
@@ -158,6 +159,14 @@ def test_tokens_in_windows_are_refused_and_those_put_back_are_read():
     assert {layer.name for layer in survey_layers(model, images)} >= {"embed", "before", "after"}
     assert not {layer.name for layer in survey_layers(model, images)} & {"windows", "inside"}
     assert suggest_layer(model, images) == "after"
+
+
+def test_a_bottleneck_model_refuses_them_as_well():
+    torch.manual_seed(0)
+    model = Windowed().eval()
+    with pytest.raises(LayoutError, match="not in the order"):
+        SALFCBM(model, "inside", ["a", "b"], 2, grid=(3, 3), input_size=(64, 96))
+    assert SALFCBM(model, "after", ["a", "b"], 2, grid=(3, 3), input_size=(64, 96)) is not None
 
 
 class Shuffled(Windowed):

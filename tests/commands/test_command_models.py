@@ -60,6 +60,19 @@ def test_a_layer_whose_positions_do_not_reach_the_output_is_for_relevance_only(t
     assert "FAM*" in rows["first"]["suits"]
 
 
+def test_spatial_acv_is_advised_a_layer_whose_gradient_depends_on_the_image(capsys):
+    """Between layer4 and the logits there is a mean and a linear map."""
+    listed = run(capsys, "resnet18", "--size", "64")
+    assert listed["advice"]["FAM"] == "layer4"
+    assert listed["advice"]["SpatialACV"] == "layer4.0"
+    suits = {row["name"]: row["suits"] for row in listed["layers"]}
+    assert "FAM*" in suits["layer4"]
+    assert "SpatialACV" in suits["layer4"]
+    assert "SpatialACV*" in suits["layer4.0"]
+    assert main(["models", "resnet18", "--size", "64"]) == 0
+    assert "--layer layer4 for FAM and SALF-CBM; --layer layer4.0 for SpatialACV" in capsys.readouterr().out
+
+
 def test_the_table_is_for_people(capsys):
     assert main(["models", "demo:classifier"]) == 0
     said = capsys.readouterr().out

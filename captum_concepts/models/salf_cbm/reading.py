@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_concepts.activations import (
     Layer,
     Layers,
+    Layout,
     evaluation_mode,
     gradients_enabled,
     infer_layout,
@@ -127,7 +128,11 @@ def probe(
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             failure = failure or error
             continue
-        return reading_of(model, name, output, 1, size, layout, prefix_tokens), image
+        reading = reading_of(model, name, output, 1, size, layout, prefix_tokens)
+        if name and layout == "auto":
+            read = Layout(reading.kind, reading.grid, reading.prefix_tokens)
+            Layers.resolve(model, name).check_order(image, [read])
+        return reading, image
     raise InputError(
         f"the backbone {type(model).__name__} took no empty image of {channels} channels ({str(failure)[:200]}); pass "
         "input_size=, the size of its images, or feature_dim=, the channels of the layer"
