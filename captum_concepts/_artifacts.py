@@ -340,7 +340,6 @@ def open_artifact(
     arrays: Mapping[str, Array] | None = None,
     sizes: Callable[[dict[str, Any]], Mapping[str, int]] | None = None,
     device: str = "cpu",
-    allowed: Collection[str] | None = None,
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Read what :func:`save_artifact` wrote: ``(info, tensors)``.
 
@@ -356,7 +355,6 @@ def open_artifact(
         arrays: what the tensors must be, after renaming; None for any.
         sizes: what the JSON part says about letters of ``arrays``: ``lambda info: {"T": len(info["concepts"])}``.
         device: where the tensors go.
-        allowed: names of tensors that it may hold; None for any. ``arrays`` says it better.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -382,8 +380,6 @@ def open_artifact(
                 raise ArtifactError(f"{path} is not {what}: its header contains no JSON object")
             found = check_json({keys.get(name, name): one for name, one in found.items()}, info, str(path))
             names = {keys.get(name, name): name for name in file.keys()}  # noqa: SIM118
-            if allowed is not None and (unknown := sorted(set(names) - set(allowed))):
-                raise ArtifactError(f"{path} is not {what}: it contains unexpected tensors {listing(unknown)}")
             if arrays is not None:
                 check_arrays(_Renamed(file, names), arrays, sizes(found) if sizes is not None else None)
             tensors = {name: file.get_tensor(stored) for name, stored in names.items()}

@@ -207,6 +207,9 @@ def fill_shards(
 
         if wanted:
             compute([manifest.spans[number] for number in wanted], write)
+        if size == 1:
+            for stale in path.glob(".lock-*-of-*"):  # of processes that were killed; whoever is alive has it open
+                stale.unlink(missing_ok=True)
     return wanted
 
 
@@ -274,6 +277,7 @@ class ShardWriter:
         self.shard_rows = shard_rows
         self._pending: list[dict[str, Tensor]] = []
         self._waiting = 0
+        self._kinds: dict[str, tuple[torch.dtype, torch.Size]] | None = None
         found = read_manifest(self.path) if resume else None
         if found is None:
             found = Manifest(json.loads(json.dumps(dict(fingerprint))), growing=True)
@@ -307,6 +311,11 @@ class ShardWriter:
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(counts.values())) != 1:
             raise InputError(f"every tensor must have the same number of rows, got {counts}")
+        kinds = _kinds(tensors)
+        if self._kinds is None:
+            self._kinds = kinds if not self.rows else _kinds(open_shard(self.path, self._manifest, 0).tensors)
+        if kinds != self._kinds:
+            raise InputError(f"rows must be {self._kinds} as before, got {kinds}")
         self._pending.append({name: tensor.detach().cpu() for name, tensor in tensors.items()})
         self._waiting += next(iter(counts.values()))
         while self._waiting >= self.shard_rows:
@@ -380,7 +389,7 @@ class ShardReader:
         self._manifest = manifest
         self._shards = [open_shard(self.path, manifest, number, arrays) for number in range(len(manifest.rows))]
         for number, shard in enumerate(self._shards):
-            if _kinds(shard) != _kinds(self._shards[0]):
+            if _kinds(shard.tensors) != _kinds(self._shards[0].tensors):
                 file = self.path / shard_name(number)
                 raise ArtifactError(f"{file} is damaged: its tensors are not those of the other shards")
             if verify:
@@ -443,5 +452,6 @@ class ShardReader:
         return self._shards[0].tensors[name]
 
 
-def _kinds(shard: Shard) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in shard.tensors.items()}
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Precision and shape of a row of each tensor."""
+    return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in tensors.items()}

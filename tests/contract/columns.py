@@ -146,7 +146,7 @@ def cefam() -> ConceptFusionMap:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         translator = ConceptTranslator([4, 6], 3, hidden=(8, 8))
-    return ConceptFusionMap(net(), ["first", "last"], translator, list(WORDS), torch.eye(3)[:2])
+    return ConceptFusionMap(net(), ["first", "last"], translator, list(WORDS), torch.eye(3)[:2], logit_scale=5.0)
 
 
 @cache
@@ -154,19 +154,19 @@ def salf() -> SALFCBM:
     """Two concepts of a random bottleneck."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = SALFCBM(Net().eval(), "last", list(WORDS), 2, (7, 7))
+        model = SALFCBM(Net().eval(), "last", list(WORDS), 2, (4, 4))
         torch.nn.init.normal_(model.head.weight)
     return model.eval()
 
 
 class Encoder:
-    """Mean colors, and a vector for each word."""
+    """Colors of a corner, and a vector for each word."""
 
     logit_scale, logit_bias = 10.0, 0.0
 
     def encode_image(self, batch: torch.Tensor) -> torch.Tensor:
         """``(N, 3)``."""
-        return batch.mean((2, 3))
+        return batch[:, :, : batch.shape[2] // 2, : batch.shape[3] // 3 + 1].mean((2, 3))
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
         """``(T, 3)``, another one for each text."""
@@ -210,7 +210,7 @@ def bottleneck(backbone: Any, layer: Any) -> SALFCBM:
     """A random bottleneck on a backbone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return SALFCBM(backbone, layer, list(WORDS), 2, (7, 7)).eval()
+        return SALFCBM(backbone, layer, list(WORDS), 2, (4, 4)).eval()
 
 
 def mapped(given: tuple[Any, Any], make: Callable[[Any, Any], Any]) -> Any:
@@ -221,7 +221,7 @@ def mapped(given: tuple[Any, Any], make: Callable[[Any, Any], Any]) -> Any:
 def masked(source: Any) -> Any:
     """Images with a mask each, for `evaluate`."""
     masks = torch.zeros(len(source), SIDE, SIDE)
-    masks[:, :50, 50:100] = 1
+    masks[:, :8, 8:20] = 1
     return evaluate(lambda x: x.mean(1), list(zip(source, masks, strict=True)), ["epg"], n_bootstrap=0).to_markdown()
 
 
@@ -373,8 +373,8 @@ COLUMNS += [
             "forward": lambda x, _: salf()(x),
             "features": lambda x, _: salf().features(x),
             "concept_activations": lambda x, _: salf().concept_activations(x),
-            "explain_region": lambda x, _: salf().explain_region(x, boxes=(0, 0, 99, 99)).scores,
-            "intervene": lambda x, _: salf().intervene(x, 0, beta=1.0, units="std", boxes=(0, 0, 99, 99)),
+            "explain_region": lambda x, _: salf().explain_region(x, boxes=(0, 0, 16, 16)).scores,
+            "intervene": lambda x, _: salf().intervene(x, 0, beta=1.0, units="std", boxes=(0, 0, 16, 16)),
             "zero_shot_segmentation": lambda x, _: salf().zero_shot_segmentation(x, "red sky").heatmaps,
         }.items()
     ),

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-SIDE, COUNT = 224, 4  # the size that files are read in where nothing is known of the model
+SIDE, COUNT = 32, 4
 
 
 def make_pixels() -> Tensor:
@@ -320,14 +320,19 @@ def vocabulary() -> Any:
 
 
 class Net(nn.Module):
-    """Two convolutions and a linear layer; deterministic."""
+    """Two convolutions and a linear layer; deterministic, and with the metadata that timm's models have."""
+
+    pretrained_cfg: ClassVar = {
+        "input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3,
+        "interpolation": "bicubic",
+    }  # fmt: skip
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.first = nn.Sequential(nn.Conv2d(channels, 4, 8, stride=8), nn.ReLU(inplace=True))
-            self.last = nn.Sequential(nn.Conv2d(4, 6, 4, stride=4), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+            self.first = nn.Sequential(nn.Conv2d(channels, 4, 4, stride=4), nn.ReLU(inplace=True))
+            self.last = nn.Sequential(nn.Conv2d(4, 6, 2, stride=2), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
             self.head = nn.Linear(6, 2)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.store.manifest import fingerprint_callable, fingerprint_module, fingerprint_tensor
-from captum_concepts.store.shards import ShardReader, ShardWriter
+from captum_concepts.store.manifest import fingerprint_callable, fingerprint_module, fingerprint_tensor, read_manifest
+from captum_concepts.store.shards import ShardReader, ShardWriter, write_shard
 
 ROWS = torch.randn(23, 3, generator=torch.Generator().manual_seed(0))
 
@@ -92,6 +92,25 @@ def test_uneven_rows_are_refused(tmp_path):
     writer = ShardWriter(tmp_path, {})
     with pytest.raises(InputError, match="same number"):
         writer.append({"z": ROWS[:2], "n": ROWS[:3]})
+
+
+def test_other_kinds_of_rows_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path, {}, shard_rows=2)
+    writer.append({"z": ROWS[:2]})
+    again = ShardWriter(tmp_path, {}, shard_rows=2)
+    for one in (writer, again):
+        for other in ({"z": ROWS[:2, :1]}, {"z": ROWS[:2].half()}, {"y": ROWS[:2]}, {"z": ROWS[:2], "n": ROWS[:2]}):
+            with pytest.raises(InputError, match="as before"):
+                one.append(other)
+    again.append({"z": ROWS[2:4]})
+    again.finish()
+    manifest = read_manifest(tmp_path)
+    assert len(ShardReader(tmp_path)) == 4
+    write_shard(tmp_path, manifest, 1, {"z": ROWS[:2, :1].contiguous()})
+    with pytest.raises(ArtifactError, match="not those of the other shards"):
+        ShardReader(tmp_path)
+    with pytest.raises(InputError, match="must have 2 rows"):
+        write_shard(tmp_path, manifest, 1, {"z": ROWS[:3]})
 
 
 def test_fingerprints():

@@ -16,7 +16,9 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from captum_concepts import demo
+from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.metrics import concept_specificity, nra
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import DenseRegions, OpenCLIPEncoder, RegionPrompt, regions_from_dict
 from captum_concepts.vlm.dense import resized, without_outliers
@@ -215,6 +217,18 @@ def test_the_bundled_encoder_by_hand():
                     expected[n, i, j] = pool.proj(value)
     found = model.encode_regions(x, tuple(features.shape[2:]))
     torch.testing.assert_close(found, expected.flatten(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_the_bundled_encoder_finds_concepts_on_scenes():
+    """Published NRA .665 and specificity .404 were found in a trial on other scenes; a concept-agnostic map has 0."""
+    model, data = demo.load("clip"), CaptionedScenes(60, seed=77, size=64)
+    scenes = data.stack()
+    text = F.normalize(model.encode_text(data.concepts), dim=1)
+    cells = F.normalize(DenseRegions(7).encode(model, scenes.image), dim=2)
+    maps = (cells @ text.T).transpose(1, 2).unflatten(2, (7, 7))
+    there = scenes.masks.flatten(2).any(2)
+    assert float(nra(maps, scenes.masks)[there].nanmean()) > 0.6
+    assert float(concept_specificity(maps, scenes.masks)[there].nanmean()) > 0.35
 
 
 def test_cells_are_averaged_or_interpolated():

@@ -322,6 +322,8 @@ def start_from_examples(
     # The leading directions of the regression: tanh leaves values of a tenth nearly as they are.
     _, values, directions = torch.linalg.svd(weight.double(), full_matrices=False)
     count = min(translator.hidden[1], int((values > 1e-6 * values[0]).sum()))
+    if not count:  # the embeddings do not vary
+        return False
     directions = directions[:count].float()
     sample = hidden(read(used[:_TRIAL_ROWS])[0])
     center = sample.mean(0)
