@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ from captum_concepts.attr.batches import as_inputs, each_batch, image_names, ope
 from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.attr.spatial_acv.fit import FitOptions, FittedVectors, fit_vectors
 from captum_concepts.attr.spatial_acv.sweep import LayerSweep, sweep
-from captum_concepts.errors import InputError, LayerError, NotFittedError
+from captum_concepts.errors import InputError, LayerError, NotFittedError, listing
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
+from captum_concepts.solvers import fit_calibration, truth_table
 
 _FORMAT = "captum_concepts.SpatialACV/2"
 _SETTINGS = ("layout", "prefix_tokens", "batch_size")
-_TENSORS = ("vectors", "slopes", "intercepts", "accuracies", "intervals", "contrasts", "p_values")
+_PRESENCE = ("presence_slopes", "presence_intercepts", "reliability")
+_TENSORS = ("vectors", "slopes", "intercepts", "accuracies", "intervals", "contrasts", "p_values", *_PRESENCE)
 _INFO = table({
     "names": list_of(text(), least=1),
     "rows": mapping_of(mapping_of(whole_number())),
@@ -55,12 +58,15 @@ _INFO = table({
     "settings": table({
         "layout": text(*LAYOUTS), "prefix_tokens": nothing_or(whole_number()), "batch_size": whole_number(1)
     }),
-})  # fmt: skip
+}, {"presence": text()})  # fmt: skip
 _ARRAYS = {
     "vectors": Array("float", ("K", None)),
     **{name: Array("float", ("K",)) for name in ("slopes", "intercepts", "accuracies", "contrasts")},
     "intervals": Array("float", ("K", 2)),
     "p_values": Array("float", ("K",), optional=True),
+    "presence_slopes": Array("float", ("K",), optional=True),
+    "presence_intercepts": Array("float", ("K",), optional=True),
+    "reliability": Array("float", ("K", 3), optional=True),
 }
 #: Names of earlier versions and what they are now.
 _RENAMED = {
@@ -153,8 +159,9 @@ class SpatialACV(LayerAttribution):
     def __repr__(self) -> str:
         model = find_model(self.forward_func)
         name = type(model).__name__ if model is not None else getattr(self.forward_func, "__name__", "a function")
-        about = "no concepts yet, call fit" if self._fitted is None else self._fitted.trust()
-        return f"SpatialACV of {name}, layer {self.layer_name!r}: {about}"
+        names = () if self._fitted is None else self._fitted.names
+        about = f"{len(names)} concepts: {listing(names)}" if names else "no concepts yet, call fit"
+        return f"SpatialACV({name}, layer {self.layer_name!r})\n  {about}\n  trust: {self.trust}"
 
     @property
     def layer(self) -> Any:
@@ -326,6 +333,16 @@ class SpatialACV(LayerAttribution):
         """For each concept how many images and rows were seen and how many rows the budget kept."""
         return self._need_fit().rows
 
+    @property
+    def reliability_(self) -> Tensor | None:
+        """``(K, 3)`` AUROC of :meth:`scores` on held-out images with and without the concept, and its 95 % interval."""
+        return self._need_fit().reliability
+
+    @property
+    def trust(self) -> str:
+        """One sentence on how far to believe the scores."""
+        return "not measured: there are no concepts yet" if self._fitted is None else self._fitted.trust()
+
     def summary(self) -> str:
         """A table of the concepts: accuracy, interval, p-value, rows; a concept may be *not encoded here*."""
         return self._need_fit().summary()
@@ -425,7 +442,11 @@ class SpatialACV(LayerAttribution):
         return torch.cat(self._each(maps, inputs, additional_forward_args, None)).contiguous()
 
     def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
-        """``(N, K)``: the highest probability of the concept at any position."""
+        """``(N, K)``: the probability that an image shows each concept.
+
+        It is read from the mean logit of the strongest tenth of the image's positions, calibrated on images that were
+        held out of the fit (:meth:`fit`) or on your own (:meth:`calibrate`).
+        """
         fitted, layers = self._need_fit(), self._layers()
 
         def score(part: Inputs, extra: Any, _target: None) -> Tensor:
@@ -497,14 +518,50 @@ class SpatialACV(LayerAttribution):
             maps[:, columns],
             rest[0][:, columns] if contributions else None,
             target=rest[1] if len(rest) > 1 else None,
+            presence=scores[:, columns] if fitted.presence_slopes is not None else None,
             selected=chosen.selected.to(scores.device),
             image_names=image_names(inputs),
             layer=layers.names[0],
             method=self.get_name(),
-            score_unit="probability at the strongest position",
+            score_unit="probability",
             contribution_unit="output per unit of activation" if contributions else "",
             rank_by=chosen.rank_by,
         )
+
+    def calibrate(
+        self,
+        images: Any,
+        labels: Any,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        image_size: int | None = None,
+    ) -> SpatialACV:
+        """Learn :meth:`scores` from your own labeled images, of the kind to be explained; some dozens of each.
+
+        Args:
+            images: whatever :func:`captum_concepts.images.open_images` reads.
+            labels: per image the concepts it shows: a name or index, a list of them, or None; or a
+                bool table ``(n, K)``.
+            transform, image_size: as in :meth:`fit`.
+
+        Returns:
+            The same object. The calibration is saved with it.
+        """
+        fitted, layers = self._need_fit(), self._layers()
+        source = opened(images, layers.model, transform=transform, image_size=image_size)
+
+        def found(part: Inputs, extra: Any, _target: None) -> Tensor:
+            return fitted.evidence(_project(_maps(layers, part, extra, fitted.of_input), fitted))
+
+        values = torch.cat(self._each(found, source, None, None))
+        curve = fit_calibration(values, truth_table(labels, fitted.names, len(values)))
+        self._fitted = replace(
+            fitted,
+            presence_slopes=curve.slopes,
+            presence_intercepts=curve.intercepts,
+            presence_source=f"{len(values)} labeled images",
+        )
+        return self
 
     # ------------------------------------------------------------------------------------------------------- storage
 
@@ -515,6 +572,7 @@ class SpatialACV(LayerAttribution):
             "names": fitted.names,
             "rows": fitted.rows,
             "of_input": fitted.of_input,
+            "presence": fitted.presence_source,
             **origin(self._layers()),
             "settings": {name: getattr(self, name) for name in _SETTINGS},
         }
@@ -541,6 +599,7 @@ class SpatialACV(LayerAttribution):
         with opened as (info, tensors):
             fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
             fitted = FittedVectors(tuple(info["names"]), rows=info["rows"], of_input=info["of_input"], **fields)
+            fitted = replace(fitted, presence_source=info.get("presence", ""))
             if missing := set(fitted.names) - set(fitted.rows):
                 raise ValueError(f"it has no counts of rows for {sorted(missing)[:5]}")
         loaded = check_origin(
@@ -559,7 +618,7 @@ class SpatialACV(LayerAttribution):
             raise NotFittedError("there are no concept vectors yet; call fit(concepts, negatives), or SpatialACV.load")
         return self._fitted
 
-    def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Inputs, extra: Any, target: Any) -> list[Any]:
+    def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Any, extra: Any, target: Any) -> list[Any]:
         model = find_model(self.forward_func)
         return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 
 import pytest
 import torch
@@ -269,6 +271,79 @@ def test_results_do_not_depend_on_the_batch_size(planted):
     assert torch.allclose(whole.attribute(x, target, (extra,)), small.attribute(x, target, (extra,)), atol=1e-6)
     assert torch.allclose(whole.concept_maps(x), small.concept_maps(x), atol=1e-5)
     assert torch.allclose(whole.contributions(x), small.contributions(x), atol=1e-5)
+
+
+def test_presence_is_calibrated_per_image_not_the_maximum_over_positions(planted, tmp_path):
+    """Small regions, none, or everything: the truth is planted, and the calibration has seen none of these images."""
+    acv = SpatialACV(planted["net"], "at").fit({"planted": planted["concept"]}, planted["negatives"])
+    none, small = torch.zeros(30, 24, 24), torch.zeros(30, 24, 24)
+    for n in range(30):
+        small[n, n % 16 : n % 16 + 8, 3 * (n % 6) : 3 * (n % 6) + 8] = 1
+    x = torch.cat([scenes_with(none, 40), scenes_with(small, 41)])
+    truth = torch.arange(60) >= 30
+    explanation = acv.explain(x, target=0)
+    assert torch.equal(explanation.presence, acv.scores(x))
+    assert float((explanation.presence[:, 0] - truth.float()).square().mean()) < 0.05
+    value, low, high = acv.reliability_[0].tolist()
+    assert 0.9 < value <= high <= 1
+    assert low > 0.5
+    assert "AUROC" in acv.trust
+    assert "planted" in repr(acv)
+    noise = SpatialACV(planted["net"], "at").fit({"noise": scenes_with(none[:14], 9)}, planted["negatives"])
+    assert abs(float(noise.scores(x).mean()) - 0.5) < 0.15  # nothing known: as likely as not
+    assert noise.reliability_[0, 1] < 0.5
+    assert "not encoded at this layer: 'noise'" in noise.trust
+    path = acv.save(tmp_path / "acv")
+    again = SpatialACV.load(path, planted["net"])
+    assert torch.equal(again.scores(x), acv.scores(x))
+    assert again.trust == acv.trust
+
+
+def test_the_evidence_is_the_mean_logit_of_the_strongest_tenth(planted, fitted):
+    x = planted["test"][:2]
+    state = fitted._fitted
+    maps = fitted.concept_maps(x)
+    for n in range(2):
+        for k in range(4):
+            logits = sorted((float(s) * float(state.slopes[k]) + float(state.intercepts[k])
+                             for s in maps[n, k].flatten()), reverse=True)  # fmt: skip
+            value = sum(logits[:14]) / 14  # of 144 positions
+            logit = value * float(state.presence_slopes[k]) + float(state.presence_intercepts[k])
+            assert float(fitted.scores(x)[n, k]) == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-5)
+
+
+def test_calibrate_learns_the_rate_of_the_users_own_images(planted, tmp_path):
+    sets = {"planted": planted["concept"], "noise": scenes_with(torch.zeros(14, 24, 24), 9)}
+    acv = SpatialACV(planted["net"], "at").fit(sets, planted["negatives"])
+    truth = torch.arange(40) < 4  # a rare concept
+    x = scenes_with(truth[:, None, None].float().expand(-1, 24, 24), 50)
+    assert acv.calibrate(x, ["planted" if yes else None for yes in truth]) is acv
+    assert float(acv.scores(x)[:, 0].mean()) == pytest.approx(0.1, abs=0.05)
+    assert float(acv.scores(x)[:, 1].mean()) < 0.05
+    assert "40 labeled images" in acv.trust
+    again = SpatialACV.load(acv.save(tmp_path / "acv"), planted["net"])
+    assert torch.equal(again.scores(x), acv.scores(x))
+    with pytest.raises(InputError, match="39 labels for 40 images"):
+        acv.calibrate(x, [None] * 39)
+    with pytest.raises(InputError, match="no batch dimension"):
+        acv.calibrate(x[0], [None])
+
+
+def test_a_file_of_an_earlier_version_still_opens(planted, fitted, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = fitted.save(tmp_path / "acv")
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+        old = {k: opened.get_tensor(k) for k in opened.keys() if "presence" not in k and k != "reliability"}  # noqa: SIM118
+    info = json.loads(metadata["info"])
+    del info["presence"]
+    save_file(old, tmp_path / "old", {"format": "captum_concepts.SpatialACV/1", "info": json.dumps(info)})
+    again = SpatialACV.load(tmp_path / "old", planted["net"])
+    assert torch.equal(again.concept_maps(planted["test"]), fitted.concept_maps(planted["test"]))
+    assert again.explain(planted["test"], target=0).presence is None
+    assert again.reliability_ is None
 
 
 def test_k_concepts_cost_one_backward_pass(planted, fitted):
