@@ -4,10 +4,10 @@
     python benchmarks/ce_fam.py --peak '{"count": 64, "chunk_size": 8}'     # memory of one setting
 
 ResNet-50 and translator with random weights (time and memory do not depend on them, but for the layers that the
-relevance rule picks: ``layer="auto"`` and the last layer are both timed), one image. The published loop runs, for every
-concept, one forward and backward for the channel weights, K masked runs of the translator for every layer and K masked
-forwards of the classifier; it is timed on one concept, since it does every concept alike. Ratios are of processor time,
-which other programs on the machine disturb least; the bare forward is timed before and after each row.
+relevance rule picks: ``map_layer="auto"`` and the last layer are both timed), one image. The published loop runs, for
+every concept, one forward and backward for the channel weights, K masked runs of the translator for every layer and K
+masked forwards of the classifier; it is timed on one concept, since it does every concept alike. Ratios are of
+processor time, which other programs on the machine disturb least; the bare forward is timed before and after each row.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def grown(size: int, count: int, **options: Any) -> float:
     """MiB that maps of ``count`` concepts take at their peak, less the maps themselves; after a bare forward."""
     setting = Setting(size)
     setting.bare()
-    cefam = setting.make(count, probability="sigmoid", **options)
+    cefam = setting.make(count, link="sigmoid", **options)
     before = peak_mib(start_again=True)
     maps = cefam.attribute(setting.x)
     return peak_mib() - before - maps.numel() * maps.element_size() / 2**20
@@ -165,23 +165,23 @@ def main() -> None:
 
     n = args.concepts
     for count in (1, 16, 100, 1000):
-        cefam = make(count, gradient="branch", layer=-1, probability="sigmoid")
+        cefam = make(count, gradient="branch", map_layer=-1, link="sigmoid")
         add("what + where, branch, last layer", count, lambda cefam=cefam: everything(cefam, False))
     for count in sorted({1, 4, n}):
-        cefam = make(count, probability="sigmoid")
+        cefam = make(count, link="sigmoid")
         add("what + where, total, auto layer", count, lambda cefam=cefam: everything(cefam, False))
     for gradient in ("total", "branch"):
         add(
             f"what + where + how, {gradient}, last layer",
             n,
-            lambda g=gradient: everything(make(n, gradient=g, layer=-1)),
+            lambda g=gradient: everything(make(n, gradient=g, map_layer=-1)),
         )
         add(f"what + where + how, {gradient}, auto layer", n, lambda g=gradient: everything(make(n, gradient=g)))
-    add("what + where, fused", n, lambda: make(n, layer="fused").attribute(setting.x))
+    add("what + where, fused", n, lambda: make(n, map_layer="fused").attribute(setting.x))
     for layers in range(1, len(LAYERS)):
         fewer = Setting(args.size, layers)
         add("what + where, total, auto layer", n, lambda s=fewer: s.everything(s.make(n), False), layers)
-        add("what + where, fused", n, lambda s=fewer: s.make(n, layer="fused").attribute(s.x), layers)
+        add("what + where, fused", n, lambda s=fewer: s.make(n, map_layer="fused").attribute(s.x), layers)
     add("published loop", 1, lambda: published(setting.model, setting.translator, setting.texts[:n], setting.x, 0, 0))
     loop = rows[-1]["forwards"] * n
     for row in rows:

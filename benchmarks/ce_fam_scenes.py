@@ -24,7 +24,7 @@ from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.metrics import concept_specificity, nra
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
 from captum_concepts.models import ConceptTranslator, fit_translator
-from captum_concepts.models.concept_translator_data import TrainingPairs
+from captum_concepts.models.concept_translator.data import TrainingPairs
 
 LAYERS = ["2", "5", "8", "11"]
 CHANNELS = [24, 48, 96, 128]
@@ -98,13 +98,13 @@ def main() -> None:
         for setting, options in {
             "auto, K=20": {},
             "auto, K=20, no limit of channels": {"channel_share": 1.0},
-            "last layer, K=20": {"layer": -1},
-            "last layer, K=5": {"layer": -1, "n_channels": 5},
+            "last layer, K=20": {"map_layer": -1},
+            "last layer, K=5": {"map_layer": -1, "n_channels": 5},
         }.items():
             cefam = ConceptFusionMap(
                 model, LAYERS, fitted.translator, words, fitted.text_embeddings, logit_scale=10.0, **options
             )
-            value = cefam.contribution(planted.image - 0.5, target=planted.label.tolist())
+            value = cefam.contributions(planted.image - 0.5, target=planted.label.tolist())
             first = (value.masked_fill(~planted.presence, -torch.inf).argmax(1) == ground).float()
             own = [value[i, list(fair.class_concepts[int(c)])].mean() for i, c in enumerate(planted.label)]
             evidence = value.masked_fill(~planted.presence, 0.0).sum(1)

@@ -6,9 +6,9 @@
     python benchmarks/concept_regions.py --sensitivity 40   # the fused map's constants, all three tasks
 
 ``coco``: real MobileNetV2 and ConSE (a zero-shot model in CLIP's text space); the translator is fitted to other images,
-without labels. The design of ``layer="fused"`` was chosen on the images of half 0 only; half 1 is held out. ``scenes``
-and ``vit``: drawn scenes with the exact mask of each concept (those of ``--sensitivity``, and of the design, have
-another seed). Intervals: 95 % bootstrap over images.
+without labels. The design of ``map_layer="fused"`` was chosen on the images of half 0 only; half 1 is held out.
+``scenes`` and ``vit``: drawn scenes with the exact mask of each concept (those of ``--sensitivity``, and of the design,
+have another seed). Intervals: 95 % bootstrap over images.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from captum_concepts import demo
-from captum_concepts.activations import gradients_enabled, spatial_activations
+from captum_concepts.activations import Layers, gradients_enabled, spatial_activations
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.images import find_images, load_image
 from captum_concepts.metrics import concept_specificity, epg, nra
 from captum_concepts.metrics.baselines import activation_energy, center_gaussian
 from captum_concepts.models import ConceptTranslator, fit_translator
-from captum_concepts.models.concept_translator_data import TrainingPairs, collect_pairs
+from captum_concepts.models.concept_translator.data import TrainingPairs, collect_pairs
 
 matplotlib.use("Agg")
 LAYERS = ["net.features.3", "net.features.6", "net.features.13", "net.features.18"]
@@ -114,7 +114,9 @@ def coco(args: argparse.Namespace) -> Task:
     words, images = regions(args.data, encoder, args.half)
     files = training_files(args.data, args.train, 0)
     kept = args.cache / f"pairs{len(files)}" if args.cache else None
-    pairs = collect_pairs(encoder.classifier, LAYERS, encoder, Files(files, SIZE, resize="squash"), cache_dir=kept)
+    pairs = collect_pairs(
+        Layers.resolve(encoder.classifier, LAYERS), encoder, Files(files, SIZE, resize="squash"), cache_dir=kept
+    )
     facts: dict[str, Any] = {"half": args.half, "train_images": len(files)}
     text = encoder.encode_text(words)
     name = f"coco_half{args.half}"
@@ -128,7 +130,7 @@ def scenes(args: argparse.Namespace, seed: int) -> Task:
     training = CaptionedScenes(600, seed=5, size=64)
     test = CaptionedScenes(args.scenes, seed=seed, size=64).stack()
     words = list(training.concepts)
-    pairs = collect_pairs(model, layers, encoder, training.stack().image, batch_size=100)
+    pairs = collect_pairs(Layers.resolve(model, layers), encoder, training.stack().image, batch_size=100)
     images = [
         (image, {word: mask for word, mask, here in zip(words, masks, present.tolist(), strict=True) if here})
         for image, masks, present in zip(test.image, test.masks, test.presence, strict=True)
@@ -205,7 +207,7 @@ def interval(values: list[list[float]], rng: np.random.Generator) -> list[float]
 
 def sensitivity(tasks: list[tuple[Task, ConceptFusionMap]], count: int) -> None:
     """NRA and specificity of the fused map with one constant changed at a time."""
-    from captum_concepts.attr import _concept_local as reading, _concept_regions as constants
+    from captum_concepts.attr.concept_fusion import local as reading, regions as constants
 
     changes: dict[str, list[float]] = {
         "STEPS": [1, 2, 4],
@@ -266,7 +268,7 @@ def main() -> None:
         for name in ("coco", "scenes", "vit"):
             args.task, args.half = name, 0
             task = coco(args) if name == "coco" else scenes(args, seed=101)
-            tasks.append((task, explainer(task, fitted(task, args.similarity, args), layer="fused")))
+            tasks.append((task, explainer(task, fitted(task, args.similarity, args), map_layer="fused")))
         sensitivity(tasks, args.sensitivity)
         return
     task = coco(args) if args.task == "coco" else scenes(args, seed=77)
@@ -277,9 +279,9 @@ def main() -> None:
         "published, no similarity loss": explainer(task, free),
         "published, single-layer translator": explainer(task, single, task.layers[-1:]),
         "branch gradient": explainer(task, full, gradient="branch"),
-        "fused": explainer(task, full, layer="fused"),
-        "fused, no similarity loss": explainer(task, free, layer="fused"),
-        "fused, branch gradient": explainer(task, full, layer="fused", gradient="branch"),
+        "fused": explainer(task, full, map_layer="fused"),
+        "fused, no similarity loss": explainer(task, free, map_layer="fused"),
+        "fused, branch gradient": explainer(task, full, map_layer="fused", gradient="branch"),
     }
     chosen = channels_of_words(task)
     generator = torch.Generator().manual_seed(0)

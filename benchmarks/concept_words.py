@@ -40,8 +40,7 @@ def main() -> None:
     words = list(train.concepts)
     images = train.stack().image
     start = time.perf_counter()
-    training = {"epochs": args.epochs, "seed": 0}
-    first = ConceptFusionMap.fit(model, LAYERS, clip, images, words, training=training)
+    first = ConceptFusionMap(model, LAYERS).fit(images, clip, words, training={"epochs": args.epochs}, seed=0)
     fitted = time.perf_counter() - start
     print(f"translator: {fitted:.0f} s", flush=True)
 
@@ -53,14 +52,12 @@ def main() -> None:
         return lambda x, target: cefam.attribute(x, target=target)
 
     def again(**options: Any) -> ConceptFusionMap:
-        texts = first.text_embeddings
-        scale = {"logit_scale": first.logit_scale, "logit_bias": first.logit_bias}
-        return ConceptFusionMap(model, LAYERS, first.translator, words, texts, **scale, **options)
+        return first.with_options(**options)
 
     explainers: dict[str, Explainer] = {
-        "CE-FAM, fused": words_of(again(layer="fused")),
-        "CE-FAM, as published": words_of(again(layer="auto")),
-        "CE-FAM, branch gradient": words_of(again(layer="auto", gradient="branch")),
+        "CE-FAM, fused": words_of(again(map_layer="fused")),
+        "CE-FAM, as published": words_of(again(map_layer="auto")),
+        "CE-FAM, branch gradient": words_of(again(map_layer="auto", gradient="branch")),
     }
     for name, table in single_channels(model, clip, images, words).items():
         explainers[f"{name}, single channel"] = peers.single_channel(peers.activations(model, "layer4"), table)

@@ -79,29 +79,13 @@ def concept_explainers(words: list[str], probe: Files, args: argparse.Namespace)
     model = classifier(args.model, args.model_weights, args.device)
     unique = list(dict.fromkeys(words))  # two classes may share their word
     column = torch.tensor([unique.index(word) for word in words])
-    first = ConceptFusionMap.fit(
-        model,
-        args.layers,
-        encoder,
-        probe,
-        unique,
-        image_size=args.size,
-        training={"epochs": args.epochs},
-        cache_dir=args.cache,
+    training = {"epochs": args.epochs}
+    first = ConceptFusionMap(model, args.layers).fit(
+        probe, encoder, unique, image_size=args.size, training=training, cache_dir=args.cache
     )
 
     def read_as(layer: str) -> Explainer:
-        same = ConceptFusionMap(
-            model,
-            args.layers,
-            first.translator,
-            unique,
-            first.text_embeddings,
-            logit_scale=first.logit_scale,
-            logit_bias=first.logit_bias,
-            probability=first.probability,
-            layer=layer,
-        )
+        same = first.with_options(map_layer=layer)
         return lambda x, target: same.attribute(x.to(args.device), target=column[target].tolist())[:, 0]
 
     read = peers.activations(model, args.layers[-1])

@@ -186,7 +186,7 @@ def check_json(value: Any, check: Check, what: str) -> Any:
     """``value`` as ``check`` accepts it.
 
     Raises:
-        ArtifactError: it does not; names the entry, what it holds and what it must be.
+        ArtifactError: it does not; names the entry, its value and what it must be.
 
     >>> check_json({"rows": [4, -1]}, table({"rows": list_of(integer(0, 9))}), "the manifest")
     Traceback (most recent call last):
@@ -267,7 +267,7 @@ def check_arrays(file: Any, arrays: Mapping[str, Array], sizes: Mapping[str, int
     """
     names, known = set(file.keys()), dict(sizes or {})
     if unknown := sorted(names - set(arrays)):
-        raise ValueError(f"it holds unexpected tensors {listing(unknown)}")
+        raise ValueError(f"it contains unexpected tensors {listing(unknown)}")
     for name, array in arrays.items():
         if name not in names:
             if array.optional:
@@ -379,11 +379,11 @@ def open_artifact(
             keys = kinds[found_kind]
             found = parse_json(metadata[_INFO])
             if not isinstance(found, dict):
-                raise ArtifactError(f"{path} is not {what}: its header holds no JSON object")
+                raise ArtifactError(f"{path} is not {what}: its header contains no JSON object")
             found = check_json({keys.get(name, name): one for name, one in found.items()}, info, str(path))
             names = {keys.get(name, name): name for name in file.keys()}  # noqa: SIM118
             if allowed is not None and (unknown := sorted(set(names) - set(allowed))):
-                raise ArtifactError(f"{path} is not {what}: it holds unexpected tensors {listing(unknown)}")
+                raise ArtifactError(f"{path} is not {what}: it contains unexpected tensors {listing(unknown)}")
             if arrays is not None:
                 check_arrays(_Renamed(file, names), arrays, sizes(found) if sizes is not None else None)
             tensors = {name: file.get_tensor(stored) for name, stored in names.items()}

@@ -1,4 +1,4 @@
-"""What happens when a device has no memory for a batch: it is halved, once, and a warning says so."""
+"""What happens when a device has no memory for a batch: it is halved, once, with a warning."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ ROOMS = ("attr", "solvers", "metrics", "store")
 #: Patterns of modules and the tests that are about them, quickest first. The first pattern that fits counts.
 TESTS = {
     "attr/feature_activation_map": ["feature_activation_map", "model_conditions"],
-    "attr/_concept_fit": ["concept_fusion_fit", "concept_fusion_map", "concept_fusion_local"],
+    "attr/concept_fusion/fit": ["concept_fusion_fit", "concept_fusion_map", "concept_fusion_local"],
     "attr/*concept_*": ["concept_fusion_map", "concept_fusion_local", "concept_fusion_regions", "concept_fusion_fit"],
     "attr/*": ["spatial_acv_fit", "spatial_acv", "out_of_memory", "model_conditions"],
     "solvers/*": [

@@ -48,7 +48,7 @@ for name, scenes in (("usual grounds", familiar), ("mixed grounds", field)):
 clip = demo.load("clip")  # yours: OpenCLIPEncoder.from_pretrained("ViT-B-32", "openai")
 images = CaptionedScenes(400, seed=7, size=64).stack().image
 layers = ["layer1", "layer2", "layer3", "layer4"]
-cefam = ConceptFusionMap.fit(classifier, layers, clip, images, data.concepts, layer="fused", batch_size=100)
+cefam = ConceptFusionMap(classifier, layers, map_layer="fused", batch_size=100).fit(images, clip, data.concepts)
 
 # %% [markdown]
 # Now explain some of the errors. `target` is the class whose probability is in question: the *true* one, which the
@@ -57,7 +57,7 @@ cefam = ConceptFusionMap.fit(classifier, layers, clip, images, data.concepts, la
 # %%
 predicted = classifier(field.image).argmax(1)
 wrong = torch.nonzero(predicted != field.label).flatten()[:40]
-against = cefam.contribution(field.image[wrong], target=field.label[wrong], concepts=data.concept_groups["ground"])
+against = cefam.contributions(field.image[wrong], target=field.label[wrong], concepts=data.concept_groups["ground"])
 chosen = wrong[against.amin(1).argsort()[:3]]
 titles = [f"{data.classes[field.label[i]]}, called {data.classes[predicted[i]]}" for i in chosen]
 explanation = cefam.explain(field.image[chosen], target=field.label[chosen], top_k=len(data.concepts))
@@ -94,7 +94,7 @@ print(f"{len(wrong)} errors; on the usual ground of their class {repaired:.0%} o
 # the true class. By chance it would be the share of grounds among the words.
 
 # %%
-every = cefam.contribution(field.image[wrong], target=field.label[wrong])
+every = cefam.contributions(field.image[wrong], target=field.label[wrong])
 grounds = [data.concepts.index(word) for word in data.concept_groups["ground"]]
 leads = torch.isin(every.argmin(1), torch.tensor(grounds)).float().mean()
 print(f"a ground leads in {leads:.0%} of the errors (by chance {len(grounds) / len(data.concepts):.0%})")

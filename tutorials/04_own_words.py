@@ -52,7 +52,7 @@ for drop in words.report.drops:
 # %%
 layers = ["layer1", "layer2", "layer3", "layer4"]
 images = CaptionedScenes(400, seed=42, size=64).stack().image
-translator = ConceptFusionMap.fit(classifier, layers, clip, images, layer="fused", batch_size=100)
+translator = ConceptFusionMap(classifier, layers, map_layer="fused", batch_size=100).fit(images, clip)
 history = translator.history_
 print(f"{len(history['lr'])} epochs; held-out cosine to the image embedding {max(history['val_cosine']):.2f}")
 cefam = translator.with_concepts(words.concepts, clip)
@@ -72,17 +72,15 @@ for k, word in enumerate(words.concepts):
 # %% [markdown]
 # ## Where: regions
 #
-# `layer="auto"` is the published map: for each word the most relevant layer, whole channels weighted by one number each.
-# `layer="fused"` adds the evidence of all layers and lets it spread over the rest of the thing. Measure before you
+# `map_layer="auto"` is the published map: for each word the most relevant layer, whole channels weighted by one number each.
+# `map_layer="fused"` adds the evidence of all layers and lets it spread over the rest of the thing. Measure before you
 # choose; `explain` works with either.
 
 # %%
-published = ConceptFusionMap(
-    classifier, layers, cefam.translator, cefam.concepts, cefam.text_embeddings, logit_scale=cefam.logit_scale
-)
+published = cefam.with_options(map_layer="auto")
 masks = scenes.masks[:, [data.concepts.index(word) for word in words.concepts]]
 explainers = {
-    "fused": cefam.attribute,
+    "fused": cefam.concept_maps,
     "published": published.attribute,
     "centre Gaussian": CenterGaussian(n_maps=len(words.concepts)),
 }
@@ -135,15 +133,12 @@ except InputError as error:
 # %%
 biased = demo.load("classifier-spurious")
 grounds = data.concept_groups["ground"]
-other = ConceptFusionMap.fit(biased, layers, clip, images, data.concepts, layer=-1, batch_size=100)
-first = translator.with_concepts(data.concepts, clip)
-ours = ConceptFusionMap(
-    classifier, layers, first.translator, first.concepts, first.text_embeddings, logit_scale=first.logit_scale, layer=-1
-)
+other = ConceptFusionMap(biased, layers, map_layer=-1, batch_size=100).fit(images, clip, data.concepts)
+ours = translator.with_concepts(data.concepts, clip).with_options(map_layer=-1)
 rows = torch.arange(len(data))
 own = torch.tensor([grounds.index(data.concepts[k]) for k in scenes.ground.tolist()])
 moved = {
-    name: one.contribution(scenes.image, target=scenes.label, concepts=grounds)[rows, own]
+    name: one.contributions(scenes.image, target=scenes.label, concepts=grounds)[rows, own]
     for name, one in (("independent grounds", ours), ("planted grounds", other))
 }
 for name, values in moved.items():

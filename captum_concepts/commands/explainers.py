@@ -167,7 +167,14 @@ def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, fail
     names = _class_names(settings, loaded, outputs.shape[1])
     last = made.layers[-1] if isinstance(made.layers[-1], str) else suggest_layer(loaded.model, probe)
     return Explainer(
-        made.explain, made.get_name(), str(made.layer), names, list(made.concepts), one_by_one(made), loaded.model, last
+        made.explain,
+        made.get_name(),
+        str(made.map_layer),
+        names,
+        list(made.concepts),
+        one_by_one(made),
+        loaded.model,
+        last,
     )
 
 
@@ -177,19 +184,8 @@ def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> C
     words = None if settings.words is None else word_list(settings.words)
     layers = settings.layers.split(",") if settings.layers else suggest_stages(loaded.model, loaded.empty())
     images = readable(loaded.open(find_images(settings.train or "")), failed, "training images")
-    made: ConceptFusionMap = ConceptFusionMap.fit(
-        loaded.model,
-        layers,
-        encoder,
-        images,
-        words,
-        image_size=loaded.size,
-        model_transform=loaded.prepare,
-        batch_size=settings.batch_size,
-        layer="fused",
-        show_progress=True,
-    )
-    return made
+    made = ConceptFusionMap(loaded.model, layers, map_layer="fused", batch_size=settings.batch_size)
+    return made.fit(images, encoder, words, image_size=loaded.size, model_transform=loaded.prepare, show_progress=True)
 
 
 def encoder_of(settings: ModelSettings) -> Any:

@@ -87,7 +87,7 @@ the configuration is JSON; relative paths are relative to the folder the command
   train, val: a folder with one folder of images a class, or demo:scenes:N (the bundled synthetic scenes)
   concepts: a list, a file (one a line, or JSON), or "classes" for "An image of a CLASS"
   templates: texts with {{}} for the concept; clean: true drops near duplicates;
-  filter: drops what is too long or too similar, e.g. {{"max_length": 30, "class_cutoff": 0.85, "concept_cutoff": 0.9}};
+  filter: drops what is too long or too similar, e.g. {{"max_length": 30, "class_cutoff": 0.85}};
     with "similarity": false only by length and class name, for encoders that know certain texts only
   classes: a file of class names, in the order of the folders
   prompt: {{"kind": "circle", "crop" or "blur", "grid": 7, "radius": 32, ...}} (RegionPrompt)

@@ -1,4 +1,4 @@
-"""The filters of LF-CBM (Oikarinen et al., ICLR 2023), which SALF-CBM uses: each gives what stays and why others go."""
+"""The filters of LF-CBM (Oikarinen et al., 2023), which SALF-CBM uses; each returns what stays and what was dropped."""
 
 from __future__ import annotations
 
@@ -97,9 +97,8 @@ def drop_absent(concepts: Sequence[str], activations: Tensor, *, k: int = 5, cut
 
     Args:
         concepts: M texts.
-        activations: ``(N, M)`` cosines of images and concepts, or ``(M,)`` means already taken, as
-            ``RegionEmbeddingStore.top_activations`` gives them. LF-CBM takes k=5 and 0.25 (0.28 for ImageNet) for CLIP
-            ViT-B/16; another encoder has another scale.
+        activations: ``(N, M)`` cosines of images and concepts, or ``(M,)`` means already taken. LF-CBM takes k=5 and
+            0.25 (0.28 for ImageNet) for CLIP ViT-B/16; another encoder has another scale.
         k: see above; all images where there are fewer.
         cutoff: see above.
     """
@@ -109,7 +108,7 @@ def drop_absent(concepts: Sequence[str], activations: Tensor, *, k: int = 5, cut
         )
     values = activations.float()
     if not values.isfinite().all():
-        raise InputError("activations hold NaN or infinite values")
+        raise InputError("activations contain NaN or infinite values")
     if values.ndim == 2:
         values = values.topk(min(k, len(values)), dim=0).values.mean(0)
     pairs = list(zip(concepts, values.tolist(), strict=True))
@@ -120,7 +119,7 @@ def drop_absent(concepts: Sequence[str], activations: Tensor, *, k: int = 5, cut
 def _matrix(found: Tensor, rows: int, columns: int) -> Tensor:
     if not isinstance(found, Tensor) or found.shape != (rows, columns):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise InputError(f"similarity must give a ({rows}, {columns}) tensor, got {shape}")
+        raise InputError(f"similarity must return a ({rows}, {columns}) tensor, got {shape}")
     if not found.isfinite().all():
-        raise InputError("similarity gives NaN or infinite values")
+        raise InputError("similarity returns NaN or infinite values")
     return found

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from captum_concepts._artifacts import parse_json, write_atomically
+from captum_concepts._artifacts import list_of, mapping_of, read_json, text, write_atomically
 from captum_concepts.concepts._words import tidy
 from captum_concepts.concepts.vocabulary import Vocabulary
-from captum_concepts.errors import ArtifactError, InputError, InputWarning
+from captum_concepts.errors import InputError, InputWarning
 
 #: The questions of LF-CBM and SALF-CBM (section 3.1).
 PROMPTS: dict[str, str] = {
@@ -76,7 +76,7 @@ def generate_concepts(
         raise InputError(f"repeats={repeats} must be at least 1")
     for name, prompt in prompts.items():
         if "{class}" not in prompt:
-            raise InputError(f"the prompt {name!r} has no place {{class}}: {prompt!r}")
+            raise InputError(f"the prompt {name!r} has no placeholder {{class}}: {prompt!r}")
     path = None if cache is None else Path(cache)
     answers = _read_cache(path)
     sources: dict[str, list[str]] = {}
@@ -126,15 +126,7 @@ def parse_list(answer: str) -> list[str]:
 def _read_cache(path: Path | None) -> dict[str, list[str]]:
     if path is None or not path.exists():
         return {}
-    try:
-        found: Any = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path} cannot be read as a cache of answers: {error}") from error
-    if not isinstance(found, dict) or not all(
-        isinstance(value, list) and all(isinstance(text, str) for text in value) for value in found.values()
-    ):
-        raise ArtifactError(f"{path} is not a cache of answers: a dictionary of questions and lists of texts")
-    return found
+    return read_json(path, mapping_of(list_of(text(longest=1_000_000))), "a cache of answers")
 
 
 def _progress(classes: Sequence[str], show: bool) -> Any:

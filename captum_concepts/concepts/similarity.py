@@ -19,8 +19,8 @@ class TextSimilarity:
     """Weighted mean of the cosines of one or several text encoders.
 
     LF-CBM weighs CLIP ViT-B/16 three times and the sentence encoder all-mpnet-base-v2 once ("since mpnet has higher
-    variance"); its cutoffs 0.85 and 0.9 belong to that mixture. CLIP alone finds unlike words rather alike, so give it
-    higher cutoffs, or a sentence encoder beside it.
+    variance"); its cutoffs 0.85 and 0.9 belong to that mixture. CLIP alone finds unlike words rather alike, so use
+    higher cutoffs, or a sentence encoder next to it.
 
     Args:
         encoders: an object with ``encode_text(list[str]) -> (T, D)``, a function of that kind, or several of them.

@@ -11,7 +11,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_concepts._artifacts import parse_json, write_atomically
+from captum_concepts._artifacts import (
+    check_json,
+    integer,
+    list_of,
+    mapping_of,
+    nothing_or,
+    number,
+    parse_json,
+    table,
+    text,
+    write_atomically,
+)
 from captum_concepts.concepts import filters
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts._words import tidy
@@ -19,13 +30,39 @@ from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embe
 from captum_concepts.errors import ArtifactError, InputError, did_you_mean
 from captum_concepts.images import read_text
 
-#: The list of the paper's zero-shot segmentation: one concept a class.
+#: The list of the paper's zero-shot segmentation: one concept per class.
 CLASS_TEMPLATE = "An image of a {class}"
+_NAMES = list_of(text())
+_SAVED = table(
+    {
+        "concepts": _NAMES,
+        "templates": nothing_or(_NAMES),
+        "sources": mapping_of(_NAMES),
+        "report": table(
+            {
+                "started": integer(),
+                "kept": integer(),
+                "counts": mapping_of(integer()),
+                "drops": list_of(
+                    table(
+                        {
+                            "concept": text(),
+                            "reason": text(),
+                            "value": nothing_or(number()),
+                            "limit": nothing_or(number()),
+                            "other": nothing_or(text()),
+                        }
+                    )
+                ),
+            }
+        ),
+    }
+)
 _PLACES = ("{}", "{class}", "{concept}")
 
 
 class Vocabulary:
-    """A list of concepts that remembers its sources and its losses. Every step gives a new vocabulary.
+    """A list of concepts with their sources and a report of what was dropped. Every step returns a new vocabulary.
 
     Args:
         concepts: texts, kept as they are and in order.
@@ -34,7 +71,7 @@ class Vocabulary:
         report: what was dropped before.
 
     Raises:
-        InputError: something that is not text, or a template without a place.
+        InputError: something that is not text, or a template without a placeholder.
 
     Example:
         >>> vocabulary = Vocabulary(["wings", "a Wing", "  a long,  feathered tail ", "bird", "beak"])
@@ -71,7 +108,7 @@ class Vocabulary:
     def load(cls, *paths: str | os.PathLike[str], **options: Any) -> Vocabulary:
         """Read concept files, joined in order.
 
-        A text file has one concept a line (LF-CBM's ``*_filtered.txt``; empty lines and lines that begin with ``#``
+        A text file has one concept per line (LF-CBM's ``*_filtered.txt``; empty lines and lines that begin with ``#``
         are passed over). A JSON file is a list of concepts; a dictionary of class names and their concepts (LF-CBM's
         ``gpt3_*_important.json``, ``_around``, ``_superclass``), whose classes become the sources; or what
         :meth:`save` wrote.
@@ -81,7 +118,7 @@ class Vocabulary:
             ArtifactError: the file is no text, no JSON, or JSON of another form.
         """
         if not paths:
-            raise InputError("give at least one file")
+            raise InputError("pass at least one file")
         concepts: list[str] = []
         sources: dict[str, list[str]] = {}
         if len(paths) == 1 and Path(paths[0]).suffix.lower() == ".json":
@@ -97,7 +134,7 @@ class Vocabulary:
 
     @classmethod
     def from_classes(cls, classes: Sequence[str], template: str = CLASS_TEMPLATE) -> Vocabulary:
-        """One concept a class: "An image of a {class}", as in the paper's zero-shot segmentation.
+        """One concept per class: "An image of a {class}", as in the paper's zero-shot segmentation.
 
         >>> list(Vocabulary.from_classes(["zebra", "tench"]))
         ['An image of a zebra', 'An image of a tench']
@@ -129,7 +166,6 @@ class Vocabulary:
         *,
         max_length: int | None = 30,
         class_cutoff: float = 0.85,
-        concept_cutoff: float = 0.9,
     ) -> Vocabulary:
         """LF-CBM's filters, in its order: too long, a class's name, too similar to a class, to another concept.
 
@@ -141,7 +177,6 @@ class Vocabulary:
                 :class:`~captum_concepts.concepts.TextSimilarity`. None leaves out the two filters that need it.
             max_length: characters; None for any.
             class_cutoff: see :func:`~captum_concepts.concepts.filters.drop_similar_to_classes`.
-            concept_cutoff: see :func:`~captum_concepts.concepts.filters.drop_similar`.
 
         Raises:
             InputError: nothing is left (with the reasons), or a concept has no text embedding.
@@ -157,7 +192,7 @@ class Vocabulary:
             if hasattr(similarity, "encode_text") or isinstance(similarity, (list, tuple)):
                 measure = TextSimilarity(similarity)
             now = now._with(*filters.drop_similar_to_classes(now.concepts, classes, measure, class_cutoff))
-            now = now._with(*filters.drop_similar(now.concepts, measure, concept_cutoff))
+            now = now._with(*filters.drop_similar(now.concepts, measure))
         return now._not_empty()
 
     def present_in(self, activations: Tensor, *, k: int = 5, cutoff: float = 0.25) -> Vocabulary:
@@ -180,7 +215,7 @@ class Vocabulary:
         return self._with([c for c in self.concepts if c not in gone], drops)._not_empty()
 
     def encode(self, encoder: Any) -> Tensor:
-        """Unit text embeddings ``(M, D)``, float32; with templates the normalised mean over them.
+        """Unit text embeddings ``(M, D)``, float32; with templates the normalized mean over them.
 
         Raises:
             InputError: the vocabulary is empty; texts the encoder has no embedding for (they are named).
@@ -197,11 +232,11 @@ class Vocabulary:
         return self.concepts.index(concept)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``.txt`` (one concept a line) or ``.json`` (templates, sources and report too), whole or not at all."""
+        """Write ``.txt`` (one concept per line) or ``.json`` (templates, sources and report too), atomically."""
         path = Path(path)
         if path.suffix.lower() == ".txt":
             if any("\n" in concept for concept in self.concepts):
-                raise InputError("a concept holds a line break; clean() the vocabulary, or save it as .json")
+                raise InputError("a concept contains a line break; clean() the vocabulary, or save it as .json")
             write_atomically(path, "\n".join(self.concepts) + "\n")
         elif path.suffix.lower() == ".json":
             write_atomically(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
@@ -244,22 +279,23 @@ class Vocabulary:
 
     def _not_empty(self) -> Vocabulary:
         if not self.concepts:
-            raise InputError(f"no concept is left: {self.report.summary()}; loosen the limits or give more concepts")
+            raise InputError(f"no concept is left: {self.report.summary()}; loosen the limits or pass more concepts")
         return self
 
     @classmethod
-    def _restored(cls, found: Mapping[str, Any], path: Path, options: Mapping[str, Any]) -> Vocabulary:
+    def _restored(cls, found: Any, path: Path, options: Mapping[str, Any]) -> Vocabulary:
+        saved = check_json(found, _SAVED, str(path))
         try:
-            report = VocabularyReport.from_dict(found["report"])
-            stored = {"templates": found["templates"], "sources": found["sources"], "report": report}
-            return cls(found["concepts"], **{**stored, **options})
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            report = VocabularyReport.from_dict(saved["report"])
+            stored = {"templates": saved["templates"], "sources": saved["sources"], "report": report}
+            return cls(saved["concepts"], **{**stored, **options})
+        except InputError as error:
             raise ArtifactError(f"{path} is not a vocabulary as save() writes it: {error}") from error
 
 
 def _template(template: str) -> str:
     if not isinstance(template, str) or not any(place in template for place in _PLACES):
-        raise InputError(f"template {template!r} must hold a place for the word: {', '.join(_PLACES)}")
+        raise InputError(f"template {template!r} must contain a placeholder: {', '.join(_PLACES)}")
     return template
 
 
@@ -280,9 +316,8 @@ def _text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    text = _text(path)
     try:
-        return parse_json(text)
+        return parse_json(_text(path))
     except ValueError as error:
         raise ArtifactError(f"{path} is not valid JSON: {error}") from error
 
@@ -296,5 +331,5 @@ def _read(path: Path) -> Iterator[tuple[str, str | None]]:
     groups = found.items() if isinstance(found, dict) else [(None, found)]
     for owner, concepts in groups:
         if not isinstance(concepts, list) or not all(isinstance(concept, str) for concept in concepts):
-            raise ArtifactError(f"{path} must hold a list of texts, or a dictionary of class names and such lists")
+            raise ArtifactError(f"{path} must contain a list of texts, or a dictionary of class names and such lists")
         yield from ((concept, owner) for concept in concepts)

@@ -162,7 +162,8 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     rows = []
     for name in ("classifier", "classifier-spurious"):
         model = demo.load(name)
-        cefam = ConceptFusionMap.fit(model, layers, clip, training, scenes.concepts, layer="fused", batch_size=100)
+        cefam = ConceptFusionMap(model, layers, map_layer="fused", batch_size=100)
+        cefam.fit(training, clip, scenes.concepts)
         maps = cefam.attribute(queries.image)
         predicted = model(queries.image).argmax(1)
         title, chosen = "CE-FAM: what, where and how much for the predicted class", list(range(SHOWN))
@@ -170,7 +171,7 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
             title = "CE-FAM: wrong predictions; what speaks for (red) and against (blue) the true class"
             wrong = torch.nonzero(predicted != queries.label).flatten()[:12]
             grounds = scenes.concept_groups["ground"]
-            against = cefam.contribution(queries.image[wrong], target=queries.label[wrong], concepts=grounds)
+            against = cefam.contributions(queries.image[wrong], target=queries.label[wrong], concepts=grounds)
             own = [grounds.index(scenes.concepts[int(k)]) for k in queries.ground[wrong]]
             ground = against[torch.arange(len(own)), own]
             chosen = wrong[ground.argsort()[:SHOWN]].tolist()

@@ -1,7 +1,6 @@
 """Trainable parts: the translator of CE-FAM, and the concept bottleneck model SALF-CBM."""
 
-from captum_concepts.models.concept_translator import ConceptTranslator
-from captum_concepts.models.concept_translator_fit import FitResult, fit_translator
+from captum_concepts.models.concept_translator import ConceptTranslator, FitResult, Training, fit_translator
 from captum_concepts.models.salf_cbm import SALFCBM
 from captum_concepts.models.salf_cbm.fit import BottleneckSettings, fit_salf_cbm, plan_salf_cbm
 
@@ -10,6 +9,7 @@ __all__ = [
     "BottleneckSettings",
     "ConceptTranslator",
     "FitResult",
+    "Training",
     "fit_salf_cbm",
     "fit_translator",
     "plan_salf_cbm",

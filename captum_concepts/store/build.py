@@ -132,7 +132,7 @@ def check_encoder(encoder: Any) -> None:
     """Refuse what is not an :class:`~captum_concepts.vlm.ImageTextEncoder`.
 
     Raises:
-        InputError: it has no ``encode_image``; a Hugging Face model is told how to become one.
+        InputError: it has no ``encode_image``; the message tells how a Hugging Face model becomes one.
     """
     if callable(getattr(encoder, "encode_image", None)):
         return
@@ -149,7 +149,7 @@ def stored_settings(path: Path, manifest: Manifest) -> tuple[Regions, torch.dtyp
         ArtifactError: the store is not one of region embeddings, or its manifest is damaged.
     """
     if manifest.fingerprint.get("kind") != KIND:
-        raise ArtifactError(f"{path} holds a store, but not one of region embeddings of this version")
+        raise ArtifactError(f"{path} contains a store, but not one of region embeddings of this version")
     found = check_json(manifest.fingerprint, _ORIGIN, f"the fingerprint in {path}")
     check_json(manifest.info, _INFO, f"the info in {path}")
     try:
@@ -166,10 +166,10 @@ def check_origin(path: Path, manifest: Manifest, source: Source) -> None:
     found = {**manifest.fingerprint, "prompt": regions.as_dict()}  # by its present names
     check_fingerprint(wanted["prompt"], found["prompt"], f"{what} (its prompt)")  # names the one setting
     check_fingerprint({key: value for key, value in wanted.items() if found.get(key) != value}, found, what)
-    stored = torch.tensor(manifest.info.get("probe", []))
+    stored = torch.tensor(manifest.info.get("probe", []), dtype=torch.float32)
     if not torch.allclose(stored, source.probe[: len(stored)], atol=_PROBE_TOLERANCE, rtol=0):
         raise ArtifactError(
-            f"{what} was made by an encoder with the same weights that embeds a test image differently: its "
+            f"{what} was computed by an encoder with the same weights that embeds a test image differently: its "
             "preprocessing or settings have changed"
         )
 
@@ -184,7 +184,7 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
     """The manifest of the store of all images, written if there is none.
 
     Raises:
-        ArtifactError: the folder holds a store of something else.
+        ArtifactError: the folder contains a store of something else.
     """
     assert source.images is not None
     count = len(source.images)
@@ -211,8 +211,7 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
         found = _continued(path, found, count, shard_rows)
     if found.total != count:
         raise ArtifactError(
-            f"{what} was made from {found.total} images, the data has {count}; add images with extend(), or build "
-            "elsewhere"
+            f"{what} has {found.total} images, the data has {count}; add images with extend(), or build elsewhere"
         )
     return found
 
@@ -337,7 +336,7 @@ def fill(
 
 
 def chosen_batch_size(source: Source) -> int:
-    """How many pictures the encoder embeds fastest at a time, by a short trial on its device."""
+    """How many images the encoder embeds fastest at a time, by a short trial on its device."""
     encoder, regions = source.encoder, source.regions
     device = device_of(encoder)
     image = torch.rand(1, *source.shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -354,7 +353,7 @@ def chosen_batch_size(source: Source) -> int:
 
 
 class _Batch(NamedTuple):
-    """What one call of the encoder gets: pictures that are drawn already, or what to draw them from."""
+    """What one call of the encoder gets: prompts that are drawn already, or what to draw them from."""
 
     images: Tensor
     which: Tensor
@@ -411,7 +410,7 @@ def embed_spans(
         thread.start()
     try:
         _encode(batches, results, source, device, stop, _bar(spans, show))
-    finally:  # also after an error: what is computed is written before it goes on
+    finally:  # also after an error: what is computed is written before the error leaves
         _put(results, None, stop)
         threads[1].join()
         stop.set()
@@ -497,13 +496,13 @@ def check_embedding(embedding: Any, count: int) -> Tensor:
 def _write(
     results: queue.Queue[Any],
     spans: Sequence[Span],
-    places: int,
+    cells: int,
     dtype: torch.dtype,
     consume: Consumer,
     stop: threading.Event,
 ) -> None:
     for start, end in spans:
-        wanted, rounding = (end - start) * places, 0.0
+        wanted, rounding = (end - start) * cells, 0.0
         parts: list[Tensor] = []
         digests: list[int] = []
         done = 0
@@ -516,7 +515,7 @@ def _write(
             if not finite.all():
                 bad = done + int((~finite).nonzero()[0])
                 raise InputError(
-                    f"the encoder returns NaN or infinite values for image {start + bad // places}, cell {bad % places}"
+                    f"the encoder returns NaN or infinite values for image {start + bad // cells}, cell {bad % cells}"
                 )
             unit = F.normalize(raw, dim=1)
             parts.append(unit.to(dtype))
@@ -524,13 +523,13 @@ def _write(
             digests += new
             done += len(raw)
         consume(
-            {"embedding": torch.cat(parts).unflatten(0, (end - start, places)), "digest": torch.tensor(digests)},
+            {"embedding": torch.cat(parts).unflatten(0, (end - start, cells)), "digest": torch.tensor(digests)},
             rounding,
         )
 
 
 def module_of(encoder: Any) -> nn.Module | None:
-    """The network of an encoder: itself, or what its ``encode_image`` belongs to or holds."""
+    """The network of an encoder: itself, or what its ``encode_image`` belongs to or contains."""
     found = find_model(encoder) or find_model(encoder.encode_image)
     if found is None and hasattr(encoder, "__dict__"):
         found = next((value for value in vars(encoder).values() if isinstance(value, nn.Module)), None)

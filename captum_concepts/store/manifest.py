@@ -1,4 +1,4 @@
-"""What a store was made from: fingerprints, the manifest, and the refusal of a store that was made from something else.
+"""What a store was computed from: fingerprints, the manifest, and the refusal of a store that does not match.
 
 The manifest is written before the first shard: it lists the rows of every shard that there will be. So a store is
 complete when all its shards are there, and whoever finds one missing knows what to compute.
@@ -64,10 +64,10 @@ _SCHEMAS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a store and what they are made from.
+    """The shards of a store and what they were computed from.
 
     Args:
-        fingerprint: what the rows are made from (anything JSON can hold).
+        fingerprint: what the rows were computed from (anything JSON can represent).
         rows: of each shard.
         info: notes of the writer.
         growing: whether a writer that does not know the number of rows is still appending.
@@ -182,8 +182,8 @@ def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], wha
     """Refuse ``found`` where an entry differs from ``expected``.
 
     Args:
-        expected: what the artifact must have been made from; entries that are None are not compared.
-        found: what it says that it was made from.
+        expected: what the artifact must have been computed from; entries that are None are not compared.
+        found: what it was computed from, as it says.
         what: how the message calls the artifact.
 
     Raises:
@@ -192,7 +192,7 @@ def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], wha
     >>> check_fingerprint({"layer": "a"}, {"layer": "b"}, "the cache")
     Traceback (most recent call last):
     ...
-    captum_concepts.errors.ArtifactError: the cache was made from something else: layer is 'b', not 'a'
+    captum_concepts.errors.ArtifactError: the cache does not match: layer is 'b', not 'a'
     """
     differences = [
         f"{key} is {shortened(found.get(key))}, not {shortened(value)}"
@@ -200,7 +200,7 @@ def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], wha
         if value is not None and found.get(key) != value
     ]
     if differences:
-        raise ArtifactError(f"{what} was made from something else: " + "; ".join(differences))
+        raise ArtifactError(f"{what} does not match: " + "; ".join(differences))
 
 
 def _attributes(value: Any) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_concepts._artifacts import check_json, number, table
-from captum_concepts._checks import integer
 from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store import build as building
@@ -54,14 +53,14 @@ class RegionEmbeddingStore:
         >>> import tempfile, torch
         >>> from captum_concepts.store import RegionEmbeddingStore
         >>> from captum_concepts.vlm import RegionPrompt
-        >>> class MeanColour:
+        >>> class MeanColor:
         ...     logit_scale, logit_bias = 10.0, 0.0
         ...     def encode_image(self, images):
         ...         return images.mean((2, 3))
         ...     def encode_text(self, texts):
         ...         return torch.stack([torch.eye(3)[["red", "green", "blue"].index(t)] for t in texts])
         >>> images, prompt = torch.rand(5, 3, 16, 16), RegionPrompt("crop", (2, 3), 4)
-        >>> store = RegionEmbeddingStore.build(tempfile.mkdtemp(), images, MeanColour(), prompt)
+        >>> store = RegionEmbeddingStore.build(tempfile.mkdtemp(), images, MeanColor(), prompt)
         >>> store.embeddings(0).shape, store.embeddings([3, 1]).shape
         (torch.Size([6, 3]), torch.Size([2, 6, 3]))
         >>> [chunk.shape for chunk in store.similarity(["red", "blue"], chunk_size=4)]
@@ -300,7 +299,7 @@ class RegionEmbeddingStore:
         """Unit embeddings as stored (:attr:`dtype`; ``.float()`` before arithmetic on a CPU), cells row by row.
 
         Args:
-            index: an image's number (negative ones count from the end), a slice, or several numbers in any order.
+            index: an image's index (negative ones count from the end), a slice, or several indices in any order.
 
         Returns:
             ``(h*w, D)`` for one number, else ``(n, h*w, D)``. A zero vector where the encoder gave zeros.
@@ -328,24 +327,6 @@ class RegionEmbeddingStore:
             InputError: texts without an encoder, embeddings of another width, not finite.
         """
         return Similarity(self, self._text(text), chunk_size)
-
-    def top_activations(self, text: Tensor | Sequence[str], k: int = 5, *, chunk_size: int = 256) -> Tensor:
-        """How strongly each concept appears in the data: mean of the k largest P over images, the best cell of each.
-
-        Feed it to :func:`captum_concepts.concepts.drop_absent`.
-
-        Returns:
-            ``(M,)`` float32.
-        """
-        integer("k", k)
-        best: Tensor | None = None
-        for chunk in self.similarity(text, chunk_size=chunk_size):
-            found = chunk.flatten(2).amax(2)
-            joined = found if best is None else torch.cat([best, found])
-            best = joined.topk(min(k, len(joined)), dim=0).values
-        if best is None:
-            raise InputError("the store is empty")
-        return best.mean(0)
 
     def digests(self) -> Tensor:
         """``(N,)`` int64, 64 bits of a hash of each image's pixels."""

@@ -62,7 +62,7 @@ def write_shard(
     path: Path, manifest: Manifest, number: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None
 ) -> None:
     """Write shard ``number`` of a store: one safetensors file, whose header says to which store it belongs, and the
-    SHA-256 of the file with that sum blanked out. Equal tensors give equal bytes.
+    SHA-256 of the file with that sum blanked out. Equal tensors mean equal bytes.
 
     Raises:
         InputError: another number of rows than the manifest lists.
@@ -172,7 +172,7 @@ def fill_shards(
     """Compute every shard that is missing or damaged, of those that are this process's to do, and write it in place.
 
     Args:
-        path: the folder, which holds ``manifest`` already.
+        path: the folder, which contains ``manifest`` already.
         manifest: lists the rows of all shards.
         compute: called with the spans of rows to compute, it passes the tensors and notes of one span after another to
             the given function. What it passed before it failed is kept.
@@ -238,12 +238,12 @@ class ShardWriter:
 
     Args:
         path: the folder.
-        fingerprint: what the rows are made from: model, layers, encoder, data (anything JSON can hold).
+        fingerprint: what the rows were computed from: model, layers, encoder, data (anything JSON can represent).
         shard_rows: rows in one file.
         resume: continue after the rows that are there and sound; False removes them.
 
     Raises:
-        ArtifactError: the folder holds rows that were made from something else, or its manifest is damaged.
+        ArtifactError: the folder contains rows that do not match, or its manifest is damaged.
 
     Example:
         >>> import tempfile
@@ -336,14 +336,14 @@ class ShardReader:
 
     Args:
         path: the folder.
-        fingerprint: what the rows must have been made from; None takes any.
+        fingerprint: what the rows must have been computed from; None takes any.
         verify: compare every file's checksum, which reads all of them; headers and sizes are always compared.
         verify_on_read: compare a file's checksum when rows of it are read for the first time.
         arrays: what the tensors must be; see :func:`open_shard`.
 
     Raises:
         FileNotFoundError: there is no store.
-        ArtifactError: unfinished, damaged, or made from something else.
+        ArtifactError: unfinished, damaged, or does not match.
     """
 
     def __init__(
@@ -382,7 +382,7 @@ class ShardReader:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the rows are made from."""
+        """What the rows were computed from."""
         return self._manifest.fingerprint
 
     @property
@@ -431,7 +431,7 @@ class ShardReader:
 
     def _first(self, name: str) -> Tensor:
         if name not in self.names:
-            raise InputError(f"the store at {self.path} holds {self.names}, not {name!r}")
+            raise InputError(f"the store at {self.path} contains {self.names}, not {name!r}")
         return self._shards[0].tensors[name]
 
 

@@ -87,6 +87,6 @@ def check_digests(source: UniformImages, stored: Sequence[int], indices: Sequenc
     for index, expected, image in zip(indices, stored, source.read(indices), strict=True):
         if digest(image) != expected:
             raise ArtifactError(
-                f"{what} was made from other data: image {index} of the data has other pixels than the one that was "
-                "embedded (another data set, order or resizing, or a data set that returns random crops)"
+                f"{what} was computed from other data: image {index} has other pixels than the one that was embedded "
+                "(another data set, order or resizing, or a data set that returns random crops)"
             )

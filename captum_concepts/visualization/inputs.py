@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from captum_concepts.images import ImageSource, batches, inputs_for, open_images
@@ -43,7 +44,16 @@ def source_of(explainer: Any, images: Any, transform: Callable[[Tensor], Tensor]
         images = [images]
     if isinstance(images, Tensor) and images.ndim == 3:
         images = images[None]
-    return open_images(images) if transform is not None else inputs_for(model_of(explainer), images)
+    if transform is not None:
+        return open_images(images)
+    known, size = reader_of(explainer)
+    return inputs_for(known, images, size=size)
+
+
+def reader_of(explainer: Any) -> tuple[Any, Any]:
+    """What files are read by: the explainer's own preprocessing and size where it has them, else its network's."""
+    own = getattr(explainer, "preprocessing", None)
+    return (own, None) if own is not None else (model_of(explainer), getattr(explainer, "input_size", None))
 
 
 def shown_batches(
@@ -59,9 +69,12 @@ def shown_batches(
         transform: makes the model's inputs from a batch in [0, 1] instead.
     """
     source = source_of(explainer, images, transform)
+    network = model_of(explainer)
+    like = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
     named = source.files is not None if not source.streamed else False
     for batch in batches(source, batch_size):
         inputs = batch.images if transform is None else transform(batch.images)
+        inputs = inputs if like is None else inputs.to(like.device)
         labels = batch.labels
         if labels is not None and source.class_names is not None:
             labels = [source.class_names[one] if isinstance(one, int) else one for one in labels]
@@ -70,9 +83,17 @@ def shown_batches(
 
 
 def _seen(image: Tensor, source: ImageSource) -> Tensor:
-    """An image before the model's normalization; one channel is gray, of more than three the first three are shown."""
-    low, high = float(image.min()), float(image.max())
-    if source.preprocessing is not None and (low < -0.1 or high > 1.1):
+    """An image before the model's normalization, for people to look at: one channel is gray, of more than three the
+    first three are shown; values of an unknown range are stretched to [0, 1]."""
+    image = image.detach().float().cpu()
+    if source.preprocessing is not None and not _in_range(image):
         image = source.preprocessing.undo(image)
-        image = image.clamp(0, 1) if float(image.min()) > -0.1 and float(image.max()) < 1.1 else image
-    return as_image(image[:3] if image.shape[0] > 3 else image)
+    if image.shape[0] not in (1, 3):
+        image = image[: 3 if image.shape[0] > 3 else 1]
+    if not _in_range(image) and bool(image.isfinite().all()):
+        image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
+    return as_image(image)
+
+
+def _in_range(image: Tensor) -> bool:
+    return float(image.min()) > -0.1 and float(image.max()) < 1.1

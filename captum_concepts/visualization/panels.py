@@ -365,16 +365,24 @@ def _share_scales(rows: Sequence[Row], shared: str, signed: bool | str, cmap: An
 def _note(explanation: ConceptExplanation, rows: Sequence[Row], shared: str, map_label: str, hidden: int) -> str:
     """What the figure shows and how to read it, below it."""
     states = {state for row in rows for state in row.states}
+    differ = any(
+        not state and scale.signed and float(m.nan_to_num().sum()) * how < 0 and not absence(row.shown, j, "")
+        for row in rows
+        for j, (state, scale, m, how) in enumerate(
+            zip(row.states, row.scales, row.shown.maps[0].float(), row.contributions, strict=False)
+        )
+    )
     layer = explanation.layer if isinstance(explanation.layer, str) else ""
     parts = [
         explanation.method,
         layer and f"layer {layer}",
         map_label and f"maps: {map_label}",
         SCALES[shared] if sum(len(row.maps) for row in rows) > 1 else "",
+        "a map shows where a concept is (blue: its opposite), a bar what it does to the target" if differ else "",
         f"not seen (pale): probability of presence below {SEEN:g}" if NOT_SEEN in states else "",
         "outlined: the region asked about" if any(row.cell.region for row in rows) else "",
         "framed: the part of the image that the model saw" if any(row.cell.crop for row in rows) else "",
-        f"{hidden} more concepts not shown" if hidden else "",
+        f"{hidden} more concept{'s' * (hidden > 1)} not shown" if hidden else "",
     ]
     return "   ·   ".join(filter(None, parts))
 

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def distances(centres: Tensor, height: int, width: int) -> Tensor:
-    """``(B, H, W)`` float32: from the middle of every pixel to each of ``centres`` (B, 2), given as (row, column)."""
-    rows = torch.arange(height, device=centres.device) + 0.5 - centres[:, :1]
-    columns = torch.arange(width, device=centres.device) + 0.5 - centres[:, 1:]
+def distances(centers: Tensor, height: int, width: int) -> Tensor:
+    """``(B, H, W)`` float32: from the middle of every pixel to each of ``centers`` (B, 2), given as (row, column)."""
+    rows = torch.arange(height, device=centers.device) + 0.5 - centers[:, :1]
+    columns = torch.arange(width, device=centers.device) + 0.5 - centers[:, 1:]
     return torch.hypot(rows[:, :, None], columns[:, None, :])
 
 
-def ring(centres: Tensor, radius: float, width: float, height: int, width_px: int) -> Tensor:
-    """``(B, H, W)``: the share of every pixel that a circular line covers."""
-    d = distances(centres, height, width_px)
+def ring(centers: Tensor, radius: float, width: float, height: int, width_px: int) -> Tensor:
+    """``(B, H, W)``: the fraction of every pixel that a circular line covers."""
+    d = distances(centers, height, width_px)
     outer = torch.clamp(d + 0.5, max=radius + width / 2)
     return outer.sub_(torch.clamp(d - 0.5, min=radius - width / 2)).clamp_(0, 1)
 
@@ -33,10 +33,10 @@ class Rings(NamedTuple):
     cover: Tensor
 
     @classmethod
-    def of(cls, centres: Tensor, radius: float, width: float, height: int, width_px: int) -> Rings:
+    def of(cls, centers: Tensor, radius: float, width: float, height: int, width_px: int) -> Rings:
         """The touched pixels of every circle, found a few circles at a time."""
         counts, found = [], []
-        for part in centres.split(max(1, 4_000_000 // (height * width_px))):
+        for part in centers.split(max(1, 4_000_000 // (height * width_px))):
             cover = ring(part, radius, width, height, width_px)
             circle, row, column = cover.nonzero(as_tuple=True)
             counts.append(circle.bincount(minlength=len(part)))
@@ -44,24 +44,24 @@ class Rings(NamedTuple):
         starts = F.pad(torch.cat(counts).cumsum(0), [1, 0])
         return cls(starts, *(torch.cat(values) for values in zip(*found, strict=True)))
 
-    def paint(self, images: Tensor, circles: Tensor, colour: Tensor) -> Tensor:
-        """``images`` (B, 3, H, W), changed in place: circle ``circles[b]`` drawn on image b."""
+    def paint(self, images: Tensor, circles: Tensor, color: Tensor) -> Tensor:
+        """``images`` (B, 3, H, W), changed in-place: circle ``circles[b]`` drawn on image b."""
         counts = (self.starts[1:] - self.starts[:-1])[circles]
         image = torch.arange(len(circles), device=images.device).repeat_interleave(counts)
         first = self.starts[circles] - (counts.cumsum(0) - counts)
         entry = first.repeat_interleave(counts) + torch.arange(len(image), device=images.device)
         row, column = self.rows[entry], self.columns[entry]
         pixels = images[image, :, row, column]
-        images[image, :, row, column] = torch.lerp(pixels, colour, self.cover[entry, None].to(images.dtype))
+        images[image, :, row, column] = torch.lerp(pixels, color, self.cover[entry, None].to(images.dtype))
         return images
 
 
-def disc(centres: Tensor, radius: float, height: int, width: int) -> Tensor:
-    """``(B, H, W)``: the share of every pixel inside a circle."""
-    return (radius + 0.5 - distances(centres, height, width)).clamp_(0, 1)
+def disc(centers: Tensor, radius: float, height: int, width: int) -> Tensor:
+    """``(B, H, W)``: the fraction of every pixel inside a circle."""
+    return (radius + 0.5 - distances(centers, height, width)).clamp_(0, 1)
 
 
-def crop_windows(centres: Tensor, radius: float, height: int, width: int, *, inside: bool) -> Tensor:
+def crop_windows(centers: Tensor, radius: float, height: int, width: int, *, inside: bool) -> Tensor:
     """``(B, 4)``: middle (row, column) and half sides of windows with the image's aspect ratio.
 
     ``inside`` shrinks a window to the image and moves it until it lies within.
@@ -69,11 +69,11 @@ def crop_windows(centres: Tensor, radius: float, height: int, width: int, *, ins
     short = min(height, width)
     if inside:
         radius = min(radius, short / 2)
-    half = centres.new_tensor([radius * height / short, radius * width / short]).expand_as(centres)
+    half = centers.new_tensor([radius * height / short, radius * width / short]).expand_as(centers)
     if inside:
-        size = centres.new_tensor([height, width])
-        centres = torch.minimum(torch.maximum(centres, half), size - half)
-    return torch.cat([centres, half], 1)
+        size = centers.new_tensor([height, width])
+        centers = torch.minimum(torch.maximum(centers, half), size - half)
+    return torch.cat([centers, half], 1)
 
 
 def resample(images: Tensor, windows: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ def resample(images: Tensor, windows: Tensor) -> Tensor:
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur, cut off at three sigma, the border's pixels repeated; rows, then columns."""
-    reach = max(1, math.ceil(3 * sigma))
+    """Gaussian blur, cut off at three sigma (or twice the image), the border's pixels repeated; rows, then columns."""
+    reach = max(1, min(math.ceil(3 * sigma), 2 * max(images.shape[-2:])))
     offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = kernel / kernel.sum()

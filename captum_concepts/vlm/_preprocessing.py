@@ -1,4 +1,4 @@
-"""open_clip's evaluation transform on tensors: resize, crop or pad, normalise."""
+"""open_clip's evaluation transform on tensors: resize, crop or pad, normalize."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ _DEFAULTS: dict[str, Any] = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
     "fill_color": 0,
-    "max_patches": 256,
+    # Of processors of transformers:
+    "max_patches": 256,  # with "patches"
+    "resize_to": None,  # the shorter side before the crop, with "shortest"; None: that of size
+    "round_down": False,  # where the crop begins at half a pixel
 }
+_RARE = ("max_patches", "resize_to", "round_down")
 IMAGE_KEYS = tuple(_DEFAULTS)
 
 
@@ -47,8 +51,9 @@ def check_preprocess(*layers: Mapping[str, Any]) -> dict[str, Any]:
         config["interpolation"] = "bicubic"
     if config["resize_mode"] not in ("shortest", "longest", "squash", "patches"):
         raise InputError(f"resize_mode={config['resize_mode']!r} must be 'shortest', 'longest', 'squash' or 'patches'")
-    if config["resize_mode"] != "patches":
-        del config["max_patches"]
+    for key in _RARE:  # so that the usual settings, which stores note down, stay as they were
+        if config[key] == _DEFAULTS[key] and config["resize_mode"] != "patches":
+            del config[key]
     return config
 
 
@@ -58,14 +63,14 @@ def check_images(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"images of shape {shape} are not RGB images (N, 3, H, W)")
     if 0 in shape:
-        raise InputError(f"images of shape {shape} hold no pixel")
+        raise InputError(f"images of shape {shape} have no pixels")
     if not images.is_floating_point():
-        raise InputError(f"images have dtype {images.dtype}; give RGB in [0, 1], for example images.float() / 255")
+        raise InputError(f"images have dtype {images.dtype}; pass RGB in [0, 1], for example images.float() / 255")
     low, high = images.detach().aminmax()
     if not (low >= -0.05 and high <= 1.05):
         warnings.warn(
             f"pixel values go from {float(low):.3g} to {float(high):.3g}, but the encoder takes RGB in [0, 1] and "
-            "normalises by itself; images that are already normalised give a wrong embedding",
+            "normalizes by itself; images that are already normalized get a wrong embedding",
             InputWarning,
             stacklevel=4,
         )
@@ -80,14 +85,15 @@ def resize_and_normalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
     if mode == "patches":
         height, width = _patched(x.shape[-2], x.shape[-1], height, config["max_patches"])
         mode = "squash"
-    if mode == "shortest" and height != width:
+    if mode == "shortest" and height != width and not config.get("resize_to"):
         interpolation = "bicubic"  # open_clip ignores the setting in this one case
-    target = _resized(x.shape[-2], x.shape[-1], height, width, mode)
+    before = config.get("resize_to") or 0
+    target = _resized(x.shape[-2], x.shape[-1], before or height, before or width, mode)
     # Rows, then columns, each clamped: bicubic overshoots, and the 8 bits of PIL's two passes cut that off.
     for shape in ((x.shape[-2], target[1]), target):
         if shape != tuple(x.shape[-2:]):
             x = F.interpolate(x, shape, mode=interpolation, align_corners=False, antialias=True).clamp(0, 1)
-    x = _center(x, height, width, config["fill_color"])
+    x = _center(x, height, width, config["fill_color"], round_down=config.get("round_down", False))
     mean = x.new_tensor(config["mean"])[:, None, None]
     return (x - mean) / x.new_tensor(config["std"])[:, None, None]
 
@@ -112,12 +118,14 @@ def _patched(h: int, w: int, side: int, most: int) -> tuple[int, int]:
     return rows * side, columns * side
 
 
-def _center(x: Tensor, height: int, width: int, fill: float) -> Tensor:
-    """Pad to at least, then crop to exactly ``(height, width)`` around the centre."""
+def _center(x: Tensor, height: int, width: int, fill: float, *, round_down: bool = False) -> Tensor:
+    """Pad to at least, then crop to exactly ``(height, width)`` around the center."""
     h, w = x.shape[-2:]
     if h < height or w < width:
         dy, dx = max(height - h, 0), max(width - w, 0)
         x = F.pad(x, (dx // 2, (dx + 1) // 2, dy // 2, (dy + 1) // 2), value=fill / 255)
         h, w = x.shape[-2:]
-    top, left = round((h - height) / 2), round((w - width) / 2)
+    top, left = (
+        ((h - height) // 2, (w - width) // 2) if round_down else (round((h - height) / 2), round((w - width) / 2))
+    )
     return x[..., top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""Local files and published weights: the preprocessing they need, and the words for what goes wrong."""
+"""Local files and published weights: the preprocessing they need, and the messages for what goes wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def published_preprocess(open_clip: Any, name: str, overrides: Mapping[str, Any]
     differing = {key for config in found for key in config if any(other.get(key) != config[key] for other in found)}
     if differing - set(overrides):
         warnings.warn(
-            f"the published weights of {name!r} differ in preprocessing ({sorted(differing)}) and a file does not say "
+            f"the published weights of {name!r} differ in preprocessing ({sorted(differing)}) and a file does not tell "
             "which it needs; open_clip's default is used. Pass preprocess= to choose, for example "
             f"preprocess={found[0]}",
             InputWarning,
@@ -52,7 +52,7 @@ def failure(name: str, source: str | None, error: Exception) -> str:
         )
     if name.startswith("local-dir:"):
         return (
-            f"{name!r} could not be loaded ({reason}). The folder must hold open_clip_config.json and weights for it, "
+            f"{name!r} could not be loaded ({reason}). The folder must contain open_clip_config.json and its weights, "
             "open_clip_model.safetensors"
         )
     return (

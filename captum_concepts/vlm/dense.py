@@ -1,7 +1,7 @@
 """`DenseRegions`: embeddings of all grid cells from one forward pass, instead of one per visual prompt.
 
 The idea is MaskCLIP's: a tower that pools its positions by attention already computes, for each position, what it would
-contribute to the embedding. Here that is *what the tower's own pooling returns for a feature map that holds the
+contribute to the embedding. Here that is *what the tower's own pooling returns for a feature map that contains the
 features of one position only*: for attention pooling its value path, for average pooling the projected feature.
 """
 
@@ -134,7 +134,7 @@ class Tower:
     Args:
         features: ``pixels -> (N, h, w, C)``: features by position, before pooling; for a tower with a class token the
             output of the changed last block.
-        pool: ``(M, C) -> (M, D)``: the tower's pooling and projection of feature maps that hold one position.
+        pool: ``(M, C) -> (M, D)``: the tower's pooling and projection of feature maps that contain one position.
     """
 
     features: Callable[[Tensor], Tensor]

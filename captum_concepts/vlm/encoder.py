@@ -1,4 +1,4 @@
-"""`ImageTextEncoder`: what this package asks of an image-text model."""
+"""`ImageTextEncoder`: what this package asks of a vision-language model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class ImageTextEncoder(Protocol):
     Example:
         >>> import torch
         >>> from captum_concepts.vlm import ImageTextEncoder
-        >>> class MeanColour:
+        >>> class MeanColor:
         ...     logit_scale, logit_bias = 10.0, 0.0
         ...     def encode_image(self, images):
         ...         return images.mean((2, 3))
         ...     def encode_text(self, texts):
         ...         return torch.stack([torch.eye(3)[["red", "green", "blue"].index(t)] for t in texts])
-        >>> isinstance(MeanColour(), ImageTextEncoder)
+        >>> isinstance(MeanColor(), ImageTextEncoder)
         True
     """
 

@@ -1,4 +1,4 @@
-"""`from_transformers`: CLIP and SigLIP models of the transformers library as image-text encoders."""
+"""`from_transformers`: CLIP and SigLIP models of the transformers library as encoders."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def from_transformers(
     missing = [name for name in ("get_image_features", "get_text_features", "logit_scale") if not hasattr(model, name)]
     if missing:
         raise InputError(
-            f"{type(model).__name__} has no {', '.join(missing)}: it must be an image-text model of the transformers "
-            "library, such as CLIPModel or SiglipModel, not its image or text half"
+            f"{type(model).__name__} has no {', '.join(missing)}: it must be a vision-language model of transformers, "
+            "such as CLIPModel or SiglipModel, not its image or text half"
         )
     parts = [getattr(processor, name, None) for name in ("image_processor", "tokenizer")]
     if None in parts:
@@ -72,7 +72,7 @@ class _Tokenizer:
 
 
 class _Adapter(nn.Module):
-    """A model of transformers behind the methods of an open_clip model."""
+    """A model of transformers with the methods of an open_clip model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -81,6 +81,10 @@ class _Adapter(nn.Module):
         #: Side of a patch for models that take patches of images of any aspect ratio (SigLIP 2, "NaFlex").
         naflex = isinstance(getattr(embeddings, "patch_embedding", None), nn.Linear)
         self.patch_size: int | None = int(model.config.vision_config.patch_size) if naflex else None
+
+    @property
+    def visual(self) -> nn.Module:
+        return self.model.vision_model
 
     @property
     def logit_scale(self) -> Tensor:
@@ -113,23 +117,34 @@ class _Adapter(nn.Module):
 
 
 def _pooled(found: Any) -> Tensor:
-    """Older versions of transformers return the embedding, newer ones an object that holds it."""
+    """Older versions of transformers return the embedding, newer ones an object that contains it."""
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
 def _preprocessing(processor: Any, patch_size: int | None) -> dict[str, Any]:
-    """The settings of an image processor in the words of :class:`OpenCLIPEncoder`."""
+    """The settings of an image processor as those of :class:`OpenCLIPEncoder`."""
     found: dict[str, Any] = {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
-    resample = int(getattr(processor, "resample", None) or 3)
+    given = getattr(processor, "resample", None)
+    resample = 3 if given is None else int(given)
     if resample not in (2, 3):
         raise InputError(f"the processor resizes with PIL's method {resample}; known: 2 (bilinear) and 3 (bicubic)")
     found["interpolation"] = "bilinear" if resample == 2 else "bicubic"
     if patch_size is not None:
         return {**found, "resize_mode": "patches", "size": patch_size, "max_patches": int(processor.max_num_patches)}
-    size, crop = dict(processor.size), getattr(processor, "crop_size", None)
-    if getattr(processor, "do_center_crop", None) and crop:
-        crop = dict(crop)
-        return {**found, "resize_mode": "shortest", "size": (int(crop["height"]), int(crop["width"]))}
-    if size.get("height") and size.get("width"):
-        return {**found, "resize_mode": "squash", "size": (int(size["height"]), int(size["width"]))}
-    return {**found, "resize_mode": "shortest", "size": int(size["shortest_edge"])}
+    size = {key: int(value) for key, value in dict(processor.size).items() if value}
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", None) else None
+    if crop and "shortest_edge" in size:
+        crop = (int(dict(crop)["height"]), int(dict(crop)["width"]))
+        return {
+            **found,
+            "resize_mode": "shortest",
+            "size": crop,
+            "resize_to": size["shortest_edge"],
+            "round_down": True,
+        }
+    if not crop and {"height", "width"} <= set(size):
+        return {**found, "resize_mode": "squash", "size": (size["height"], size["width"])}
+    raise InputError(
+        f"the processor resizes to {size} and crops to {crop}, which no encoder here does; known are a shortest edge "
+        "with a crop, and a height and width without one"
+    )

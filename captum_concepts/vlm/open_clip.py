@@ -25,11 +25,11 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 class OpenCLIPEncoder(nn.Module):
-    """An open_clip model as a frozen image-text encoder: tensors in, embeddings out.
+    """An open_clip model as a frozen vision-language encoder: tensors in, embeddings out.
 
-    Images are RGB tensors in [0, 1] of any size; they are resized, cropped and normalised as the model's own PIL
+    Images are RGB tensors in [0, 1] of any size; they are resized, cropped and normalized as the model's own PIL
     transform does (bicubic or bilinear with anti-aliasing; "shortest", "longest" or "squash"), within 2/255 of its
-    result before normalisation: PIL rounds to 8 bits between its two passes, tensors do not. (Pillow 13 and later take
+    result before normalization: PIL rounds to 8 bits between its two passes, tensors do not. (Pillow 13 and later take
     the passes in the other order for some images squashed in height; a few pixels at hard edges then differ by more.)
     So the same batch feeds a classifier and this encoder.
 
@@ -46,7 +46,7 @@ class OpenCLIPEncoder(nn.Module):
             ``resize_mode`` ("shortest", "longest", "squash", or "patches" with ``max_patches``) and ``fill_color``;
             what is missing comes from ``model.visual.preprocess_cfg``, where open_clip's factory leaves it.
         templates: texts with ``{}``, for example ``("a photo of a {}.", "a picture of a {}.")``. A text is then the
-            normalised mean of its unit embeddings in the templates; with None it is embedded as it is.
+            normalized mean of its unit embeddings in the templates; with None it is embedded as it is.
         text_batch_size: texts embedded at a time.
 
     Raises:
@@ -107,12 +107,12 @@ class OpenCLIPEncoder(nn.Module):
             pretrained: a tag such as "laion2b_s34b_b79k" (downloaded once, then cached), or a local file:
                 ``.safetensors``, or a state dict in ``.pt``/``.bin``/``.pth``, which is never unpickled into code
                 (``weights_only=True``). Leave None with "hf-hub:" and "local-dir:", which bring their weights;
-                with a plain name None gives random weights, and a warning.
+                with a plain name None means random weights, and a warning.
             device: where the model goes.
             precision: open_clip's word: "fp32", "fp16", "bf16", "pure_fp16", "pure_bf16".
             templates: see the class.
             preprocess: overrides of the preprocessing. For a local file it is that of the model's published weights;
-                where those differ among themselves, open_clip's default is taken with a warning that says how.
+                where those differ among themselves, open_clip's default is taken with a warning.
             tokenizer: instead of the model's own (some of open_clip's, SigLIP's for one, are downloaded).
             text_batch_size: see the class.
             options: passed to ``open_clip.create_model``, for example ``cache_dir`` or ``force_quick_gelu``.
@@ -135,7 +135,7 @@ class OpenCLIPEncoder(nn.Module):
         if source is None:
             if plain and options.get("load_weights", True):
                 warnings.warn(
-                    f"{name!r} gets random weights: give pretrained= one of "
+                    f"{name!r} has random weights: pass pretrained= one of "
                     f"{open_clip.list_pretrained_tags_by_model(name)} or a local file",
                     InputWarning,
                     stacklevel=2,
@@ -193,7 +193,7 @@ class OpenCLIPEncoder(nn.Module):
         return next(convolutions, next((p.dtype for p in visual.parameters() if p.ndim > 1), torch.float32))
 
     def transform(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Resize, crop and normalise RGB images in [0, 1] the way the model was trained.
+        """Resize, crop and normalize RGB images in [0, 1] the way the model was trained.
 
         Args:
             images: ``(N, 3, H, W)``, or a list of ``(3, H, W)`` of any sizes.
@@ -214,7 +214,7 @@ class OpenCLIPEncoder(nn.Module):
         """Embed images; see :meth:`transform` for what is taken.
 
         Returns:
-            ``(N, D)`` float32, not normalised, on the device of the weights.
+            ``(N, D)`` float32, not normalized, on the device of the weights.
         """
         pixels = self.transform(images).to(self.device, self.image_dtype)
         embedding: Tensor = self.model.encode_image(pixels)
@@ -255,7 +255,7 @@ class OpenCLIPEncoder(nn.Module):
         """Embed texts, in the templates if there are any.
 
         Returns:
-            ``(T, D)`` float32 on the device of the weights; unit length with templates, else as the model gives it.
+            ``(T, D)`` float32 on the device of the weights; unit length with templates, else as the model returns it.
 
         Raises:
             InputError: no texts, or something that is not a list of strings.
@@ -264,7 +264,7 @@ class OpenCLIPEncoder(nn.Module):
             raise InputError(f"texts must be a list of strings, got {texts!r}")
         texts = list(texts)
         if not texts:
-            raise InputError("texts is empty; give at least one string")
+            raise InputError("texts is empty; pass at least one string")
         if self.templates is None:
             return self._embed(texts)
         filled = [template.replace("{}", text) for text in texts for template in self.templates]
@@ -292,9 +292,7 @@ def _check_templates(templates: Sequence[str] | None) -> tuple[str, ...] | None:
         return None
     found = (templates,) if isinstance(templates, str) else tuple(templates)
     if not found or not all(isinstance(t, str) and "{}" in t for t in found):
-        raise InputError(
-            f"templates={templates!r} must be texts with a place for the word, such as 'a photo of a {{}}'"
-        )
+        raise InputError(f"templates={templates!r} must be texts with a placeholder, such as 'a photo of a {{}}'")
     return found
 
 

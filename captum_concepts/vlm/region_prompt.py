@@ -1,9 +1,8 @@
-"""`RegionPrompt`: one picture a region, marked so that an image-text model describes that region (visual prompting)."""
+"""`RegionPrompt`: one visual prompt per region, which makes a vision-language model describe that region."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts._checks import integer, one_of
-from captum_concepts.errors import InputError, did_you_mean, listing
+from captum_concepts._checks import integer, number, one_of
+from captum_concepts.errors import InputError, did_you_mean, listing, shortened
 from captum_concepts.vlm._drawing import Rings, blurred, crop_windows, disc, resample
 
 KINDS = ("circle", "crop", "blur")
@@ -25,10 +24,12 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "white": (1.0, 1.0, 1.0),
     "black": (0.0, 0.0, 0.0),
 }
-#: The paper's image side, for which it gives radius 32 and a line of 2 pixels.
+#: The paper's image side, to which its radius of 32 and its line of 2 pixels belong.
 PAPER_SIZE = 224
 #: Most rows, and most columns, of a grid: finer ones would be a mistake, or a forged file.
 FINEST_GRID = 256
+#: The largest radius, line width and blur, likewise.
+MOST_PIXELS = 10_000
 #: Settings of stored prompts that are called otherwise now.
 _EARLIER_NAMES = {"colour": "color"}
 _RADIUS, _WIDTH, _SIGMA = 32.0, 2.0, 12.0  # the blur: enough to lose a texture, not the layout
@@ -36,20 +37,20 @@ _RADIUS, _WIDTH, _SIGMA = 32.0, 2.0, 12.0  # the blur: enough to lose a texture,
 
 @dataclass(frozen=True)
 class RegionPrompt:
-    """Mark one region of an image after another, on a grid of places (SALF-CBM, section 3.2 and Algorithm 1).
+    """Visual prompts of the cells of a grid: the image, marked at one cell after another (SALF-CBM, Algorithm 1).
 
     Three kinds of marks:
 
-    - ``"circle"``: a red line around the place, for encoders that react to it (CLIP does). The rest of the picture
-      stays visible, so the encoder keeps the context.
-    - ``"crop"``: the window around the place, enlarged to the size of the image; for every encoder. The window has the
-      image's aspect ratio; its half side along the image's shorter side is ``radius``. Where it crosses the border it
-      is filled up with the border's pixels (``border="replicate"``), or moved inside the image (``"shift"``).
+    - ``"circle"``: a red line around the center of the cell, for encoders that react to it (CLIP does). The rest of the
+      image stays visible, so the encoder keeps the context.
+    - ``"crop"``: the window around the center, enlarged to the size of the image; for every encoder. The window has the
+      image's aspect ratio; its half side along the image's shorter side is ``radius``. Where it crosses the border, the
+      border's pixels are repeated (``border="replicate"``), or it is moved inside the image (``"shift"``).
     - ``"blur"``: everything outside the circle is blurred (Gaussian).
 
-    Coordinates are continuous: pixel (i, j) covers [i, i+1] x [j, j+1], and its centre is (i + 0.5, j + 0.5). Lines and
-    edges are anti-aliased: a pixel takes the color by the share of it that the line covers,
-    ``clip(min(d + 1/2, r + w/2) - max(d - 1/2, r - w/2), 0, 1)`` for distance d of its centre from the place. What
+    Coordinates are continuous: pixel (i, j) covers [i, i+1] x [j, j+1], and its center is (i + 0.5, j + 0.5). Lines and
+    edges are anti-aliased: a pixel takes the color by the fraction of it that the line covers,
+    ``clip(min(d + 1/2, r + w/2) - max(d - 1/2, r - w/2), 0, 1)``, where d is the distance of the two centers. What
     crosses the image's border is cut off.
 
     Three placements of an h x w grid on an H x W image (rows; columns likewise):
@@ -57,12 +58,10 @@ class RegionPrompt:
     - ``"paper"``: ``i * floor(H / (h - 1))``: 0, 37, ..., 222 for H=224, h=7; the outer circles are cut by the border.
     - ``"inset"``: even from ``radius`` to ``H - radius``, so that no circle is cut (all in the middle if it is too
       large).
-    - ``"cells"``: ``(i + 1/2) * H / h``, the middles of the cells of an h x w feature map, so that mark and feature
-      look at the same place.
+    - ``"cells"``: ``(i + 1/2) * H / h``, the centers of the cells of an h x w feature map, so that mark and feature
+      show the same part of the image. The default, because it finds concepts best.
 
-    A grid of 1 lies in the middle of the image in every placement. Measured with the bundled CLIP, how well P finds the
-    concepts of 20 scenes (7 x 7 circles of the default radius, NRA with the exact baseline, 135 masks): "paper" .751,
-    "inset" .796, "cells" .830, hence the default.
+    A grid of 1 lies in the middle of the image in every placement.
 
     Args:
         kind: "circle", "crop" or "blur".
@@ -76,8 +75,8 @@ class RegionPrompt:
         blur_sigma: of the Gaussian in pixels; None stands for 12 at 224 px, scaled likewise.
         border: what a crop does at the border: "replicate" or "shift".
         reference_size: None takes ``radius``, ``width`` and ``blur_sigma`` as pixels of the image that is drawn on. A
-            number means that they are given for an image whose shorter side has so many pixels, and they are scaled
-            with ``min(H, W) / reference_size``: ``radius=32, reference_size=224`` draws radius 64 on 448 px.
+            number means that they belong to an image whose shorter side has so many pixels, and they are scaled with
+            ``min(H, W) / reference_size``: ``radius=32, reference_size=224`` draws radius 64 on 448 px.
 
     Raises:
         InputError: a value outside what is listed above.
@@ -106,7 +105,7 @@ class RegionPrompt:
     border: str = "replicate"
     reference_size: int | None = None
 
-    # Written out, because dataclasses know keyword-only fields but not a normalised first argument as well.
+    # Written out, because dataclasses know keyword-only fields but not a normalized first argument as well.
     def __init__(
         self,
         kind: str = "circle",
@@ -131,13 +130,13 @@ class RegionPrompt:
             "border": one_of("border", border, ("shift", "replicate")),
             "reference_size": reference_size,
         }
-        if reference_size is not None and not (isinstance(reference_size, int) and reference_size >= 1):
-            raise InputError(f"reference_size={reference_size!r} must be a number of pixels, or None")
+        if reference_size is not None:
+            integer("reference_size", reference_size, 1, MOST_PIXELS)
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
-        """Number of places, h*w."""
+        """Number of cells, h*w."""
         return self.grid[0] * self.grid[1]
 
     def pixels(self, height: int, width: int) -> dict[str, float]:
@@ -159,20 +158,20 @@ class RegionPrompt:
         }
 
     def centers(self, H: int, W: int) -> Tensor:
-        """The places (row, column) in pixels of an H x W image, row by row.
+        """The centers (row, column) of the cells in pixels of an H x W image, row by row.
 
         Returns:
             ``(h*w, 2)`` float32; ``.view(h, w, 2)`` is the grid.
 
         Raises:
-            InputError: "paper" places of a grid finer than the image.
+            InputError: "paper" placement of a grid finer than the image.
         """
         radius = self.pixels(H, W)["radius"]
         rows, columns = self._axis(H, self.grid[0], radius), self._axis(W, self.grid[1], radius)
         return torch.cartesian_prod(torch.tensor(rows), torch.tensor(columns)).reshape(-1, 2)
 
     def draw(self, x: Tensor) -> Tensor:
-        """Every image with every place marked.
+        """Every image with every cell marked.
 
         Args:
             x: RGB images ``(N, 3, H, W)`` in [0, 1], floating point, on any device.
@@ -189,9 +188,9 @@ class RegionPrompt:
         return self.draw_cells(x, which, cells).unflatten(0, (n, len(self)))
 
     def draw_cells(self, x: Tensor, images: Tensor, cells: Tensor) -> Tensor:
-        """Some of the pictures of :meth:`draw`, in any order: image ``images[b]`` with place ``cells[b]`` marked.
+        """Some of the visual prompts of :meth:`draw`, in any order: image ``images[b]`` with cell ``cells[b]`` marked.
 
-        A loop over many places thus needs memory for its own batch only.
+        A loop over many cells thus needs memory for its own batch only.
 
         Args:
             x: ``(N, 3, H, W)`` as in :meth:`draw`.
@@ -209,12 +208,12 @@ class RegionPrompt:
             return x.new_empty(0, *x.shape[1:])
         if self.kind == "circle":
             return _rings(self, height, width, x.device).paint(x[images], cells, x.new_tensor(self.color).expand(1, 3))
-        centres = self.centers(height, width).to(x.device)
+        centers = self.centers(height, width).to(x.device)
         if self.kind == "crop":
-            windows = crop_windows(centres[cells], size["radius"], height, width, inside=self.border == "shift")
+            windows = crop_windows(centers[cells], size["radius"], height, width, inside=self.border == "shift")
             return resample(x[images], windows)
         used, place = cells.unique(return_inverse=True)
-        inside = disc(centres[used], size["radius"], height, width).to(x.dtype)
+        inside = disc(centers[used], size["radius"], height, width).to(x.dtype)
         soft, local = images.unique(return_inverse=True)
         return torch.lerp(blurred(x[soft], size["blur_sigma"])[local], x[images], inside[place, None])
 
@@ -249,7 +248,7 @@ class RegionPrompt:
         if self.placement == "paper":
             stride = length // (count - 1)
             if stride == 0:
-                raise InputError(f"placement='paper' has no {count} places along {length} pixels; take a coarser grid")
+                raise InputError(f"placement='paper' has no {count} cells along {length} pixels; use a coarser grid")
             return [float(i * stride) for i in range(count)]
         first = min(radius, length / 2)
         return [first + i * (length - 2 * first) / (count - 1) for i in range(count)]
@@ -259,8 +258,8 @@ class RegionPrompt:
 def _rings(prompt: RegionPrompt, height: int, width: int, device: torch.device) -> Rings:
     size = prompt.pixels(height, width)
     with torch.inference_mode(False), torch.no_grad():  # the table is kept: it must not belong to one call's mode
-        centres = prompt.centers(height, width).to(device)
-        return Rings.of(centres, size["radius"], size["width"], height, width)
+        centers = prompt.centers(height, width).to(device)
+        return Rings.of(centers, size["radius"], size["width"], height, width)
 
 
 def _check_images(x: Tensor) -> Tensor:
@@ -282,20 +281,17 @@ def check_grid(grid: int | Sequence[int]) -> tuple[int, int]:
     return integer("grid's rows", found[0], 1, FINEST_GRID), integer("grid's columns", found[1], 1, FINEST_GRID)
 
 
-def _positive(name: str, value: float | None) -> float | None:
+def _positive(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise InputError(f"{name}={value!r} must be a positive number of pixels, or None")
-    return float(value)
+    return number(name, value, lambda v: 0 < v <= MOST_PIXELS, f"a number of pixels in (0, {MOST_PIXELS:,}], or None")
 
 
-def _color(color: str | Sequence[float]) -> tuple[float, float, float]:
-    if isinstance(color, str):
-        if color not in COLORS:
-            raise InputError(f"color={color!r} must be one of {tuple(COLORS)} or three numbers (R, G, B) in [0, 1]")
+def _color(color: Any) -> tuple[float, float, float]:
+    if isinstance(color, str) and color in COLORS:
         return COLORS[color]
-    found = tuple(float(v) for v in color)
-    if len(found) != 3 or not all(0 <= v <= 1 for v in found):
-        raise InputError(f"color={color!r} must be three numbers (R, G, B) in [0, 1]")
-    return found[0], found[1], found[2]
+    allowed = f"one of {', '.join(map(repr, COLORS))}, or three numbers (R, G, B) in [0, 1]"
+    if isinstance(color, str) or not isinstance(color, Sequence) or len(color) != 3:
+        raise InputError(f"color must be {allowed}; got {shortened(color)}")
+    red, green, blue = (number("color", v, lambda c: 0 <= c <= 1, allowed) for v in color)
+    return red, green, blue

@@ -49,7 +49,7 @@ def _vision_transformer(visual: Any, options: dict[str, Any]) -> Tower:
         height, width = visual.patch_size
         return pixels.shape[2] // height, pixels.shape[3] // width
 
-    if visual.attn_pool is not None:  # CoCa: a pooling by attention over what the last block gives
+    if visual.attn_pool is not None:  # CoCa: a pooling by attention over the output of the last block
         needs_class_token(options["attention"], "an attentional pooler")
 
         def features(pixels: Tensor) -> Tensor:

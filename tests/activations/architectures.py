@@ -112,7 +112,7 @@ def ce_fam(net: nn.Module, layer: str, images: Tensor, width: int) -> Tensor:
     layers = suggest_stages(net, images[:1])
     channels = {found.name: found.channels for found in survey_layers(net, images[:1])}
     translator = ConceptTranslator([channels[name] for name in layers], 16, hidden=(32, 32))
-    explainer = ConceptFusionMap(net, layers, translator, ["a", "b", "c"], torch.randn(3, 16), layer="fused")
+    explainer = ConceptFusionMap(net, layers, translator, ["a", "b", "c"], torch.randn(3, 16), map_layer="fused")
     found = explainer.explain(images, target=0)
     assert found.contributions is not None
     assert found.contributions.isfinite().all()

@@ -22,10 +22,11 @@ from captum_concepts.concepts import (
     drop_similar,
     drop_similar_to_classes,
     drop_too_long,
+    embed_texts,
     generate_concepts,
     parse_list,
 )
-from captum_concepts.concepts._words import key, tidy
+from captum_concepts.concepts._words import key, singular, strip_article, tidy
 from captum_concepts.errors import ArtifactError, InputError, InputWarning
 
 
@@ -77,6 +78,9 @@ class TestFiles:
             ("a.json", b'{"bird": "wings"}'),
             ("a.json", b"[1, 2]"),
             ("a.json", b'{"concepts": ["x"], "report": 3}'),
+            ("a.json", json.dumps({**Vocabulary(["x"]).as_dict(), "templates": ["none"]}).encode()),
+            ("a.json", json.dumps({**Vocabulary(["x"]).as_dict(), "sources": {"x": "y"}}).encode()),
+            ("a.json", json.dumps({**Vocabulary(["x"]).as_dict(), "concepts": "x"}).encode()),
             ("a.txt", b"\xff\xfe\x00"),
         ],
     )
@@ -122,6 +126,18 @@ class TestTemplates:
             Vocabulary.from_classes(["x"], template)
 
 
+PLURALS = (
+    "men man, women woman, people person, children child, feet foot, teeth tooth, geese goose, mice mouse, "
+    "leaves leaf, knives knife, wolves wolf, shelves shelf, halves half, calves calf, loaves loaf, scarves "
+    "scarf, hooves hoof, lives life, wives wife, oxen ox, cacti cactus, fungi fungus, classes class, foxes "
+    "fox, beaches beach, dishes dish, buzzes buzz, berries berry, eyes eye, horns horn, bees bee"
+)
+NO_PLURALS = (
+    "bus gas lens series species canvas octopus cactus iris trousers scissors glasses pants jeans shorts "
+    "pyjamas pajamas tennis pancreas atlas christmas glass virus basis ties yes"
+)
+
+
 class TestCleaning:
     @pytest.mark.parametrize(
         ("raw", "expected"),
@@ -139,6 +155,10 @@ class TestCleaning:
     def test_writing(self, raw, expected):
         assert tidy(raw) == expected
 
+    def test_articles(self):
+        texts = ("a wing", "An ear", "the wing", "theory", "ant", "a")
+        assert [strip_article(text) for text in texts] == ["wing", "ear", "wing", "theory", "ant", "a"]
+
     @pytest.mark.parametrize(
         ("first", "second"),
         [
@@ -155,6 +175,18 @@ class TestCleaning:
         assert list(kept) == [first]
         assert kept.report.drops == (Drop(second, "duplicate", other=first),)
         assert list(Vocabulary([first, second]).clean(near_duplicates=False)) == [first, second]
+
+    @pytest.mark.parametrize("pair", PLURALS.split(", "))
+    def test_plurals(self, pair):
+        many, one = pair.split()
+        assert singular(many) == one
+        assert singular(one) == one
+        assert key(f"two {many}") == key(f"two {one}") != key(one)
+
+    @pytest.mark.parametrize("word", NO_PLURALS.split())
+    def test_words_that_are_no_plurals(self, word):
+        expected = {"ties": "tie", "yes": "yes"}.get(word, word)
+        assert singular(word) == expected
 
     @pytest.mark.parametrize(
         ("first", "second"),
@@ -193,6 +225,32 @@ def published_concept_filter(concepts, cutoff, products):
 
 
 class TestFilters:
+    def test_the_published_limits_are_the_defaults(self):
+        assert drop_too_long(["a" * 30, "b" * 31])[0] == ["a" * 30]
+        assert list(Vocabulary(["a" * 30, "b" * 31]).filter()) == ["a" * 30]
+
+        def like(value):
+            return lambda first, second: torch.full((len(first), len(second)), value)
+
+        at_class, at_concept = 0.85, 0.9
+        for value, kept in ((at_class, 0), (at_class - 1e-4, 1), (at_class + 1e-4, 0)):
+            assert len(drop_similar_to_classes(["x"], ["y"], like(value))[0]) == kept
+        assert len(Vocabulary(["x"]).filter(["y"], like(at_class - 1e-4))) == 1
+        with pytest.raises(InputError, match="similar to a class"):
+            Vocabulary(["x"]).filter(["y"], like(at_class + 1e-4))
+        for value, kept in ((at_concept, 1), (at_concept - 1e-4, 2), (at_concept + 1e-4, 1)):
+            assert len(drop_similar(["x", "y"], like(value))[0]) == kept
+            assert len(Vocabulary(["x", "y"]).filter([], like(value))) == kept
+        assert len(drop_absent(["x", "y"], torch.tensor([0.25, 0.2501]))[0]) == 1
+        top = torch.cat([torch.full((5, 1), 0.3), torch.zeros(5, 1)])
+        assert drop_absent(["x"], top)[0] == ["x"]  # the mean of five
+        assert drop_absent(["x"], top[1:])[0] == []
+
+    def test_a_limit_at_the_value_itself_drops(self):
+        exact = lambda first, second: torch.full((len(first), len(second)), 0.5)  # noqa: E731
+        assert drop_similar_to_classes(["x"], ["y"], exact, 0.5)[0] == []
+        assert drop_similar(["x", "y"], exact, 0.5)[0] == ["x"]
+
     def test_length(self):
         kept, drops = drop_too_long(["a" * 30, "b" * 31], 30)
         assert kept == ["a" * 30]
@@ -305,6 +363,19 @@ class TestSimilarity:
         assert list(kept) == ["x", "y"]
         assert kept.report.drops == (Drop("quux", "no text embedding"),)
 
+    def test_different_words_with_one_embedding_are_refused(self):
+        encoder = Words({"x": [1, 0], "X": [1, 0], " x ": [1, 0], "y": [0, 1], "z": [0, 1]})
+        assert Vocabulary(["x", "X", " x ", "y"]).encode(encoder).shape == (4, 2)
+        with pytest.raises(InputError, match="the same embedding for 'y' and 'z'"):
+            Vocabulary(["x", "y", "z"]).encode(encoder)
+        with pytest.raises(InputError, match="the same embedding for 'y' and 'z'"):
+            embed_texts(encoder, ["y", "z"])
+        assert TextSimilarity(encoder)(["y"], ["z", "y"]).tolist() == [[1.0, 1.0]]  # a filter drops one of them
+        assert embed_texts(encoder, ["y", "z"], distinct=False).shape == (2, 2)
+        for texts in ([], "x", [1], [None]):
+            with pytest.raises(InputError, match="texts"):
+                embed_texts(encoder, texts)
+
     def test_wrong_encoders(self):
         with pytest.raises(InputError, match="encode_text"):
             Vocabulary(["x"]).encode(object())
@@ -366,6 +437,15 @@ class TestGenerator:
         assert len(asked) == 2 * 2 * len(PROMPTS)
         assert list(generate_concepts(["a", "b"], model, repeats=2, cache=cache)) == list(first)
         assert len(asked) == 2 * 2 * len(PROMPTS)
+
+    def test_more_answers_than_asked_for(self, tmp_path):
+        """A cache of more repeats: the first ones count, and nothing is asked again."""
+        cache = tmp_path / "answers.json"
+        numbers = iter(range(100))
+        generate_concepts(["a"], lambda p: f"- concept {next(numbers)}", repeats=3, cache=cache)
+        again = generate_concepts(["a"], lambda p: pytest.fail("asked again"), repeats=2, cache=cache)
+        assert list(again) == [f"concept {i}" for i in (0, 1, 3, 4, 6, 7)]
+        assert again.sources["concept 3"] == ("a",)
 
     @pytest.mark.parametrize(
         ("answer", "expected"),

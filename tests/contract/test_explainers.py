@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from captum_concepts import FeatureActivationMap, SpatialACV
+from captum_concepts import SALFCBM, ConceptFusionMap, ConceptTranslator, FeatureActivationMap, SpatialACV
 from captum_concepts.testing import ExplainerTestCase
 
 NAMES = ["a", "b", "c", "d"]
@@ -42,3 +42,36 @@ class TestSpatialACV(OnTheNetwork):
     def make_explainer(self, model: nn.Module) -> SpatialACV:
         sets = {name: pictures(6, seed=10 + k) * (k + 1) / 4 for k, name in enumerate(NAMES)}
         return SpatialACV(model, "2").fit(sets)
+
+
+class TestConceptFusionMap(OnTheNetwork):
+    map_layer = "auto"
+
+    def make_explainer(self, model: nn.Module) -> ConceptFusionMap:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            translator = ConceptTranslator([8, 6], 16, hidden=(32, 32)).eval()
+            text = torch.randn(4, 16)
+        return ConceptFusionMap(model, ["2", "5"], translator, NAMES, text, map_layer=self.map_layer, logit_scale=10.0)
+
+
+class TestFusedConceptFusionMap(TestConceptFusionMap):
+    map_layer = "fused"
+
+
+class TestSALFCBM(ExplainerTestCase):
+    rank_by = "contributions"
+
+    def make_model(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            model = SALFCBM(network(), "5", NAMES, num_classes=5, grid=(4, 4))
+            nn.init.normal_(model.head.weight)
+            nn.init.normal_(model.bottleneck.weight)
+        return model
+
+    def make_images(self) -> Tensor:
+        return pictures()
+
+    def make_explainer(self, model: nn.Module) -> SALFCBM:
+        return model  # it explains itself

@@ -8,18 +8,25 @@ sizes, types, paths, offsets), because blind damage rarely gets past a checksum.
 from __future__ import annotations
 
 import copy
+import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import struct
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
@@ -32,6 +39,7 @@ from captum_concepts.images import load_image
 from captum_concepts.metrics import EvaluationTable
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.store.shards import ShardReader, ShardWriter
+from captum_concepts.vlm import DenseRegions, RegionPrompt
 
 FILES = int(os.environ.get("FUZZ", "300"))
 HOSTILE = [
@@ -40,6 +48,7 @@ HOSTILE = [
     "captum_concepts", [[1, 2], [3]], {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]},
 ]  # fmt: skip
 MEMORY = 2 << 30
+SECONDS = 2.0
 
 
 def network() -> nn.Module:
@@ -247,25 +256,204 @@ def test_pretrained_models(tmp_path, file):
     assert not escaped
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "shard"])
-def test_stores(tmp_path, file):
-    """A store's folder: its manifest and its shards, read whole and verified."""
-    shards(tmp_path)
-    path = next(p for p in sorted(tmp_path.iterdir()) if p.is_file() and (p.name == file) == (file != "shard"))
-    good, rng, escaped = path.read_bytes(), random.Random(file), {}
+# ---------------------------------------------------------------------------------------------------------- folders
 
-    def read(_path: Path) -> None:
-        reader = ShardReader(tmp_path, verify=True)
-        reader.rows("embedding", range(len(reader)))
 
-    read(path)
-    for number in range(FILES):
-        path.write_bytes(hostile(good, path.suffix, rng))
-        if (found := outcome(read, path)) is not None:
+class Colors:
+    """An encoder as small as they come; with dense regions."""
+
+    logit_scale, logit_bias = 10.0, 0.0
+
+    def encode_image(self, images):
+        return images.mean((2, 3)) + 0.1
+
+    def encode_regions(self, images, grid):
+        return nn.functional.adaptive_avg_pool2d(images, grid).flatten(2).transpose(1, 2) + 0.1
+
+    def encode_text(self, texts):
+        return torch.eye(3)[: len(texts)]
+
+
+PICTURES = torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+PROMPT = RegionPrompt("crop", (2, 2), 2)
+CIRCLES = RegionPrompt("circle", (2, 2), 2)
+DENSE = DenseRegions((2, 2))
+STORE = {"batch_size": 8, "shard_rows": 3}
+
+
+def region_store(prompt, *, cut=False, extended=False):
+    def make(folder: Path) -> None:
+        store = RegionEmbeddingStore.build(folder, PICTURES, Colors(), prompt, **STORE)
+        if extended:
+            kept = (folder / "manifest.json").read_text()
+            store.extend(PICTURES[:4], Colors())
+            grown = json.loads((folder / "manifest.json").read_text())
+            grown["info"]["extension"] = {"first": 7, "images": 4}
+            assert kept != json.dumps(grown)
+            (folder / "manifest.json").write_text(json.dumps(grown))
+        if cut:
+            max(folder.glob("shard-*")).unlink()
+
+    return make
+
+
+def format_1(folder: Path) -> None:
+    """As an earlier version wrote it: checksums in the manifest."""
+    region_store(CIRCLES)(folder)
+    found, entries = json.loads((folder / "manifest.json").read_text()), []
+    for file, rows in zip(sorted(folder.glob("shard-*")), found["rows"], strict=True):
+        with safe_open(file, "pt") as opened:
+            data = safetensors_bytes({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+        file.write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        entries.append({"file": file.name, "rows": rows, "bytes": len(data), "sha256": digest})
+    old = {"format": "captum_concepts.shards/1", "fingerprint": found["fingerprint"], "shards": entries}
+    old |= {"complete": True, "info": {**found["info"], "error_bound": 1e-4}}
+    (folder / "manifest.json").write_text(json.dumps(old))
+
+
+def opened(folder: Path) -> None:
+    store = RegionEmbeddingStore.open(folder, encoder=Colors())
+    store.embeddings(slice(None))
+    assert 0 <= store.error_bound <= 1
+    repr(store)
+
+
+def built(prompt):
+    return lambda folder: RegionEmbeddingStore.build(folder, PICTURES, Colors(), prompt, **STORE)
+
+
+def shard_rows(folder: Path) -> None:
+    reader = ShardReader(folder, verify=True)
+    for name in reader.names:
+        reader.rows(name, range(len(reader)))
+
+
+def appended(folder: Path) -> None:
+    with ShardWriter(folder, {"seed": 1}, shard_rows=2) as writer:
+        writer.append({"embedding": torch.rand(1, 3)})
+
+
+#: how a folder is made, and what is called on it once one of its files was forged. A new entry point is one line.
+FOLDERS = {
+    "open": (region_store(PROMPT), opened),
+    "open, dense": (region_store(DENSE), opened),
+    "open, format 1": (format_1, opened),
+    "verify": (region_store(CIRCLES), lambda folder: RegionEmbeddingStore.open(folder).verify(PICTURES)),
+    "build": (region_store(PROMPT), built(PROMPT)),
+    "build, format 1": (format_1, built(CIRCLES)),
+    "resume": (region_store(DENSE, cut=True), built(DENSE)),
+    "build_part": (
+        region_store(PROMPT, cut=True),
+        lambda folder: RegionEmbeddingStore.build_part(
+            folder, PICTURES, Colors(), PROMPT, rank=1, num_replicas=2, **STORE
+        ),
+    ),
+    "repair": (region_store(CIRCLES), lambda folder: RegionEmbeddingStore.repair(folder, PICTURES, Colors())),
+    "repair, format 1": (format_1, lambda folder: RegionEmbeddingStore.repair(folder, PICTURES, Colors())),
+    "extend": (
+        region_store(PROMPT),
+        lambda folder: RegionEmbeddingStore.extend_at(folder, PICTURES[:4], Colors()),
+    ),
+    "resume extend": (
+        region_store(PROMPT, extended=True),
+        lambda folder: RegionEmbeddingStore.extend_at(folder, PICTURES[:4], Colors()),
+    ),
+    "ShardReader": (shards, shard_rows),
+    "ShardWriter": (shards, appended),
+}
+
+
+def forgeries(tree: object, rng: random.Random) -> Iterator[object]:
+    """Every value of a JSON tree replaced by every hostile one, every key removed, renamed and joined by another; in
+    random order."""
+    places: list[tuple[list[object], object]] = []
+
+    def walk(node: object, path: list[object]) -> None:
+        for key in list(node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else []):
+            places.append((path, key))
+            walk(node[key], [*path, key])
+
+    walk(tree, [])
+    changes = [(path, key, value) for path, key in places for value in (*HOSTILE, REMOVED, RENAMED, JOINED)]
+    rng.shuffle(changes)
+    for path, key, value in changes:
+        forged = copy.deepcopy(tree)
+        node = forged
+        for step in path:
+            node = node[step]
+        if value is REMOVED:
+            del node[key]
+        elif value is RENAMED and isinstance(node, dict):
+            node[f"{key}x"] = node.pop(key)
+        elif value is JOINED and isinstance(node, dict):
+            node[f"{key}x"] = node[key]
+        elif value not in (RENAMED, JOINED):
+            node[key] = value
+        yield forged
+
+
+REMOVED, RENAMED, JOINED = object(), object(), object()
+
+
+def forged_shards(data: bytes, rng: random.Random) -> Iterator[bytes]:
+    """A shard with forged JSON: of its header, or of what the store notes in it; with a checksum that fits."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header, values = json.loads(data[8 : 8 + length]), data[8 + length :]
+    metadata = header.get("__metadata__", {})
+    key = next(iter(metadata), None)
+
+    def packed(changed: object) -> bytes:
+        encoded = json.dumps(changed).encode()
+        raw = struct.pack("<Q", len(encoded)) + encoded + values
+        found = re.search(rb'sha256\\": \\"([0-9a-f]{64})', raw)
+        if found is None:
+            return raw
+        blank = raw.replace(found[1], b"0" * 64, 1)
+        return blank.replace(b"0" * 64, hashlib.sha256(blank).hexdigest().encode(), 1)
+
+    outer = (packed(changed) for changed in forgeries(header, rng))
+    inner = (
+        packed({**header, "__metadata__": {**metadata, key: json.dumps(changed)}})
+        for changed in (forgeries(json.loads(metadata[key]), rng) if key else ())
+    )
+    for pair in itertools.zip_longest(outer, inner):
+        yield from (one for one in pair if one is not None)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "shard-00000.safetensors", "shard-00001.safetensors"])
+@pytest.mark.parametrize("entry", FOLDERS)
+def test_folders(tmp_path, entry, file):
+    """Each entry point on a folder in which one file was forged: only own errors, within 2 s and 200 MB."""
+    make, call = FOLDERS[entry]
+    good, folder = tmp_path / "good", tmp_path / "store"
+    make(good)
+    data, rng = (good / file).read_bytes(), random.Random(f"{entry} {file}")
+    json_file = file.endswith(".json")
+    known = forgeries(json.loads(data), rng) if json_file else forged_shards(data, rng)
+    escaped: dict[str, int] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shutil.copytree(good, folder)
+        call(folder)  # loads what is loaded once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(max(40, FILES // 8)):
+        forged = next(known, None) if rng.random() < 0.8 else damaged(data, rng)
+        if forged is None:
+            break
+        shutil.rmtree(folder)
+        shutil.copytree(good, folder)
+        (folder / file).write_bytes(
+            json.dumps(forged).encode() if json_file and not isinstance(forged, bytes) else forged
+        )
+        started = time.process_time()
+        if (found := outcome(call, folder)) is not None:
             escaped.setdefault(found[:160], number)
+        if (spent := time.process_time() - started) > SECONDS:
+            escaped.setdefault(f"{spent:.1f} s of work", number)
     assert not escaped
-    path.write_bytes(good)
-    read(path)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 200 << 20, f"{grown >> 20} MB were taken for a store of some kilobytes"
 
 
 @pytest.mark.parametrize("read", [load_image, read_ids])

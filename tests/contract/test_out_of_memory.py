@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from captum_concepts import FeatureActivationMap, SpatialACV
 from captum_concepts._memory import Halving, out_of_memory
-from captum_concepts.attr._concept_gradients import vector_products
+from captum_concepts.attr.concept_fusion.gradients import vector_products
 from captum_concepts.errors import InputWarning
 from captum_concepts.metrics import average_drop, deletion
 from captum_concepts.store import RegionEmbeddingStore

@@ -98,7 +98,7 @@ def test_concept_fusion_map(real_classifier, photographs, halves):
     gradcam = LayerGradCam(real_classifier, real_classifier.last).attribute(halves, DAISY, relu_attributions=True)
     torch.testing.assert_close(maps[:1], gradcam, rtol=1e-3, atol=1e-4)
     flower = photographs["flower"][None]
-    own, foreign = cefam.contribution(flower, target=DAISY, concepts=["daisy", "palace"])[0]
+    own, foreign = cefam.contributions(flower, target=DAISY, concepts=["daisy", "palace"])[0]
     assert own > 0.5
     assert own > foreign + 0.2
 

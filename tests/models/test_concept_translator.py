@@ -30,7 +30,7 @@ def test_folding_keeps_the_function():
     t = ConceptTranslator([6], 4, hidden=(5, 5))
     z, mean, std = torch.randn(9, 6) * 3 + 2, torch.randn(6), torch.rand(6) + 0.1
     before = t((z - mean) / std)
-    t.fold_standardisation(mean, std)
+    t.fold_standardization(mean, std)
     torch.testing.assert_close(t(z), before)
 
 

@@ -158,15 +158,6 @@ def test_words_need_the_encoder(tmp_path):
         bare.embeddings([0.5])
 
 
-def test_top_activations(tmp_path):
-    store = build(tmp_path)
-    text = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
-    p = store.similarity(text).tensor().amax((2, 3))
-    expected = p.sort(dim=0, descending=True).values[:5].mean(0)
-    assert torch.allclose(store.top_activations(text, chunk_size=6), expected, atol=1e-6)
-    assert torch.allclose(store.top_activations(text, k=100), p.mean(0), atol=1e-6)
-
-
 def test_size_on_disk(tmp_path):
     store = build(tmp_path, pictures(70), TinyEncoder(dim=512), RegionPrompt(grid=7, radius=3), shard_rows=None)
     raw = RegionEmbeddingStore.expected_bytes(70, store.prompt, 512)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import base64
+import io
 import json
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,9 +17,9 @@ from PIL import Image
 from torch import nn
 
 import captum_concepts
-from captum_concepts import SALFCBM, ConceptExplanation, demo
+from captum_concepts import SALFCBM, ConceptExplanation, FeatureActivationMap, SpatialACV, demo
 from captum_concepts.errors import InputError
-from captum_concepts.visualization import Explorer, explore
+from captum_concepts.visualization import Explorer, explore, report
 
 SIZE, CLASSES = 64, 6
 HOSTILE = [
@@ -125,10 +128,7 @@ class Page:
 
     def run(self, **names) -> dict:
         """The page's Python, executed."""
-        code = self.code
-        if "units" not in inspect.signature(SALFCBM.intervene).parameters:
-            code = code.replace('units="std"', "standardize=True")
-        exec(code, names)
+        exec(self.code, names)
         return names
 
 
@@ -158,7 +158,7 @@ REGIONS = {
 
 
 class TestEqualsPython:
-    @pytest.mark.parametrize(("kind", "concepts"), [("cnn", 5), ("cnn", 370), ("vit", 5), ("vit", 370)])
+    @pytest.mark.parametrize(("kind", "concepts"), [("cnn", 5), ("cnn", 370), ("vit", 5), ("vit", 370), ("cnn", 4741)])
     @pytest.mark.parametrize("tool", REGIONS)
     def test_region_and_edit(self, opened, kind, concepts, tool):
         model, x = salf(kind, concepts), images(3)
@@ -218,6 +218,29 @@ class TestEqualsPython:
         slow[1] -= 12.5 * (ran["mask"] * cell).sum() / cell.sum()
         close(page.listed("region-concept-after"), dict(zip(model.concepts, slow.tolist(), strict=True)))
 
+    def test_the_region_after_the_edit_is_that_of_intervene(self, opened):
+        model, x = salf("vit", 5), images(1)
+        page = opened(model, x)
+        page.drag((0.2, 0.1), (0.71, 0.64))
+        page.choose("concept 4")
+        page.beta(11)
+        edit = page.run(model=model, images=x)["edits"]
+        regions = model.intervene(x, edit, units="std", return_regions=True)[2]
+        close(page.listed("region-concept-after"), dict(zip(regions.concepts, regions.scores[0].tolist(), strict=True)))
+
+    def test_independent_classes_and_presence(self, opened):
+        model, x = salf("cnn", 5, multi_label=True), images(1)
+        model.set_presence(torch.full((5,), 3.0), torch.zeros(5))
+        page = opened(model, x)
+        page.beta(4)
+        after = page.run(model=model, images=x)["probabilities"][0]
+        for k, (before, shown) in enumerate(v for _, v in sorted(page.classes().items())):
+            assert before == pytest.approx(float(model(x).sigmoid()[0, k]), rel=1e-3)
+            assert shown == pytest.approx(float(after[k]), rel=1e-3)
+        absent = [name for name, p in zip(model.concepts, model.presence(x)[0], strict=True) if p < 0.5]
+        pale = page.page.locator("#concepts .pale [data-testid=concept]").all()
+        assert sorted(one.get_attribute("data-concept") for one in pale) == sorted(absent)
+
     def test_a_dense_and_a_sparse_head_say_the_same(self, opened):
         model, x = salf("cnn", 12), images(1)
         for sparse in (False, True):
@@ -235,8 +258,6 @@ class TestEqualsPython:
         shown = page.page.locator("[data-testid=concept] .how").all_inner_texts()
         code = page.code.replace('units="std")', 'units="std", target=2, top_k=None)')
         names = {"model": model, "images": x}
-        if "units" not in inspect.signature(SALFCBM.intervene).parameters:
-            code = code.replace('units="std"', "standardize=True")
         exec(code, names)
         expected = dict(zip(names["seen"].concepts, names["seen"].contributions[0].tolist(), strict=True))
         for name, text in zip(page.listed(), shown, strict=True):
@@ -510,6 +531,25 @@ class TestFromOutside:
         assert "nul\ufffd and bell\ufffd" in found
         assert page.seen.evaluate("document.title") == HOSTILE[0]
 
+    def test_thousands_of_hostile_names(self, opened):
+        """Every one is shown as it is: none becomes an element, a request, or a complaint."""
+        pieces = ["<", ">", '"', "'", "&", "</script", "<img src=//x>", "onerror=", "javascript:", "\\", "`", "${",
+                  "-->", "<!--", "]]>", "\u202e", "\u2028", "\x00", "\ud800", "%3C", "&lt;", "\n", " "]  # fmt: skip
+        draw = random.Random(0)
+        names = sorted({"".join(draw.choices(pieces, k=draw.randint(1, 6))) + str(k) for k in range(2000)})
+        e = ConceptExplanation(names, torch.rand(1, len(names)), torch.rand(1, len(names), 2, 2))
+        page = opened(e, images(1), image_names=names[:1])
+        more = page.page.locator("#more-concepts")
+        while more.is_visible():
+            more.click()
+        found = page.page.locator("[data-testid=concept] bdi").all_text_contents()
+        expected = [re.sub("[\x00\ud800]", "\ufffd", name) for name in names]
+        assert sorted(found) == sorted(expected)
+        assert page.seen.evaluate("document.querySelectorAll('img').length") == 3
+        assert page.seen.evaluate("document.scripts.length") == 2 + 1
+        assert page.seen.complaints == []
+        assert page.seen.outside == []
+
     def test_the_code_survives_hostile_names(self, opened):
         model, x = salf(names=HOSTILE[:7] + ['quote " \\ back'], concepts=8), images(1)
         page = opened(model, x)
@@ -561,6 +601,33 @@ class TestWhatIsGiven:
         assert page.page.get_by_test_id("image").count() == 2
         assert "inputs_for(model.backbone, images)[0][None]" in page.code
         assert page.page.inner_text("#name") == "0.png"
+
+    def test_normalized_inputs_are_shown_as_images(self, tmp_path):
+        """The model gets what is given, people see an image, and nobody is warned."""
+        x = images(2)
+        path = explore(salf(), 4 * x - 2).save(tmp_path / "e.html")
+        data = json.loads(re.search(r'id="image-0">(.*?)</script>', path.read_text()).group(1))
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["picture"].split(",")[1]))))
+        expected = (x[0] - x[0].min()) / (x[0].max() - x[0].min())
+        assert np.abs(shown / 255 - expected.permute(1, 2, 0).numpy()).max() < 0.01
+
+    @pytest.mark.parametrize("method", ["FAM", "SACV"])
+    def test_the_methods(self, opened, method, tmp_path):
+        model, x = demo.load("classifier"), images(3)
+        if method == "FAM":
+            model.fc = nn.Identity()
+            explainer = FeatureActivationMap(model, "layer4", torch.rand(4, model(x[:1]).shape[1]))
+        else:
+            explainer = SpatialACV(model, "layer3").fit({"a": images(6, seed=3), "b": images(6, seed=4).flip(2)})
+        page = opened(explainer, x)
+        assert page.page.get_by_test_id("image").count() == 3
+        page.drag((0.25, 0.25), (0.75, 0.5))
+        close(
+            page.listed(),
+            dict(zip(explainer.concepts, page.run(explainer=explainer, images=x)["scores"].tolist(), strict=True)),
+        )
+        assert "fit_salf_cbm" in page.page.inner_text("#why")
+        assert report(explainer, x, tmp_path / "r.html").read_text().count("<article") == 3
 
     def test_a_nonlinear_head_has_no_edits(self, opened):
         model = salf()
@@ -639,10 +706,8 @@ class TestInANotebook:
         first, second = explorer.edits
         assert int(first["mask"].sum()) == 8
         assert second == {"concept": "concept 0", "beta": 1}
-        how = {"units": "std"} if "units" in inspect.signature(SALFCBM.intervene).parameters else {"standardize": True}
-        before, after = model.intervene(x[[explorer.image]], explorer.edits, **how)
+        before, after = model.intervene(x[[explorer.image]], explorer.edits, units="std")
         assert before.shape == after.shape
         bundle = explorer._repr_mimebundle_()
-        assert "application/vnd.jupyter.widget-view+json" in json.dumps(
-            bundle[0] if isinstance(bundle, tuple) else bundle
-        )
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        assert {"application/vnd.jupyter.widget-view+json", "text/html", "text/plain"} <= set(data)

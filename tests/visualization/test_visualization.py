@@ -561,7 +561,9 @@ class TestWhatAStrangerAsks:
         assert "its absence supports cat" in lines
         assert "its absence opposes cat" in lines
         other = dataclasses.replace(e, score_unit="cosine")
-        assert "absence" not in " ".join(strings_of(panel(other, torch.rand(1, 3, 16, 16))))
+        text = " ".join(strings_of(panel(other, torch.rand(1, 3, 16, 16)))).replace("\n", " ")
+        assert "absence" not in text
+        assert "a map shows where a concept is (blue: its opposite), a bar what it does to the target" in text
 
     def test_each_image_has_its_own_concepts(self):
         selected = torch.tensor([[True, True, False], [False, False, True]])

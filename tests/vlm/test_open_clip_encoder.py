@@ -304,9 +304,9 @@ def test_wrong_texts_templates_and_preprocessing_are_named(tmp_path):
     for bad in ("red", [], [3]):
         with pytest.raises(InputError, match="texts"):
             encoder.encode_text(bad)
-    with pytest.warns(InputWarning, match="already normalised"):
+    with pytest.warns(InputWarning, match="already normalized"):
         encoder.encode_image(torch.randn(2, 3, 32, 32))
-    with pytest.raises(InputError, match="place for the word"):
+    with pytest.raises(InputError, match="must be texts with a placeholder"):
         OpenCLIPEncoder(model, words, templates=("a photo",))
     with pytest.raises(InputError, match="Did you mean 'mean'"):
         OpenCLIPEncoder(model, words, {"means": 3})
@@ -321,3 +321,50 @@ def test_con_se_satisfies_the_protocol_unchanged(shared_data, monkeypatch):
     encoder = ConSE()
     assert isinstance(encoder, ImageTextEncoder)
     assert encoder.encode_image(torch.rand(1, 3, 224, 224)).shape[1] == encoder.encode_text(["cat"]).shape[1]
+
+
+class TestLongTexts:
+    @pytest.fixture
+    def encoder(self):
+        torch.manual_seed(0)
+        text = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+        model = open_clip.model.CLIP(8, dict(VIT), text)
+        return OpenCLIPEncoder(model, open_clip.SimpleTokenizer(context_length=12), {"size": 32})
+
+    def test_those_that_are_cut_are_named(self, encoder):
+        fits, over = " ".join(["cat"] * 10), " ".join(["cat"] * 11)
+        encoder.encode_text([fits, "dog"])  # a warning would be an error
+        with pytest.warns(InputWarning, match="1 texts are longer than the 12 tokens that the encoder reads.*'cat cat"):
+            encoder.encode_text([over, "dog"])
+        with pytest.warns(InputWarning, match="1 texts"):
+            found = encoder.encode_text([over, over])
+        assert torch.equal(found[0], found[1])
+
+    def test_those_that_would_be_equal_are_refused(self, encoder):
+        start = " ".join(["cat"] * 11)
+        with pytest.raises(InputError, match=r"reads 12 tokens, and as far as that 'cat .* and 'cat .* are equal"):
+            encoder.encode_text([f"{start} on a mat", f"{start} on a sofa"])
+
+    def test_in_templates(self, encoder):
+        encoder.templates = ("{}", "a photo of a very old {} in the middle of a field")
+        with pytest.warns(InputWarning, match="1 texts .* 'a photo of a very old cat"):
+            encoder.encode_text(["cat"])
+
+    def test_any_tokenizer(self, encoder):
+        """A function: what changes nothing when its last word goes is cut."""
+
+        def tokens(texts):
+            rows = [[1, *(2 + sum(map(ord, w)) % 400 for w in text.split()), 410][:12] for text in texts]
+            return torch.tensor([row + [0] * (12 - len(row)) for row in rows])
+
+        encoder.tokenizer = tokens
+        encoder.encode_text(["one two three four five"])
+        with pytest.warns(InputWarning, match="12 tokens"):
+            encoder.encode_text(["one two three four five six seven eight nine ten eleven twelve"])
+        encoder.encode_text(["x" * 100])  # one word, which is one token here
+
+    def test_the_message_stays_short(self, encoder):
+        texts = [f"{i} " + "cat " * 200 for i in range(500)]
+        with pytest.warns(InputWarning) as said:
+            encoder.encode_text(texts)
+        assert len(str(said[0].message)) <= 600

@@ -21,7 +21,7 @@ from captum_concepts._artifacts import write_atomically
 from captum_concepts._checks import integer, name_positions, unique_names
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import SEEN, ConceptExplainer, ConceptExplanation
-from captum_concepts.visualization.inputs import shown_batches
+from captum_concepts.visualization.inputs import reader_of, shown_batches
 from captum_concepts.visualization.overlay import as_images
 from captum_concepts.visualization.pictures import Picture, palette, photo
 from captum_concepts.visualization.scale import ColorScale, schemes
@@ -192,7 +192,8 @@ class _Page:
     complete: bool = False
     independent: bool = False
     given: bool = True
-    module: str = "model.backbone"
+    reader: str = ""
+    trust: str = ""
 
 
 def _class_list(explainer: Any, count: int) -> list[str]:
@@ -209,26 +210,46 @@ def _of_editable(model: Any, batches: Iterator[Any], concepts: Any, target: Any)
         score_unit="standard deviations", contribution_unit="logit", map_unit="standard deviations",
         why="" if linear else _HEAD,
     )  # fmt: skip
-    page.module = "model.backbone" if hasattr(model, "backbone") else "model"
+    known, size = reader_of(model)
+    page.reader = (
+        "model.preprocessing, images" if known is getattr(model, "preprocessing", 0) else "model.backbone, images"
+    )
+    page.reader += "" if size is None else f", size={size!r}"
+    page.trust = _trust(model)
     page.independent = bool(getattr(model, "multi_label", False))
     mean, std = (v.detach().double().cpu()[rows, None, None] for v in (model.concept_mean, model.concept_std))
     weight = model.head.weight.detach().float().cpu() if linear else None
-    start, device = 0, model.concept_mean.device
+    start = 0
     for batch in batches:
-        inputs = batch.inputs.to(device)
+        inputs = batch.inputs.to(model.concept_mean)
         maps, logits = _looked(model, inputs)
         maps = (maps[:, rows] - mean) / std
         targets = _targets(target, logits, start, model)
+        presence = _presence(model, inputs, rows)
         for i, picture in enumerate(batch.pictures):
             scores = maps[i].mean((1, 2)).float()
             one = _Image.of(picture, maps[i].float(), scores, logits=logits[i].float(), target=targets[i])
             one.name = batch.names[i] if batch.names else f"image {start + i}"
             one.label = batch.labels[i] if batch.labels else None
+            one.presence = None if presence is None else presence[i]
             page.images.append(one)
         start += len(batch.pictures)
         page.classes = page.classes or _class_list(model, logits.shape[1])
     page.head = None if weight is None else weight[:, rows]
     return page
+
+
+def _trust(explainer: Any) -> str:
+    """One sentence of the explainer on whether its concepts' names can be believed."""
+    said = getattr(explainer, "trust", "")
+    return said if isinstance(said, str) else ""
+
+
+def _presence(model: Any, inputs: Tensor, rows: list[int]) -> Tensor | None:
+    """How sure a calibrated model is that each concept is there."""
+    if getattr(model, "presence_slope", None) is None:
+        return None
+    return model.presence(inputs).detach().float().cpu()[:, rows]
 
 
 def _looked(model: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,7 +287,8 @@ def _of_explainer(explainer: Any, batches: Iterator[Any], concepts: Any, target:
         start += len(batch.pictures)
     if not any(one.target is not None for one in page.images):
         page.classes = []
-    page.module = next((f"explainer.{n}" for n in ("backbone", "forward_func") if hasattr(explainer, n)), "explainer")
+    own = next((f"explainer.{n}" for n in ("backbone", "forward_func") if hasattr(explainer, n)), "explainer")
+    page.reader, page.trust = f"{own}, images", _trust(explainer)
     return page
 
 
@@ -397,11 +419,13 @@ class Explorer:
         return self._widget
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
+        plain = {"text/plain": repr(self), "text/html": self._repr_html_()}  # what a notebook without its kernel shows
         try:
-            shown = self.widget()
+            shown = self.widget()._repr_mimebundle_(**options)
         except ImportError:
-            return {"text/plain": repr(self), "text/html": self._repr_html_()}
-        return shown._repr_mimebundle_(**options)
+            return plain
+        data, *more = shown if isinstance(shown, tuple) else (shown,)
+        return ({**data, **plain}, *more) if more else {**data, **plain}
 
     def _repr_html_(self) -> str:
         return (
@@ -469,7 +493,8 @@ def _rendered(page: _Page, title: str) -> str:
         "signed": signed,
         "palette": {"colors": _packed(bytes(colors)), "opacity": _packed(bytes(opacity))},
         "tensor": page.given,
-        "module": page.module,
+        "reader": page.reader,
+        "trust": page.trust,
         "images": [_filed(one, own, page) for one, own in zip(page.images, strongest, strict=True)],
     }
     script, style = asset("explorer/explorer.js"), asset("explorer/explorer.css")

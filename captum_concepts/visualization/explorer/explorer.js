@@ -549,13 +549,13 @@ function showPython() {
   const names = new Map(masks.map((one, k) => [one, masks.length > 1 ? `mask_${k + 1}` : "mask"]));
   if (masks.length) lines.push("import torch");
   if (!about.editable && region) lines.push("from torch.nn.functional import interpolate");
-  if (!about.tensor) lines.push("from captum_concepts.images import inputs_for");
+  if (!about.tensor && about.reader) lines.push("from captum_concepts.images import inputs_for");
   if (lines.length) lines.push("");
-  const saved = about.module === "model.backbone" && !about.editable;
+  const saved = about.reader === ""; // an explanation, without what made it
   const given = about.editable ? "model: the SALFCBM" : saved ? "explanation: as passed to explore()" : "explainer: the method";
   lines.push(`# ${given}${saved ? "" : "; images: as passed to explore()"}`);
   if (!saved) {
-    lines.push(about.tensor ? `image = images[[${state.image}]]` : `image = inputs_for(${about.module}, images)[${state.image}][None]`);
+    lines.push(about.tensor ? `image = images[[${state.image}]]` : `image = inputs_for(${about.reader})[${state.image}][None]`);
   }
   for (const [one, name] of names) {
     lines.push(`${name} = torch.zeros(${data.height}, ${data.width})`, `for y, start, stop in [`);
@@ -1001,6 +1001,8 @@ function begin() {
   document.title = about.title;
   $("title").replaceChildren(make("bdi", {}, about.title));
   $("method").textContent = [about.method, `${about.images.length} image${about.images.length === 1 ? "" : "s"}`, `${about.concepts.length} concept${about.concepts.length === 1 ? "" : "s"}`].filter(Boolean).join(" · ");
+  $("trust").textContent = about.trust;
+  $("trust").hidden = !about.trust;
   const predicted = [...new Set(about.images.map((filed) => filed.predicted).filter((k) => k !== null))].sort((a, b) => a - b);
   const strongest = [...new Set(about.images.flatMap((filed) => filed.strongest))];
   options($("of-class"), about.classes, predicted);

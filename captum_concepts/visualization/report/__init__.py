@@ -140,6 +140,8 @@ def report(
         writer.fix_scheme([source])
     if hasattr(source, "decision_rules"):
         writer.add_rules(source)
+    said = getattr(source, "trust", "")
+    writer.trust = said if isinstance(said, str) else ""
     if explorer is not None:
         writer.explorer = explorer.save(writer.path.with_name(f"{writer.path.stem}.explorer.html")).name
     with writer:
@@ -220,6 +222,10 @@ class ReportWriter:
         path, title, class_names, top_k, rank_by, settings, scale, alpha, cmap, signed, mode: see :func:`report`.
             ``signed="auto"``: the diverging color scheme from the first explanation on in which negative values matter.
 
+    Attributes:
+        trust: a sentence below the title: whether the concepts' names can be believed.
+        explorer: the address of an explorer's page, for a button.
+
     Raises:
         InputError: an option that does not exist.
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -268,6 +274,7 @@ class ReportWriter:
         self._failed: list[tuple[str, str]] = []
         self._rules: tuple[Any, Any] | None = None
         self.explorer: str | None = None
+        self.trust = ""
 
     def __len__(self) -> int:
         """Images so far."""
@@ -381,6 +388,7 @@ class ReportWriter:
             failed=self._failed,
             rules=self._drawn_rules(),
             explorer=self.explorer,
+            trust=self.trust,
             facts_of_run=self._facts(),
         )
         before, after = page.split(_MARK)

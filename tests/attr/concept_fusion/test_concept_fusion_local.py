@@ -8,20 +8,25 @@ import torch.nn.functional as F
 from comparisons import within
 from torch import nn
 
-from captum_concepts.attr import _concept_local as local
-from captum_concepts.attr._concept_gradients import TextSpace
-from captum_concepts.attr._concept_local import read_locally
-from captum_concepts.attr._concept_regions import FAINT, TEMPERATURE, coarser_grid, fused_maps
+from captum_concepts.attr.concept_fusion import local as local
+from captum_concepts.attr.concept_fusion.local import read_locally
+from captum_concepts.attr.concept_fusion.regions import FAINT, TEMPERATURE, coarser_grid, fused_maps
+from captum_concepts.attr.concept_fusion.words import TextBank
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.models import ConceptTranslator
 
 
-def made(words: int, seed: int = 0) -> tuple[ConceptTranslator, TextSpace]:
+def bank(text: torch.Tensor, scale: float, bias: float) -> TextBank:
+    names = tuple(f"word {i}" for i in range(len(text)))
+    return TextBank(names, text, torch.full((len(text),), bias), scale, "softmax")
+
+
+def made(words: int, seed: int = 0) -> tuple[ConceptTranslator, TextBank]:
     torch.manual_seed(seed)
     translator = ConceptTranslator([6, 4], 5, hidden=(8, 7))
     for parameter in translator.parameters():
         parameter.data.mul_(3)
-    return translator, TextSpace(F.normalize(torch.randn(words, 5), dim=1), 20.0, -2.0, True)
+    return translator, bank(F.normalize(torch.randn(words, 5), dim=1), 20.0, -2.0)
 
 
 def loops(translator, space, maps, index, grid):
@@ -85,7 +90,7 @@ def test_it_finds_the_part_that_another_concept_does_not_explain():
 
     maps = torch.zeros(1, 3, 4, 4)
     maps[:, 0, :, :2], maps[:, 1, :, 2:] = 1.0, 1.0
-    space = TextSpace(torch.eye(3), 10.0, 0.0, True)
+    space = bank(torch.eye(3), 10.0, 0.0)
     both = read_locally(Copy(), [maps], (4, 4), space).excess(torch.tensor([[0, 1, 2]]))[0]
     assert (both[0, :, :2] > 0.4).all()
     assert (both[0, :, 2:] == 0).all()
@@ -98,9 +103,7 @@ def test_probabilities_far_below_one_keep_their_shape():
     translator, _ = made(4)
     text = F.normalize(torch.randn(4, 5), dim=1)
     maps = [torch.randn(1, 6, 4, 4), torch.randn(1, 4, 4, 4)]
-    sharp = read_locally(translator, maps, (4, 4), TextSpace(text, 2000.0, 0.0, True)).excess(
-        torch.tensor([[0, 1, 2, 3]])
-    )
+    sharp = read_locally(translator, maps, (4, 4), bank(text, 2000.0, 0.0)).excess(torch.tensor([[0, 1, 2, 3]]))
     assert sharp.isfinite().all()
     assert (sharp.amax((2, 3)) > 0).all()  # the strongest cell of each concept, however unlikely it is
 
@@ -135,9 +138,9 @@ def test_evidence_far_below_one_counts_as_any_other():
 
 
 @pytest.mark.parametrize("scale", [20.0, 100.0])
-@pytest.mark.parametrize("probability", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("gradient", ["total", "branch"])
-def test_fused_maps_do_not_depend_on_batches(probability, gradient, scale):
+def test_fused_maps_do_not_depend_on_batches(link, gradient, scale):
     """Within the bound that ConceptFusionMap states, for networks in which layers, relevances or maps nearly vanish."""
     bound = 40 * scale * torch.finfo(torch.float32).eps
     for seed in range(8):
@@ -147,9 +150,9 @@ def test_fused_maps_do_not_depend_on_batches(probability, gradient, scale):
             nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, 2, 1), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
         )  # fmt: skip
-        options = {"layer": "fused", "probability": probability, "gradient": gradient, "logit_scale": scale}
-        whole = ConceptFusionMap(net, ["1", "3"], translator, list("abcde"), space.text, **options)
-        small = ConceptFusionMap(net, ["1", "3"], translator, list("abcde"), space.text, chunk_size=2, **options)
+        options = {"map_layer": "fused", "link": link, "gradient": gradient, "logit_scale": scale}
+        whole = ConceptFusionMap(net, ["1", "3"], translator, list("abcde"), space.direction, **options)
+        small = ConceptFusionMap(net, ["1", "3"], translator, list("abcde"), space.direction, batch_size=2, **options)
         x = torch.rand(3, 3, 20, 16)
         all_maps = whole.attribute(x)
         within(small.attribute(x), all_maps, bound)

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from captum.attr import NoiseTunnel
+from test_concept_fusion_fit import fit
 from torch import nn
 
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
@@ -115,10 +116,10 @@ class Reference:
 
     def similarity(self, z: list[torch.Tensor]) -> torch.Tensor:
         h = self.c.translator(z)
-        return self.c.logit_scale * F.normalize(h, dim=1) @ self.text.T + self.c.logit_bias
+        return self.c.logit_scale * F.normalize(h, dim=1) @ self.text.T + (self.c.logit_bias or 0)
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.softmax(1) if self.c.probability == "softmax" else logits.sigmoid()
+        return logits.sigmoid() if self.c.link == "sigmoid" else logits.softmax(1)
 
     def beta(self, t: int) -> list[torch.Tensor]:
         _, raws = self.run()
@@ -175,11 +176,11 @@ class Reference:
 @pytest.mark.parametrize("probability", ["softmax", "sigmoid"])
 def test_fast_equals_reference(case, gradient, probability):
     bias = -1.0 if probability == "sigmoid" else 0.0
-    cefam = build(case, gradient=gradient, probability=probability, logit_bias=bias)
+    cefam = build(case, gradient=gradient, link=probability, logit_bias=bias)
     x = images()
-    relevance, scores = cefam.relevance(x), cefam.scores(x)
-    value, curve = cefam.contribution(x, target=[1, 2, 3], return_curve=True)
-    by_layer = [build(case, gradient=gradient, layer=i).attribute(x) for i in range(len(cefam.layers))]
+    relevance, scores = cefam.layer_relevance(x), cefam.scores(x)
+    value, curve = cefam.contributions(x, target=[1, 2, 3], return_curve=True)
+    by_layer = [build(case, gradient=gradient, map_layer=i).attribute(x) for i in range(len(cefam.layers))]
     auto = cefam.attribute(x)
     for n in range(len(x)):
         ref = Reference(cefam, x[n : n + 1])
@@ -200,9 +201,9 @@ def test_fast_equals_reference(case, gradient, probability):
 @pytest.mark.parametrize("fill", ["layer_mean", "channel_mean", "zero"])
 @pytest.mark.parametrize(("case", "layer"), [("cnn", 1), ("cnn", 0), ("dense", 1), ("vit", 0), ("vit", 1)])
 def test_every_fill_at_every_kind_of_layer(case, layer, fill):
-    cefam = build(case, layer=layer, fill=fill)
+    cefam = build(case, map_layer=layer, fill=fill)
     x = images(2)
-    _, curve = cefam.contribution(x, target=4, return_curve=True)
+    _, curve = cefam.contributions(x, target=4, return_curve=True)
     for n in range(2):
         ref = Reference(cefam, x[n : n + 1], fill)
         for t in range(len(CONCEPTS)):
@@ -213,9 +214,9 @@ def test_every_fill_at_every_kind_of_layer(case, layer, fill):
 @pytest.mark.parametrize("layer", ["auto", "fused"])
 def test_results_do_not_depend_on_batch_or_chunk(case, layer):
     x = images(4)
-    whole = build(case, layer=layer)
+    whole = build(case, map_layer=layer)
     e = whole.explain(x, target=2, concepts=CONCEPTS)
-    for other, parts in ((build(case, layer=layer, chunk_size=1), [x]), (whole, x.split(1))):
+    for other, parts in ((build(case, map_layer=layer, batch_size=1), [x]), (whole, x.split(1))):
         part = [other.explain(p, target=2, concepts=CONCEPTS) for p in parts]
         for name in ("scores", "maps", "contributions"):
             got = torch.cat([getattr(q, name) for q in part])
@@ -226,10 +227,10 @@ def test_results_do_not_depend_on_batch_or_chunk(case, layer):
 @pytest.mark.parametrize("layer", ["auto", "fused", 0])
 @pytest.mark.parametrize("gradient", ["total", "branch"])
 def test_more_concepts_than_dimensions(case, layer, gradient):
-    many = build(case, layer=layer, gradient=gradient)
+    many = build(case, map_layer=layer, gradient=gradient)
     names = [f"c{i}" for i in range(25)]
     text = torch.randn(25, 10, generator=torch.Generator().manual_seed(3))
-    made = ConceptFusionMap(many.forward_func, many.layers, many.translator, names, text, layer=layer,
+    made = ConceptFusionMap(many.forward_func, many.layers, many.translator, names, text, map_layer=layer,
                             gradient=gradient, n_channels=K)  # fmt: skip
     x = images(2)
     alone = torch.cat([made.attribute(x, target=t) for t in range(25)], 1)
@@ -241,13 +242,18 @@ def test_total_equals_branch_at_the_last_layer(case):
     x = images(2)
     # Dense: its last layer is not behind the first, but nothing read by the translator is behind it.
     torch.testing.assert_close(
-        build(case, layer=-1).attribute(x), build(case, layer=-1, gradient="branch").attribute(x), atol=1e-6, rtol=1e-4
+        build(case, map_layer=-1).attribute(x),
+        build(case, map_layer=-1, gradient="branch").attribute(x),
+        atol=1e-6,
+        rtol=1e-4,
     )
 
 
 def test_total_differs_from_branch_before():
     x = images(2)
-    assert not torch.allclose(build("cnn", layer=0).attribute(x), build("cnn", layer=0, gradient="branch").attribute(x))
+    assert not torch.allclose(
+        build("cnn", map_layer=0).attribute(x), build("cnn", map_layer=0, gradient="branch").attribute(x)
+    )
 
 
 def test_targets_by_name_index_list_and_tensor():
@@ -300,7 +306,7 @@ def test_leaves_no_trace_and_runs_in_any_mode(case):
     assert not out.requires_grad
     assert out.is_contiguous()
     with pytest.raises(TargetError):
-        cefam.contribution(x, target=99)
+        cefam.contributions(x, target=99)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -314,21 +320,72 @@ def test_any_translator_gives_the_same_relevance():
 
     other = ConceptFusionMap(cefam.forward_func, cefam.layers, Wrapped(), CONCEPTS, cefam.text_embeddings,
                              logit_scale=5.0, n_channels=K)  # fmt: skip
-    torch.testing.assert_close(other.relevance(x), cefam.relevance(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(other.layer_relevance(x), cefam.layer_relevance(x), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(other.attribute(x), cefam.attribute(x), atol=1e-5, rtol=1e-4)
 
 
-def test_explain_puts_all_together():
-    cefam, x = build("cnn"), images(3)
-    e = cefam.explain(x, top_k=2)
-    assert len(e.concepts) == 2
-    assert e.maps.shape == (3, 2, 16, 16)
+@pytest.mark.parametrize("layer", ["auto", "fused", 1])
+@pytest.mark.parametrize("rank_by", ["scores", "contributions"])
+def test_explain_gives_each_image_its_own_concepts(layer, rank_by):
+    cefam, x = build("cnn", map_layer=layer), images(6)
+    e = cefam.explain(x, top_k=2, rank_by=rank_by)
+    scores, maps, contributions = cefam.scores(x), cefam.concept_maps(x), cefam.contributions(x)
     torch.testing.assert_close(e.target, cefam.forward_func(x).argmax(1))
+    torch.testing.assert_close(e.target_probability, cefam.forward_func(x).softmax(1).amax(1))
     columns = [CONCEPTS.index(c) for c in e.concepts]
-    torch.testing.assert_close(e.scores, cefam.scores(x)[:, columns])
-    torch.testing.assert_close(e.contributions, cefam.contribution(x, concepts=e.concepts))
-    best = cefam.relevance(x).argmax(-1)
-    assert e.layer == tuple(tuple(cefam.layers[i] for i in row) for row in best[:, columns].tolist())
+    torch.testing.assert_close(e.scores, scores[:, columns])
+    assert (e.selected.sum(1) == 2).all()
+    ranking = scores if rank_by == "scores" else contributions.abs()
+    best = cefam.layer_relevance(x).argmax(-1)
+    for n in range(6):
+        wanted = [CONCEPTS[t] for t in ranking[n].topk(2).indices.tolist()]
+        one = e[n]
+        assert one.concepts == wanted
+        own = [CONCEPTS.index(c) for c in wanted]
+        torch.testing.assert_close(one.maps[0], maps[n, own])
+        torch.testing.assert_close(one.contributions[0], contributions[n, own])
+        alone = cefam.explain(x[n : n + 1], top_k=2, rank_by=rank_by)
+        assert alone.concepts == wanted
+        torch.testing.assert_close(alone.maps, one.maps, atol=1e-4, rtol=1e-4)
+        if layer == "auto":
+            assert one.layer == (tuple(cefam.layers[best[n, t]] for t in own),)
+    assert e.maps[~e.selected].isnan().all()
+    assert e.contributions[~e.selected].isnan().all()
+    assert (e.score_unit, e.contribution_unit != "") == ("probability", True)
+
+
+def test_explain_costs_the_concepts_of_each_image(monkeypatch):
+    """Not the union of those of the batch."""
+    from captum_concepts.attr.concept_fusion import gradients
+
+    asked = []
+    derive = gradients.ConceptPass._derive
+
+    def counted(self, cotangents, *more):
+        asked.append(tuple(cotangents.shape[:2]))
+        return derive(self, cotangents, *more)
+
+    monkeypatch.setattr(gradients.ConceptPass, "_derive", counted)
+    cefam = fit(map_layer="fused")
+    colors = torch.eye(3).repeat(2, 1)[:, :, None, None] * 0.8 + 0.1 * torch.rand(6, 3, 16, 16)
+    e = cefam.explain(colors, top_k=1, contributions=False)
+    assert len(e.concepts) == 3
+    assert asked == [(6, 1)]
+    assert e.contributions is None
+
+
+def test_named_concepts_are_the_same_for_every_image():
+    cefam, x = build("cnn"), images(3)
+    e = cefam.explain(x, concepts=["sky", 1])
+    assert e.concepts == ["sky", "grass"]
+    assert e.selected.all()
+    torch.testing.assert_close(e.maps, cefam.concept_maps(x, ["sky", "grass"]))
+    torch.testing.assert_close(e.contributions, cefam.contributions(x, concepts=[4, "grass"]))
+    assert len(cefam.explain(x, top_k=None).concepts) == len(CONCEPTS)
+    for bad in ({"top_k": -1}, {"top_k": 0}, {"rank_by": "score"}, {"concepts": ["sea"]}, {"concepts": []},
+                {"rank_by": "contributions", "contributions": False}):  # fmt: skip
+        with pytest.raises(InputError):
+            cefam.explain(x, **bad)
 
 
 def test_additional_arguments_are_cut_with_the_examples():
@@ -341,7 +398,7 @@ def test_additional_arguments_are_cut_with_the_examples():
     x, gain = images(3), torch.tensor([1.0, 0.5, 2.0])
     layers = [inner.forward_func.get_submodule(n) for n in inner.layers]
     cefam = ConceptFusionMap(model, layers, inner.translator, CONCEPTS, inner.text_embeddings, logit_scale=5.0,
-                             n_channels=K, chunk_size=2)  # fmt: skip
+                             n_channels=K, batch_size=2)  # fmt: skip
     direct = inner.explain(x * gain[:, None, None, None], target=1, concepts=CONCEPTS)
     e = cefam.explain(x, target=1, concepts=CONCEPTS, additional_forward_args=gain)
     torch.testing.assert_close(e.maps, direct.maps, atol=1e-5, rtol=1e-4)
@@ -352,7 +409,7 @@ def test_contribution_of_a_single_output_uses_its_sigmoid():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 1))
     cefam = ConceptFusionMap(net, ["1"], ConceptTranslator([6], 4, hidden=(8, 8)), ["a", "b"], torch.eye(4)[:2])
-    value, curve = cefam.contribution(images(2), return_curve=True)
+    value, curve = cefam.contributions(images(2), return_curve=True)
     assert value.abs().max() > 0
     assert curve.shape == (2, 2, 21)
     # Six channels: the curve stays where it is behind them, and the mean runs over six.
@@ -372,10 +429,10 @@ def test_a_planted_negative_contribution():
 
     x = torch.rand(2, 3, 8, 8) * torch.tensor([1.0, 0.2, 0.3])[None, :, None, None]
     cefam = ConceptFusionMap(net, ["0"], Copy(), ["red", "green"], torch.eye(3)[:2], n_channels=1)
-    red, green = cefam.contribution(x, target=0).T
+    red, green = cefam.contributions(x, target=0).T
     assert (red < -0.1).all()
     torch.testing.assert_close(green, torch.zeros_like(green), atol=1e-5, rtol=0)
-    assert (cefam.contribution(x, target=1)[:, 0] > 0.05).all()
+    assert (cefam.contributions(x, target=1)[:, 0] > 0.05).all()
 
 
 def test_a_layer_the_output_does_not_depend_on_is_refused():
@@ -389,10 +446,10 @@ def test_a_layer_the_output_does_not_depend_on_is_refused():
             return self.fc(self.a(x).mean((2, 3)))
 
     translator = ConceptTranslator([5, 4], 6, hidden=(8, 8))
-    cefam = ConceptFusionMap(Side(), ["a", "side"], translator, ["x", "y"], torch.eye(6)[:2], layer=1)
+    cefam = ConceptFusionMap(Side(), ["a", "side"], translator, ["x", "y"], torch.eye(6)[:2], map_layer=1)
     assert cefam.attribute(images(1)).shape == (1, 2, 30, 30)  # parallel paths are fine for regions
     with pytest.raises(LayerError, match="side"):
-        cefam.contribution(images(1))
+        cefam.contributions(images(1))
 
 
 def test_single_concept_under_a_softmax():
@@ -401,9 +458,10 @@ def test_single_concept_under_a_softmax():
         one = ConceptFusionMap(cefam.forward_func, cefam.layers, cefam.translator, ["red"], torch.randn(1, 10))
     x = images(2)
     assert torch.equal(one.scores(x), torch.ones(2, 1))
-    assert torch.equal(one.relevance(x), torch.zeros(2, 1, 3))
-    last = ConceptFusionMap(cefam.forward_func, cefam.layers, cefam.translator, ["red"], one.text_embeddings, layer=2,
-                            probability="sigmoid")  # fmt: skip
+    assert torch.equal(one.layer_relevance(x), torch.zeros(2, 1, 3))
+    last = ConceptFusionMap(
+        cefam.forward_func, cefam.layers, cefam.translator, ["red"], one.text_embeddings, map_layer=2, link="sigmoid"
+    )
     assert one.explain(x).layer == (("last",), ("last",))
     expected = F.interpolate(last.attribute(x), (16, 16), mode="bilinear")
     torch.testing.assert_close(one.attribute(x), expected)
@@ -420,24 +478,27 @@ def test_bad_arguments_are_refused():
 
     for changes, words in (
         ({"concepts": []}, "empty"),
-        ({"concepts": [*CONCEPTS[:4], "stripes"]}, "unique"),
+        ({"concepts": [*CONCEPTS[:4], "stripes"]}, "once"),
         ({"concepts": "stripes"}, "list"),
         ({"concepts": CONCEPTS[:3]}, "3"),
+        ({"concepts": None}, "without concepts"),
+        ({"text_embeddings": None}, "NoneType"),
         ({"text_embeddings": text[:, :7]}, "width 7"),
         ({"text_embeddings": text * torch.tensor([[0.0]] + [[1.0]] * 4)}, "zero"),
         ({"layers": []}, "non-empty"),
-        ({"layers": "stem"}, "list"),
+        ({"layers": "stem"}, r"\['stem'\]"),
         ({"layers": ["stem", "stem", "last"]}, "twice"),
-        ({"layer": 3}, "out of range"),
-        ({"layer": "fc"}, "none of layers"),
-        ({"layer": "best"}, "auto"),
-        ({"probability": "relu"}, "probability"),
-        ({"gradient": "half"}, "gradient"),
+        ({"map_layer": 3}, "map_layer"),
+        ({"map_layer": "fc"}, "'auto', 'fused', or an index"),
+        ({"link": "relu"}, "link"),
+        ({"gradient": "brnach"}, "branch"),
         ({"fill": "noise"}, "fill"),
+        ({"class_probability": "logits"}, "class_probability"),
         ({"n_channels": 0}, "n_channels"),
         ({"channel_share": 0.0}, "channel_share"),
         ({"channel_share": 1.5}, "channel_share"),
-        ({"chunk_size": 0}, "chunk_size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"logit_scale": 0.0}, "logit_scale"),
     ):
         with pytest.raises(InputError, match=words):
             make(**changes)
@@ -447,9 +508,46 @@ def test_bad_arguments_are_refused():
         make(layers=["stem", nn.Conv2d(3, 16, 3), "last"]).attribute(images(1))
     with pytest.raises(InputError, match="channels"):
         make(layers=["stem", "last"]).attribute(images(1))
-    empty = ConceptFusionMap(model, layers, translator, None, None)
+    empty = ConceptFusionMap(model, layers, translator)
     with pytest.raises(NotFittedError, match="with_concepts"):
         empty.attribute(images(1))
+    with pytest.raises(NotFittedError, match="fit"):
+        ConceptFusionMap(model, layers, concepts=CONCEPTS).scores(images(1))
+    cefam.gradient = "brnach"
+    with pytest.raises(InputError, match="gradient"):
+        cefam.attribute(images(1))
+
+
+def test_old_spellings_raise_with_the_new_ones():
+    cefam = build("cnn")
+    model, layers, translator, text = cefam.forward_func, cefam.layers, cefam.translator, cefam.text_embeddings
+    for old, value, new in (("layer", "fused", "map_layer"), ("probability", "sigmoid", "link"),
+                            ("chunk_size", 4, "batch_size")):  # fmt: skip
+        with pytest.raises(InputError, match=f"{new}="):
+            ConceptFusionMap(model, layers, translator, CONCEPTS, text, **{old: value})
+        with pytest.raises(InputError, match=f"{new}="):
+            cefam.with_options(**{old: value})
+    with pytest.raises(InputError, match="Did you mean 'gradient'"):
+        cefam.with_options(gradiant="branch")
+    with pytest.raises(AttributeError, match=r"layer_relevance\(inputs, concepts\)"):
+        cefam.relevance(images(1))
+    with pytest.raises(AttributeError, match=r"contributions\(inputs, target, concepts\)"):
+        cefam.contribution(images(1))
+    assert not hasattr(cefam, "relevance")
+    with pytest.raises(InputError, match="map_layer='fused'"):
+        cefam.layer = "fused"
+    with pytest.raises(InputError, match="method of an instance"):
+        ConceptFusionMap.fit(model, layers, None, images(2), CONCEPTS)
+    with pytest.raises(InputError, match="method of an instance"):
+        ConceptFusionMap.fit(model, layers, None)
+
+
+def test_copies_with_other_options():
+    cefam, x = build("cnn"), images(2)
+    branch = cefam.with_options(gradient="branch", map_layer=0)
+    assert (branch.gradient, branch.map_layer, cefam.gradient, cefam.map_layer) == ("branch", 0, "total", "auto")
+    assert branch.translator is cefam.translator
+    assert torch.equal(branch.attribute(x), build("cnn", gradient="branch", map_layer=0).attribute(x))
 
 
 def test_a_narrow_layer_keeps_most_of_its_channels():
@@ -461,8 +559,8 @@ def test_a_narrow_layer_keeps_most_of_its_channels():
         "half": {"n_channels": 20, "channel_share": 0.5},
         "three": {"n_channels": 3, "channel_share": 1.0},
     }.items():
-        cefam = build("cnn", layer=0, **options)  # 12 channels
-        value, curve = cefam.contribution(x, target=1, return_curve=True)
+        cefam = build("cnn", map_layer=0, **options)  # 12 channels
+        value, curve = cefam.contributions(x, target=1, return_curve=True)
         assert curve.shape == (2, len(CONCEPTS), cefam.n_channels + 1)
         # Constant from the last channel taken on.
         changes = (curve[..., 1:] != curve[..., :-1]).flatten(0, 1).any(0)
@@ -470,17 +568,18 @@ def test_a_narrow_layer_keeps_most_of_its_channels():
         torch.testing.assert_close(value, curve[..., 1 : taken[name] + 1].mean(-1), atol=1e-6, rtol=1e-5)
     assert taken == {"published": 3, "own": 12, "half": 6, "three": 3}
     same = [build("cnn", **options) for options in ({"n_channels": 20}, {"n_channels": 20, "channel_share": 0.25})]
-    assert torch.equal(same[0].relevance(x), same[1].relevance(x))
+    assert torch.equal(same[0].layer_relevance(x), same[1].layer_relevance(x))
     assert torch.equal(
-        build("cnn", layer=0, n_channels=20).contribution(x, target=1),
-        build("cnn", layer=0, n_channels=3).contribution(x, target=1),
+        build("cnn", map_layer=0, n_channels=20).contributions(x, target=1),
+        build("cnn", map_layer=0, n_channels=3).contributions(x, target=1),
     )
 
 
 def test_constructor_arguments_are_attributes():
-    cefam = build("cnn", layer=1, chunk_size=7, fill="zero", gradient="branch")
-    expected = {"layer": 1, "chunk_size": 7, "fill": "zero", "gradient": "branch", "n_channels": K, "logit_scale": 5.0,
-                "logit_bias": 0.0, "probability": "softmax", "concepts": CONCEPTS}  # fmt: skip
+    cefam = build("cnn", map_layer=1, batch_size=7, fill="zero", gradient="branch", link="sigmoid")
+    expected = {"map_layer": 1, "batch_size": 7, "fill": "zero", "gradient": "branch", "n_channels": K,
+                "logit_scale": 5.0, "logit_bias": None, "link": "sigmoid", "concepts": CONCEPTS, "layout": "auto",
+                "channel_share": None, "prefix_tokens": None, "class_probability": "auto"}  # fmt: skip
     assert {name: getattr(cefam, name) for name in expected} == expected
     assert cefam.layers == CASES["cnn"][1]
     assert cefam.translator.embedding_dim == 10
@@ -493,4 +592,4 @@ def test_half_precision_matches_full():
     half = cefam.attribute(x.to(torch.bfloat16), target=1)
     assert half.dtype == torch.float32
     assert F.cosine_similarity(half.flatten(1), full.flatten(1)).min() > 0.95
-    assert cefam.contribution(x.to(torch.bfloat16), target=1).isfinite().all()
+    assert cefam.contributions(x.to(torch.bfloat16), target=1).isfinite().all()

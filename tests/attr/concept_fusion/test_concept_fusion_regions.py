@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from comparisons import within
 from torch import nn
 
-from captum_concepts.attr._concept_gradients import TextSpace, vector_products
-from captum_concepts.attr._concept_regions import (
+from captum_concepts.attr.concept_fusion.gradients import vector_products
+from captum_concepts.attr.concept_fusion.regions import (
     FAINT,
     UNMOVED,
     feature_affinity,
@@ -18,13 +18,19 @@ from captum_concepts.attr._concept_regions import (
     fused_maps,
     of_strongest,
 )
+from captum_concepts.attr.concept_fusion.words import TextBank
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
+
+
+def bank(text: torch.Tensor, scale: float, bias: float) -> TextBank:
+    names = tuple(f"word {i}" for i in range(len(text)))
+    return TextBank(names, text, torch.full((len(text),), bias), scale, "softmax")
 
 
 @pytest.mark.parametrize(("contrast", "temperature"), [(0.0, 1.0), (0.5, 3.0), (1.0, 1.0)])
 def test_slopes_are_the_derivatives_of_the_stated_value(contrast, temperature):
     torch.manual_seed(0)
-    space = TextSpace(F.normalize(torch.randn(6, 9), dim=1), 7.0, -1.0, True)
+    space = bank(F.normalize(torch.randn(6, 9), dim=1), 7.0, -1.0)
     h = torch.randn(3, 9, requires_grad=True)
     index = torch.tensor([[0, 3], [1, 1], [5, 2]])
     slopes = space.slopes(h.detach(), index, contrast, temperature)
@@ -133,7 +139,7 @@ def test_the_order_of_the_layers_does_not_matter(gradient):
             return torch.cat([pooled[place] for place in self.places], -1) @ self.weight
 
     def maps(layers, places):
-        cefam = ConceptFusionMap(net, layers, Reads(places), list("abc"), torch.eye(5)[:3], layer="fused",
+        cefam = ConceptFusionMap(net, layers, Reads(places), list("abc"), torch.eye(5)[:3], map_layer="fused",
                                  gradient=gradient, logit_scale=20.0)  # fmt: skip
         return cefam.attribute(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
 
@@ -195,7 +201,7 @@ def test_a_constant_image_and_dead_features_give_finite_maps():
         def forward(self, pooled):
             return pooled[0]
 
-    cefam = ConceptFusionMap(net, ["1"], Copy(), ["a", "b"], torch.eye(5)[:2], layer="fused")
+    cefam = ConceptFusionMap(net, ["1"], Copy(), ["a", "b"], torch.eye(5)[:2], map_layer="fused")
     assert cefam.attribute(torch.full((1, 3, 12, 12), 0.5)).isfinite().all()
     net[0].weight.data.zero_()
     net[0].bias.data.fill_(-1.0)
@@ -236,7 +242,7 @@ def test_what_rounding_leaves_of_a_difference_does_not_become_a_map():
 
 def test_a_probability_of_nearly_one_has_an_exact_logarithm():
     torch.manual_seed(0)
-    space = TextSpace(torch.eye(6), 100.0, 0.0, True)
+    space = bank(torch.eye(6), 100.0, 0.0)
     h = torch.eye(6)[:1] + 0.5 * torch.rand(4, 6)
     index = torch.zeros(4, dtype=torch.long)
     exact = (100 * F.normalize(h.double(), dim=1)).softmax(1)[:, 1:].sum(1)

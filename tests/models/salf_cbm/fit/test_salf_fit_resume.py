@@ -165,7 +165,7 @@ def test_labels_change_the_head_alone(tmp_path, caplog):
     [
         ({"prompt": salf_tiny.RegionPrompt("crop", (2, 2), 5)}, "radius is 4"),
         ({"data": images_and_labels(seed=1)}, "image 0 of the data has other pixels"),
-        ({"data": images_and_labels(97)}, "was made from 96 images, the data has 97"),
+        ({"data": images_and_labels(97)}, "has 96 images, the data has 97"),
     ],
 )
 def test_regions_of_something_else_are_refused(tmp_path, change, message):

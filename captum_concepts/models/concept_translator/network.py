@@ -1,4 +1,4 @@
-"""The branch of CE-FAM: from a classifier's pooled activations to an image-text model's embedding."""
+"""The branch of CE-FAM: from a classifier's pooled activations to the embedding of a vision-language model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ConceptTranslator(nn.Module):
         z = [z^1; \dots; z^L], \quad z^l_k = \operatorname{mean}_{ij} A^l_k(i, j)
 
     Args:
-        in_channels: the channels C_l of each layer, in the order in which they are given to ``forward``.
-        embedding_dim: D, the width of the image-text model's embedding.
-        hidden: widths of the two hidden layers; None takes (2048, 1024) where the widest layer has more than 1024
+        in_channels: the channels C_l of each layer, in the order in which they are passed to ``forward``.
+        embedding_dim: D, the width of the vision-language model's embedding.
+        hidden: widths of the two hidden layers; None takes (2048, 1024) if the widest layer has more than 1024
             channels and (1024, 1024) otherwise.
 
     Raises:
@@ -72,7 +72,7 @@ class ConceptTranslator(nn.Module):
         """
         if isinstance(pooled, Tensor) or len(self.in_channels) == 1:
             return self.network(self.concatenate(pooled))
-        # Layer by layer, so that autograd computes nothing for layers at which no derivative is asked.
+        # Layer by layer, so that autograd computes nothing for layers whose derivative nobody needs.
         parts = self._checked(pooled)
         weights = self.first.weight.split(self.in_channels, 1)
         hidden = self.first.bias + sum(F.linear(z, weight) for z, weight in zip(parts, weights, strict=True))
@@ -87,8 +87,8 @@ class ConceptTranslator(nn.Module):
         widths = tuple(part.shape[-1] for part in parts)
         if widths != ((sum(self.in_channels),) if isinstance(pooled, Tensor) else self.in_channels):
             raise InputError(
-                f"the translator was made for layers of {list(self.in_channels)} channels, got widths {list(widths)}; "
-                "give the layers it was fitted on, in the same order"
+                f"the translator was fitted to layers of {list(self.in_channels)} channels, got widths {list(widths)}; "
+                "pass the layers it was fitted on, in the same order"
             )
         return [part.to(self.first.weight) for part in parts]
 
@@ -99,11 +99,11 @@ class ConceptTranslator(nn.Module):
         return layer
 
     def after_first(self, hidden: Tensor) -> Tensor:
-        """The rest of the network behind the first Linear's output ``(..., H)``."""
+        """The rest of the network, from the first Linear's output ``(..., H)``."""
         return self.network[1:](hidden)
 
     @torch.no_grad()
-    def fold_standardisation(self, mean: Tensor, std: Tensor) -> None:
+    def fold_standardization(self, mean: Tensor, std: Tensor) -> None:
         """Turn a network that expects ``(z - mean) / std`` into the same function of the raw ``z``."""
         weight = self.first.weight.double() / std.double()
         self.first.bias.sub_((weight @ mean.double()).to(self.first.bias))

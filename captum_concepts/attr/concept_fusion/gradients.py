@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_concepts._memory import out_of_memory
-from captum_concepts.activations import SpatialActivations, spatial_activations
-from captum_concepts.activations.capture import Inputs, Layer
-from captum_concepts.activations.spatial import full_precision
+from captum_concepts.activations import Inputs, Layers, SpatialActivations, full_precision
 from captum_concepts.errors import InputWarning
 
 # Gradients at once: more than sixteen passes of a ResNet-50, since a batch of sixteen is a fifth faster than one of
@@ -27,58 +24,6 @@ Derivatives = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
 - beta ``(N, J, C_l)``: the spatial mean of dS / dA_k, and
 - evidence ``(N, J, h, w)``: sum_k A_k dS / dA_k at each position (or nothing).
 """
-
-
-@dataclass(frozen=True)
-class TextSpace:
-    """The concepts' texts and how a similarity becomes a probability.
-
-    Args:
-        text: ``(T, D)`` unit rows.
-        scale, bias: logit = scale * cosine + bias.
-        softmax: probabilities compete (CLIP); otherwise each is a sigmoid (SigLIP).
-    """
-
-    text: Tensor
-    scale: float
-    bias: float
-    softmax: bool
-
-    def logits(self, h: Tensor) -> Tensor:
-        """``(..., T)`` of embeddings ``(..., D)``."""
-        return self.scale * F.normalize(h, dim=-1) @ self.text.T + self.bias
-
-    def log_probability(self, h: Tensor, index: Tensor) -> Tensor:
-        """``log`` of the probability of concept ``index`` (same leading shape as h, one concept each).
-
-        In double precision, and with a small relative error also where it is nearly 0 (a probability of nearly 1):
-        relevances are differences of it, and fused maps divide by their sum.
-        """
-        if h.device.type != "mps":  # which has no double precision
-            h = h.double()
-        text = self.text.to(h)
-        if self.softmax:
-            logits, own = replace(self, text=text).logits(h), index.unsqueeze(-1)
-            others = logits.scatter(-1, own, -torch.inf).logsumexp(-1)
-            return F.logsigmoid(logits.gather(-1, own).squeeze(-1) - others)
-        cosine = (F.normalize(h, dim=-1) * text[index]).sum(-1)
-        return F.logsigmoid(self.scale * cosine + self.bias)
-
-    def slopes(self, h: Tensor, index: Tensor, contrast: float = 0.0, temperature: float = 1.0) -> Tensor:
-        r"""``(N, J, D)``: derivative of the logit of concept ``index[n, j]`` at the embedding ``h[n]``.
-
-        With ``contrast`` c and ``temperature`` u it is the derivative of
-        :math:`S^t - c \, u \log \sum_{s \ne t} \exp(S^s / u)`.
-        """
-        length = h.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        unit = h / length
-        direction = self.text[index]
-        if contrast and len(self.text) > 1:
-            others = (self.logits(h) / temperature).unsqueeze(1).expand(-1, index.shape[1], -1)
-            others = others.scatter(-1, index.unsqueeze(-1), -torch.inf).softmax(-1)
-            direction = direction - contrast * others @ self.text
-        along = (direction * unit.unsqueeze(1)).sum(-1, keepdim=True)
-        return self.scale * (direction - along * unit.unsqueeze(1)) / length.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -159,27 +104,20 @@ class ConceptPass:
 
 
 def concept_pass(
-    forward_func: Callable[..., Any],
-    inputs: Inputs,
-    layers: Sequence[Layer],
+    layers: Layers,
     translator: nn.Module,
+    inputs: Inputs,
     *,
     branch: bool,
     additional_forward_args: Any = None,
     attribute_to_layer_input: bool = False,
-    layout: str = "auto",
-    prefix_tokens: int | None = None,
 ) -> ConceptPass:
     """Run classifier and translator once, recording for a backward pass (call it with gradients enabled)."""
-    seen = spatial_activations(
-        forward_func,
+    seen = layers.run(
         inputs,
-        layers,
         additional_forward_args=additional_forward_args,
         gradient=not branch,
         attribute_to_layer_input=attribute_to_layer_input,
-        layout=layout,
-        prefix_tokens=prefix_tokens,
     )
     live = tuple(full_precision(maps).mean((2, 3)) for maps in seen.maps)
     if branch:
@@ -222,7 +160,7 @@ def vector_products(output: Tensor, sources: Sequence[Tensor], cotangents: Tenso
         if said:
             warnings.warn(
                 f"the device ran out of memory for {len(cotangents)} backward passes at once; they run one after "
-                "another. Results are the same up to rounding; a smaller chunk_size avoids the failed attempt",
+                "another. Results are the same up to rounding; a smaller batch_size avoids the failed attempt",
                 InputWarning,
                 stacklevel=2,
             )

@@ -1,22 +1,22 @@
-"""Channels of a layer taken away one after another: in the translator (relevance), in the classifier (contribution)."""
+"""Channels of a layer ablated one after another: in the translator (relevance), in the classifier (contribution)."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts._captum import select_output
-from captum_concepts.activations import Layout, capture
-from captum_concepts.activations.capture import Inputs, Layer
-from captum_concepts.activations.spatial import full_precision
-from captum_concepts.attr._concept_gradients import TextSpace
-from captum_concepts.errors import LayerError
+from captum_concepts.activations import Inputs, Layers, Layout, full_precision
+from captum_concepts.attr.concept_fusion.words import TextBank, log_softmax_at
+from captum_concepts.errors import InputError, InputWarning, LayerError
 from captum_concepts.models.concept_translator import ConceptTranslator
 
 FILLS = ("layer_mean", "channel_mean", "zero")
+CLASS_PROBABILITIES = ("auto", "softmax", "sigmoid")
 PUBLISHED = 20  # K, in networks whose layers have hundreds of channels
 SHARE = 0.25  # of a layer's channels, where that is fewer
 
@@ -37,43 +37,35 @@ def relative_drop(before: Tensor, after: Tensor) -> Tensor:
 
 @torch.no_grad()
 def layer_relevance(
-    translator: nn.Module,
-    pooled: Sequence[Tensor],
-    betas: Sequence[Tensor],
-    space: TextSpace,
-    index: Tensor,
-    n_channels: int,
-    share: float = 1.0,
+    translator: nn.Module, pooled: Sequence[Tensor], ranked: Sequence[Tensor], bank: TextBank, index: Tensor
 ) -> Tensor:
-    """``(N, J, L)``: mean relative drop of the concept's probability over 1..K masked channels of each layer.
+    """``(N, J, L)``: mean relative drop of the concept's probability over 1..K ablated channels of each layer.
 
     Args:
-        pooled: ``(N, C_l)`` each.
-        betas: ``(N, J, C_l)`` each.
+        pooled: ``(N, C_l)`` per layer.
+        ranked: ``(N, J, K_l)`` per layer, the channels to ablate, see :func:`rank_channels`.
         index: ``(N, J)`` the concepts.
-        n_channels, share: see :func:`rank_channels`.
     """
     columns = []
     start = 0
     whole = [z.unsqueeze(1) for z in pooled]
-    for layer, (z, beta) in enumerate(zip(pooled, betas, strict=True)):
-        ranked = rank_channels(beta, z, n_channels, share)
+    for layer, (z, order) in enumerate(zip(pooled, ranked, strict=True)):
+        _, j, k = order.shape
         mean = z.mean(1)
         if isinstance(translator, ConceptTranslator):
             linear = translator.first
             hidden = linear(translator.concatenate(list(pooled)))
-            drop = z.unsqueeze(1).expand(-1, beta.shape[1], -1).gather(-1, ranked) - mean[:, None, None]
+            drop = z.unsqueeze(1).expand(-1, j, -1).gather(-1, order) - mean[:, None, None]
             # Masking k channels is a rank-k change of the first Linear's output: its cumulative sum, not k forwards.
-            change = linear.weight.T[start + ranked] * drop.unsqueeze(-1).to(linear.weight)
+            change = linear.weight.T[start + order] * drop.unsqueeze(-1).to(linear.weight)
             masked = translator.after_first(hidden[:, None, None] - change.cumsum(2))
             base = translator.after_first(hidden)
         else:
             base = translator(list(pooled))
-            masked = _masked_forward(translator, whole, layer, ranked, mean)
+            masked = _masked_forward(translator, whole, layer, order, mean)
         start += z.shape[1]
-        _, j, k = ranked.shape
-        before = space.log_probability(base.unsqueeze(1).expand(-1, j, -1), index)
-        after = space.log_probability(masked, index.unsqueeze(-1).expand(-1, -1, k))
+        before = bank.log_probability(base.unsqueeze(1).expand(-1, j, -1), index)
+        after = bank.log_probability(masked, index.unsqueeze(-1).expand(-1, -1, k))
         columns.append(relative_drop(before.unsqueeze(-1), after).mean(-1).to(z))
     return torch.stack(columns, -1)
 
@@ -97,37 +89,75 @@ def cumulative_masks(ranked: Tensor, channels: int) -> Tensor:
     return single.cumsum(-2) > 0
 
 
+def class_link(requested: str, output: Any) -> str:
+    """How the classifier's output becomes probabilities: ``"softmax"``, ``"sigmoid"``, or ``"none"`` (it is them).
+
+    Args:
+        requested: ``"softmax"`` or ``"sigmoid"`` of logits; ``"auto"``: the sigmoid of a single output, otherwise the
+            softmax, unless the model ends in a softmax or sigmoid itself.
+
+    Raises:
+        InputError: the output is not ``(N, classes)``.
+    """
+    if not isinstance(output, Tensor) or output.ndim not in (1, 2):
+        what = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(f"contributions need logits (N, classes) from forward_func, got {what}")
+    if requested != "auto":
+        return requested
+    values = full_precision(output.detach())
+    if bool(((values >= 0) & (values <= 1)).all()):
+        ends = output.grad_fn.name() if output.grad_fn is not None else ""
+        sums_to_one = values.ndim == 2 and bool(((values.sum(1) - 1).abs() < 1e-3).all())
+        if sums_to_one or ends.startswith(("Sigmoid", "Softmax")):
+            return "none"
+    return "sigmoid" if output.ndim == 1 or output.shape[1] == 1 else "softmax"
+
+
+def class_log_probability(output: Tensor, target: int, link: str) -> Tensor:
+    """``(N,)`` log probability of class ``target``, accurate also where the probability is nearly 1."""
+    output = full_precision(output.detach())
+    output = output.unsqueeze(1) if output.ndim == 1 else output
+    if link == "softmax":
+        return log_softmax_at(output, torch.full((len(output),), target, device=output.device))
+    value = output[:, target]
+    return F.logsigmoid(value) if link == "sigmoid" else value.log()
+
+
 @torch.no_grad()
 def contribution_curves(
-    forward_func: Callable[..., Any],
+    layer: Layers,
+    layout: Layout,
     inputs: Inputs,
     extra: Any,
-    layer: Layer,
-    layout: Layout,
-    name: str,
     pooled: Tensor,
     ranked: Tensor,
     target: int,
     base: Tensor,
     *,
+    link: str,
     fill: str,
     rows: int,
 ) -> Tensor:
     """``(J, K)`` relative drops of the target's probability for ONE example.
 
-    The ablated copies enter at the layer, inside its hook, so that the network in front of it runs once.
-    Layers on other paths (a skip connection) still hold one row, which broadcasts; where the model does not
-    stand that, the input is repeated instead.
+    The ablated copies enter at the layer, inside its hook, so the network upstream of it runs once. Layers on other
+    paths (a skip connection) still hold one row, which broadcasts; where the model does not stand that, the input is
+    repeated instead.
 
     Args:
+        layer: the one layer.
         inputs, extra: of this example, batch size 1.
         pooled: ``(C,)``.
-        ranked: ``(J, K)`` the channels to take away, strongest first.
+        ranked: ``(J, K)`` the channels to ablate, strongest first.
         base: ``(1, classes)`` the unchanged output.
+        link: of :func:`class_link`.
         rows: copies in one forward.
 
     Raises:
         LayerError: the output does not depend on the layer.
+
+    Warns:
+        InputWarning: the fill leaves the output unchanged, or the class has probability 0.
     """
     channels = pooled.shape[0]
     value = {"layer_mean": pooled.mean().expand(channels), "channel_mean": pooled, "zero": torch.zeros_like(pooled)}
@@ -135,7 +165,15 @@ def contribution_curves(
     shape = axes.get(layout.kind, (1, -1, channels))
     filled = value[fill].reshape([1 if size == -1 else size for size in shape])
     masks = cumulative_masks(ranked, channels).flatten(0, 1)
-    before = log_probability(base, target)
+    before = class_log_probability(base, target, link)
+    if not before.isfinite().all():
+        warnings.warn(
+            f"the model's probability of class {target} is exactly 0, so a relative change of it is undefined (NaN); "
+            "pass a forward_func that returns the logits before the final softmax or sigmoid",
+            InputWarning,
+            stacklevel=2,
+        )
+        return torch.full(ranked.shape, torch.nan)
     curves = []
     moved = changed = False
     for part in masks.split(max(rows - 1, 1)):
@@ -149,47 +187,38 @@ def contribution_curves(
             changed = changed or not torch.equal(new, raw.expand_as(new))
             return new
 
-        output = _expanded(forward_func, inputs, extra, layer, ablate, base, len(part) + 1)
+        output = _expanded(layer, inputs, extra, ablate, base, len(part) + 1)
         moved = moved or not torch.equal(output[1:], output[:1].expand_as(output[1:]))
-        curves.append(log_probability(output[1:], target))
+        curves.append(class_log_probability(output[1:], target, link))
     if changed and not moved:
-        raise LayerError(
-            f"taking away channels of layer {name!r} does not change the model's output, so a contribution there would "
-            "be zero without meaning; choose a layer on the way to the output"
+        if fill != "channel_mean":
+            raise LayerError(
+                f"ablating channels of layer {layer.names[0]!r} does not change the model's output, so a contribution "
+                "there would be zero without meaning; choose a layer on the way to the output"
+            )
+        warnings.warn(
+            f"fill='channel_mean' keeps the pooled values of layer {layer.names[0]!r}, which are all that the output "
+            "depends on, so contributions there are 0; use fill='layer_mean', or map_layer= an earlier layer",
+            InputWarning,
+            stacklevel=2,
         )
     return relative_drop(before, torch.cat(curves)).reshape(ranked.shape)
 
 
-def log_probability(output: Tensor, target: int) -> Tensor:
-    """``(N,)`` log of the softmax probability of class ``target``; of the sigmoid for a single output."""
-    output = output.detach()
-    output = full_precision(output)
-    if output.ndim == 1 or output.shape[-1] == 1:
-        return torch.nn.functional.logsigmoid(output.reshape(-1))
-    return select_output(output.log_softmax(-1), target)
-
-
 def _expanded(
-    forward_func: Callable[..., Any],
-    inputs: Inputs,
-    extra: Any,
-    layer: Layer,
-    ablate: Callable[[Tensor], Tensor],
-    base: Tensor,
-    count: int,
+    layer: Layers, inputs: Inputs, extra: Any, ablate: Callable[[Tensor], Tensor], base: Tensor, count: int
 ) -> Tensor:
     try:
-        output = _run(forward_func, inputs, extra, layer, ablate)
+        output = _run(layer, inputs, extra, ablate)
         if len(output) == count and _same(output[:1], base):
             return output
     except (RuntimeError, ValueError, IndexError):
         pass
-    repeat = _repeat(inputs, count)
-    return _run(forward_func, repeat, _repeat(extra, count), layer, ablate)
+    return _run(layer, _repeat(inputs, count), _repeat(extra, count), ablate)
 
 
-def _run(forward_func: Callable[..., Any], inputs: Any, extra: Any, layer: Layer, ablate: Any) -> Tensor:
-    result = capture(forward_func, inputs, [], additional_forward_args=extra, substitute={layer: ablate})
+def _run(layer: Layers, inputs: Any, extra: Any, ablate: Any) -> Tensor:
+    result = layer.capture(inputs, additional_forward_args=extra, substitute={layer.modules[0]: ablate})
     output: Tensor = result.output
     return output
 
@@ -205,13 +234,4 @@ def _repeat(value: Any, count: int) -> Any:
         return tuple(_repeat(item, count) for item in value)
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1:
         return value.expand(count, *value.shape[1:])
-    return value
-
-
-def take_rows(value: Any, start: int, stop: int, batch: int) -> Any:
-    """The rows ``start`` to ``stop`` of every tensor that has one row for each of ``batch`` examples."""
-    if isinstance(value, tuple):
-        return tuple(take_rows(item, start, stop, batch) for item in value)
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-        return value[start:stop]
     return value

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts.activations.spatial import full_precision
-from captum_concepts.attr._concept_gradients import TextSpace
-from captum_concepts.attr._concept_regions import TEMPERATURE, coarser_grid, resize
+from captum_concepts.activations import full_precision
+from captum_concepts.attr.concept_fusion.regions import TEMPERATURE, coarser_grid, resize
+from captum_concepts.attr.concept_fusion.words import TextBank
 
 _MOST_CELLS = 256  # each is one row of the translator: in all about a quarter of a ResNet-50's forward pass
 _ROWS = 4096  # of the translator at once
@@ -29,13 +29,13 @@ class LocalReading:
     Args:
         unit: ``(N, P, D)`` unit embeddings of the cells.
         log_sum: ``(N, P)``: :math:`\log \sum_t \exp(S^t / u)` over all concepts.
-        space: the concepts.
+        bank: the concepts.
         grid: of the P cells.
     """
 
     unit: Tensor
     log_sum: Tensor
-    space: TextSpace
+    bank: TextBank
     grid: tuple[int, int]
 
     def excess(self, index: Tensor) -> Tensor:
@@ -47,16 +47,15 @@ class LocalReading:
         A reading that is the same everywhere gives zeros. A single concept has no others to compete with: there the
         sum is left out.
         """
-        logit = self.space.scale * torch.einsum("npd,njd->njp", self.unit, self.space.text[index])
+        logit = self.bank.scale * torch.einsum("npd,njd->njp", self.unit, self.bank.direction[index])
+        logit = logit + self.bank.offset[index].unsqueeze(-1)
         log_p = logit / TEMPERATURE - self.log_sum.unsqueeze(1)
         q = torch.exp(log_p - log_p.amax(2, keepdim=True))
         return (q - q.mean(2, keepdim=True) - _NOTHING).relu().unflatten(2, self.grid)
 
 
 @torch.no_grad()
-def read_locally(
-    translator: nn.Module, maps: Sequence[Tensor], grid: tuple[int, int], space: TextSpace
-) -> LocalReading:
+def read_locally(translator: nn.Module, maps: Sequence[Tensor], grid: tuple[int, int], bank: TextBank) -> LocalReading:
     """Run the translator on every cell.
 
     Args:
@@ -72,11 +71,10 @@ def read_locally(
         columns.append(cells.flatten(2).transpose(1, 2).flatten(0, 1))
     parts = [translator(list(part)) for part in zip(*(column.split(_ROWS) for column in columns), strict=True)]
     unit = F.normalize(full_precision(torch.cat(parts)), dim=-1)
-    space = replace(space, text=space.text.to(unit))
+    bank = bank.to(unit)
     log_sum = unit.new_zeros(len(unit))
-    if len(space.text) > 1:
-        rows = max(1, _ENTRIES // len(space.text))
-        similar = [part @ space.text.T for part in unit.split(rows)]
-        log_sum = torch.cat([(space.scale / TEMPERATURE * part).logsumexp(1) for part in similar])
+    if len(bank.names) > 1:
+        rows = max(1, _ENTRIES // len(bank.names))
+        log_sum = torch.cat([(bank.logits(part) / TEMPERATURE).logsumexp(1) for part in unit.split(rows)])
     shape = (len(maps[0]), grid[0] * grid[1])
-    return LocalReading(unit.unflatten(0, shape), log_sum.unflatten(0, shape), space, grid)
+    return LocalReading(unit.unflatten(0, shape), log_sum.unflatten(0, shape), bank, grid)

@@ -1,0 +1,753 @@
+"""CE-FAM: what concepts a classifier saw, where, and how much each moved the prediction, for any words."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_concepts._captum import LayerAttribution, log_usage, target_indices
+from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
+from captum_concepts.activations import Inputs, Layer, Layers, check_images, gradients_enabled
+from captum_concepts.attr.concept_fusion import ablation, file
+from captum_concepts.attr.concept_fusion.fit import check_encoder, link_of, train
+from captum_concepts.attr.concept_fusion.setup import Setup
+from captum_concepts.attr.concept_fusion.trust import Curve, HeldOut, Trust, judge, odds, presence_table
+from captum_concepts.attr.concept_fusion.words import LINKS, TextBank, check_words, encode
+from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning, NotFittedError, did_you_mean
+from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
+from captum_concepts.models.concept_translator import Training
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from captum_concepts.concepts import Vocabulary
+
+GRADIENTS = ("total", "branch")
+MAP_LAYERS = ("auto", "fused")
+_RENAMED = {
+    "layer": "map_layer=",
+    "probability": "link=",
+    "chunk_size": "batch_size=",
+    "relevance": "layer_relevance(inputs, concepts)",
+    "contribution": "contributions(inputs, target, concepts)",
+}
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _of_an_instance(method: Method) -> Method:
+    """A method that was once called on the class, which now raises with the new spelling."""
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, ConceptFusionMap):
+            raise InputError(
+                "fit is a method of an instance now: ConceptFusionMap(forward_func, layers, map_layer='fused').fit("
+                "images, encoder, concepts). Options of the map go to the constructor"
+            )
+        return method(self, *args, **kwargs)
+
+    return called  # type: ignore[return-value]
+
+
+class ConceptFusionMap(LayerAttribution):
+    r"""Zero-shot concept scores, maps and contributions for a trained classifier (CE-FAM).
+
+    A translator h maps the classifier's pooled activations :math:`z^l` into the embedding space of a vision-language
+    model (VLM). Any text t then defines a concept:
+
+    - *what*: the logit :math:`S^t = \text{scale} \cos(h(z), t) + \text{bias}`, and its softmax over the concepts (CLIP)
+      or its sigmoid (SigLIP): :meth:`scores`.
+    - *where*: :math:`R^t_l = \mathrm{ReLU}(\sum_k \beta_k A^l_k)` with :math:`\beta_k` the spatial mean of
+      :math:`\partial S^t / \partial A^l_k`: :meth:`concept_maps`.
+    - *how much*: channels of the layer are ablated in the order of :math:`\beta_k z_k`; the mean relative drop of the
+      class probability over the first 1..K of them: :meth:`contributions`. Negative: the concept opposes the class.
+
+    Args:
+        forward_func: the classifier, returning logits ``(N, classes)``: a module, one of its methods, or any callable.
+        layers: the layers that the translator reads, as modules or dotted names, in the translator's order. They need
+            not lie on one path. For a ViT: the last block's tokens after the final norm.
+        translator: a fitted :class:`ConceptTranslator`, or any module from a list of ``(N, C_l)`` to ``(N, D)``. None:
+            :meth:`fit` trains one.
+        concepts: T unique names, or None for words that come later (:meth:`with_concepts`).
+        text_embeddings: ``(T, D)``, of any length; None without a translator: :meth:`fit` asks its encoder.
+        map_layer: where maps and contributions are computed. ``"auto"``: each concept's most relevant layer
+            (published); an index into ``layers``; ``"fused"``: maps from all layers, see below.
+        link: ``"softmax"`` or ``"sigmoid"``. None: what the encoder of :meth:`fit` says, else ``"softmax"``. Under a
+            softmax a single concept always scores 1 (a warning says so), and its layer relevance is 0.
+        logit_scale, logit_bias: of the VLM. None: those of the encoder of :meth:`fit`, else 100 and 0 (CLIP).
+        gradient: ``"total"`` (published): :math:`\partial S / \partial A^l` also through the layers downstream of l;
+            ``"branch"``: every :math:`z^l` is a free input, so no backward pass enters the classifier. At the last
+            layer they agree.
+        n_channels: K, the number of channels ablated for layer relevance and contributions.
+        channel_share: maximum fraction of a layer's channels to ablate, at least one channel. None: 0.25 if
+            ``n_channels`` is 20, otherwise no limit.
+        fill: what replaces an ablated channel in the classifier: ``"layer_mean"`` (the mean of the layer's pooled
+            vector), ``"channel_mean"`` (its own mean, which keeps the pooled value) or ``"zero"``.
+        class_probability: how contributions read the classifier's output: ``"softmax"`` or ``"sigmoid"`` (independent
+            labels) of its logits. ``"auto"``: the sigmoid of a single output, else the softmax; an output that is a
+            probability already is taken as it is.
+        layout, prefix_tokens: how layers are read, as in :class:`FeatureActivationMap`.
+        batch_size: bound of images, and of images times concepts, in flight at once. Results do not depend on it, or on
+            the other images of a batch, beyond rounding: a value of a fused map by at most 40 ``logit_scale`` eps,
+            with eps the machine epsilon (1e-4 for a scale of 20 in fp32). An embedding that is off by eps moves a
+            logit by 2 ``logit_scale`` eps, and what is then divided by its own size is divided by at least 1/20.
+        calibrated: read scores as the held-out images of :meth:`fit` say: the translator's mean logit of each word is
+            subtracted and the softmax gets a temperature. False: the published formula.
+
+    Fused maps (``map_layer="fused"``). The published map weights whole channels of one layer. Here the evidence of a
+    position at layer l is
+
+    .. math:: E_l = \sum_k A^l_k \, \frac{\partial S'}{\partial A^l_k}, \qquad
+        S' = S^t - \tfrac12 \, u \log \sum_{s \ne t} \exp(S^s / u), \quad u = 3
+
+    with its sign (HiResCAM's product; rectifying the gradient first finds objects, not the concept). The second term
+    subtracts what supports other likely concepts as well. The positive parts of all layers are added with equal energy:
+    late layers know the concept, early ones its position. A layer counts less where the concept's relevance lies
+    upstream of it, and where it disagrees with the other layers. One more layer is what the translator reads at each
+    position alone: a gradient says what would change the concept, this what is seen there. Three steps of a random walk
+    on the network's feature affinity (and the image's colors, on a grid finer than coarse layers have) then spread the
+    evidence over the rest of the object. Averaging cannot create evidence: without any, the map is zero. Values are
+    fractions of the map's strongest position, in [0, 1].
+
+    Use ``"fused"`` if the region is what you want (compared with the published map in
+    ``benchmarks/results/concept_regions_*.md``), and ``"auto"`` for the published method, or where the region must
+    belong to the one layer whose channels :meth:`contributions` ablates.
+
+    Attributes:
+        history_: of :meth:`fit`: lists ``"train_loss"``, ``"val_loss"``, ``"val_cosine"``, ``"lr"``, one entry per
+            epoch.
+
+    Raises:
+        InputError: empty, duplicate or unnamed concepts; texts that fit neither them nor the translator; an unknown
+            option.
+
+    Reference:
+        *CE-FAM: Concept-Based Explanation via Fusion of Activation Maps.* ICCV 2025, arXiv:2509.23849.
+
+    Example:
+        >>> from captum_concepts import ConceptFusionMap, ConceptTranslator
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        >>> translator = ConceptTranslator([8], 4, hidden=(16, 16))
+        >>> cefam = ConceptFusionMap(net, ["1"], translator, ["sky", "sea"], torch.eye(4)[:2])
+        >>> images = torch.rand(2, 3, 16, 16)
+        >>> cefam.attribute(images, target="sea").shape, cefam.concept_maps(images).shape
+        (torch.Size([2, 1, 14, 14]), torch.Size([2, 2, 14, 14]))
+        >>> cefam.contributions(images, target=3).shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layers: Sequence[Layer],
+        translator: nn.Module | None = None,
+        concepts: Sequence[str] | None = None,
+        text_embeddings: Tensor | None = None,
+        *,
+        map_layer: str | int = "auto",
+        link: str | None = None,
+        logit_scale: float | None = None,
+        logit_bias: float | None = None,
+        gradient: str = "total",
+        n_channels: int = ablation.PUBLISHED,
+        channel_share: float | None = None,
+        fill: str = "layer_mean",
+        class_probability: str = "auto",
+        layout: str = "auto",
+        prefix_tokens: int | None = None,
+        batch_size: int = 32,
+        calibrated: bool = True,
+        **renamed: Any,
+    ) -> None:
+        _refuse(renamed)
+        super().__init__(forward_func, layers)
+        self.translator = translator
+        self.concepts = concepts
+        self.text_embeddings = text_embeddings
+        self.map_layer = map_layer
+        self.link = link
+        self.logit_scale = logit_scale
+        self.logit_bias = logit_bias
+        self.gradient = gradient
+        self.n_channels = n_channels
+        self.channel_share = channel_share
+        self.fill = fill
+        self.class_probability = class_probability
+        self.layout = layout
+        self.prefix_tokens = prefix_tokens
+        self.batch_size = batch_size
+        self.calibrated = calibrated
+        self.history_: dict[str, list[float]] | None = None
+        self.held_out_: HeldOut | None = None
+        self.presence_: Curve | None = None
+        self._of_encoder = {name for name in ("link", "logit_scale", "logit_bias") if getattr(self, name) is None}
+        self._known: tuple[Any, Trust] | None = None
+        if self.link != "sigmoid" and concepts is not None and len(list(concepts)) == 1:
+            warnings.warn(
+                f"a softmax over the single concept {next(iter(concepts))!r} is always 1; add concepts it competes "
+                "with, or use link='sigmoid'",
+                InputWarning,
+                stacklevel=2,
+            )
+        self._check()
+        self._layers()
+
+    #: Captum's ``target`` of :meth:`attribute` is a concept here, never a class.
+    target_is_concept = True
+
+    # ------------------------------------------------------------ what, where, how much
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Tensor:
+        """Where a concept is, in Captum's words; :meth:`concept_maps` says the same with the concepts' names.
+
+        Args:
+            inputs: images as ``forward_func`` takes them, or a tuple of tensors.
+            target: a concept (never a class), by index or name, or one per example (1-d tensor or list). None: all T.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+            attribute_to_layer_input: read the layers' inputs; the translator must have been fitted on those.
+
+        Returns:
+            ``(N, 1, h, w)`` for one concept per example, ``(N, T, h, w)`` for None; at least 0, fp32 or fp64. The grid
+            is the layer's own if ``map_layer`` is an index; the finest of ``layers`` for ``"auto"``; a whole multiple
+            or fraction of that with at most 1,024 positions for ``"fused"``.
+
+        Raises:
+            TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
+            LayerError: an unknown, unreached or repeated layer, or one without a grid.
+        """
+        names = self._names()
+        batch = len(check_images(inputs)[0])
+        if target is None:
+            index = torch.arange(len(names)).expand(batch, -1)
+        else:
+            index = target_indices(target, batch, len(names), names).unsqueeze(1)
+        return self._maps(inputs, index, additional_forward_args, attribute_to_layer_input)
+
+    def concept_maps(self, inputs: Inputs, concepts: Any = None, *, additional_forward_args: Any = None) -> Tensor:
+        """``(N, T, h, w)`` *where* each concept is, whatever the class; see :meth:`attribute`.
+
+        Args:
+            inputs: images.
+            concepts: names or indices; None: all T.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+        """
+        columns = name_positions(concepts, self._names())
+        index = torch.tensor(columns).expand(len(check_images(inputs)[0]), -1)
+        return self._maps(inputs, index, additional_forward_args)
+
+    def logits(self, inputs: Inputs, *, additional_forward_args: Any = None) -> Tensor:
+        """``(N, T)`` logits S of the concepts, before softmax or sigmoid."""
+        setup = self._setup()
+        with torch.no_grad():
+            parts = [part.logits() for _, part in setup.passes(inputs, additional_forward_args, gradient=False)]
+        return torch.cat(parts)
+
+    def scores(self, inputs: Inputs, *, additional_forward_args: Any = None) -> Tensor:
+        """``(N, T)`` *what*: probabilities in [0, 1], summing to 1 under a softmax."""
+        return self._bank().probability(self.logits(inputs, additional_forward_args=additional_forward_args))
+
+    def layer_relevance(self, inputs: Inputs, concepts: Any = None, *, additional_forward_args: Any = None) -> Tensor:
+        """``(N, T, L)``: how much each layer carries each concept.
+
+        The mean over i = 1..K of the relative drop (S_0 - S_i) / S_0 of the concept's probability, where the i channels
+        of largest beta_k z_k are replaced, in the translator's input, by the mean of the layer's pooled vector.
+
+        Args:
+            inputs: images.
+            concepts: names or indices; None: all T.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+        """
+        columns = torch.tensor(name_positions(concepts, self._names()))
+        setup = self._setup()
+        with gradients_enabled():
+            return torch.cat(
+                [
+                    part.layer_relevance(columns.expand(rows.stop - rows.start, -1))
+                    for rows, part in setup.passes(inputs, additional_forward_args)
+                ]
+            )
+
+    def contributions(
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        concepts: Any = None,
+        *,
+        return_curve: bool = False,
+        additional_forward_args: Any = None,
+    ) -> Any:
+        """``(N, T)`` *how much* each concept moves the probability of a class.
+
+        Args:
+            inputs: images.
+            target: the class, as Captum accepts it; None: each example's predicted class.
+            concepts: names or indices; None: all T.
+            return_curve: also return the drop after 0, 1, ..., K channels.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+
+        Returns:
+            ``(N, T)``: mean over i = 1..K of (p_0 - p_i) / p_0 of the class probability (see ``class_probability``), at
+            most 1; negative where the concept opposes the class. With ``return_curve`` also
+            ``(N, T, n_channels + 1)``, which starts at 0 and is constant beyond the layer's channels.
+
+        Raises:
+            LayerError: the output does not depend on the chosen layer.
+        """
+        columns = torch.tensor(name_positions(concepts, self._names()))
+        batch = len(check_images(inputs)[0])
+        setup = self._setup()
+        parts = []
+        with gradients_enabled():
+            for rows, part in setup.passes(inputs, additional_forward_args):
+                classes = part.classes(target, rows, batch)
+                index = columns.expand(len(classes), -1)
+                _, choice, channels = part.explained(index, contributions=True, maps=False)
+                parts.append(part.contributions(choice, channels, classes))
+        value, curve = (torch.cat(part).detach() for part in zip(*parts, strict=True))
+        return (value, curve) if return_curve else value
+
+    def explain(
+        self,
+        inputs: Inputs,
+        target: Any = None,
+        *,
+        concepts: Any = None,
+        top_k: int | None = 5,
+        rank_by: str = "scores",
+        contributions: bool = True,
+        additional_forward_args: Any = None,
+    ) -> ConceptExplanation:
+        """What, where and how much together, for each image its own concepts.
+
+        Args:
+            inputs: images.
+            target: the class whose probability contributions refer to; None: each example's predicted class.
+            concepts: explain just these (names or indices), in this order; ``top_k`` is then ignored.
+            top_k: how many concepts per image, those of its highest scores; None: all T.
+            rank_by: ``"scores"``, or ``"contributions"`` (by magnitude; computes those of all T concepts).
+            contributions: False leaves the ablations of the classifier out: what and where alone.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+
+        Returns:
+            Scores of all concepts that any image selected; maps (equal to :meth:`concept_maps`) and contributions of
+            each image's own, at the cost of ``top_k`` concepts per image. ``layer`` names where they come from.
+        """
+        one_of("rank_by", rank_by, RANKINGS)
+        if rank_by == "contributions" and not contributions and concepts is None:
+            raise InputError("rank_by='contributions' needs them; leave contributions=True, or use rank_by='scores'")
+        names = self._names()
+        setup = self._setup()
+        batch = len(check_images(inputs)[0])
+        choose = functools.partial(Selection.choose, names, concepts=concepts, top_k=top_k, rank_by=rank_by)
+        found: dict[str, list[Any]] = {}
+        with gradients_enabled():
+            for rows, part in setup.passes(inputs, additional_forward_args):
+                logits = part.logits()
+                more = {"scores": part.bank.probability(logits), "ranking": part.bank.probability(logits)}
+                presence = self._presence(logits)
+                if presence is not None:
+                    more["presence"] = presence
+                if contributions:
+                    more["target"] = part.classes(target, rows, batch)
+                    more["target_probability"] = part.class_probability(more["target"])
+                if rank_by == "contributions" and concepts is None:
+                    everything = torch.arange(len(names)).expand(len(logits), -1)
+                    _, choice, channels = part.explained(everything, contributions=True, maps=False)
+                    more["ranking"] = part.contributions(choice, channels, more["target"])[0]
+                index = choose(more["ranking"]).index
+                more["maps"], more["choice"], channels = part.explained(index, contributions=contributions)
+                if contributions:
+                    more["contributions"] = part.contributions(more["choice"], channels, more["target"])[0]
+                for key, value in more.items():
+                    found.setdefault(key, []).append(value.detach())
+        whole = {key: torch.cat(values) for key, values in found.items()}
+        device = whole["scores"].device
+        selection = choose(whole["ranking"])
+        return ConceptExplanation(
+            [names[column] for column in selection.columns],
+            whole["scores"][:, selection.columns],
+            selection.spread(whole["maps"]).to(device),
+            selection.spread(whole["contributions"]).to(device) if contributions else None,
+            whole["target"].to(device) if contributions else None,
+            self._layer_names(setup, selection, whole["choice"]),
+            self.get_name(),
+            presence=whole["presence"][:, selection.columns] if "presence" in whole else None,
+            selected=selection.selected.to(device),
+            target_probability=whole["target_probability"].to(device) if contributions else None,
+            score_unit="probability",
+            contribution_unit="relative drop of the class probability" if contributions else "",
+            rank_by=selection.rank_by,
+        )
+
+    # ------------------------------------------------------------ fit, words, options, files
+
+    @_of_an_instance
+    def fit(
+        self,
+        images: Any,
+        encoder: Any,
+        concepts: Sequence[str] | Vocabulary | None = None,
+        *,
+        training: Training | Mapping[str, Any] | None = None,
+        crops: int = 4,
+        seed: int = 0,
+        similarity_weight: float = 1e-3,
+        hidden: Sequence[int] | None = None,
+        image_size: Any = None,
+        model_transform: Callable[[Tensor], Tensor] | None = None,
+        encoder_transform: Callable[[Tensor], Tensor] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        memory_budget: int = 2**30,
+        show_progress: bool = False,
+    ) -> Self:
+        """Train a translator from the classifier to ``encoder``, without labels.
+
+        Args:
+            images: whatever :func:`~captum_concepts.images.open_images` reads: a tensor ``(n, 3, H, W)``, a folder, a
+                Dataset, a DataLoader. Float tensors are what the classifier takes; files, PIL images and integer
+                arrays are read in [0, 1] and normalized for the classifier as the library it comes from says.
+            encoder: any object with ``encode_image(images) -> (N, D)``, ``encode_text(list) -> (T, D)``,
+                ``logit_scale`` and ``logit_bias``, and perhaps ``link`` (``"softmax"`` or ``"sigmoid"``).
+            concepts: words that the similarity loss uses and the map starts with (a Vocabulary is encoded in its
+                templates). None: those of the constructor, or none: :meth:`with_concepts` adds them later.
+            training: see :class:`~captum_concepts.models.Training`: ``optimizer``, ``epochs``, ``batch_size``, ``lr``.
+            crops: random crops of each image that are further training images. Classifier and encoder run on them too,
+                so a fit costs 1 + ``crops`` times as much; they also tell how sure the encoder is (:meth:`presence`).
+            seed: of crops, split, initial weights and order.
+            similarity_weight: of the similarity loss, for embeddings that are 10 long as CLIP's are (balanced alike for
+                others, see :func:`~captum_concepts.models.fit_translator`); 0 leaves it out.
+            hidden: of the translator, see :class:`ConceptTranslator`.
+            image_size: of files and PIL images; None: the classifier's own if that is known, else 224.
+            model_transform, encoder_transform: applied to each batch of images for the classifier, for the encoder.
+            cache_dir: keep activations and embeddings there; a killed run resumes, another fit reuses them. A cache of
+                another model, encoder, layer, layout, transform or other images is refused.
+            memory_budget: bytes of cached rows above which they go to disk.
+            show_progress: progress bars.
+
+        Under ``torchrun`` every process reads its part of the images, and all take the same steps.
+
+        Returns:
+            This map, fitted.
+
+        Raises:
+            InputError: no images, an unknown option, or a word the encoder does not know (named); before training.
+            ArtifactError: a foreign cache.
+
+        Warns:
+            ConvergenceWarning: the loss became NaN, and the best weights so far are kept; or the translator agrees with
+                the encoder no better than chance.
+        """
+        options = Training.of(training)
+        self._check()
+        layers = self._layers()
+        number("similarity_weight", similarity_weight, lambda v: v >= 0, "0 or more")
+        integer("crops", crops, least=0)
+        concepts = self.concepts if concepts is None else concepts
+        check_encoder(encoder, words=concepts is not None)
+        names, text = (None, None) if concepts is None else encode(concepts, encoder)
+        asked: dict[str, Any] = {
+            "logit_scale": float(getattr(encoder, "logit_scale", 100.0)),
+            "logit_bias": float(getattr(encoder, "logit_bias", 0.0) or 0.0),
+            "link": link_of(encoder),
+        }
+        own = {name: value for name, value in asked.items() if name in self._of_encoder}
+        fitted = train(
+            layers,
+            encoder,
+            images,
+            text,
+            training=options,
+            crops=crops,
+            seed=seed,
+            logit_scale=float({"logit_scale": self.logit_scale, **own}["logit_scale"]),
+            similarity_weight=similarity_weight,
+            hidden=hidden,
+            batch_size=self.batch_size,
+            image_size=image_size,
+            model_transform=model_transform,
+            encoder_transform=encoder_transform,
+            cache_dir=cache_dir,
+            memory_budget=memory_budget,
+            show_progress=show_progress,
+        )
+        self.translator, self.history_, self.held_out_ = fitted.translator, fitted.history, fitted.held_out
+        self.concepts, self.text_embeddings, self.presence_ = names, text, None
+        for name, value in own.items():
+            setattr(self, name, value)
+        if names is not None:
+            self._warn_of_words()
+        return self
+
+    def with_concepts(self, concepts: Sequence[str] | Vocabulary, encoder: Any) -> Self:
+        """A copy with other words, without training.
+
+        Args:
+            concepts: unique names, or a Vocabulary, which is encoded in its templates; the encoder may know any text.
+            encoder: the one the translator was fitted to.
+
+        Raises:
+            InputError: a word the encoder does not know (named), an empty or duplicate list, another width.
+        """
+        check_encoder(encoder, words=True)
+        names, text = encode(concepts, encoder)
+        made = self._copy(names, text, {})
+        made._warn_of_words()
+        return made
+
+    def with_options(self, **changed: Any) -> Self:
+        """A copy with other options of the constructor, such as ``map_layer`` or ``gradient``.
+
+        Raises:
+            InputError: an unknown option, or a value that is not allowed.
+        """
+        _refuse({name: value for name, value in changed.items() if name not in _OPTIONS})
+        return self._copy(self.concepts, self.text_embeddings, changed)
+
+    def calibrate(self, images: Any, labels: Any) -> Self:
+        """Fit :meth:`presence` to your own labels instead of the encoder's verdicts, in place.
+
+        Args:
+            images: what the classifier takes, ``(N, C, H, W)``; some hundred, not among the training images.
+            labels: which concepts are in which image: ``(N, T)`` of 0 and 1 (NaN: unknown), or N lists of names.
+
+        Returns:
+            This map.
+        """
+        batch = len(check_images(images)[0])
+        table = presence_table(labels, self._names(), batch)
+        trust = self._trust()
+        values = odds(trust.bank.to(torch.zeros(())), self.logits(images).float().cpu())
+        known = ~table.isnan()
+        seen = int(known.any(1).sum())
+        self.presence_ = Curve.fit(values[known], table[known], seen, f"{seen} labeled images")
+        return self
+
+    def presence(self, inputs: Inputs, *, additional_forward_args: Any = None) -> Tensor | None:
+        """``(N, T)`` *how sure*: probability that each concept is there; None if nothing was measured.
+
+        From the encoder's own verdicts on held-out images of :meth:`fit`, on each image and on crops of it, or from
+        labels (:meth:`calibrate`). It never says more than was right there.
+        """
+        return self._presence(self.logits(inputs, additional_forward_args=additional_forward_args))
+
+    @property
+    def reliability_(self) -> Tensor | None:
+        """``(T, 3)``: correlation of each concept's logit with the encoder's on held-out images, and its 95 % interval.
+
+        None if the translator was not fitted here.
+        """
+        return self._trust().reliability
+
+    @property
+    def trust(self) -> str:
+        """One sentence on how far to believe the scores."""
+        if self.presence_ is not None:
+            return f"{self._trust().sentence()}; presence from {self.presence_.source}"
+        return self._trust().sentence() if self.concepts is not None else "not measured: there are no concepts yet"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write translator, words, options and what is known about them into one safetensors file, atomically."""
+        return file.save(path, self, {name: getattr(self, name) for name in _OPTIONS})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        forward_func: Callable[..., Any],
+        layers: Sequence[Layer] | None = None,
+    ) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            forward_func: the same classifier.
+            layers: only if the saved names do not lead to them (modules of a plain function).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: broken, or saved for another classifier or other layers.
+        """
+        with file.load(path, forward_func, layers) as saved:
+            made = cls(forward_func, *saved.arguments, **saved.options)
+            made.history_, made.held_out_, made.presence_ = saved.history, saved.held_out, saved.presence
+            made._of_encoder = saved.of_encoder
+        return made
+
+    def __repr__(self) -> str:
+        layers = [layer if isinstance(layer, str) else type(layer).__name__ for layer in self.layers]
+        model = type(getattr(self.forward_func, "__self__", self.forward_func)).__name__
+        names = None if self.concepts is None else list(self.concepts)
+        words = "no concepts yet" if names is None else f"{len(names)} concepts: {', '.join(names[:5])}"
+        more = ", ..." if names is not None and len(names) > 5 else ""
+        fitted = "" if self.translator is not None else ", not fitted"
+        return (
+            f"ConceptFusionMap({model}, layers {', '.join(layers)}, map_layer={self.map_layer!r}{fitted})\n"
+            f"  {words}{more}\n  trust: {self.trust}"
+        )
+
+    # ------------------------------------------------------------ what a call works with
+
+    @property
+    def layer(self) -> Sequence[Layer]:
+        """What Captum's wrappers read and assign: ``layers``."""
+        return self.layers
+
+    @layer.setter
+    def layer(self, value: Any) -> None:
+        if isinstance(value, int) or (isinstance(value, str) and value in MAP_LAYERS):
+            raise InputError(f"layer={value!r} is called map_layer={value!r} now")
+        if isinstance(value, (str, nn.Module)) or not len(value):
+            hint = f"; pass [{value!r}]" if isinstance(value, str) and value else ""
+            raise InputError(f"layers must be a non-empty list of modules or names, got {value!r}{hint}")
+        self.layers = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _RENAMED:
+            raise AttributeError(f"ConceptFusionMap.{name} is called {_RENAMED[name]} now")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _check(self) -> None:
+        """Refuse options and words that cannot be meant."""
+        if isinstance(self.map_layer, (str, bool)):
+            one_of("map_layer", self.map_layer, MAP_LAYERS, f"or an index from 0 to {len(self.layers) - 1}")
+        else:
+            integer("map_layer", self.map_layer, least=-len(self.layers), most=len(self.layers) - 1)
+        one_of("link", self.link, (None, *LINKS))
+        one_of("gradient", self.gradient, GRADIENTS)
+        one_of("fill", self.fill, ablation.FILLS)
+        one_of("class_probability", self.class_probability, ablation.CLASS_PROBABILITIES)
+        integer("n_channels", self.n_channels)
+        integer("batch_size", self.batch_size)
+        if self.channel_share is not None:
+            number("channel_share", self.channel_share, lambda v: 0 < v <= 1, "in (0, 1], or None")
+        if self.logit_scale is not None:
+            number("logit_scale", self.logit_scale, lambda v: v > 0, "positive")
+        if self.logit_bias is not None:
+            number("logit_bias", self.logit_bias, lambda _: True, "a finite number")
+        text = self.text_embeddings
+        if self.translator is None and text is None and self.concepts is not None:
+            unique_names(self.concepts, "concept")  # fit encodes them
+        else:
+            check_words(self.concepts, text, getattr(self.translator, "embedding_dim", None))
+
+    def _layers(self) -> Layers:
+        layers = Layers.resolve(
+            self.forward_func, list(self.layers), layout=self.layout, prefix_tokens=self.prefix_tokens
+        )
+        if len(set(layers.modules)) != len(layers):
+            raise InputError("each layer may be given once; layers names one of them twice")
+        return layers
+
+    def _names(self) -> list[str]:
+        if self.translator is None:
+            raise NotFittedError("this map has no translator yet; call fit(images, encoder, concepts)")
+        if self.concepts is None:
+            raise NotFittedError("there are no concepts yet; use with_concepts(concepts, encoder)")
+        return list(self.concepts)
+
+    def _trust(self) -> Trust:
+        """The words and what is known about them; computed once for the same words."""
+        names = tuple(self._names())
+        text, held_out = self.text_embeddings, self.held_out_
+        scale = 100.0 if self.logit_scale is None else float(self.logit_scale)
+        bias = 0.0 if self.logit_bias is None else float(self.logit_bias)
+        link = self.link or "softmax"
+        key = (names, text, held_out if self.calibrated else None, scale, bias, link)
+        if self._known is None or any(
+            one is not other and (isinstance(one, (Tensor, HeldOut)) or one != other)
+            for one, other in zip(self._known[0], key, strict=True)
+        ):
+            assert text is not None
+            unit = F.normalize(text.detach(), dim=1)
+            bank = TextBank(names, unit, torch.full((len(names),), bias).to(unit), scale, link)
+            self._known = (key, judge(bank, key[2]))
+        return self._known[1]
+
+    def _bank(self) -> TextBank:
+        return self._trust().bank
+
+    def _setup(self) -> Setup:
+        self._check()
+        trust = self._trust()
+        count = len(self.layers)
+        assert self.translator is not None
+        share = ablation.SHARE if self.n_channels == ablation.PUBLISHED else 1.0
+        return Setup(
+            self._layers(),
+            self.translator,
+            trust.bank,
+            self.map_layer % count if isinstance(self.map_layer, int) else None,
+            self.map_layer == "fused",
+            self.gradient == "branch",
+            self.n_channels,
+            share if self.channel_share is None else self.channel_share,
+            self.fill,
+            self.class_probability,
+            self.batch_size,
+        )
+
+    def _maps(self, inputs: Inputs, index: Tensor, extra: Any, of_input: bool = False) -> Tensor:
+        with gradients_enabled():
+            parts = [part.maps(index[rows]) for rows, part in self._setup().passes(inputs, extra, of_input)]
+        return torch.cat(parts).detach().contiguous()
+
+    def _presence(self, logits: Tensor) -> Tensor | None:
+        trust = self._trust()
+        curve = trust.presence if self.presence_ is None else self.presence_
+        return None if curve is None else curve(odds(trust.bank.to(logits), logits))
+
+    def _layer_names(self, setup: Setup, selection: Selection, choice: Tensor) -> Any:
+        """Where each map comes from; nothing for concepts that an image did not select."""
+        if setup.fused:
+            return "fused"
+        if setup.fixed is not None:
+            return setup.layers.names[setup.fixed]
+        numbers = selection.spread(choice.float()).tolist()
+        return tuple(tuple("" if n != n else setup.layers.names[int(n)] for n in row) for row in numbers)
+
+    def _copy(self, concepts: Any, text: Tensor | None, changed: Mapping[str, Any]) -> Self:
+        options = {name: getattr(self, name) for name in _OPTIONS} | dict(changed)
+        made = type(self)(self.forward_func, self.layers, self.translator, concepts, text, **options)
+        made.history_, made.held_out_, made.presence_ = self.history_, self.held_out_, self.presence_
+        made._of_encoder = {name for name in self._of_encoder if name not in changed}
+        return made
+
+    def _warn_of_words(self) -> None:
+        if self._trust().no_better_than_chance:
+            warnings.warn(
+                f"the translator does not know these words: {self._trust().sentence()}. Do not believe their scores; "
+                "fit on more images, of the kind that show them",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+
+
+_OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(ConceptFusionMap.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    """Raise for options that are unknown or have another name now."""
+    for name in options:
+        if name in _RENAMED:
+            raise InputError(f"ConceptFusionMap: {name}= is called {_RENAMED[name]} now")
+        raise InputError(f"ConceptFusionMap has no option {name!r}.{did_you_mean(name, _OPTIONS)}")

@@ -1,0 +1,7 @@
+"""The translator of CE-FAM: the network, its training pairs, its training."""
+
+from captum_concepts.models.concept_translator.data import TrainingPairs, collect_pairs
+from captum_concepts.models.concept_translator.fit import FitResult, Training, fit_translator
+from captum_concepts.models.concept_translator.network import ConceptTranslator
+
+__all__ = ["ConceptTranslator", "FitResult", "Training", "TrainingPairs", "collect_pairs", "fit_translator"]

@@ -1,0 +1,316 @@
+"""The training pairs of a translator, collected once: pooled activations and VLM embeddings of every image."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_concepts import images as reader
+from captum_concepts._checks import integer
+from captum_concepts.activations import Layers, evaluation_mode, find_model
+from captum_concepts.errors import InputError
+from captum_concepts.store.manifest import fingerprint_callable
+from captum_concepts.store.shards import ShardReader, ShardWriter
+
+_SHARD_ROWS = 512  # what a killed run loses at most
+_PROBES = 4  # images by whose transformed pixels a transform is recognized
+#: Random crops: fraction of the image's area, and the largest ratio of its sides.
+_AREA, _ASPECT = (0.1, 0.7), 2**0.5
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class TrainingPairs:
+    """Rows ``(z, e)``: concatenated pooled activations and image embeddings, in memory or memory-mapped.
+
+    Args:
+        parts: one or more sources of rows, read as if joined.
+        in_channels: channels of each layer; z is as wide as their sum.
+        views: rows per image, one after another: the whole image, then its crops.
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[Tensor, Tensor] | ShardReader], in_channels: Sequence[int], *, views: int = 1
+    ) -> None:
+        self.parts = list(parts)
+        self.in_channels = tuple(in_channels)
+        self.views = views
+        sizes = [len(part) if isinstance(part, ShardReader) else len(part[0]) for part in self.parts]
+        self._starts = np.cumsum([0, *sizes])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def images(self) -> int:
+        """The number of images."""
+        return len(self) // self.views
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.rows([0])[1].shape[1]
+
+    def rows_of(self, images: Tensor, *, crops: bool = True) -> Tensor:
+        """Numbers of the rows of these images, all or the whole images alone."""
+        first = images * self.views
+        return (first.unsqueeze(1) + torch.arange(self.views)).flatten() if crops else first
+
+    def rows(self, index: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """``(z, e)`` at ``index``, in that order, fp32."""
+        wanted = np.asarray(index, dtype=np.int64)
+        which = np.searchsorted(self._starts, wanted, side="right") - 1
+        order, z, e = [], [], []
+        for number in np.unique(which):
+            part, place = self.parts[number], np.flatnonzero(which == number)
+            local = wanted[place] - self._starts[number]
+            order.append(torch.from_numpy(place))
+            if isinstance(part, ShardReader):
+                z.append(part.rows("pooled", local))
+                e.append(part.rows("embedding", local))
+            else:
+                z.append(part[0][torch.from_numpy(local)])
+                e.append(part[1][torch.from_numpy(local)])
+        if len(order) == 1:
+            return z[0].float(), e[0].float()
+        back = torch.cat(order).argsort()
+        return torch.cat(z)[back].float(), torch.cat(e)[back].float()
+
+
+def world() -> tuple[int, int]:
+    """``(rank, number of processes)``; ``(0, 1)`` outside ``torch.distributed``."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def collect_pairs(
+    layers: Layers,
+    encoder: Any,
+    images: Any,
+    *,
+    crops: int = 0,
+    seed: int = 0,
+    batch_size: int = 32,
+    image_size: Any = None,
+    model_transform: Transform | None = None,
+    encoder_transform: Transform | None = None,
+    cache_dir: str | Path | None = None,
+    memory_budget: int = 2**30,
+    show_progress: bool = False,
+) -> TrainingPairs:
+    """Run classifier and encoder once over all images and keep pooled activations and embeddings.
+
+    Args:
+        layers: of the classifier.
+        encoder: with ``encode_image(images) -> (N, D)``.
+        images: see :meth:`ConceptFusionMap.fit <captum_concepts.ConceptFusionMap.fit>`.
+        crops: random crops per image, as further rows.
+        seed: of the crops; those of an image depend on nothing else.
+        batch_size: images and crops per forward pass.
+        image_size, model_transform, encoder_transform: see there.
+        cache_dir: keep the rows there, and resume with the rows of an earlier run there.
+        memory_budget: bytes of rows above which they go to disk even without ``cache_dir`` (to a temporary folder).
+
+    Raises:
+        InputError: there is no image.
+        ArtifactError: ``cache_dir`` contains rows of another model, encoder, layer, layout, transform or crops, or of
+            other images.
+    """
+    views = 1 + integer("crops", crops, least=0)
+    source, model_transform = _opened(layers, images, image_size, model_transform)
+    rank, size = world()
+    first, count = 0, None if source.streamed else len(source)
+    if size > 1:
+        if count is None:
+            raise InputError("a stream of images cannot be shared by several processes; pass a data set with a length")
+        first, last = rank * count // size, (rank + 1) * count // size
+        count = last - first
+        whole, source = source, source.select(range(first, last))
+    read = _Pairs(layers, encoder, model_transform, encoder_transform, views, seed, first)
+    writer: ShardWriter | None = None
+    folder: Path | None = None
+    rows = max(1, _SHARD_ROWS // views) * views
+    if cache_dir is not None:
+        folder = Path(cache_dir) / (f"part-{rank:03d}-of-{size:03d}" if size > 1 else "")
+        writer = ShardWriter(folder, read.origin(source if size == 1 else whole), shard_rows=rows)
+    done = writer.rows // views if writer is not None else 0
+    kept: list[tuple[Tensor, Tensor]] = []
+    held = 0
+    channels: tuple[int, ...] = tuple(writer.info.get("in_channels", ())) if writer is not None else ()
+    if writer is None or not writer.complete:
+        for z, e, channels in _progress(read(source, done, batch_size), count, show_progress):
+            held += (z.numel() + e.numel()) * 4
+            if writer is None and held > memory_budget:
+                folder = Path(_temporary())
+                writer = ShardWriter(folder, {}, shard_rows=rows)
+                for old in kept:
+                    writer.append({"pooled": old[0], "embedding": old[1]})
+                kept = []
+            if writer is None:
+                kept.append((z, e))
+            else:
+                writer.info["in_channels"] = list(channels)
+                writer.append({"pooled": z, "embedding": e})
+    if writer is not None and folder is not None:
+        writer.finish()
+        parts: list[Any] = [ShardReader(folder)] if writer.rows else []
+    else:
+        parts = [(torch.cat([z for z, _ in kept]), torch.cat([e for _, e in kept]))] if kept else []
+    if size > 1:
+        gathered: list[Any] = [None] * size
+        torch.distributed.all_gather_object(gathered, (folder if cache_dir else None, parts, channels))
+        parts = [
+            ShardReader(place) if place is not None else part
+            for place, mine, _ in gathered
+            for part in (mine or [None])
+            if place is not None or part is not None
+        ]
+        channels = next((c for _, _, c in gathered if c), ())
+    if not parts or not channels:
+        raise InputError("there is no image to fit a translator on")
+    return TrainingPairs(parts, channels, views=views)
+
+
+def _opened(
+    layers: Layers, images: Any, image_size: Any, model_transform: Transform | None
+) -> tuple[reader.ImageSource, Transform | None]:
+    """The images in [0, 1] (float tensors as they are), and what turns them into the classifier's inputs."""
+    prepared = _is_prepared(images)
+    known = None if prepared or model_transform is not None else reader.preprocessing_of(layers.model)
+    mode = {1: "L", 3: "RGB", None: "RGB"}.get(reader.input_channels(layers.model), "any")
+    size = image_size or (known.size if known is not None else None) or 224
+    source = reader.open_images(
+        images, size=size, mode=mode, labels=False, preprocessing=known, normalize=reader.Preprocessing(None)
+    )
+    return source, model_transform or known
+
+
+def _is_prepared(images: Any) -> bool:
+    """Whether the images are float tensors, which are what the classifier wants to see already."""
+    if isinstance(images, Tensor):
+        return images.is_floating_point()
+    if isinstance(images, (str, Path)) or not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
+        loader = getattr(images, "dataset", None)
+        return _is_prepared(loader) if loader is not None else not isinstance(images, (str, Path))
+    item = images[0] if len(images) else None
+    if isinstance(item, dict):
+        item = next((item[key] for key in reader.IMAGE_KEYS if key in item), None)
+    while isinstance(item, (tuple, list)) and len(item):
+        item = item[0]
+    return isinstance(item, Tensor) and item.is_floating_point()
+
+
+class _Pairs:
+    """Batches of rows of the images of a source."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        encoder: Any,
+        model_transform: Transform | None,
+        encoder_transform: Transform | None,
+        views: int,
+        seed: int,
+        first: int,
+    ) -> None:
+        self.layers, self.encoder, self.views, self.seed, self.first = layers, encoder, views, seed, first
+        self.model_transform, self.encoder_transform = model_transform, encoder_transform
+        parameter = next(layers.model.parameters(), None) if layers.model is not None else None
+        self.device = None if parameter is None else parameter.device
+
+    def origin(self, source: reader.ImageSource) -> dict[str, Any]:
+        """What rows in a cache must have been computed from."""
+        if source.streamed:
+            raise InputError("a stream of images has no fingerprint, so it cannot have a cache_dir; pass a data set")
+        places = sorted({round(i * (len(source) - 1) / (_PROBES - 1)) for i in range(_PROBES)}) if len(source) else []
+        probes = [source[i] for i in places]
+        return {
+            "model": fingerprint_callable(self.layers.forward_func),
+            "layers": list(self.layers.names),
+            "layout": f"{self.layers.layout}, prefix_tokens={self.layers.prefix_tokens}",
+            "encoder": fingerprint_callable(self.encoder.encode_image),
+            "images": reader.fingerprint(source),
+            "model_transform": _effect(self.model_transform, probes),
+            "encoder_transform": _effect(self.encoder_transform, probes),
+            "crops": f"{self.views - 1}, seed {self.seed}" if self.views > 1 else "0",
+        }
+
+    def __call__(
+        self, source: reader.ImageSource, done: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]:
+        """``(z, e, in_channels)`` of the images from number ``done`` on."""
+        number = self.first + done
+        left = source.select(range(done, len(source))) if done else source
+        for batch in reader.batches(left, max(1, batch_size // self.views)):
+            yield self._pair(self._with_crops(batch.images, number))
+            number += len(batch)
+
+    def _with_crops(self, images: Tensor, number: int) -> Tensor:
+        if self.views == 1:
+            return images
+        rows = []
+        for i, image in enumerate(images):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number + i)
+            rows += [image, *random_crops(image, self.views - 1, generator)]
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def _pair(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        images = images if self.device is None else images.to(self.device)
+        seen = self.layers.run(images if self.model_transform is None else self.model_transform(images))
+        pooled = [maps.float().mean((2, 3)).cpu() for maps in seen.maps]
+        encode = self.encoder.encode_image
+        with evaluation_mode(find_model(self.encoder) or find_model(encode)):
+            e = encode(images if self.encoder_transform is None else self.encoder_transform(images))
+        if not isinstance(e, Tensor) or e.ndim != 2 or len(e) != len(images):
+            found = tuple(e.shape) if isinstance(e, Tensor) else type(e).__name__
+            raise InputError(f"encoder.encode_image must return (N, D) for {len(images)} images, got {found}")
+        return torch.cat(pooled, 1), e.detach().float().cpu(), tuple(p.shape[1] for p in pooled)
+
+
+def random_crops(image: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
+    """``count`` random parts of an image ``(C, H, W)``, each resized to its size."""
+    height, width = image.shape[-2:]
+    crops = []
+    for _ in range(count):
+        draws = torch.rand(4, generator=generator).tolist()
+        area = _AREA[0] + draws[0] * (_AREA[1] - _AREA[0])
+        aspect = _ASPECT ** (2 * draws[1] - 1)
+        h = min(height, max(1, round(height * (area * aspect) ** 0.5)))
+        w = min(width, max(1, round(width * (area / aspect) ** 0.5)))
+        top, left = int(draws[2] * (height - h + 1)), int(draws[3] * (width - w + 1))
+        part = image[None, :, top : top + h, left : left + w]
+        crops.append(F.interpolate(part, (height, width), mode="bilinear", align_corners=False, antialias=True)[0])
+    return crops
+
+
+def _effect(transform: Transform | None, probes: Sequence[Tensor]) -> str:
+    """What a transform does to some images: its name would not tell two lambdas apart."""
+    if transform is None:
+        return "none"
+    return "".join(reader.digest(transform(probe.unsqueeze(0)), 4).hex() for probe in probes)
+
+
+def _temporary() -> str:
+    # Deleted when the process ends: readers keep memory maps of the files until then.
+    folder = tempfile.mkdtemp(prefix="captum_concepts-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _progress(batches: Iterable[Any], count: int | None, show: bool) -> Iterable[Any]:
+    if not show:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc=f"activations and embeddings of {'the' if count is None else f'{count:,}'} images")
