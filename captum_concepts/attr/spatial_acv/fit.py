@@ -18,7 +18,13 @@ from captum_concepts.attr.spatial_acv.classifier import Trainer, captum_trainer,
 from captum_concepts.attr.spatial_acv.presence import PresenceCurve, evidence, presence_curve
 from captum_concepts.attr.spatial_acv.problem import LABEL_CONCEPT, LABEL_NEGATIVE, Problem, make_problem, mean_by_image
 from captum_concepts.attr.spatial_acv.rows import GuidanceRows, gather, merge
-from captum_concepts.attr.spatial_acv.statistics import balanced_accuracy, encoding_p_value, holm, refitted_error
+from captum_concepts.attr.spatial_acv.statistics import (
+    balanced_accuracy,
+    encoding_p_value,
+    holm,
+    null_directions,
+    refitted_error,
+)
 from captum_concepts.errors import InputError, listing
 from captum_concepts.images import ImageSource, batches
 
@@ -60,6 +66,7 @@ class FittedVectors:
         presence_slopes, presence_intercepts: ``(K,)`` of :class:`PresenceCurve`; None in files of earlier versions.
         reliability: ``(K, 3)`` of :class:`PresenceCurve`.
         presence_source: what presence was calibrated on, in words.
+        null_vectors: ``(K, 2 R, C)`` of :func:`null_directions`; None without random sets.
     """
 
     names: tuple[str, ...]
@@ -76,6 +83,7 @@ class FittedVectors:
     presence_intercepts: Tensor | None = None
     reliability: Tensor | None = None
     presence_source: str = ""
+    null_vectors: Tensor | None = None
 
     @property
     def significant(self) -> Tensor | None:
@@ -198,7 +206,7 @@ def fit_vectors(
         def rows_of(some: dict[str, ImageSource], budget: int) -> GuidanceRows:
             return gather(_read(some, batch_size, images_seen.update), run, budget, options.seed)
 
-        fitted, p_values, counts = [], [], {}
+        fitted, p_values, null, counts = [], [], [], {}
         for name, rows, bank in _pairs(sets, others, rows_of, options.max_rows):
             against = _without(bank, name, rows, others is None)
             problem = make_problem(rows, against, name, options.folds, options.seed)
@@ -206,6 +214,7 @@ def fit_vectors(
             fitted.append(fit_concept(problem, train, options.lam if classifier is None else None, options.seed))
             if options.n_random:
                 p_values.append(encoding_p_value(problem, options.n_random, options.seed))
+                null.append(null_directions(problem, options.n_random, options.lam, options.seed))
             concepts_fitted.update()
     numbers = {
         "slopes": [f.slope for f in fitted],
@@ -224,6 +233,7 @@ def fit_vectors(
         rows=counts,
         of_input=bool(options.attribute_to_layer_input),
         presence_source="held-out examples",
+        null_vectors=torch.stack(null) if null else None,
         **{name: torch.tensor(values, dtype=torch.float32) for name, values in numbers.items()},
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, log_usage, select_output
-from captum_concepts._checks import integer, name_positions, one_of
+from captum_concepts._checks import integer, name_positions, one_of, take_rows
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -37,17 +38,25 @@ from captum_concepts.activations import (
     gradients_enabled,
     unwrap,
 )
-from captum_concepts.attr.batches import as_inputs, each_batch, image_names, opened
+from captum_concepts.activations.survey import followed_by_linear, suggest_layer
+from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, opened
 from captum_concepts.attr.origin import check_origin, origin
+from captum_concepts.attr.spatial_acv.evidence import (
+    ALPHA as EVIDENCE_ALPHA,
+    LEAST_SHARE,
+    ConceptEvidence,
+    effects_of,
+    explained_index,
+)
 from captum_concepts.attr.spatial_acv.fit import FitOptions, FittedVectors, fit_vectors
 from captum_concepts.attr.spatial_acv.sweep import LayerSweep, sweep
-from captum_concepts.errors import InputError, LayerError, NotFittedError, listing
+from captum_concepts.errors import InputError, InputWarning, LayerError, NotFittedError, listing
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
 from captum_concepts.solvers import fit_calibration, truth_table
 
 _FORMAT = "captum_concepts.SpatialACV/2"
 _SETTINGS = ("layout", "prefix_tokens", "batch_size")
-_PRESENCE = ("presence_slopes", "presence_intercepts", "reliability")
+_PRESENCE = ("presence_slopes", "presence_intercepts", "reliability", "null_vectors")
 _TENSORS = ("vectors", "slopes", "intercepts", "accuracies", "intervals", "contrasts", "p_values", *_PRESENCE)
 _INFO = table({
     "names": list_of(text(), least=1),
@@ -60,13 +69,14 @@ _INFO = table({
     }),
 }, {"presence": text()})  # fmt: skip
 _ARRAYS = {
-    "vectors": Array("float", ("K", None)),
+    "vectors": Array("float", ("K", "C")),
     **{name: Array("float", ("K",)) for name in ("slopes", "intercepts", "accuracies", "contrasts")},
     "intervals": Array("float", ("K", 2)),
     "p_values": Array("float", ("K",), optional=True),
     "presence_slopes": Array("float", ("K",), optional=True),
     "presence_intercepts": Array("float", ("K",), optional=True),
     "reliability": Array("float", ("K", 3), optional=True),
+    "null_vectors": Array("float", ("K", None, "C"), optional=True),
 }
 #: Names of earlier versions and what they are now.
 _RENAMED = {
@@ -144,6 +154,7 @@ class SpatialACV(LayerAttribution):
         self.prefix_tokens = prefix_tokens
         self.batch_size = integer("batch_size", batch_size)
         self._fitted: FittedVectors | None = None
+        self._linear: str | None = None  # what to do if only linear operations follow; None: not known, '': they do not
         self._layers()  # an unknown layer is refused now
 
     @classmethod
@@ -389,6 +400,9 @@ class SpatialACV(LayerAttribution):
                 f"{fitted.of_input}; fit again with what you want to explain"
             )
 
+        inputs = as_inputs(inputs, layers.model)
+        self._warn_if_linear(inputs, additional_forward_args)
+
         def sensitivity(part: Inputs, extra: Any, goal: Any) -> Tensor:
             _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=False)
             return _project(gradient, fitted)
@@ -408,6 +422,8 @@ class SpatialACV(LayerAttribution):
         """
         fitted, layers = self._need_fit(), self._layers()
         columns = name_positions(concepts, fitted.names)
+        inputs = as_inputs(inputs, layers.model)
+        self._warn_if_linear(inputs, additional_forward_args)
 
         def sums(part: Inputs, extra: Any, goal: Any) -> Tensor:
             _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=True)
@@ -464,6 +480,48 @@ class SpatialACV(LayerAttribution):
         total = self.contributions(inputs, target, additional_forward_args=additional_forward_args)
         return {"sign_count": (total > 0).to(total.dtype).mean(0), "magnitude": total.mean(0)}
 
+    def evidence(
+        self, inputs: Any, target: Any = None, *, steps: int = 5, additional_forward_args: Any = None
+    ) -> ConceptEvidence:
+        r"""Is it the stripes? Which concepts an output would lose its margin without.
+
+        Wherever the layer encodes a concept, its projection is lowered to the classifier's threshold, and the loss of
+        margin (the target output minus the mean of the other outputs) is the concept's *effect*. A contribution says
+        what more of a concept would do; an effect says what the concept that is there does.
+
+        A concept *decides* if it carries at least a tenth of the margin; if no other concept's vector, put in its
+        place at the same positions, would do as much; and if the effect is larger than that of directions that
+        separate something else at this layer (p < 0.05): permuted labels, and random halves of the other images.
+        The last needs ``fit(n_random=20)``; without it, nothing decides.
+
+        Args:
+            inputs: images.
+            target: the output; None takes each example's highest output.
+            steps: of the integral along which concepts are removed; each costs one pass per image and concept.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+        """
+        fitted, layers = self._need_fit(), self._layers()
+        steps = integer("steps", steps)
+        at_once = max(1, self.batch_size // (steps * len(fitted.names)))
+
+        def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
+            return effects_of(layers, fitted, images, extra, goal, steps)
+
+        inputs = as_inputs(inputs, layers.model)
+        parts = each_batch(part, inputs, additional_forward_args, target, at_once, layers.model)
+        margins, effects, p_values, others, *index = (torch.cat(column) for column in zip(*parts, strict=True))
+        shares = effects / margins.abs().clamp_min(1e-12)[:, None]
+        decides = (shares >= LEAST_SHARE) & (p_values < EVIDENCE_ALPHA) & (effects > others)
+        return ConceptEvidence(
+            list(fitted.names),
+            index[0] if index else None,
+            margins,
+            effects,
+            shares,
+            p_values if fitted.null_vectors is not None else None,
+            decides,
+        )
+
     def explain(
         self,
         inputs: Any,
@@ -495,6 +553,8 @@ class SpatialACV(LayerAttribution):
             raise InputError("rank_by='contributions' needs contributions=True")
         fitted, layers = self._need_fit(), self._layers()
         inputs = as_inputs(inputs, layers.model)
+        if contributions:
+            self._warn_if_linear(inputs, additional_forward_args)
 
         def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
             if not contributions:
@@ -622,6 +682,34 @@ class SpatialACV(LayerAttribution):
         model = find_model(self.forward_func)
         return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
 
+    def _warn_if_linear(self, inputs: Any, extra: Any) -> None:
+        """A gradient that is the same for every image explains no image; judged once."""
+        layers = self._layers()
+        if self._linear is None:
+            n = count(inputs)
+            part, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), n)
+            try:
+                linear = (
+                    not self._need_fit().of_input and followed_by_linear(layers, part, additional_forward_args=extra)[0]
+                )
+                self._linear = self._other_layer(part, extra) if linear else ""
+            except (InputError, RuntimeError, TypeError):
+                return  # what is wrong is said where the gradient is computed
+        if self._linear:
+            warnings.warn(
+                f"only linear operations follow layer {layers.names[0]!r}, so contributions are the same for every "
+                f"image and explain none; {self._linear}",
+                InputWarning,
+                stacklevel=3,
+            )
+
+    def _other_layer(self, inputs: Inputs, extra: Any) -> str:
+        try:
+            other = suggest_layer(self.forward_func, inputs, additional_forward_args=extra, for_gradients=True)
+        except InputError:
+            return "use an earlier layer"
+        return f"use layer {other!r} instead"
+
     def _demoted(self, values: Tensor, rank_by: str) -> Tensor:
         """``values`` for ranking, with those of concepts that are not encoded below all others."""
         significant = self.significant_
@@ -650,25 +738,10 @@ def _gradient(
     with gradients_enabled():
         seen = layers.run(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
         output = seen.output
-        index = _explained(output, target) if isinstance(output, Tensor) else None
+        index = explained_index(output, target)
         goal = index if best and target is None else target
         gradient = seen.gradients(select_output(output, goal))[0]
     return seen, gradient.detach(), index
-
-
-def _explained(output: Tensor, target: Any) -> Tensor | None:
-    """``(N,)`` the index of the explained output, the highest where ``target`` is None; None for other shapes."""
-    if output.ndim != 2:
-        return None
-    if target is None:
-        return output.detach().argmax(1)
-    if isinstance(target, list) and target and isinstance(target[0], tuple):
-        target = [item[0] for item in target]
-    index = torch.as_tensor(target, device=output.device).flatten()
-    if index.is_floating_point():
-        return None  # select_output refuses it
-    index = index.long() % output.shape[1]
-    return index.expand(output.shape[0]) if len(index) == 1 else index
 
 
 def _project(maps: Tensor, fitted: FittedVectors) -> Tensor:
