@@ -51,14 +51,14 @@ lint: $(BIN)/.installed
 
 # Minutes; `bench-full` an hour at most on 2 cores. Both end with benchmarks/results/README.md and its plots.
 bench: $(BIN)/.installed-benchmark
-	$(BIN)/python benchmarks/suite.py
+	$(BIN)/python -m benchmarks.run.suite
 
 bench-full: $(BIN)/.installed-benchmark
-	$(BIN)/python benchmarks/suite.py --full
+	$(BIN)/python -m benchmarks.run.suite --full
 
 # The page, the plots and the README's table again, from the records as they are.
 bench-page: $(BIN)/.installed
-	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.report.page
 
 # An editable install of the package with its development tools; done again when the dependencies change.
 $(BIN)/.installed: pyproject.toml

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from captum_concepts import __version__
-from captum_concepts.commands.command_line import add_commands, explainer_options, run_command
+from captum_concepts.commands.command_line import Outcome, add_commands, explainer_options, run_command
 from captum_concepts.errors import CaptumConceptsError
 
 EPILOG = """\
@@ -107,21 +108,32 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code.
+
+    Standard output belongs to the result: whatever a model or a library prints goes to standard error.
+    """
     options = vars(parser().parse_args(arguments))
     command, as_json = options.pop("command"), options.pop("json")
+    own = {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}
     try:
-        own = {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}
-        return own[command](options, as_json) if command in own else run_command(command, options, as_json)
+        with contextlib.redirect_stdout(sys.stderr):
+            made = own[command](options, as_json) if command in own else run_command(command, options, as_json)
     except (CaptumConceptsError, OSError) as error:  # OSError: a full or read-only disk; what is there is whole
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the files written so far are whole", file=sys.stderr)
         return 130
+    if made.text:
+        print(made.text)
+    for entry in made.failed:
+        print(f"{made.left_out}: {entry['image']} ({entry['reason']})", file=sys.stderr)
+    if made.code == 2:
+        print("error: no image could be explained", file=sys.stderr)
+    return made.exit_code
 
 
-def _demo(options: dict, as_json: bool) -> int:
+def _demo(options: dict, as_json: bool) -> Outcome:
     result: Any
     if (photos := options.pop("photos")) is not None:
         from captum_concepts.demo.photos import explain_photos
@@ -131,42 +143,52 @@ def _demo(options: dict, as_json: bool) -> int:
         from captum_concepts.demo.run import run_demo
 
         result = run_demo(**options)
-    print(json.dumps(result.as_dict(), indent=2) if as_json else result)
-    return int(bool(getattr(result, "skipped", False)))
+    text = json.dumps(result.as_dict(), indent=2) if as_json else str(result)
+    return Outcome(text, code=int(bool(getattr(result, "skipped", False))))
 
 
-def _explain(options: dict, as_json: bool) -> int:
+def _explain(options: dict, as_json: bool) -> Outcome:
     from captum_concepts.commands.explain import ExplainSettings, explain
 
     report = explain(ExplainSettings(**options))
     if as_json:
-        print(json.dumps(report, indent=2))
+        text = json.dumps(report, indent=2)
     else:
-        for entry in report["explained"]:
-            print(f"{entry['image']}: " + ", ".join(f"{name} {_shown(score)}" for name, score in entry["top"].items()))
-        print(f"{len(report['explained'])} explained at layer {report['layer']}, pictures in {options['output']}")
+        lines = [_line(entry) for entry in report["explained"]]
+        lines.append(
+            f"{len(report['explained'])} explained at layer {report['layer']}, pictures in {options['output']}"
+        )
         if options["report"] and report["explained"]:
-            print(f"all of them on one page: {options['report']}")
-    for entry in report["failed"]:
-        print(f"not explained: {entry['image']} ({entry['reason']})", file=sys.stderr)
-    if not report["explained"]:
-        print("error: no image could be explained", file=sys.stderr)
-        return 2
-    return 1 if report["failed"] else 0
+            lines.append(f"all of them on one page: {options['report']}")
+        text = "\n".join(lines)
+    return Outcome(text, report["failed"], "not explained", None if report["explained"] else 2)
 
 
-def _shown(score: float | None) -> str:
-    return "n/a" if score is None else f"{score:.3g}"
+def _line(entry: dict[str, Any]) -> str:
+    """One image: what is predicted, and its concepts; those that are not seen are said to be."""
+    from captum_concepts.explanation import SEEN, short
+
+    predicted = ""
+    if "target" in entry and entry.get("target_probability") is not None:
+        predicted = f"{entry['target']} {entry['target_probability']:.2f} <- "
+    presence = entry.get("presence", {})
+    words = [
+        f"{name} {'n/a' if score is None else short(score)}"
+        + (" (not seen)" if (presence.get(name) or 1) < SEEN else "")
+        for name, score in entry["top"].items()
+    ]
+    return f"{entry['image']}: {predicted}" + ", ".join(words)
 
 
-def _fit_salf(options: dict, as_json: bool) -> int:
+def _fit_salf(options: dict, as_json: bool) -> Outcome:
     from captum_concepts.commands.fit_salf import FitSettings, fit_salf
 
     report = fit_salf(FitSettings(**options))
-    if report["first"]:  # of several processes one speaks
-        text = report.pop("text")
-        print(json.dumps(report, indent=2) if as_json else text)
-    return 1 if report["skipped"] else 0
+    code = 1 if report["skipped"] else 0
+    if not report["first"]:  # of several processes one speaks
+        return Outcome("", code=code)
+    text = report.pop("text")
+    return Outcome(json.dumps(report, indent=2) if as_json else text, code=code)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from captum_concepts.activations.capture import (
     final_activation,
     forward_arguments,
     gradients_enabled,
+    input_errors,
     read_layer,
 )
 from captum_concepts.activations.layers import (
@@ -44,6 +45,7 @@ __all__ = [
     "full_precision",
     "gradients_enabled",
     "infer_layout",
+    "input_errors",
     "layer_name",
     "output_tensor",
     "read_layer",

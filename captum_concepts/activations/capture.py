@@ -210,7 +210,9 @@ def capture_modules(
             hooked(unique, hook, at_input=attribute_to_layer_input),
             activations if logits else nullcontext(),
         ):
-            output = activations.undone(run(*map(_normal, arguments)))
+            with input_errors(arguments, parts):
+                output = run(*map(_normal, arguments))
+            output = activations.undone(output)
             if recorder.gradients_put_off() and not _differentiable(output):
                 recorder.interrupted = True
         return output, recorder
@@ -242,6 +244,40 @@ def capture_modules(
         order,
         tuple(originals[module] for module in modules),
     )
+
+
+_CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
+
+
+@contextmanager
+def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) -> Iterator[None]:
+    """A context for a forward pass: torch's errors about channels or dtype of the images, in terms of the images.
+
+    Args:
+        arguments: of the model.
+        parts: its modules, or None if they are not known.
+
+    Raises:
+        InputError: instead of such an error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        for images in (a for a in arguments if isinstance(a, Tensor) and a.ndim == 4 and a.is_floating_point()):
+            found = _CHANNELS.search(str(error))
+            if found and int(found[2]) == images.shape[1]:
+                raise InputError(
+                    f"inputs of shape {tuple(images.shape)} have {found[2]} channels, (N, C, H, W), where the model "
+                    f"takes {found[1]}; choose some, as in inputs[:, :3], or move the channels to the front"
+                ) from error
+            dtypes = {p.dtype for part in parts or () for p in part.parameters(recurse=False) if p.is_floating_point()}
+            if dtypes and images.dtype not in dtypes:
+                kinds = ", ".join(sorted(map(str, dtypes)))
+                raise InputError(
+                    f"inputs are {images.dtype} and the model's weights {kinds} ({str(error)[:200]}); convert one of "
+                    "them"
+                ) from error
+        raise
 
 
 def _ran_inside(
@@ -329,7 +365,7 @@ class _Recorder:
 
     def at_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook."""
-        tensor, rebuild = first_tensor(output, f"layer {self.names[module]!r} gives")
+        tensor, rebuild = first_tensor(output, f"layer {self.names[module]!r} returns")
         # nn.Identity, or dropout in evaluation mode, returns its input, which others may overwrite.
         shared = any(_same_memory(tensor, other) for other in tensors_in((args, kwargs)))
         return rebuild(self._take(module, tensor, shared))
@@ -351,7 +387,7 @@ class _Recorder:
                 "tensor; choose a layer that runs once (a shared ReLU, for example, has the layer before it)"
             )
         if self.gradient and not tensor.is_floating_point():
-            raise LayerError(f"layer {self.names[module]!r} has no gradient, because it gives {tensor.dtype}")
+            raise LayerError(f"layer {self.names[module]!r} has no gradient, because it returns {tensor.dtype}")
         self.interrupted = self.interrupted or self.gradients_put_off()
         if self.gradient and not self.record:
             tensor = tensor.detach()  # what is upstream of the first layer is never differentiated
@@ -415,7 +451,11 @@ def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
 
     in_place = any(getattr(m, "_compiled_call_impl", None) is not None for m in (*around, layer))
     try:
-        with eager_mode() if in_place else nullcontext(), hooked([layer], hook):
+        with (
+            eager_mode() if in_place else nullcontext(),
+            hooked([layer], hook),
+            input_errors(args, [*model.modules()]),
+        ):
             model(*args)
     except _ReachedError:
         pass
@@ -561,11 +601,13 @@ def first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any]
     for key, item in keyed:
         if isinstance(item, Tensor) and item.is_floating_point():
             return item, functools.partial(_put, value, key)
-    raise LayerError(f"{name} {type(value).__name__}, which holds no floating-point tensor; choose a layer that does")
+    raise LayerError(
+        f"{name} {type(value).__name__}, which contains no floating-point tensor; choose a layer that does"
+    )
 
 
 def _tensor_of(output: Any, name: str) -> Tensor:
-    return output if isinstance(output, Tensor) else first_tensor(output, f"layer {name!r} gives")[0]
+    return output if isinstance(output, Tensor) else first_tensor(output, f"layer {name!r} returns")[0]
 
 
 def _put(value: Any, key: Any, new: Tensor) -> Any:

@@ -200,8 +200,9 @@ class Layers:
             readings += [reading] if reading not in readings else []
         if len(readings) > 1:
             raise LayoutError(
-                f"layer {name!r} gives {tuple(output.shape)}, and the inputs are images of the sizes {listing(sizes)}: "
-                f"it can be read as {listing(readings, 2)}; pass one of the images by additional_forward_args"
+                f"layer {name!r} returns {tuple(output.shape)}, and the inputs are images of the sizes "
+                f"{listing(sizes)}: it can be read as {listing(readings, 2)}; pass one of the images by "
+                "additional_forward_args"
             )
         if not readings and failure is not None:
             raise failure

@@ -36,6 +36,8 @@ _HARMLESS_BUFFER = re.compile("position_id|num_batches_tracked|relative_")
 @functools.cache
 def _may_reorder(kind: type[nn.Module]) -> bool:
     """Whether a module's class or its own methods, or what ``forward`` calls, are named after a reordering."""
+    if issubclass(kind, torch.jit.ScriptModule):
+        return False
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     names = [kind.__name__, *vars(kind), *(code.co_names if code is not None else ())]
     return kind.__module__.partition(".")[0] != "torch" and any(_REORDERING.search(name.lower()) for name in names)
@@ -101,7 +103,7 @@ class Layout:
     Args:
         kind: ``"NCHW"``, ``"NHWC"``, ``"NLC"`` (batch first tokens) or ``"LNC"`` (tokens first).
         grid: ``(h, w)``, the rows and columns of positions.
-        prefix_tokens: tokens in front of the grid: CLS, distillation, registers.
+        prefix_tokens: tokens before the grid: CLS, distillation, registers.
 
     Example:
         >>> tokens = torch.rand(2, 1 + 6, 8)
@@ -169,46 +171,46 @@ def infer_layout(
         model = ModelTraits.of(dict(model.named_modules()))
     traits = model or ModelTraits()
     if not output.is_floating_point():
-        raise LayoutError(f"{layer} gives {output.dtype}; choose a layer with floating-point activations")
+        raise LayoutError(f"{layer} returns {output.dtype}; choose a layer with floating-point activations")
     if image_size is None and (layout == "auto" or output.ndim == 3):
         raise LayoutError(
-            f"{layer} gives {shape}, which cannot be read as a grid of image positions, because the inputs are not "
+            f"{layer} returns {shape}, which cannot be read as a grid of image positions, because the inputs are not "
             "images (N, C, H, W) of one size"
         )
     if output.ndim == 4:
         if batch != shape[0]:
             raise LayoutError(
-                f"{layer} gives {shape} for {batch} examples: its first dimension is not the batch (a layer inside "
+                f"{layer} returns {shape} for {batch} examples: its first dimension is not the batch (a layer inside "
                 "windowed attention?); choose the block around it"
             )
         kind = layout if layout != "auto" else _image_kind(output, image_size, module, traits, layer)
         if kind not in ("NCHW", "NHWC"):
-            raise LayoutError(f"{layer} gives {shape}, four dimensions; layout={kind!r} is for three (tokens)")
+            raise LayoutError(f"{layer} returns {shape}, four dimensions; layout={kind!r} is for three (tokens)")
         return Layout(kind, (shape[2], shape[3]) if kind == "NCHW" else (shape[1], shape[2]))
     if output.ndim == 3:
         kind = layout if layout != "auto" else _token_kind(shape, batch, module, layer)
         if kind not in ("NLC", "LNC"):
-            raise LayoutError(f"{layer} gives {shape}, three dimensions; layout={kind!r} is for four (images)")
+            raise LayoutError(f"{layer} returns {shape}, three dimensions; layout={kind!r} is for four (images)")
         if shape[0 if kind == "NLC" else 1] != batch:
             raise LayoutError(
-                f"{layer} gives {shape}, which read as {kind} does not hold {batch} examples; choose the block around "
-                "a windowed attention, or another layout="
+                f"{layer} returns {shape}, which read as {kind} is not a batch of {batch} examples; choose the block "
+                "around a windowed attention, or another layout="
             )
         if traits.volumetric:
             raise LayoutError(
-                f"{layer} gives {shape}, tokens of a model with 3-d convolutions: they may be cells of a volume or a "
+                f"{layer} returns {shape}, tokens of a model with 3-d convolutions: they may be cells of a volume or a "
                 "video, which have no 2-d grid"
             )
         length = shape[1 if kind == "NLC" else 0]
         grid, prefix = _token_grid(length, image_size, prefix_tokens, traits, layer, shape)
         if layout == "auto" and kind == "NLC" and _may_be_channels_first(shape, image_size, module, traits):
             raise LayoutError(
-                f"{layer} gives {shape}, which may be channels first (N, C, L) as well as tokens (N, L, C); choose the "
-                "layer before it is flattened, or pass layout='NLC' if these are tokens"
+                f"{layer} returns {shape}, which may be channels first (N, C, L) as well as tokens (N, L, C); choose "
+                "the layer before it is flattened, or pass layout='NLC' if these are tokens"
             )
         return Layout(kind, grid, prefix)
     raise LayoutError(
-        f"{layer} gives {shape}, which has no grid of positions; choose a layer before pooling, one that gives "
+        f"{layer} returns {shape}, which has no grid of positions; choose a layer before pooling, one that returns "
         "(N, C, h, w), (N, h, w, C) or tokens (N, L, C)"
     )
 
@@ -253,7 +255,7 @@ def _image_kind(
     if hint == ("NHWC", c) and _misfit(a, b, image_size) < math.inf:
         return "NHWC"
     if b == c and _is_attention(output):
-        raise LayoutError(f"{layer} gives {shape}, attention weights between tokens; choose the block around it")
+        raise LayoutError(f"{layer} returns {shape}, attention weights between tokens; choose the block around it")
     grids = {"NCHW": (b, c), "NHWC": (a, b)}
     fits = [kind for kind, grid in grids.items() if _misfit(*grid, image_size) < math.inf]
     if len(fits) > 1 and traits.patch_stride is not None and image_size is not None:
@@ -264,7 +266,7 @@ def _image_kind(
     if len(fits) == 1:
         return fits[0]
     fit = "fits channels first and channels last" if fits else f"fits no grid of the input {image_size}"
-    raise LayoutError(f"{layer} gives {shape}, which {fit}; say layout='NCHW' or layout='NHWC'")
+    raise LayoutError(f"{layer} returns {shape}, which {fit}; pass layout='NCHW' or layout='NHWC'")
 
 
 def _channel_hint(module: nn.Module | None) -> tuple[str, int] | None:
@@ -309,20 +311,20 @@ def _is_attention(output: Tensor) -> bool:
 def _token_kind(shape: tuple[int, ...], batch: int, module: nn.Module | None, layer: str) -> str:
     first, second = shape[0] == batch, shape[1] == batch
     if first and second:
-        # torch's own transformer layers say which dimension is the batch.
-        own = module.layers[0].self_attn if isinstance(module, nn.TransformerEncoder) else module
-        flag = getattr(own, "batch_first", getattr(getattr(own, "self_attn", None), "batch_first", None))
-        if isinstance(own, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and isinstance(flag, bool):
+        # torch's transformer layers know which dimension is the batch.
+        part = module.layers[0].self_attn if isinstance(module, nn.TransformerEncoder) else module
+        flag = getattr(part, "batch_first", getattr(getattr(part, "self_attn", None), "batch_first", None))
+        if isinstance(part, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and isinstance(flag, bool):
             return "NLC" if flag else "LNC"
         raise LayoutError(
-            f"{layer} gives {shape} for {batch} examples, which fits batch first and tokens first; say layout='NLC' or "
-            "layout='LNC'"
+            f"{layer} returns {shape} for {batch} examples, which fits batch first and tokens first; pass layout='NLC' "
+            "or layout='LNC'"
         )
     if first or second:
         return "NLC" if first else "LNC"
     raise LayoutError(
-        f"{layer} gives {shape} for {batch} examples: no dimension is the batch (a layer inside windowed attention?); "
-        "choose the block around it"
+        f"{layer} returns {shape} for {batch} examples: no dimension is the batch (a layer inside windowed "
+        "attention?); choose the block around it"
     )
 
 
@@ -344,8 +346,8 @@ def _token_grid(
     patches = f" in patches of {stride[0]} x {stride[1]}" if stride is not None else ""
     with_prefix = "any usual number of" if prefix_tokens is None else str(prefix_tokens)
     raise LayoutError(
-        f"{layer} gives {shape}: {length} tokens for an input of size {image_size}{patches}, and {why} with "
-        f"{with_prefix} prefix tokens; say prefix_tokens= (CLS, registers, ...), or choose a layer of image patches"
+        f"{layer} returns {shape}: {length} tokens for an input of size {image_size}{patches}, and {why} with "
+        f"{with_prefix} prefix tokens; pass prefix_tokens= (CLS, registers, ...), or choose a layer of image patches"
     )
 
 

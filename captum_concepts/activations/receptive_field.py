@@ -64,10 +64,10 @@ def receptive_field(
 ) -> ReceptiveField:
     """The pixels that can influence one position of a layer, exactly, for any architecture.
 
-    No kernel arithmetic: rows (columns) of the input are made NaN, and bisection finds the largest border of the image
-    that can be spoilt without the position noticing. So strides, dilations, odd paddings, branches and pooling need no
-    case of their own, dead ReLUs and zero weights do not shrink the box, and attention or squeeze-and-excitation,
-    through which every position sees everything, gives the whole image.
+    Rows (columns) of the input become NaN, and bisection finds the largest border of the image that can be NaN while
+    the position is not. So strides, dilations, odd paddings, branches and pooling need no special case, dead ReLUs and
+    zero weights do not shrink the box, and with attention or squeeze-and-excitation, through which every position sees
+    everything, the box is the whole image.
 
     Args:
         model: the model, one of its methods, or a callable.
@@ -162,7 +162,7 @@ def effective_receptive_field(
     name, recorded = resolved.names[0], []
 
     def record(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-        tensor, rebuild = first_tensor(output, f"layer {name!r} gives")
+        tensor, rebuild = first_tensor(output, f"layer {name!r} returns")
         recorded.append(tensor)
         return rebuild(tensor.clone())  # an in-place ReLU after the layer changes the copy
 
@@ -204,7 +204,7 @@ def strongest_crops(
     """What the positions with the highest values of a map see (paper, Fig. 2D).
 
     Args:
-        model, layer: where the map was made.
+        model, layer: what the map was computed from.
         inputs: the images ``(N, C, H, W)``.
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``: relevance or contribution of one concept.
         k: how many crops, strongest first; fewer if there are not so many.

@@ -104,10 +104,16 @@ def _batches(
     if not isinstance(inputs, ImageSource) and n <= batch_size:
         yield inputs, extra, target
         return
+    for rows, part in in_parts(inputs, batch_size, model):
+        yield part, take_rows(extra, rows, n), target[rows] if listed else target
+
+
+def in_parts(inputs: Inputs | ImageSource, batch_size: int, model: nn.Module | None) -> Iterator[tuple[slice, Inputs]]:
+    """At most ``batch_size`` examples at a time, with their place among all of ``inputs``."""
     start = 0
     for part in _cut(inputs, batch_size, model):
         rows = slice(start, start + count(part))
-        yield part, take_rows(extra, rows, n), target[rows] if listed else target
+        yield rows, part
         start = rows.stop
 
 

@@ -38,6 +38,7 @@ from captum_concepts.activations import (
     forward_arguments,
     full_precision,
     gradients_enabled,
+    input_errors,
 )
 from captum_concepts.attr.batches import as_inputs, count, each_batch, image_names, opened, placed
 from captum_concepts.attr.origin import check_origin, origin
@@ -684,8 +685,9 @@ class FeatureActivationMap(LayerAttribution):
 
     @torch.no_grad()
     def _embed(self, inputs: Inputs, extra: Any) -> Tensor:
-        with evaluation_mode(find_model(self.forward_func)):
-            output = self.forward_func(*check_images(inputs), *forward_arguments(extra))
+        model, arguments = find_model(self.forward_func), (*check_images(inputs), *forward_arguments(extra))
+        with evaluation_mode(model), input_errors(arguments, None if model is None else model.modules()):
+            output = self.forward_func(*arguments)
         return full_precision(embedding_of(output))
 
     def _bank(self, embedding: Tensor) -> Tensor:

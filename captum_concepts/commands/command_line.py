@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 _MODEL = "torchvision or timm name, demo:classifier, demo:vit, or FILE.py:FUNCTION"
@@ -41,6 +41,25 @@ _EVALUATE = r"""examples:
   python -m captum_concepts evaluate demo:scenes:50 --model demo:classifier --explainer words.safetensors
 
 The table has a row for maps that know no concept: activation energy, a Gaussian in the centre, noise.
+"""
+_EXPLORE = r"""examples:
+  # a model of fit-salf: mark a region, move a slider, watch the classes
+  python -m captum_concepts explore photos/ --model resnet50 --weights FILE.safetensors --explainer salf_model/ \
+      --output explore.html
+  # words of CE-FAM: the concepts of a region
+  python -m captum_concepts explore photos/ --model resnet50 --weights pretrained --explainer words.safetensors \
+      --output explore.html
+
+"""
+_AUDIT = r"""examples:
+  # validation images in one folder per class
+  python -m captum_concepts audit val/ --model resnet50 --weights FILE.safetensors --explainer words.safetensors \
+      --output audit.html --save audit.safetensors
+  # in CI: fail if the new checkpoint has a shortcut that the old one had not
+  python -m captum_concepts audit val/ --model resnet50 --weights NEW.safetensors --explainer new_words.safetensors \
+      --output audit.html --against audit.safetensors --fail-on "gained>0"
+
+exit codes: as the other commands; 3: the condition of --fail-on is true.
 """
 _REPORT = r"""examples:
   # explain now, into one HTML file that opens anywhere
@@ -95,7 +114,7 @@ def add_commands(commands: Any, **shared: Any) -> None:
     measure.add_argument("data", metavar="DATA", help="folder of the data set, or demo:scenes:N")
     measure.add_argument("--format", default="folder", help="folder, voc, broden, imagenet-s, coco (%(default)s)")
     measure.add_argument("--split", help="of the data set, such as val")
-    measure.add_argument("--metrics", default="nra,nra_exact,specificity,epg", help="(default: %(default)s)")
+    measure.add_argument("--metrics", default="nra,nra_exact,concept_specificity,epg", help="(default: %(default)s)")
     measure.add_argument("--limit", type=int, metavar="N", help="the first N images only")
     measure.add_argument("--min-area", type=float, default=0.0, help="least share of an image a concept must cover")
     measure.add_argument("--no-baselines", dest="baselines", action="store_false", help="the explainer's row alone")
@@ -104,6 +123,31 @@ def add_commands(commands: Any, **shared: Any) -> None:
     explainer_options(measure)
     measure.add_argument("--output", metavar="FILE", help="also write the table: .csv, .json or .md")
     _json(measure, "print the table as JSON")
+
+    click = commands.add_parser(
+        "explore", help="a page to mark regions, see and edit their concepts", epilog=_EXPLORE + epilog, **shared
+    )
+    click.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
+    explainer_options(click)
+    click.add_argument("--title", help="of the page")
+    click.add_argument("--output", required=True, metavar="FILE", help="the HTML file")
+    _json(click, "print what was written as JSON")
+
+    audit = commands.add_parser(
+        "audit", help="what drives each class over a folder, and which shortcut is wrong", epilog=_AUDIT, **shared
+    )
+    audit.add_argument("data", metavar="FOLDER", help="images, one folder per class where labels are known")
+    explainer_options(audit)
+    audit.add_argument("--output", required=True, metavar="FILE", help="the HTML file")
+    audit.add_argument("--save", metavar="FILE", help="also keep the audit, for --against")
+    audit.add_argument("--against", metavar="FILE", help="an audit of the same images, saved before")
+    audit.add_argument("--fail-on", metavar="CONDITION", help="exit with 3 if true: 'suspects>0', 'gained>0', ...")
+    audit.add_argument("--alpha", type=float, default=0.05, help="family-wise error rate (default: %(default)s)")
+    audit.add_argument("--min-effect", type=float, default=0.05, help="least change of a probability (%(default)s)")
+    audit.add_argument("--top-k", type=int, default=5, help="concepts per image (default: %(default)s)")
+    audit.add_argument("--seed", type=int, default=0, help="of resamples and permutations (default: %(default)s)")
+    audit.add_argument("--store", metavar="DIR", help="folder in which a killed audit resumes")
+    _json(audit, "print counts and suspects as JSON")
 
     page = commands.add_parser("report", help="explanations as one HTML file", epilog=_REPORT + epilog, **shared)
     page.add_argument("images", nargs="*", metavar="IMAGE", help="image files or folders")
@@ -150,50 +194,88 @@ def explainer_options(parser: argparse.ArgumentParser, *, required: bool = True)
     )
 
 
-def run_command(name: str, options: dict[str, Any], as_json: bool) -> int:
-    """Run one of the commands of this module; gives the exit code."""
-    runs: dict[str, Callable[[dict[str, Any], bool], int]] = {
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has to say: ``text`` is its result, for standard output; all else goes to standard error.
+
+    Args:
+        text: JSON or lines for people.
+        failed: images that were left out, and why.
+        left_out: what that means, such as ``"not explained"``.
+        code: exit code, if it is not 0, or 1 where something failed.
+    """
+
+    text: str
+    failed: list[dict[str, str]] = field(default_factory=list)
+    left_out: str = "not used"
+    code: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 where something was left out, or ``code``."""
+        return int(bool(self.failed)) if self.code is None else self.code
+
+
+def run_command(name: str, options: dict[str, Any], as_json: bool) -> Outcome:
+    """Run one of the commands of this module."""
+    runs: dict[str, Callable[[dict[str, Any], bool], Outcome]] = {
         "models": _models, "fit-concepts": _fit_concepts, "evaluate": _evaluate, "report": _report,
+        "explore": _explore, "audit": _audit,
     }  # fmt: skip
     return runs[name](options, as_json)
 
 
-def _models(options: dict[str, Any], as_json: bool) -> int:
+def _models(options: dict[str, Any], as_json: bool) -> Outcome:
     from captum_concepts.commands.list_layers import ModelsSettings, find_models, list_layers, table
 
     if options["find"] is not None:
         names = find_models(options["find"])
         lines = [f"{source}: {', '.join(found)}" for source, found in names.items() if found]
-        print(json.dumps(names, indent=2) if as_json else "\n".join(lines))
-        return 0
+        return Outcome(json.dumps(names, indent=2) if as_json else "\n".join(lines))
     found = list_layers(ModelsSettings(**options))
-    print(json.dumps(found, indent=2) if as_json else table(found))
-    return 0
+    return Outcome(json.dumps(found, indent=2) if as_json else table(found))
 
 
-def _fit_concepts(options: dict[str, Any], as_json: bool) -> int:
+def _fit_concepts(options: dict[str, Any], as_json: bool) -> Outcome:
     from captum_concepts.commands.fit_concepts import FitConceptsSettings, fit_concepts
 
     fitted = fit_concepts(FitConceptsSettings(**options))
     text = fitted.pop("text")
-    print(json.dumps(fitted, indent=2) if as_json else f"{text}\nwritten to {fitted['output']}")
-    return _named(fitted["failed"], "not used")
+    shown = json.dumps(fitted, indent=2) if as_json else f"{text}\nwritten to {fitted['output']}"
+    return Outcome(shown, fitted["failed"])
 
 
-def _evaluate(options: dict[str, Any], as_json: bool) -> int:
+def _evaluate(options: dict[str, Any], as_json: bool) -> Outcome:
     from captum_concepts.commands.evaluate import EvaluateSettings, evaluate_command
 
     table, summary = evaluate_command(EvaluateSettings(**options))
     if as_json:
-        print(json.dumps({**summary, **json.loads(table.to_json())}, indent=2))
+        text = json.dumps({**summary, **json.loads(table.to_json()), "unmatched": summary["unmatched"]}, indent=2)
     else:
         counts = f"{summary['images']} images, {summary['regions']} regions of {len(summary['matched'])} concepts"
         none = f" ({summary['images_without']} more show none of them)" if summary["images_without"] else ""
-        print(f"{table}\n{counts}{none}; layer {summary['layer']}")
-    return _named(summary["failed"], "not measured")
+        text = f"{table}\n{counts}{none}; layer {summary['layer']}"
+    return Outcome(text, summary["failed"], "not measured")
 
 
-def _report(options: dict[str, Any], as_json: bool) -> int:
+def _explore(options: dict[str, Any], as_json: bool) -> Outcome:
+    from captum_concepts.commands.explore import ExploreSettings, explore_command
+
+    made = explore_command(ExploreSettings(**options))
+    text = f"{made['images']} images to explore in {made['output']}"
+    return Outcome(json.dumps(made, indent=2) if as_json else text, made["failed"], "left out")
+
+
+def _audit(options: dict[str, Any], as_json: bool) -> Outcome:
+    from captum_concepts.commands.explore import AuditSettings, as_json as in_json, audit_command
+
+    made = audit_command(AuditSettings(**options))
+    holds = made.get("holds", False)
+    text = f"{made['text']}\nwritten to {made['output']}" + (f"\n{options['fail_on']}: true" if holds else "")
+    return Outcome(in_json(made) if as_json else text, made["failed"], "left out", 3 if holds else None)
+
+
+def _report(options: dict[str, Any], as_json: bool) -> Outcome:
     from captum_concepts.errors import InputError
 
     saved = options.pop("explanations")
@@ -213,22 +295,8 @@ def _report(options: dict[str, Any], as_json: bool) -> int:
         kept = {key: options[key] for key in ("report", "images", "title", "model", "size", "top_k")}
         made = report_saved(SavedSettings(saved, class_names=names, **kept))
         done = made["explained"]
-    if as_json:
-        print(json.dumps(made, indent=2))
-    elif done:
-        print(f"{done} explained in {options['report']}")
-    code = _named(made["failed"], "not explained")
-    if not done:
-        print("error: no image could be explained", file=sys.stderr)
-        return 2
-    return code
-
-
-def _named(failed: list[dict[str, str]], what: str) -> int:
-    """Name what failed on stderr; the exit code that says so."""
-    for entry in failed:
-        print(f"{what}: {entry['image']} ({entry['reason']})", file=sys.stderr)
-    return 1 if failed else 0
+    text = json.dumps(made, indent=2) if as_json else f"{done} explained in {options['report']}" if done else ""
+    return Outcome(text, made["failed"], "not explained", None if done else 2)
 
 
 def _json(parser: argparse.ArgumentParser, help_text: str) -> None:

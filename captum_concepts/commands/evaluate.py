@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_concepts.activations import spatial_activations
+from captum_concepts.activations import Layers
 from captum_concepts.commands.explainers import Explainer, build_explainer
 from captum_concepts.commands.image_files import Failed
 from captum_concepts.commands.models import LoadedModel
@@ -46,7 +46,7 @@ class EvaluateSettings(ExplainerSettings):
     data: str
     format: str = "folder"
     split: str | None = None
-    metrics: str = "nra,nra_exact,specificity,epg"
+    metrics: str = "nra,nra_exact,concept_specificity,epg"
     limit: int | None = None
     min_area: float = 0.0
     baselines: bool = True
@@ -86,7 +86,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     print(f"{len(matched)} of the {len(known)} concepts of the data set can be explained", file=sys.stderr)
     total = len(data) if settings.limit is None else min(settings.limit, len(data))
     counts = {"images": 0, "images_without": 0, "regions": 0}
-    examples = _examples(data, total, columns, failed, counts)
+    examples = _examples(data, total, columns, explainer.concepts, failed, counts)
     bar = tqdm(examples, total=total, desc="evaluate", unit="image", file=sys.stderr, disable=None)
     try:
         table = evaluate(
@@ -98,7 +98,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
             raise
         raise InputError(f"none of the {total} images shows any of {', '.join(matched[:8])}") from error
     summary = {
-        "data": settings.data, "model": settings.model, "method": explainer.method, "layer": explainer.layer, **counts,
+        "data": settings.data, "model": settings.model, "method": explainer.name, "layer": explainer.layer, **counts,
         "matched": matched, "unmatched": [name for i, name in enumerate(known) if i not in columns], "failed": failed,
     }  # fmt: skip
     if write is not None:
@@ -146,7 +146,12 @@ def _plain(name: str) -> str:
 
 
 def _examples(
-    data: Any, total: int, columns: dict[int, int], failed: Failed, counts: dict[str, int]
+    data: Any,
+    total: int,
+    columns: dict[int, int],
+    explained: Sequence[str],
+    failed: Failed,
+    counts: dict[str, int],
 ) -> Iterator[dict[str, Any]]:
     """One image with the masks of the concepts it shows; unreadable ones are named and left out."""
     for i in range(total):
@@ -166,29 +171,29 @@ def _examples(
             continue
         counts["images"] += 1
         counts["regions"] += len(kept)
-        target = torch.tensor([columns[rows[k]] for k in kept])
-        yield {"inputs": item.image, "masks": masks[kept], "ignore": ignore, "target": target}
+        names = [explained[columns[rows[k]]] for k in kept]
+        yield {"inputs": item.image, "masks": masks[kept], "ignore": ignore, "concepts": names}
 
 
 def _rows(explainer: Explainer, loaded: LoadedModel, baselines: bool) -> dict[str, Callable[..., Tensor]]:
     """The explainer and, under it, what knows no concept: each gives (N, k, h, w)."""
 
-    def maps(inputs: Tensor, target: Tensor) -> Tensor:
-        return explainer.maps(loaded.prepare(inputs), target)
+    def maps(inputs: Tensor, concepts: list[str]) -> Tensor:
+        return explainer.method.concept_maps(loaded.prepare(inputs), concepts)
 
-    def energy(inputs: Tensor, target: Tensor) -> Tensor:
+    def energy(inputs: Tensor, concepts: list[str]) -> Tensor:
         with torch.no_grad():
-            seen = spatial_activations(explainer.model, loaded.prepare(inputs), [explainer.looks_at])
-        return activation_energy(seen.maps[0])[:, None].expand(-1, target.shape[1], -1, -1)
+            seen = Layers.resolve(explainer.model, explainer.looks_at).run(loaded.prepare(inputs))
+        return activation_energy(seen.maps[0])[:, None].expand(-1, len(concepts), -1, -1)
 
-    def centre(inputs: Tensor, target: Tensor) -> Tensor:
-        return CenterGaussian(n_maps=target.shape[1])(inputs)
+    def center(inputs: Tensor, concepts: list[str]) -> Tensor:
+        return CenterGaussian(n_maps=len(concepts))(inputs)
 
-    def noise(inputs: Tensor, target: Tensor) -> Tensor:
-        return RandomMaps(n_maps=target.shape[1])(inputs)
+    def noise(inputs: Tensor, concepts: list[str]) -> Tensor:
+        return RandomMaps(n_maps=len(concepts))(inputs)
 
-    rows: dict[str, Callable[..., Tensor]] = {explainer.method: maps}
-    return rows | ({"activation energy": energy, "centre Gaussian": centre, "random": noise} if baselines else {})
+    rows: dict[str, Callable[..., Tensor]] = {explainer.name: maps}
+    return rows | ({"activation energy": energy, "centre Gaussian": center, "random": noise} if baselines else {})
 
 
 def _metric_names(given: str) -> list[str]:

@@ -65,7 +65,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     loaded = settings.load()
     failed: list[dict[str, str]] = []
     explainer = build_explainer(settings, loaded, failed)
-    summary: dict[str, Any] = {"model": settings.model, "method": explainer.method, "layer": explainer.layer}
+    summary: dict[str, Any] = {"model": settings.model, "method": explainer.name, "layer": explainer.layer}
     summary |= {"size": loaded.size, "classes": list(explainer.class_names or []), "explained": [], "failed": failed}
     pictures = _picture_names(paths)
     with ExitStack() as stack:
@@ -79,7 +79,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
         for name, image in each_image(loaded.open(list(files.values())), failed):
             path = files[name]
             inputs = loaded.prepare(image[None]).to(settings.device)
-            explanation = explainer.explain(inputs, top_k=settings.top_k).to("cpu")
+            explanation = explainer.explain(inputs, settings.top_k).to("cpu")
             entry = {"image": str(path), **_entry(explanation, explainer.class_names)}
             if out is not None:
                 _draw(image, explanation, out / pictures[path], name, explainer)
@@ -100,9 +100,14 @@ def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict
     entry: dict[str, Any] = {
         "top": {c: _number(s) for c, s in zip(explanation.concepts, explanation.scores[0], strict=True)}
     }
+    if explanation.presence is not None:
+        values = zip(explanation.concepts, explanation.presence[0], strict=True)
+        entry["presence"] = {c: _number(v) for c, v in values}
     if explanation.target is not None:
         target = int(explanation.target[0])
         entry["target"] = names[target] if names else target
+    if explanation.target_probability is not None:
+        entry["target_probability"] = _number(explanation.target_probability[0])
     if explanation.contributions is not None:
         values = zip(explanation.concepts, explanation.contributions[0], strict=True)
         entry["contributions"] = {c: _number(v) for c, v in values}

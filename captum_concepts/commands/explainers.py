@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._captum import output_tensor
+from captum_concepts.activations import Layers
 from captum_concepts.activations.survey import suggest_layer, suggest_stages
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.attr.feature_activation_map import FeatureActivationMap
+from captum_concepts.attr.saved import kind_of, load
 from captum_concepts.commands.image_files import Failed, each_image, readable
 from captum_concepts.commands.models import LoadedModel, load_encoder, without_head
-from captum_concepts.commands.saved_explainers import format_of, load_acv, load_salf
 from captum_concepts.commands.settings import ExplainerSettings, ModelSettings
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplanation
@@ -24,56 +26,57 @@ from captum_concepts.images import class_folders, find_images, read_words
 
 @dataclass(frozen=True)
 class Explainer:
-    """A method ready to explain.
+    """A method ready to explain, with what a page or a table wants to know beside it.
 
     Args:
-        explain: ``(inputs, top_k=)`` to a :class:`ConceptExplanation`.
-        method, layer: for the report.
+        method: the :class:`~captum_concepts.explanation.ConceptExplainer`.
+        layer: for the report.
         class_names: what a target index means, or None.
-        concepts: the names that it can explain.
-        maps: ``(inputs, columns)`` to ``(N, k, h, w)``, the maps of the concepts ``columns (N, k)`` of each image.
         model, looks_at: a model and a layer whose activations show where anything is seen at all.
-        encoded: for each concept whether the layer encodes it, where that was tested.
     """
 
-    explain: Callable[..., ConceptExplanation]
-    method: str
+    method: Any
     layer: str
     class_names: Sequence[str] | None
-    concepts: Sequence[str]
-    maps: Callable[[Tensor, Tensor], Tensor]
     model: nn.Module
     looks_at: str
-    encoded: Mapping[str, bool] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+        return str(getattr(self.method, "get_name", lambda: "SALF-CBM")())
+
+    @property
+    def concepts(self) -> list[str]:
+        """The names that it can explain."""
+        return list(self.method.concepts)
+
+    def explain(self, inputs: Tensor, top_k: int) -> ConceptExplanation:
+        """What, where and how much, with the names of the classes."""
+        made: ConceptExplanation = self.method.explain(inputs, top_k=top_k)
+        names = None if self.class_names is None or made.target is None else list(self.class_names)
+        return replace(made, class_names=names)
 
     def significant(self, explanation: ConceptExplanation) -> list[bool] | None:
-        """Flags for the concepts of ``explanation``, as the pictures take them."""
-        return None if self.encoded is None else [self.encoded[name] for name in explanation.concepts]
-
-
-def one_by_one(method: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Maps by a method whose ``attribute`` takes one concept an image."""
-    return lambda inputs, columns: torch.cat([method.attribute(inputs, target=c) for c in columns.T], 1)
-
-
-def all_at_once(maps: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Maps by a method that gives those of all concepts at the price of one."""
-
-    def picked(inputs: Tensor, columns: Tensor) -> Tensor:
-        found = maps(inputs)
-        return found[torch.arange(len(found), device=found.device)[:, None], columns.to(found.device)]
-
-    return picked
+        """For the concepts of ``explanation`` whether the layer encodes them, where that was tested."""
+        flags = getattr(self.method, "significant_", None)
+        if flags is None:
+            return None
+        encoded = dict(zip(self.concepts, flags.tolist(), strict=True))
+        return [encoded[name] for name in explanation.concepts]
 
 
 def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Failed) -> Explainer:
     """What was saved, or CE-FAM where words are given, or else FAM."""
     probe = loaded.empty()
     saved = None if settings.explainer is None else Path(settings.explainer)
-    if saved is not None and saved.is_dir():
-        return _bottleneck(saved, loaded)
-    if saved is not None and saved.is_file() and format_of(saved) == "SpatialACV":
-        return _vectors(saved, settings, loaded, probe)
+    if saved is not None and saved.exists():
+        kind = kind_of(saved)
+        if kind == "SALFCBM":
+            salf = load(saved, loaded.model)
+            return Explainer(salf, salf.layer, salf.class_names, loaded.model, salf.layer)
+        if kind != "ConceptFusionMap":
+            return _saved(saved, settings, loaded, probe)
     if settings.words is not None or saved is not None:
         return _words(settings, loaded, probe, failed)
     if settings.references is None:
@@ -92,14 +95,14 @@ def _class_names(settings: ExplainerSettings, loaded: LoadedModel, outputs: int)
 def _outputs(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
     """The model's own outputs: FAM with unit vectors as references, which is Grad-CAM without its ReLU."""
     with torch.no_grad():
-        outputs = loaded.model(probe)
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        outputs = output_tensor(loaded.model(probe))
+    if outputs.ndim != 2:
         raise InputError(f"{settings.model} does not give (N, classes); give --references DIR, one folder a class")
     names = _class_names(settings, loaded, outputs.shape[1])
     layer = settings.layer or suggest_layer(loaded.model, probe)
     bank = torch.eye(outputs.shape[1], device=probe.device)
     fam = FeatureActivationMap(loaded.model, layer, bank, reference_names=names, similarity="dot", weights="gradient")
-    return Explainer(fam.explain, fam.get_name(), layer, names, names, one_by_one(fam), loaded.model, layer)
+    return Explainer(fam, layer, names, loaded.model, layer)
 
 
 def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
@@ -118,30 +121,18 @@ def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor,
         model, layer, similarity=settings.similarity, batch_size=settings.batch_size,
         normalize="l1",  # not "minmax": the maps of an image share one colour scale
     ).fit(torch.stack(examples), names)  # fmt: skip
-    return Explainer(fam.explain, fam.get_name(), layer, fam.concepts, fam.concepts, one_by_one(fam), model, layer)
+    return Explainer(fam, layer, fam.concepts, model, layer)
 
 
-def _vectors(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
-    """Concept vectors of ``fit-concepts --concepts``."""
+def _saved(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
+    """Concept vectors of ``fit-concepts --concepts``, discovered concepts, or references."""
     if settings.words is not None:
-        raise InputError(f"{file} holds concept vectors, whose concepts are fixed; leave --words out")
-    acv = load_acv(file, loaded.model)
+        raise InputError(f"the concepts of {file} are fixed; leave --words out")
+    made = load(file, loaded.model)
     with torch.no_grad():
-        names = _class_names(settings, loaded, loaded.model(probe).shape[1])
-    flags = None if acv.significant_ is None else dict(zip(acv.concepts, acv.significant_.tolist(), strict=True))
-    return Explainer(
-        acv.explain, acv.get_name(), acv.layer, names, acv.concepts, all_at_once(acv.concept_maps), loaded.model,
-        acv.layer, flags,
-    )  # fmt: skip
-
-
-def _bottleneck(folder: Path, loaded: LoadedModel) -> Explainer:
-    """A model of ``fit-salf`` on its backbone."""
-    salf = load_salf(folder, loaded.model)
-    return Explainer(
-        salf.explain, "SALF-CBM", salf.layer, salf.class_names, list(salf.concepts), all_at_once(salf.concept_maps),
-        loaded.model, salf.layer,
-    )  # fmt: skip
+        names = _class_names(settings, loaded, output_tensor(loaded.model(probe)).shape[1])
+    layer = Layers.resolve(made.forward_func, made.layer).names[0]
+    return Explainer(made, layer, names, loaded.model, layer)
 
 
 def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
@@ -163,19 +154,10 @@ def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, fail
     if made.concepts is None:
         raise InputError(f"{file} was fitted without words; give --words and --encoder")
     with torch.no_grad():
-        outputs = loaded.model(probe)
+        outputs = output_tensor(loaded.model(probe))
     names = _class_names(settings, loaded, outputs.shape[1])
     last = made.layers[-1] if isinstance(made.layers[-1], str) else suggest_layer(loaded.model, probe)
-    return Explainer(
-        made.explain,
-        made.get_name(),
-        str(made.map_layer),
-        names,
-        list(made.concepts),
-        one_by_one(made),
-        loaded.model,
-        last,
-    )
+    return Explainer(made, str(made.map_layer), names, loaded.model, last)
 
 
 def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> ConceptFusionMap:
@@ -185,7 +167,7 @@ def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> C
     layers = settings.layers.split(",") if settings.layers else suggest_stages(loaded.model, loaded.empty())
     images = readable(loaded.open(find_images(settings.train or "")), failed, "training images")
     made = ConceptFusionMap(loaded.model, layers, map_layer="fused", batch_size=settings.batch_size)
-    return made.fit(images, encoder, words, image_size=loaded.size, model_transform=loaded.prepare, show_progress=True)
+    return made.fit(images, encoder, words, model_transform=loaded.prepare, show_progress=True)
 
 
 def encoder_of(settings: ModelSettings) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,16 +130,33 @@ def _call_python(spec: str) -> Any:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"no file at {path}")
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    name = f"_{file.stem}_of_the_user"
+    module_spec = importlib.util.spec_from_file_location(name, file.resolve())
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    make = getattr(module, function, None)
-    if not callable(make):
-        hint = did_you_mean(function, [n for n in vars(module) if not n.startswith("_")])
-        raise InputError(f"{path} has no function {function!r}.{hint}")
-    return make()
+    folder = str(file.resolve().parent)
+    sys.path.insert(0, folder)  # it may import its neighbors
+    sys.modules[module_spec.name] = module  # dataclasses look their module up
+    try:
+        module_spec.loader.exec_module(module)
+        make = getattr(module, function, None)
+        if not callable(make):
+            hint = did_you_mean(function, [n for n in vars(module) if not n.startswith("_")])
+            raise InputError(f"{path} has no function {function!r}.{hint}")
+        return make()
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever goes wrong in the user's own code
+        raise InputError(f"{spec} failed with {type(error).__name__}: {error}{_place(error, file)}") from error
+    finally:
+        sys.path.remove(folder)
+
+
+def _place(error: BaseException, file: Path) -> str:
+    """The last line of ``file`` on the way to an error."""
+    lines = [entry for entry in traceback.extract_tb(error.__traceback__) if Path(entry.filename) == file.resolve()]
+    return f" (line {lines[-1].lineno} of {file.name})" if lines else ""
 
 
 def _from_zoo(name: str, weights: str | None, num_classes: int | None, random_weights: bool = False) -> LoadedModel:

@@ -140,6 +140,8 @@ class Vocabulary:
         ['An image of a zebra', 'An image of a tench']
         """
         _template(template)
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+            raise InputError(f"classes must be a list of names, got {str(classes)[:60]!r}")
         texts = [_fill(template, name) for name in classes]
         return cls(texts, sources={text: [name] for text, name in zip(texts, classes, strict=True)})
 

@@ -159,18 +159,20 @@ class Reading:
 
     def from_tensor(self, images: Tensor) -> Tensor:
         """Float images ``(C, H, W)`` or ``(N, C, H, W)`` of a tensor: uint8 / 255, bands, channels, resized."""
-        if self.normalize is not None and images.is_floating_point() and self.bands is None:
-            self._check_channels(images)
-            return self._channels(images.detach())
+        if self.normalize is not None and images.is_floating_point():
+            return self._channels(self._chosen(images).detach())
         if self.transform is not None:
             if images.ndim == 3:
                 return self.transformed(images)
             return torch.stack([self.transformed(image) for image in images])
-        if self.bands is not None:
-            images = images[..., list(_within(self.bands, images.shape[-3], "tensor")), :, :]
-        else:
+        return self.normalized(self._channels(self._resized(self._scaled(self._chosen(images).detach()))))
+
+    def _chosen(self, images: Tensor) -> Tensor:
+        """The chosen bands, or all if the mode allows as many."""
+        if self.bands is None:
             self._check_channels(images)
-        return self.normalized(self._channels(self._resized(self._scaled(images.detach()))))
+            return images
+        return images[..., list(_within(self.bands, images.shape[-3], "tensor")), :, :]
 
     def normalized(self, images: Tensor) -> Tensor:
         """Images in [0, 1] as the model wants to see them."""

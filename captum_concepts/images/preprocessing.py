@@ -76,9 +76,13 @@ class Preprocessing:
 
 
 def input_channels(model: Any) -> int | None:
-    """How many channels a model's images have: those that its first image convolution takes; None if it has none."""
+    """How many channels a model's images have: those that its first image convolution takes; None if it has none.
+
+    12, 48 or 192 are taken for three channels of blocks of 2, 4 or 8 pixels (space to depth).
+    """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    return next((m.in_channels for m in modules if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    found = next((m.in_channels for m in modules if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    return 3 if found in (12, 48, 192) else found
 
 
 def preprocessing_of(model: Any) -> Preprocessing | None:

@@ -222,11 +222,12 @@ class ImageSource(Dataset[Tensor]):
             item = self._collate([item])
         name = self._name(position)
         image, label = split_item(item, name)
-        tensor = to_tensor(image, self.reading, name)
-        if tensor.ndim == 4:
-            if len(tensor) != 1:
+        many = isinstance(image, (list, tuple)) and len(image) == 1  # of a collate_fn that keeps lists
+        tensor = to_tensor(image[0] if many else image, self.reading, name)
+        if many or tensor.ndim == 4:
+            if tensor.ndim == 4 and len(tensor) != 1:
                 raise InputError(f"{name} is a batch {tuple(tensor.shape)}; each item must be one image (C, H, W)")
-            tensor = tensor[0]
+            tensor = tensor[0] if tensor.ndim == 4 else tensor
             label = label[0] if label is not None and not isinstance(label, str) and _count(label) == 1 else label
         if self._with_labels and self._given is None:
             self._seen[position] = label
@@ -364,13 +365,15 @@ def open_images(
             raise InputError("these images are open already; pass their source with the new options")
         return source if labels is None else source._labelled(labels)
     if isinstance(source, tuple) and len(source) == 2 and _is_stack(source[0], paths=True) and not _is_stack(source[1]):
-        if labels is not None:
+        if labels is not None and labels is not False:
             raise InputError("labels were given twice: in the source (images, labels) and as labels=")
-        source, labels = source
+        source, labels = source[0], source[1] if labels is None else labels
     if isinstance(source, Mapping) and not hasattr(source, "column_names"):
         source, found = split_item(source, "the source")
         labels = found if labels is None else labels
     made = _opened(source, reading, labels, skip_broken)
+    if made._index is not None and not len(made._index):
+        raise InputError(f"there is no image in {_described(source)}")
     if made.streamed:
         if labels is not None and labels is not False:
             made._given = checked_labels(labels)
@@ -441,8 +444,6 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
     if _is_pil(source):
         return ImageSource([source], reading, index=range(1), **own)
     if isinstance(source, (list, tuple)):
-        if not source:
-            raise InputError("there are no images in an empty list")
         if all(isinstance(one, (str, os.PathLike)) for one in source):
             files = find_images(source)
             return ImageSource(_Files(files), reading, index=range(len(files)), names=names_of(files), **own)
@@ -588,24 +589,27 @@ def _batch(
 # ------------------------------------------------------------------------------------------------------------- items
 
 
-def to_tensor(image: Any, reading: Reading | None = None, name: str = "the image") -> Tensor:
+def to_tensor(image: Any, reading: Reading | None = None, name: str | None = None) -> Tensor:
     """One image, of whatever kind, as a float tensor ``(C, H, W)``; a tensor ``(N, C, H, W)`` keeps its N.
 
     Args:
         image: a tensor, array, PIL image, path, open file, or undecoded image of Hugging Face.
         reading: how it is read.
-        name: how messages call it.
+        name: how messages call it; None for its path.
 
     Raises:
         InputError: something else, a broken file, or channels that do not fit.
     """
     reading = reading or Reading()
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image, reading, name)
+    name = name or "the image"
     if isinstance(image, Mapping):
         image = image_bytes(image)
     if isinstance(image, np.ndarray):
         image = _from_array(image, name)
     if not isinstance(image, Tensor):
-        if isinstance(image, (str, os.PathLike)) or hasattr(image, "read") or _is_pil(image):
+        if hasattr(image, "read") or _is_pil(image):
             return read_image(image, reading, name)
         raise InputError(f"{name} is {_described(image)}; pass tensors (C, H, W), PIL images, arrays or files")
     if image.ndim not in (3, 4):

@@ -70,7 +70,10 @@ class Scorer:
             raise InputError(f"score_fn must be callable (images -> scores), got {type(score_fn).__name__}")
         if not isinstance(inputs, Tensor) or inputs.ndim != 4 or not inputs.is_floating_point():
             got = (tuple(inputs.shape), inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise InputError(f"inputs must be floating point images (N, C, H, W), got {got}")
+            hint = "; no batch dimension: pass image[None]" if getattr(inputs, "ndim", 0) == 3 else ""
+            raise InputError(f"inputs must be floating point images (N, C, H, W), got {got}{hint}")
+        if not len(inputs):
+            raise InputError(f"inputs of shape {tuple(inputs.shape)} contain no example")
         one_of("scores", scores, SCORES)
         integer("batch_size", batch_size)
         self.score_fn, self.scores, self.batch_size = score_fn, scores, batch_size

@@ -42,8 +42,6 @@ def source_of(explainer: Any, images: Any, transform: Callable[[Tensor], Tensor]
     """The images opened as the explainer's model wants them; with ``transform``, in [0, 1] and in their own size."""
     if hasattr(images, "convert"):
         images = [images]
-    if isinstance(images, Tensor) and images.ndim == 3:
-        images = images[None]
     if transform is not None:
         return open_images(images)
     known, size = reader_of(explainer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from captum_concepts._checks import number, one_of
 from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.images import ImageSource, to_tensor
 from captum_concepts.visualization.scale import ColorScale
 
 MODES = ("bicubic", "bilinear", "nearest")
@@ -26,7 +29,7 @@ def as_image(image: Any) -> Tensor:
     Args:
         image: a tensor or array ``(3, H, W)``, ``(1, H, W)`` or ``(H, W)`` (also ``(1, 3, H, W)``; arrays also
             ``(H, W, 3)``, and ``(H, W, 4)`` with alpha), floating in [0, 1] or of integers in 0 to 255, or a PIL image
-            of any mode. Transparency is put on white.
+            of any mode, or the path of one. Transparency is put on white.
 
     Raises:
         InputError: another shape or dtype, an empty image, or integers outside 0 to 255.
@@ -34,16 +37,15 @@ def as_image(image: Any) -> Tensor:
     Warns:
         InputWarning: values outside [0, 1] (an image normalised for a network; clipped) or NaN (drawn black).
     """
-    if hasattr(image, "convert"):
-        has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-        image = image.convert("RGBA" if has_alpha else "RGB")
+    if hasattr(image, "convert") or isinstance(image, (str, os.PathLike)):
+        return to_tensor(image)
     alpha_last = False
     if not isinstance(image, Tensor):
         import numpy as np
 
         try:  # A copy: arrays of PIL images are read-only, which torch warns about.
             image = torch.from_numpy(np.array(image))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             message = f"an image must be a tensor, an array or a PIL image, got {type(image).__name__}"
             raise InputError(message) from error
         if image.ndim == 3 and image.shape[-1] in (1, 3, 4) and image.shape[0] not in (1, 3):
@@ -63,14 +65,42 @@ def as_image(image: Any) -> Tensor:
     return image.expand(3, -1, -1)
 
 
+def each_image(images: Any) -> Iterator[Any]:
+    """The images of an explanation one after another, as they were explained: not yet :func:`as_image`.
+
+    Raises:
+        InputError: files, a data set or a loader: their images may not have the size and the crop that was explained.
+    """
+    if isinstance(images, ImageSource):
+        undo = images.preprocessing.undo if images.preprocessing is not None else lambda image: image
+        yield from (undo(image) for image in images)
+    elif hasattr(images, "convert") or getattr(images, "ndim", 0) in (2, 3):
+        yield images
+    elif isinstance(images, (Tensor, list, tuple, Iterator)) or hasattr(images, "__array__"):
+        for image in images:
+            if isinstance(image, (str, os.PathLike, tuple, list, Mapping)):
+                raise _unclear(f"{type(images).__name__} of {type(image).__name__}")
+            yield from image if getattr(image, "ndim", 0) == 4 else [image]
+    else:
+        raise _unclear(type(images).__name__)
+
+
+def _unclear(given: str) -> InputError:
+    return InputError(
+        f"images of an explanation must be a tensor (N, 3, H, W) or a list of images, got a {given}; to read files or "
+        "data as the model wants them, pass images.inputs_for(model, source), or the explainer in place of its "
+        "explanation"
+    )
+
+
 def as_images(images: Any, n: int) -> list[Tensor]:
     """``n`` images of :func:`as_image`: a batch, a list, or a single image where n is 1.
 
     Raises:
-        InputError: another number of them.
+        InputError: another number of them, or see :func:`each_image`.
     """
-    single = hasattr(images, "convert") or (getattr(images, "ndim", 4) in (2, 3) and n == 1)
-    found = [as_image(image) for image in ([images] if single else images)]
+    single = getattr(images, "ndim", 0) in (2, 3) and n != 1
+    found = [as_image(image) for image in (images if single else each_image(images))]
     if len(found) != n:
         raise InputError(f"{len(found)} images for an explanation of {n}; pass one for each, in the same order")
     return found

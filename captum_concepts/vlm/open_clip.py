@@ -297,21 +297,39 @@ def _check_templates(templates: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def tower_names(tower: nn.Module) -> Iterator[str]:
-    """The names of open_clip's models whose image tower has the size and width of ``tower``."""
+    """The names of open_clip's models whose image tower has the sizes of ``tower``; its weights are not compared."""
     import open_clip
 
-    size = getattr(tower, "image_size", None)
-    sides = None if size is None else tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    stem = getattr(tower, "conv1", None)
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+    own = {
+        "image_size": _pair(getattr(tower, "image_size", None)),
+        "width": getattr(stem, "out_channels", None) if blocks is not None else None,
+        "patch_size": None if stem is None or blocks is None else _pair(stem.kernel_size),
+        "layers": None if blocks is None else len(blocks),
+    }
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name) or {}
-        wanted = config.get("vision_cfg", {}).get("image_size", 224)
-        wanted = tuple(wanted) if isinstance(wanted, (tuple, list)) else (wanted, wanted)
-        if sides == wanted and getattr(tower, "output_dim", config.get("embed_dim")) == config.get("embed_dim"):
+        vision = {"image_size": 224, **config.get("vision_cfg", {})}
+        wanted = {key: _pair(vision[key]) if "size" in key else vision[key] for key in own if key in vision}
+        same_width = getattr(tower, "output_dim", config.get("embed_dim")) == config.get("embed_dim")
+        if same_width and all(own[key] in (None, value) for key, value in wanted.items()):
             yield name
 
 
 def build_tower(name: str) -> nn.Module:
     """The image tower of an open_clip model, with random weights; nothing is downloaded."""
+    import logging
+
     import open_clip
 
-    return open_clip.create_model(name, load_weights=False).visual
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip would warn that the weights are random: they are replaced
+    try:
+        return open_clip.create_model(name, load_weights=False).visual
+    finally:
+        logging.disable(before)
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    return None if size is None else (size, size) if isinstance(size, int) else tuple(size)

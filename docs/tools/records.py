@@ -3,7 +3,7 @@
 ``{{ fam.json | ratio_to_bare_forward | FAM, linear head | .2f }}`` is a value: a file in ``benchmarks/results``, the
 keys that lead to it (an integer indexes a list; ``name=value & name=value`` finds the
 one row of a list), and a format.
-``{{ include all }}`` is the page that ``python -m benchmarks.page`` makes of all records, without its title; its
+``{{ include all }}`` is the page that ``python -m benchmarks.report.page`` makes of all records, without its title; its
 pictures are :func:`pictures`.
 """
 

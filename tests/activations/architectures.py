@@ -15,54 +15,55 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts import SALFCBM, ConceptFusionMap, ConceptTranslator, FeatureActivationMap, SpatialACV
+from captum_concepts.activations import Layers
 from captum_concepts.activations.survey import suggest_layer, suggest_stages, survey_layers
 from captum_concepts.errors import CaptumConceptsError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 
-#: ``library name`` -> side of the images and options of its constructor.
-NETWORKS: dict[str, tuple[int, dict[str, Any]]] = {
-    "torchvision alexnet": (96, {}),
-    "torchvision vgg11_bn": (64, {}),
-    "torchvision squeezenet1_1": (96, {}),
-    "torchvision googlenet": (96, {"init_weights": False, "aux_logits": False}),
-    "torchvision resnet18": (96, {}),
-    "torchvision resnet50": (96, {}),
-    "torchvision densenet121": (96, {}),
-    "torchvision shufflenet_v2_x0_5": (96, {}),
-    "torchvision mnasnet0_5": (96, {}),
-    "torchvision mobilenet_v2": (96, {}),
-    "torchvision mobilenet_v3_small": (96, {}),
-    "torchvision efficientnet_b0": (96, {}),
-    "torchvision regnet_y_400mf": (96, {}),
-    "torchvision convnext_tiny": (96, {}),
-    "torchvision swin_t": (96, {}),
-    "torchvision swin_v2_t": (96, {}),
-    "torchvision vit_b_16": (64, {"image_size": 64}),
-    "timm vit_tiny_patch16_224": (64, {"img_size": 64}),
-    "timm deit_tiny_distilled_patch16_224": (64, {"img_size": 64}),
-    "timm vit_small_patch14_reg4_dinov2": (56, {"img_size": 56, "num_classes": 10}),
-    "timm vit_small_patch14_dinov2": (56, {"img_size": 56, "num_classes": 10}),
-    "timm eva02_tiny_patch14_224": (56, {"img_size": 56}),
-    "timm cait_xxs24_224": (64, {"img_size": 64}),
-    "timm xcit_nano_12_p16_224": (64, {}),
-    "timm mixer_s16_224": (64, {"img_size": 64}),
-    "timm swin_tiny_patch4_window7_224": (64, {"img_size": 64, "window_size": 2}),
-    "timm pvt_v2_b0": (64, {}),
-    "timm coat_lite_tiny": (64, {"img_size": 64}),
-    "timm levit_128s": (224, {}),
-    "timm mobilevit_xxs": (64, {}),
-    "timm poolformer_s12": (64, {}),
-    "timm convnextv2_atto": (64, {}),
-    "timm efficientformer_l1": (224, {}),
-    "timm fastvit_t8": (64, {}),
-    "timm resnetv2_50": (64, {}),
-    "timm repvgg_a0": (64, {}),
-    "timm ghostnet_100": (64, {}),
-    "timm edgenext_xx_small": (64, {}),
-    "open_clip RN50": (64, {"image_size": 64}),
-    "open_clip ViT-B-32": (96, {"image_size": 96}),
-    "open_clip convnext_base": (64, {"image_size": 64}),
+#: ``library name`` -> height and width of the images (square only where it takes nothing else), constructor's options.
+NETWORKS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+    "torchvision alexnet": ((96, 128), {}),
+    "torchvision vgg11_bn": ((64, 96), {}),
+    "torchvision squeezenet1_1": ((96, 128), {}),
+    "torchvision googlenet": ((96, 128), {"init_weights": False, "aux_logits": False}),
+    "torchvision resnet18": ((96, 128), {}),
+    "torchvision resnet50": ((96, 128), {}),
+    "torchvision densenet121": ((96, 128), {}),
+    "torchvision shufflenet_v2_x0_5": ((96, 128), {}),
+    "torchvision mnasnet0_5": ((96, 128), {}),
+    "torchvision mobilenet_v2": ((96, 128), {}),
+    "torchvision mobilenet_v3_small": ((96, 128), {}),
+    "torchvision efficientnet_b0": ((96, 128), {}),
+    "torchvision regnet_y_400mf": ((96, 128), {}),
+    "torchvision convnext_tiny": ((96, 128), {}),
+    "torchvision swin_t": ((96, 128), {}),
+    "torchvision swin_v2_t": ((96, 128), {}),
+    "torchvision vit_b_16": ((64, 64), {"image_size": 64}),
+    "timm vit_tiny_patch16_224": ((64, 96), {"img_size": (64, 96)}),
+    "timm deit_tiny_distilled_patch16_224": ((64, 96), {"img_size": (64, 96)}),
+    "timm vit_small_patch14_reg4_dinov2": ((56, 84), {"img_size": (56, 84), "num_classes": 10}),
+    "timm vit_small_patch14_dinov2": ((56, 84), {"img_size": (56, 84), "num_classes": 10}),
+    "timm eva02_tiny_patch14_224": ((56, 84), {"img_size": (56, 84)}),
+    "timm cait_xxs24_224": ((64, 96), {"img_size": (64, 96)}),
+    "timm xcit_nano_12_p16_224": ((64, 96), {}),
+    "timm mixer_s16_224": ((64, 96), {"img_size": (64, 96)}),
+    "timm swin_tiny_patch4_window7_224": ((64, 96), {"img_size": (64, 96), "window_size": 2}),
+    "timm pvt_v2_b0": ((64, 96), {}),
+    "timm coat_lite_tiny": ((64, 96), {"img_size": (64, 96)}),
+    "timm levit_128s": ((224, 224), {}),
+    "timm mobilevit_xxs": ((64, 96), {}),
+    "timm poolformer_s12": ((64, 96), {}),
+    "timm convnextv2_atto": ((64, 96), {}),
+    "timm efficientformer_l1": ((224, 224), {}),
+    "timm fastvit_t8": ((64, 96), {}),
+    "timm resnetv2_50": ((64, 96), {}),
+    "timm repvgg_a0": ((64, 96), {}),
+    "timm ghostnet_100": ((64, 96), {}),
+    "timm edgenext_xx_small": ((64, 96), {}),
+    "open_clip RN50": ((64, 64), {"image_size": 64}),
+    "open_clip ViT-B-32": ((96, 128), {"image_size": (96, 128)}),
+    "open_clip convnext_base": ((64, 96), {"image_size": (64, 96)}),
 }
 
 
@@ -120,7 +121,7 @@ def ce_fam(net: nn.Module, layer: str, images: Tensor, width: int) -> Tensor:
 
 
 def salf(net: nn.Module, layer: str, images: Tensor, width: int) -> Tensor:
-    model = SALFCBM(net, layer, ["a", "b", "c"], 2, grid=(3, 3), input_size=images.shape[-1])
+    model = SALFCBM(net, layer, ["a", "b", "c"], 2, grid=(3, 3), input_size=(images.shape[-2], images.shape[-1]))
     assert model(images).isfinite().all()
     return model.concept_maps(images)
 
@@ -135,8 +136,8 @@ METHODS: dict[str, Callable[[nn.Module, str, Tensor, int], Tensor]] = {
 
 def outcome(name: str) -> list[str]:
     """One row of the table: network, layer chosen by the package, its grid, and what each method says."""
-    net, side = build(name), NETWORKS[name][0]
-    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    net, size = build(name), NETWORKS[name][0]
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         width = net(images).shape[1]
     layer = suggest_layer(net, images[:1])
@@ -157,6 +158,23 @@ def outcome(name: str) -> list[str]:
     return [name.replace(" ", " `") + "`", f"`{layer}`", f"{grid[0]} x {grid[1]}", *cells]
 
 
+def misplaced(name: str) -> int:
+    """How many cells a bright patch in a corner of the image appears from that corner, in the first stage, at most."""
+    net, (height, width) = build(name), NETWORKS[name][0]
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(1))
+    layers = Layers.resolve(net, suggest_stages(net, image)[0])
+    before = layers.run(image)
+    h, w = before.layouts[0].grid
+    distance = 0
+    for i, j in ((0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1)):
+        bright = image.clone()
+        bright[:, :, i * height // h : (i + 1) * height // h, j * width // w : (j + 1) * width // w] += 2
+        change = (layers.run(bright).maps[0] - before.maps[0])[0].norm(dim=0)
+        row, column = divmod(int(change.argmax()), w)
+        distance = max(distance, abs(row - i), abs(column - j))
+    return distance
+
+
 def line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -171,7 +189,7 @@ def page() -> str:
     text = (
         "# Architectures\n\nEvery method on networks of the model zoos as they are, with random weights and no hint: "
         "the layer is the one that `suggest_layer` finds (`suggest_stages` for CE-FAM). Images are "
-        "small here (56 to 96 px, 224 where the network takes nothing else), so grids are small.\n\n"
+        "small here (56 x 84 to 96 x 128 pixels, 224 where the network takes nothing else), so grids are small.\n\n"
         "This page is written by `python tests/activations/architectures.py`; "
         "`tests/activations/test_architectures.py` runs it again and compares.\n\n"
     )

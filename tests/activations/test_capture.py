@@ -483,7 +483,7 @@ def test_layers_without_a_usable_tensor(images) -> None:
             return x.mean((2, 3))
 
     for value in (None, "text", (1, 2), {"ids": torch.ones(2, dtype=torch.long)}):
-        with pytest.raises(LayerError, match=r"layer 'odd' gives .* holds no floating-point tensor"):
+        with pytest.raises(LayerError, match=r"layer 'odd' returns .* contains no floating-point tensor"):
             capture(Model(value), images, ["odd"])
     with pytest.raises(LayerError, match=r"layer 'odd' has no gradient.*int64"):
         capture(Model(torch.ones(2, dtype=torch.long)), images, ["odd"], gradient=True)
@@ -759,3 +759,23 @@ def test_nan_weights_are_warned_about_once_and_ruled_out_classes_are_not(net, im
     with pytest.warns(InputWarning, match="the inputs contain NaN") as said:
         capture(net, images, ["conv", "deep.0"])
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(2, 4, 8, 8), r"\(2, 4, 8, 8\) have 4 channels.*takes 3.*inputs\[:, :3\]"),
+        (torch.rand(2, 8, 8, 3), "have 8 channels.*move the channels to the front"),
+        (torch.rand(2, 3, 8, 8, dtype=torch.float64), "inputs are torch.float64 and the model's weights torch.float32"),
+    ],
+)
+def test_images_that_the_model_does_not_take(images, message):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    with pytest.raises(InputError, match=message):
+        capture(model, images, ["2"])
+
+
+def test_other_errors_of_the_model_stay_as_they_are():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(5, 5, 3))
+    with pytest.raises(RuntimeError, match="to have 5 channels, but got 4"):
+        capture(model, torch.rand(1, 3, 8, 8), ["0"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from captum_concepts.activations import Layers, read_layer
+from captum_concepts.activations import Layers, gradients_enabled, read_layer
+from captum_concepts.activations.layers import any_reading
 from captum_concepts.errors import InputError, LayerError
 
 
@@ -85,3 +86,22 @@ def test_read_layer_stops_after_the_layer(net) -> None:
     net.forward = lambda x: x
     with pytest.raises(LayerError, match="'2' did not run"):
         read_layer(net, "2", image)
+
+
+def test_the_order_in_which_layers_ran() -> None:
+    net = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(4)], nn.Flatten())
+    assert Layers.resolve(net, ["2", "3", "0"]).run(torch.rand(1, 3, 4, 5)).order == (2, 0, 1)  # "0", "2", "3"
+
+
+@pytest.mark.parametrize("last", [nn.LayerNorm(5, elementwise_affine=False), nn.Softmax(1)], ids=["norm", "softmax"])
+def test_a_reading_of_outputs_whose_sum_is_constant_has_a_gradient(net, last) -> None:
+    """Far above rounding: the sum of what a softmax or a LayerNorm gives has a gradient of rounding errors alone."""
+    model = nn.Sequential(*net, last)
+    result = Layers.resolve(model, "1").run(torch.rand(2, 3, 16, 20), gradient=True)
+    with gradients_enabled():
+        (logits,) = torch.autograd.grad(any_reading(result.returned), result.raw)
+    assert logits.abs().max() > 1e-5
+    values = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    expected = torch.tensor(1.0).cos() + 2 * torch.tensor(2.0).cos()
+    torch.testing.assert_close(any_reading(values), expected)
+    torch.testing.assert_close(any_reading({"a": values, "b": values, "ids": torch.ones(3).long()}), 2 * expected)

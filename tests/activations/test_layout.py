@@ -302,6 +302,40 @@ def test_images_resized_inside_the_model() -> None:
     assert infer_layout(tokens, 2, (256, 256), model=model) == Layout("NLC", (14, 14), 1)
 
 
+def test_patches_that_are_not_square() -> None:
+    """Rows come from the image's height and the stride's first number, also where the grid is halved."""
+    model = Patches((16, 8), {})
+    assert infer_layout(torch.empty(2, 32, 4), 2, (64, 64), model=model) == Layout("NLC", (4, 8))
+    assert infer_layout(torch.empty(2, 8, 4), 2, (64, 64), model=model) == Layout("NLC", (2, 4))
+    assert infer_layout(torch.empty(2, 24, 4), 2, (32, 96), model=Patches((8, 16), {})) == Layout("NLC", (4, 6))
+    # An odd grid is cut off or padded when it is halved.
+    for halved in ((3, 4), (2, 3)):
+        tokens = torch.empty(2, halved[0] * halved[1], 4)
+        assert infer_layout(tokens, 2, (80, 56), model=Patches((16, 8), {})) == Layout("NLC", halved)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "fits"),
+    [
+        ((64, 96), (8, 12), True),
+        ((64, 96), (8, 13), True),  # a border without padding costs a cell
+        ((64, 96), (8, 14), False),
+        ((160, 160), (80, 82), True),  # on a fine grid a little more
+        ((160, 160), (40, 42), False),
+        ((96, 64), (8, 12), False),
+        ((6, 9), (8, 11), True),
+        ((6, 9), (9, 13), False),  # finer than the pixels
+    ],
+)
+def test_how_far_a_grid_may_be_from_the_images_shape(size, grid, fits) -> None:
+    output = torch.empty(2, *grid, 5)
+    if fits:
+        assert infer_layout(output, 2, size, module=Opaque()) == Layout("NHWC", grid)
+    else:
+        with pytest.raises(LayoutError, match="fits no grid of the input"):
+            infer_layout(output, 2, size, module=Opaque())
+
+
 # ---------------------------------------------------------------- what must be refused
 
 
@@ -332,7 +366,7 @@ class Opaque(nn.Module):
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 8), (2, 7, 7, 8), (2, 8, 7, 7), (2, 9, 8, 8), (2, 3, 2, 3)])
 def test_ambiguous_images_are_refused(shape) -> None:
-    with pytest.raises(LayoutError, match=r"layer 'mix' gives \(2, .*layout='NCHW' or layout='NHWC'") as caught:
+    with pytest.raises(LayoutError, match=r"layer 'mix' returns \(2, .*layout='NCHW' or layout='NHWC'") as caught:
         infer_layout(torch.empty(shape), 2, (32, 32), module=Opaque(), name="mix")
     assert str(shape) in str(caught.value)
     assert infer_layout(torch.empty(shape), 2, (32, 32), layout="NCHW").grid == shape[2:]
@@ -413,7 +447,7 @@ def test_inside_windowed_attention() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 8), (2,), (2, 3, 4, 5, 6)])
 def test_outputs_without_a_grid(shape) -> None:
-    with pytest.raises(LayoutError, match=r"layer 'fc' gives \(2,.*no grid of positions; choose a layer before"):
+    with pytest.raises(LayoutError, match=r"layer 'fc' returns \(2,.*no grid of positions; choose a layer before"):
         infer_layout(torch.empty(shape), 2, (32, 32), name="fc")
 
 
@@ -429,7 +463,7 @@ def test_wrong_hints_are_refused() -> None:
         infer_layout(tokens, 2, (64, 64), layout="NCHW")
     with pytest.raises(LayoutError, match="four dimensions; layout='NLC' is for three"):
         infer_layout(image, 2, (64, 64), layout="NLC")
-    with pytest.raises(LayoutError, match="read as LNC does not hold 2 examples"):
+    with pytest.raises(LayoutError, match="read as LNC is not a batch of 2 examples"):
         infer_layout(tokens, 2, (64, 64), layout="LNC")
     with pytest.raises(InputError, match="layout must be one of"):
         infer_layout(image, 2, (64, 64), layout="nchw")

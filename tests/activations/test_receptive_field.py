@@ -161,3 +161,35 @@ def test_the_effective_field_lies_inside_the_field_and_leaves_the_model_alone():
     nn.init.constant_(dead[0].bias, -1e9)
     with pytest.raises(LayerError, match="no pixel"):
         effective_receptive_field(dead, "1", image, (0, 0))
+
+
+def test_batch_statistics_are_neither_used_nor_changed():
+    """In training mode the batch normalization would mix all positions, and every call would move its statistics."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Dropout(0.5)).train()
+    net[1].running_mean.normal_()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    image = torch.rand(3, 14, 18)
+    maps = torch.zeros(1, 10, 14)
+    maps[0, 2, 5] = 1.0
+    for call in (
+        lambda: receptive_field(net, "3", (14, 18), (2, 5)),
+        lambda: effective_receptive_field(net, "3", image, (2, 5), share=1.0),
+        lambda: strongest_crops(net, "3", image[None], maps, k=1)[0].field,
+        lambda: strongest_crops(net, "3", image[None], maps, k=1, share=1.0)[0].field,
+    ):
+        assert call() == (2, 5, 7, 10)
+        assert net.training
+        assert net[1].training
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_effective_field_is_where_the_image_matters_at_that_position():
+    """Rows and columns of the position are not exchanged, and an in-place ReLU after the layer changes nothing."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(inplace=True))
+    for layer in ("0", "1"):
+        for position in ((1, 6), (4, 2), (-1, -2)):
+            row, column = position[0] % 7, position[1] % 9
+            box = effective_receptive_field(net, layer, torch.rand(3, 15, 19), position, share=1.0)
+            assert box == (2 * row, 2 * column, 2 * row + 3, 2 * column + 3)

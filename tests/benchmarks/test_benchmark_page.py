@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,15 +12,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import cells
-import coverage
-import headlines
-import page
-import plots
-import sections
-import suite
+from benchmarks.record import changed, digest, environment
+from benchmarks.report import cells, coverage, headlines, page, plots, sections
+from benchmarks.run import suite
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,7 +31,8 @@ def pictures() -> list[str]:
 
 class TestWhatIsCommitted:
     def test_page_is_what_the_records_say(self, records):
-        assert (RESULTS / page.PAGE).read_text(encoding="utf-8") == page.page(records, pictures()), "make bench-page"
+        text = page.without_marks((RESULTS / page.PAGE).read_text(encoding="utf-8"))
+        assert text == page.page(records, pictures()), "make bench-page"
 
     def test_readme_is_what_the_records_say(self, records):
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,8 +40,9 @@ class TestWhatIsCommitted:
 
     def test_check_says_so(self, tmp_path: Path):
         """As a program, also from another folder; a changed number is noticed."""
-        command = [sys.executable, str(ROOT / "benchmarks" / "page.py"), "--check"]
-        assert subprocess.run(command, cwd=tmp_path).returncode == 0
+        command = [sys.executable, "-m", "benchmarks.report.page", "--check"]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        assert subprocess.run(command, cwd=tmp_path, env=env).returncode == 0
         for path in RESULTS.glob("*"):
             if path.suffix in (".json", ".png", ".md"):
                 (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -53,7 +50,7 @@ class TestWhatIsCommitted:
         record["timings"][0]["ms_per_map"]["nra"] *= 2
         (tmp_path / "nra.json").write_text(json.dumps(record))
         own = ["--results", str(tmp_path), "--no-readme"]
-        found = subprocess.run([*command, *own], cwd=tmp_path, capture_output=True, text=True)
+        found = subprocess.run([*command, *own], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert (found.returncode, found.stderr.strip()) == (1, "README.md is not what the records say")
 
     def test_every_picture_is_shown_and_every_link_leads_somewhere(self, records):
@@ -227,10 +224,58 @@ class TestPlots:
         assert len({one.xyann for one in axis.texts[:2]}) == 2
 
 
+def script(job: suite.Job) -> Path:
+    return ROOT / "benchmarks" / "run" / f"{(job.module or job.name).replace('.', '/')}.py"
+
+
+class TestCode:
+    """Records know the code they measured."""
+
+    def test_comments_and_docstrings_do_not_count(self):
+        code = 'import os\n\n\ndef f(x):\n    """Text."""\n    return x + 1  # one more\n'
+        other = 'import os\n\ndef f(x):\n    """Another\n    text."""\n\n    # say why\n    return x + 1\n'
+        assert digest(code) == digest(other)
+        assert digest(code) != digest(code.replace("+ 1", "+ 2"))
+        assert digest(code) != digest(code.replace("return x", 'return "x"'))
+
+    def test_an_environment_names_the_modules_in_use(self):
+        import captum_concepts.metrics.region  # noqa: F401
+
+        sources = environment()["sources"]
+        assert "captum_concepts/metrics/region.py" in sources
+        assert not any(name.endswith(("errors.py", "__init__.py")) for name in sources)
+        now = {"parts": {"a": {"environment": {"sources": sources}}}}
+        assert changed(now) == []
+
+    def test_changed_and_gone_files_are_marked(self):
+        sources = environment()["sources"]
+        name = next(iter(sources))
+        old = {"environment": {"sources": {**sources, name: "00000000", "captum_concepts/gone.py": "00000000"}}}
+        half = {"parts": {"a": {"environment": {"sources": sources}}, "b": {"environment": old["environment"]}}}
+        assert changed(old) == changed(half) == sorted([name, "captum_concepts/gone.py"])
+        assert changed({"environment": {"date": "2026-01-01"}}) is None
+        records = {"nra": old, "fam": {}, "solver": {"environment": {"sources": sources}}}
+        marks = page.stale(records)
+        assert list(marks) == ["nra", "fam"]
+        assert "`gone.py`" in marks["nra"]
+        text = page.page(records, [], marks)
+        assert text.count(page.MARK) == 2
+        assert page.without_marks(text) == page.page(records)
+
+    def test_the_suite_runs_what_is_stale(self):
+        job = suite.Job("nra", "", "")
+        sources = environment()["sources"]
+        fresh = {"nra": {"environment": {"sources": sources}}}
+        assert not job.stale(fresh)
+        assert job.stale({})
+        assert job.stale({**fresh, "nra_of_others": {}})
+        assert not job.stale({**fresh, "nrand": {}})
+
+
 class TestSuite:
     def test_commands(self):
         for job in suite.JOBS:
-            assert (ROOT / "benchmarks" / f"{job.module or job.name}.py").is_file()
+            assert script(job).is_file()
             command = job.command(True, Path("/data"))
             assert command is not None
             assert suite.DATA not in " ".join(command)
@@ -242,7 +287,7 @@ class TestSuite:
 
     def test_arguments_are_those_the_scripts_take(self):
         for job in suite.JOBS:
-            source = (ROOT / "benchmarks" / f"{job.module or job.name}.py").read_text(encoding="utf-8")
+            source = script(job).read_text(encoding="utf-8")
             for given in (job.short, job.full):
                 for option in re.findall(r"--[\w-]+", given or ""):
                     assert f'"{option}"' in source, (job.name, option)
@@ -250,14 +295,14 @@ class TestSuite:
     def test_a_failure_takes_nothing_with_it(self, tmp_path: Path):
         """One script that works, into a folder of its own, and one that fails."""
         code = (
-            "import suite\n"
-            "bad, good = suite.Job('bad', '--no-such', None, 'page'), suite.Job('good', '--help', None, 'page')\n"
+            "from benchmarks.run import suite\n"
+            "bad, good = suite.Job('bad', '--no-such', None, 'nra'), suite.Job('good', '--help', None, 'nra')\n"
             "suite.JOBS = [bad, good]\n"
             "suite.main()\n"
         )
         command = [sys.executable, "-c", code, "--results", str(tmp_path / "out"), "--data", str(tmp_path)]
         before = {path.name: path.read_bytes() for path in RESULTS.iterdir()}
-        found = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert found.returncode == 1
         assert "bad: failed with exit code 2" in found.stdout
         assert "good: done" in found.stdout

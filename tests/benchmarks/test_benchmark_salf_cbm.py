@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,14 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import photographs
-import salf_cbm_data
-import salf_cbm_maps
-import salf_cbm_peers
-import salf_cbm_planted
-
+from benchmarks.data import photographs, salf_cbm as salf_cbm_data
+from benchmarks.peers import salf_cbm as salf_cbm_peers
+from benchmarks.run.salf_cbm import maps as salf_cbm_maps, planted as salf_cbm_planted
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm import SALFCBM

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import fam_tasks
-import map_tables
-import paper_maps
-import peers
-import salf_cbm_maps
-from cells import COLUMNS, OTHER, SHUFFLED
-from map_tables import Regions, measure, pairs, quality
-
+from benchmarks.peers import maps as peers
+from benchmarks.report.cells import COLUMNS, OTHER, SHUFFLED
+from benchmarks.run import map_tables
+from benchmarks.run.fam import tasks as fam_tasks
+from benchmarks.run.map_tables import Regions, measure, pairs, quality
+from benchmarks.run.papers import maps as paper_maps
+from benchmarks.run.salf_cbm import maps as salf_cbm_maps
 from captum_concepts import FeatureActivationMap, demo, metrics
 from captum_concepts.datasets import CaptionedScenes
 

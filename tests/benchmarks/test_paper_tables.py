@@ -6,7 +6,6 @@ import csv
 import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import paper_maps
-import paper_tables
-import sections
-from paper_inputs import classifier, words_of
-from paper_published import COMMAND, PROTOCOLS, PUBLISHED, SETTINGS
-
+from benchmarks.data.published import COMMAND, PROTOCOLS, PUBLISHED, SETTINGS
+from benchmarks.report import sections
+from benchmarks.run.papers import maps as paper_maps, tables as paper_tables
+from benchmarks.run.papers.inputs import classifier, words_of
 from captum_concepts import demo
 from captum_concepts.datasets import CaptionedScenes
 
@@ -40,7 +35,7 @@ def scenes() -> CaptionedScenes:
 @pytest.fixture(autouse=True)
 def results(tmp_path: Path, monkeypatch) -> Path:
     """Where records go."""
-    monkeypatch.setattr("_record.RESULTS", tmp_path / "results")
+    monkeypatch.setattr("benchmarks.record.RESULTS", tmp_path / "results")
     return tmp_path / "results"
 
 

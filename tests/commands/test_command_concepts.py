@@ -227,7 +227,7 @@ class TestEvaluate:
         rows = {(row["explainer"], row["metric"]): row for row in found["rows"]}
         methods = list(dict.fromkeys(row["explainer"] for row in found["rows"]))
         assert methods[1:] == ["activation energy", "centre Gaussian", "random"]
-        assert rows["centre Gaussian", "specificity"]["value"] in (None, pytest.approx(0, abs=1e-6))
+        assert rows["centre Gaussian", "concept_specificity"]["value"] in (None, pytest.approx(0, abs=1e-6))
         assert all(row["examples"] == found["images"] <= 11 for row in rows.values())
         assert found["images"] + found["images_without"] + len(found["failed"]) == 12
 

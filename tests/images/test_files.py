@@ -171,6 +171,7 @@ class TestBrokenFiles:
             load_image(tmp_path / "none.png")
 
     def test_size_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        assert image_files.MOST_PIXELS == 100_000_000
         path = saved(tmp_path, Image.new("1", (300, 200)))
         monkeypatch.setattr(image_files, "MOST_PIXELS", 50_000)
         with pytest.raises(InputError, match="300 x 200 pixels, more than 50,000"):

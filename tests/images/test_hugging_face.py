@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from PIL import Image
 
 from captum_concepts.images import batches, open_images
 
-datasets = pytest.importorskip("datasets", reason="the library `datasets` of Hugging Face is not installed")
+# Not plain "datasets": without the library, the folder of tests of that name would be imported.
+pytest.importorskip("datasets.arrow_dataset", reason="the library `datasets` of Hugging Face is not installed")
+datasets = importlib.import_module("datasets")
 pytestmark = pytest.mark.filterwarnings("default")  # the library's own
 
 

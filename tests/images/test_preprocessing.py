@@ -96,6 +96,11 @@ class TestHuggingFace:
         assert (vit.size, vit.resize, vit.interpolation, vit.mean) == ((224, 224), "squash", "bilinear", (0.5,) * 3)
         assert (clip.size, clip.resize, clip.crop, clip.interpolation) == ((224, 224), "crop", 1.0, "bicubic")
         assert preprocessing_of(CONVNEXT).crop == 0.875
+        assert preprocessing_of({**CONVNEXT, "size": {"shortest_edge": 384}}).resize == "squash"
+        assert preprocessing_of({**VIT, "size": [192, 256]}).size == (192, 256)
+        assert preprocessing_of({**VIT, "size": 192}).size == (192, 192)
+        beit = {**VIT, "size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224}
+        assert (preprocessing_of(beit).size, preprocessing_of(beit).crop) == ((224, 224), 0.875)
         white = preprocessing_of(EFFICIENTNET)(torch.ones(3, 2, 2))
         assert torch.allclose(white, torch.ones(3, 2, 2))
         assert torch.allclose(preprocessing_of(EFFICIENTNET)(torch.zeros(3, 2, 2)), -torch.ones(3, 2, 2))
@@ -165,6 +170,8 @@ class TestInputsForAModel:
         source = inputs_for(gray, [Image.new("RGB", (10, 20), (255, 255, 255))])
         assert source[0].shape == (1, 224, 224)
         assert source[0].unique().tolist() == [1.0]
+        blocks = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 2, 3))
+        assert inputs_for(blocks, [Image.new("RGB", (8, 8))], size=8)[0].shape == (3, 8, 8)
         five = nn.Sequential(nn.Conv2d(5, 2, 3))
         assert inputs_for(five, torch.zeros(1, 5, 8, 8))[0].shape == (5, 8, 8)
         made = inputs_for(gray, [Image.new("L", (4, 4))], transform=lambda image: torch.ones(1, 2, 2))

@@ -170,6 +170,18 @@ class TestLoaders:
         assert [label for b in batches(stream, 2) for label in b.labels] == LABELS
         assert open_images(stream).streamed
 
+    def test_batches_of_pil_images(self):
+        def collate(items):
+            return [image for image, _ in items], [label for _, label in items]
+
+        pairs = Items(lambda i: (pil(i), LABELS[i]))
+        by_number = DataLoader(pairs, 3, collate_fn=collate)
+        stream = DataLoader(Stream(lambda i: (pil(i), LABELS[i])), 3, collate_fn=collate)
+        for loader in (by_number, stream, [collate([pairs[i]]) for i in range(N)]):
+            found = list(batches(loader, 4))
+            assert torch.allclose(torch.cat([b.images for b in found]), IMAGES)
+            assert [label for b in found for label in b.labels] == LABELS
+
     def test_labels_beside(self):
         assert open_images(DataLoader(TensorDataset(IMAGES), 3), labels=LABELS).labels == LABELS
         with pytest.raises(InputError, match="RandomSampler"):
@@ -317,10 +329,12 @@ class TestShapes:
         [(IMAGES[0], r"no batch dimension.*image\[None\]"), (torch.zeros(3), r"\(N, C, H, W\)"),
          (IMAGES[:, :1].expand(-1, 4, -1, -1), "4 channels.*bands"), (IMAGES[:, :2], "2 channels.*bands"),
          (IMAGES.permute(0, 2, 3, 1), r"\(.*, 3\), channels last.*movedim"), (PIXELS.int(), "int32.*value_range"),
-         (IMAGES > 0, "bool"), ([], "empty list"), ([3], "int"), (3, "int"), (None, "NoneType"),
+         (IMAGES > 0, "bool"), ([], "no image in an empty list"),
+         (IMAGES[:0], "no image"), ([3], "int"), (3, "int"), (None, "NoneType"),
          ({"pictures": IMAGES}, "pictures.*pixel_values"), (Items(lambda i: {"x": 1}), "keys"),
          (Items(lambda i: ()), "empty"), (Items(lambda i: IMAGES), "is a batch"), ("no/such", "no file or folder"),
-         (Items(lambda i: np.zeros((3, 5, 3), np.uint8)), "first or last"), (Items(lambda i: IMAGES[0, 0]), "shape")],
+         (Items(lambda i: np.zeros((3, 5, 3), np.uint8)), "first or last"),
+         (Items(lambda i: np.zeros((4, 5, 1), np.uint8)), "first or last"), (Items(lambda i: IMAGES[0, 0]), "shape")],
     )  # fmt: skip
     def test_refused(self, source, message: str):
         with pytest.raises(InputError, match=message) as error:

@@ -105,18 +105,20 @@ def entry(used: float, difference: float, kind: str = "tolerance") -> dict:
 
 
 def test_the_table_names_what_has_no_headroom():
-    plain = Run("plain", 0, 60.0, {"a/x.py:1": entry(0.01, 1e-7), "a/x.py:2": entry(0.9, 1e-3, "bound")})
-    other = Run("2 threads", 1, 90.0, {"a/x.py:1": entry(0.3, 3e-6), "a/x.py:2": entry(0.9, 1e-3, "bound")})
+    still = {"a/x.py:2": entry(0.9, 1e-3, "bound"), "b/x.py:2": entry(0.02, 1e-3)}
+    plain = Run("plain", 0, 60.0, {"a/x.py:1": entry(0.01, 1e-7), **still})
+    other = Run("2 threads", 1, 90.0, {"a/x.py:1": entry(0.3, 3e-6), **still})
     assert without_headroom([plain]) == {}
     half = Run("half precision", 0, 1.0, {"a/x.py:1": entry(0.6, 1e-3)})
     assert without_headroom([half, half]) == {}
     asked = Run("a difference that is asked for", 0, 1.0, {"a/x.py:1": entry(3e4, 1.0)})
     assert without_headroom([plain, asked]) == {}
     assert without_headroom([plain, other]) == {"a/x.py:1": (0.3, "2 threads", "t")}
-    assert changed(other, plain) == 0.5
+    assert changed(other, plain) == pytest.approx(1 / 3)
     text = table([plain, other])
-    assert "| 2 threads | failed (1) | 1.5 | 2 | 50% |" in text
-    assert "| a | 1.0e-03 (90%) | 1.0e-03 (90%) |" in text
+    assert "| 2 threads | failed (1) | 1.5 | 3 | 33% |" in text
+    assert "| a | 1.0e-07 (1%) | 3.0e-06 (30%) |" in text
+    assert "| b |  |  |" in text
     assert "| a/x.py:1 | 0.30 | 2 threads | t |" in text
 
 

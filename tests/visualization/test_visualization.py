@@ -226,7 +226,7 @@ class TestOverlay:
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"cmap": "no such map"}, "color map"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"mode": "cubic"}, "mode must be"),
             (torch.full((3, 4, 4), 300), torch.rand(2, 2), {}, "0 to 255"),
-            ("cat.jpg", torch.rand(2, 2), {}, "an image must be a tensor"),
+            ("cat.jpg", torch.rand(2, 2), {}, "cat.jpg cannot be read"),
         ],
     )
     def test_bad_input(self, image, heat, options, message):
@@ -655,3 +655,11 @@ class TestSave:
             save_figure(figure, tmp_path / "a.png", 0)
         with pytest.raises(FileNotFoundError, match="no folder"):
             save_figure(figure, tmp_path / "absent" / "a.png")
+
+
+def test_images_are_read_as_everywhere_else(tmp_path):
+    ramp = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
+    ramp.save(tmp_path / "xray.png")
+    for image in (ramp, tmp_path / "xray.png", str(tmp_path / "xray.png")):
+        assert as_image(image).shape == (3, 8, 8)
+        assert abs(float(as_image(image).mean()) - 0.5) < 0.01

@@ -280,7 +280,9 @@ def test_wrong_arguments(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "x", [torch.rand(3, 8, 8), torch.rand(2, 1, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [1]], ids=str
+    "x",
+    [torch.rand(3, 8, 8), torch.rand(2, 1, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [1]],
+    ids=["no batch", "one channel", "integers", "a list"],
 )
 def test_wrong_images(x):
     with pytest.raises(InputError, match="RGB"):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from captum_concepts._captum import LayerAttribution, log_usage, target_indices
 from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
-from captum_concepts.activations import Inputs, Layer, Layers, check_images, gradients_enabled
+from captum_concepts.activations import Inputs, Layer, Layers, find_model, gradients_enabled
+from captum_concepts.attr.batches import as_inputs, count, image_names
 from captum_concepts.attr.concept_fusion import ablation, file
 from captum_concepts.attr.concept_fusion.fit import check_encoder, link_of, train
 from captum_concepts.attr.concept_fusion.setup import Setup
@@ -24,6 +25,7 @@ from captum_concepts.attr.concept_fusion.trust import Curve, HeldOut, Trust, jud
 from captum_concepts.attr.concept_fusion.words import LINKS, TextBank, check_words, encode
 from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning, NotFittedError, did_you_mean
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
+from captum_concepts.images import ImageSource
 from captum_concepts.models.concept_translator import Training
 
 if TYPE_CHECKING:
@@ -209,7 +211,7 @@ class ConceptFusionMap(LayerAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: Inputs,
+        inputs: Any,
         target: Any = None,
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
@@ -217,7 +219,8 @@ class ConceptFusionMap(LayerAttribution):
         """Where a concept is, in Captum's words; :meth:`concept_maps` says the same with the concepts' names.
 
         Args:
-            inputs: images as ``forward_func`` takes them, or a tuple of tensors.
+            inputs: tensors as ``forward_func`` takes them, or whatever :func:`captum_concepts.images.inputs_for` reads
+                as the model wants it: files, folders, PIL images, a data set with a length.
             target: a concept (never a class), by index or name, or one per example (1-d tensor or list). None: all T.
             additional_forward_args: passed to ``forward_func`` after the inputs.
             attribute_to_layer_input: read the layers' inputs; the translator must have been fitted on those.
@@ -231,45 +234,47 @@ class ConceptFusionMap(LayerAttribution):
             TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
             LayerError: an unknown, unreached or repeated layer, or one without a grid.
         """
-        names = self._names()
-        batch = len(check_images(inputs)[0])
+        names, inputs = self._names(), self._opened(inputs)
+        batch = count(inputs)
         if target is None:
             index = torch.arange(len(names)).expand(batch, -1)
         else:
             index = target_indices(target, batch, len(names), names).unsqueeze(1)
         return self._maps(inputs, index, additional_forward_args, attribute_to_layer_input)
 
-    def concept_maps(self, inputs: Inputs, concepts: Any = None, *, additional_forward_args: Any = None) -> Tensor:
+    def concept_maps(self, inputs: Any, concepts: Any = None, *, additional_forward_args: Any = None) -> Tensor:
         """``(N, T, h, w)`` *where* each concept is, whatever the class; see :meth:`attribute`.
 
         Args:
-            inputs: images.
+            inputs: as for :meth:`attribute`.
             concepts: names or indices; None: all T.
             additional_forward_args: passed to ``forward_func`` after the inputs.
         """
-        columns = name_positions(concepts, self._names())
-        index = torch.tensor(columns).expand(len(check_images(inputs)[0]), -1)
+        columns, inputs = name_positions(concepts, self._names()), self._opened(inputs)
+        index = torch.tensor(columns).expand(count(inputs), -1)
         return self._maps(inputs, index, additional_forward_args)
 
-    def logits(self, inputs: Inputs, *, additional_forward_args: Any = None) -> Tensor:
+    def logits(self, inputs: Any, *, additional_forward_args: Any = None) -> Tensor:
         """``(N, T)`` logits S of the concepts, before softmax or sigmoid."""
         setup = self._setup()
         with torch.no_grad():
-            parts = [part.logits() for _, part in setup.passes(inputs, additional_forward_args, gradient=False)]
+            parts = [
+                part.logits() for _, part in setup.passes(self._opened(inputs), additional_forward_args, gradient=False)
+            ]
         return torch.cat(parts)
 
-    def scores(self, inputs: Inputs, *, additional_forward_args: Any = None) -> Tensor:
+    def scores(self, inputs: Any, *, additional_forward_args: Any = None) -> Tensor:
         """``(N, T)`` *what*: probabilities in [0, 1], summing to 1 under a softmax."""
         return self._bank().probability(self.logits(inputs, additional_forward_args=additional_forward_args))
 
-    def layer_relevance(self, inputs: Inputs, concepts: Any = None, *, additional_forward_args: Any = None) -> Tensor:
+    def layer_relevance(self, inputs: Any, concepts: Any = None, *, additional_forward_args: Any = None) -> Tensor:
         """``(N, T, L)``: how much each layer carries each concept.
 
         The mean over i = 1..K of the relative drop (S_0 - S_i) / S_0 of the concept's probability, where the i channels
         of largest beta_k z_k are replaced, in the translator's input, by the mean of the layer's pooled vector.
 
         Args:
-            inputs: images.
+            inputs: as for :meth:`attribute`.
             concepts: names or indices; None: all T.
             additional_forward_args: passed to ``forward_func`` after the inputs.
         """
@@ -279,13 +284,13 @@ class ConceptFusionMap(LayerAttribution):
             return torch.cat(
                 [
                     part.layer_relevance(columns.expand(rows.stop - rows.start, -1))
-                    for rows, part in setup.passes(inputs, additional_forward_args)
+                    for rows, part in setup.passes(self._opened(inputs), additional_forward_args)
                 ]
             )
 
     def contributions(
         self,
-        inputs: Inputs,
+        inputs: Any,
         target: Any = None,
         concepts: Any = None,
         *,
@@ -295,7 +300,7 @@ class ConceptFusionMap(LayerAttribution):
         """``(N, T)`` *how much* each concept moves the probability of a class.
 
         Args:
-            inputs: images.
+            inputs: as for :meth:`attribute`.
             target: the class, as Captum accepts it; None: each example's predicted class.
             concepts: names or indices; None: all T.
             return_curve: also return the drop after 0, 1, ..., K channels.
@@ -310,7 +315,8 @@ class ConceptFusionMap(LayerAttribution):
             LayerError: the output does not depend on the chosen layer.
         """
         columns = torch.tensor(name_positions(concepts, self._names()))
-        batch = len(check_images(inputs)[0])
+        inputs = self._opened(inputs)
+        batch = count(inputs)
         setup = self._setup()
         parts = []
         with gradients_enabled():
@@ -324,7 +330,7 @@ class ConceptFusionMap(LayerAttribution):
 
     def explain(
         self,
-        inputs: Inputs,
+        inputs: Any,
         target: Any = None,
         *,
         concepts: Any = None,
@@ -336,7 +342,7 @@ class ConceptFusionMap(LayerAttribution):
         """What, where and how much together, for each image its own concepts.
 
         Args:
-            inputs: images.
+            inputs: as for :meth:`attribute`.
             target: the class whose probability contributions refer to; None: each example's predicted class.
             concepts: explain just these (names or indices), in this order; ``top_k`` is then ignored.
             top_k: how many concepts per image, those of its highest scores; None: all T.
@@ -352,8 +358,8 @@ class ConceptFusionMap(LayerAttribution):
         if rank_by == "contributions" and not contributions and concepts is None:
             raise InputError("rank_by='contributions' needs them; leave contributions=True, or use rank_by='scores'")
         names = self._names()
-        setup = self._setup()
-        batch = len(check_images(inputs)[0])
+        setup, inputs = self._setup(), self._opened(inputs)
+        batch = count(inputs)
         choose = functools.partial(Selection.choose, names, concepts=concepts, top_k=top_k, rank_by=rank_by)
         found: dict[str, list[Any]] = {}
         with gradients_enabled():
@@ -393,6 +399,7 @@ class ConceptFusionMap(LayerAttribution):
             score_unit="probability",
             contribution_unit="relative drop of the class probability" if contributions else "",
             rank_by=selection.rank_by,
+            image_names=image_names(inputs),
         )
 
     # ------------------------------------------------------------ fit, words, options, files
@@ -523,14 +530,14 @@ class ConceptFusionMap(LayerAttribution):
         """Fit :meth:`presence` to your own labels instead of the encoder's verdicts, in place.
 
         Args:
-            images: what the classifier takes, ``(N, C, H, W)``; some hundred, not among the training images.
+            images: as for :meth:`attribute`; some hundred, not among the training images.
             labels: which concepts are in which image: ``(N, T)`` of 0 and 1 (NaN: unknown), or N lists of names.
 
         Returns:
             This map.
         """
-        batch = len(check_images(images)[0])
-        table = presence_table(labels, self._names(), batch)
+        images = self._opened(images)
+        table = presence_table(labels, self._names(), count(images))
         trust = self._trust()
         values = odds(trust.bank.to(torch.zeros(())), self.logits(images).float().cpu())
         known = ~table.isnan()
@@ -538,7 +545,7 @@ class ConceptFusionMap(LayerAttribution):
         self.presence_ = Curve.fit(values[known], table[known], seen, f"{seen} labeled images")
         return self
 
-    def presence(self, inputs: Inputs, *, additional_forward_args: Any = None) -> Tensor | None:
+    def presence(self, inputs: Any, *, additional_forward_args: Any = None) -> Tensor | None:
         """``(N, T)`` *how sure*: probability that each concept is there; None if nothing was measured.
 
         From the encoder's own verdicts on held-out images of :meth:`fit`, on each image and on crops of it, or from
@@ -702,7 +709,11 @@ class ConceptFusionMap(LayerAttribution):
             self.batch_size,
         )
 
-    def _maps(self, inputs: Inputs, index: Tensor, extra: Any, of_input: bool = False) -> Tensor:
+    def _opened(self, inputs: Any) -> Inputs | ImageSource:
+        """Tensors as they are, anything else as images that the model wants to see."""
+        return as_inputs(inputs, find_model(self.forward_func))
+
+    def _maps(self, inputs: Inputs | ImageSource, index: Tensor, extra: Any, of_input: bool = False) -> Tensor:
         with gradients_enabled():
             parts = [part.maps(index[rows]) for rows, part in self._setup().passes(inputs, extra, of_input)]
         return torch.cat(parts).detach().contiguous()

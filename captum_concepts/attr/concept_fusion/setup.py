@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import take_rows
-from captum_concepts.activations import Inputs, Layers, check_images
+from captum_concepts.activations import Inputs, Layers
+from captum_concepts.attr.batches import count, in_parts
 from captum_concepts.attr.concept_fusion import ablation, regions
 from captum_concepts.attr.concept_fusion.gradients import ConceptPass, concept_pass
 from captum_concepts.attr.concept_fusion.local import read_locally
 from captum_concepts.attr.concept_fusion.words import TextBank
 from captum_concepts.errors import InputError
+from captum_concepts.images import ImageSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +51,12 @@ class Setup:
     batch_size: int
 
     def passes(
-        self, inputs: Inputs, extra: Any, of_input: bool = False, *, gradient: bool = True
+        self, inputs: Inputs | ImageSource, extra: Any, of_input: bool = False, *, gradient: bool = True
     ) -> Iterator[tuple[slice, Part]]:
         """One part of at most ``batch_size`` examples after another, with its place in the batch."""
-        batch = len(check_images(inputs)[0])
-        for start in range(0, batch, self.batch_size):
-            rows = slice(start, min(start + self.batch_size, batch))
-            own, own_extra = take_rows(inputs, rows, batch), take_rows(extra, rows, batch)
+        batch = count(inputs)
+        for rows, own in in_parts(inputs, self.batch_size, self.layers.model):
+            own_extra = take_rows(extra, rows, batch)
             seen = concept_pass(
                 self.layers,
                 self.translator,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from captum_concepts import images as reader
 from captum_concepts._checks import integer
@@ -178,13 +179,18 @@ def collect_pairs(
         channels = next((c for _, _, c in gathered if c), ())
     if not parts or not channels:
         raise InputError("there is no image to fit a translator on")
-    return TrainingPairs(parts, channels, views=views)
+    pairs = TrainingPairs(parts, channels, views=views)
+    if pairs.images == 1:
+        raise InputError("there is one image, and a translator cannot be fitted to it; pass some hundred")
+    return pairs
 
 
 def _opened(
     layers: Layers, images: Any, image_size: Any, model_transform: Transform | None
 ) -> tuple[reader.ImageSource, Transform | None]:
     """The images in [0, 1] (float tensors as they are), and what turns them into the classifier's inputs."""
+    if isinstance(images, reader.ImageSource):  # opened as the caller wants them
+        return images, model_transform
     prepared = _is_prepared(images)
     known = None if prepared or model_transform is not None else reader.preprocessing_of(layers.model)
     mode = {1: "L", 3: "RGB", None: "RGB"}.get(reader.input_channels(layers.model), "any")
@@ -199,10 +205,16 @@ def _is_prepared(images: Any) -> bool:
     """Whether the images are float tensors, which are what the classifier wants to see already."""
     if isinstance(images, Tensor):
         return images.is_floating_point()
-    if isinstance(images, (str, Path)) or not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
-        loader = getattr(images, "dataset", None)
-        return _is_prepared(loader) if loader is not None else not isinstance(images, (str, Path))
-    item = images[0] if len(images) else None
+    if isinstance(images, DataLoader):
+        return _is_prepared(images.dataset)
+    if isinstance(images, (str, Path)):
+        return False
+    if isinstance(images, IterableDataset):
+        item = next(iter(images), None)
+    elif not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
+        return True
+    else:
+        item = images[0] if len(images) else None
     if isinstance(item, dict):
         item = next((item[key] for key in reader.IMAGE_KEYS if key in item), None)
     while isinstance(item, (tuple, list)) and len(item):

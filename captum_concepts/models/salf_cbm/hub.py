@@ -123,11 +123,13 @@ _SCHEMA = table(_FIELDS, {**_NEWER, "nonzeros": integer()})
 # ------------------------------------------------------------------------------------------------- saving
 
 
-def save_folder(model: SALFCBM, folder: Path, card: str, images: Tensor | None) -> None:
+def save_folder(model: SALFCBM, folder: Path, name: str, data: ModelCardData, images: Tensor | None) -> None:
     """All files of a model, complete before the first of an older one is replaced."""
+    config = config_of(model)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
-        write_files(model, Path(new))
+        write_files(model, config, Path(new))
+        card = str(model_card(model, config, name, data))
         if images is not None:
             card = _with_picture(model, images, Path(new) / _PICTURE, card)
         write_atomically(Path(new) / _CARD, card)
@@ -136,10 +138,9 @@ def save_folder(model: SALFCBM, folder: Path, card: str, images: Tensor | None) 
                 (Path(new) / file).replace(folder / file)
 
 
-def write_files(model: SALFCBM, folder: Path) -> None:
+def write_files(model: SALFCBM, config: Mapping[str, Any], folder: Path) -> None:
     """Weights and configuration."""
     state = model.state_dict()
-    config = config_of(model)
     own = {name: value for name, value in state.items() if not name.startswith(_BACKBONE)}
     shapes = {name: tuple(value.shape) for name, value in own.items()}
     if shapes != _shapes(config, own) or not isinstance(model.head, nn.Linear):
@@ -179,9 +180,9 @@ def config_of(model: SALFCBM) -> dict[str, Any]:
     }
 
 
-def model_card(model: SALFCBM, name: str, data: ModelCardData) -> ModelCard:
+def model_card(model: SALFCBM, config: Mapping[str, Any], name: str, data: ModelCardData) -> ModelCard:
     """The card of ``card.md``, filled in."""
-    values = card_fields(model, config_of(model), name)
+    values = card_fields(model, config, name)
     return ModelCard.from_template(data, template_path=str(_TEMPLATE), **values)
 
 
@@ -263,7 +264,8 @@ def load_folder(cls: type[Model], folder: Path, backbone: nn.Module | None, chec
             values: dict[str, Any] = options["preprocessing"]
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             options["preprocessing"] = Preprocessing(**values)
-        model = cls(backbone, **options)
+        with torch.random.fork_rng(devices=[]):  # its first weights are replaced
+            model = cls(backbone, **options)
         given.load_state_dict(inner, strict=False)
         model.load_state_dict(own, strict=False)
         model.set_standardization(own["concept_mean"], own["concept_std"])

@@ -231,19 +231,15 @@ class SALFCBM(
         Args:
             inputs: images ``(N, C, H, W)`` as the backbone takes them, of any size that it takes.
         """
-        if inputs.ndim != 4 or not inputs.is_floating_point():
-            hint = "; it has no batch dimension, pass image[None]" if inputs.ndim == 3 else ""
-            raise InputError(
-                f"images must be a floating-point batch (N, C, H, W), got {tuple(inputs.shape)} of {inputs.dtype}"
-                f"{hint or '; preprocess them as the backbone was trained'}"
-            )
+        _check_batch(inputs)
         output = read_layer(unwrap(self.backbone), self.layer, inputs)
         size = (inputs.shape[-2], inputs.shape[-1])
         read = None if self._reading is None else self._reading.maps(output, size)
         if read is None:
-            reading = reading_of(
-                self.backbone, self.layer, output, inputs.shape[0], size, self.layout, self.prefix_tokens, self._traits
-            )
+            known = self._reading  # another size of images has the same layout and as many prefix tokens
+            how = (self.layout, self.prefix_tokens) if known is None else (known.kind, known.prefix_tokens)
+            batch = inputs.shape[0]
+            reading = reading_of(self.backbone, self.layer, output, batch, size, how[0], how[1], self._traits)
             self._check_reading(reading)
             self._reading = self._reading or reading
             read = reading.maps(output, size)
@@ -498,6 +494,7 @@ class SALFCBM(
             raise InputError("pass the region as points=, boxes= or mask=; explain() explains the whole image")
         one_of("units", units, UNITS)
         one_of("reduction", reduction, ("mean", "sum"))
+        _check_batch(inputs)
         area = self._region(inputs, points, boxes, mask)
         seen, _ = self._look(inputs)
         return self._region_explanation(
@@ -548,6 +545,7 @@ class SALFCBM(
                 or not one per concept; a region as in :meth:`explain_region`.
         """
         edits = map_edits(concept, beta, units, {"points": points, "boxes": boxes, "mask": mask}, self.concepts)
+        _check_batch(inputs)
         areas = [self._region(inputs, **edit.region) for edit in edits]
         std = full_precision(self.concept_std)
         steps = [edit.beta * (std[edit.column] if edit.units == "std" else 1.0) for edit in edits]
@@ -864,6 +862,7 @@ class SALFCBM(
             raise InputError(f"threshold must be 'mean' or a number in [0, 1], got {threshold!r}")
         if "{class}" not in template:
             raise InputError(f"template needs the field {{class}}, got {template!r}")
+        _check_batch(inputs)
         seen, _ = self._look(inputs)
         maps, columns = [], []
         for one in seen:
@@ -930,7 +929,7 @@ class SALFCBM(
         before = self._save_backbone  # pushing to the Hub saves once more, into a folder of its own
         self._save_backbone = before if save_backbone is None else save_backbone
         try:
-            hub.save_folder(self, folder, str(self.generate_model_card(**card)), images)
+            hub.save_folder(self, folder, card["name"], self._hub_mixin_info.model_card_data, images)
             if push_to_hub:
                 return self.push_to_hub(repo_id or folder.name, model_card_kwargs=card, **push_to_hub_kwargs)
             return None
@@ -939,11 +938,11 @@ class SALFCBM(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What ``push_to_hub`` calls."""
-        hub.write_files(self, save_directory)
+        hub.write_files(self, hub.config_of(self), save_directory)
 
     def generate_model_card(self, name: str = "SALF-CBM", **_options: Any) -> ModelCard:
         """The model card: rules, concepts, limits, and data, accuracy and drops from :attr:`metadata`."""
-        return hub.model_card(self, name, self._hub_mixin_info.model_card_data)
+        return hub.model_card(self, hub.config_of(self), name, self._hub_mixin_info.model_card_data)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -1251,3 +1250,17 @@ def _progress(seen: Iterator[_Seen], show: bool) -> Iterator[_Seen]:
     from tqdm.auto import tqdm
 
     return iter(tqdm(seen, desc="most activating images", unit="batch"))
+
+
+def _check_batch(inputs: Any) -> None:
+    if not isinstance(inputs, Tensor):
+        raise InputError(
+            f"images must be a tensor (N, C, H, W), got {type(inputs).__name__}; explain, scores and concept_maps read "
+            "files and data sets, and so does images.inputs_for(backbone, source)"
+        )
+    if inputs.ndim != 4 or not inputs.is_floating_point():
+        hint = "; it has no batch dimension, pass image[None]" if inputs.ndim == 3 else ""
+        raise InputError(
+            f"images must be a floating-point batch (N, C, H, W), got {tuple(inputs.shape)} of {inputs.dtype}"
+            f"{hint or '; preprocess them as the backbone was trained'}"
+        )

@@ -28,7 +28,7 @@ from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExpla
 from captum_concepts.visualization.canvas import NOT_ENCODED, number as in_words, round_up
 from captum_concepts.visualization.figures import class_rules, sankey
 from captum_concepts.visualization.inputs import shown_batches
-from captum_concepts.visualization.overlay import ALPHA, MODES, as_images
+from captum_concepts.visualization.overlay import ALPHA, MODES, as_images, each_image
 from captum_concepts.visualization.panels import absence, check_explanation, class_of, crop_boxes, ordered, significance
 from captum_concepts.visualization.pictures import Picture, figure_uri, gradient, map_picture, photo, place_in_words
 from captum_concepts.visualization.regions import outlines
@@ -134,7 +134,7 @@ def report(
     if isinstance(source, ConceptExplainer):
         rows = _explained(source, images, target, transform, integer("batch_size", batch_size), top_k)
     else:
-        pairs = zip_longest(_examples(source), _pictures(images), fillvalue=_NOTHING)
+        pairs = zip_longest(_examples(source), each_image(images), fillvalue=_NOTHING)
         rows = ((example, picture, {}) for example, picture in pairs)
     if isinstance(source, ConceptExplanation):
         writer.fix_scheme([source])
@@ -176,16 +176,6 @@ def _examples(explanations: Any) -> Iterator[ConceptExplanation]:
         if not isinstance(one, ConceptExplanation):
             raise InputError(f"source must contain ConceptExplanation, got {type(one).__name__}")
         yield from one
-
-
-def _pictures(images: Any) -> Iterator[Any]:
-    if hasattr(images, "convert") or getattr(images, "ndim", 0) in (2, 3):
-        images = [images]
-    for image in images:
-        if getattr(image, "ndim", 0) == 4:
-            yield from image
-        else:
-            yield image
 
 
 def _explained(

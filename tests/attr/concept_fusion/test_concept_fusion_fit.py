@@ -196,9 +196,14 @@ def test_above_the_memory_budget_rows_go_to_disk():
     torch.testing.assert_close(weights(fit(memory_budget=2000, batch_size=8)), weights(fit(batch_size=8)))
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("n", [2, 5])
 def test_less_data_than_a_batch(n):
     assert fit(images(n)).scores(images(2)).isfinite().all()
+
+
+def test_one_image_is_refused():
+    with pytest.raises(InputError, match="there is one image"):
+        fit(images(1))
 
 
 def test_no_data_and_bad_options():

@@ -21,6 +21,7 @@ from salf_networks import (
     token_model,
 )
 from torch import nn
+from torch.nn import functional as F
 
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError, LayerError, LayoutError
@@ -165,16 +166,20 @@ class TestBackbones:
 
     def test_the_probe_leaves_no_trace(self):
         net = awake(ConvNet()).train()
+        trunk = nn.Sequential(net.stem, net.body)
         before = copy.deepcopy(net.state_dict())
-        state = torch.get_rng_state()
-        SALFCBM(net, "body", CONCEPTS, 3, freeze_backbone=False, feature_dim=None)
+        states = []
+        for model, layer, width in ((net, "body", 8), (net, "body", None), (trunk, "", None)):
+            torch.manual_seed(5)
+            SALFCBM(model, layer, CONCEPTS, 3, freeze_backbone=False, feature_dim=width)
+            states.append(torch.get_rng_state())
+        assert torch.equal(states[0], states[1])  # the first needs no probe
+        assert torch.equal(states[0], states[2])
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
         assert net.training
         assert net.stem[1].training
         assert hooks(net) == 0
         assert all(p.grad is None for p in net.parameters())
-        torch.manual_seed(5)
-        torch.set_rng_state(state)
 
     def test_a_head_for_one_size_only_is_never_reached(self):
         class Flat(nn.Module):
@@ -316,7 +321,7 @@ class TestAsModule:
         model = conv_model()
         model(pictures())
         assert hooks(model) == 0
-        with pytest.raises(RuntimeError):
+        with pytest.raises(InputError, match="5 channels"):
             model(torch.rand(2, 5, 32, 24))  # five channels
         assert hooks(model) == 0
         assert "captum_concepts" not in model.backbone.body._forward_hooks
@@ -488,9 +493,52 @@ class TestBadInput:
 
 
 def test_tokens_that_fit_no_grid_are_an_error():
-    model = token_model()
-    with pytest.raises((LayoutError, RuntimeError)):
-        model(pictures(1, 18, 16)[:, :, :3])  # smaller than a patch
+    class Pruned(Tokens):
+        """Drops a token of large images, as token pruning does."""
+
+        def forward(self, x):
+            tokens = self.patch(x).flatten(2).transpose(1, 2)
+            kept = tokens[:, : -1 if x.shape[-1] > 16 else None]
+            return self.block(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), kept], 1))[:, 0]
+
+    model = SALFCBM(Pruned().eval(), "block", CONCEPTS, 3, input_size=(16, 16))
+    assert model(pictures(1, 16, 16)).shape == (1, 3)
+    with pytest.raises(LayoutError, match=r"layer 'block' returns \(1, 20, 8\)"):
+        model(pictures(1, 16, 20))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("size", [(18, 16), (31, 22), (16, 41), (64, 16)])
+def test_tokens_of_sizes_that_patches_do_not_divide(size, padding):
+    """Borders are cut, or padded: the grid is rounded down, or up."""
+    torch.manual_seed(0)
+    net = Tokens().eval()
+    net.patch.padding = (padding, padding)
+    x = pictures(2, *size)
+    model = SALFCBM(net, "block", CONCEPTS, 3, (4, 4), input_size=(16, 16))
+    grid = net.patch(x).shape[-2:]
+    tokens = net.block(torch.cat([net.cls_token.expand(2, -1, -1), net.patch(x).flatten(2).transpose(1, 2)], 1))
+    maps = tokens[:, 1:].transpose(1, 2).reshape(2, 8, *grid)
+    expected = F.interpolate(maps, (4, 4), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(model.features(x), maps if tuple(grid) == (4, 4) else expected)
+
+
+def test_the_class_token_is_the_first_of_the_prefix():
+    class Registers(Tokens):
+        def forward(self, x):
+            tokens = self.patch(x).flatten(2).transpose(1, 2)
+            cls = self.cls_token.expand(x.shape[0], -1, -1)
+            return self.block(torch.cat([cls, cls + 1, cls - 2, tokens], 1))[:, 0]
+
+    net, x = Registers().eval(), pictures(2, 16, 16)
+    model = SALFCBM(net, "block", CONCEPTS, 3, (4, 4), cls_token=True, prefix_tokens=3, input_size=(16, 16))
+    seen = []
+    handle = net.block.register_forward_hook(lambda _m, _a, output: seen.append(output))
+    net(x)
+    handle.remove()
+    expected = seen[0][:, 0, :, None, None].expand(-1, -1, 4, 4)
+    torch.testing.assert_close(model.features(x)[:, 8:], expected)
+    torch.testing.assert_close(model.features(x)[:, :8], seen[0][:, 3:].transpose(1, 2).reshape(2, 8, 4, 4))
 
 
 def test_both_networks_of_the_helper_differ_in_layout():

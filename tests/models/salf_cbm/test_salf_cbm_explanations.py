@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from salf_networks import CONCEPTS, conv_model, pictures, slow_activations, slow_maps, token_model
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from captum_concepts.errors import InputError, InputWarning, TargetError
 from captum_concepts.explanation import ConceptExplanation
+from captum_concepts.images import Preprocessing
 
 
 class TestContributions:
@@ -69,6 +71,56 @@ class TestExplain:
         torch.testing.assert_close(found.maps, slow_maps(model, x)[:, [CONCEPTS.index(c) for c in expected]])
         whole = model.explain(x, "bird", top_k=None)
         assert whole.top(3, by="contributions").concepts == expected
+
+    @pytest.mark.parametrize("rank_by", ["contributions", "scores"])
+    def test_each_image_has_its_own_concepts(self, rank_by):
+        model, x = conv_model(batch_size=3), pictures(7)
+        shares, scores = model.contributions(x), slow_activations(model, x)
+        values = shares.abs() if rank_by == "contributions" else scores
+        found = model.explain(x, top_k=2, rank_by=rank_by)
+        for n in range(7):
+            own = values[n].argsort(descending=True)[:2].tolist()
+            assert found[n].concepts == [CONCEPTS[j] for j in own]
+            torch.testing.assert_close(found[n].maps, slow_maps(model, x[n : n + 1])[:, own])
+            torch.testing.assert_close(found[n].contributions, shares[n : n + 1, own])
+            alone = model.explain(x[n : n + 1], top_k=2, rank_by=rank_by)
+            assert alone.concepts == found[n].concepts
+            torch.testing.assert_close(alone.maps, found[n].maps)
+
+    def test_names_units_and_probability(self):
+        model, x = conv_model(), pictures()
+        found = model.explain(x)
+        assert found.class_names == ["cat", "car", "bird"]
+        assert (found.score_unit, found.contribution_unit) == ("standard deviations", "logit")
+        torch.testing.assert_close(found.target_probability, model(x).softmax(1).amax(1).detach())
+        several = conv_model(multi_label=True)
+        expected = several(x).sigmoid()[:, 1].detach()
+        torch.testing.assert_close(several.explain(x, "car").target_probability, expected)
+        without = model.explain(x, contributions=False)
+        assert (without.contributions, without.rank_by) == (None, "scores")
+        region = model.explain_region(x, "car", boxes=(0, 0, 9, 9), units="map", reduction="sum")
+        assert region.score_unit == "map units x pixels"
+        assert region.target.tolist() == [1] * 4
+
+    def test_what_people_have(self, tmp_path):
+        from torchvision.transforms.functional import to_pil_image
+
+        size = Preprocessing((32, 24), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3))
+        model = conv_model(preprocessing=size, batch_size=2)
+        x = (pictures(3) * 255).round() / 255
+        for n in range(3):
+            to_pil_image(x[n]).save(tmp_path / f"{n}.png")
+        expected = model.explain(size(x), "car", top_k=None)
+        for form in (
+            tmp_path,
+            str(tmp_path / "*.png"),
+            [to_pil_image(one) for one in x],
+            (x * 255).to(torch.uint8).numpy(),
+        ):
+            found = model.explain(form, "car", top_k=None)
+            torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=1e-4)
+        assert model.explain(tmp_path).image_names == ["0.png", "1.png", "2.png"]
+        torch.testing.assert_close(model.scores(DataLoader(TensorDataset(size(x)), 2)), model.scores(size(x)))
 
     def test_given_concepts(self):
         model, x = conv_model(), pictures()

@@ -6,13 +6,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import ConvergenceWarning, InputError
 from captum_concepts.models.salf_cbm.fit.data import FEWEST
 from captum_concepts.models.salf_cbm.fit.features import LiveFeatures
@@ -101,7 +101,7 @@ def fit_bottleneck(
         total = torch.zeros(len(text), device=text.device)
         parts = _batches(train.rows, settings, epoch)
         rank, size = world()
-        with evaluation_mode(backbone) if backbone is not None else torch.no_grad():
+        with nullcontext() if backbone is not None else torch.no_grad():
             for part, (features, embeddings) in zip(parts, train.batches([p[rank::size] for p in parts]), strict=True):
                 total += len(part) * state.step(features, embeddings, len(part))
         trained = float((total / len(train.rows)).mean())

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
-from torchvision.datasets import DatasetFolder
+from torch.utils.data import DataLoader, Dataset
 
 from captum_concepts._checks import integer
-from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.errors import InputError, shortened
-from captum_concepts.images import ImageSource, batches, fingerprint, open_images
+from captum_concepts.images import ImageSource, batches, fingerprint, known_labels, open_images
 
 Transform = Callable[[Tensor], Tensor]
 #: Fewer cannot carry a similarity over samples: two always give -1, 0 or 1.
@@ -127,7 +125,6 @@ def labeled_images(
     integer("num_classes", num_classes, 1 if multi_label else 2)
     if labels is None and isinstance(data, tuple) and len(data) == 2 and not _is_label(data[1]):
         data, labels = data
-    data = data.dataset if isinstance(data, DataLoader) else data
     opened = data if isinstance(data, ImageSource) else open_images(data, mode="any")
     source = data if isinstance(data, ImageSource) else open_images(data, mode="any", labels=False)
     if source.streamed:
@@ -155,26 +152,6 @@ def labeled_images(
     return LabeledImages(source, target, tuple(first.shape), names, shown, num_workers)
 
 
-def known_labels(dataset: Any) -> Any | None:
-    """All labels of a data set whose ``__getitem__`` is known to return them unchanged, without reading an image; else
-    None: a list such as ``targets`` may say something else than the items do."""
-    get = getattr(type(dataset), "__getitem__", None)
-    if get is Subset.__getitem__:
-        inner = known_labels(dataset.dataset)
-        return None if inner is None else [inner[i] for i in dataset.indices]
-    if get is ConcatDataset.__getitem__:
-        parts = [known_labels(part) for part in dataset.datasets]
-        known = [part for part in parts if part is not None]
-        return [label for part in known for label in part] if len(known) == len(parts) else None
-    if get is TensorDataset.__getitem__:
-        return dataset.tensors[1] if len(dataset.tensors) > 1 and dataset.tensors[1].ndim <= 2 else None
-    if get is CaptionedScenes.__getitem__:
-        return dataset.labels
-    if get is DatasetFolder.__getitem__ and dataset.target_transform is None:
-        return [label for _, label in dataset.samples]
-    return None
-
-
 def _is_label(value: Any) -> bool:
     """Whether ``(a, value)`` is one image with its label, not all images with all labels."""
     return not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0 or isinstance(value, str)
@@ -185,7 +162,7 @@ def _given_labels(data: Any, opened: ImageSource, what: str, labels: Any, count:
         if len(labels) != count:
             raise InputError(f"{what} has {count} images but {len(labels)} labels")
         return labels
-    if isinstance(data, ImageSource) or not hasattr(data, "__getitem__") or isinstance(data, (str, Tensor)):
+    if isinstance(data, (ImageSource, DataLoader, str, Tensor)) or not hasattr(data, "__getitem__"):
         if (found := opened.labels) is None:
             raise InputError(f"item 0 of {what} has no label: pass (images, labels), or a data set of both")
         return found

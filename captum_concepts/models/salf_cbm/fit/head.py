@@ -278,11 +278,9 @@ def _head_fit(result: ElasticNetResult) -> HeadFit:
         "converged": result.converged,
         "nonzeros_per_class": float(result.nonzeros.double().mean()),
     }
-    bias = result.bias.detach().double().cpu()
-    if result.loss == "multinomial":
-        bias -= bias.mean()  # a shift of all logits changes nothing, and the solver leaves it where it happens to be
-    weight, mean, std = (v.detach().float().cpu() for v in (result.weight, result.feature_mean, result.feature_std))
-    return HeadFit(weight, bias.float(), mean, std, notes)
+    tensors = (result.weight, result.bias, result.feature_mean, result.feature_std)
+    weight, bias, mean, std = (value.detach().float().cpu() for value in tensors)
+    return HeadFit(weight, bias, mean, std, notes)
 
 
 def accuracy(activations: Iterable[Tensor], labels: Tensor, head: HeadFit) -> float:

@@ -78,7 +78,14 @@ def fit(path, data=None, **options):
     """:func:`fit_salf_cbm` of the small problem."""
     data = images_and_labels() if data is None else data
     settings = {"max_epochs": 12, "batch_size": 32, "lr": 1e-2, **options.pop("bottleneck", {})}
-    options = {"presence_cutoff": -1.0, "interpretability_cutoff": None, "lam": 0.01, "prompt": PROMPT, **options}
+    options = {
+        "prompt_batch_size": 64,
+        "presence_cutoff": -1.0,
+        "interpretability_cutoff": None,
+        "lam": 0.01,
+        "prompt": PROMPT,
+        **options,
+    }
     network, words = options.pop("network", None) or backbone(), options.pop("words", WORDS)
     return fit_salf_cbm(
         network, options.pop("layer", "1"), data, options.pop("encoder", None) or Colours(), words,

@@ -48,7 +48,7 @@ EARLY = [
     ({"data": TensorDataset(X, X)}, "image 0 is a list"),
     ({"data": [(x, "red") for x in X]}, "are names, but there are no class_names; pass class_names="),
     ({"data": (X[:5], Y[:5])}, "images holds 5 images; .* at least 8"),
-    ({"data": (X[:0], Y[:0])}, "images holds 0 images"),
+    ({"data": (X[:0], Y[:0])}, "no image"),
     ({"data": [(torch.zeros(3, 16, 16), i % 2) for i in range(18)]}, r"1 of 3 classes have no image in images: \[2\]"),
     ({"val_data": (X[:5], Y[:5])}, "val_data holds 5 images"),
     ({"val_data": (X, Y + 1)}, "of val_data has label 3"),

@@ -31,6 +31,7 @@ from captum_concepts.models.salf_cbm.fit import (
 from captum_concepts.models.salf_cbm.fit.filters import WHOLE
 from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation, ahead, batch_similarity
 from captum_concepts.models.salf_cbm.fit.start import gather_moments, least_squares, unit_variance
+from captum_concepts.solvers import fit_elastic_net
 from captum_concepts.store import RegionEmbeddingStore
 
 
@@ -241,6 +242,54 @@ def test_head_against_scikit_learn():
     torch.testing.assert_close(found.mean, x.mean(0))
     torch.testing.assert_close(found.std, x.std(0, correction=0))
     assert float(found.bias.mean()) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_sparse_head_keeps_thirty_concepts_per_class_unless_asked():
+    x = random(600, 80)
+    y = (x @ random(80, 4, seed=1) + 2 * random(600, 4, seed=2)).argmax(1)
+    found = fit_head(x, y, 4)
+    assert found.notes["nonzeros_per_class"] == pytest.approx(30, rel=0.1)
+    few = fit_head(x[:, :20], y, 4)
+    assert few.notes["nonzeros_per_class"] == pytest.approx(10, rel=0.1)
+
+
+@pytest.mark.parametrize("head", [{"lam": 0.02}, {"head": "dense"}, {"nonzeros_per_class": 2}])
+def test_heads_of_classes_that_do_not_exclude_each_other(head):
+    """Each one is the logistic regression of its class alone, with a certificate."""
+    x = random(200, 6) + 3
+    y = ((x - 3) @ random(6, 3, seed=1) > 0.5).float()
+    found = fit_head(x, y, 3, tol=1e-6, **head)
+    assert found.notes["converged"]
+    assert found.notes["gap"] < 1e-4
+    for k in range(3):
+        lam = found.notes["lam"][k]
+        alone = fit_elastic_net(
+            x, y[:, k].long(), lam, alpha=found.notes["alpha"], loss="logistic", standardize=True, tol=1e-6
+        )
+        torch.testing.assert_close(found.weight[k : k + 1], alone.weight.float(), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(found.bias[k : k + 1], alone.bias.float(), atol=2e-3, rtol=2e-3)
+    logits = (x - found.mean) / found.std @ found.weight.T + found.bias
+    assert ((logits > 0) == (y > 0)).float().mean() > 0.8
+
+
+def test_class_weights():
+    x = random(300, 4)
+    y = (x[:, 0] + 0.8 * random(300, seed=1) > 1.0).long()  # one in six or so
+    plain, balanced = (fit_head(x, y, 2, head="dense", class_weights=w) for w in (None, "balanced"))
+    share = y.float().mean()
+    by_hand = fit_head(x, y, 2, head="dense", class_weights=[0.5 / float(1 - share), 0.5 / float(share)])
+    torch.testing.assert_close(balanced.weight, by_hand.weight, atol=1e-4, rtol=1e-4)
+    recall = [
+        (((x - f.mean) / f.std @ f.weight.T + f.bias).argmax(1)[y == 1] == 1).float().mean() for f in (plain, balanced)
+    ]
+    assert recall[1] > recall[0] + 0.1
+    several = torch.stack([1 - y, y], 1).float()
+    many = fit_head(x, several, 2, head="dense", class_weights="balanced")
+    assert many.notes["converged"]
+    ratio = float((1 - share) / share)
+    weights = torch.where(y == 1, ratio, 1.0).double()
+    alone = fit_elastic_net(x, y, 1e-4, alpha=0.0, loss="logistic", standardize=True, sample_weight=weights)
+    torch.testing.assert_close(many.weight[1:], alone.weight.float(), atol=1e-3, rtol=1e-3)
 
 
 def test_presence_is_judged_on_images_as_they_are(tmp_path):

@@ -1,0 +1,1 @@
+"""Benchmarks next to the peers: run/ measures and writes results/*.json, report/ makes the page of them."""

@@ -1,0 +1,1 @@
+"""What is measured on, and what the papers printed."""

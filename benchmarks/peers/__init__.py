@@ -1,0 +1,1 @@
+"""What other packages and papers do, behind one call."""

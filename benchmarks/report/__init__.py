@@ -1,0 +1,1 @@
+"""Records into the page, its plots and the README's table."""

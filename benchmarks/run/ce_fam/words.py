@@ -1,0 +1,102 @@
+"""Where is the word? Every method that can be asked, on scenes with exact masks, side by side. Needs no data.
+
+    python -m benchmarks.run.ce_fam.words [--train 1000] [--scenes 20]
+
+The classifier and the image-text model are the bundled ones. ConceptFusionMap's translator and the single-channel rules
+see the same unlabelled scenes; SpatialACV sees crops of single objects; the words of grounds are left to the methods
+that take any word. Held-out scenes, other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.peers import maps as peers
+from benchmarks.record import environment, write
+from benchmarks.run.map_tables import Explainer, measure
+from captum_concepts import ConceptFusionMap, FeatureActivationMap, demo
+from captum_concepts.activations import capture
+from captum_concepts.datasets import CaptionedScenes
+
+SEED = 50_001
+LAYERS = ["layer2", "layer3", "layer4"]
+TEMPLATE = "a photo of a"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=int, default=1000)
+    parser.add_argument("--scenes", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
+    args = parser.parse_args()
+    model, clip = demo.load("classifier"), demo.load("clip")
+    train = CaptionedScenes(args.train, seed=SEED, size=64)
+    words = list(train.concepts)
+    images = train.stack().image
+    start = time.perf_counter()
+    first = ConceptFusionMap(model, LAYERS).fit(images, clip, words, training={"epochs": args.epochs}, seed=0)
+    fitted = time.perf_counter() - start
+    print(f"translator: {fitted:.0f} s", flush=True)
+
+    from benchmarks.run.fam.tasks import scene_words
+
+    _, regions = scene_words(args.scenes, SEED + 1)
+
+    def words_of(cefam: ConceptFusionMap) -> Explainer:
+        return lambda x, target: cefam.attribute(x, target=target)
+
+    def again(**options: Any) -> ConceptFusionMap:
+        return first.with_options(**options)
+
+    explainers: dict[str, Explainer] = {
+        "CE-FAM, fused": words_of(again(map_layer="fused")),
+        "CE-FAM, as published": words_of(again(map_layer="auto")),
+        "CE-FAM, branch gradient": words_of(again(map_layer="auto", gradient="branch")),
+    }
+    for name, table in single_channels(model, clip, images, words).items():
+        explainers[f"{name}, single channel"] = peers.single_channel(peers.activations(model, "layer4"), table)
+    clip_layer = clip.model.visual.trunk.layer4
+    bank = clip.encode_text(words)
+    for weights in ("contribution", "gradient"):
+        fam = FeatureActivationMap(clip.encode_image, clip_layer, bank, weights=weights)
+        name = "FAM of the image-text model" + (", gradient" if weights == "gradient" else "")
+        explainers[name] = lambda x, target, fam=fam: fam.attribute(x, target=target)
+    score = lambda x: first.scores(x)  # noqa: E731
+    note = (
+        f"{len(regions)} regions of {len(words)} words in {args.scenes} held-out scenes. CE-FAM and single channels "
+        "explain the bundled classifier, FAM the image tower of the image-text model itself."
+    )
+    energy = peers.activations(model, "layer4")
+    made = measure("words, scenes", note, explainers, regions, score=score, energy=energy)
+    part = {
+        "environment": environment("open-clip-torch"),
+        "arguments": {**vars(args), "layers": LAYERS, "seed": SEED, "seconds_to_fit": round(fitted, 1)},
+        "tables": [made.record()],
+    }
+    write("concept_words", {"parts": {"scenes": part}})
+
+
+@torch.no_grad()
+def single_channels(model: Any, clip: Any, images: Tensor, words: list[str]) -> dict[str, Tensor]:
+    """``(C, T)`` for each published rule, from the probe images and the image-text model."""
+    pooled, embedded = [], []
+    for part in images.split(100):
+        pooled.append(capture(model, part, ["layer4"]).layers[0].mean((2, 3)))
+        embedded.append(F.normalize(clip.encode_image(part), dim=1))
+    channels, e = torch.cat(pooled), torch.cat(embedded)
+    similarity = e @ F.normalize(clip.encode_text(words), dim=1).T
+    template = e @ F.normalize(clip.encode_text([TEMPLATE]), dim=1)[0]
+    return {
+        "CLIP-Dissect": peers.soft_wpmi(channels, similarity),
+        "WWW": peers.adaptive_cosine(channels, similarity, template),
+    }
+
+
+if __name__ == "__main__":
+    main()

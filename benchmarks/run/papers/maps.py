@@ -1,0 +1,269 @@
+"""The papers' tables of maps: regions of concepts (CE-FAM) and of the predicted class (SALF-CBM), streamed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.data.photographs import Files
+from benchmarks.peers import maps as peers
+from benchmarks.report.cells import OTHER, SHUFFLED
+from benchmarks.run.map_tables import Explainer, interval
+from benchmarks.run.papers.inputs import classifier, image_text, words_of
+from captum_concepts import SALFCBM, ConceptFusionMap, metrics
+from captum_concepts.datasets import Broden, ImageNetS, ImageNetSegmentation
+from captum_concepts.images import find_images
+
+Row = dict[str, Any]
+REGION_COLUMNS = ("epg", "nra", "nra_exact", "hit_rate", "specificity")
+
+
+# ------------------------------------------------------------------------------------------------ worse on purpose
+
+
+def blind(read: Callable[[Tensor], Tensor], device: str) -> dict[str, Explainer]:
+    """The rows that know no concept."""
+    noise = torch.Generator().manual_seed(0)
+    return {
+        "activation energy": lambda x, _: metrics.activation_energy(read(x.to(device))),
+        "centre Gaussian": lambda x, _: metrics.center_gaussian(len(x), (56, 56)),
+        "random": lambda x, _: torch.rand(len(x), 7, 7, generator=noise),
+    }
+
+
+def worse(name: str, explain: Explainer, targets: int) -> dict[str, Explainer]:
+    """The same maps exchanged between images (each image is given the last one's) and of another target."""
+    last: list[Tensor] = []
+
+    def shuffled(x: Tensor, target: Tensor) -> Tensor:
+        maps = explain(x, target)
+        before = last[0] if last else maps.flip(2)  # the first image has no image before it
+        last[:] = [maps]
+        return before[torch.arange(len(x)) % len(before)]
+
+    def other(x: Tensor, target: Tensor) -> Tensor:
+        absent = [t for t in range(targets) if t not in set(target.tolist())]
+        chosen = torch.tensor([absent[int(t) * 31 % len(absent)] for t in target.tolist()])
+        return explain(x, chosen)
+
+    return {f"{name}: {SHUFFLED}": shuffled, f"{name}: {OTHER}": other}
+
+
+# ------------------------------------------------------------------------------------------------ concepts (CE-FAM)
+
+
+def concept_regions(args: argparse.Namespace) -> list[Row]:
+    """Both tables of CE-FAM: Broden and ImageNet-S."""
+    if args.table == "ce-fam-broden":
+        data: Any = Broden(args.root, size=args.size, split=args.split)
+        kinds = [found[0] for found in data.concept_categories]
+    else:
+        data, kinds = ImageNetS(args.root, args.split or "validation", size=args.size), None
+    if args.train is None:
+        raise SystemExit("--train FOLDER: images for the translator, ImageNet's training set in the paper")
+    words = words_of(data.concepts)
+    probe = Files(sorted(find_images([args.train]))[: args.train_images], args.size)
+    return region_rows(data, concept_explainers(words, probe, args), kinds, args.limit)
+
+
+def concept_explainers(words: list[str], probe: Files, args: argparse.Namespace) -> dict[str, Explainer]:
+    """CE-FAM as published and fused, the single channels, what is worse on purpose, what knows nothing."""
+    encoder = image_text(args.encoder, args.encoder_weights, args.device)
+    model = classifier(args.model, args.model_weights, args.device)
+    unique = list(dict.fromkeys(words))  # two classes may share their word
+    column = torch.tensor([unique.index(word) for word in words])
+    training = {"epochs": args.epochs}
+    first = ConceptFusionMap(model, args.layers).fit(
+        probe, encoder, unique, image_size=args.size, training=training, cache_dir=args.cache
+    )
+
+    def read_as(layer: str) -> Explainer:
+        same = first.with_options(map_layer=layer)
+        return lambda x, target: same.attribute(x.to(args.device), target=column[target].tolist())[:, 0]
+
+    read = peers.activations(model, args.layers[-1])
+    found = {"CE-FAM": read_as("auto"), 'CE-FAM, layer="fused"': read_as("fused")}
+    for name, table in channel_tables(read, encoder, probe, unique, args.device).items():
+        channel = peers.single_channel(read, table)
+        found[name] = lambda x, target, own=channel: own(x.to(args.device), column[target])
+    bad = worse('CE-FAM, layer="fused"', found['CE-FAM, layer="fused"'], len(words))
+    return {**found, **blind(read, args.device), **bad}
+
+
+@torch.no_grad()
+def channel_tables(
+    read: Callable[[Tensor], Tensor], encoder: Any, probe: Files, words: list[str], device: str
+) -> dict[str, Tensor]:
+    """CLIP-Dissect's and WWW's channel for every word, from the training images as probe."""
+    pooled, embedded = [], []
+    for start in range(0, len(probe), 32):
+        x = torch.stack([probe[i] for i in range(start, min(start + 32, len(probe)))]).to(device)
+        pooled.append(read(x).mean((2, 3)).cpu())
+        embedded.append(F.normalize(encoder.encode_image(x), dim=1).float().cpu())
+    channels, images = torch.cat(pooled), torch.cat(embedded)
+
+    def cosines(texts: list[str]) -> Tensor:
+        return images @ F.normalize(encoder.encode_text(texts), dim=1).float().cpu().T
+
+    similarity = cosines(words)
+    try:
+        template = cosines(["a photo of a"])[:, 0]
+    except (KeyError, ValueError):  # an image-text model of few words: the mean word takes the template's place
+        template = similarity.mean(1)
+    return {
+        "CLIP-Dissect": peers.soft_wpmi(channels, similarity),
+        "WWW": peers.adaptive_cosine(channels, similarity, template),
+    }
+
+
+def region_rows(
+    data: Any, explainers: dict[str, Explainer], kinds: list[str] | None = None, limit: int | None = None
+) -> list[Row]:
+    """Every (image, concept): means with intervals over images, over all and by category; images one at a time.
+
+    Args:
+        data: a segmentation data set of regions that are present.
+        explainers: by name.
+        kinds: category of each concept.
+        limit: only the first images.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in explainers}
+    image, category = [], []
+    for n in range(min(len(data), limit or len(data))):
+        item = data[n]
+        target = torch.as_tensor(item.target)
+        if not len(target):
+            continue
+        image += [n] * len(target)
+        category += ["" if kinds is None else kinds[t] for t in target.tolist()]
+        x = item.image.expand(len(target), -1, -1, -1)
+        for name, explain in explainers.items():
+            found[name].append(_scores(explain(x, target).detach().float().cpu(), item.masks, item.ignore))
+    if not image:
+        raise SystemExit("the data set shows none of the concepts")
+    groups = torch.tensor(image)
+    rows = []
+    for name in explainers:
+        scores = torch.cat(found[name])
+        row: Row = {"method": name, "regions": len(scores)}
+        row.update(_columns(scores, groups, ""))
+        for kind in sorted(set(category) - {""}):
+            own = torch.tensor([c == kind for c in category])
+            row.update(_columns(scores[own], groups[own], f", {kind}"))
+        if kinds is not None:
+            parts = [[row[f"{c}, {kind}"] for kind in sorted(set(category))] for c in REGION_COLUMNS]
+            for c, each in zip(REGION_COLUMNS, parts, strict=True):
+                means = [value[0] for value in each if value is not None]
+                row[f"{c}, mean of categories"] = [sum(means) / len(means), None, None] if means else None
+        rows.append(row)
+    return rows
+
+
+def _scores(maps: Tensor, masks: Tensor, ignore: Tensor) -> Tensor:
+    """``(T, 5)``: the columns of every concept of one image."""
+    skip = ignore.expand(masks.shape)
+    published = metrics.nra(maps, masks, ignore=skip)
+    hit = (published > 0.5).float().masked_fill(published.isnan(), torch.nan)
+    special = metrics.concept_specificity(maps[None], masks[None], ignore=skip[None])[0]
+    exact = metrics.nra(maps, masks, baseline="exact", ignore=skip)
+    return torch.stack([metrics.epg(maps, masks, ignore=skip), published, exact, hit, special], 1)
+
+
+def _columns(scores: Tensor, groups: Tensor, suffix: str) -> Row:
+    return {f"{c}{suffix}": interval(scores[:, i], groups) for i, c in enumerate(REGION_COLUMNS)}
+
+
+# ------------------------------------------------------------------------------------------------ classes (SALF-CBM)
+
+
+def segmentation(args: argparse.Namespace) -> list[Row]:
+    """ImageNet-segmentation: maps of the predicted class, binarised at their mean; pictures squashed, as published."""
+    data = ImageNetSegmentation(args.root, size=args.size, resize="squash")
+    model = classifier(args.model, args.model_weights, args.device)
+    layer = model.get_submodule(args.layers[-1])
+    with torch.no_grad():
+        classes = model(data[0].image[None].to(args.device)).shape[1]
+    explainers: dict[str, Explainer] = {
+        "Grad-CAM (captum)": peers.captum_grad_cam(model, layer),
+        "integrated gradients (captum)": integrated_gradients(model),
+    }
+    if importlib.util.find_spec("pytorch_grad_cam") is None:
+        print("pytorch-grad-cam is not installed (pip install '.[benchmark]'): its rows are missing")
+    else:
+        wanted = {"Grad-CAM++": "GradCAMPlusPlus", **({"Score-CAM": "ScoreCAM"} if args.score_cam else {})}
+        for name, kind in wanted.items():
+            explainers[f"{name} (pytorch-grad-cam)"] = peers.pytorch_grad_cam(kind, model, layer)
+    if args.salf is not None:
+        explainers["SALF-CBM"] = salf_maps(args.salf, model, classes, args.device)
+    chosen = "SALF-CBM" if "SALF-CBM" in explainers else "Grad-CAM (captum)"
+    bad = worse(chosen, explainers[chosen], classes)
+    explainers |= {**blind(peers.activations(model, layer), args.device), **bad}
+    return segmentation_rows(data, model, explainers, args.device, args.limit)
+
+
+def segmentation_rows(
+    data: Any, model: nn.Module, explainers: dict[str, Explainer], device: str, limit: int | None = None
+) -> list[Row]:
+    """Each explainer is asked for the class that the model predicts. A map with NaN draws nothing, as published."""
+    counts: dict[str, list[Tensor]] = {name: [] for name in explainers}
+    precision: dict[str, list[Tensor]] = {name: [] for name in explainers}
+    for n in range(min(len(data), limit or len(data))):
+        item = data[n]
+        x, mask = item.image[None].to(device), item.masks[None]
+        with torch.no_grad():
+            target = model(x).argmax(1)
+        for name, explain in explainers.items():
+            heat = explain(x, target).detach().float().cpu()
+            heat = heat.reshape(1, *heat.shape[-2:])
+            heat = torch.zeros_like(heat) if bool(heat.isnan().any()) else heat
+            counts[name].append(metrics.segmentation_counts(heat, mask)[0].double())
+            precision[name].append(metrics.average_precision(heat, mask)[0])
+    return [_segmentation_row(name, torch.stack(counts[name]), torch.stack(precision[name])) for name in explainers]
+
+
+def _segmentation_row(name: str, counts: Tensor, precision: Tensor) -> Row:
+    """Sums over all images before dividing, as published; intervals by resampling images."""
+
+    def ratios(total: Tensor) -> tuple[Tensor, Tensor]:
+        front, union, back, back_union = total.unbind(-1)
+        return (front + back) / (union + back), 0.5 * (front / union + back / back_union)
+
+    draws = torch.randint(len(counts), (1000, len(counts)), generator=torch.Generator().manual_seed(0))
+    row: Row = {"method": name, "images": len(counts)}
+    whole, drawn = ratios(counts.sum(0)), ratios(counts[draws].sum(1))
+    ends = torch.tensor([0.025, 0.975], dtype=counts.dtype)
+    for key, value, others in zip(("pixel_accuracy", "mean_iou"), whole, drawn, strict=True):
+        row[key] = [float(value), *torch.quantile(others, ends).tolist()]
+    row["average_precision"] = interval(precision, torch.arange(len(precision)))
+    return row
+
+
+def integrated_gradients(model: nn.Module) -> Explainer:
+    """Captum's, of the pixels, from black; absolute values of the sums over colours."""
+    from captum.attr import IntegratedGradients
+
+    method = IntegratedGradients(model)
+    return lambda x, target: method.attribute(x, target=target, n_steps=50, internal_batch_size=10).sum(1).abs()
+
+
+def salf_maps(folder: Path, backbone: nn.Module, classes: int, device: str) -> Explainer:
+    """The map of "An image of a {class}" of a class: concept t is class t."""
+    salf = SALFCBM.from_pretrained(folder, backbone=backbone).to(device).eval()
+    if len(salf.concepts) != classes:
+        raise SystemExit(
+            f"{folder.name} has {len(salf.concepts)} concepts, but the model has {classes} classes; fit it with a "
+            "concept a class, in the classes' order, --presence-cutoff none and --interpretability-cutoff none"
+        )
+
+    def run(x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            return salf.concept_maps(x)[torch.arange(len(x)), target.cpu()]
+
+    return run

@@ -1,0 +1,78 @@
+"""The same heads on the features of every model: accuracy by the number of nonzero weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.salf_cbm import LAMS, Head, dense_head, sparse_head
+from benchmarks.run.salf_cbm.maps import accuracy_interval
+
+Split = tuple[Tensor, Tensor]
+
+
+def heads(
+    name: str, train: Split, test: Split, num_classes: int, most: list[int], *, on_average: bool = False
+) -> tuple[list[dict[str, Any]], dict[int | None, Head]]:
+    """A row for a sparse head of at most each of ``most`` nonzero weights a class, and one for a dense head.
+
+    Args:
+        name: of the model, for the rows.
+        train, test: what the head sees, and labels.
+        num_classes: K.
+        most: see above.
+        on_average: they are means over the classes, see :func:`~salf_cbm_peers.sparse_head`.
+
+    Returns:
+        The rows and the heads, by ``most`` (None: dense).
+    """
+    found: dict[int | None, Head] = {}
+    for count in most:
+        lams = 10 if on_average else LAMS  # bisection follows anyway where one point of the path is asked for
+        found[count] = sparse_head(*train, test, most=count, num_classes=num_classes, on_average=on_average, lams=lams)
+    found[None] = dense_head(*train, test, num_classes=num_classes)
+    rows = [
+        {
+            "model": name,
+            "head": "dense" if count is None else f"sparse, {'about' if on_average else 'at most'} {count} a class",
+            "inputs": train[0].shape[1],
+            "accuracy": accuracy_interval(head.hits),
+            "nonzeros_a_class_mean": head.nonzeros_mean,
+            "nonzeros_a_class_most": head.nonzeros_most,
+            "lam": head.result.lam,
+        }
+        for count, head in found.items()
+    ]
+    for row in rows:
+        print(f"{name}, {row['head']}: {row['accuracy'][0]:.4f} ({row['nonzeros_a_class_mean']:.1f})", flush=True)
+    return rows, found
+
+
+def backbone_row(outputs: Tensor, labels: Tensor, name: str = "backbone, its own head") -> dict[str, Any]:
+    """The row of the model that is explained."""
+    hits = outputs.argmax(1) == labels
+    return {"model": name, "head": "as trained", "inputs": None, "accuracy": accuracy_interval(hits.tolist())}
+
+
+@torch.no_grad()
+def install(model: Any, head: Head) -> None:
+    """Put a head, fitted to the model's standardised activations, into the model."""
+    weight, bias = head.result.raw()
+    model.head.weight.copy_(weight)
+    model.head.bias.copy_(bias)
+
+
+def accuracy_lines(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """For a Markdown table."""
+    lines = []
+    for row in rows:
+        mean, low, high = row["accuracy"]
+        count = row.get("nonzeros_a_class_mean")
+        shown = "" if count is None else f"{count:.1f}"
+        lines.append([row["model"], row["head"], row["inputs"] or "", shown, f"{mean:.3f} [{low:.3f}, {high:.3f}]"])
+    return lines
+
+
+ACCURACY_COLUMNS = ["model", "head", "inputs", "nonzeros a class", "accuracy"]

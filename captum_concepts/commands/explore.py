@@ -1,0 +1,172 @@
+"""`explore` and `audit`: the user's images and model as a page to click on, and as one statement over a data set."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from captum_concepts.audit import ConceptAudit, audit_dataset, compare_audits
+from captum_concepts.commands.explainers import build_explainer
+from captum_concepts.commands.image_files import Failed
+from captum_concepts.commands.settings import ExplainerSettings
+from captum_concepts.errors import InputError
+from captum_concepts.images import class_folders, find_images
+
+_COMPARED: dict[str, Callable[[float, float], bool]] = {
+    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExploreSettings(ExplainerSettings):
+    """What ``explore`` was asked to do; every field is an option of the command line."""
+
+    images: Sequence[str]
+    output: str
+    title: str | None = None
+
+
+def explore_command(settings: ExploreSettings) -> dict[str, Any]:
+    """Write one HTML page on which regions are marked and concepts edited.
+
+    Raises:
+        InputError, LayerError, ArtifactError: nothing can be explained with these settings.
+    """
+    from captum_concepts.visualization.explorer import explore
+
+    out = _html(settings.output)
+    loaded = settings.load()
+    failed: Failed = []
+    explainer = build_explainer(settings, loaded, failed)
+    paths = find_images(settings.images)
+    source = loaded.open(paths)
+    title = settings.title or f"What {Path(settings.model).name} saw"
+    page = explore(
+        explainer.method,
+        source,
+        class_names=explainer.class_names,
+        image_names=source.names,
+        transform=lambda images: loaded.prepare(images.to(settings.device)),
+        batch_size=settings.batch_size,
+        title=title,
+    )
+    failed += source.skipped
+    page.save(out)
+    return {"output": str(out), "images": len(source), "method": explainer.name, "failed": failed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings(ExplainerSettings):
+    """What ``audit`` was asked to do; every field is an option of the command line.
+
+    Args:
+        data: a folder, with one folder of images per class where labels are known.
+        output: the HTML page.
+        save: also keep the audit as a file, for ``against``.
+        against: a saved audit of the same images to compare with.
+        fail_on: a condition on ``suspects``, ``gained`` or ``accuracy_change``, such as ``"suspects>0"``.
+        store: folder in which a killed audit resumes.
+    """
+
+    data: str
+    output: str
+    save: str | None = None
+    against: str | None = None
+    fail_on: str | None = None
+    alpha: float = 0.05
+    min_effect: float = 0.05
+    top_k: int = 5
+    seed: int = 0
+    store: str | None = None
+
+
+def audit_command(settings: AuditSettings) -> dict[str, Any]:
+    """Audit a folder of images; write the page, and compare with an earlier audit.
+
+    Returns:
+        Counts and suspects, ``"against"`` where compared, and ``"holds"``: whether ``fail_on`` is true.
+
+    Raises:
+        InputError, ArtifactError: nothing can be audited with these settings.
+    """
+    out = _html(settings.output)
+    condition = None if settings.fail_on is None else _condition(settings.fail_on)
+    before = None if settings.against is None else ConceptAudit.load(settings.against)
+    loaded = settings.load()
+    failed: Failed = []
+    explainer = build_explainer(settings, loaded, failed)
+    try:
+        folders = class_folders(settings.data)
+    except InputError:
+        folders = {}
+    paths = [path for files in folders.values() for path in files] or find_images([settings.data])
+    labels = [name for name, files in folders.items() for _ in files] or None
+    shown = loaded.open(paths, labels=labels if labels is not None else False)
+    prepared = loaded.open(paths, labels=labels if labels is not None else False, normalize=loaded.preprocessing)
+    audit = audit_dataset(
+        explainer.method,
+        prepared,
+        class_names=explainer.class_names,
+        alpha=settings.alpha,
+        min_effect=settings.min_effect,
+        top_k=settings.top_k,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        store_path=settings.store,
+        show_progress=True,
+    )
+    failed += prepared.skipped
+    audit.report(out, shown, title=f"What drives {Path(settings.model).name}")
+    if settings.save is not None:
+        audit.save(settings.save)
+    suspects = [] if audit.suspected is None else audit.to_records("suspects")
+    made: dict[str, Any] = {
+        "output": str(out), "images": len(audit), "accuracy": audit.accuracy, "suspects": suspects, "failed": failed,
+        "text": repr(audit),
+    }  # fmt: skip
+    facts = {"suspects": float(len(suspects))}
+    if before is not None:
+        change = compare_audits(before, audit)
+        made["text"] += f"\n{change!r}"
+        made["against"] = {
+            kind: [[s.class_name, s.concept] for s in getattr(change, kind)] for kind in ("gained", "lost", "kept")
+        } | {"accuracy_change": change.accuracy_change}
+        facts |= {"gained": float(len(change.gained))}
+        facts |= {} if change.accuracy_change is None else {"accuracy_change": change.accuracy_change[0]}
+    if condition is not None:
+        name, compare, number = condition
+        if name not in facts:
+            raise InputError(f"--fail-on {settings.fail_on!r}: {name} is not known without --against FILE and labels")
+        made["holds"] = bool(compare(facts[name], number))
+    return made
+
+
+def _condition(text: str) -> tuple[str, Callable[[float, float], bool], float]:
+    match = re.fullmatch(r"\s*(suspects|gained|accuracy_change)\s*(>=|<=|==|>|<)\s*(-?[0-9.]+)\s*", text)
+    if match is None:
+        raise InputError(
+            f"--fail-on {text!r} is not a condition; pass for example 'suspects>0', 'gained>0' or "
+            "'accuracy_change<-0.01'"
+        )
+    try:
+        return match[1], _COMPARED[match[2]], float(match[3])
+    except ValueError:
+        raise InputError(f"--fail-on {text!r}: {match[3]!r} is not a number") from None
+
+
+def _html(output: str) -> Path:
+    out = Path(output)
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; give the name of an HTML file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def as_json(made: dict[str, Any]) -> str:
+    """For ``--json``."""
+    return json.dumps({key: value for key, value in made.items() if key != "text"}, indent=2)

@@ -1,0 +1,381 @@
+"""What people give: kinds of images, labels, words, files and models, and what must become of each.
+
+A row is a kind of input; a column is a public entry point, in ``columns.py``. Each column belongs to a family, which
+has an outcome for every row; a column may differ from its family where it says so. ``docs/inputs.md`` is printed from
+here.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+SIDE, COUNT = 224, 4  # the size that files are read in where nothing is known of the model
+
+
+def make_pixels() -> Tensor:
+    """``COUNT`` colored gradients, uint8: small as PNG files, different in every channel."""
+    ramp = torch.linspace(0, 255, SIDE)
+    rows, columns = ramp[:, None].expand(SIDE, SIDE), ramp[None].expand(SIDE, SIDE)
+    images = [torch.stack([rows, columns, 255 - rows]), torch.stack([columns, 255 - rows, rows]),
+              torch.stack([255 - columns, rows, columns]), torch.stack([rows, rows, 255 - columns])]  # fmt: skip
+    return torch.stack(images).round().to(torch.uint8)
+
+
+PIXELS = make_pixels()
+IMAGES = PIXELS.float() / 255
+LABELS = [0, 1, 1, 0]
+
+
+class Items(Dataset[Any]):
+    """Images with their labels."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(index)
+
+
+class Stream(IterableDataset[Any]):
+    """An ``IterableDataset`` with a length and without items by number."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __iter__(self) -> Iterator[Any]:
+        return zip(IMAGES, LABELS, strict=True)
+
+
+def picture(index: int) -> Image.Image:
+    """One image as PIL has it."""
+    return Image.fromarray(PIXELS[index].permute(1, 2, 0).numpy())
+
+
+def folder(space: Path) -> Path:
+    """A folder of image files, with what systems leave behind."""
+    root = space / "photos"
+    if not root.is_dir():
+        for junk in ("__MACOSX", ".ipynb_checkpoints"):
+            (root / junk).mkdir(parents=True)
+            (root / junk / "0.png").write_bytes(b"junk")
+        for junk in ("._0.png", "Thumbs.db", ".DS_Store", "notes.txt"):
+            (root / junk).write_bytes(b"junk")
+        for i in range(COUNT):
+            picture(i).save(root / f"{i}.png")
+    return root
+
+
+def class_folders(space: Path) -> Path:
+    """One folder of images per class, in the order of the images."""
+    root = space / "classes"
+    for i, label in enumerate(sorted(LABELS)):
+        path = root / ("cat", "dog")[label] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(sorted(range(COUNT), key=LABELS.__getitem__)[i]).save(path)
+    return root
+
+
+def broken_folder(space: Path) -> Path:
+    """A folder with one file that is no image."""
+    root = space / "broken"
+    root.mkdir(exist_ok=True)
+    picture(0).save(root / "0.png")
+    (root / "1.png").write_bytes(b"not an image")
+    return root
+
+
+# ----------------------------------------------------------------------------------------------------------- outcomes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of an input.
+
+    Args:
+        kind: ``"same"``: the result is that of the reference; ``"runs"``: it ends well, with another result;
+            ``"refused"``: an error of the package whose message contains ``word``.
+        word: a regular expression.
+        warns: a regular expression of the warning that comes with it.
+    """
+
+    kind: str
+    word: str = ""
+    warns: str = ""
+
+
+SAME, RUNS = Outcome("same"), Outcome("runs")
+
+
+def refused(word: str) -> Outcome:
+    """An error of the package that contains ``word``."""
+    return Outcome("refused", word)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of input.
+
+    Args:
+        what: in words, for the documentation.
+        make: builds it in a folder.
+        outcomes: by family of columns; ``None`` where the family cannot be given such a thing.
+    """
+
+    what: str
+    make: Callable[[Path], Any]
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+BATCH_DIMENSION = refused(r"no batch dimension|image\[None\]")
+
+
+def images_row(what: str, make: Callable[[Path], Any], anything: Outcome, tensors: Outcome | None = None) -> Row:
+    """A kind of images: what entry points for any holder, and those for Captum's tensors only, make of it."""
+    return Row(what, make, {"any images": anything, "tensors": tensors or refused("[Tt]ensor|floating point")})
+
+
+def looped(images: Tensor) -> Tensor:
+    """Strides that no fresh tensor has."""
+    return torch.stack([images, images], -1)[..., 1]
+
+
+IMAGE_ROWS: dict[str, Row] = {
+    "float tensor": images_row("tensor `(N, 3, H, W)`, float", lambda _: IMAGES.clone(), SAME, SAME),
+    "channels last memory": images_row(
+        "the same in `channels_last` memory format",
+        lambda _: IMAGES.contiguous(memory_format=torch.channels_last),
+        SAME,
+        SAME,
+    ),
+    "strided": images_row("the same with other strides", lambda _: looped(IMAGES), SAME, SAME),
+    "requires grad": images_row("the same with `requires_grad`", lambda _: IMAGES.clone().requires_grad_(), SAME, SAME),
+    "uint8 tensor": images_row("tensor, uint8", lambda _: PIXELS.clone(), SAME, refused("float")),
+    "array": images_row("NumPy array `(N, H, W, 3)`, uint8", lambda _: PIXELS.permute(0, 2, 3, 1).numpy(), SAME),
+    "list of tensors": images_row("list of tensors", lambda _: list(IMAGES), SAME),
+    "list of PIL images": images_row("list of PIL images", lambda _: [picture(i) for i in range(COUNT)], SAME),
+    "list of arrays": images_row("list of arrays", lambda _: [np.asarray(picture(i)) for i in range(COUNT)], SAME),
+    "list of paths": images_row("list of paths", lambda s: [folder(s) / f"{i}.png" for i in range(COUNT)], SAME),
+    "folder": images_row("folder, with files of other kinds in it", folder, SAME),
+    "folder as text": images_row("the same as text", lambda s: str(folder(s)), SAME),
+    "pattern": images_row("pattern (`photos/*.png`)", lambda s: f"{folder(s)}/*.png", SAME),
+    "class folders": images_row("folder with one folder per class", class_folders, RUNS),
+    "data set": images_row("`Dataset` of (image, label)", lambda _: Items(lambda i: (IMAGES[i], LABELS[i])), SAME),
+    "data set of dicts": images_row(
+        "`Dataset` of dicts with `image` or `pixel_values`",
+        lambda _: Items(lambda i: {"pixel_values": IMAGES[i], "labels": LABELS[i]}),
+        SAME,
+    ),
+    "data set of PIL images": images_row(
+        "`Dataset` of PIL images", lambda _: Items(lambda i: (picture(i), LABELS[i])), SAME
+    ),
+    "loader": images_row("`DataLoader`", lambda _: DataLoader(TensorDataset(IMAGES, torch.tensor(LABELS)), 3), SAME),
+    "shuffling loader": images_row(
+        "`DataLoader(shuffle=True, drop_last=True)`: read in the order of its data set",
+        lambda _: DataLoader(TensorDataset(IMAGES, torch.tensor(LABELS)), 3, shuffle=True, drop_last=True),
+        SAME,
+    ),
+    "loader of dicts": images_row(
+        "`DataLoader` of dicts",
+        lambda _: DataLoader(Items(lambda i: {"image": IMAGES[i], "label": LABELS[i]}), 2),
+        SAME,
+    ),
+    "stream": images_row("`IterableDataset`, also with a length", lambda _: Stream(), SAME),
+    "pair": images_row("`(images, labels)`", lambda _: (IMAGES, LABELS), SAME),
+    "one PIL image": images_row("one PIL image", lambda _: picture(0), RUNS),
+    "one path": images_row("one path", lambda s: folder(s) / "0.png", RUNS),
+    "gray": images_row("one channel, for a model of three: repeated", lambda _: [IMAGES[0, :1]], RUNS),
+    "one image": images_row(
+        "one image `(3, H, W)` without batch", lambda _: IMAGES[0], BATCH_DIMENSION, BATCH_DIMENSION
+    ),
+    "four channels": images_row(
+        "four channels, for a model of three",
+        lambda _: torch.rand(2, 4, SIDE, SIDE),
+        refused("channels"),
+        refused("channels"),
+    ),
+    "channels last": images_row(
+        "tensor `(N, H, W, 3)`", lambda _: IMAGES.permute(0, 2, 3, 1), refused("channels"), refused("channels")
+    ),
+    "integers": images_row("tensor, int64", lambda _: PIXELS.long(), refused("int64"), refused("int64|float")),
+    "booleans": images_row("tensor, bool", lambda _: PIXELS > 9, refused("bool"), refused("bool|float")),
+    "empty batch": images_row(
+        "no images: `(0, 3, H, W)`",
+        lambda _: IMAGES[:0],
+        refused("no image|no example|empty"),
+        refused("no example|empty"),
+    ),
+    "empty list": images_row(
+        "empty list", lambda _: [], refused("empty|no image"), refused("[Tt]ensor|floating point")
+    ),
+    "broken file": images_row("folder with a broken file", broken_folder, refused(r"1\.png")),
+    "missing path": images_row("a path that is not there", lambda s: s / "nowhere", refused("no file or folder")),
+    "text": images_row("text that is no path", lambda _: "a photo of a cat", refused("no file or folder")),
+    "None": images_row("None", lambda _: None, refused("NoneType"), refused("NoneType")),
+    "number": images_row("a number", lambda _: 3, refused("int"), refused("int")),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+def labels_row(what: str, make: Callable[[], Any], outcome: Outcome) -> Row:
+    """A form of labels."""
+    return Row(what, lambda _: make(), {"labels": outcome})
+
+
+LABEL_ROWS: dict[str, Row] = {
+    "list": labels_row("list of integers", lambda: list(LABELS), SAME),
+    "tensor": labels_row("tensor `(N,)`", lambda: torch.tensor(LABELS), SAME),
+    "float tensor": labels_row("tensor of whole floats", lambda: torch.tensor(LABELS).float(), SAME),
+    "array": labels_row("NumPy array", lambda: np.array(LABELS), SAME),
+    "column": labels_row("`(N, 1)`", lambda: torch.tensor(LABELS)[:, None], SAME),
+    "one-hot": labels_row("one-hot `(N, K)`", lambda: torch.eye(2)[LABELS], SAME),
+    "0-d tensors": labels_row("list of 0-d tensors", lambda: [torch.tensor(y) for y in LABELS], SAME),
+    "names": labels_row("list of names", lambda: [("cat", "dog")[y] for y in LABELS], RUNS),
+    "multi-hot": labels_row("multi-hot", lambda: torch.ones(COUNT, 2), refused("multi-hot")),
+    "probabilities": labels_row("probabilities", lambda: torch.full((COUNT, 2), 0.5), refused("one-hot")),
+    "NaN": labels_row("NaN", lambda: torch.tensor([0, 1, 1, float("nan")]), refused("nan")),
+    "fractions": labels_row("fractions", lambda: [0.5, 1.0, 1.0, 0.0], refused("0.5")),
+    "mixed": labels_row("names and numbers", lambda: ["cat", 1, 1, 0], refused("mix")),
+    "too few": labels_row("fewer than images", lambda: [0, 1], refused("2 labels for 4|2.*4")),
+    "text": labels_row("one text", lambda: "cats", refused("str")),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- words
+
+
+def words_row(what: str, make: Callable[[Path], Any], words: Outcome, files: Outcome | None = None) -> Row:
+    """A form of words."""
+    return Row(what, make, {"words": words} if files is None else {"files of words": files})
+
+
+def word_file(name: str, data: bytes) -> Callable[[Path], Path]:
+    """A file of words."""
+
+    def make(space: Path) -> Path:
+        (space / name).write_bytes(data)
+        return space / name
+
+    return make
+
+
+WORDS = ["red sky", "green sea"]
+TEXT = "red sky\r\ngreen sea\r\n"
+WORD_ROWS: dict[str, Row] = {
+    "list": words_row("list", lambda _: list(WORDS), SAME),
+    "tuple": words_row("tuple", lambda _: tuple(WORDS), SAME),
+    "vocabulary": words_row("`Vocabulary`", lambda _: vocabulary(), SAME),
+    "empty": words_row("empty list", lambda _: [], refused("")),
+    "one text": words_row("one text in place of a list", lambda _: "red sky", refused("list")),
+    "twice": words_row("one concept twice", lambda _: ["red sky", "red sky"], refused("once|twice")),
+    "numbers": words_row("numbers", lambda _: [1, 2], refused("string|text|name")),
+    "blank": words_row("blank text", lambda _: ["red sky", "  "], refused("empty|blank|whitespace")),
+}
+FILE_ROWS: dict[str, Row] = {
+    "UTF-8": Row("text file, UTF-8", word_file("a.txt", TEXT.encode()), {"files of words": SAME}),
+    "BOM": Row(
+        "text file with a byte order mark", word_file("b.txt", TEXT.encode("utf-8-sig")), {"files of words": SAME}
+    ),
+    "UTF-16": Row("text file, UTF-16", word_file("c.txt", TEXT.encode("utf-16")), {"files of words": SAME}),
+    "cp1252": Row(
+        "text file, Windows (cp1252)", word_file("d.txt", (TEXT + "café").encode("cp1252")), {"files of words": RUNS}
+    ),
+    "JSON list": Row("JSON list", word_file("e.json", json.dumps(WORDS).encode()), {"files of words": SAME}),
+    "JSON index": Row(
+        'JSON object `{"0": name}` or `{name: 0}`',
+        word_file("f.json", json.dumps({w: i for i, w in enumerate(WORDS)}).encode()),
+        {"files of words": SAME},
+    ),
+    "broken JSON": Row("broken JSON", word_file("g.json", b"["), {"files of words": refused("JSON")}),
+    "binary": Row("a binary file", word_file("h.txt", bytes(range(256))), {"files of words": refused("text")}),
+    "missing": Row("a file that is not there", lambda s: s / "none.txt", {"files of words": refused("none.txt")}),
+}
+
+
+def vocabulary() -> Any:
+    """The words with their template."""
+    from captum_concepts.concepts import Vocabulary
+
+    return Vocabulary(WORDS)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear layer; deterministic."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first = nn.Sequential(nn.Conv2d(channels, 4, 8, stride=8), nn.ReLU(inplace=True))
+            self.last = nn.Sequential(nn.Conv2d(4, 6, 4, stride=4), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+            self.head = nn.Linear(6, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, 2)`` logits."""
+        return self.head(self.last(self.first(images)).mean((2, 3)))
+
+
+class Wrapped(nn.Module):
+    """A model whose output is not one tensor."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.wrap = Net(), wrap
+
+    def forward(self, images: Tensor) -> Any:
+        """The wrapped logits."""
+        return self.wrap(self.inner(images))
+
+
+def model_row(what: str, make: Callable[[], tuple[Any, Any]], outcome: Outcome) -> Row:
+    """A kind of model, with the layer to explain."""
+    return Row(what, lambda _: make(), {"models": outcome})
+
+
+def scripted() -> Any:
+    """A scripted model, without torch's advice against it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(Net().eval())
+
+
+MODEL_ROWS: dict[str, Row] = {
+    "module": model_row("`nn.Module`, layer by name", lambda: (Net().eval(), "last"), SAME),
+    "layer": model_row("layer as a module", lambda: (lambda m: (m, m.last))(Net().eval()), SAME),
+    "training mode": model_row("in training mode, with BatchNorm", lambda: (Net().train(), "last"), SAME),
+    "frozen": model_row("frozen weights", lambda: (Net().eval().requires_grad_(False), "last"), SAME),
+    "parallel": model_row("in `DataParallel`", lambda: (nn.DataParallel(Net().eval()), "module.last"), SAME),
+    "compiled": model_row("compiled", lambda: (torch.compile(Net().eval(), backend="eager"), "last"), SAME),
+    "tuple": model_row(
+        "returns `(logits, more)`", lambda: (Wrapped(lambda y: (y, y.sum())).eval(), "inner.last"), SAME
+    ),
+    "dict": model_row(
+        'returns `{"logits": ...}`', lambda: (Wrapped(lambda y: {"logits": y}).eval(), "inner.last"), SAME
+    ),
+    "scripted": model_row("`torch.jit.script`", lambda: (scripted(), "last"), refused("script")),
+    "double": model_row("float64, for float32 images", lambda: (Net().eval().double(), "last"), refused("float64")),
+    "unknown layer": model_row("a layer that is not there", lambda: (Net().eval(), "lost"), refused("last")),
+    "no grid": model_row("a layer without positions", lambda: (Net().eval(), "head"), refused("positions|grid")),
+    "None": model_row("None", lambda: (None, "last"), refused("")),
+    "text": model_row("the name of a model", lambda: ("resnet50", "last"), refused("")),
+}
