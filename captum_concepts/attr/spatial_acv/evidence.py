@@ -17,8 +17,8 @@ from captum_concepts.attr.spatial_acv.fit import FittedVectors
 from captum_concepts.attr.spatial_acv.statistics import t_tail
 from captum_concepts.explanation import short
 
-#: Least fraction of the margin that a concept must carry, and the level of the test, for it to decide.
-LEAST_SHARE, ALPHA = 0.1, 0.05
+#: Least fraction of the margin that a concept must carry to decide.
+LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)

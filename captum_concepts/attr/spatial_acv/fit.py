@@ -214,7 +214,7 @@ def fit_vectors(
             fitted.append(fit_concept(problem, train, options.lam if classifier is None else None, options.seed))
             if options.n_random:
                 p_values.append(encoding_p_value(problem, options.n_random, options.seed))
-                null.append(null_directions(problem, options.n_random, options.lam, options.seed))
+                null.append(null_directions(problem, fitted[-1].vector, options.n_random, options.lam, options.seed))
             concepts_fitted.update()
     numbers = {
         "slopes": [f.slope for f in fitted],

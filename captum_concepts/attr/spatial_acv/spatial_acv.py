@@ -26,7 +26,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, log_usage, select_output
-from captum_concepts._checks import integer, name_positions, one_of, take_rows
+from captum_concepts._checks import integer, name_positions, number, one_of, take_rows
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -42,7 +42,6 @@ from captum_concepts.activations.survey import followed_by_linear, suggest_layer
 from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, opened
 from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.attr.spatial_acv.evidence import (
-    ALPHA as EVIDENCE_ALPHA,
     LEAST_SHARE,
     ConceptEvidence,
     effects_of,
@@ -481,7 +480,13 @@ class SpatialACV(LayerAttribution):
         return {"sign_count": (total > 0).to(total.dtype).mean(0), "magnitude": total.mean(0)}
 
     def evidence(
-        self, inputs: Any, target: Any = None, *, steps: int = 5, additional_forward_args: Any = None
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        alpha: float = 0.1,
+        steps: int = 5,
+        additional_forward_args: Any = None,
     ) -> ConceptEvidence:
         r"""Is it the stripes? Which concepts an output would lose its margin without.
 
@@ -491,17 +496,19 @@ class SpatialACV(LayerAttribution):
 
         A concept *decides* if it carries at least a tenth of the margin; if no other concept's vector, put in its
         place at the same positions, would do as much; and if the effect is larger than that of directions that
-        separate something else at this layer (p < 0.05): permuted labels, and random halves of the other images.
+        separate something else at this layer (p < ``alpha``): permuted labels, and random halves of the other images.
         The last needs ``fit(n_random=20)``; without it, nothing decides.
 
         Args:
             inputs: images.
             target: the output; None takes each example's highest output.
+            alpha: level of the comparison with other directions.
             steps: of the integral along which concepts are removed; each costs one pass per image and concept.
             additional_forward_args: passed to ``forward_func`` after the inputs.
         """
         fitted, layers = self._need_fit(), self._layers()
         steps = integer("steps", steps)
+        alpha = number("alpha", alpha, lambda level: 0 < level < 1, "in (0, 1)")
         at_once = max(1, self.batch_size // (steps * len(fitted.names)))
 
         def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
@@ -511,7 +518,7 @@ class SpatialACV(LayerAttribution):
         parts = each_batch(part, inputs, additional_forward_args, target, at_once, layers.model)
         margins, effects, p_values, others, *index = (torch.cat(column) for column in zip(*parts, strict=True))
         shares = effects / margins.abs().clamp_min(1e-12)[:, None]
-        decides = (shares >= LEAST_SHARE) & (p_values < EVIDENCE_ALPHA) & (effects > others)
+        decides = (shares >= LEAST_SHARE) & (p_values < alpha) & (effects > others)
         return ConceptEvidence(
             list(fitted.names),
             index[0] if index else None,
@@ -689,10 +696,12 @@ class SpatialACV(LayerAttribution):
             n = count(inputs)
             part, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), n)
             try:
-                linear = (
-                    not self._need_fit().of_input and followed_by_linear(layers, part, additional_forward_args=extra)[0]
-                )
-                self._linear = self._other_layer(part, extra) if linear else ""
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", InputWarning)
+                    linear = not self._need_fit().of_input and all(
+                        followed_by_linear(layers, part, additional_forward_args=extra)
+                    )
+                    self._linear = self._other_layer(part, extra) if linear else ""
             except (InputError, RuntimeError, TypeError):
                 return  # what is wrong is said where the gradient is computed
         if self._linear:

@@ -202,13 +202,13 @@ def encoding_p_value(problem: Problem, n_random: int, seed: int) -> float:
     return max(p, 1 / _relabelings(problem))
 
 
-def null_directions(problem: Problem, n_random: int, lam: float, seed: int) -> Tensor:
+def null_directions(problem: Problem, vector: Tensor, n_random: int, lam: float, seed: int) -> Tensor:
     r"""``(2 R, C)`` unit vectors that separate what is not the concept, from the same images and as regularized.
 
     R of permuted labels among the images of concept and negatives, R of random halves of the negatives. Each is
     one Newton step of the penalized logistic regression from zero, :math:`(\tfrac{1}{4} \Sigma + \lambda I)^{-1}
     (\mu_1 - \mu_0)`, so that all share one factorization; with the true labels, this direction is nearly that of the
-    fitted vector.
+    fitted vector. What they share with ``vector``, the concept's own, is removed.
     """
     x, image, images = problem.x, problem.image, len(problem.label)
     generator = torch.Generator().manual_seed(seed)
@@ -231,6 +231,7 @@ def null_directions(problem: Problem, n_random: int, lam: float, seed: int) -> T
     curvature = x.T @ x / (4 * len(x))
     curvature.diagonal().add_(lam)
     vectors = torch.cholesky_solve(difference.T, torch.linalg.cholesky(curvature)).T
+    vectors = vectors - torch.outer(vectors @ vector, vector)
     return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
 

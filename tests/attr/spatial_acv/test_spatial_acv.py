@@ -346,6 +346,95 @@ def test_a_file_of_an_earlier_version_still_opens(planted, fitted, tmp_path):
     assert again.reliability_ is None
 
 
+class Decided(Planted):
+    """Class 0 is decided by the planted direction, class 1 by brightness, class 2 is what is left."""
+
+    def forward(self, x):
+        planted = F.avg_pool2d(x[:, 3:], 2) * self.direction.view(1, -1, 1, 1)
+        a = self.at(F.relu(self.conv(x)) + self.strength * planted)
+        along = torch.einsum("nchw,c->nhw", a, F.normalize(self.direction, dim=0))
+        rest = a.sum(1) - along * F.normalize(self.direction, dim=0).sum()
+        return torch.stack(
+            [F.relu(along - 1.5).mean((1, 2)), 0.2 * F.relu(rest).mean((1, 2)), along.new_zeros(len(x))], 1
+        )
+
+
+@pytest.fixture(scope="module")
+def decided(planted):
+    sets = {"planted": planted["concept"], "noise": scenes_with(torch.zeros(14, 24, 24), 9)}
+    return SpatialACV(Decided().eval(), "at", batch_size=16).fit(sets, planted["negatives"], n_random=20)
+
+
+def test_evidence_names_the_concept_that_decides_and_none_where_none_does(planted, decided):
+    x = planted["test"]
+    found = decided.evidence(x, target=0)
+    assert found.first() == ["planted"] * 12
+    assert bool((found.shares[:, 0] > 0.5).all())
+    assert not bool(found.decides[:, 1].any())
+    assert found.target.tolist() == [0] * 12
+    assert "planted" in repr(found)
+    elsewhere = decided.evidence(x, target=1)
+    assert elsewhere.first() == [None] * 12
+    without = decided.evidence(planted["negatives"], target=0)
+    assert bool((without.effects[:, 0].abs() < 0.1 * found.effects[:, 0].min()).all())
+
+
+def test_the_effect_is_what_the_margin_loses(planted, decided):
+    """Against a plain loop: the projection lowered to the threshold at each position, the network run again."""
+    x, state = planted["test"][:3], decided._fitted
+    found = decided.evidence(x, target=1, steps=40)
+    margin = lambda out: out[:, 1] - (out[:, 0] + out[:, 2]) / 2  # noqa: E731
+    for k in range(2):
+        v, threshold = state.vectors[k], float(-state.intercepts[k] / state.slopes[k])
+
+        def lowered(_module, _inputs, a, v=v, threshold=threshold):
+            excess = (torch.einsum("nchw,c->nhw", a, v) - threshold).clamp(min=0)
+            return a - excess[:, None] * v.view(1, -1, 1, 1)
+
+        net = decided.forward_func
+        before = margin(net(x))
+        handle = net.at.register_forward_hook(lowered)
+        after = margin(net(x))
+        handle.remove()
+        torch.testing.assert_close(found.effects[:, k], (before - after).detach(), rtol=0.05, atol=2e-3)
+    torch.testing.assert_close(found.margins, margin(decided.forward_func(x)).detach())
+    torch.testing.assert_close(found.shares, found.effects / found.margins.abs()[:, None])
+
+
+def test_evidence_needs_random_sets_and_does_not_depend_on_batches(planted, decided, tmp_path):
+    x = planted["test"][:5]
+    plain = SpatialACV(decided.forward_func, "at").fit({"planted": planted["concept"]}, planted["negatives"])
+    assert plain.evidence(x, target=0).p_values is None
+    assert not bool(plain.evidence(x, target=0).decides.any())
+    whole = decided.evidence(x, target=[0, 1, 0, 1, 2])
+    for n, target in enumerate([0, 1, 0, 1, 2]):
+        one = decided.evidence(x[n : n + 1], target=target)
+        torch.testing.assert_close(one.effects, whole.effects[n : n + 1], rtol=1e-4, atol=1e-6)
+    again = SpatialACV.load(decided.save(tmp_path / "acv"), decided.forward_func)
+    torch.testing.assert_close(again.evidence(x, target=0).p_values, decided.evidence(x, target=0).p_values)
+    with pytest.raises(InputError, match="alpha"):
+        decided.evidence(x, alpha=0)
+
+
+def test_a_layer_that_only_linear_operations_follow_is_said_so_with_another_one(planted):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    ).eval()
+    acv = SpatialACV(net, "1").fit({"planted": planted["concept"]}, planted["negatives"])
+    for call in (acv.contributions, acv.explain, lambda x: acv.attribute(x, 1), lambda x: acv.tcav(x, 1)):
+        with pytest.warns(InputWarning, match=r"same for every image.*use layer '1\.0' instead"):
+            call(planted["test"])
+    acv.concept_maps(planted["test"])  # these differ from image to image
+    acv.explain(planted["test"], contributions=False)
+    early = SpatialACV(net, "0").fit({"planted": planted["concept"]}, planted["negatives"])
+    assert early.contributions(planted["test"]).std(0) > 0
+
+
 def test_k_concepts_cost_one_backward_pass(planted, fitted):
     calls = []
     handle = planted["net"].head.register_full_backward_hook(lambda *a: calls.append(1))
