@@ -47,6 +47,11 @@ def count(inputs: Inputs | ImageSource) -> int:
     return len(inputs[0] if isinstance(inputs, tuple) else inputs)
 
 
+def first_example(inputs: Inputs | ImageSource, model: nn.Module | None) -> Inputs:
+    """The first example as a batch."""
+    return next(_cut(inputs, 1, model))
+
+
 def image_names(inputs: Inputs | ImageSource) -> list[str] | None:
     """The names of images that were read; None for tensors."""
     return inputs.names if isinstance(inputs, ImageSource) else None

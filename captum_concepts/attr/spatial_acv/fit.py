@@ -15,10 +15,17 @@ from captum_concepts._memory import Halving
 from captum_concepts.attr.batches import placed
 from captum_concepts.attr.guidance import Read, named_sets
 from captum_concepts.attr.spatial_acv.classifier import Trainer, captum_trainer, logistic_trainer, reproducible
+from captum_concepts.attr.spatial_acv.presence import PresenceCurve, evidence, presence_curve
 from captum_concepts.attr.spatial_acv.problem import LABEL_CONCEPT, LABEL_NEGATIVE, Problem, make_problem, mean_by_image
 from captum_concepts.attr.spatial_acv.rows import GuidanceRows, gather, merge
-from captum_concepts.attr.spatial_acv.statistics import balanced_accuracy, encoding_p_value, holm, refitted_error
-from captum_concepts.errors import InputError
+from captum_concepts.attr.spatial_acv.statistics import (
+    balanced_accuracy,
+    encoding_p_value,
+    holm,
+    null_directions,
+    refitted_error,
+)
+from captum_concepts.errors import InputError, listing
 from captum_concepts.images import ImageSource, batches
 
 ALPHA = 0.05
@@ -56,6 +63,10 @@ class FittedVectors:
         accuracies, contrasts: ``(K,)``; intervals ``(K, 2)``; p_values ``(K,)`` or None.
         rows: counts for each concept.
         of_input: fitted on the layer's input.
+        presence_slopes, presence_intercepts: ``(K,)`` of :class:`PresenceCurve`; None in files of earlier versions.
+        reliability: ``(K, 3)`` of :class:`PresenceCurve`.
+        presence_source: what presence was calibrated on, in words.
+        null_vectors: ``(K, 2 R, C)`` of :func:`null_directions`; None without random sets.
     """
 
     names: tuple[str, ...]
@@ -68,6 +79,11 @@ class FittedVectors:
     p_values: Tensor | None
     rows: dict[str, dict[str, int]]
     of_input: bool = False
+    presence_slopes: Tensor | None = None
+    presence_intercepts: Tensor | None = None
+    reliability: Tensor | None = None
+    presence_source: str = ""
+    null_vectors: Tensor | None = None
 
     @property
     def significant(self) -> Tensor | None:
@@ -79,18 +95,32 @@ class FittedVectors:
         slopes, intercepts = (t.to(projected).view(1, -1, 1, 1) for t in (self.slopes, self.intercepts))
         return torch.sigmoid(projected * slopes + intercepts)
 
+    def evidence(self, projected: Tensor) -> Tensor:
+        """``(N, K)``: mean logit of the strongest tenth of the positions, from projections ``(N, K, h, w)``."""
+        slopes, intercepts = (t.to(projected).view(1, -1, 1) for t in (self.slopes, self.intercepts))
+        return evidence(projected.flatten(2) * slopes + intercepts)
+
     def scores(self, projected: Tensor) -> Tensor:
-        """``(N, K)`` the score of each image, from projections ``(N, K, h, w)``."""
-        return self.probability(projected).amax((2, 3))
+        """``(N, K)`` the probability that an image shows the concept, from projections ``(N, K, h, w)``."""
+        found = self.evidence(projected)
+        if self.presence_slopes is None or self.presence_intercepts is None:
+            return torch.sigmoid(found)
+        return torch.sigmoid(found * self.presence_slopes.to(found) + self.presence_intercepts.to(found))
 
     def trust(self) -> str:
-        """One line: the concepts, and how well they are encoded."""
-        parts = [f"{name} {float(a):.2f}" for name, a in zip(self.names, self.accuracies, strict=True)]
-        flags = self.significant
-        if flags is not None:
-            parts = [p if yes else f"{p} (not encoded)" for p, yes in zip(parts, flags.tolist(), strict=True)]
+        """One sentence: how well held-out images with a concept are separated from those without it."""
+        measured = self.accuracies if self.reliability is None else self.reliability[:, 0]
+        low = self.intervals[:, 0] if self.reliability is None else self.reliability[:, 1]
+        what = "accuracy of positions" if self.reliability is None else "AUROC of images"
+        parts = [f"{name} {float(value):.2f}" for name, value in zip(self.names, measured, strict=True)]
         shown = ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
-        return f"held-out accuracy of {shown}; chance 0.5"
+        line = f"{what} held out of the fit: {shown} (chance 0.50)"
+        unknown = [name for name, value in zip(self.names, low, strict=True) if float(value) <= 0.5]
+        if self.significant is not None:
+            unknown = [name for name, yes in zip(self.names, self.significant.tolist(), strict=True) if not yes]
+        if unknown:
+            line += f"; not encoded at this layer: {listing(unknown)}"
+        return f"{line}; presence from {self.presence_source}" if self.presence_source else line
 
     def summary(self) -> str:
         """A table of the concepts."""
@@ -119,6 +149,7 @@ class FittedConcept:
         accuracy: held-out balanced accuracy of positions, chance 0.5.
         interval: its 95 % confidence interval.
         contrast: held-out (mean of a.v on the concept - on the negatives) / their standard deviation.
+        presence: whether an image shows the concept.
     """
 
     vector: Tensor
@@ -127,6 +158,7 @@ class FittedConcept:
     accuracy: float
     interval: tuple[float, float]
     contrast: float
+    presence: PresenceCurve
 
 
 def fit_vectors(
@@ -174,7 +206,7 @@ def fit_vectors(
         def rows_of(some: dict[str, ImageSource], budget: int) -> GuidanceRows:
             return gather(_read(some, batch_size, images_seen.update), run, budget, options.seed)
 
-        fitted, p_values, counts = [], [], {}
+        fitted, p_values, null, counts = [], [], [], {}
         for name, rows, bank in _pairs(sets, others, rows_of, options.max_rows):
             against = _without(bank, name, rows, others is None)
             problem = make_problem(rows, against, name, options.folds, options.seed)
@@ -182,6 +214,7 @@ def fit_vectors(
             fitted.append(fit_concept(problem, train, options.lam if classifier is None else None, options.seed))
             if options.n_random:
                 p_values.append(encoding_p_value(problem, options.n_random, options.seed))
+                null.append(null_directions(problem, fitted[-1].vector, options.n_random, options.lam, options.seed))
             concepts_fitted.update()
     numbers = {
         "slopes": [f.slope for f in fitted],
@@ -189,6 +222,9 @@ def fit_vectors(
         "accuracies": [f.accuracy for f in fitted],
         "intervals": [f.interval for f in fitted],
         "contrasts": [f.contrast for f in fitted],
+        "presence_slopes": [f.presence.slope for f in fitted],
+        "presence_intercepts": [f.presence.intercept for f in fitted],
+        "reliability": [f.presence.reliability for f in fitted],
     }
     return FittedVectors(
         tuple(sets),
@@ -196,6 +232,8 @@ def fit_vectors(
         p_values=torch.tensor(holm(p_values), dtype=torch.float32) if options.n_random else None,
         rows=counts,
         of_input=bool(options.attribute_to_layer_input),
+        presence_source="held-out examples",
+        null_vectors=torch.stack(null) if null else None,
         **{name: torch.tensor(values, dtype=torch.float32) for name, values in numbers.items()},
     )
 
@@ -261,12 +299,13 @@ def fit_concept(problem: Problem, train: Trainer, lam: float | None = None, seed
         seed: of the bootstrap.
     """
     right = torch.zeros(len(problem.label), dtype=torch.float64)
-    contrasts, fits = [], []
+    contrasts, fits, scores = [], [], []
     for fold in range(problem.folds):
         held = problem.rows_in(fold)
         weight, bias = _train(problem, ~held, train)
         fits.append((weight, bias))
         score = problem.x[held] @ weight + bias
+        scores.append((score, problem.image[held]))
         y = problem.y[held]
         per_image = mean_by_image(((score > 0) == (y == LABEL_CONCEPT)).float(), problem.image[held], len(right))
         right += per_image.cpu().double()
@@ -286,7 +325,8 @@ def fit_concept(problem: Problem, train: Trainer, lam: float | None = None, seed
     vector = weight / length
     slope = length / problem.scale
     intercept = float(bias) - slope * float(problem.center @ vector)
-    return FittedConcept(vector, slope, intercept, accuracy, interval, sum(contrasts) / len(contrasts))
+    presence = presence_curve(problem, scores, seed)
+    return FittedConcept(vector, slope, intercept, accuracy, interval, sum(contrasts) / len(contrasts), presence)
 
 
 def _train(problem: Problem, rows: Tensor | slice, train: Trainer) -> tuple[Tensor, Tensor]:

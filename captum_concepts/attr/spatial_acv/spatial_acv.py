@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, log_usage, select_output
-from captum_concepts._checks import integer, name_positions, one_of
+from captum_concepts._checks import integer, name_positions, number, one_of, take_rows
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -36,16 +38,25 @@ from captum_concepts.activations import (
     gradients_enabled,
     unwrap,
 )
-from captum_concepts.attr.batches import as_inputs, each_batch, image_names, opened
+from captum_concepts.activations.survey import followed_by_linear, suggest_layer
+from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, opened
 from captum_concepts.attr.origin import check_origin, origin
+from captum_concepts.attr.spatial_acv.evidence import (
+    LEAST_SHARE,
+    ConceptEvidence,
+    effects_of,
+    explained_index,
+)
 from captum_concepts.attr.spatial_acv.fit import FitOptions, FittedVectors, fit_vectors
 from captum_concepts.attr.spatial_acv.sweep import LayerSweep, sweep
-from captum_concepts.errors import InputError, LayerError, NotFittedError
+from captum_concepts.errors import InputError, InputWarning, LayerError, NotFittedError, listing
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
+from captum_concepts.solvers import fit_calibration, truth_table
 
 _FORMAT = "captum_concepts.SpatialACV/2"
 _SETTINGS = ("layout", "prefix_tokens", "batch_size")
-_TENSORS = ("vectors", "slopes", "intercepts", "accuracies", "intervals", "contrasts", "p_values")
+_PRESENCE = ("presence_slopes", "presence_intercepts", "reliability", "null_vectors")
+_TENSORS = ("vectors", "slopes", "intercepts", "accuracies", "intervals", "contrasts", "p_values", *_PRESENCE)
 _INFO = table({
     "names": list_of(text(), least=1),
     "rows": mapping_of(mapping_of(whole_number())),
@@ -55,12 +66,16 @@ _INFO = table({
     "settings": table({
         "layout": text(*LAYOUTS), "prefix_tokens": nothing_or(whole_number()), "batch_size": whole_number(1)
     }),
-})  # fmt: skip
+}, {"presence": text()})  # fmt: skip
 _ARRAYS = {
-    "vectors": Array("float", ("K", None)),
+    "vectors": Array("float", ("K", "C")),
     **{name: Array("float", ("K",)) for name in ("slopes", "intercepts", "accuracies", "contrasts")},
     "intervals": Array("float", ("K", 2)),
     "p_values": Array("float", ("K",), optional=True),
+    "presence_slopes": Array("float", ("K",), optional=True),
+    "presence_intercepts": Array("float", ("K",), optional=True),
+    "reliability": Array("float", ("K", 3), optional=True),
+    "null_vectors": Array("float", ("K", None, "C"), optional=True),
 }
 #: Names of earlier versions and what they are now.
 _RENAMED = {
@@ -138,6 +153,7 @@ class SpatialACV(LayerAttribution):
         self.prefix_tokens = prefix_tokens
         self.batch_size = integer("batch_size", batch_size)
         self._fitted: FittedVectors | None = None
+        self._linear: str | None = None  # what to do if only linear operations follow; None: not known, '': they do not
         self._layers()  # an unknown layer is refused now
 
     @classmethod
@@ -153,8 +169,9 @@ class SpatialACV(LayerAttribution):
     def __repr__(self) -> str:
         model = find_model(self.forward_func)
         name = type(model).__name__ if model is not None else getattr(self.forward_func, "__name__", "a function")
-        about = "no concepts yet, call fit" if self._fitted is None else self._fitted.trust()
-        return f"SpatialACV of {name}, layer {self.layer_name!r}: {about}"
+        names = () if self._fitted is None else self._fitted.names
+        about = f"{len(names)} concepts: {listing(names)}" if names else "no concepts yet, call fit"
+        return f"SpatialACV({name}, layer {self.layer_name!r})\n  {about}\n  trust: {self.trust}"
 
     @property
     def layer(self) -> Any:
@@ -326,6 +343,16 @@ class SpatialACV(LayerAttribution):
         """For each concept how many images and rows were seen and how many rows the budget kept."""
         return self._need_fit().rows
 
+    @property
+    def reliability_(self) -> Tensor | None:
+        """``(K, 3)`` AUROC of :meth:`scores` on held-out images with and without the concept, and its 95 % interval."""
+        return self._need_fit().reliability
+
+    @property
+    def trust(self) -> str:
+        """One sentence on how far to believe the scores."""
+        return "not measured: there are no concepts yet" if self._fitted is None else self._fitted.trust()
+
     def summary(self) -> str:
         """A table of the concepts: accuracy, interval, p-value, rows; a concept may be *not encoded here*."""
         return self._need_fit().summary()
@@ -372,6 +399,9 @@ class SpatialACV(LayerAttribution):
                 f"{fitted.of_input}; fit again with what you want to explain"
             )
 
+        inputs = as_inputs(inputs, layers.model)
+        self._warn_if_linear(inputs, additional_forward_args)
+
         def sensitivity(part: Inputs, extra: Any, goal: Any) -> Tensor:
             _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=False)
             return _project(gradient, fitted)
@@ -391,6 +421,8 @@ class SpatialACV(LayerAttribution):
         """
         fitted, layers = self._need_fit(), self._layers()
         columns = name_positions(concepts, fitted.names)
+        inputs = as_inputs(inputs, layers.model)
+        self._warn_if_linear(inputs, additional_forward_args)
 
         def sums(part: Inputs, extra: Any, goal: Any) -> Tensor:
             _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=True)
@@ -425,7 +457,11 @@ class SpatialACV(LayerAttribution):
         return torch.cat(self._each(maps, inputs, additional_forward_args, None)).contiguous()
 
     def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
-        """``(N, K)``: the highest probability of the concept at any position."""
+        """``(N, K)``: the probability that an image shows each concept.
+
+        It is read from the mean logit of the strongest tenth of the image's positions, calibrated on images that were
+        held out of the fit (:meth:`fit`) or on your own (:meth:`calibrate`).
+        """
         fitted, layers = self._need_fit(), self._layers()
 
         def score(part: Inputs, extra: Any, _target: None) -> Tensor:
@@ -442,6 +478,56 @@ class SpatialACV(LayerAttribution):
         """
         total = self.contributions(inputs, target, additional_forward_args=additional_forward_args)
         return {"sign_count": (total > 0).to(total.dtype).mean(0), "magnitude": total.mean(0)}
+
+    def evidence(
+        self,
+        inputs: Any,
+        target: Any = None,
+        *,
+        alpha: float = 0.1,
+        steps: int = 5,
+        additional_forward_args: Any = None,
+    ) -> ConceptEvidence:
+        r"""Is it the stripes? Which concepts an output would lose its margin without.
+
+        Wherever the layer encodes a concept, its projection is lowered to the classifier's threshold, and the loss of
+        margin (the target output minus the mean of the other outputs) is the concept's *effect*. A contribution says
+        what more of a concept would do; an effect says what the concept that is there does.
+
+        A concept *decides* if it carries at least a tenth of the margin; if no other concept's vector, put in its
+        place at the same positions, would do as much; and if the effect is larger than that of directions that
+        separate something else at this layer (p < ``alpha``): permuted labels, and random halves of the other images.
+        The last needs ``fit(n_random=20)``; without it, nothing decides.
+
+        Args:
+            inputs: images.
+            target: the output; None takes each example's highest output.
+            alpha: level of the comparison with other directions.
+            steps: of the integral along which concepts are removed; each costs one pass per image and concept.
+            additional_forward_args: passed to ``forward_func`` after the inputs.
+        """
+        fitted, layers = self._need_fit(), self._layers()
+        steps = integer("steps", steps)
+        alpha = number("alpha", alpha, lambda level: 0 < level < 1, "in (0, 1)")
+        at_once = max(1, self.batch_size // (steps * len(fitted.names)))
+
+        def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
+            return effects_of(layers, fitted, images, extra, goal, steps)
+
+        inputs = as_inputs(inputs, layers.model)
+        parts = each_batch(part, inputs, additional_forward_args, target, at_once, layers.model)
+        margins, effects, p_values, others, *index = (torch.cat(column) for column in zip(*parts, strict=True))
+        shares = effects / margins.abs().clamp_min(1e-12)[:, None]
+        decides = (shares >= LEAST_SHARE) & (p_values < alpha) & (effects > others)
+        return ConceptEvidence(
+            list(fitted.names),
+            index[0] if index else None,
+            margins,
+            effects,
+            shares,
+            p_values if fitted.null_vectors is not None else None,
+            decides,
+        )
 
     def explain(
         self,
@@ -474,6 +560,8 @@ class SpatialACV(LayerAttribution):
             raise InputError("rank_by='contributions' needs contributions=True")
         fitted, layers = self._need_fit(), self._layers()
         inputs = as_inputs(inputs, layers.model)
+        if contributions:
+            self._warn_if_linear(inputs, additional_forward_args)
 
         def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
             if not contributions:
@@ -497,14 +585,50 @@ class SpatialACV(LayerAttribution):
             maps[:, columns],
             rest[0][:, columns] if contributions else None,
             target=rest[1] if len(rest) > 1 else None,
+            presence=scores[:, columns] if fitted.presence_slopes is not None else None,
             selected=chosen.selected.to(scores.device),
             image_names=image_names(inputs),
             layer=layers.names[0],
             method=self.get_name(),
-            score_unit="probability at the strongest position",
+            score_unit="probability",
             contribution_unit="output per unit of activation" if contributions else "",
             rank_by=chosen.rank_by,
         )
+
+    def calibrate(
+        self,
+        images: Any,
+        labels: Any,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        image_size: int | None = None,
+    ) -> SpatialACV:
+        """Learn :meth:`scores` from your own labeled images, of the kind to be explained; some dozens of each.
+
+        Args:
+            images: whatever :func:`captum_concepts.images.open_images` reads.
+            labels: per image the concepts it shows: a name or index, a list of them, or None; or a
+                bool table ``(n, K)``.
+            transform, image_size: as in :meth:`fit`.
+
+        Returns:
+            The same object. The calibration is saved with it.
+        """
+        fitted, layers = self._need_fit(), self._layers()
+        source = opened(images, layers.model, transform=transform, image_size=image_size)
+
+        def found(part: Inputs, extra: Any, _target: None) -> Tensor:
+            return fitted.evidence(_project(_maps(layers, part, extra, fitted.of_input), fitted))
+
+        values = torch.cat(self._each(found, source, None, None))
+        curve = fit_calibration(values, truth_table(labels, fitted.names, len(values)))
+        self._fitted = replace(
+            fitted,
+            presence_slopes=curve.slopes,
+            presence_intercepts=curve.intercepts,
+            presence_source=f"{len(values)} labeled images",
+        )
+        return self
 
     # ------------------------------------------------------------------------------------------------------- storage
 
@@ -515,6 +639,7 @@ class SpatialACV(LayerAttribution):
             "names": fitted.names,
             "rows": fitted.rows,
             "of_input": fitted.of_input,
+            "presence": fitted.presence_source,
             **origin(self._layers()),
             "settings": {name: getattr(self, name) for name in _SETTINGS},
         }
@@ -541,6 +666,7 @@ class SpatialACV(LayerAttribution):
         with opened as (info, tensors):
             fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
             fitted = FittedVectors(tuple(info["names"]), rows=info["rows"], of_input=info["of_input"], **fields)
+            fitted = replace(fitted, presence_source=info.get("presence", ""))
             if missing := set(fitted.names) - set(fitted.rows):
                 raise ValueError(f"it has no counts of rows for {sorted(missing)[:5]}")
         loaded = check_origin(
@@ -559,9 +685,39 @@ class SpatialACV(LayerAttribution):
             raise NotFittedError("there are no concept vectors yet; call fit(concepts, negatives), or SpatialACV.load")
         return self._fitted
 
-    def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Inputs, extra: Any, target: Any) -> list[Any]:
+    def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Any, extra: Any, target: Any) -> list[Any]:
         model = find_model(self.forward_func)
         return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
+
+    def _warn_if_linear(self, inputs: Any, extra: Any) -> None:
+        """A gradient that is the same for every image explains no image; judged once."""
+        layers = self._layers()
+        if self._linear is None:
+            n = count(inputs)
+            part, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), n)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", InputWarning)
+                    linear = not self._need_fit().of_input and all(
+                        followed_by_linear(layers, part, additional_forward_args=extra)
+                    )
+                    self._linear = self._other_layer(part, extra) if linear else ""
+            except (InputError, RuntimeError, TypeError):
+                return  # what is wrong is said where the gradient is computed
+        if self._linear:
+            warnings.warn(
+                f"only linear operations follow layer {layers.names[0]!r}, so contributions are the same for every "
+                f"image and explain none; {self._linear}",
+                InputWarning,
+                stacklevel=3,
+            )
+
+    def _other_layer(self, inputs: Inputs, extra: Any) -> str:
+        try:
+            other = suggest_layer(self.forward_func, inputs, additional_forward_args=extra, for_gradients=True)
+        except InputError:
+            return "use an earlier layer"
+        return f"use layer {other!r} instead"
 
     def _demoted(self, values: Tensor, rank_by: str) -> Tensor:
         """``values`` for ranking, with those of concepts that are not encoded below all others."""
@@ -591,25 +747,10 @@ def _gradient(
     with gradients_enabled():
         seen = layers.run(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
         output = seen.output
-        index = _explained(output, target) if isinstance(output, Tensor) else None
+        index = explained_index(output, target)
         goal = index if best and target is None else target
         gradient = seen.gradients(select_output(output, goal))[0]
     return seen, gradient.detach(), index
-
-
-def _explained(output: Tensor, target: Any) -> Tensor | None:
-    """``(N,)`` the index of the explained output, the highest where ``target`` is None; None for other shapes."""
-    if output.ndim != 2:
-        return None
-    if target is None:
-        return output.detach().argmax(1)
-    if isinstance(target, list) and target and isinstance(target[0], tuple):
-        target = [item[0] for item in target]
-    index = torch.as_tensor(target, device=output.device).flatten()
-    if index.is_floating_point():
-        return None  # select_output refuses it
-    index = index.long() % output.shape[1]
-    return index.expand(output.shape[0]) if len(index) == 1 else index
 
 
 def _project(maps: Tensor, fitted: FittedVectors) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 
 import pytest
 import torch
@@ -269,6 +271,168 @@ def test_results_do_not_depend_on_the_batch_size(planted):
     assert torch.allclose(whole.attribute(x, target, (extra,)), small.attribute(x, target, (extra,)), atol=1e-6)
     assert torch.allclose(whole.concept_maps(x), small.concept_maps(x), atol=1e-5)
     assert torch.allclose(whole.contributions(x), small.contributions(x), atol=1e-5)
+
+
+def test_presence_is_calibrated_per_image_not_the_maximum_over_positions(planted, tmp_path):
+    """Small regions, none, or everything: the truth is planted, and the calibration has seen none of these images."""
+    acv = SpatialACV(planted["net"], "at").fit({"planted": planted["concept"]}, planted["negatives"])
+    none, small = torch.zeros(30, 24, 24), torch.zeros(30, 24, 24)
+    for n in range(30):
+        small[n, n % 16 : n % 16 + 8, 3 * (n % 6) : 3 * (n % 6) + 8] = 1
+    x = torch.cat([scenes_with(none, 40), scenes_with(small, 41)])
+    truth = torch.arange(60) >= 30
+    explanation = acv.explain(x, target=0)
+    assert torch.equal(explanation.presence, acv.scores(x))
+    assert float((explanation.presence[:, 0] - truth.float()).square().mean()) < 0.05
+    value, low, high = acv.reliability_[0].tolist()
+    assert 0.9 < value <= high <= 1
+    assert low > 0.5
+    assert "AUROC" in acv.trust
+    assert "planted" in repr(acv)
+    noise = SpatialACV(planted["net"], "at").fit({"noise": scenes_with(none[:14], 9)}, planted["negatives"])
+    assert abs(float(noise.scores(x).mean()) - 0.5) < 0.15  # nothing known: as likely as not
+    assert noise.reliability_[0, 1] < 0.5
+    assert "not encoded at this layer: 'noise'" in noise.trust
+    path = acv.save(tmp_path / "acv")
+    again = SpatialACV.load(path, planted["net"])
+    assert torch.equal(again.scores(x), acv.scores(x))
+    assert again.trust == acv.trust
+
+
+def test_the_evidence_is_the_mean_logit_of_the_strongest_tenth(planted, fitted):
+    x = planted["test"][:2]
+    state = fitted._fitted
+    maps = fitted.concept_maps(x)
+    for n in range(2):
+        for k in range(4):
+            logits = sorted((float(s) * float(state.slopes[k]) + float(state.intercepts[k])
+                             for s in maps[n, k].flatten()), reverse=True)  # fmt: skip
+            value = sum(logits[:14]) / 14  # of 144 positions
+            logit = value * float(state.presence_slopes[k]) + float(state.presence_intercepts[k])
+            assert float(fitted.scores(x)[n, k]) == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-5)
+
+
+def test_calibrate_learns_the_rate_of_the_users_own_images(planted, tmp_path):
+    sets = {"planted": planted["concept"], "noise": scenes_with(torch.zeros(14, 24, 24), 9)}
+    acv = SpatialACV(planted["net"], "at").fit(sets, planted["negatives"])
+    truth = torch.arange(40) < 4  # a rare concept
+    x = scenes_with(truth[:, None, None].float().expand(-1, 24, 24), 50)
+    assert acv.calibrate(x, ["planted" if yes else None for yes in truth]) is acv
+    assert float(acv.scores(x)[:, 0].mean()) == pytest.approx(0.1, abs=0.05)
+    assert float(acv.scores(x)[:, 1].mean()) < 0.05
+    assert "40 labeled images" in acv.trust
+    again = SpatialACV.load(acv.save(tmp_path / "acv"), planted["net"])
+    assert torch.equal(again.scores(x), acv.scores(x))
+    with pytest.raises(InputError, match="39 labels for 40 images"):
+        acv.calibrate(x, [None] * 39)
+    with pytest.raises(InputError, match="no batch dimension"):
+        acv.calibrate(x[0], [None])
+
+
+def test_a_file_of_an_earlier_version_still_opens(planted, fitted, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = fitted.save(tmp_path / "acv")
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+        old = {k: opened.get_tensor(k) for k in opened.keys() if "presence" not in k and k != "reliability"}  # noqa: SIM118
+    info = json.loads(metadata["info"])
+    del info["presence"]
+    save_file(old, tmp_path / "old", {"format": "captum_concepts.SpatialACV/1", "info": json.dumps(info)})
+    again = SpatialACV.load(tmp_path / "old", planted["net"])
+    assert torch.equal(again.concept_maps(planted["test"]), fitted.concept_maps(planted["test"]))
+    assert again.explain(planted["test"], target=0).presence is None
+    assert again.reliability_ is None
+
+
+class Decided(Planted):
+    """Class 0 is decided by the planted direction, class 1 by brightness, class 2 is what is left."""
+
+    def forward(self, x):
+        planted = F.avg_pool2d(x[:, 3:], 2) * self.direction.view(1, -1, 1, 1)
+        a = self.at(F.relu(self.conv(x)) + self.strength * planted)
+        along = torch.einsum("nchw,c->nhw", a, F.normalize(self.direction, dim=0))
+        rest = a.sum(1) - along * F.normalize(self.direction, dim=0).sum()
+        return torch.stack(
+            [F.relu(along - 1.5).mean((1, 2)), 0.2 * F.relu(rest).mean((1, 2)), along.new_zeros(len(x))], 1
+        )
+
+
+@pytest.fixture(scope="module")
+def decided(planted):
+    sets = {"planted": planted["concept"], "noise": scenes_with(torch.zeros(14, 24, 24), 9)}
+    return SpatialACV(Decided().eval(), "at", batch_size=16).fit(sets, planted["negatives"], n_random=20)
+
+
+def test_evidence_names_the_concept_that_decides_and_none_where_none_does(planted, decided):
+    x = planted["test"]
+    found = decided.evidence(x, target=0)
+    assert found.first() == ["planted"] * 12
+    assert bool((found.shares[:, 0] > 0.5).all())
+    assert not bool(found.decides[:, 1].any())
+    assert found.target.tolist() == [0] * 12
+    assert "planted" in repr(found)
+    elsewhere = decided.evidence(x, target=1)
+    assert elsewhere.first() == [None] * 12
+    without = decided.evidence(planted["negatives"], target=0)
+    assert bool((without.effects[:, 0].abs() < 0.1 * found.effects[:, 0].min()).all())
+
+
+def test_the_effect_is_what_the_margin_loses(planted, decided):
+    """Against a plain loop: the projection lowered to the threshold at each position, the network run again."""
+    x, state = planted["test"][:3], decided._fitted
+    found = decided.evidence(x, target=1, steps=40)
+    margin = lambda out: out[:, 1] - (out[:, 0] + out[:, 2]) / 2  # noqa: E731
+    for k in range(2):
+        v, threshold = state.vectors[k], float(-state.intercepts[k] / state.slopes[k])
+
+        def lowered(_module, _inputs, a, v=v, threshold=threshold):
+            excess = (torch.einsum("nchw,c->nhw", a, v) - threshold).clamp(min=0)
+            return a - excess[:, None] * v.view(1, -1, 1, 1)
+
+        net = decided.forward_func
+        before = margin(net(x))
+        handle = net.at.register_forward_hook(lowered)
+        after = margin(net(x))
+        handle.remove()
+        torch.testing.assert_close(found.effects[:, k], (before - after).detach(), rtol=0.05, atol=2e-3)
+    torch.testing.assert_close(found.margins, margin(decided.forward_func(x)).detach())
+    torch.testing.assert_close(found.shares, found.effects / found.margins.abs()[:, None])
+
+
+def test_evidence_needs_random_sets_and_does_not_depend_on_batches(planted, decided, tmp_path):
+    x = planted["test"][:5]
+    plain = SpatialACV(decided.forward_func, "at").fit({"planted": planted["concept"]}, planted["negatives"])
+    assert plain.evidence(x, target=0).p_values is None
+    assert not bool(plain.evidence(x, target=0).decides.any())
+    whole = decided.evidence(x, target=[0, 1, 0, 1, 2])
+    for n, target in enumerate([0, 1, 0, 1, 2]):
+        one = decided.evidence(x[n : n + 1], target=target)
+        torch.testing.assert_close(one.effects, whole.effects[n : n + 1], rtol=1e-4, atol=1e-6)
+    again = SpatialACV.load(decided.save(tmp_path / "acv"), decided.forward_func)
+    torch.testing.assert_close(again.evidence(x, target=0).p_values, decided.evidence(x, target=0).p_values)
+    with pytest.raises(InputError, match="alpha"):
+        decided.evidence(x, alpha=0)
+
+
+def test_a_layer_that_only_linear_operations_follow_is_said_so_with_another_one(planted):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    ).eval()
+    acv = SpatialACV(net, "1").fit({"planted": planted["concept"]}, planted["negatives"])
+    for call in (acv.contributions, acv.explain, lambda x: acv.attribute(x, 1), lambda x: acv.tcav(x, 1)):
+        with pytest.warns(InputWarning, match=r"same for every image.*use layer '1\.0' instead"):
+            call(planted["test"])
+    acv.concept_maps(planted["test"])  # these differ from image to image
+    acv.explain(planted["test"], contributions=False)
+    early = SpatialACV(net, "0").fit({"planted": planted["concept"]}, planted["negatives"])
+    assert early.contributions(planted["test"]).std(0) > 0
 
 
 def test_k_concepts_cost_one_backward_pass(planted, fitted):
