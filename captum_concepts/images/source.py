@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -577,12 +578,9 @@ def _batch(
         labels = [label_of(label, f"the label of {name}") for label, name in zip(found, names, strict=True)]
     if images is None:
         images = torch.stack([image for _, image, _ in rows])
-    if source._kept is not None:
-        at = {position: i for i, position in enumerate(source._kept)}
-        indices = [at[position] for position in indices]
-    elif source._broken:
+    if source._broken:  # numbers among the readable ones
         lost = sorted(source._broken)
-        indices = [position - sum(b < position for b in lost) for position in indices]
+        indices = [position - bisect_left(lost, position) for position in indices]
     return Batch(images if device is None else images.to(device), labels, names, indices)  # type: ignore[arg-type]
 
 

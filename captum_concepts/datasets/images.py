@@ -1,0 +1,6 @@
+"""The former place of :mod:`captum_concepts.images`, for code that imports from here."""
+
+from captum_concepts.images import IMAGE_SUFFIXES, class_folders, find_images, load_image, opened_image
+from captum_concepts.images.files import MOST_PIXELS
+
+__all__ = ["IMAGE_SUFFIXES", "MOST_PIXELS", "class_folders", "find_images", "load_image", "opened_image"]
