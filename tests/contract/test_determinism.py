@@ -37,7 +37,7 @@ def concept_vectors(seed: int) -> Any:
 def fusion_map(seed: int) -> Any:
     with torch.random.fork_rng():
         model = classifier()  # seeds the global state
-    return fit_fusion_map(model=model, training={"epochs": 2, "batch_size": 16, "seed": seed})
+    return fit_fusion_map(model=model, training={"epochs": 2, "batch_size": 16}, seed=seed)
 
 
 def sweep(seed: int) -> Any:

@@ -434,6 +434,7 @@ class Explainer:
 
     def __init__(self):
         self.sizes: list[int] = []
+        self.ranked: set[str] = set()
 
     def scores(self, inputs):
         return inputs.mean((2, 3))
@@ -443,9 +444,10 @@ class Explainer:
 
     def explain(self, inputs, target=None, *, concepts=None, top_k=5, rank_by="scores", contributions=True):
         self.sizes.append(len(inputs))
+        self.ranked.add(rank_by)
         index = torch.zeros(len(inputs), dtype=torch.long) if target is None else torch.as_tensor(target)
         return ConceptExplanation(
-            list(self.concepts), self.scores(inputs), self.concept_maps(inputs), target=index, rank_by=rank_by
+            list(self.concepts), self.scores(inputs), self.concept_maps(inputs), self.scores(inputs), index, rank_by=rank_by
         ).top(top_k)
 
 
@@ -454,9 +456,11 @@ class TestFromAnExplainer:
         explainer, given = Explainer(), images(5)
         path = report(
             explainer, iter(given), tmp_path / "r.html", batch_size=2, top_k=2, target=[0, 1, 0, 1, 1],
+            rank_by="contributions",
             transform=lambda x: 2 * x, class_names=["no", "yes"],
         )  # fmt: skip
         assert explainer.sizes == [2, 2, 1]
+        assert explainer.ranked == {"contributions"}
         page = read(path)
         assert len(page.all("article")) == 5
         assert page.text.count("explained class yes") == 3

@@ -1001,7 +1001,7 @@ function begin() {
   document.title = about.title;
   $("title").replaceChildren(make("bdi", {}, about.title));
   $("method").textContent = [about.method, `${about.images.length} image${about.images.length === 1 ? "" : "s"}`, `${about.concepts.length} concept${about.concepts.length === 1 ? "" : "s"}`].filter(Boolean).join(" · ");
-  $("trust").textContent = about.trust;
+  $("trust").textContent = `Trust: ${about.trust}`;
   $("trust").hidden = !about.trust;
   const predicted = [...new Set(about.images.map((filed) => filed.predicted).filter((k) => k !== null))].sort((a, b) => a - b);
   const strongest = [...new Set(about.images.flatMap((filed) => filed.strongest))];

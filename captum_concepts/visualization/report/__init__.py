@@ -132,7 +132,8 @@ def report(
     several = significant is not None and torch.as_tensor(significant).ndim == 2 and total is not None and total > 1
     rows: Iterable[tuple[Any, Any, dict[str, Any]]]
     if isinstance(source, ConceptExplainer):
-        rows = _explained(source, images, target, transform, integer("batch_size", batch_size), top_k)
+        how = {"top_k": top_k, **({} if rank_by is None else {"rank_by": rank_by})}
+        rows = _explained(source, images, target, transform, integer("batch_size", batch_size), how)
     else:
         pairs = zip_longest(_examples(source), each_image(images), fillvalue=_NOTHING)
         rows = ((example, picture, {}) for example, picture in pairs)
@@ -179,14 +180,14 @@ def _examples(explanations: Any) -> Iterator[ConceptExplanation]:
 
 
 def _explained(
-    explainer: ConceptExplainer, images: Any, target: Any, transform: Any, batch_size: int, top_k: int
+    explainer: ConceptExplainer, images: Any, target: Any, transform: Any, batch_size: int, how: dict[str, Any]
 ) -> Iterator[tuple[ConceptExplanation, Any, dict[str, Any]]]:
     """Explanation, image, name and label of one image after another; a batch is explained when its first is due."""
     start = 0
     for batch in shown_batches(explainer, images, batch_size, transform):
         several = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
         own = target[start : start + len(batch.pictures)] if several else target
-        explained = explainer.explain(batch.inputs, own, top_k=top_k).to("cpu")
+        explained = explainer.explain(batch.inputs, own, **how).to("cpu")
         for i, (one, picture) in enumerate(zip(explained, batch.pictures, strict=True)):
             found = {"name": batch.names and batch.names[i], "label": batch.labels[i] if batch.labels else None}
             yield one, picture, found

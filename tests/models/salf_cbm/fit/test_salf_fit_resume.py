@@ -164,7 +164,7 @@ def test_labels_change_the_head_alone(tmp_path, caplog):
     ("change", "message"),
     [
         ({"prompt": salf_tiny.RegionPrompt("crop", (2, 2), 5)}, "radius is 4"),
-        ({"data": images_and_labels(seed=1)}, "image 0 of the data has other pixels"),
+        ({"data": images_and_labels(seed=1)}, "computed from other data: image 0 has other pixels"),
         ({"data": images_and_labels(97)}, "has 96 images, the data has 97"),
     ],
 )
