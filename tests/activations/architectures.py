@@ -19,6 +19,8 @@ from captum_concepts.activations import Layers
 from captum_concepts.activations.survey import suggest_layer, suggest_stages, survey_layers
 from captum_concepts.errors import CaptumConceptsError
 
+#: A warning that is true of most networks' last stage.
+LINEAR = "only linear operations follow"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 
 #: ``library name`` -> height and width of the images (square only where it takes nothing else), constructor's options.
@@ -146,11 +148,13 @@ def outcome(name: str) -> list[str]:
     for method in METHODS.values():
         torch.manual_seed(1)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("error")
+                warnings.filterwarnings("always", message=LINEAR)
                 maps = method(net, layer, images, width)
             good = maps.isfinite().all() and maps.abs().sum() > 0 and maps.shape[-2:].numel() > 1
-            cells.append("works" if good else f"empty map {tuple(maps.shape)}")
+            works = "works; linear above" if said else "works"
+            cells.append(works if good else f"empty map {tuple(maps.shape)}")
         except (CaptumConceptsError, UserWarning) as error:
             cells.append(str(error).split(";")[0].split("\n")[0])
         if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules()):
@@ -189,7 +193,9 @@ def page() -> str:
     text = (
         "# Architectures\n\nEvery method on networks of the model zoos as they are, with random weights and no hint: "
         "the layer is the one that `suggest_layer` finds (`suggest_stages` for CE-FAM). Images are "
-        "small here (56 x 84 to 96 x 128 pixels, 224 where the network takes nothing else), so grids are small.\n\n"
+        "small here (56 x 84 to 96 x 128 pixels, 224 where the network takes nothing else), so grids are small. Where only "
+        "linear operations follow that layer (*linear above*), SpatialACV warns that contributions are the same for every image; "
+        "`python -m captum_concepts models` stars an earlier layer for it.\n\n"
         "This page is written by `python tests/activations/architectures.py`; "
         "`tests/activations/test_architectures.py` runs it again and compares.\n\n"
     )

@@ -165,6 +165,7 @@ def fit_salf_cbm(
 
     Example:
         >>> import tempfile
+        >>> from captum_concepts.vlm import RegionPrompt
         >>> class Colors:
         ...     logit_scale, logit_bias = 10.0, 0.0
         ...     def encode_image(self, images):
