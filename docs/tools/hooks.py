@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from typing import Any
 
 import formulas
@@ -40,3 +41,17 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """What the site has in other places than the repository, then formulas."""
     return formulas.render(written.for_site(markdown, page.file.src_uri))
+
+
+SHIM = "https://unpkg.com/iframe-worker/shim"
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """The search reads its worker from the site: nothing is fetched from elsewhere."""
+    here = posixpath.dirname(page.file.src_uri) or "."
+    return output.replace(SHIM, posixpath.relpath("assets/iframe-worker.js", here))
+
+
+def on_post_template(output: str, **_: Any) -> str:
+    """The same on the page of what is not found, whose links are absolute."""
+    return output.replace(SHIM, "/assets/iframe-worker.js")
