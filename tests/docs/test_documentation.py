@@ -38,10 +38,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return [(found["mark"] or "", found["code"]) for found in BLOCK.finditer(text(page))]
 
 
-WITH_CODE = [page for page in PAGES if blocks(page)]
+SKILL = ROOT / "skills" / "captum-concepts" / "SKILL.md"
+WITH_CODE = [page for page in (*PAGES, SKILL) if blocks(page)]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
 @pytest.mark.filterwarnings("ignore:You are using a non-tuple:UserWarning")
 def test_code_runs_from_the_top_of_its_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -125,7 +126,7 @@ def test_the_site_has_its_own_links_and_directives():
 
 
 def test_links_lead_to_pages_and_pictures():
-    for page in DOCS.rglob("*.md"):
+    for page in (*DOCS.rglob("*.md"), DOCS / "llms.txt", SKILL):
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text(page)):
             if not target.startswith("https://"):
                 assert (page.parent / target).resolve().is_file(), f"{page.name} links to {target}"
