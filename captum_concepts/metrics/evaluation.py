@@ -13,7 +13,7 @@ from torch import Tensor
 
 from captum_concepts._checks import one_of, unique_names
 from captum_concepts.errors import InputError, did_you_mean
-from captum_concepts.explanation import ConceptExplainer, ConceptExplanation
+from captum_concepts.explanation import ConceptExplainer, ConceptExplanation, ContributionExplainer
 from captum_concepts.metrics import streaming_maps as m, streaming_scores as s, streaming_words as w
 from captum_concepts.metrics._batches import Batch, batches
 from captum_concepts.metrics.streaming import ExampleMetric
@@ -41,9 +41,10 @@ METRICS: dict[str, Callable[..., ExampleMetric]] = {
     "top1_present": w.Top1Present,
     "concept_auroc": w.ConceptAUROC,
     "presence_brier": w.PresenceBrier,
+    "concept_existence": w.ConceptExistence,
 }
-#: Is the word right? They look at the scores of a ConceptExplainer instead of its maps.
-WORD_METRICS = ("top1_present", "concept_auroc", "presence_brier")
+#: Is the word right? They look at what a ConceptExplainer says instead of its maps.
+WORD_METRICS = ("top1_present", "concept_auroc", "presence_brier", "concept_existence")
 _NEEDS_SCORES = ("average_drop", "increase_in_confidence", "insertion", "deletion")
 
 
@@ -101,9 +102,9 @@ def evaluate(
             Single examples are put together while their shapes agree. ``masks`` may be None if no
             metric looks at them; an image without concepts, T = 0, is an example without values.
         metrics: names out of ``METRICS``, streaming metrics of this package (their state is not touched), or functions
-            ``(maps, masks) -> (N,)``; or a dict name -> one of these. ``"top1_present"``, ``"concept_auroc"`` and
-            ``"presence_brier"`` ask whether the words are right instead of where they are; they need ConceptExplainers
-            and names.
+            ``(maps, masks) -> (N,)``; or a dict name -> one of these. ``"top1_present"``, ``"concept_auroc"``,
+            ``"presence_brier"`` and ``"concept_existence"`` (of contributions to the predicted class) ask whether the
+            words are right instead of where they are; they need ConceptExplainers and names.
         score_fn: for the names ``average_drop``, ``increase_in_confidence``, ``insertion`` and ``deletion``: images ->
             scores ``(N,)`` or ``(N, K)``; then each example's ``target`` picks one.
         concepts: names of the T masks of ``(N, T, H, W)``; None takes those of the items, or ``data.concepts``. They
@@ -251,12 +252,16 @@ class Words:
         truth = self._truth(batch, known)
         own = self.columns[name]
         wanted = [own[plain_name(word)] for word in known]
-        if isinstance(metric, w.PresenceBrier):
+        if metric.values == "presence":
             values = explainer.explain(batch.inputs, concepts=wanted, contributions=False).presence
             if values is None:
                 raise InputError(
                     f"explainer {name!r} has no presence to judge; fit or calibrate it with held-out images"
                 )
+        elif metric.values == "contributions":
+            if not isinstance(explainer, ContributionExplainer):
+                raise InputError(f"explainer {name!r} has no contributions, which {type(metric).__name__} looks at")
+            values = explainer.contributions(batch.inputs, concepts=wanted)
         else:
             columns = [list(explainer.concepts).index(word) for word in wanted]
             values = explainer.scores(batch.inputs)[:, columns]

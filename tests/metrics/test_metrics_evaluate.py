@@ -91,7 +91,7 @@ def test_every_named_metric_and_functions_of_ones_own():
     def probabilities(x: torch.Tensor) -> torch.Tensor:
         return net(x).softmax(1)
 
-    words = ("top1_present", "concept_auroc", "presence_brier")
+    words = ("top1_present", "concept_auroc", "presence_brier", "concept_existence")
     names = [name for name in metrics.METRICS if name not in ("concept_specificity", *words)]
     table = metrics.evaluate(
         LayerGradCam(net, net.conv),
@@ -337,6 +337,15 @@ class TestConceptExplainers:
         assert (top1["value"], top1["counted"], top1["skipped"]) == (1, 11, 1)
         assert (auroc["value"], auroc["counted"]) == (1, 1)  # the first image alone shows one of the two
         assert brier["value"] == pytest.approx((11 * 0.01 + 0.81) / 12, abs=1e-6)
+        colors = Colors()
+        with pytest.raises(InputError, match="no contributions"):
+            metrics.evaluate(colors, [(images, masks)], ["concept_existence"], concepts=self.names)
+        colors.contributions = lambda x, target=None, concepts=None: torch.tensor([[1.0, 2.0]]).expand(len(x), -1)
+        table = metrics.evaluate(
+            colors, [(images, masks)], {"one": metrics.ConceptExistence(k=1), "all": "concept_existence"},
+            concepts=self.names, n_bootstrap=0,
+        )  # fmt: skip
+        assert [row["value"] for row in table.rows] == [pytest.approx(11 / 12), pytest.approx((10 + 0.5) / 12)]
         with pytest.raises(InputError, match="no presence to judge"):
             metrics.evaluate(Colors(presence=False), [(images, masks)], ["presence_brier"], concepts=self.names)
         with pytest.raises(InputError, match="need ConceptExplainers"):
@@ -351,6 +360,9 @@ def test_few_examples_have_no_interval():
         assert ("No intervals for fewer than 5 examples" in table.to_markdown()) is not known
     few = metrics.evaluate({"a": lambda x: x.sum(1), "b": lambda x: -x.sum(1)}, [(images[:2], masks[:2])], ["nra"])
     assert math.isnan(few.compare("nra", "a", "b")["ci_low"])
+    many = masks[:2, None].expand(-1, 4, -1, -1)  # eight values, but of two images
+    both = {"a": lambda x: x[:, :1].expand(-1, 4, -1, -1), "b": lambda x: -x[:, :1].expand(-1, 4, -1, -1)}
+    assert math.isnan(metrics.evaluate(both, [(images[:2], many)], ["nra"]).compare("nra", "a", "b")["ci_low"])
 
 
 def test_the_confidence_is_that_of_the_intervals():
