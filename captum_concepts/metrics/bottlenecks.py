@@ -52,7 +52,8 @@ def surf(
 
     Example:
         >>> presence, weight = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> surf(presence @ weight.T, presence, weight), surf(torch.tensor([[2.0, 1.0]]), presence, weight, space="logit")
+        >>> outputs = torch.tensor([[2.0, 1.0]])
+        >>> surf(presence @ weight.T, presence, weight), surf(outputs, presence, weight, space="logit")
         (tensor([0.]), tensor([0.5000]))
     """
     one_of("space", space, ("probability", "logit"))
@@ -326,7 +327,7 @@ def _codes(values: Tensor) -> Tensor:
 
 
 def _chosen(values: Tensor, k: int) -> Tensor:
-    """``(N, T)``: how much of each value is among the row's k largest; those that tie for the last places share them."""
+    """``(N, T)``: how much of each value is among its row's k largest; equal ones share the last places."""
     if not k:
         return torch.zeros_like(values)
     last = values.topk(k, dim=1).values[:, -1:]

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks.data.published import COMMAND, PROTOCOLS, PUBLISHED, SETTINGS
+from benchmarks.data.published import COMMAND, PROTOCOLS, PUBLISHED
 from benchmarks.report import sections
 from benchmarks.run.papers import maps as paper_maps, tables as paper_tables
 from benchmarks.run.papers.inputs import classifier, words_of
-from captum_concepts import demo
+from captum_concepts import demo, published
 from captum_concepts.datasets import CaptionedScenes
 
 SIZE = 64
@@ -298,7 +298,7 @@ class TestProtocols:
                 values = [v for v in row.values() if not isinstance(v, str) and v is not None]
                 assert values
                 assert all(0 < v < 1 for v in values)
-        assert set(SETTINGS) <= set(PUBLISHED["salf-accuracy"][0])
+        assert set(published.SALF_CBM_DATA) <= set(PUBLISHED["salf-accuracy"][0])
 
     def test_what_is_missing_is_said(self, tmp_path: Path, capsys):
         assert paper_tables.main(["--list"]) == {}

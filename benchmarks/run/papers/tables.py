@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from benchmarks.data.published import PROTOCOLS, PUBLISHED, SETTINGS, Row
+from benchmarks.data.published import PROTOCOLS, PUBLISHED, Row
 from benchmarks.peers.salf_cbm import dense_head, fit_lf_cbm, scored
 from benchmarks.record import environment, write
 from benchmarks.run.map_tables import interval
 from benchmarks.run.papers.inputs import classifier, image_text
 from benchmarks.run.papers.maps import concept_regions, segmentation
-from captum_concepts import fit_salf_cbm
+from captum_concepts import fit_salf_cbm, published
 from captum_concepts.activations import spatial_activations
 from captum_concepts.commands.image_files import LabelledImages, labelled_images
 from captum_concepts.concepts import Vocabulary
@@ -46,7 +46,7 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
     concepts = Vocabulary([line.strip() for line in lines if line.strip()])
     model = classifier(args.model, args.model_weights, args.device)
     encoder = image_text(args.encoder, args.encoder_weights, args.device)
-    own = SETTINGS[args.name]
+    own = published.SALF_CBM_DATA[args.name]
     lam = own["lam"] if args.lam is None else args.lam
     presence = own["presence_cutoff"] if args.presence_cutoff == "published" else args.presence_cutoff
 
@@ -63,7 +63,7 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
             store_path=args.cache,
             lam=lam if head == "sparse" else None,
             head=head,
-            prompt=RegionPrompt("circle", (7, 7), placement="paper"),
+            prompt=RegionPrompt(**published.REGION_PROMPT),
             presence_cutoff=presence,
             interpretability_cutoff=args.interpretability_cutoff,
             show_progress=True,
@@ -180,7 +180,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help="ce-fam: folder of images for the translator")
     parser.add_argument("--train-images", type=int, help="ce-fam: at most so many of them")
     parser.add_argument("--epochs", type=int, default=150, help="ce-fam: of the translator, at most")
-    parser.add_argument("--name", choices=SETTINGS, default="ImageNet", help="salf-accuracy: column and settings")
+    parser.add_argument(
+        "--name", choices=published.SALF_CBM_DATA, default="ImageNet", help="salf-accuracy: column and settings"
+    )
     parser.add_argument("--concepts", type=Path, help="salf-accuracy: a file with a concept a line")
     parser.add_argument("--lam", type=float, help="salf-accuracy: of the sparse heads; by default LF-CBM's")
     parser.add_argument("--presence-cutoff", type=_cutoff, default="published", help="a number or none")
