@@ -29,12 +29,12 @@ def attention_maps(
 
     .. math:: A = \mathrm{softmax}(Q K^T / \sqrt{d})
 
-    of one block, the row of the class token and the columns of the patches; the mean over all rows where there is no class
-    token. It knows no class and no concept: show it next to the maps that do, as SALF-CBM's paper does (Figure 9).
+    of one block, the row of the class token and the columns of the patches; the mean over all rows where there is no
+    class token. It knows no class and no concept; SALF-CBM's paper shows it next to its maps (Figure 9).
 
     Args:
-        forward_func: the model, one of its methods, or any callable. However it computes attention (torch's fused kernel,
-            ``nn.MultiheadAttention``, matrix products and a softmax), the weights are read from its forward pass.
+        forward_func: the model, one of its methods, or any callable. The weights are read from its forward
+            pass, whether it uses torch's fused kernel, ``nn.MultiheadAttention``, or products and a softmax.
         inputs: images ``(N, C, H, W)``.
         block: which of the attentions, in the order in which they run; -1: the last one.
         prefix_tokens: tokens before the grid; None infers it.

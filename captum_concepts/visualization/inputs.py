@@ -84,7 +84,7 @@ def shown_batches(
 
 
 class Strong(NamedTuple):
-    """One of the images with the highest score of a concept: its number, score, picture ``(3, H, W)`` as it is drawn, and
+    """One of the images with the highest score of a concept: number, score, picture ``(3, H, W)`` as drawn, and
     ``(1, C, H, W)`` as the model takes it."""
 
     index: int

@@ -28,6 +28,7 @@ from captum_concepts.vlm import RegionPrompt
 PAGE = ROOT / "docs" / "published.md"
 MARK = re.compile(r"(?<=<!-- defaults -->\n).*?(?=<!-- /defaults -->)", flags=re.DOTALL)
 Row = dict[str, Any]
+NOTE = "The same scenes and bundled models for both settings; differences are paired."
 LAYERS = ["layer2", "layer3", "layer4"]
 
 
@@ -169,7 +170,7 @@ PARTS = {"ce-fam": ce_fam, "sacv": sacv, "salf-cbm": salf_cbm, "metrics": of_met
 
 def cell(value: list[float]) -> str:
     """Mean and interval."""
-    mean, low, high = value
+    mean, low, high = (round(v, 2) + 0.0 for v in value)  # no -0.00
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -177,7 +178,7 @@ def markdown(record: dict[str, Any]) -> str:
     """The table of the page."""
     lines = ["| method | option | default | paper | measured | default | paper | difference |", "|" + " --- |" * 8]
     for part in PARTS:
-        for r in record["parts"].get(part, {}).get("rows", []):
+        for r in record["parts"][part]["tables"][0]["rows"] if part in record["parts"] else ():
             cells = [r["method"], f"`{r['option']}`", r["default"], r["paper"], r["measure"]]
             lines.append("| " + " | ".join([*cells, *(cell(r[k]) for k in ("ours", "published", "difference"))]) + " |")
     return "\n".join(lines) + "\n"
@@ -197,7 +198,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name in args.parts:
         rows = PARTS[name](train, test, data)
         arguments = {"train": args.train, "test": args.test}
-        record["parts"][name] = {"environment": environment("open-clip-torch"), "arguments": arguments, "rows": rows}
+        tables = [{"title": rows[0]["method"], "note": NOTE, "rows": rows}]
+        record["parts"][name] = {
+            "environment": environment("open-clip-torch"), "arguments": arguments, "tables": tables
+        }  # fmt: skip
         write("defaults", record)
     if not args.no_page:
         PAGE.write_text(MARK.sub(lambda _: markdown(record), PAGE.read_text(encoding="utf-8")), encoding="utf-8")

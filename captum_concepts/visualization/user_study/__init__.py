@@ -236,7 +236,7 @@ class StudyScores:
         """A table."""
         lines = ["| model | neurons | question | mean rating | participants |", "| --- | --- | --- | --- | --- |"]
         for r in self.rows:
-            rating = f"{r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]"
+            rating = "no rating" if math.isnan(r.mean) else f"{r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]"
             lines.append(f"| {r.model} | {r.stratum} ({r.neurons}) | {r.question} | {rating} | {r.participants} |")
         note = f"In brackets: {self.confidence:.0%} interval, bootstrap over neurons and participants."
         return "\n".join([*lines, "", note])
@@ -285,7 +285,6 @@ def score_user_study(
     table = np.stack(list(people.values()))  # participants x items x questions
     rng = np.random.default_rng(seed)
     persons = rng.integers(0, len(table), (n_bootstrap, len(table)))
-    tail = 100 * (1 - confidence) / 2
     rows, drawn = [], {}
     models = list(study.settings["models"])
     for model in models:
@@ -297,12 +296,8 @@ def score_user_study(
             items = rng.integers(0, len(own), (n_bootstrap, len(own)))
             for q, question in enumerate(QUESTIONS):
                 part = table[:, own, q]
-                again = np.array(
-                    [np.nanmean(part[np.ix_(p, i)]) if not np.isnan(part[np.ix_(p, i)]).all() else np.nan
-                     for p, i in zip(persons, items, strict=True)]
-                )  # fmt: skip
-                mean = float(np.nanmean(part)) if not np.isnan(part).all() else math.nan
-                low, high = (float(v) for v in np.nanpercentile(again, [tail, 100 - tail]))
+                again = np.array([_mean(part[np.ix_(p, i)]) for p, i in zip(persons, items, strict=True)])
+                mean, (low, high) = _mean(part), _ends(again, confidence)
                 rows.append(StudyRow(model, stratum, question, mean, low, high, len(own), len(table)))
                 drawn[model, stratum, question] = (mean, again)
     differences = {}
@@ -311,10 +306,23 @@ def score_user_study(
             for stratum in (*STRATA, "all"):
                 for question in QUESTIONS:
                     (x, xs), (y, ys) = drawn[first, stratum, question], drawn[second, stratum, question]
-                    low, high = (float(v) for v in np.nanpercentile(xs - ys, [tail, 100 - tail]))
-                    differences[first, second, stratum, question] = (x - y, low, high)
+                    differences[first, second, stratum, question] = (x - y, *_ends(xs - ys, confidence))
     incomplete = [who for who, ratings in people.items() if np.isnan(ratings).any()]
     return StudyScores(rows, differences, incomplete, confidence)
+
+
+def _mean(values: np.ndarray[Any, Any]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _ends(values: np.ndarray[Any, Any], confidence: float) -> tuple[float, float]:
+    """Of the interval between two percentiles of the resamples."""
+    known, tail = values[~np.isnan(values)], 100 * (1 - confidence) / 2
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.percentile(known, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def _ratings(given: Any, study: UserStudy, names: Sequence[str]) -> tuple[str, np.ndarray[Any, Any]]:
