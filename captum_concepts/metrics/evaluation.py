@@ -18,6 +18,7 @@ from captum_concepts.explanation import ConceptExplainer, ConceptExplanation, Co
 from captum_concepts.images import preprocessing_of
 from captum_concepts.metrics import streaming_maps as m, streaming_scores as s, streaming_words as w
 from captum_concepts.metrics._batches import Batch, batches
+from captum_concepts.metrics.baselines import Blind
 from captum_concepts.metrics.streaming import ExampleMetric
 from captum_concepts.metrics.table import EvaluationTable, Samples
 
@@ -395,6 +396,8 @@ def _maps(
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise InputError(f"explainer {name!r} must return maps ({n}, h, w) or ({n}, T, h, w), got {got}")
     found = found.detach()
+    if found.ndim == 3 and several and isinstance(explainer, Blind) and batch.masks is not None:
+        found = found[:, None].expand(-1, batch.masks.shape[1], -1, -1)  # it knows no concept: one map for all
     if found.ndim == 4 and found.shape[1] > 1 and not several:
         found = (found.abs() if channels == "abs_sum" else found).float().sum(1)
     return found[:, columns] if several and columns is not None and found.ndim == 4 else found

@@ -283,10 +283,10 @@ class TestProtocols:
         ]
         lines = paper_tables.compared("salf-accuracy", rows)
         assert lines[:2] == ["salf-accuracy: SALF-CBM, accuracy", "method | protocol | column | paper | ours"]
-        assert "SALF-CBM, sparse | sparse | CUB-200 | 0.743 | 0.500" in lines
-        assert "SALF-CBM, sparse | sparse | Places365 | 0.467 | -" in lines
-        assert "P-CBM | sparse | CUB-200 | 0.596 | -" in lines
-        assert lines[-1] == "SALF-CBM, NEC=5 | NEC=5 | CUB-200 | - | 0.250"
+        assert "SALF-CBM, sparse | sparse | CUB-200 | 0.7435 | 0.5000" in lines
+        assert "SALF-CBM, sparse | sparse | Places365 | 0.4673 | -" in lines
+        assert "P-CBM | sparse | CUB-200 | 0.5960 | -" in lines
+        assert lines[-1] == "SALF-CBM, NEC=5 | NEC=5 | CUB-200 | - | 0.2500"
 
     def test_a_bank_of_vectors_follows_what_the_image_text_model_says(self):
         """P-CBM's vectors, from examples that the similarities choose."""

@@ -131,7 +131,7 @@ def _peer_rows(
 def _effective_row(name: str, seen: Any, labels: tuple[Tensor, Tensor], classes: int, column: str) -> Row:
     """A head with five concepts per class on average: NEC=5 of VLG-CBM (Srivastava et al., NeurIPS 2024)."""
     (x, x_val), (y, y_val) = seen, labels
-    head = sparse_head(x, y, (x_val, y_val), most=EFFECTIVE, num_classes=classes, on_average=True)
+    head = sparse_head(x, y, (x_val, y_val), most=EFFECTIVE, num_classes=classes, on_average=True, lams=10)
     more = {"concepts": x.shape[1], "weights_per_class": head.nonzeros_mean}
     return _accuracy_row(f"{name}, NEC={EFFECTIVE}", f"NEC={EFFECTIVE}", torch.tensor(head.hits), column, **more)
 
@@ -260,7 +260,7 @@ def compared(table: str, rows: list[Row]) -> list[str]:
 
     def shown(value: Any) -> str:
         value = value[0] if isinstance(value, list) else value
-        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+        return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
     lines, used = [f"{table}: {PROTOCOLS[table][0]}", "method | protocol | column | paper | ours"], set()
     for row in PUBLISHED[table]:
