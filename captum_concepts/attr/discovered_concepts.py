@@ -22,7 +22,7 @@ from captum_concepts._artifacts import (
     table,
     text,
 )
-from captum_concepts._captum import LayerAttribution, log_usage, output_tensor, select_output, target_indices
+from captum_concepts._captum import LayerAttribution, layer_attribution, output_tensor, select_output, target_indices
 from captum_concepts._checks import integer, name_positions, take_rows, unique_names
 from captum_concepts.activations import check_images, find_model, full_precision, gradients_enabled
 from captum_concepts.activations.layers import Layer, Layers
@@ -106,7 +106,7 @@ class DiscoveredConcepts(LayerAttribution):
         """``(N, K)``: mean weight over the image, relative to the images of the discovery (1 is their average)."""
         return self._each(inputs, None, lambda part, _: self._scores(self._weights(part)))
 
-    @log_usage()
+    @layer_attribution
     def attribute(
         self,
         inputs: Any,

@@ -23,7 +23,7 @@ from captum_concepts._artifacts import (
     table,
     text,
 )
-from captum_concepts._captum import LayerAttribution, log_usage, target_indices
+from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
 from captum_concepts._checks import integer, one_of, unique_names
 from captum_concepts._memory import Halving
 from captum_concepts.activations import (
@@ -433,7 +433,7 @@ class FeatureActivationMap(LayerAttribution):
         count = 0 if self.references is None else len(self.references)
         return [str(k) for k in range(count)] if self.reference_names is None else list(self.reference_names)
 
-    @log_usage()
+    @layer_attribution
     def attribute(
         self,
         inputs: Any,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts._captum import LayerAttribution, log_usage, target_indices
+from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
 from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
 from captum_concepts.activations import Inputs, Layer, Layers, find_model, gradients_enabled
 from captum_concepts.attr.batches import as_inputs, count, image_names
@@ -209,7 +209,7 @@ class ConceptFusionMap(LayerAttribution):
 
     # ------------------------------------------------------------ what, where, how much
 
-    @log_usage()
+    @layer_attribution
     def attribute(
         self,
         inputs: Any,

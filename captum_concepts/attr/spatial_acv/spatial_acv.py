@@ -25,7 +25,7 @@ from captum_concepts._artifacts import (
     table,
     text,
 )
-from captum_concepts._captum import LayerAttribution, log_usage, select_output
+from captum_concepts._captum import LayerAttribution, layer_attribution, select_output
 from captum_concepts._checks import integer, name_positions, number, one_of, take_rows
 from captum_concepts.activations import (
     LAYOUTS,
@@ -359,7 +359,7 @@ class SpatialACV(LayerAttribution):
 
     # ---------------------------------------------------------------------------------------------------- explaining
 
-    @log_usage()
+    @layer_attribution
     def attribute(
         self,
         inputs: Any,
