@@ -46,14 +46,11 @@ def refined_energy(model: nn.Module, layer: Any) -> Callable[[Tensor, Tensor], T
     """Activation energy with everything that refined maps have but the reference: stages, an image without content,
     spreading. What a refined map shows beyond this, it knows of the reference."""
 
-    class Method:
-        forward_func = model
-
-    found = Layers.resolve(model, layer)
+    found, known = Layers.resolve(model, layer), {}
 
     def run(images: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001
         with torch.no_grad():
-            layers = refinement.with_stages(Method, found, True, images[:1], None)
+            layers = refinement.with_stages(found, True, known, images[:1], None)
             sharper = refinement.prepare(layers, layers.run(images), images, None, False)
             return sharper.maps([content.norm(dim=1, keepdim=True) for content in sharper.content])
 

@@ -385,8 +385,8 @@ class FeatureActivationMap(LayerAttribution):
     there, and less half of what speaks for the other likely references (:math:`\bar s`). The positive evidence of all
     stages, in equal parts, then spreads along the network's feature affinity and the image's colors, as in
     ``ConceptFusionMap(map_layer="fused")``. Maps are in [0, 1], on a grid of up to 1,024 positions; ``normalize`` and
-    ``weights`` do not matter. It costs a second forward pass, and a backward pass through the network for each reference.
-    ``docs/methods/fam.md`` compares both with maps that know no reference. A list names the stages instead of True.
+    ``weights`` do not matter. It costs a second forward pass, and a backward pass through the network for each
+    reference. ``docs/methods/fam.md`` compares both with maps that know no reference. A list names the stages instead.
 
     Raises:
         InputError: an option that does not exist, or names that do not fit the references.
@@ -435,6 +435,7 @@ class FeatureActivationMap(LayerAttribution):
         self.normalize = normalize
         self.weights = weights
         self.refine = refinement.checked(refine)
+        self._stages: dict[Any, list[str]] = {}  # of a network, once they were looked for
         self.layout = layout
         self.prefix_tokens = prefix_tokens
         self.batch_size = integer("batch_size", batch_size)
@@ -764,7 +765,7 @@ class FeatureActivationMap(LayerAttribution):
         if self.refine is False:
             return layers
         first, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), count(inputs))
-        return refinement.with_stages(self, layers, self.refine, first, extra)
+        return refinement.with_stages(layers, self.refine, self._stages, first, extra)
 
     def _maps(
         self, layers: Layers, run: _Pass, bank: Tensor, scores: Tensor, index: Tensor, inputs: Inputs, extra: Any,

@@ -1,4 +1,4 @@
-"""Sharper maps for any method: evidence beyond an image without content, spread within what the network sees as alike."""
+"""Sharper maps: evidence beyond that of an image without content, spread within what the network sees as alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts._captum import LayerAttribution
 from captum_concepts.activations import Inputs, Layer, Layers, SpatialActivations, full_precision
 from captum_concepts.activations.survey import suggest_stages
 from captum_concepts.attr.concept_fusion import regions
@@ -26,7 +25,7 @@ class Refinement:
     """What turns evidence into refined maps, for the N images of one forward pass.
 
     Args:
-        numbers: of the layers that are read, in the order in which they run; the explained layer, number 0, is the last.
+        numbers: of the layers that are read, in the order in which they run; the explained one, number 0, is the last.
         content: ``(N, C_l, h_l, w_l)`` for each of them: activations minus those of the image without content.
         affinity: ``(N, P, P)``, see :func:`~captum_concepts.attr.concept_fusion.regions.feature_affinity`.
         grid: of the refined map.
@@ -55,27 +54,25 @@ def checked(refine: Any) -> Refine:
     raise InputError(f"refine must be True, False or a list of layers (names or modules), got {refine!r}")
 
 
-def with_stages(method: LayerAttribution, layers: Layers, refine: Refine, inputs: Inputs, extra: Any) -> Layers:
+def with_stages(layers: Layers, refine: Refine, known: dict[Any, list[str]], inputs: Inputs, extra: Any) -> Layers:
     """``layers``, one, followed by the stages of the network that ``refine`` asks for.
 
-    They are looked for once; ``method`` remembers them.
+    Args:
+        known: stages that were found before; those found now are added.
 
     Raises:
         InputError: the network behind ``forward_func`` is not known, so that its stages cannot be found.
     """
+    forward_func = layers.forward_func
     if isinstance(refine, bool):
-        known = getattr(method, "_stages", None)
-        if known is None or known[0] is not method.forward_func or known[1] != layers.names:
+        if forward_func not in known:
             try:
-                found = suggest_stages(method.forward_func, inputs, additional_forward_args=extra)
+                known[forward_func] = suggest_stages(forward_func, inputs, additional_forward_args=extra)
             except InputError as error:
-                raise InputError(f"refine=True does not find the stages of the network ({error}); pass a list") from error
-            known = (method.forward_func, layers.names, found)
-            method._stages = known
-        refine = known[2]
-    others = Layers.resolve(
-        method.forward_func, refine, layout=layers.layout, prefix_tokens=layers.prefix_tokens
-    )
+                why = f"refine=True does not find the stages of the network ({error}); pass a list of layers"
+                raise InputError(why) from error
+        refine = known[forward_func]
+    others = Layers.resolve(forward_func, refine, layout=layers.layout, prefix_tokens=layers.prefix_tokens)
     kept = [k for k, module in enumerate(others.modules) if module is not layers.modules[0]]
     return replace(
         others,
@@ -103,7 +100,8 @@ def prepare(layers: Layers, seen: SpatialActivations, inputs: Inputs, extra: Any
     content = tuple(a - full_precision(plain.maps[k]) for a, k in zip(maps, numbers, strict=True))
     first = inputs[0] if isinstance(inputs, tuple) else inputs
     pixels = first if first.ndim == 4 else None
-    grid = regions.fused_grid([(a.shape[2], a.shape[3]) for a in maps], None if pixels is None else pixels.shape[2:])
+    size = None if pixels is None else (pixels.shape[2], pixels.shape[3])
+    grid = regions.fused_grid([(a.shape[2], a.shape[3]) for a in maps], size)
     return Refinement(numbers, content, regions.feature_affinity(content, grid, pixels), grid)
 
 

@@ -68,7 +68,7 @@ def test_fam_is_the_loop_over_stages_and_references(net, images, bank, refine):
     fam = FeatureActivationMap(net, "c", bank, refine=refine)
     result, scores = fam.attribute(images, target=[0, 2, 3]), fam.scores(images)
     assert result.shape == (3, 1, 16, 20)
-    assert 0 <= float(result.min())
+    assert float(result.min()) >= 0
     assert float(result.max()) == pytest.approx(1)
     for n, target in enumerate([0, 2, 3]):
         weights = contrasted(scores[n].tolist(), target)
@@ -112,9 +112,7 @@ def test_sacv_is_the_projection_beyond_the_image_without_content(net, images, ac
     result, scores = acv.concept_maps(images), acv.scores(images)
     assert result.shape == (3, 2, 16, 20)
     for n, image in enumerate(images):
-        plain, maps = (
-            stages_of(net, one)[:2] for one in (image.mean((1, 2), keepdim=True).expand_as(image), image)
-        )
+        plain, maps = (stages_of(net, one)[:2] for one in (image.mean((1, 2), keepdim=True).expand_as(image), image))
         for k in range(2):
             weights = contrasted(scores[n].tolist(), k)
             direction = weights[0] * acv.vectors[0] + weights[1] * acv.vectors[1]

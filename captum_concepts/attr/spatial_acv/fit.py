@@ -215,7 +215,7 @@ def fit_vectors(
 
         fitted, p_values, null, counts = [], [], [], {}
         for name, rows, bank in _pairs(sets, others, rows_of, options.max_rows):
-            against = _without(bank, name, rows, others is None)
+            against = _without(bank, name, rows)
             problem = make_problem(rows, against, name, options.folds, options.seed)
             counts[name] = _counts(rows, against)
             lam = options.penalty(problem)
@@ -275,10 +275,10 @@ def _pairs(
         yield name, each[k], merge(each[:k] + each[k + 1 :])
 
 
-def _without(bank: GuidanceRows, name: str, rows: GuidanceRows, by_name: bool) -> GuidanceRows:
-    """The negatives of one concept: all but its own images."""
+def _without(bank: GuidanceRows, name: str, rows: GuidanceRows) -> GuidanceRows:
+    """The negatives of one concept: all but its own images, and those of a set that has its name."""
     own = set(rows.digests)
-    left = bank.select(lambda digest, origin: digest not in own and not (by_name and origin == name))
+    left = bank.select(lambda digest, origin: digest not in own and origin != name)
     if not left.digests:
         raise InputError(
             f"concept {name!r} and its negatives contain identical images, so there is nothing to separate; pass "

@@ -162,6 +162,7 @@ class SpatialACV(LayerAttribution):
             raise InputError(f"classifier must be a captum.concept Classifier or None, got {type(classifier).__name__}")
         self.classifier = classifier
         self.refine = refinement.checked(refine)
+        self._stages: dict[Any, list[str]] = {}  # of a network, once they were looked for
         self.layout = layout
         self.prefix_tokens = prefix_tokens
         self.batch_size = integer("batch_size", batch_size)
@@ -230,7 +231,8 @@ class SpatialACV(LayerAttribution):
                 set, a loader. Float tensors are passed to the model as they are.
             negatives: the same, all sets pooled, or one set alone. None takes the other concepts (*which* of them is
                 it?); images like those to be explained (*is* it there?) find a concept better in them. An image that
-                also belongs to the concept is never its negative.
+                also belongs to the concept is never its negative, nor is a set that has its name: ``{"striped": ...,
+                "dotted": ...}`` gives each concept its own.
             n_random: random sets for ``p_values_``; 0 for none, 20 or more recommended. The test asks whether the
                 concept's images can be separated from the negatives at this layer: held-out-by-image balanced accuracy
                 of a linear discriminant, against the same with the labels permuted among whole images ``n_random``
@@ -238,9 +240,10 @@ class SpatialACV(LayerAttribution):
             seed: of the folds, of the random sets and of the row sample.
             lam: L2 penalty of the default classifier, for features divided by their common standard deviation. A strong
                 one turns the vector from the best filter (small ``lam``) towards the difference of the means, which is
-                the concept's own direction; the default costs about a point of accuracy on real textures.
-                ``"published"``: that of the authors' notebook, scikit-learn's ``LogisticRegression`` with ``C=1`` on the
-                features as they are.
+                the concept's own direction; the default costs about a point of accuracy on real textures. To tell
+                concepts apart that look alike, a small one is better (0.003 on the scenes of ``benchmarks``).
+                ``"published"``: that of the authors' notebook, scikit-learn's ``LogisticRegression`` with ``C=1`` on
+                the features as they are.
             folds: parts that the images are assigned to for held-out accuracy.
             max_rows: row budget: the concept keeps at most half of it and the negatives the other half (without
                 ``negatives``, each of the K sets keeps 1/K), a seeded uniform sample of all positions; ``rows_``
@@ -518,7 +521,7 @@ class SpatialACV(LayerAttribution):
         margin (the target output minus the mean of the other outputs) is the concept's *effect*. A contribution says
         what more of a concept would do; an effect says what the concept that is there does.
 
-        A concept *decides* if it carries at least a tenth of the margin; if no other concept's vector, put in its
+        A concept *decides* if it carries at least a twentieth of the margin; if no other concept's vector, put in its
         place at the same positions, would do as much; and if the effect is larger than that of directions that
         separate something else at this layer (p < ``alpha``): permuted labels, and random halves of the other images.
         The last needs ``fit(n_random=20)``; without it, nothing decides.
@@ -724,11 +727,9 @@ class SpatialACV(LayerAttribution):
         if self.refine is False:
             return layers
         first, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), count(inputs))
-        return refinement.with_stages(self, layers, self.refine, first, extra)
+        return refinement.with_stages(layers, self.refine, self._stages, first, extra)
 
-    def _drawn(
-        self, layers: Layers, seen: SpatialActivations, projected: Tensor, inputs: Inputs, extra: Any
-    ) -> Tensor:
+    def _drawn(self, layers: Layers, seen: SpatialActivations, projected: Tensor, inputs: Inputs, extra: Any) -> Tensor:
         """``(N, K, h, w)``: projections as they are, or refined."""
         if self.refine is False:
             return projected

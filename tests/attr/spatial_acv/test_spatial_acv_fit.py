@@ -214,7 +214,7 @@ def test_the_vector_solves_the_penalised_problem():
 
 
 def test_published_settings_give_the_vector_of_the_notebook():
-    """scikit-learn's logistic regression with C=1 on the rows as they are; the notebook's own lines, transposed right."""
+    """scikit-learn's logistic regression with C=1 on the rows as they are, which the notebook calls."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     draw = torch.Generator().manual_seed(0)
     concept, negatives = (torch.rand(12, 3, 4, 6, generator=draw, dtype=torch.float64) for _ in range(2))
