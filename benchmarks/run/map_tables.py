@@ -117,7 +117,7 @@ def quality(
         images = regions.images[regions.index].to(device)
         # As published for normalised images, whose zero is the mean colour. Black would be a shape of its own: before
         # it, the map of another class scored better than the right one.
-        shared = {"target": regions.target, "batch_size": batch, "baseline": "mean"}
+        shared = {"target": regions.target, "batch_size": batch, "baseline": "mean", "scores": "raw"}  # cosines too
         heat = maps.to(images.device)
         values["average_drop"] = metrics.average_drop(score, images, heat, **shared).cpu()
         values["increase_in_confidence"] = metrics.increase_in_confidence(score, images, heat, **shared).cpu()
