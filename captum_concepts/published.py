@@ -18,6 +18,16 @@ NRA: dict[str, Any] = {"baseline": "published", "signed": False, "thresholds": "
 INSERTION: dict[str, Any] = {"n_steps": 224, "baseline": "blur"}
 #: ``metrics.deletion`` of images of 224 pixels (RISE, BMVC 2018).
 DELETION: dict[str, Any] = {"n_steps": 224, "baseline": "zero"}
+#: ``FeatureActivationMap`` (FAM, 2023).
+FEATURE_ACTIVATION_MAP: dict[str, Any] = {
+    "similarity": "cosine",
+    "normalize": "minmax",
+    "weights": "contribution",
+    "refine": False,
+}
+#: ``SpatialACV.fit`` (SACV, 2022): the penalty of the authors' notebook and, up to a million, all rows; with
+#: ``SpatialACV(..., refine=False)``. The notebook fits a random 75 % of the rows.
+SPATIAL_ACV_FIT: dict[str, Any] = {"lam": "published", "max_rows": 1_000_000}
 #: ``metrics.average_drop`` and ``metrics.increase_in_confidence`` (Grad-CAM++, WACV 2018).
 AVERAGE_DROP: dict[str, Any] = {"scores": "probability", "baseline": "zero", "normalize": True}
 #: ``metrics.iou``, ``pixel_accuracy``, ``mean_iou``: the ImageNet-segmentation protocol (Chefer et al., CVPR 2021).
