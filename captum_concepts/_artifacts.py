@@ -18,16 +18,17 @@ import json
 import math
 import os
 import re
+import stat
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from captum_concepts.errors import ArtifactError, did_you_mean, listing, shortened
+from captum_concepts.errors import ArtifactError, InputError, did_you_mean, listing, shortened
 
 #: A check of one JSON value: the value as it is used, or :class:`Unfit`.
 Check = Callable[[Any, str], Any]
@@ -282,11 +283,66 @@ def check_arrays(file: Any, arrays: Mapping[str, Array], sizes: Mapping[str, int
             raise ValueError(f"tensor {name!r} is {dtype} {shortened(shape)}; it must be {array.kind} [{dims}]")
 
 
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file that takes the place of ``path`` at the end of the block; after an error it is gone, the old one stays.
+
+    Nothing is written through links: a link called ``path`` is replaced, what it points to is unchanged.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Raises:
+        InputError: something is there that is no file (a folder, a device), so it is not replaced.
+    """
+    path = Path(path)
+    try:
+        there = path.lstat().st_mode
+    except FileNotFoundError:
+        there = stat.S_IFREG
+    if not (stat.S_ISREG(there) or stat.S_ISLNK(there)):
+        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(there) else 'no file'}; give the name of a file")
+    partial = path.with_name(f".{_short(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("xb") as file:  # "x": created here, so it is no link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path, names: str) -> list[tuple[Path, str]]:
+    """What killed processes left of :func:`replacing` files of ``folder``, with the name of each file; ``names`` is a
+    pattern that these fit."""
+    form = re.compile(rf"\.({names})\.\d+\.\d+\.partial")
+    found = [(file, form.fullmatch(file.name)) for file in folder.glob(".*.partial")]
+    return [(file, match[1]) for file, match in found if match is not None]
+
+
+def _short(name: str) -> str:
+    """What leaves room for more in a file system that takes 255 bytes."""
+    return name if len(os.fsencode(name)) <= 180 else name[:45]
+
+
+def own_folder(path: Path) -> Path:
+    """``path``, a folder that this package makes inside a given one, if it is no link.
+
+    Raises:
+        ArtifactError: it is a link, which whoever made the outer folder may have pointed anywhere.
+    """
+    if path.is_symlink():
+        raise ArtifactError(f"{path} is a symbolic link, and nothing is written through links; replace it by a folder")
+    return path
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     """Write the file atomically: a reader never sees a part of it, and a full disk leaves the old file.
 
     Args:
-        path: the file; its folder must exist.
+        path: see :func:`replacing`.
         data: bytes, or text that is written as UTF-8.
 
     >>> import tempfile
@@ -294,17 +350,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     ...     print(write_atomically(Path(folder) / "a.txt", "whole").read_text())
     whole
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+    return Path(path)
 
 
 def parse_json(text: str | bytes) -> Any:

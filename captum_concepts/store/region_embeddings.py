@@ -253,9 +253,15 @@ class RegionEmbeddingStore:
         source = _source(path, data, encoder, num_workers)
 
         def append() -> None:
-            manifest, first = building.planned_extension(path)
+            planned = building.stored_manifest(path)
             share: dict[str, Any] = {"rank": rank, "size": size, "show_progress": show_progress and rank == 0}
-            building.fill(path, source, manifest, batch_size=batch_size, first=first, **share)
+            try:
+                building.fill(
+                    path, source, planned.extended, batch_size=batch_size, first=len(planned.rows), **share
+                )
+            except InputError:  # these images will never do
+                building.cancel_extension(path, planned)
+                raise
 
         all_or_none(lambda: building.plan_extension(path, source) if rank == 0 else None)
         all_or_none(append)
