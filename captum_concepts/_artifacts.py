@@ -285,7 +285,7 @@ def check_arrays(file: Any, arrays: Mapping[str, Array], sizes: Mapping[str, int
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` at the end of the block; after an error it is gone, the old one stays.
+    """A new file that takes the place of ``path`` at the end of the block; an error leaves the old one.
 
     Nothing is written through links: a link called ``path`` is replaced, what it points to is unchanged.
 

@@ -40,8 +40,7 @@ class FolderLock:
         wait: seconds to wait for another holder.
 
     Raises:
-        ArtifactError: on entering, another process (or thread) holds the folder, or what is called as the lock is a link
-            or a file of something else.
+        ArtifactError: on entering, another process (or thread) holds the folder, or the lock is a link or a foreign file.
         OSError: the folder cannot be written.
 
     Example:

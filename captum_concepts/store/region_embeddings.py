@@ -256,9 +256,7 @@ class RegionEmbeddingStore:
             planned = building.stored_manifest(path)
             share: dict[str, Any] = {"rank": rank, "size": size, "show_progress": show_progress and rank == 0}
             try:
-                building.fill(
-                    path, source, planned.extended, batch_size=batch_size, first=len(planned.rows), **share
-                )
+                building.fill(path, source, planned.extended, batch_size=batch_size, first=len(planned.rows), **share)
             except InputError:  # these images will never do
                 building.cancel_extension(path, planned)
                 raise

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import either, flag, list_of, number as a_number, own_folder, table
 from captum_concepts._checks import number, one_of
 from captum_concepts.activations import full_precision
 from captum_concepts.errors import InputError, InputWarning, shortened
@@ -31,6 +32,17 @@ DENSE_LAM = 1e-4
 #: Activations of up to so many bytes are held in memory by the solver, more are read from disk in chunks.
 IN_MEMORY = 1 << 30
 _ROWS = 1024
+#: What :attr:`HeadFit.notes` may be where they are read from a file.
+HEAD_NOTES = table(
+    {
+        "lam": either(list_of(a_number(0)), a_number(0)),
+        "alpha": a_number(0, 1),
+        "objective": a_number(),
+        "gap": a_number(),
+        "converged": flag,
+        "nonzeros_per_class": a_number(0),
+    }
+)
 
 
 class Activations:
@@ -87,9 +99,9 @@ def compute_activations(
         show_progress: show a bar.
     """
     rank, size = world()
-    folder = root / f"{name}-{digest(made_from)}"
+    folder = own_folder(root / f"{name}-{digest(made_from)}")
     if size > 1:
-        folder = folder / f"part-{rank:05d}-of-{size:05d}"
+        folder = own_folder(folder / f"part-{rank:05d}-of-{size:05d}")
     share = share_of(len(features))
 
     def write() -> None:

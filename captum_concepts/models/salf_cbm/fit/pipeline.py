@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._artifacts import Array, list_of, number, own_folder, table
 from captum_concepts.activations import Layer, evaluation_mode, layer_name
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError
-from captum_concepts.models.salf_cbm.fit.bottleneck import BottleneckFit, fit_bottleneck
+from captum_concepts.models.salf_cbm.fit.bottleneck import (
+    PROGRESS_NOTES,
+    RESULT_NOTES,
+    BottleneckFit,
+    fit_bottleneck,
+    stored_arrays,
+)
 from captum_concepts.models.salf_cbm.fit.data import FEWEST, LabeledImages, labeled_images
 from captum_concepts.models.salf_cbm.fit.features import GridFeatures, LiveFeatures, open_features
 from captum_concepts.models.salf_cbm.fit.filters import (
@@ -28,7 +35,7 @@ from captum_concepts.models.salf_cbm.fit.filters import (
     interpretable_concepts,
     present_concepts,
 )
-from captum_concepts.models.salf_cbm.fit.head import HeadFit, accuracy, compute_activations, fit_head
+from captum_concepts.models.salf_cbm.fit.head import HEAD_NOTES, HeadFit, accuracy, compute_activations, fit_head
 from captum_concepts.models.salf_cbm.fit.objective import Samples
 from captum_concepts.models.salf_cbm.fit.options import (
     FitOptions,
@@ -320,7 +327,7 @@ class FitRun:
     def _store(self, name: str, split: Split, prompt: Any) -> RegionEmbeddingStore:
         o = self.options
         return RegionEmbeddingStore.build(
-            self.path / f"{name}-{split.name}",
+            own_folder(self.path / f"{name}-{split.name}"),
             split.images.shown,
             self.encoder,
             prompt,
@@ -343,6 +350,8 @@ class FitRun:
             "presence",
             {**_origin(images), "text": fingerprint_tensor(self.text.cpu()), "k": TOP_IMAGES},
             lambda: StepResult({"presence": concept_presence(images, self.text).cpu()}, {}),
+            arrays={"presence": Array("float", (len(self.text),))},
+            notes=table({}),
         )
         kept = present_concepts(self.vocabulary, presence.tensors["presence"], cutoff)
         self.text = self.text[torch.tensor(columns_of(kept, self.vocabulary), device=self.text.device)]
@@ -405,6 +414,7 @@ class FitRun:
             "train_backbone": o.train_backbone,
         }
         backbone = self.backbone if o.train_backbone else None
+        arrays, progress = stored_arrays(len(self.text), train.features.dim, backbone)
 
         def compute() -> StepResult:
             fit = fit_bottleneck(
@@ -413,7 +423,7 @@ class FitRun:
                 self.text,
                 o.bottleneck,
                 backbone=backbone,
-                resume=steps.load("bottleneck.progress", made_from),
+                resume=steps.load("bottleneck.progress", made_from, arrays=progress, notes=PROGRESS_NOTES),
                 checkpoint=lambda state: steps.save("bottleneck.progress", made_from, state),
                 show_progress=o.show_progress,
             )
@@ -423,7 +433,7 @@ class FitRun:
             return StepResult(tensors, notes | {"start_similarity": fit.start_similarity})
 
         with evaluation_mode(self.backbone):
-            result = steps.run("bottleneck", made_from, compute)
+            result = steps.run("bottleneck", made_from, compute, arrays=arrays, notes=RESULT_NOTES)
         steps.remove("bottleneck.progress", made_from)
         trained = {n.removeprefix("backbone."): v for n, v in result.tensors.items() if n.startswith("backbone.")}
         if trained:
@@ -472,7 +482,16 @@ class FitRun:
             tensors = {"weight": fit.weight, "bias": fit.bias, "mean": fit.mean, "std": fit.std}
             return StepResult(tensors, {"fit": fit.notes, "accuracy": scores})
 
-        kept = steps.run("head", head_from, compute)
+        m = len(weight)
+        shapes = {"weight": (self.num_classes, m), "bias": (self.num_classes,), "mean": (m,), "std": (m,)}
+        accuracy_of_each = list_of(number(0, 1), length=len(self.splits))
+        kept = steps.run(
+            "head",
+            head_from,
+            compute,
+            arrays={name: Array("float", shape) for name, shape in shapes.items()},
+            notes=table({"fit": HEAD_NOTES, "accuracy": accuracy_of_each}),
+        )
         t, scores = kept.tensors, kept.notes["accuracy"]
         head = HeadFit(t["weight"], t["bias"], t["mean"], t["std"], kept.notes["fit"])
         return head, {"train": scores[0], "validation": scores[1] if len(scores) > 1 else None}

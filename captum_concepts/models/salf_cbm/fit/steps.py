@@ -13,12 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import open_artifact, save_artifact
+from captum_concepts._artifacts import (
+    Array,
+    Check,
+    anything,
+    mapping_of,
+    open_artifact,
+    save_artifact,
+    table,
+    text,
+)
 from captum_concepts.errors import ArtifactError
 from captum_concepts.store import all_or_none, fingerprint_tensor, world
 
 logger = logging.getLogger("captum_concepts")
 _KIND = "captum_concepts.salf-step/1"
+_INFO = {"step": text(), "made_from": mapping_of(anything), "sums": mapping_of(text())}
 
 
 class StepResult(NamedTuple):
@@ -49,9 +59,18 @@ class StepFolder:
         """Where the result of ``step`` is or will be."""
         return self.path / f"{step}-{digest(made_from)}.safetensors"
 
-    def run(self, step: str, made_from: Mapping[str, Any], compute: Callable[[], StepResult]) -> StepResult:
-        """The stored result, or else that of ``compute``, which is stored."""
-        found = self.load(step, made_from)
+    def run(
+        self,
+        step: str,
+        made_from: Mapping[str, Any],
+        compute: Callable[[], StepResult],
+        *,
+        arrays: Mapping[str, Array],
+        notes: Check,
+    ) -> StepResult:
+        """The stored result, or else that of ``compute``, which is stored; ``arrays`` and ``notes`` say what a stored
+        one must be."""
+        found = self.load(step, made_from, arrays=arrays, notes=notes)
         if found is not None:
             say(f"{step}: taken from an earlier run")
             return found
@@ -60,11 +79,13 @@ class StepFolder:
         self.save(step, made_from, result)
         return result
 
-    def load(self, step: str, made_from: Mapping[str, Any]) -> StepResult | None:
+    def load(
+        self, step: str, made_from: Mapping[str, Any], *, arrays: Mapping[str, Array], notes: Check
+    ) -> StepResult | None:
         """The stored result, or None where there is none or its file is damaged (which is logged)."""
         found: StepResult | None = None
         if world()[0] == 0:
-            found = self._read(step, made_from)
+            found = self._read(step, made_from, arrays, notes)
         if world()[1] > 1:
             box: list[Any] = [found]
             torch.distributed.broadcast_object_list(box, src=0)
@@ -86,12 +107,18 @@ class StepFolder:
         if world()[0] == 0:
             self.file(step, made_from).unlink(missing_ok=True)
 
-    def _read(self, step: str, made_from: Mapping[str, Any]) -> StepResult | None:
+    def _read(
+        self, step: str, made_from: Mapping[str, Any], arrays: Mapping[str, Array], notes: Check
+    ) -> StepResult | None:
         path = self.file(step, made_from)
         if not path.is_file():
             return None
+        schema = table({**_INFO, "notes": notes})
         try:
-            with open_artifact(path, _KIND, f"the result of step {step!r}") as (info, tensors):
+            with open_artifact(path, _KIND, f"the result of step {step!r}", info=schema, arrays=arrays) as (
+                info,
+                tensors,
+            ):
                 if info["made_from"] != json.loads(json.dumps(made_from)):
                     raise ArtifactError("it was made from something else")
                 damaged = [name for name, value in tensors.items() if fingerprint_tensor(value) != info["sums"][name]]
@@ -109,7 +136,7 @@ class StepFolder:
             return ""
         latest = max(others, key=lambda p: p.stat().st_mtime)
         try:
-            with open_artifact(latest, _KIND, "a step") as (info, _):
+            with open_artifact(latest, _KIND, "a step", info=table({**_INFO, "notes": anything})) as (info, _):
                 before = info["made_from"]
         except (ArtifactError, FileNotFoundError):
             return ""
