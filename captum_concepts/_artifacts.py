@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from captum_concepts.errors import ArtifactError, InputError, did_you_mean, listing, shortened
+from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, did_you_mean, listing, shortened
 
 #: A check of one JSON value: the value as it is used, or :class:`Unfit`.
 Check = Callable[[Any, str], Any]
@@ -136,14 +136,15 @@ def list_of(item: Check, *, length: int | None = None, least: int = 0, most: int
     return check
 
 
-def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    """An object with all of ``fields``, possibly some of ``optional``, and nothing else."""
+def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, more: bool = False) -> Check:
+    """An object with all of ``fields``, possibly some of ``optional``, and nothing else; with ``more`` other keys are
+    left out of the value."""
     known = {**fields, **(optional or {})}
 
     def check(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise Unfit(where, value, f"an object with the keys {listing(known)}")
-        unknown = [key for key in value if key not in known]
+        unknown = [key for key in value if key not in known and not more]
         missing = [key for key in fields if key not in value]
         if missing:
             has = f" It has {listing(unknown)}, which is unknown." if unknown else ""
@@ -151,7 +152,7 @@ def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = No
         if unknown:
             hint = did_you_mean(str(unknown[0]), known)
             raise Unfit(where, value, f"an object without the unknown key {shortened(unknown[0])}.{hint}")
-        return {key: known[key](one, f"{where}.{key}" if where else key) for key, one in value.items()}
+        return {key: known[key](one, f"{where}.{key}" if where else key) for key, one in value.items() if key in known}
 
     return check
 
@@ -183,11 +184,17 @@ def anything(value: Any, where: str) -> Any:
     return value
 
 
-def check_json(value: Any, check: Check, what: str) -> Any:
+def check_json(value: Any, check: Check, what: str, error: type[CaptumConceptsError] = ArtifactError) -> Any:
     """``value`` as ``check`` accepts it.
 
+    Args:
+        value: JSON.
+        check: its schema.
+        what: how messages call it.
+        error: what is raised.
+
     Raises:
-        ArtifactError: it does not; names the entry, its value and what it must be.
+        ArtifactError: or ``error``: it does not fit; names the entry, its value and what it must be.
 
     >>> check_json({"rows": [4, -1]}, table({"rows": list_of(integer(0, 9))}), "the manifest")
     Traceback (most recent call last):
@@ -195,12 +202,13 @@ def check_json(value: Any, check: Check, what: str) -> Any:
     captum_concepts.errors.ArtifactError: the manifest is damaged or foreign: 'rows[1]' is -1; it must be a whole number
     from 0 to 9
     """
+    fault = "is damaged or foreign" if error is ArtifactError else "cannot be used"
     try:
         return check(value, "")
     except Unfit as wrong:
-        raise ArtifactError(f"{what} is damaged or foreign: {wrong}") from None
+        raise error(f"{what} {fault}: {wrong}") from None
     except RecursionError:
-        raise ArtifactError(f"{what} is damaged or foreign: it is nested too deeply") from None
+        raise error(f"{what} {fault}: it is nested too deeply") from None
 
 
 def read_json(path: str | os.PathLike[str], check: Check, what: str) -> Any:
@@ -408,30 +416,41 @@ def open_artifact(
         FileNotFoundError: there is no such file.
         ArtifactError: truncated, corrupt, foreign, or its content makes no such object.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     kinds = {kind: {}} if isinstance(kind, str) else kind
+    with open_safetensors(path, what, device) as file:
+        metadata = file.metadata() or {}
+        found_kind = metadata.get("format", "none")
+        if found_kind not in kinds:
+            raise ArtifactError(
+                f"{path} is not {what} (format {shortened(found_kind)}, not {' or '.join(map(repr, kinds))})"
+            )
+        keys = kinds[found_kind]
+        found = parse_json(metadata[_INFO])
+        if not isinstance(found, dict):
+            raise ArtifactError(f"{path} is not {what}: its header contains no JSON object")
+        found = check_json({keys.get(name, name): one for name, one in found.items()}, info, str(path))
+        names = {keys.get(name, name): name for name in file.keys()}  # noqa: SIM118
+        if arrays is not None:
+            check_arrays(_Renamed(file, names), arrays, sizes(found) if sizes is not None else None)
+        yield found, {name: file.get_tensor(stored) for name, stored in names.items()}
+
+
+@contextmanager
+def open_safetensors(path: Path, what: str, device: str = "cpu") -> Iterator[Any]:
+    """``safetensors.safe_open``, whose errors, and those of wrong content in the block, name the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArtifactError: it is damaged, or its content makes no sense to the block.
+    """
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}, which should be {what}")
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            found_kind = metadata.get("format", "none")
-            if found_kind not in kinds:
-                raise ArtifactError(
-                    f"{path} is not {what} (format {shortened(found_kind)}, not {' or '.join(map(repr, kinds))})"
-                )
-            keys = kinds[found_kind]
-            found = parse_json(metadata[_INFO])
-            if not isinstance(found, dict):
-                raise ArtifactError(f"{path} is not {what}: its header contains no JSON object")
-            found = check_json({keys.get(name, name): one for name, one in found.items()}, info, str(path))
-            names = {keys.get(name, name): name for name in file.keys()}  # noqa: SIM118
-            if arrays is not None:
-                check_arrays(_Renamed(file, names), arrays, sizes(found) if sizes is not None else None)
-            tensors = {name: file.get_tensor(stored) for name, stored in names.items()}
-        yield found, tensors
+            yield file
     except ArtifactError:
         raise
     # Sizes that a hostile header claims end in RuntimeError.

@@ -40,7 +40,7 @@ class FolderLock:
         wait: seconds to wait for another holder.
 
     Raises:
-        ArtifactError: on entering, another process (or thread) holds the folder, or the lock is a link or a foreign file.
+        ArtifactError: on entering, another process (or thread) holds the folder; or the lock is a link or foreign.
         OSError: the folder cannot be written.
 
     Example:

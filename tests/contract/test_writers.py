@@ -30,18 +30,21 @@ from captum_concepts import (
     audit_dataset,
     discover_concepts,
     explore,
+    fit_salf_cbm,
 )
 from captum_concepts.concepts import Vocabulary, generate_concepts
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.metrics import EvaluationTable
 from captum_concepts.store import FolderLock
 from captum_concepts.visualization import panel, report, save_figure
+from captum_concepts.vlm import DenseRegions
 
 resource = pytest.importorskip("resource", reason="limits of a process are POSIX's")
 
 NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
 POOLED = nn.Sequential(*list(NET)[:4])
 PICTURES = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+MORE = torch.cat([PICTURES, PICTURES.flip(0) * 0.9])
 PRECIOUS = b"the only copy of something" * 10
 
 
@@ -204,6 +207,54 @@ def test_names_as_long_as_a_file_system_takes(tmp_path, acv, writer):
         path = tmp_path / (stem + suffix)
         write(path, acv)
         assert path.stat().st_size
+
+
+class TestReadOnlyResults:
+    """What `fit_salf_cbm` has finished is used again from a disk that cannot be written."""
+
+    def fit(self, folder: Path, words: tuple[str, ...] = ("red", "blue"), **options):
+        return fit_salf_cbm(
+            NET, "0", (MORE, torch.tensor([0, 1, 2] * 8)), Colors(), list(words), 3, store_path=folder, grid=2,
+            prompt=DenseRegions((2, 2)), bottleneck={"max_epochs": 2}, presence_cutoff=None,
+            interpretability_cutoff=None, validation_fraction=0.3, **{"lam": 0.01, **options},
+        )  # fmt: skip
+
+    def test_it_is_used_and_unchanged(self, tmp_path):
+        first = self.fit(tmp_path)
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        with read_only(tmp_path):
+            assert torch.equal(self.fit(tmp_path).head.weight, first.head.weight)
+            other = self.fit(tmp_path, lam=0.1)
+            assert self.fit(tmp_path, ("blue", "red", "green")).concepts == ["blue", "red", "green"]
+            with pytest.raises(OSError, match=r"regions-val cannot be written"):
+                self.fit(tmp_path, val_data=(PICTURES, torch.tensor([0, 1, 2] * 4)))
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+        assert torch.equal(self.fit(tmp_path, lam=0.1).head.weight, other.head.weight)
+
+    def test_a_place_without_results(self, tmp_path):
+        with read_only(tmp_path), pytest.raises(OSError, match=r"Read-only|Permission"):
+            self.fit(tmp_path / "new")
+
+    def test_a_folder_that_is_a_link(self, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "regions-train").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ArtifactError, match="regions-train is a symbolic link"):
+            self.fit(tmp_path / "store")
+        assert not list((tmp_path / "elsewhere").iterdir())
+
+
+class Colors:
+    logit_scale, logit_bias = 10.0, 0.0
+
+    def encode_image(self, images):
+        return images.mean((2, 3)) + 0.1
+
+    def encode_regions(self, images, grid):
+        return nn.functional.adaptive_avg_pool2d(images, grid).flatten(2).transpose(1, 2) + 0.1
+
+    def encode_text(self, texts):
+        return torch.eye(3)[: len(texts)]
 
 
 class TestLock:

@@ -25,6 +25,7 @@ from captum_concepts._artifacts import (
     nothing_or,
     number,
     open_artifact,
+    open_safetensors,
     read_json,
     save_artifact,
     table,
@@ -289,7 +290,10 @@ def _backbone(config: Mapping[str, Any], folder: Path) -> nn.Module:
             f"pass backbone=, the {about['class']} that the model in {folder} was trained with; its weights were not "
             "saved (save_backbone=False)"
         )
-    return build_backbone(about["recipe"], folder)
+    with open_safetensors(folder / _WEIGHTS, _WHAT) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    stored = {name.removeprefix(_BACKBONE): shape for name, shape in shapes.items() if name.startswith(_BACKBONE)}
+    return build_backbone(about["recipe"], folder, stored)
 
 
 def _check_tensors(config: Mapping[str, Any], own: Mapping[str, Tensor], folder: Path) -> None:

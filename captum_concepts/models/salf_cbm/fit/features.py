@@ -239,8 +239,9 @@ def open_features(
     dtype: torch.dtype,
     show_progress: bool,
 ) -> GridFeatures:
-    """Cached features under ``root``, or ``source`` itself if a cache is unwanted or would be too large."""
-    one_of("cache_features", cache, (True, False, "auto"))
+    """Cached features under ``root``, or ``source`` itself if a cache is unwanted or would be too large; with
+    ``cache="finished"`` only a cache that is there."""
+    one_of("cache_features", cache, (True, False, "auto", "finished"))
     if cache is False:
         return source
     folder = own_folder(root / f"{name}-{digest(made_from)}")
@@ -248,6 +249,9 @@ def open_features(
     manifest = read_manifest(folder)
     if first_decides(manifest is not None and not missing_shards(folder, manifest)):
         say(f"{name}: taken from an earlier run ({folder.name})")
+    elif cache == "finished":
+        say(f"{name}: computed on the fly")
+        return source
     elif cache == "auto" and not first_decides(fits(root, size, max_bytes)):
         say(f"{name}: computed on the fly, because a cache of {size / 1e9:.2f} GB is too large")
         return source

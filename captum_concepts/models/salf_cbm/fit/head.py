@@ -83,6 +83,7 @@ def compute_activations(
     made_from: Mapping[str, Any],
     *,
     batch_size: int = 256,
+    scratch: Path | None = None,
     show_progress: bool = False,
 ) -> Activations:
     """Pool the features and apply the bottleneck: the mean of a concept map is the map of the mean feature.
@@ -96,12 +97,18 @@ def compute_activations(
         weight: ``(M, D)``.
         made_from: see :class:`~captum_concepts.store.ShardWriter`.
         batch_size: images read at a time.
+        scratch: where the folder is written if it is not finished under ``root``; None: there.
         show_progress: show a bar.
     """
     rank, size = world()
-    folder = own_folder(root / f"{name}-{digest(made_from)}")
-    if size > 1:
-        folder = own_folder(folder / f"part-{rank:05d}-of-{size:05d}")
+
+    def place(at: Path) -> Path:
+        folder = own_folder(at / f"{name}-{digest(made_from)}")
+        return own_folder(folder / f"part-{rank:05d}-of-{size:05d}") if size > 1 else folder
+
+    folder = place(root)
+    if scratch not in (None, root) and ((known := read_manifest(folder)) is None or known.growing):
+        folder = place(scratch)
     share = share_of(len(features))
 
     def write() -> None:

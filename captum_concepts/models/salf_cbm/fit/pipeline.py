@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -45,7 +47,7 @@ from captum_concepts.models.salf_cbm.fit.options import (
     transform_fingerprint,
 )
 from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
-from captum_concepts.models.salf_cbm.fit.steps import StepFolder, StepResult, digest, share_of
+from captum_concepts.models.salf_cbm.fit.steps import StepFolder, StepResult, digest, first_decides, say, share_of
 from captum_concepts.models.salf_cbm.salf_cbm import SALFCBM
 from captum_concepts.store import (
     FolderLock,
@@ -128,7 +130,8 @@ def fit_salf_cbm(
         encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`.
         concepts: texts, or a :class:`~captum_concepts.concepts.Vocabulary` with its templates and its report of drops.
         num_classes: L; labels are 0..L-1 and every class has images.
-        store_path: folder for all results.
+        store_path: folder for all results. If it cannot be written (a read-only disk), what is finished there is used,
+            and nothing is kept.
         val_data: for early stopping, the interpretability cutoff and the reported accuracy; None holds out
             ``validation_fraction`` of the training images for the first two.
         lam, nonzeros_per_class, head, alpha, class_weights: of the head, see :func:`fit_head`.
@@ -195,9 +198,18 @@ def fit_salf_cbm(
         def begin() -> None:
             runs.append(prepare(given))
             if world()[0] == 0:
-                stack.enter_context(FolderLock(runs[0].path, "the results at"))
+                try:
+                    stack.enter_context(FolderLock(runs[0].path, "the results at"))
+                except OSError as error:
+                    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not runs[0].path.is_dir():
+                        raise
+                    runs[0].read_only = True
 
         all_or_none(begin)
+        runs[0].read_only = first_decides(runs[0].read_only)
+        if runs[0].read_only:
+            say(f"{runs[0].path} cannot be written: what is there is used, what is missing is computed and not kept")
+            runs[0].scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="captum_concepts-")))
         return runs[0].run()
 
 
@@ -264,6 +276,7 @@ class FitRun:
         options: FitOptions,
     ) -> None:
         self.encoder, self.num_classes, self.path, self.options = encoder, num_classes, path, options
+        self.read_only, self.scratch = False, path
         self.layer = layer_name(backbone, layer)
         self.backbone = copy.deepcopy(backbone) if options.train_backbone else backbone
         self.place: Layer = self.layer if options.train_backbone else layer
@@ -284,7 +297,7 @@ class FitRun:
 
     def run(self) -> SALFCBM:
         """All steps."""
-        steps = StepFolder(self.path)
+        steps = StepFolder(self.path, read_only=self.read_only)
         vocabulary = self._present(steps)  # first: it needs one pass of the encoder per image
         for split in self.splits:
             self._embed(split)
@@ -368,7 +381,7 @@ class FitRun:
             f"features-{split.name}",
             split.live,
             made_from,
-            cache=o.cache_features,
+            cache="finished" if self.read_only and o.cache_features == "auto" else o.cache_features,
             max_bytes=o.max_cache_bytes,
             dtype=o.feature_dtype,
             show_progress=o.show_progress,
@@ -453,6 +466,7 @@ class FitRun:
                 split.features,
                 weight,
                 {**made_from, "data": split.made_from},
+                scratch=self.scratch,
                 show_progress=o.show_progress,
             )
             for split in self.splits

@@ -48,11 +48,12 @@ class StepFolder:
 
     Args:
         path: the folder, created if missing.
+        read_only: keep nothing.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if world()[0] == 0:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path, self.read_only = path, read_only
+        if world()[0] == 0 and not read_only:
             path.mkdir(parents=True, exist_ok=True)
 
     def file(self, step: str, made_from: Mapping[str, Any]) -> Path:
@@ -97,14 +98,14 @@ class StepFolder:
         all_or_none(lambda: self._write(step, made_from, result))
 
     def _write(self, step: str, made_from: Mapping[str, Any], result: StepResult) -> None:
-        if world()[0] == 0:
+        if world()[0] == 0 and not self.read_only:
             sums = {name: fingerprint_tensor(value) for name, value in result.tensors.items()}
             info = {"step": step, "made_from": made_from, "notes": result.notes, "sums": sums}
             save_artifact(self.file(step, made_from), _KIND, info, result.tensors)
 
     def remove(self, step: str, made_from: Mapping[str, Any]) -> None:
         """Forget a result that is of no use any more."""
-        if world()[0] == 0:
+        if world()[0] == 0 and not self.read_only:
             self.file(step, made_from).unlink(missing_ok=True)
 
     def _read(
