@@ -202,6 +202,8 @@ def fit_translator(
     best = math.inf
     if start or not epochs:
         best, result.val_cosine = validate()
+        if not math.isfinite(best):
+            _check_finite(pairs)
         before = validate(training_rows[:_TRIAL_ROWS])[0]
         for key, entry in zip(result.history, (before, best, result.val_cosine, 0.0), strict=True):
             result.history[key].append(entry)
