@@ -25,10 +25,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -50,12 +52,22 @@ from captum_concepts.activations import Layers
 from captum_concepts.attr.discovered_concepts import DiscoveredConcepts
 from captum_concepts.audit import ConceptAudit
 from captum_concepts.commands.fit_salf_config import fit_arguments, read_config
+from captum_concepts.commands.models import load_model
 from captum_concepts.commands.report import SavedSettings, report_saved
 from captum_concepts.concepts import Vocabulary, generate_concepts
-from captum_concepts.datasets import CUB, Broden, COCOPanoptic, COCOParts, ImageNetS, ImageNetSegmentation, MaskFolder
+from captum_concepts.datasets import (
+    CUB,
+    Broden,
+    COCOPanoptic,
+    COCOParts,
+    ImageNetS,
+    ImageNetSegmentation,
+    MaskFolder,
+    PascalVOC,
+)
 from captum_concepts.datasets.annotation import read_ids
 from captum_concepts.errors import ArtifactError, CaptumConceptsError
-from captum_concepts.images import load_image, read_words
+from captum_concepts.images import load_image, preprocessing_of, read_words
 from captum_concepts.metrics import EvaluationTable
 from captum_concepts.models.concept_translator.data import collect_pairs
 from captum_concepts.models.salf_cbm import hub
@@ -369,6 +381,37 @@ def imagenet_s(root: Path) -> None:
     (root / "categories.txt").write_text("n01440764\nn01443537\n")
 
 
+def voc(root: Path) -> None:
+    for part, draw, suffix in (("JPEGImages", image, ".jpg"), ("SegmentationClass", labels, ".png")):
+        (root / part).mkdir()
+        draw(root / part / f"a{suffix}")
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("a\na\n")
+
+
+def processor(folder: Path) -> None:
+    """As transformers writes it, in its three forms of a size."""
+    config = {
+        "size": {"shortest_edge": 8, "height": 8, "width": 8}, "crop_size": [8, 8], "resample": 3, "crop_pct": 0.9,
+        "do_center_crop": True, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": 0.5,
+        "do_rescale": True, "rescale_factor": 0.0039, "image_processor_type": "ViTImageProcessor",
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+
+
+def prepared(folder: Path) -> None:
+    network = nn.Conv2d(3, 4, 3)
+    network.config = SimpleNamespace(_name_or_path=str(folder))
+    found = preprocessing_of(network)
+    found(PICTURES[:1])
+    repr(found)
+
+
+def weights(folder: Path) -> None:
+    network = torchvision.models.squeezenet1_1(num_classes=3)
+    (folder / "a.safetensors").write_bytes(safetensors_bytes(network.state_dict()))
+
+
 def every_item(data) -> None:
     for item in (data[i] for i in range(min(len(data), 5))):
         assert item.image.ndim == 3
@@ -447,6 +490,11 @@ ENTRIES = {
     "COCOParts": Entry(parts, lambda root: every_item(COCOParts(root / "json", root / "images")), ("json/*.json",)),
     "Broden": Entry(broden, lambda root: every_item(Broden(root)), ("*.csv",)),
     "CUB": Entry(birds, lambda root: every_item(CUB(root, None)), ("*.txt", "*/*.txt")),
+    "PascalVOC": Entry(voc, lambda root: every_item(PascalVOC(root)), ("ImageSets/Segmentation/val.txt",)),
+    "preprocessor_config.json": Entry(processor, prepared),
+    "--weights": Entry(
+        weights, lambda folder: load_model("squeezenet1_1", weights=str(folder / "a.safetensors"), num_classes=3)
+    ),
     "ImageNetS": Entry(
         imagenet_s,
         lambda root: every_item(ImageNetS(root, categories=root / "categories.txt")),
