@@ -23,7 +23,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, layer_attribution, output_tensor, select_output, target_indices
-from captum_concepts._checks import integer, name_positions, take_rows, unique_names
+from captum_concepts._checks import finite_images, integer, name_positions, take_rows, unique_names
 from captum_concepts.activations import check_images, find_model, full_precision, gradients_enabled
 from captum_concepts.activations.layers import Layer, Layers
 from captum_concepts.concepts import embed_texts
@@ -442,12 +442,11 @@ def _sampled_rows(
     read = batches(source, batch_size, device=device)
     for batch in tqdm(read, desc="activations", total=-(-count // batch_size), disable=not show_progress):
         maps = full_precision(layers.run(batch.images).maps[0]).permute(0, 2, 3, 1).flatten(1, 2).cpu()
+        finite_images(maps, batch.names, f"the activation of layer {layers.names[0]!r}")
         for image in maps:
             order = torch.randperm(len(image), generator=generator)[:each]
             found.append(image[order])
     rows = torch.cat(found)[:max_rows] if count <= max_rows else torch.cat(found)
-    if not bool(rows.isfinite().all()):
-        raise InputError(f"layer {layers.names[0]!r} has activations that are NaN or infinite")
     return _nonnegative(rows, rows.shape[1] * (2 if bool((rows < 0).any()) else 1))
 
 

@@ -26,7 +26,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
-from captum_concepts._checks import integer, one_of, take_rows, unique_names
+from captum_concepts._checks import finite_images, integer, one_of, take_rows, unique_names
 from captum_concepts._memory import Halving
 from captum_concepts.activations import (
     LAYOUTS,
@@ -587,7 +587,7 @@ class FeatureActivationMap(LayerAttribution):
             The same object, with ``references`` ``(K, D)`` and ``reference_names`` in sorted order of the labels.
 
         Raises:
-            InputError: labels are missing, or not one per image.
+            InputError: labels are missing, or not one per image; an embedding is NaN (names the image).
         """
         model = find_model(self.forward_func)
         source = opened(images, model, labels=labels, transform=transform, image_size=image_size)
@@ -628,6 +628,7 @@ class FeatureActivationMap(LayerAttribution):
         model = find_model(self.forward_func)
         source = opened(images, model, transform=transform, image_size=image_size)
         scores = self.scores(source)
+        finite_images(scores, range(len(scores)), "the score")
         self.calibration = fit_calibration(scores, truth_table(labels, self.concepts, len(scores)))
         return self
 
@@ -708,7 +709,9 @@ class FeatureActivationMap(LayerAttribution):
                     raise InputError("labels are missing: pass labels=, or a folder, data set or loader that has them")
                 images = placed(batch.images, find_model(self.forward_func))
                 parts = halving(lambda part: self._embed(part, None), images, lambda part: part.chunk(2))
-                yield from zip(batch.labels, torch.cat(parts), strict=True)
+                embeddings = torch.cat(parts)
+                finite_images(embeddings, batch.names, "the embedding")
+                yield from zip(batch.labels, embeddings, strict=True)
                 bar.update(len(batch))
 
     @torch.no_grad()

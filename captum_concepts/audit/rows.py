@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._artifacts import Array, open_artifact, save_artifact
+from captum_concepts._checks import finite_images
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.explanation import ContributionExplainer
 from captum_concepts.images import ImageSource, batches, digest
@@ -149,6 +150,7 @@ def _part(explainer: Any, source: ImageSource, top_k: int | None, batch_size: in
         presence = concept_presence(explainer, inputs)
         if presence is None:
             presence = explainer.scores(inputs)
+        finite_images(torch.cat([probabilities.cpu(), presence.cpu()], 1), batch.names, "the model's output")
         contributions = torch.full((len(inputs), len(names)), torch.nan)
         if isinstance(explainer, ContributionExplainer):
             explanation = explainer.explain(inputs, target=probabilities.argmax(1).tolist(), top_k=top_k)

@@ -27,7 +27,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, layer_attribution, select_output
-from captum_concepts._checks import integer, name_positions, number, one_of, take_rows
+from captum_concepts._checks import finite_images, integer, name_positions, number, one_of, take_rows
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -651,6 +651,7 @@ class SpatialACV(LayerAttribution):
             return fitted.evidence(_project(_maps(layers, part, extra, fitted.of_input), fitted))
 
         values = torch.cat(self._each(found, source, None, None))
+        finite_images(values, range(len(values)), "the score")
         curve = fit_calibration(values, truth_table(labels, fitted.names, len(values)))
         self._fitted = replace(
             fitted,

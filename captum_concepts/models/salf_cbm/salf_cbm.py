@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from captum_concepts._captum import target_indices
-from captum_concepts._checks import integer, name_positions, one_of, unique_names
+from captum_concepts._checks import finite_images, integer, name_positions, one_of, unique_names
 from captum_concepts.activations import (
     LAYOUTS,
     Layer,
@@ -740,6 +740,7 @@ class SALFCBM(
             InputError: labels that do not fit.
         """
         activations = full_precision(self.scores(images)).cpu()
+        finite_images(activations, range(len(activations)), "the score")
         columns, verdicts = verdicts_of(labels, self.concepts, len(activations))
         self.set_presence(*fit_presence(activations[:, columns], verdicts), columns)
         names = [self.concepts[j] for j in columns]
