@@ -45,6 +45,11 @@ TOPICS = (
         "Peers explain the same number, the cosine to the same reference; those that need classes are given the "
         "cosines as classes.",
     ),
+    Topic(
+        "defaults",
+        "Defaults that differ from the papers'",
+        "What each gains on scenes; `docs/published.md` has the same table.",
+    ),
     Topic("fam", "FeatureActivationMap: cost", render=show.timings),
     Topic(
         "tcav",

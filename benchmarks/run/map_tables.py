@@ -21,7 +21,7 @@ from captum_concepts import metrics
 
 Explainer = Callable[[Tensor, Tensor], Tensor]  # images (R, 3, H, W), targets (R,) -> maps (R, h, w)
 
-WITH_MASKS = ("nra", "nra_exact", "specificity", "hit_rate", "iou", "epg")
+WITH_MASKS = ("nra", "nra_exact", "specificity", "hit_rate", "iou", "box_iou", "epg")
 WITH_SCORES = ("average_drop", "increase_in_confidence")
 
 
@@ -106,6 +106,7 @@ def quality(
         values["nra_exact"] = metrics.nra(maps, masks, baseline="exact")
         values["hit_rate"] = (values["nra"] > 0.5).float().masked_fill(values["nra"].isnan(), torch.nan)
         values["iou"] = metrics.iou(maps, masks, threshold="minmax:0.5")
+        values["box_iou"] = metrics.box_iou(maps, masks)
         values["epg"] = metrics.epg(maps, masks)
         special = torch.full((len(regions),), torch.nan)
         for image in regions.index.unique():

@@ -91,6 +91,7 @@ JOBS = [
         "salf_cbm.tables",
         minutes=9,
     ),
+    Job("defaults", None, "", "papers.defaults", minutes=5),
     Job("region_store", None, "--images 4 --repeats 3", minutes=2),
     Job("solver", "--only peers", "", minutes=8),
 ]
