@@ -78,9 +78,9 @@ def report(
     It opens from disk, needs no network and runs no script; a map appears over the input where its concept is
     pointed at, tapped or chosen by keyboard. Images are filtered by class, concept and agreement with the true label.
     Light and dark, readable on a phone, on paper and by a screen reader. It is written image by image, so that memory
-    does not grow with their number. Twenty images of up to eight concepts take less than 5 MB. From 201 images on, there
-    is a file for each 200: ``report.html`` contains the summary and an index of all images that is filtered with them,
-    and leads to ``report.2.html`` and so on, next to it.
+    does not grow with their number. Twenty images of up to eight concepts take less than 5 MB. More than 200 images go
+    to several files: ``report.html`` contains the summary and an index of all images, which is filtered with them, and
+    leads to ``report.2.html`` and so on, next to it.
 
     Args:
         source: the explanation of N images; an iterable of explanations, which is read one by one; or an explainer
