@@ -29,7 +29,7 @@ from captum_concepts.activations.layers import Layer, Layers
 from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError, LayerError
 from captum_concepts.explanation import ConceptExplanation, Selection
-from captum_concepts.images import batches, inputs_for
+from captum_concepts.images import batches, inputs_for, thumbnails
 from captum_concepts.vlm import check_encoder
 
 _FORMAT = "captum_concepts.DiscoveredConcepts/1"
@@ -178,7 +178,7 @@ class DiscoveredConcepts(LayerAttribution):
             score_unit="times the average weight",
             contribution_unit="output",
             rank_by=chosen.rank_by,
-        )
+        ).pictured(thumbnails(inputs))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file, atomically."""

@@ -48,7 +48,7 @@ from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.attr.refinement import Refine
 from captum_concepts.errors import InputError, InputWarning, NotFittedError, listing
 from captum_concepts.explanation import ConceptExplanation, Selection
-from captum_concepts.images import ImageSource, batches
+from captum_concepts.images import ImageSource, batches, thumbnails
 from captum_concepts.solvers import Calibration, fit_calibration, truth_table
 
 NORMALIZE = ("minmax", "l1", "none")
@@ -560,7 +560,7 @@ class FeatureActivationMap(LayerAttribution):
             method=self.get_name(),
             score_unit=self._rule().unit,
             rank_by=chosen.rank_by,
-        )
+        ).pictured(thumbnails(inputs))
 
     def fit(
         self,

@@ -25,7 +25,7 @@ from captum_concepts.attr.concept_fusion.trust import Curve, HeldOut, Trust, jud
 from captum_concepts.attr.concept_fusion.words import LINKS, TextBank, check_words, encode
 from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning, NotFittedError, did_you_mean
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
-from captum_concepts.images import ImageSource
+from captum_concepts.images import ImageSource, thumbnails
 from captum_concepts.models.concept_translator import Training
 from captum_concepts.vlm import check_encoder
 
@@ -403,7 +403,7 @@ class ConceptFusionMap(LayerAttribution):
             contribution_unit="relative drop of the class probability" if contributions else "",
             rank_by=selection.rank_by,
             image_names=image_names(inputs),
-        )
+        ).pictured(thumbnails(inputs))
 
     # ------------------------------------------------------------ fit, words, options, files
 

@@ -54,7 +54,7 @@ from captum_concepts.attr.spatial_acv.fit import FitOptions, FittedVectors, fit_
 from captum_concepts.attr.spatial_acv.sweep import LayerSweep, sweep
 from captum_concepts.errors import InputError, InputWarning, LayerError, NotFittedError, listing
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
-from captum_concepts.images import ImageSource
+from captum_concepts.images import ImageSource, thumbnails
 from captum_concepts.solvers import fit_calibration, truth_table
 
 _FORMAT = "captum_concepts.SpatialACV/2"
@@ -623,7 +623,7 @@ class SpatialACV(LayerAttribution):
             score_unit="probability",
             contribution_unit="output per unit of activation" if contributions else "",
             rank_by=chosen.rank_by,
-        )
+        ).pictured(thumbnails(inputs))
 
     def calibrate(
         self,
