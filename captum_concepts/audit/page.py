@@ -78,7 +78,7 @@ def _classes(audit: ConceptAudit) -> list[dict[str, Any]]:
     for name in audit.class_names:
         rows = [row for row in audit.drivers if row["class"] == name and row["where"] == "all"]
         known = [row for row in rows if not math.isnan(row["contribution"])]
-        known.sort(key=lambda row: -abs(row["contribution"]) * row["presence_rate"])
+        known.sort(key=lambda row: -abs(row["contribution"]) * row["n"])
         rows = known[:_DRIVERS] or sorted(rows, key=lambda row: -row["presence_rate"])[:_DRIVERS]
         if not rows:
             continue
