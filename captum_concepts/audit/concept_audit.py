@@ -70,6 +70,8 @@ class ConceptAudit:
             ``p`` (one-sided binomial, Holm-adjusted), ``n``. Strongest first.
         suspected: see :meth:`suspects`; None without labels.
         settings: how it was made.
+        maps: ``(S, 12, h, w)`` where the concept of each suspect is in its ``images`` and, from the seventh on, its
+            ``counterexamples``; NaN where there are fewer. None without suspects.
 
     Example:
         >>> audit = ConceptAudit.load("audit.safetensors")  # doctest: +SKIP
@@ -86,6 +88,7 @@ class ConceptAudit:
     errors: list[dict[str, Any]]
     suspected: tuple[Suspect, ...] | None
     settings: dict[str, Any]
+    maps: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of images."""
@@ -182,8 +185,7 @@ class ConceptAudit:
             "settings": self.settings,
         }
         tensors = self.rows.tensors()
-        if self.labels is not None:
-            tensors["labels"] = self.labels
+        tensors |= {name: value for name in ("labels", "maps") if (value := getattr(self, name)) is not None}
         return save_artifact(path, _FORMAT, info, tensors)
 
     @classmethod
@@ -205,13 +207,17 @@ class ConceptAudit:
                 "settings": mapping_of(anything),
             }
         )
-        arrays = ARRAYS | {"labels": Array("integer", ("N",), optional=True)}
+        arrays = ARRAYS | {
+            "labels": Array("integer", ("N",), optional=True),
+            "maps": Array("float", ("S", 2 * _SHOWN, None, None), optional=True),
+        }
 
         def sizes(info: dict[str, Any]) -> dict[str, int]:
-            return {"N": len(info["image_names"]), "C": len(info["class_names"]), "T": len(info["concepts"])}
+            counts = {"N": len(info["image_names"]), "C": len(info["class_names"]), "T": len(info["concepts"])}
+            return counts | {"S": len(info["suspected"] or ())}
 
         with open_artifact(path, _FORMAT, "a saved audit", info=schema, arrays=arrays, sizes=sizes) as (info, tensors):
-            labels = tensors.pop("labels", None)
+            labels, maps = tensors.pop("labels", None), tensors.pop("maps", None)
             suspected = info["suspected"]
             return cls(
                 info["class_names"],
@@ -223,6 +229,7 @@ class ConceptAudit:
                 _with_nan(info["errors"]),
                 None if suspected is None else tuple(_suspect(one) for one in _with_nan(suspected)),
                 info["settings"],
+                maps,
             )
 
     def report(self, path: str | os.PathLike[str], images: Any = None, *, title: str = "Concept audit") -> Path:
@@ -359,7 +366,7 @@ def audit_dataset(
         "not_told_apart": unclear,
     }
     rng = np.random.default_rng(seed)
-    suspected = None
+    suspected, maps = None, None
     if true is not None:
         if len(unclear) == len(concepts):
             warnings.warn(
@@ -372,6 +379,8 @@ def audit_dataset(
         suspected = tuple(
             _confirmed(s, explainer, source, rows, true, names, concepts, rng, batch_size) for s in suspected
         )
+        if suspected:
+            maps = torch.stack([_maps(s, explainer, source, batch_size) for s in suspected])
     return ConceptAudit(
         names,
         concepts,
@@ -382,6 +391,7 @@ def audit_dataset(
         [] if true is None else _errors(rows, true, names, concepts),
         suspected,
         settings,
+        maps,
     )
 
 
@@ -590,6 +600,19 @@ def _confirmed(
     ]
     effect = mean_effect(torch.cat(values).double().cpu().numpy(), rng, 1000)
     return replace(suspect, contribution=effect, confirmed=bool(effect.low > 0))
+
+
+def _maps(suspect: Suspect, explainer: Any, source: ImageSource, batch_size: int) -> Tensor:
+    """``(12, h, w)``: where the concept is in the images that are shown."""
+    device = _one(explainer, source).device
+    found = [[], []]  # type: list[list[Tensor]]
+    for side, chosen in zip(found, (suspect.images, suspect.counterexamples), strict=True):
+        for part in batches(source.select(chosen), batch_size, device=device):
+            side += explainer.concept_maps(part.images, concepts=[suspect.concept])[:, 0].detach().float().cpu()
+    maps = torch.full((2 * _SHOWN, *found[0][0].shape), torch.nan)
+    for start, side in zip((0, _SHOWN), found, strict=True):
+        maps[start : start + len(side)] = torch.stack(side)
+    return maps
 
 
 def _suspect(info: dict[str, Any]) -> Suspect:

@@ -117,8 +117,8 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
             probabilities = class_probabilities(explainer, inputs)
         moved = made.contributions[:, order].float().cpu()
         values = moved if made.rank_by == "contributions" else scores
-        kept = Selection.of(values, top_k, made.rank_by).index.cpu()
-        contributions.scatter_(1, kept, moved.gather(1, kept))
+        strongest = Selection.of(values, top_k, made.rank_by).index.cpu()
+        contributions.scatter_(1, strongest, moved.gather(1, strongest))
     else:
         probabilities = class_probabilities(explainer, inputs)
         scores, presence = explainer.scores(inputs), _presence(explainer, inputs)
@@ -129,8 +129,8 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
                 contributions[:, columns] = made.contributions.float().cpu()
     codes = torch.stack([torch.frombuffer(bytearray(digest(x, 16)), dtype=torch.uint8) for x in inputs])
     unknown = torch.full_like(scores, torch.nan, dtype=torch.float32) if presence is None else presence
-    values = (value.detach().float().cpu() for value in (probabilities, scores, unknown, contributions))
-    return Rows(*values, codes)
+    kept = [value.detach().float().cpu() for value in (probabilities, scores, unknown, contributions)]
+    return Rows(*kept, codes)
 
 
 @contextlib.contextmanager

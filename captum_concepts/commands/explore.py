@@ -66,7 +66,8 @@ class AuditSettings(ExplainerSettings):
     """What ``audit`` was asked to do; every field is an option of the command line.
 
     Args:
-        data: a folder, with one folder of images per class where labels are known.
+        data: a folder, with one folder of images per class where labels are known. Where nothing tells the names of the
+            outputs (``classes``, or the model), the folders number them in order.
         output: the HTML page.
         save: also keep the audit as a file, for ``against``.
         against: a saved audit of the same images to compare with.
@@ -111,6 +112,19 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
         folders = class_folders(settings.data)
     except InputError:
         folders = {}
+    names = explainer.class_names
+    if (
+        folders
+        and settings.classes is None
+        and not loaded.classes
+        and getattr(explainer.method, "class_names", None) is None
+    ):
+        if names is not None and len(names) != len(folders):
+            raise InputError(
+                f"{settings.data} has {len(folders)} class folders and the model {len(names)} outputs; give --classes "
+                "FILE with the names of the outputs, which the folders bear"
+            )
+        names = list(folders)  # in order, as torchvision's ImageFolder numbers them
     paths = [path for files in folders.values() for path in files] or find_images([settings.data])
     labels = [name for name, files in folders.items() for _ in files] or None
     shown = loaded.open(paths, labels=labels if labels is not None else False)
@@ -118,7 +132,7 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
     audit = audit_dataset(
         explainer.method,
         prepared,
-        class_names=explainer.class_names,
+        class_names=names,
         alpha=settings.alpha,
         min_effect=settings.min_effect,
         top_k=settings.top_k,

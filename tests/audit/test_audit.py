@@ -426,6 +426,7 @@ class TestRuns:
         assert again.suspects() == audit.suspects()
         assert json.dumps(again.drivers) == json.dumps(audit.drivers)
         assert again.errors == audit.errors
+        assert torch.equal(again.maps, audit.maps)
         assert torch.equal(again.labels, audit.labels)
         path.write_bytes(path.read_bytes()[:300])
         with pytest.raises(ArtifactError):
@@ -447,6 +448,11 @@ class TestRuns:
         audit = audited(2.5, class_names=["<b>a", "b"])
         path = audit.report(tmp_path / "audit.html", images.clamp(0, 1), title="<script>")
         html = path.read_text()
+        assert audit.maps.shape == (2, 12, 2, 2)
+        suspect = audit.suspects()[1]
+        here = Truth(Net(2.5)).concept_maps(images[list(suspect.counterexamples)], [suspect.concept])
+        torch.testing.assert_close(audit.maps[1, 6 : 6 + len(here)], here[:, 0])
+        assert "and where it is" in html
         assert "<script" not in html
         assert "<b>a" not in html
         assert html.count("confirmed by ablation") == 2

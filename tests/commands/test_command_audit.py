@@ -1,9 +1,8 @@
-"""`audit` and `explore`: what they write, say and return, of folders of images on disk."""
+"""`audit`: what it writes, says and returns, of a folder of images on disk."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from captum_concepts import SpatialACV, audit_dataset
 from captum_concepts.__main__ import main
 from captum_concepts.audit import ConceptAudit
-from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.images import load_image
 
 # Red and blue disks; `lean` of the evidence is the ground, light or dark.
@@ -45,7 +42,7 @@ def biased():
 def fair():
     return Net(0.0)
 """
-CLASSES = ("red disk", "blue disk")
+CLASSES = ("red disk", "blue disk")  # as the outputs are, not as folders are sorted
 
 
 def disk(generator: torch.Generator, color: int, light: bool) -> torch.Tensor:
@@ -70,6 +67,7 @@ def folder(tmp_path_factory) -> Path:
     """A model file, ``val`` with a folder per class and one broken file, and vectors of both grounds and disks."""
     root = tmp_path_factory.mktemp("audit")
     (root / "net.py").write_text(MODEL)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
     g = torch.Generator().manual_seed(0)
     for k, name in enumerate(CLASSES):
         for i in range(60):
@@ -86,13 +84,15 @@ def folder(tmp_path_factory) -> Path:
     }
     for name in ("biased", "fair"):
         noise = 0.04 * torch.rand(12, 3, 16, 16, generator=g)
-        acv = SpatialACV(getattr(net, name)(), "act").fit({key: value + noise for key, value in examples.items()})
+        acv = SpatialACV(getattr(net, name)(), "colors").fit({key: value + noise for key, value in examples.items()})
         acv.save(root / f"{name}.safetensors")
     return root
 
 
 def audit(folder: Path, tmp_path: Path, which: str = "biased", *more: str) -> list[str]:
     given = ["--model", f"{folder}/net.py:{which}", "--explainer", str(folder / f"{which}.safetensors"), "--size", "32"]
+    if "--classes" not in more:
+        given += ["--classes", str(folder / "classes.txt")]
     return ["audit", str(folder / "val"), *given, "--output", str(tmp_path / "audit.html"), *more]
 
 
@@ -100,7 +100,7 @@ class TestAudit:
     def test_page_file_json_and_the_broken_image(self, folder, tmp_path, capsys):
         code = main(audit(folder, tmp_path, "biased", "--save", str(tmp_path / "a.safetensors"), "--json"))
         said = capsys.readouterr()
-        assert code == 1  # the broken file
+        assert code == 1, said.err  # the broken file
         assert "broken.png" in said.err
         made = json.loads(said.out)
         assert made["images"] == 120
@@ -127,8 +127,8 @@ class TestAudit:
         labels = [CLASSES.index(path.parent.name) for path in files]
         images = torch.stack([load_image(path) for path in files])
         mine = audit_dataset(acv, images, labels=labels, class_names=kept.class_names)
-        numbers = [[(s.raises, s.lowers) for s in one.suspects()] for one in (kept, mine)]
-        torch.testing.assert_close(torch.tensor(numbers[0]), torch.tensor(numbers[1]))
+        both = [{(s.class_name, s.concept): (s.raises, s.lowers) for s in one.suspects()} for one in (kept, mine)]
+        assert {k: pytest.approx(v) for k, v in both[0].items()} == both[1]
 
     def test_against_and_fail_on(self, folder, tmp_path, capsys):
         kept = str(tmp_path / "fair.safetensors")
@@ -159,6 +159,24 @@ class TestAudit:
         assert main(audit(folder, tmp_path, "biased", *more)) == 2
         assert message in capsys.readouterr().err
 
+    def test_names_of_outputs_and_folders(self, folder, tmp_path, capsys):
+        """Folders number the outputs, unless a file names them."""
+        kept = str(tmp_path / "a.safetensors")
+        for order in (CLASSES, CLASSES[::-1]):
+            (tmp_path / "names.txt").write_text("\n".join(order))
+            main(audit(folder, tmp_path, "fair", "--classes", str(tmp_path / "names.txt"), "--save", kept))
+            named = ConceptAudit.load(kept)
+            assert named.class_names == list(order)
+            assert named.accuracy == (1.0 if order == CLASSES else 0.0)
+        alone = [*audit(folder, tmp_path, "fair", "--classes")[:-1], "--save", kept]
+        main(alone)
+        assert ConceptAudit.load(kept).class_names == sorted(CLASSES)
+        shutil.copytree(folder / "val", tmp_path / "val")
+        shutil.copytree(folder / "val" / CLASSES[0], tmp_path / "val" / "green disk")
+        capsys.readouterr()
+        assert main([alone[0], str(tmp_path / "val"), *alone[2:]]) == 2
+        assert "3 class folders and the model 2 outputs; give --classes" in capsys.readouterr().err
+
     def test_without_class_folders_there_is_nothing_to_suspect(self, folder, tmp_path, capsys):
         flat = tmp_path / "flat"
         flat.mkdir()
@@ -181,44 +199,3 @@ class TestAudit:
         assert done.stdout.count("ConceptAudit(") == 1, done.stderr
         assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
         assert (tmp_path / "audit.html").read_bytes() == page
-
-
-class TestExplore:
-    @pytest.fixture(scope="class")
-    def scenes(self, tmp_path_factory) -> Path:
-        folder = tmp_path_factory.mktemp("scenes")
-        for i, image in enumerate(CaptionedScenes(5, seed=78, size=64).stack().image):
-            save(F.interpolate(image[None], (80, 64))[0], folder / f"{i}.png")
-        (folder / "broken.png").write_bytes(b"nothing")
-        return folder
-
-    def test_a_page_of_concept_vectors(self, folder, tmp_path, capsys):
-        images = folder / "val" / CLASSES[1]
-        given = ["--model", f"{folder}/net.py:biased", "--explainer", str(folder / "biased.safetensors")]
-        out = tmp_path / "new" / "page.html"
-        command = ["explore", str(images), *given, "--size", "32", "--output", str(out), "--title", "<disks>"]
-        assert main([*command, "--json"]) == 1
-        said = capsys.readouterr()
-        assert json.loads(said.out)["images"] == 60
-        assert "broken.png" in said.err
-        html = out.read_text()
-        assert "&lt;disks&gt;" in html
-        assert len(re.findall(r"data:image/", html)) >= 60
-
-    def test_outputs_of_the_bundled_classifier(self, scenes, tmp_path, capsys):
-        out = tmp_path / "page.html"
-        assert main(["explore", str(scenes), "--model", "demo:classifier", "--output", str(out)]) == 1
-        assert "5 images to explore in" in capsys.readouterr().out
-        assert "striped circle" in out.read_text()
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["nowhere"], "nowhere"),
-            ([".", "--output", "."], "is a folder"),
-        ],
-    )
-    def test_what_is_wrong_is_said(self, arguments, message, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        assert main(["explore", "--output", "page.html", "--model", "demo:classifier", *arguments]) == 2
-        assert message in capsys.readouterr().err

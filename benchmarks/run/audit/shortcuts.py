@@ -178,8 +178,8 @@ class Reader:
     def presence(self, inputs: Any) -> Tensor | None:
         return None if self._presence is None else self._presence(inputs)
 
-    def concept_maps(self, inputs: Any, concepts: Any = None) -> Tensor:
-        raise NotImplementedError("an audit needs none")
+    def concept_maps(self, inputs: Any, concepts: Any = None) -> Tensor:  # noqa: ARG002
+        return torch.zeros(len(inputs), 1, 1, 1)
 
     def explain(self, inputs: Any, target: Any = None, **options: Any) -> ConceptExplanation:
         raise NotImplementedError("an audit of what and where alone needs none")
@@ -216,10 +216,13 @@ def vectors(model: nn.Module, layer: str, *, marked: bool) -> SpatialACV:
             if mask[y : y + 24, x : x + 24].all()
         ]
         examples[word] = F.interpolate(torch.stack(whole[:40]), (32, 32), mode="bilinear")
-    if marked:
-        examples["mark"] = mark(known.image)[:40, :, -12:, -12:]
-        examples["mark"] = F.interpolate(examples["mark"], (32, 32), mode="bilinear")
-    return SpatialACV(model, layer, batch_size=100).fit(examples)
+    if not marked:
+        return SpatialACV(model, layer, batch_size=100).fit(examples)
+    # Corners with the mark; images like those to be explained, without it, tell what it is not.
+    corners = F.interpolate(mark(known.image)[:60, :, -12:, -12:], (16, 16), mode="bilinear")
+    return SpatialACV(model, layer, batch_size=100).fit(
+        {word: examples[word] for word in data.concept_groups["ground"]} | {"mark": corners}, known.image[60:]
+    )
 
 
 def pairs_of(audit: Any) -> list[list[Any]]:
