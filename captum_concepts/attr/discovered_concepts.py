@@ -65,6 +65,9 @@ class DiscoveredConcepts(LayerAttribution):
     Reference: deep feature factorization (Collins, Achanta and Suesstrunk, ECCV 2018, arXiv:1806.10206).
     """
 
+    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    explains_all_at_once = True
+
     def __init__(
         self,
         forward_func: Callable[..., Any],

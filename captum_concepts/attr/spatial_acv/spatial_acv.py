@@ -144,6 +144,9 @@ class SpatialACV(LayerAttribution):
         (True, [True])
     """
 
+    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    explains_all_at_once = True
+
     def __init__(
         self,
         forward_func: Callable[..., Any],

@@ -153,6 +153,9 @@ class SALFCBM(
     presence_slope: Tensor | None
     presence_offset: Tensor | None
 
+    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    explains_all_at_once = True
+
     def __init__(
         self,
         backbone: nn.Module,
