@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts._checks import take_rows
+from captum_concepts._undo import evaluation_mode, hooked, unharming
 from captum_concepts.activations.capture import (
     Inputs,
     batch_size,
     check_images,
-    evaluation_mode,
     first_tensor,
     forward_arguments,
     gradients_enabled,
-    hooked,
 )
 from captum_concepts.activations.layers import Layers, reaches_output, repeat_rows
 from captum_concepts.activations.layout import Layout
@@ -42,6 +41,7 @@ class SurveyedLayer:
     layout: Layout
 
 
+@unharming
 def survey_layers(
     forward_func: Callable[..., Any], inputs: Inputs, *, additional_forward_args: Any = None
 ) -> list[SurveyedLayer]:
@@ -61,6 +61,7 @@ def survey_layers(
     return [layer for layer, _, _ in _survey(forward_func, inputs, additional_forward_args)]
 
 
+@unharming
 def suggest_layer(
     forward_func: Callable[..., Any],
     inputs: Inputs,
@@ -94,6 +95,7 @@ def suggest_layer(
     )
 
 
+@unharming
 def suggest_stages(
     forward_func: Callable[..., Any], inputs: Inputs, most: int = 4, *, additional_forward_args: Any = None
 ) -> list[str]:

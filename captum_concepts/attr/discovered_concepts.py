@@ -24,6 +24,7 @@ from captum_concepts._artifacts import (
 )
 from captum_concepts._captum import LayerAttribution, log_usage, output_tensor, select_output, target_indices
 from captum_concepts._checks import integer, name_positions, take_rows, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.activations import check_images, find_model, full_precision, gradients_enabled
 from captum_concepts.activations.layers import Layer, Layers
 from captum_concepts.concepts import embed_texts
@@ -37,6 +38,7 @@ _SWEEPS = 60  # of coordinate descent for the weights of a position, from zero: 
 UNNAMED = "unnamed"
 
 
+@unharming
 class DiscoveredConcepts(LayerAttribution):
     r"""Concepts that :func:`discover_concepts` found in a layer: where each is, and how much it moves an output.
 
@@ -282,6 +284,7 @@ class DiscoveredConcepts(LayerAttribution):
         return moved.detach(), weights, chosen
 
 
+@unharming
 def discover_concepts(
     forward_func: Callable[..., Any],
     layer: Layer,

@@ -26,6 +26,7 @@ from captum_concepts._artifacts import (
 from captum_concepts._captum import LayerAttribution, log_usage, target_indices
 from captum_concepts._checks import integer, one_of, unique_names
 from captum_concepts._memory import Halving
+from captum_concepts._undo import unharming, watching
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -213,7 +214,8 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
         exact: differentiate at the output itself (a user's own similarity).
     """
     examples = check_images(inputs)[0].shape[0]
-    with _Rows(examples) as rows:
+    rows = _Rows(examples)
+    with watching(rows):
         seen = layers.run(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
     output = embedding_of(seen.output)
     maps, embedding = full_precision(seen.maps[0].detach()), full_precision(output.detach())
@@ -336,6 +338,7 @@ def normalized(contribution: Tensor, how: str) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- the method
 
 
+@unharming
 class FeatureActivationMap(LayerAttribution):
     r"""Where in the image the similarity to a reference embedding comes from (FAM).
 

@@ -25,6 +25,7 @@ from captum_concepts._artifacts import (
 )
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import integer, number, one_of, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.audit.rows import (
     Rows,
     class_probabilities,
@@ -241,6 +242,7 @@ class ConceptAudit:
         return "\n".join(lines)
 
 
+@unharming
 def audit_dataset(
     explainer: ConceptExplainer,
     data: Any,

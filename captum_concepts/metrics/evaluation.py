@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._checks import one_of, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.explanation import ConceptExplainer, ConceptExplanation
 from captum_concepts.metrics import streaming_maps as m, streaming_scores as s, streaming_words as w
@@ -60,6 +61,7 @@ class _Function(ExampleMetric):
         return self.function(maps, masks)
 
 
+@unharming
 def evaluate(
     explainers: Any,
     data: Iterable[Any],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from captum_concepts._captum import LayerAttribution, log_usage, target_indices
 from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.activations import Inputs, Layer, Layers, find_model, gradients_enabled
 from captum_concepts.attr.batches import as_inputs, count, image_names
 from captum_concepts.attr.concept_fusion import ablation, file
@@ -61,6 +62,7 @@ def _of_an_instance(method: Method) -> Method:
     return called  # type: ignore[return-value]
 
 
+@unharming
 class ConceptFusionMap(LayerAttribution):
     r"""Zero-shot concept scores, maps and contributions for a trained classifier (CE-FAM).
 

@@ -27,6 +27,7 @@ from captum_concepts._artifacts import (
 )
 from captum_concepts._captum import LayerAttribution, log_usage, select_output
 from captum_concepts._checks import integer, name_positions, number, one_of, take_rows
+from captum_concepts._undo import unharming
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -84,6 +85,7 @@ _RENAMED = {
 }
 
 
+@unharming
 class SpatialACV(LayerAttribution):
     r"""Spatial Activation Concept Vectors (SACV): TCAV, position by position.
 

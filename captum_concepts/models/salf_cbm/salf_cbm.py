@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import integer, name_positions, one_of, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.activations import (
     LAYOUTS,
     Layer,
@@ -67,6 +68,7 @@ class _Seen(NamedTuple):
     logits: Tensor
 
 
+@unharming
 class SALFCBM(
     nn.Module,
     PyTorchModelHubMixin,

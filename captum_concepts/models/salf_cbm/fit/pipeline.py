@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._undo import unharming
 from captum_concepts.activations import Layer, evaluation_mode, layer_name
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError
@@ -53,6 +54,7 @@ from captum_concepts.vlm import Regions, check_encoder
 Transform = Callable[[Tensor], Tensor]
 
 
+@unharming
 def fit_salf_cbm(
     backbone: nn.Module,
     layer: Layer,
