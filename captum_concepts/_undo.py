@@ -165,7 +165,7 @@ class _Hook:
             tables.append((module._forward_hooks, module._forward_hooks_with_kwargs))
             tables.append((module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs))
         for hooks, marks in tables:
-            for key in [key for key, hook in hooks.items() if hook is self]:
+            for key in [key for key, hook in list(hooks.items()) if hook is self]:
                 marks.pop(key, None)
                 hooks.pop(key, None)
 
