@@ -26,7 +26,14 @@ from torch.overrides import TorchFunctionMode
 
 from captum_concepts._captum import output_tensor
 from captum_concepts._undo import evaluation_mode, hooked, undone, unharming, watching
-from captum_concepts.errors import InputError, InputWarning, LayerError, LayoutError, listing
+from captum_concepts.errors import (
+    CaptumConceptsError,
+    InputError,
+    InputWarning,
+    LayerError,
+    LayoutError,
+    listing,
+)
 
 Inputs = Tensor | tuple[Tensor, ...]
 
@@ -174,11 +181,18 @@ def capture_modules(
 
 
 _CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
+#: What networks say of images of a size that they do not take: torch's layers, torchvision, timm, transformers.
+_SIZE = re.compile(
+    r"[Kk]ernel size can't be greater|[Oo]utput size is too small|shapes cannot be multiplied|"
+    r"[Pp]adding size should be less|(height|width|size).{0,40}(doesn't|does not|must) match|"
+    r"Wrong image (height|width)|size of tensor a \(\d+\) must match",
+    re.DOTALL,
+)
 
 
 @contextmanager
 def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) -> Iterator[None]:
-    """A context for a forward pass: torch's errors about channels or dtype of the images, in terms of the images.
+    """A context for a forward pass: errors about channels, dtype or size of the images, in terms of the images.
 
     Args:
         arguments: of the model.
@@ -189,9 +203,17 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        if isinstance(error, CaptumConceptsError):
+            raise
+        said = str(error)
+        if isinstance(error, TypeError) and "positional argument" in said:
+            raise InputError(
+                f"the model cannot be called with {len(arguments)} tensors ({said[:200]}); a tuple of inputs is one "
+                "argument each, several images are one tensor (N, C, H, W)"
+            ) from error
         for images in (a for a in arguments if isinstance(a, Tensor) and a.ndim == 4 and a.is_floating_point()):
-            found = _CHANNELS.search(str(error))
+            found = _CHANNELS.search(said)
             if found and int(found[2]) == images.shape[1]:
                 raise InputError(
                     f"inputs of shape {tuple(images.shape)} have {found[2]} channels, (N, C, H, W), where the model "
@@ -201,8 +223,12 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
             if dtypes and images.dtype not in dtypes:
                 kinds = ", ".join(sorted(map(str, dtypes)))
                 raise InputError(
-                    f"inputs are {images.dtype} and the model's weights {kinds} ({str(error)[:200]}); convert one of "
-                    "them"
+                    f"inputs are {images.dtype} and the model's weights {kinds} ({said[:200]}); convert one of them"
+                ) from error
+            if _SIZE.search(said):
+                raise InputError(
+                    f"the model does not take images of {images.shape[2]} x {images.shape[3]} pixels ({said[:200]}); "
+                    "resize them to a size that it takes"
                 ) from error
         raise
 
@@ -450,6 +476,8 @@ def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
             f"inputs must be a torch.Tensor or a tuple of tensors, got {listing(kinds)}; make one batch (N, 3, H, W), "
             "for example torch.stack(images) of tensors"
         )
+    if any(part.layout != torch.strided or part.is_meta for part in parts):
+        raise InputError("inputs must be dense tensors with values; got a sparse one, or one on the meta device")
     images = next((part for part in parts if part.ndim == 4), parts[0])
     if images.ndim == 0 or images.numel() == 0:
         raise InputError(f"inputs of shape {tuple(images.shape)} contain no example; pass a batch (N, 3, H, W)")

@@ -41,7 +41,7 @@ from captum_concepts.activations import (
     gradients_enabled,
     input_errors,
 )
-from captum_concepts.attr.batches import as_inputs, count, each_batch, image_names, opened, placed
+from captum_concepts.attr.batches import as_inputs, count, each_batch, image_names, joined, opened, placed
 from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.errors import InputError, InputWarning, NotFittedError, listing
 from captum_concepts.explanation import ConceptExplanation, Selection
@@ -472,7 +472,7 @@ class FeatureActivationMap(LayerAttribution):
                 best = rule.scores(run.embedding, bank).argmax(1) if goal is None else goal.to(bank.device)
                 return self._map(run, bank[best])[:, None]
 
-        return torch.cat(self._each(maps, inputs, additional_forward_args, index)).contiguous()
+        return joined(self._each(maps, inputs, additional_forward_args, index)).contiguous()
 
     def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)`` similarities to the references: cosine in [-1, 1], euclidean in (-inf, 0]."""
@@ -732,7 +732,7 @@ class FeatureActivationMap(LayerAttribution):
                 maps = torch.stack([self._map(run, bank[column]) for column in index.T], 1)
             return scores, maps
 
-        scores, maps = map(torch.cat, zip(*self._each(part, inputs, extra, None), strict=True))
+        scores, maps = map(joined, zip(*self._each(part, inputs, extra, None), strict=True))
         return Selection.choose(names, scores, concepts=concepts, top_k=top_k), scores, maps, scores.argmax(1)
 
     def _map(self, run: _Pass, references: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from captum_concepts.audit.rows import (
     collect_rows,
     concept_presence,
     model_of,
+    placed,
     prepared_folder,
 )
 from captum_concepts.audit.statistics import (
@@ -305,12 +306,12 @@ def audit_dataset(
     if not len(source):
         raise InputError("data contains no images")
     known = class_names if class_names is not None else getattr(explainer, "class_names", None) or source.class_names
-    outputs = class_probabilities(explainer, _one(explainer, source)).shape[1]
+    outputs = class_probabilities(explainer, placed(explainer, source[0][None])).shape[1]
     names = [str(k) for k in range(outputs)] if known is None else [str(name) for name in known]
     if len(names) != outputs:
         raise InputError(f"{len(names)} class_names for a model with {outputs} outputs")
     true = _true_classes(source, names)
-    first = _one(explainer, source)
+    first = placed(explainer, source[0][None])
     probe = [*class_probabilities(explainer, first)[0].tolist(), *explainer.scores(first)[0].tolist()]
     settings: dict[str, Any] = {
         "explainer": str(getattr(explainer, "get_name", lambda: type(explainer).__name__)()),
@@ -356,13 +357,6 @@ def audit_dataset(
         suspected,
         settings,
     )
-
-
-def _one(explainer: Any, source: ImageSource) -> Tensor:
-    """The first image, as a batch on the model's device."""
-    parameter = next(getattr(model_of(explainer), "parameters", lambda: iter(()))(), None)
-    image = source[0][None]
-    return image if parameter is None else image.to(parameter.device)
 
 
 def _true_classes(source: ImageSource, names: Sequence[str]) -> Tensor | None:
@@ -528,7 +522,7 @@ def _confirmed(
     chosen = places[rows.probabilities[places, c].argsort(descending=True)][:24].tolist()
     if not chosen:
         return suspect
-    first = _one(explainer, source)
+    first = placed(explainer, source[0][None])
     values = [
         explainer.contributions(source[i][None].to(first.device), target=c, concepts=[suspect.concept])[0, 0]
         for i in chosen

@@ -67,6 +67,12 @@ def model_of(explainer: Any) -> Callable[[Tensor], Any]:
     return found
 
 
+def placed(explainer: Any, images: Tensor) -> Tensor:
+    """``images`` on the device and in the dtype of the explainer's model."""
+    parameters = getattr(model_of(explainer), "parameters", lambda: iter(()))()
+    return images.to(next((p for p in parameters if p.is_floating_point()), images))
+
+
 @torch.no_grad()
 def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
     """``(N, C)``: softmax of the model's outputs, or the outputs themselves where they are probabilities already.
@@ -75,10 +81,11 @@ def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
         InputError: the outputs are not ``(N, C)`` of at least two classes.
     """
     from captum_concepts._captum import output_tensor
-    from captum_concepts.activations import evaluation_mode, find_model
+    from captum_concepts.activations import evaluation_mode, find_model, input_errors
 
     function = model_of(explainer)
-    with evaluation_mode(find_model(function)):
+    model = find_model(function)
+    with evaluation_mode(model), input_errors((inputs,), None if model is None else model.modules()):
         outputs = output_tensor(function(inputs))
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise InputError(f"an audit needs a classifier with outputs (N, classes), got {tuple(outputs.shape)}")
@@ -141,10 +148,9 @@ def collect_rows(
 
 def _part(explainer: Any, source: ImageSource, top_k: int | None, batch_size: int) -> Rows:
     names = list(explainer.concepts)
-    device = next((p.device for p in getattr(model_of(explainer), "parameters", lambda: iter(()))()), None)
     kept: dict[str, list[Tensor]] = {name: [] for name in _ARRAYS}
-    for batch in batches(source, batch_size, device=device):
-        inputs = batch.images
+    for batch in batches(source, batch_size):
+        inputs = placed(explainer, batch.images)
         probabilities = class_probabilities(explainer, inputs)
         presence = concept_presence(explainer, inputs)
         if presence is None:

@@ -40,7 +40,7 @@ from captum_concepts.activations import (
     unwrap,
 )
 from captum_concepts.activations.survey import followed_by_linear, suggest_layer
-from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, opened
+from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, joined, opened
 from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.attr.spatial_acv.evidence import (
     LEAST_SHARE,
@@ -393,7 +393,7 @@ class SpatialACV(LayerAttribution):
             def every(part: Inputs, extra: Any, goal: Any) -> Tensor:
                 return _all_channels(asked, part, extra, goal, attribute_to_layer_input)
 
-            return torch.cat(self._each(every, inputs, additional_forward_args, target)).contiguous()
+            return joined(self._each(every, inputs, additional_forward_args, target)).contiguous()
         fitted, layers = self._need_fit(), self._layers()
         if bool(attribute_to_layer_input) != fitted.of_input:
             raise InputError(
@@ -408,7 +408,7 @@ class SpatialACV(LayerAttribution):
             _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=False)
             return _project(gradient, fitted)
 
-        return torch.cat(self._each(sensitivity, inputs, additional_forward_args, target)).contiguous()
+        return joined(self._each(sensitivity, inputs, additional_forward_args, target)).contiguous()
 
     def contributions(
         self, inputs: Any, target: Any = None, concepts: Any = None, additional_forward_args: Any = None
@@ -456,7 +456,7 @@ class SpatialACV(LayerAttribution):
             projected = _project(_maps(layers, part, extra, fitted.of_input), fitted)
             return (fitted.probability(projected) if probability else projected)[:, columns]
 
-        return torch.cat(self._each(maps, inputs, additional_forward_args, None)).contiguous()
+        return joined(self._each(maps, inputs, additional_forward_args, None)).contiguous()
 
     def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)``: the probability that an image shows each concept.
@@ -518,7 +518,7 @@ class SpatialACV(LayerAttribution):
 
         inputs = as_inputs(inputs, layers.model)
         parts = each_batch(part, inputs, additional_forward_args, target, at_once, layers.model)
-        margins, effects, p_values, others, *index = (torch.cat(column) for column in zip(*parts, strict=True))
+        margins, effects, p_values, others, *index = (joined(column) for column in zip(*parts, strict=True))
         shares = effects / margins.abs().clamp_min(1e-12)[:, None]
         decides = (shares >= LEAST_SHARE) & (p_values < alpha) & (effects > others)
         return ConceptEvidence(
@@ -575,7 +575,7 @@ class SpatialACV(LayerAttribution):
             return (fitted.scores(projected), projected, sums, *([] if index is None else [index]))
 
         parts = self._each(part, inputs, additional_forward_args, target)
-        scores, maps, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        scores, maps, *rest = (joined(column) for column in zip(*parts, strict=True))
         values = rest[0] if rank_by == "contributions" else scores
         chosen = Selection.choose(
             fitted.names, self._demoted(values, rank_by), concepts=concepts, top_k=top_k, rank_by=rank_by

@@ -1266,3 +1266,5 @@ def _check_batch(inputs: Any) -> None:
             f"images must be a floating-point batch (N, C, H, W), got {tuple(inputs.shape)} of {inputs.dtype}"
             f"{hint or '; preprocess them as the backbone was trained'}"
         )
+    if inputs.layout != torch.strided:
+        raise InputError(f"images must be a dense tensor, got the layout {inputs.layout}")
