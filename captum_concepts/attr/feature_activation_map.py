@@ -28,6 +28,7 @@ from captum_concepts._artifacts import (
 from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
 from captum_concepts._checks import finite_images, integer, one_of, take_rows, unique_names
 from captum_concepts._memory import Halving
+from captum_concepts._undo import unharming, watching
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -43,7 +44,16 @@ from captum_concepts.activations import (
     input_errors,
 )
 from captum_concepts.attr import refinement
-from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, opened, placed
+from captum_concepts.attr.batches import (
+    as_inputs,
+    count,
+    each_batch,
+    first_example,
+    image_names,
+    joined,
+    opened,
+    placed,
+)
 from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.attr.refinement import Refine
 from captum_concepts.errors import InputError, InputWarning, NotFittedError, listing
@@ -223,7 +233,8 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
         exact: differentiate at the output itself (a user's own similarity).
     """
     examples = check_images(inputs)[0].shape[0]
-    with _Rows(examples) as rows:
+    rows = _Rows(examples)
+    with watching(rows):
         seen = layers.run(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
     output = embedding_of(seen.output)
     maps, embedding = full_precision(seen.maps[0].detach()), full_precision(output.detach())
@@ -346,6 +357,7 @@ def normalized(contribution: Tensor, how: str) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- the method
 
 
+@unharming
 class FeatureActivationMap(LayerAttribution):
     r"""Where in the image the similarity to a reference embedding comes from (FAM).
 
@@ -494,7 +506,7 @@ class FeatureActivationMap(LayerAttribution):
                 best = scores.argmax(1) if goal is None else goal.to(bank.device)
                 return self._maps(layers, run, bank, scores, best[:, None], part, extra, attribute_to_layer_input)
 
-        return torch.cat(self._each(maps, inputs, additional_forward_args, index)).contiguous()
+        return joined(self._each(maps, inputs, additional_forward_args, index)).contiguous()
 
     def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)`` similarities to the references: cosine in [-1, 1], euclidean in (-inf, 0]."""
@@ -760,7 +772,7 @@ class FeatureActivationMap(LayerAttribution):
                 index = Selection.choose(names, scores, concepts=concepts, top_k=top_k).index.to(bank.device)
                 return scores, self._maps(layers, run, bank, scores, index, images, more, False)
 
-        scores, maps = map(torch.cat, zip(*self._each(part, inputs, extra, None), strict=True))
+        scores, maps = map(joined, zip(*self._each(part, inputs, extra, None), strict=True))
         return Selection.choose(names, scores, concepts=concepts, top_k=top_k), scores, maps, scores.argmax(1)
 
     def _stages_too(self, layers: Layers, inputs: Inputs | ImageSource, extra: Any) -> Layers:

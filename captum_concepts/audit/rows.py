@@ -16,7 +16,7 @@ from torch import Tensor
 from captum_concepts._artifacts import Array, open_artifact, save_artifact
 from captum_concepts._captum import output_tensor
 from captum_concepts._checks import finite_images
-from captum_concepts.activations import evaluation_mode, find_model
+from captum_concepts.activations import evaluation_mode, find_model, input_errors
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.explanation import ContributionExplainer, Selection
 from captum_concepts.images import ImageSource, batches, digest
@@ -74,6 +74,12 @@ def model_of(explainer: Any) -> Callable[[Tensor], Any]:
     return found
 
 
+def placed(explainer: Any, images: Tensor) -> Tensor:
+    """``images`` on the device and in the dtype of the explainer's model."""
+    parameters = getattr(model_of(explainer), "parameters", lambda: iter(()))()
+    return images.to(next((p for p in parameters if p.is_floating_point()), images))
+
+
 @torch.no_grad()
 def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
     """``(N, C)``: softmax of the model's outputs, or the outputs themselves where they are probabilities already.
@@ -82,7 +88,8 @@ def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
         InputError: the outputs are not ``(N, C)`` of at least two classes.
     """
     function = model_of(explainer)
-    with evaluation_mode(find_model(function)):
+    model = find_model(function)
+    with evaluation_mode(model), input_errors((inputs,), None if model is None else model.modules()):
         return _probabilities(output_tensor(function(inputs)))
 
 
@@ -203,10 +210,9 @@ def collect_rows(
 
 
 def _part(explainer: Any, source: ImageSource, top_k: int | None, batch_size: int) -> Rows:
-    device = next((p.device for p in getattr(model_of(explainer), "parameters", lambda: iter(()))()), None)
     parts = []
-    for batch in batches(source, batch_size, device=device):
-        parts.append(look(explainer, batch.images, top_k))
+    for batch in batches(source, batch_size):
+        parts.append(look(explainer, placed(explainer, batch.images), top_k))
         finite_images(torch.cat([parts[-1].probabilities, parts[-1].scores], 1), batch.names, "the model's output")
     return Rows.join(parts)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._checks import integer, name_positions, number, one_of
+from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
 from captum_concepts.visualization.canvas import (
@@ -324,6 +325,7 @@ def _band(x0: float, y0: float, x1: float, y1: float, thick: float, positive: bo
     return PathPatch(Path(points, codes), facecolor=POSITIVE if positive else NEGATIVE, alpha=0.55, linewidth=0)
 
 
+@unharming
 def most_activating(
     explainer: ConceptExplainer,
     images: Any,

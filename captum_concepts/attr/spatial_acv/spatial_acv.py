@@ -28,6 +28,7 @@ from captum_concepts._artifacts import (
 )
 from captum_concepts._captum import LayerAttribution, layer_attribution, select_output
 from captum_concepts._checks import finite_images, integer, name_positions, number, one_of, take_rows
+from captum_concepts._undo import unharming
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -41,7 +42,7 @@ from captum_concepts.activations import (
 )
 from captum_concepts.activations.survey import followed_by_linear, suggest_layer
 from captum_concepts.attr import refinement
-from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, opened
+from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, joined, opened
 from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.attr.refinement import Refine
 from captum_concepts.attr.spatial_acv.evidence import (
@@ -88,6 +89,7 @@ _RENAMED = {
 }
 
 
+@unharming
 class SpatialACV(LayerAttribution):
     r"""Spatial Activation Concept Vectors (SACV): TCAV, position by position.
 
@@ -412,7 +414,7 @@ class SpatialACV(LayerAttribution):
             def every(part: Inputs, extra: Any, goal: Any) -> Tensor:
                 return _all_channels(asked, part, extra, goal, attribute_to_layer_input)
 
-            return torch.cat(self._each(every, inputs, additional_forward_args, target)).contiguous()
+            return joined(self._each(every, inputs, additional_forward_args, target)).contiguous()
         fitted, layers = self._need_fit(), self._layers()
         if bool(attribute_to_layer_input) != fitted.of_input:
             raise InputError(
@@ -427,7 +429,7 @@ class SpatialACV(LayerAttribution):
             _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=False)
             return _project(gradient, fitted)
 
-        return torch.cat(self._each(sensitivity, inputs, additional_forward_args, target)).contiguous()
+        return joined(self._each(sensitivity, inputs, additional_forward_args, target)).contiguous()
 
     def contributions(
         self, inputs: Any, target: Any = None, concepts: Any = None, additional_forward_args: Any = None
@@ -484,7 +486,7 @@ class SpatialACV(LayerAttribution):
                 return fitted.probability(projected)[:, columns]
             return self._drawn(layers, seen, projected, part, extra)[:, columns]
 
-        return torch.cat(self._each(maps, inputs, additional_forward_args, None)).contiguous()
+        return joined(self._each(maps, inputs, additional_forward_args, None)).contiguous()
 
     def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)``: the probability that an image shows each concept.
@@ -546,7 +548,7 @@ class SpatialACV(LayerAttribution):
 
         inputs = as_inputs(inputs, layers.model)
         parts = each_batch(part, inputs, additional_forward_args, target, at_once, layers.model)
-        margins, effects, p_values, others, *index = (torch.cat(column) for column in zip(*parts, strict=True))
+        margins, effects, p_values, others, *index = (joined(column) for column in zip(*parts, strict=True))
         shares = effects / margins.abs().clamp_min(1e-12)[:, None]
         decides = (shares >= LEAST_SHARE) & (p_values < alpha) & (effects > others)
         return ConceptEvidence(
@@ -606,7 +608,7 @@ class SpatialACV(LayerAttribution):
             return (fitted.scores(projected), self._drawn(layers, seen, projected, images, extra), *rest)
 
         parts = self._each(part, inputs, additional_forward_args, target)
-        scores, maps, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        scores, maps, *rest = (joined(column) for column in zip(*parts, strict=True))
         values = rest[0] if rank_by == "contributions" else scores
         chosen = Selection.choose(
             fitted.names, self._demoted(values, rank_by), concepts=concepts, top_k=top_k, rank_by=rank_by

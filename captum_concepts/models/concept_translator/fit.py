@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_concepts._checks import finite_images, integer, number, one_of
+from captum_concepts._undo import unharming
 from captum_concepts.errors import ConvergenceWarning, InputError, did_you_mean
 from captum_concepts.models.concept_translator.data import TrainingPairs, world
 from captum_concepts.models.concept_translator.network import ConceptTranslator
@@ -116,6 +117,7 @@ class FitResult:
     val_cosine: float = math.nan
 
 
+@unharming
 def fit_translator(
     translator: ConceptTranslator,
     pairs: TrainingPairs,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import finite_images, integer, name_positions, one_of, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.activations import (
     LAYOUTS,
     Layer,
@@ -67,6 +68,7 @@ class _Seen(NamedTuple):
     logits: Tensor
 
 
+@unharming
 class SALFCBM(
     nn.Module,
     PyTorchModelHubMixin,
@@ -1276,3 +1278,5 @@ def _check_batch(inputs: Any) -> None:
             f"images must be a floating-point batch (N, C, H, W), got {tuple(inputs.shape)} of {inputs.dtype}"
             f"{hint or '; preprocess them as the backbone was trained'}"
         )
+    if inputs.layout != torch.strided:
+        raise InputError(f"images must be a dense tensor, got the layout {inputs.layout}")
