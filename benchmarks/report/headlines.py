@@ -86,7 +86,8 @@ def _sacv_scenes(r: Record) -> list[Line]:
 def _regions(r: Record) -> list[Line]:
     rows = r["rows"]
     names = {
-        "published (auto layer)": "as published",
+        "published map and training, top-1": "published, top-1",
+        "published map and training, top-4": "published, top-4 (uses the mask)",
         "HiResCAM": "HiResCAM",
         "LayerCAM": "LayerCAM",
         "single channel (CLIP-Dissect": "CLIP-Dissect",
@@ -94,7 +95,11 @@ def _regions(r: Record) -> list[Line]:
         **BLIND,
     }
     return [
-        (f'CE-FAM, `layer="fused"`, words on COCO, {what}', bracketed(rows["fused"][key]), _beside(rows, key, names))
+        (
+            f'CE-FAM, `map_layer="fused"`, words on COCO, {what}',
+            bracketed(rows["fused"][key]),
+            _beside(rows, key, names),
+        )
         for key, what in (("nra", "NRA"), ("specificity", "specificity"))
     ]
 
@@ -105,7 +110,7 @@ def _words(r: Record) -> list[Line]:
         return []
     names = {"CLIP-Dissect, single channel": "CLIP-Dissect", "WWW, single channel": "WWW", **BLIND}
     return [
-        (f'CE-FAM, `layer="fused"`, words on scenes, {what}', bracketed(rows["CE-FAM, fused"][key]),
+        (f'CE-FAM, `map_layer="fused"`, words on scenes, {what}', bracketed(rows["CE-FAM, fused"][key]),
          _beside(rows, key, names))
         for key, what in (("nra", "NRA"), ("specificity", "specificity"))
         if "CE-FAM, fused" in rows
