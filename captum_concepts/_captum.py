@@ -59,7 +59,7 @@ def layer_attribution(attribute: Method) -> Method:
         maps = attribute(self, *args, **kwargs)
         return maps.relu() if relu_attributions else maps
 
-    return log_usage()(answered)  # type: ignore[no-any-return]
+    return log_usage()(answered)
 
 
 def output_tensor(output: Any) -> Tensor:

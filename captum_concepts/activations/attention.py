@@ -93,5 +93,5 @@ class _Softmaxes(TorchDispatchMode):
                 heads, left = divmod(len(weights), self.examples)
                 if heads and not left and result.shape[0] in (self.examples, len(weights)):
                     kept = (weights[:, 0].clone(), weights.mean(1))
-                    self.rows.append(tuple(x.unflatten(0, (self.examples, heads)) for x in kept))  # type: ignore[arg-type]
+                    self.rows.append(tuple(x.unflatten(0, (self.examples, heads)) for x in kept))
         return result

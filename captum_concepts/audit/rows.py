@@ -137,8 +137,8 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
                 contributions[:, columns] = made.contributions.float().cpu()
     codes = torch.stack([torch.frombuffer(bytearray(digest(x, 16)), dtype=torch.uint8) for x in inputs])
     unknown = torch.full_like(scores, torch.nan, dtype=torch.float32) if presence is None else presence
-    kept = [value.detach().float().cpu() for value in (probabilities, scores, unknown, contributions)]
-    return Rows(*kept, codes)
+    kept = dict(zip(ARRAYS, (probabilities, scores, unknown, contributions), strict=False))
+    return Rows(**{name: value.detach().float().cpu() for name, value in kept.items()}, digests=codes)
 
 
 @contextlib.contextmanager

@@ -379,14 +379,15 @@ def most_activating(
     for column, own, height in zip(columns, best, heights, strict=True):
         words = fit(names[column], 1.5, NAME, weight="bold")
         canvas.text(_MARGIN + label, top + height / 2 + 0.1, words, ha="right", va="center", fontweight="bold")
-        for j, (_, score, picture, inputs) in enumerate(own):
+        for j, one in enumerate(own):
+            picture = one.picture
             wide, high = picture_size(picture, cell_size)
             x = _MARGIN + label + 0.12 + j * (cell_size + 0.06) + (cell_size - wide) / 2
             large = at_print_size(picture, max(wide, high))
-            mask = _strong(explainer.concept_maps(inputs, [column])[0, 0], (large.shape[1], large.shape[2]))
+            mask = _strong(explainer.concept_maps(one.inputs, [column])[0, 0], (large.shape[1], large.shape[2]))
             axes = canvas.picture(x, top + 0.2, wide, high, large * torch.where(mask, 1.0, 0.4), names[column])
             canvas.outline(axes, [(a - 0.5, b - 0.5, c - 0.5, d - 0.5) for a, b, c, d in edges(mask)])
-            canvas.text(x + wide / 2, top + 0.18, Fitted(in_words(score), DETAIL), color=FAINT)
+            canvas.text(x + wide / 2, top + 0.18, Fitted(in_words(one.score), DETAIL), color=FAINT)
         top += height
     return canvas.figure
 

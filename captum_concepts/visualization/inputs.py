@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +82,8 @@ def shown_batches(
         yield Shown(inputs, pictures, list(batch.names) if named else None, labels)
 
 
-class Strong(NamedTuple):
+@dataclass(frozen=True)
+class Strong:
     """One of the images with the highest score of a concept: number, score, picture ``(3, H, W)`` as drawn, and
     ``(1, C, H, W)`` as the model takes it."""
 
