@@ -49,7 +49,32 @@ NRA: dict[str, Any] = {"baseline": "published", "signed": False, "thresholds": "
 INSERTION: dict[str, Any] = {"n_steps": 224, "baseline": "blur"}
 #: ``metrics.deletion`` of images of 224 pixels (RISE, BMVC 2018).
 DELETION: dict[str, Any] = {"n_steps": 224, "baseline": "zero"}
+#: ``FeatureActivationMap`` (FAM, 2023).
+FEATURE_ACTIVATION_MAP: dict[str, Any] = {
+    "similarity": "cosine",
+    "normalize": "minmax",
+    "weights": "contribution",
+    "refine": False,
+}
+#: ``SpatialACV.fit`` (SACV, 2022): the penalty of the authors' notebook and, up to a million, all rows; with
+#: ``SpatialACV(..., refine=False)``. The notebook fits a random 75 % of the rows.
+SPATIAL_ACV_FIT: dict[str, Any] = {"lam": "published", "max_rows": 1_000_000}
 #: ``metrics.average_drop`` and ``metrics.increase_in_confidence`` (Grad-CAM++, WACV 2018).
 AVERAGE_DROP: dict[str, Any] = {"scores": "probability", "baseline": "zero", "normalize": True}
 #: ``metrics.iou``, ``pixel_accuracy``, ``mean_iou``: the ImageNet-segmentation protocol (Chefer et al., CVPR 2021).
 SEGMENTATION: dict[str, Any] = {"threshold": "mean"}
+#: ``ConceptFusionMap`` (CE-FAM, ICCV 2025): the paper's map, scores, relevance and contributions.
+CONCEPT_FUSION_MAP: dict[str, Any] = {
+    "map_layer": "auto",
+    "gradient": "total",
+    "n_channels": 20,
+    "channel_share": 1.0,
+    "fill": "layer_mean",
+    "calibrated": False,
+}
+#: ``ConceptFusionMap.fit``: the paper's optimizer and loss. Images are not augmented anew in every epoch as in the
+#: authors' code: ``crops`` are drawn once for each image.
+CONCEPT_FUSION_FIT: dict[str, Any] = {
+    "training": {"optimizer": "sgd", "epochs": 150, "batch_size": 128, "patience": 4},
+    "similarity_weight": 1e-3,
+}

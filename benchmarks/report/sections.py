@@ -56,6 +56,11 @@ TOPICS = (
         "SpatialACV beside Captum's TCAV",
         "Both learn from the same guidance images on the same layer, in one process.",
     ),
+    Topic(
+        "sacv_scenes",
+        "SpatialACV against planted truth",
+        "Networks whose classes are textures, or grounds; presence and place on scenes. Needs no data.",
+    ),
     Topic("spatial_acv", "SpatialACV on real textures and photographs", render=show.textures),
     Topic(
         "concept_words",

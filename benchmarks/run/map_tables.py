@@ -118,7 +118,7 @@ def quality(
         images = regions.images[regions.index].to(device)
         # As published for normalised images, whose zero is the mean colour. Black would be a shape of its own: before
         # it, the map of another class scored better than the right one.
-        shared = {"target": regions.target, "batch_size": batch, "baseline": "mean"}
+        shared = {"target": regions.target, "batch_size": batch, "baseline": "mean", "scores": "raw"}  # cosines too
         heat = maps.to(images.device)
         values["average_drop"] = metrics.average_drop(score, images, heat, **shared).cpu()
         values["increase_in_confidence"] = metrics.increase_in_confidence(score, images, heat, **shared).cpu()
@@ -133,6 +133,7 @@ def measure(
     *,
     score: Callable[[Tensor], Tensor] | None = None,
     energy: Callable[[Tensor], Tensor] | None = None,
+    blind: Mapping[str, Explainer] | None = None,
     batch: int = 16,
     degrade: str | None = None,
     device: str = "cpu",
@@ -145,6 +146,7 @@ def measure(
         regions: what is explained.
         score: images -> ``(N, K)`` scores of every target, for the columns that change the image.
         energy: images -> activations ``(N, C, h, w)`` of the explained layer.
+        blind: name -> explainer that does not look at the target.
         batch: images at a time.
         degrade: the explainer that is made worse, the first by default; one that knows its target.
         device: where explainers, ``score`` and ``energy`` want their images.
@@ -167,8 +169,10 @@ def measure(
         kept.update({name: maps} if name == chosen else {})
     if energy is not None:
         with torch.no_grad():
-            blind = maps_of(lambda x, _: metrics.activation_energy(energy(x)), regions, regions.target, batch, device)
-        add("activation energy", blind, None, kind="blind")
+            found = maps_of(lambda x, _: metrics.activation_energy(energy(x)), regions, regions.target, batch, device)
+        add("activation energy", found, None, kind="blind")
+    for name, explainer in (blind or {}).items():
+        add(name, maps_of(explainer, regions, regions.target, batch, device), None, kind="blind")
     size = (56, 56)
     add("centre Gaussian", metrics.center_gaussian(len(regions), size), None, kind="blind")
     noise = torch.rand(len(regions), 7, 7, generator=torch.Generator().manual_seed(0))

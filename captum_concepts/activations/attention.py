@@ -94,5 +94,5 @@ class _Softmaxes(TorchDispatchMode):
                 whole = result.ndim == 3 or result.shape[0] == self.examples  # not the windows of each image
                 if heads and not left and whole:
                     kept = (weights[:, 0].clone(), weights.mean(1))
-                    self.rows.append(tuple(x.unflatten(0, (self.examples, heads)) for x in kept))  # type: ignore[arg-type]
+                    self.rows.append(tuple(x.unflatten(0, (self.examples, heads)) for x in kept))
         return result

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._checks import one_of, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError, InputWarning, did_you_mean
 from captum_concepts.explanation import ConceptExplainer, ConceptExplanation, ContributionExplainer
 from captum_concepts.images import preprocessing_of
@@ -64,6 +65,7 @@ class _Function(ExampleMetric):
         return self.function(maps, masks)
 
 
+@unharming
 def evaluate(
     explainers: Any,
     data: Iterable[Any],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._checks import integer, name_positions, number, one_of
+from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
 from captum_concepts.visualization.canvas import (
@@ -324,6 +325,7 @@ def _band(x0: float, y0: float, x1: float, y1: float, thick: float, positive: bo
     return PathPatch(Path(points, codes), facecolor=POSITIVE if positive else NEGATIVE, alpha=0.55, linewidth=0)
 
 
+@unharming
 def most_activating(
     explainer: ConceptExplainer,
     images: Any,
@@ -377,14 +379,15 @@ def most_activating(
     for column, own, height in zip(columns, best, heights, strict=True):
         words = fit(names[column], 1.5, NAME, weight="bold")
         canvas.text(_MARGIN + label, top + height / 2 + 0.1, words, ha="right", va="center", fontweight="bold")
-        for j, (_, score, picture, inputs) in enumerate(own):
+        for j, one in enumerate(own):
+            picture = one.picture
             wide, high = picture_size(picture, cell_size)
             x = _MARGIN + label + 0.12 + j * (cell_size + 0.06) + (cell_size - wide) / 2
             large = at_print_size(picture, max(wide, high))
-            mask = _strong(explainer.concept_maps(inputs, [column])[0, 0], (large.shape[1], large.shape[2]))
+            mask = _strong(explainer.concept_maps(one.inputs, [column])[0, 0], (large.shape[1], large.shape[2]))
             axes = canvas.picture(x, top + 0.2, wide, high, large * torch.where(mask, 1.0, 0.4), names[column])
             canvas.outline(axes, [(a - 0.5, b - 0.5, c - 0.5, d - 0.5) for a, b, c, d in edges(mask)])
-            canvas.text(x + wide / 2, top + 0.18, Fitted(in_words(score), DETAIL), color=FAINT)
+            canvas.text(x + wide / 2, top + 0.18, Fitted(in_words(one.score), DETAIL), color=FAINT)
         top += height
     return canvas.figure
 

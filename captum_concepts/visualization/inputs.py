@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 from captum_concepts._checks import integer, name_positions
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import ConceptExplainer
-from captum_concepts.images import ImageSource, batches, inputs_for, open_images
-from captum_concepts.visualization.overlay import as_image
+from captum_concepts.images import ImageSource, as_seen, batches, inputs_for, open_images
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Shown:
 
     Args:
         inputs: ``(n, C, H, W)`` for the model.
-        pictures: n images of :func:`as_image`, as they are drawn.
+        pictures: n images ``(3, H, W)`` in [0, 1], as they are drawn.
         names: one per image; None where they have none of their own.
         labels: the true classes, by index or name, or None.
     """
@@ -79,11 +78,12 @@ def shown_batches(
         labels = batch.labels
         if labels is not None and source.class_names is not None:
             labels = [source.class_names[one] if isinstance(one, int) else one for one in labels]
-        pictures = [_seen(image, source) for image in batch.images]
+        pictures = [as_seen(image, source.preprocessing) for image in batch.images]
         yield Shown(inputs, pictures, list(batch.names) if named else None, labels)
 
 
-class Strong(NamedTuple):
+@dataclass(frozen=True)
+class Strong:
     """One of the images with the highest score of a concept: number, score, picture ``(3, H, W)`` as drawn, and
     ``(1, C, H, W)`` as the model takes it."""
 
@@ -140,20 +140,3 @@ def strongest_images(
     if not seen:
         raise InputError("there is no image")
     return {names[column]: own for column, own in zip(columns, best, strict=True)}
-
-
-def _seen(image: Tensor, source: ImageSource) -> Tensor:
-    """An image before the model's normalization, for people to look at: one channel is gray, of more than three the
-    first three are shown; values of an unknown range are stretched to [0, 1]."""
-    image = image.detach().float().cpu()
-    if source.preprocessing is not None and not _in_range(image):
-        image = source.preprocessing.undo(image)
-    if image.shape[0] not in (1, 3):
-        image = image[: 3 if image.shape[0] > 3 else 1]
-    if not _in_range(image) and bool(image.isfinite().all()):
-        image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
-    return as_image(image)
-
-
-def _in_range(image: Tensor) -> bool:
-    return float(image.min()) > -0.1 and float(image.max()) < 1.1

@@ -204,7 +204,7 @@ def test_csv_json_and_markdown(tmp_path):
         no_interval.compare("nra", "<lambda>", "<lambda>")
     with pytest.raises(InputError, match="Did you mean"):
         table.row("a", "nar")
-    with pytest.raises(InputError, match="not the JSON"):
+    with pytest.raises(InputError, match="the JSON of an evaluation table"):
         metrics.EvaluationTable.from_json("{}")
 
 
