@@ -104,8 +104,8 @@ def evaluate(
             list or a generator of ``(inputs, masks)``, ``(inputs, masks, target)``, or dicts with these keys and, if
             wanted, ``ignore``, ``concepts`` and ``score_target``. Images ``(C, H, W)`` or ``(N, C, H, W)``; masks
             ``(H, W)`` or ``(T, H, W)``, with N in front for batches. ``concepts``: T names of the masks, or one name
-            for a single mask. ``target``: the output of the model, for ``attribute`` and ``score_fn``, never a concept's
-            number; ``score_target`` where ``score_fn`` has other outputs than what ``attribute`` explains. Single
+            for a single mask. ``target``: the output of the model, for ``attribute`` and ``score_fn``, never a concept;
+            ``score_target`` where ``score_fn`` has other outputs than what ``attribute`` explains. Single
             examples are put together while their shapes agree. ``masks`` may be None if no metric looks at them; an
             image without concepts, T = 0, is an example without values.
         metrics: names out of ``METRICS``, streaming metrics of this package (their state is not touched), or functions
