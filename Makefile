@@ -21,7 +21,7 @@ test-kernels: $(BIN)/.installed
 
 # Ten thousand damaged and forged files against every entry point (about an hour); `make test` tries 40 each.
 fuzz: $(BIN)/.installed
-	FUZZ=10000 $(TEST_ENV) $(BIN)/python -m pytest -n auto tests/contract/test_hostile_files.py
+	FUZZ=10000 $(TEST_ENV) $(BIN)/python -m pytest -n auto tests/contract/test_hostile_files.py tests/visualization/test_explorer.py
 
 # A thousand calls of every method, 300 of them with an exception in the middle; prints what is held afterwards.
 leaks: $(BIN)/.installed

@@ -383,7 +383,17 @@ def save_artifact(path: str | os.PathLike[str], kind: str, info: Mapping[str, An
 
     # Copies, because safetensors refuses tensors that share memory.
     whole = {name: v.detach().cpu().clone(memory_format=torch.contiguous_format) for name, v in tensors.items()}
-    return write_atomically(path, save(whole, metadata={"format": kind, _INFO: json.dumps(info)}))
+    return write_atomically(path, _ordered(save(whole, metadata={"format": kind, _INFO: json.dumps(info)})))
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same content gives the same bytes: safetensors writes its metadata in an order of chance."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    metadata = dict(sorted(header.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 @contextmanager

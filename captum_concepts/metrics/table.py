@@ -135,7 +135,7 @@ class EvaluationTable:
         differences = differences[~np.isnan(differences)]
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(differences, [tail, 1 - tail]) if len(differences) else (math.nan, math.nan)
-        if min(a["counted"], b["counted"]) < FEWEST:
+        if math.isnan(a["ci_low"]) or math.isnan(b["ci_low"]):  # too few examples, however many values each has
             low = high = math.nan
         return {"difference": a["value"] - b["value"], "ci_low": float(low), "ci_high": float(high)}
 

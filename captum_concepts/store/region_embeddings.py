@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_concepts._artifacts import check_json, number, table
+from captum_concepts._undo import unharming
 from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store import build as building
@@ -28,6 +29,7 @@ from captum_concepts.vlm import Regions
 _NOTES = table({}, {"error_bound": number(0, 1)})
 
 
+@unharming
 class RegionEmbeddingStore:
     """The embeddings I[n, ij] = E_img(x_n with region ij marked) / |...| of a data set, on disk.
 

@@ -216,6 +216,8 @@ def _is_prepared(images: Any) -> bool:
         return _is_prepared(images.dataset)
     if isinstance(images, (str, Path)):
         return False
+    if isinstance(images, dict):  # one batch
+        return _is_prepared(next((images[key] for key in reader.IMAGE_KEYS if key in images), None))
     if isinstance(images, IterableDataset):
         item = next(iter(images), None)
     elif not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):

@@ -197,6 +197,9 @@ def fit_head(
     .. math:: \frac1N \sum_n \mathrm{CE}(W c^*_n + b, y_n) + \lambda \left(\tfrac{1-\alpha}{2} \|W\|_F^2 +
         \alpha \|W\|_1\right)
 
+    The paper prints a sum over the images and an unsquared norm; its settings of ``lam`` belong to LF-CBM's code, which
+    has the mean and the square written here.
+
     Args:
         activations: ``(N, M)`` tensor, array, or re-iterable of chunks, not standardized; this process' rows under
             ``torch.distributed``.

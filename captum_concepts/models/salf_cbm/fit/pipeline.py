@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts._artifacts import Array, list_of, number, own_folder, table
+from captum_concepts._undo import unharming
 from captum_concepts.activations import Layer, evaluation_mode, layer_name
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError
@@ -62,6 +63,7 @@ from captum_concepts.vlm import Regions, check_encoder
 Transform = Callable[[Tensor], Tensor]
 
 
+@unharming
 def fit_salf_cbm(
     backbone: nn.Module,
     layer: Layer,
