@@ -92,14 +92,6 @@ PUBLISHED: dict[str, list[Row]] = {
     "salf-accuracy": SALF_ACCURACY,
 }
 
-#: Of the public training commands of LF-CBM, whose settings SALF-CBM takes over: strength of the sparse head and the
-#: least similarity of a concept that is kept.
-SETTINGS: dict[str, dict[str, float]] = {
-    "CUB-200": {"lam": 0.0002, "presence_cutoff": 0.26},
-    "Places365": {"lam": 0.0003, "presence_cutoff": 0.28},
-    "ImageNet": {"lam": 0.0001, "presence_cutoff": 0.28},
-}
-
 COMMAND = "python -m benchmarks.run.papers.tables --table"
 
 #: Table -> what it is, its protocol, and the command that fills it where the data is at hand.

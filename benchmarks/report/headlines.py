@@ -49,13 +49,37 @@ def _fam_cost(r: Record) -> list[Line]:
 def _fam_quality(r: Record) -> list[Line]:
     lines: list[Line] = []
     for title, what in (
-        ("few-shot, COCO, mobilenet_v2", "FAM, few-shot on COCO, NRA"),
-        ("few-shot, scenes, a CNN", "FAM, few-shot on scenes, NRA"),
+        ("few-shot, COCO, mobilenet_v2", "few-shot on COCO"),
+        ("few-shot, scenes, a CNN", "few-shot on scenes"),
+        ("few-shot, scenes, a vision transformer", "few-shot on scenes, a ViT"),
     ):
         rows = _part(r, title)
-        if "FAM" in rows:
-            names = {"captum LayerGradCam of the similarity": "captum LayerGradCam", **BLIND}
-            lines.append((what, bracketed(rows["FAM"]["nra"]), _beside(rows, "nra", names)))
+        for method, name in (("FAM", "FAM"), ("FAM, refined", "FAM, `refine=True`")):
+            if method not in rows:
+                continue
+            others = {"captum LayerGradCam of the similarity": "captum LayerGradCam"} if method == "FAM" else {}
+            others |= {} if method == "FAM" else {"activation energy, refined": "refined activation energy"}
+            known = {key: row for key, row in rows.items() if method != "FAM" or "refined" not in key}
+            beside = _beside(known, "nra", {**others, **BLIND})
+            lines.append((f"{name}, {what}, NRA", bracketed(rows[method]["nra"]), beside))
+    return lines
+
+
+def _sacv_scenes(r: Record) -> list[Line]:
+    lines = []
+    asked = [row for row in _rows(r, "is it the texture?") if row["class"] == "all"]
+    for layer in dict.fromkeys(row["layer"] for row in asked):
+        own = {row["classes"]: row for row in asked if row["layer"] == layer}
+        if {"textures", "grounds"} <= own.keys():
+            none = bracketed(own["grounds"]["nothing claimed"])
+            found = bracketed(own["textures"]["right texture claimed first"])
+            lines.append((f"SACV, texture that decides a class first, {layer}", found,
+                          f"classes that no texture decides, nothing claimed: {none}"))  # fmt: skip
+    for row in _rows(r, "is the texture there?"):
+        if row["texture"] == "all":
+            beside = f"best constant {fixed(row['of the best constant'], 3)}"
+            what = f"SACV, presence of textures, `lam={row['penalty']}`, Brier score, {row['layer']}"
+            lines.append((what, bracketed(row["Brier score"], 3), beside))
     return lines
 
 
@@ -140,6 +164,7 @@ HEADLINES: dict[str, Callable[[Record], list[Line]]] = {
     "fam_quality": _fam_quality,
     "fam": _fam_cost,
     "tcav": _tcav,
+    "sacv_scenes": _sacv_scenes,
     "concept_words": _words,
     "concept_regions_coco_half1": _regions,
     "salf_cbm_scenes": _salf,

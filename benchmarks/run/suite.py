@@ -76,6 +76,7 @@ JOBS = [
     Job("fam_quality", f"--images 24 --parts {SCENES}", f"--images 60 --parts {SCENES}", "fam.quality", minutes=2),
     Job("fam_photos", None, f"--images 20 --data {DATA} --parts {PHOTOS}", "fam.quality", 5, "fam_quality"),
     Job("tcav", "--images 6 --scenes 10", "--images 15 --scenes 30", minutes=1),
+    Job("sacv_scenes", "--images 40 --train 1200 --epochs 4", "", minutes=3),
     Job("spatial_acv", None, f"{DATA} --parts cost mobilenet_v2 squeezenet1_0", minutes=9),
     Job("concept_words", "--train 600 --scenes 12", "--train 2000 --scenes 40", "ce_fam.words", minutes=1),
     Job("ce_fam", "--concepts 4 --repeats 1", "", "ce_fam.cost", minutes=4),
@@ -90,6 +91,7 @@ JOBS = [
         "salf_cbm.tables",
         minutes=9,
     ),
+    Job("defaults", None, "", "papers.defaults", minutes=5),
     Job("region_store", None, "--images 4 --repeats 3", minutes=2),
     Job("solver", "--only peers", "", minutes=8),
 ]

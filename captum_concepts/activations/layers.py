@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from captum_concepts._captum import output_tensor
 from captum_concepts._checks import take_rows
+from captum_concepts._undo import hooked, unharming
 from captum_concepts.activations.capture import (
     Captured,
     Inputs,
     batch_size,
     capture_modules,
     gradients_enabled,
-    hooked,
     require_images,
     tensors_in,
 )
@@ -39,6 +39,7 @@ Layer = nn.Module | str
 _WRAPPER_PARTS = ("module", "_orig_mod")  # what DataParallel and torch.compile insert into dotted names
 
 
+@unharming
 @dataclass(frozen=True, eq=False)
 class Layers:
     """Layers of one model, resolved: what every method reads maps from.
@@ -403,6 +404,7 @@ class SpatialActivations:
         return tuple(maps)
 
 
+@unharming
 def capture(
     forward_func: Callable[..., Any], inputs: Inputs, layers: Layer | Sequence[Layer], **options: Any
 ) -> Captured:
@@ -410,6 +412,7 @@ def capture(
     return Layers.resolve(forward_func, layers).capture(inputs, **options)
 
 
+@unharming
 def spatial_activations(
     forward_func: Callable[..., Any],
     inputs: Inputs,

@@ -158,9 +158,11 @@ class Part:
         return drawn, torch.cat(choices, 1), channels
 
     def contributions(self, choice: Tensor, channels: Channels, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """``(N, J)`` contributions and ``(N, J, K + 1)`` curves, of the layers and channels of :meth:`explained`."""
+        """``(N, J)`` contributions and ``(N, J, K + 1)`` curves, of the layers and channels of :meth:`explained`; K is
+        ``n_channels``, or the channels of the widest layer where there are fewer."""
         setup, seen = self.setup, self.seen
-        curve = seen.maps[0].new_zeros((*choice.shape, setup.n_channels + 1))
+        length = min(setup.n_channels, max(pooled.shape[-1] for pooled in seen.pooled))
+        curve = seen.maps[0].new_zeros((*choice.shape, length + 1))
         mean = seen.maps[0].new_zeros(choice.shape)
         sizes = [maps[0].numel() for maps in seen.maps]
         link, batch = self.link, len(choice)
@@ -184,7 +186,7 @@ class Part:
                 ).to(curve)
                 mean[i, here] = drops.mean(-1)
                 padded = F.pad(drops, (1, 0))
-                missing = setup.n_channels - drops.shape[-1]
+                missing = length - drops.shape[-1]
                 curve[i, here] = F.pad(padded.unsqueeze(1), (0, missing), "replicate")[:, 0]
         return mean, curve
 

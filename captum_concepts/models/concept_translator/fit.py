@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts._checks import integer, number, one_of
+from captum_concepts._checks import finite_images, integer, number, one_of
+from captum_concepts._undo import unharming
 from captum_concepts.errors import ConvergenceWarning, InputError, did_you_mean
 from captum_concepts.models.concept_translator.data import TrainingPairs, world
 from captum_concepts.models.concept_translator.network import ConceptTranslator
@@ -116,6 +117,7 @@ class FitResult:
     val_cosine: float = math.nan
 
 
+@unharming
 def fit_translator(
     translator: ConceptTranslator,
     pairs: TrainingPairs,
@@ -202,6 +204,8 @@ def fit_translator(
     best = math.inf
     if start or not epochs:
         best, result.val_cosine = validate()
+        if not math.isfinite(best):
+            _check_finite(pairs)
         before = validate(training_rows[:_TRIAL_ROWS])[0]
         for key, entry in zip(result.history, (before, best, result.val_cosine, 0.0), strict=True):
             result.history[key].append(entry)
@@ -223,6 +227,7 @@ def fit_translator(
         for key, entry in zip(result.history, (train / len(training_rows), value, cosine, now), strict=True):
             result.history[key].append(entry)
         if not math.isfinite(train + value):
+            _check_finite(pairs)
             result.stopped = "nan"
             break
         if value < best:
@@ -247,6 +252,13 @@ def fit_translator(
             stacklevel=2,
         )
     return result
+
+
+def _check_finite(pairs: TrainingPairs) -> None:
+    """Refuse rows that are not finite (of an older cache, or made elsewhere); names the image."""
+    for rows in torch.arange(len(pairs)).split(_ROWS):
+        for values, what in zip(pairs.rows(rows), ("the activation", "the embedding"), strict=True):
+            finite_images(values, (rows // pairs.views).tolist(), what)
 
 
 def _step(translator: nn.Module, steps: Any, rows: Tensor, losses: Callable[[Tensor], tuple[Tensor, Tensor]]) -> float:

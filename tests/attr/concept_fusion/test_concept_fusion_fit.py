@@ -228,9 +228,12 @@ def test_a_nan_loss_stops_and_keeps_the_best():
         result = fit_translator(translator, pairs, optimizer="sgd", lr=1e30, standardize=False)
     assert result.stopped == "nan"
     assert all(p.isfinite().all() for p in translator.parameters())
-    bad = TrainingPairs([(torch.full((40, 5), torch.nan), torch.randn(40, 3))], [5])
-    with pytest.warns(ConvergenceWarning, match="initial"):
-        fit_translator(translator, bad)
+    for place in (0, 1):
+        rows = [torch.randn(40, 5), torch.randn(40, 3)]
+        rows[place][7, 2] = torch.nan
+        for options in ({}, {"epochs": 3}, {"optimizer": "sgd"}):
+            with pytest.raises(InputError, match=f"the {('activation', 'embedding')[place]} of image 7 contains NaN"):
+                fit_translator(ConceptTranslator([5], 3, hidden=(8, 8)), TrainingPairs([tuple(rows)], [5]), **options)
 
 
 @pytest.mark.parametrize("length", [10.0, 1.0])
