@@ -29,7 +29,8 @@ from captum_concepts._artifacts import (
 )
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
-from captum_concepts.audit.rows import ARRAYS, Rows, collect_rows, look, model_of, prepared_folder
+from captum_concepts._undo import unharming
+from captum_concepts.audit.rows import ARRAYS, Rows, collect_rows, look, model_of, placed, prepared_folder
 from captum_concepts.audit.statistics import (
     Effect,
     Suspect,
@@ -261,6 +262,7 @@ class ConceptAudit:
         return "\n".join(lines)
 
 
+@unharming
 def audit_dataset(
     explainer: ConceptExplainer,
     data: Any,
@@ -330,7 +332,7 @@ def audit_dataset(
     if not len(source):
         raise InputError("data contains no images")
     known = class_names if class_names is not None else getattr(explainer, "class_names", None) or source.class_names
-    first = look(explainer, _one(explainer, source), top_k)
+    first = look(explainer, placed(explainer, source[0][None]), top_k)
     outputs = first.probabilities.shape[1]
     names = [str(k) for k in range(outputs)] if known is None else [str(name) for name in known]
     if len(names) != outputs:
@@ -400,13 +402,6 @@ def audit_dataset(
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _one(explainer: Any, source: ImageSource) -> Tensor:
-    """The first image, as a batch on the model's device."""
-    parameter = next(getattr(model_of(explainer), "parameters", lambda: iter(()))(), None)
-    image = source[0][None]
-    return image if parameter is None else image.to(parameter.device)
 
 
 def _told(rows: Rows) -> tuple[Rows, list[bool]]:
@@ -600,7 +595,7 @@ def _confirmed(
     chosen = places[rows.probabilities[places, c].argsort(descending=True)][:24].tolist()
     if not chosen:
         return suspect
-    device = _one(explainer, source).device
+    device = placed(explainer, source[0][None]).device
     values = [
         explainer.contributions(part.images, target=[c] * len(part.images), concepts=[suspect.concept])[:, 0]
         for part in batches(source.select(chosen), batch_size, device=device)
@@ -611,7 +606,7 @@ def _confirmed(
 
 def _maps(suspect: Suspect, explainer: Any, source: ImageSource, batch_size: int) -> Tensor:
     """``(12, h, w)``: where the concept is in the images that are shown."""
-    device = _one(explainer, source).device
+    device = placed(explainer, source[0][None]).device
     found = [[], []]  # type: list[list[Tensor]]
     for side, chosen in zip(found, (suspect.images, suspect.counterexamples), strict=True):
         for part in batches(source.select(chosen), batch_size, device=device):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from captum_concepts._artifacts import Array, open_artifact, save_artifact
 from captum_concepts._captum import output_tensor
-from captum_concepts.activations import evaluation_mode, find_model
+from captum_concepts._checks import finite_images
+from captum_concepts.activations import evaluation_mode, find_model, input_errors
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.explanation import ContributionExplainer, Selection
 from captum_concepts.images import ImageSource, batches, digest
@@ -73,6 +74,12 @@ def model_of(explainer: Any) -> Callable[[Tensor], Any]:
     return found
 
 
+def placed(explainer: Any, images: Tensor) -> Tensor:
+    """``images`` on the device and in the dtype of the explainer's model."""
+    parameters = getattr(model_of(explainer), "parameters", lambda: iter(()))()
+    return images.to(next((p for p in parameters if p.is_floating_point()), images))
+
+
 @torch.no_grad()
 def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
     """``(N, C)``: softmax of the model's outputs, or the outputs themselves where they are probabilities already.
@@ -81,7 +88,8 @@ def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
         InputError: the outputs are not ``(N, C)`` of at least two classes.
     """
     function = model_of(explainer)
-    with evaluation_mode(find_model(function)):
+    model = find_model(function)
+    with evaluation_mode(model), input_errors((inputs,), None if model is None else model.modules()):
         return _probabilities(output_tensor(function(inputs)))
 
 
@@ -129,8 +137,8 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
                 contributions[:, columns] = made.contributions.float().cpu()
     codes = torch.stack([_code(image) for image in inputs])
     unknown = torch.full_like(scores, torch.nan, dtype=torch.float32) if presence is None else presence
-    kept = [value.detach().float().cpu() for value in (probabilities, scores, unknown, contributions)]
-    return Rows(*kept, codes)
+    kept = dict(zip(ARRAYS, (probabilities, scores, unknown, contributions), strict=False))
+    return Rows(**{name: value.detach().float().cpu() for name, value in kept.items()}, digests=codes)
 
 
 @contextlib.contextmanager
@@ -188,7 +196,8 @@ def collect_rows(
         path = None if folder is None else folder / f"part-{k:06d}.safetensors"
         stop = min(start + part_size, len(source))
         if path is not None and path.is_file():
-            _read(path, settings | {"start": start}, (source[start], source[stop - 1]))
+            ends = [placed(explainer, source[i]) for i in (start, stop - 1)]
+            _read(path, settings | {"start": start}, ends)
             continue
         rows = _part(explainer, source.select(range(start, stop)), top_k, batch_size)
         if path is None:
@@ -204,8 +213,11 @@ def collect_rows(
 
 
 def _part(explainer: Any, source: ImageSource, top_k: int | None, batch_size: int) -> Rows:
-    device = next((p.device for p in getattr(model_of(explainer), "parameters", lambda: iter(()))()), None)
-    return Rows.join([look(explainer, b.images, top_k) for b in batches(source, batch_size, device=device)])
+    parts = []
+    for batch in batches(source, batch_size):
+        parts.append(look(explainer, placed(explainer, batch.images), top_k))
+        finite_images(torch.cat([parts[-1].probabilities, parts[-1].scores], 1), batch.names, "the model's output")
+    return Rows.join(parts)
 
 
 def _read(path: Path, settings: dict[str, Any], ends: Sequence[Tensor] = ()) -> Rows:

@@ -13,7 +13,7 @@ from typing import Any
 from captum_concepts.audit import ConceptAudit, audit_dataset, compare_audits
 from captum_concepts.commands.explainers import build_explainer
 from captum_concepts.commands.fit_salf import is_first, processes
-from captum_concepts.commands.image_files import Failed
+from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.errors import InputError
 from captum_concepts.images import class_folders, find_images
@@ -35,6 +35,8 @@ class ExploreSettings(ExplainerSettings):
 def explore_command(settings: ExploreSettings) -> dict[str, Any]:
     """Write one HTML page on which regions are marked and concepts edited.
 
+    Images in folders that are called after the model's classes have a true label: wrong predictions come first.
+
     Raises:
         InputError, LayerError, ArtifactError: nothing can be explained with these settings.
     """
@@ -45,7 +47,8 @@ def explore_command(settings: ExploreSettings) -> dict[str, Any]:
     failed: Failed = []
     explainer = build_explainer(settings, loaded, failed)
     paths = find_images(settings.images)
-    source = loaded.open(paths)
+    labels = folder_labels(paths, explainer.class_names)
+    source = loaded.open(paths, labels=False if labels is None else labels)
     title = settings.title or f"What {Path(settings.model).name} saw"
     page = explore(
         explainer.method,
