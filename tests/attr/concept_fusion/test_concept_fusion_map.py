@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,7 +11,9 @@ from captum.attr import NoiseTunnel
 from test_concept_fusion_fit import fit
 from torch import nn
 
+from captum_concepts import published
 from captum_concepts.activations import Layers
+from captum_concepts.attr.concept_fusion.trust import HeldOut
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.errors import InputError, InputWarning, LayerError, NotFittedError, TargetError
 from captum_concepts.images import inputs_for
@@ -203,6 +206,28 @@ def test_fast_equals_reference(case, gradient, probability):
             expected_curve = torch.tensor(ref.curve(t, best, n + 1))
             torch.testing.assert_close(curve[n, t], expected_curve, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(value[n, t], expected_curve[1:].mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_published_settings_are_the_published_procedure(monkeypatch):
+    """Also of a map whose held-out images would center the scores, on layers with fewer than four times 20 channels."""
+    monkeypatch.setitem(globals(), "K", 20)
+    cefam = build("cnn", **published.CONCEPT_FUSION_MAP)
+    g = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(*shape, generator=g) for shape in ((30, 10), (30, 1, 10)))
+    cefam.held_out_ = HeldOut(torch.ones(10), torch.zeros(10), student, teacher)
+    x = images(2)
+    e = cefam.explain(x, target=1, concepts=CONCEPTS)
+    for n in range(len(x)):
+        ref = Reference(cefam, x[n : n + 1])
+        torch.testing.assert_close(e.scores[n], ref.probability(ref.similarity(ref.pooled()))[0].detach())
+        for t in range(len(CONCEPTS)):
+            layer = int(np.argmax(ref.relevance(t)))
+            expected = F.interpolate(ref.map(t, layer)[None, None], e.maps.shape[2:], mode="bilinear")[0, 0]
+            torch.testing.assert_close(e.maps[n, t], expected, atol=1e-5, rtol=1e-5)
+            curve = ref.curve(t, layer, 1)[1:]
+            assert e.contributions[n, t].item() == pytest.approx(np.mean(curve), abs=1e-5)
+    assert not torch.allclose(cefam.with_options(calibrated=True).scores(x), e.scores)
+    assert not torch.allclose(cefam.with_options(channel_share=None).contributions(x, target=1), e.contributions)
 
 
 @pytest.mark.parametrize("fill", ["layer_mean", "channel_mean", "zero"])
