@@ -117,9 +117,9 @@ def spatial_acv() -> SpatialACV:
     return SpatialACV(NET, "0").fit({"bright": PICTURES[:6] + 1, "dark": PICTURES[:6] * 0.1}, PICTURES[6:])
 
 
-def explanation(path: Path) -> None:
+def explanation(path: Path, n: int = 2) -> None:
     ConceptExplanation(
-        ["a", "b"], scores=torch.rand(2, 2), maps=torch.rand(2, 2, 3, 3), contributions=torch.rand(2, 2), layer="x"
+        ["a", "b"], scores=torch.rand(n, 2), maps=torch.rand(n, 2, 3, 3), contributions=torch.rand(n, 2), layer="x"
     ).save(path)
 
 
@@ -283,7 +283,7 @@ ACV = spatial_acv()
 
 
 def explanations(folder: Path) -> None:
-    explanation(folder / "a.explanation.safetensors")
+    explanation(folder / "a.explanation.safetensors", 1)
     image(folder / "a.png")
     entry = {"image": str(folder / "a.png"), "explanation": "a.explanation.safetensors", "significant": [True, True]}
     summary = {"model": "demo:classifier", "method": "SpatialACV", "layer": "x", "size": 8, "classes": ["x", "y"]}
