@@ -425,6 +425,7 @@ COLUMNS += [
 ]
 #: Entry points without a column, by pattern, and why.
 NOT_COLUMNS = {
+    "targets.*": "modules around the user's network: the network reads the images; tests/test_targets.py",
     "*.save": "writes a file",
     "*.to_csv": "writes a file",
     "*.to_json": "writes a file",

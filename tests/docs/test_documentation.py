@@ -55,6 +55,12 @@ def test_code_runs_from_the_top_of_its_page(page, tmp_path, monkeypatch):
         exec(compiled, namespace)
 
 
+@pytest.mark.parametrize("library", sorted(set(re.findall(r"<!-- needs: (\w+) -->", "".join(map(text, PAGES))))))
+def test_blocks_of_other_libraries_are_run(library):
+    """In the tests of their pages; those of what is not here are named at the end of the run."""
+    pytest.importorskip(library, reason=f"{library} is not installed")
+
+
 def test_blocks_that_are_not_run_say_why():
     for page in WITH_CODE:
         for mark, _ in blocks(page):
