@@ -102,6 +102,7 @@ def select_output(output: Any, target: Any) -> Tensor:
     output = output_tensor(output)
     shape = tuple(output.shape)
     _refuse_table(target)
+    target = target.tolist() if isinstance(target, (np.ndarray, np.integer)) else target
     try:
         selected = _select_targets(output, target)
     except (AssertionError, IndexError, TypeError, RuntimeError, ValueError) as error:

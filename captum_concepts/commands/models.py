@@ -176,9 +176,9 @@ def _users_code(what: str, file: Path) -> Iterator[None]:
         output = None
     try:
         yield
-    except (InputError, KeyboardInterrupt):
+    except InputError:
         raise
-    except BaseException as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise InputError(f"{what} failed with {type(error).__name__}: {error}{_place(error, file)}") from error
     finally:
         os.chdir(here)
