@@ -133,7 +133,7 @@ def hooked(modules: Iterable[nn.Module], hook: Hook, *, at_input: bool = False) 
     ``hook(module, args, kwargs, None)`` and returns the new ``(args, kwargs)``.
     """
     modules = list(modules)
-    one = _Hook((lambda *given: hook(*given, None)) if at_input else hook, modules)
+    one = _Hook((lambda module, args, kwargs: hook(module, args, kwargs, None)) if at_input else hook, modules)
     with undone(one.remove):
         for module in modules:
             if at_input:
@@ -205,7 +205,7 @@ def _unharming(function: Any) -> Any:
             found.restore()
 
     # Captum's wrappers call attribute.__wrapped__, without what log_usage adds.
-    call.__wrapped__ = getattr(function, "__wrapped__", function)  # type: ignore[attr-defined]
+    call.__wrapped__ = getattr(function, "__wrapped__", function)
     return call
 
 

@@ -2,6 +2,7 @@
 
 from captum_concepts._captum import output_tensor
 from captum_concepts._undo import evaluation_mode, hooked
+from captum_concepts.activations.attention import attention_maps
 from captum_concepts.activations.capture import (
     Captured,
     Inputs,
@@ -43,6 +44,7 @@ __all__ = [
     "Layout",
     "SpatialActivations",
     "SurveyedLayer",
+    "attention_maps",
     "capture",
     "check_images",
     "eager_mode",

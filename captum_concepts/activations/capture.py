@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -52,12 +53,14 @@ class Captured:
             the tensors to differentiate the output with respect to.
         order: the numbers of the layers in the order in which they ran.
         originals: the same tensors before a ``substitute`` replaced them.
+        final: the ``"softmax"`` or ``"sigmoid"`` that ``logits=True`` left out; None: there was none.
     """
 
     returned: Any
     layers: tuple[Tensor, ...]
     order: tuple[int, ...] = ()
     originals: tuple[Tensor, ...] = ()
+    final: str | None = None
 
     @property
     def output(self) -> Tensor:
@@ -132,7 +135,7 @@ def capture_modules(
     arguments = (*check_inputs(inputs), *forward_arguments(additional_forward_args))
     unique = dict(zip(modules, names, strict=True))
 
-    def attempt(enabled_before: bool) -> tuple[Any, _Recorder]:
+    def attempt(enabled_before: bool) -> tuple[Any, str | None, _Recorder]:
         recorder = _Recorder(unique, substitute or {}, gradient)
         activations = _FinalActivations()
         hook = recorder.at_input if attribute_to_layer_input else recorder.at_output
@@ -146,12 +149,12 @@ def capture_modules(
         ):
             with input_errors(arguments, parts):
                 output = run(*map(_normal, arguments))
-            output = activations.undone(output)
+            output, final = activations.undone(output)
             if recorder.gradients_put_off() and not _differentiable(output):
                 recorder.interrupted = True
-        return output, recorder
+        return output, final, recorder
 
-    output, recorder = attempt(enabled_before=False)
+    output, final, recorder = attempt(enabled_before=False)
     for module, name in unique.items():
         if module not in recorder.record:
             inside = _ran_inside(module, name, run, arguments, parts)
@@ -167,7 +170,7 @@ def capture_modules(
     if recorder.interrupted:
         # A model that runs its backbone under its own no_grad() restores "disabled" after the layer; with gradients
         # enabled around the forward pass it restores "enabled".
-        output, recorder = attempt(enabled_before=True)
+        output, final, recorder = attempt(enabled_before=True)
     ran = list(recorder.record)
     order = tuple(sorted(range(len(modules)), key=lambda number: ran.index(modules[number])))
     _warn_of_nan(output, {name: recorder.record[module] for module, name in unique.items()}, arguments)
@@ -177,6 +180,7 @@ def capture_modules(
         tuple(recorder.record[module] for module in modules),
         order,
         tuple(originals[module] for module in modules),
+        final,
     )
 
 
@@ -258,11 +262,11 @@ def _ran_inside(
 
 
 class _FinalActivations(TorchFunctionMode):
-    """Records what goes into every softmax and sigmoid of a forward pass."""
+    """Records what goes into the last softmaxes and sigmoids of a forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Tensor, Tensor]] = []
+        self.calls: deque[tuple[Tensor, Tensor, str]] = deque(maxlen=4)  # attention would keep many alive
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -272,18 +276,18 @@ class _FinalActivations(TorchFunctionMode):
             return func(*args, **kwargs)
         before = source.clone() if name == "sigmoid_" else source
         result = func(*args, **kwargs)
-        self.calls.append((before, result))
+        self.calls.append((before, result, name.rstrip("_")))
         return result
 
-    def undone(self, output: Any) -> Any:
-        """What went into the call that made the model's output; the output itself if none did."""
+    def undone(self, output: Any) -> tuple[Any, str | None]:
+        """What went into the call that made the model's output, and its name; the output itself if none did."""
         if not self.calls:
-            return output
+            return output, None
         tensor = output_tensor(output)
-        for before, after in reversed(self.calls):
+        for before, after, name in reversed(self.calls):
             if after is tensor or (_same_memory(after, tensor) and after.numel() == tensor.numel()):
-                return before.reshape(tensor.shape)
-        return output
+                return before.reshape(tensor.shape), name
+        return output, None
 
 
 _PASSES = re.compile(

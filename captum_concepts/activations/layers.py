@@ -176,7 +176,9 @@ class Layers:
                 attribute_to_layer_input=attribute_to_layer_input,
             )
         source = _Source(self, inputs, additional_forward_args, attribute_to_layer_input)
-        return SpatialActivations(result.returned, result.layers, layouts, self.names, result.order, source)
+        return SpatialActivations(
+            result.returned, result.layers, layouts, self.names, result.order, source, result.final
+        )
 
     def layout_of(
         self, output: Tensor, batch: int, images: Sequence[Tensor], module: nn.Module | None, name: str
@@ -336,6 +338,7 @@ class SpatialActivations:
         names: how messages refer to the layers.
         order: the numbers of the layers in the order in which they ran.
         source: what was run, to be run again where a message needs to name another layer.
+        final: the ``"softmax"`` or ``"sigmoid"`` that ``logits=True`` left out; None: there was none.
     """
 
     returned: Any
@@ -344,6 +347,7 @@ class SpatialActivations:
     names: tuple[str, ...]
     order: tuple[int, ...] = ()
     source: _Source | None = field(default=None, repr=False)
+    final: str | None = None
 
     @property
     def output(self) -> Tensor:

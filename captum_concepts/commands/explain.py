@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.commands.explainers import Explainer, build_explainer
-from captum_concepts.commands.image_files import each_image
+from captum_concepts.commands.image_files import each_image, folder_labels
 from captum_concepts.commands.report import facts, open_report
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.errors import InputError
@@ -68,6 +68,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     summary: dict[str, Any] = {"model": settings.model, "method": explainer.name, "layer": explainer.layer}
     summary |= {"size": loaded.size, "classes": list(explainer.class_names or []), "explained": [], "failed": failed}
     pictures = _picture_names(paths)
+    truths = dict(zip(paths, folder_labels(paths, explainer.class_names) or [None] * len(paths), strict=True))
     with ExitStack() as stack:
         if out is not None:  # also after Ctrl-C: what was done is listed
             stack.callback(lambda: write_atomically(out / "explanations.json", json.dumps(summary, indent=2) + "\n"))
@@ -89,7 +90,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                     explanation.save(out / entry["explanation"])
                     entry["significant"] = explainer.significant(explanation)
             if page is not None:
-                page.add(image[None], explanation, name, explainer.significant(explanation))
+                page.add(image[None], explanation, name, explainer.significant(explanation), truths[path])
             summary["explained"].append(entry)
             progress.update()
     return summary

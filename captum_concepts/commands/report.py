@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_concepts._artifacts import parse_json
-from captum_concepts.commands.image_files import Failed
+from captum_concepts._artifacts import check_json, flag, integer, list_of, nothing_or, parse_json, table, text
+from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import find_images, load_image
@@ -46,6 +46,20 @@ class SavedSettings:
     top_k: int = 8
 
 
+#: ``explanations.json``, as far as it is used; an image is shown at ``size``.
+_SUMMARY = table(
+    {
+        "explained": list_of(
+            table({"image": text(), "explanation": text()}, {"significant": nothing_or(list_of(flag))}, more=True)
+        )
+    },
+    {
+        "classes": nothing_or(list_of(text())),
+        **{name: nothing_or(text()) for name in ("model", "method", "layer")},
+        "size": nothing_or(integer(1, 2048)),
+    },
+    more=True,
+)
 _UNSHOWN = ("images", "report", "title", "save", "output", "top_k")
 
 
@@ -55,12 +69,19 @@ class OpenReport:
     def __init__(self, writer: ReportWriter, failed: Failed) -> None:
         self._writer, self._failed = writer, failed
 
-    def add(self, image: Tensor, explanation: ConceptExplanation, title: str, significant: Any = None) -> None:
+    def add(
+        self,
+        image: Tensor,
+        explanation: ConceptExplanation,
+        title: str,
+        significant: Any = None,
+        label: str | None = None,
+    ) -> None:
         """One image; maps with NaN are said on stderr and left uncoloured."""
         flags = None if significant is None else torch.tensor(significant)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", InputWarning)
-            self._writer.add(explanation, image, name=title, significant=flags)
+            self._writer.add(explanation, image, name=title, label=label, significant=flags)
         for one in said:
             print(f"warning: {title}: {one.message}", file=sys.stderr)
 
@@ -141,7 +162,8 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
         settings = replace(settings, model=settings.model or "the model")
     prints = {} if source.is_dir() else {"Fingerprints": {"explanations file": _digest(source)}}
     with open_report(settings, names, {"Settings": shown, **prints}, failed) as page:
-        for entry in tqdm(entries, unit="image", file=sys.stderr, disable=None):
+        truths = folder_labels([Path(entry["image"]) for entry in entries], names) or [None] * len(entries)
+        for entry, truth in zip(tqdm(entries, unit="image", file=sys.stderr, disable=None), truths, strict=True):
             try:
                 explanation = entry["explanation"]
                 if not isinstance(explanation, ConceptExplanation):
@@ -150,7 +172,7 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
             except (CaptumConceptsError, FileNotFoundError) as error:
                 failed.append({"image": str(entry["image"]), "reason": str(error)})
                 continue
-            page.add(image[None], explanation, Path(entry["image"]).name, entry.get("significant"))
+            page.add(image[None], explanation, Path(entry["image"]).name, entry.get("significant"), truth)
         done = len(page)
     return {"report": settings.report, "explained": done, "failed": failed}
 
@@ -158,17 +180,14 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
 def _summary(folder: Path) -> dict[str, Any]:
     file = folder / "explanations.json"
     try:
-        summary = parse_json(file.read_bytes())
-        entries = summary["explained"]
-        if not all(isinstance(entry["image"], str) and isinstance(entry["explanation"], str) for entry in entries):
-            raise ValueError("an entry is no file")
+        found = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise InputError(
             f"no explanations.json in {folder}; it is written by 'explain --save --output {folder}'"
         ) from None
-    except (ValueError, LookupError, TypeError) as error:
+    except ValueError as error:
         raise InputError(f"{file} names no saved explanations ({error}); run 'explain' with --save") from error
-    return dict(summary)
+    return dict(check_json(found, _SUMMARY, f"{file}, which 'explain --save' writes,", InputError))
 
 
 def _digest(file: Path) -> str:

@@ -103,8 +103,8 @@ class Reading:
         image = self.eight_bits(image)
         if self.size is not None:
             image = self.fit(image)
-        pixels = np.array(image, dtype=np.uint8)
-        return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()).float() / 255
+        stored = np.array(image, dtype=np.uint8)
+        return torch.from_numpy(stored[None] if stored.ndim == 2 else stored.transpose(2, 0, 1).copy()).float() / 255
 
     def eight_bits(self, image: Any) -> Any:
         """A PIL image as RGB (or L) of 8 bits, transparency composed over the background."""

@@ -180,8 +180,8 @@ CALLS: dict[str, Callable[[nn.Module], Callable[[], Any]]] = {
     ),
     "discover_concepts": lambda net: lambda: discover_concepts(net, "last", IMAGES, n_concepts=2),
     "insertion": lambda net: lambda: insertion(net, IMAGES, torch.rand(3, 4, 4), target=1, n_steps=2),
-    "parameter_randomization": lambda net: lambda: parameter_randomization(
-        fam(net), net, IMAGES, target=1, layers=["last.0"]
+    "parameter_randomization": lambda net: (
+        lambda: parameter_randomization(fam(net), net, IMAGES, target=1, layers=["last.0"])
     ),
 }
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts._captum import LayerAttribution, log_usage, target_indices
-from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
+from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
+from captum_concepts._checks import finite_images, integer, name_positions, number, one_of, unique_names
 from captum_concepts._undo import unharming
 from captum_concepts.activations import Inputs, Layer, Layers, find_model, gradients_enabled
 from captum_concepts.attr.batches import as_inputs, count, image_names, joined
@@ -26,7 +26,7 @@ from captum_concepts.attr.concept_fusion.trust import Curve, HeldOut, Trust, jud
 from captum_concepts.attr.concept_fusion.words import LINKS, TextBank, check_words, encode
 from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning, NotFittedError, did_you_mean
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
-from captum_concepts.images import ImageSource
+from captum_concepts.images import ImageSource, thumbnails
 from captum_concepts.models.concept_translator import Training
 from captum_concepts.vlm import check_encoder
 
@@ -211,7 +211,7 @@ class ConceptFusionMap(LayerAttribution):
 
     # ------------------------------------------------------------ what, where, how much
 
-    @log_usage()
+    @layer_attribution
     def attribute(
         self,
         inputs: Any,
@@ -329,6 +329,8 @@ class ConceptFusionMap(LayerAttribution):
                 _, choice, channels = part.explained(index, contributions=True, maps=False)
                 parts.append(part.contributions(choice, channels, classes))
         value, curve = (torch.cat(part).detach() for part in zip(*parts, strict=True))
+        if return_curve and (missing := setup.n_channels + 1 - curve.shape[-1]):
+            curve = torch.cat([curve, curve[..., -1:].expand(*curve.shape[:-1], missing)], -1)
         return (value, curve) if return_curve else value
 
     def explain(
@@ -403,7 +405,7 @@ class ConceptFusionMap(LayerAttribution):
             contribution_unit="relative drop of the class probability" if contributions else "",
             rank_by=selection.rank_by,
             image_names=image_names(inputs),
-        )
+        ).pictured(thumbnails(inputs))
 
     # ------------------------------------------------------------ fit, words, options, files
 
@@ -542,7 +544,9 @@ class ConceptFusionMap(LayerAttribution):
         images = self._opened(images)
         table = presence_table(labels, self._names(), count(images))
         trust = self._trust()
-        values = odds(trust.bank.to(torch.zeros(())), self.logits(images).float().cpu())
+        logits = self.logits(images).float().cpu()
+        finite_images(logits, range(len(logits)), "the score")
+        values = odds(trust.bank.to(torch.zeros(())), logits)
         known = ~table.isnan()
         seen = int(known.any(1).sum())
         self.presence_ = Curve.fit(values[known], table[known], seen, f"{seen} labeled images")

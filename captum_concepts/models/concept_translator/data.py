@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from captum_concepts import images as reader
-from captum_concepts._checks import integer
+from captum_concepts._artifacts import own_folder
+from captum_concepts._checks import finite_images, integer
 from captum_concepts.activations import Layers, evaluation_mode, find_model
 from captum_concepts.errors import InputError
 from captum_concepts.store.manifest import fingerprint_callable
@@ -123,7 +124,7 @@ def collect_pairs(
         memory_budget: bytes of rows above which they go to disk even without ``cache_dir`` (to a temporary folder).
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image, or NaN from classifier or encoder (names the image).
         ArtifactError: ``cache_dir`` contains rows of another model, encoder, layer, layout, transform or crops, or of
             other images.
     """
@@ -142,7 +143,9 @@ def collect_pairs(
     folder: Path | None = None
     rows = max(1, _SHARD_ROWS // views) * views
     if cache_dir is not None:
-        folder = Path(cache_dir) / (f"part-{rank:03d}-of-{size:03d}" if size > 1 else "")
+        folder = Path(cache_dir)
+        if size > 1:
+            folder = own_folder(folder / f"part-{rank:03d}-of-{size:03d}")
         writer = ShardWriter(folder, read.origin(source if size == 1 else whole), shard_rows=rows)
     done = writer.rows // views if writer is not None else 0
     kept: list[tuple[Tensor, Tensor]] = []
@@ -266,7 +269,10 @@ class _Pairs:
         number = self.first + done
         left = source.select(range(done, len(source))) if done else source
         for batch in reader.batches(left, max(1, batch_size // self.views)):
-            yield self._pair(self._with_crops(batch.images, number))
+            z, e, channels = self._pair(self._with_crops(batch.images, number))
+            finite_images(z, batch.names, "the classifier's activation")
+            finite_images(e, batch.names, "the encoder's embedding")
+            yield z, e, channels
             number += len(batch)
 
     def _with_crops(self, images: Tensor, number: int) -> Tensor:
