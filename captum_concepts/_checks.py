@@ -176,6 +176,7 @@ def finite_images(values: Tensor, images: Sequence[Any], what: str) -> None:
     Raises:
         InputError: names the first image.
 
+    >>> import torch
     >>> finite_images(torch.tensor([[1.0], [torch.nan]]), ["a.jpg", "b.jpg"], "the embedding")
     Traceback (most recent call last):
     ...

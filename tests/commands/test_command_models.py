@@ -183,7 +183,8 @@ def test_a_neighbor_that_is_imported_when_the_model_runs(users, tmp_path, monkey
         ("def make():\n    raise GeneratorExit\n", "pass", "failed with GeneratorExit"),
         ("def make():\n    return Net().half()\n", "pass", "float16"),
         (
-            "import warnings\ndef make():\n    with warnings.catch_warnings():\n        warnings.simplefilter('ignore')\n"
+            "import warnings\ndef make():\n    with warnings.catch_warnings():\n"
+            "        warnings.simplefilter('ignore')\n"
             "        return torch.jit.trace(Net().eval(), torch.rand(1, 3, 16, 16))\n",
             "pass",
             "torch.jit model",

@@ -114,10 +114,10 @@ def cbm() -> SALFCBM:
 
 
 @contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """No file can be longer than 16 bytes: what a write of more raises is as for a full disk."""
+def full_disk(size: int = 16) -> Iterator[None]:
+    """No file can be longer than ``size`` bytes: what a write of more raises is as for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
@@ -230,6 +230,15 @@ class TestReadOnlyResults:
                 self.fit(tmp_path, val_data=(PICTURES, torch.tensor([0, 1, 2] * 4)))
         assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
         assert torch.equal(self.fit(tmp_path, lam=0.1).head.weight, other.head.weight)
+
+    @pytest.mark.parametrize("size", [16, 500, 900])
+    def test_a_full_disk(self, tmp_path, size):
+        """The first file fails, or one in the middle; afterwards the fit resumes to the same rules."""
+        whole = self.fit(tmp_path / "whole")
+        with full_disk(size), pytest.raises(OSError, match=r"."):
+            self.fit(tmp_path / "cut")
+        assert not list((tmp_path / "cut").rglob("*.partial"))
+        assert torch.equal(self.fit(tmp_path / "cut").head.weight, whole.head.weight)
 
     def test_a_place_without_results(self, tmp_path):
         with read_only(tmp_path), pytest.raises(OSError, match=r"Read-only|Permission"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from captum_concepts import images as reader
-from captum_concepts._artifacts import own_folder
+from captum_concepts._artifacts import Array, check_json, integer as integer_from, list_of, own_folder, table
 from captum_concepts._checks import finite_images, integer
 from captum_concepts.activations import Layers, evaluation_mode, find_model
 from captum_concepts.errors import InputError
@@ -24,6 +24,7 @@ from captum_concepts.store.manifest import fingerprint_callable
 from captum_concepts.store.shards import ShardReader, ShardWriter
 
 _SHARD_ROWS = 512  # what a killed run loses at most
+_INFO = table({}, {"in_channels": list_of(integer_from(1, 2**24), least=1, most=10_000)})
 _PROBES = 4  # images by whose transformed pixels a transform is recognized
 #: Random crops: fraction of the image's area, and the largest ratio of its sides.
 _AREA, _ASPECT = (0.1, 0.7), 2**0.5
@@ -150,7 +151,9 @@ def collect_pairs(
     done = writer.rows // views if writer is not None else 0
     kept: list[tuple[Tensor, Tensor]] = []
     held = 0
-    channels: tuple[int, ...] = tuple(writer.info.get("in_channels", ())) if writer is not None else ()
+    channels: tuple[int, ...] = ()
+    if writer is not None:
+        channels = tuple(check_json(writer.info, _INFO, f"the info in {folder}").get("in_channels", ()))
     if writer is None or not writer.complete:
         for z, e, channels in _progress(read(source, done, batch_size), count, show_progress):
             held += (z.numel() + e.numel()) * 4
@@ -167,7 +170,8 @@ def collect_pairs(
                 writer.append({"pooled": z, "embedding": e})
     if writer is not None and folder is not None:
         writer.finish()
-        parts: list[Any] = [ShardReader(folder)] if writer.rows else []
+        arrays = {"pooled": Array("float", ("N", sum(channels))), "embedding": Array("float", ("N", None))}
+        parts: list[Any] = [ShardReader(folder, arrays=arrays)] if writer.rows else []
     else:
         parts = [(torch.cat([z for z, _ in kept]), torch.cat([e for _, e in kept]))] if kept else []
     if size > 1:
