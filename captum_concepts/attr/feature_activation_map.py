@@ -58,7 +58,7 @@ from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.attr.refinement import Refine
 from captum_concepts.errors import InputError, InputWarning, NotFittedError, listing
 from captum_concepts.explanation import ConceptExplanation, Selection
-from captum_concepts.images import ImageSource, batches, thumbnails
+from captum_concepts.images import ImageSource, batches, class_name, thumbnails
 from captum_concepts.solvers import Calibration, fit_calibration, truth_table
 
 NORMALIZE = ("minmax", "l1", "none")
@@ -610,10 +610,8 @@ class FeatureActivationMap(LayerAttribution):
             counts[label] = counts.get(label, 0) + 1
         ordered = sorted(sums)
         names = source.class_names
+        self.reference_names = [str(label) if names is None else class_name(label, names) for label in ordered]
         self.references = torch.stack([sums[label] / counts[label] for label in ordered])
-        self.reference_names = [
-            str(label) if names is None or isinstance(label, str) else names[label] for label in ordered
-        ]
         self.calibration = None
         return self
 

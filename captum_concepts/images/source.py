@@ -695,8 +695,8 @@ def _from_array(pixels: np.ndarray[Any, Any], name: str) -> Tensor:
     """An array as a tensor, channels first. Arrays mostly come with channels last."""
     if pixels.ndim == 2:
         pixels = pixels[None]
-    if not pixels.dtype.isnative:
-        pixels = pixels.astype(pixels.dtype.newbyteorder("="))
+    if pixels.dtype.kind == "f" or not pixels.dtype.isnative:  # arrays are of 64 bits unless they are told otherwise
+        pixels = pixels.astype(np.float32 if pixels.dtype.kind == "f" else pixels.dtype.newbyteorder("="))
     first, last = pixels.shape[-3], pixels.shape[-1]
     if last in (1, 3, 4) and first not in (1, 3, 4):
         pixels = np.moveaxis(pixels, -1, -3)

@@ -198,6 +198,7 @@ class ConceptFusionMap(LayerAttribution):
         self.presence_: Curve | None = None
         self._of_encoder = {name for name in ("link", "logit_scale", "logit_bias") if getattr(self, name) is None}
         self._known: tuple[Any, Trust] | None = None
+        self._check()
         if self.link != "sigmoid" and concepts is not None and len(list(concepts)) == 1:
             warnings.warn(
                 f"a softmax over the single concept {next(iter(concepts))!r} is always 1; add concepts it competes "
@@ -205,7 +206,6 @@ class ConceptFusionMap(LayerAttribution):
                 InputWarning,
                 stacklevel=2,
             )
-        self._check()
         self._layers()
 
     #: Captum's ``target`` of :meth:`attribute` is a concept here, never a class.
