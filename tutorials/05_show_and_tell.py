@@ -17,8 +17,8 @@ import torch
 from captum_concepts import SALFCBM, demo, fit_salf_cbm
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.metrics import CenterGaussian, RandomMaps, concept_specificity, evaluate
-from captum_concepts.visualization import overlay, panel
 from captum_concepts.models.salf_cbm.fit import refit_head
+from captum_concepts.visualization import overlay, panel
 from captum_concepts.vlm import DenseRegions, RegionPrompt
 
 _ = torch.manual_seed(0)
