@@ -41,7 +41,7 @@ def readable(source: ImageSource, failed: Failed, what: str) -> ImageSource:
     return source
 
 
-def folder_labels(paths: Sequence[Path], class_names: Sequence[str] | None) -> list[str] | None:
+def folder_labels(paths: Sequence[Path], class_names: Sequence[str] | None) -> Sequence[str | None] | None:
     """The true class of each image: its folder's name, where every folder is called after a class of the model."""
     labels = [path.parent.name for path in paths]
     return labels if paths and set(labels) <= set(class_names or ()) else None

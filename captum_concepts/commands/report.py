@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_concepts._artifacts import parse_json
+from captum_concepts._artifacts import check_json, flag, integer, list_of, nothing_or, parse_json, table, text
 from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 from captum_concepts.explanation import ConceptExplanation
@@ -46,6 +46,20 @@ class SavedSettings:
     top_k: int = 8
 
 
+#: ``explanations.json``, as far as it is used; an image is shown at ``size``.
+_SUMMARY = table(
+    {
+        "explained": list_of(
+            table({"image": text(), "explanation": text()}, {"significant": nothing_or(list_of(flag))}, more=True)
+        )
+    },
+    {
+        "classes": nothing_or(list_of(text())),
+        **{name: nothing_or(text()) for name in ("model", "method", "layer")},
+        "size": nothing_or(integer(1, 2048)),
+    },
+    more=True,
+)
 _UNSHOWN = ("images", "report", "title", "save", "output", "top_k")
 
 
@@ -166,17 +180,14 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
 def _summary(folder: Path) -> dict[str, Any]:
     file = folder / "explanations.json"
     try:
-        summary = parse_json(file.read_bytes())
-        entries = summary["explained"]
-        if not all(isinstance(entry["image"], str) and isinstance(entry["explanation"], str) for entry in entries):
-            raise ValueError("an entry is no file")
+        found = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise InputError(
             f"no explanations.json in {folder}; it is written by 'explain --save --output {folder}'"
         ) from None
-    except (ValueError, LookupError, TypeError) as error:
+    except ValueError as error:
         raise InputError(f"{file} names no saved explanations ({error}); run 'explain' with --save") from error
-    return dict(summary)
+    return dict(check_json(found, _SUMMARY, f"{file}, which 'explain --save' writes,", InputError))
 
 
 def _digest(file: Path) -> str:

@@ -277,6 +277,8 @@ class ImageSource(Dataset[Tensor]):
                 for row, one in zip(rows, _labels_of(own, len(rows), tensor.ndim == 4 or many), strict=True):
                     yield position, row, one
                     position += 1
+        if not position:
+            raise InputError("there is no image in the stream")
 
     def _label(self, position: int, found: Any) -> Any:
         if not self._with_labels:
@@ -434,15 +436,19 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
         return _open_path(source, reading, own)
     if isinstance(source, DataLoader):
         return _open_loader(source, reading, labels, own)
+    if isinstance(source, np.ndarray) and source.dtype.kind in "OUS":  # of paths or images, as tables have them
+        source = source.tolist()
     if isinstance(source, (Tensor, np.ndarray)):
         if source.ndim == 3:
             raise InputError(f"no batch dimension in an image of shape {tuple(source.shape)}; pass image[None]")
         if source.ndim != 4:
             raise InputError(f"images must be (N, C, H, W), got shape {tuple(source.shape)}")
+        if isinstance(source, Tensor):
+            reading.check_pixels(source)
         if isinstance(source, Tensor) and reading.transform is None:
             reading.from_tensor(source[:1])  # refuses channels and dtypes at once
         return ImageSource(source, reading, index=range(len(source)), **own)
-    if _is_pil(source):
+    if _is_pil(source) or hasattr(source, "read"):
         return ImageSource([source], reading, index=range(1), **own)
     if isinstance(source, (list, tuple)):
         if all(isinstance(one, (str, os.PathLike)) for one in source):
@@ -689,6 +695,8 @@ def _from_array(pixels: np.ndarray[Any, Any], name: str) -> Tensor:
     """An array as a tensor, channels first. Arrays mostly come with channels last."""
     if pixels.ndim == 2:
         pixels = pixels[None]
+    if not pixels.dtype.isnative:
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="))
     first, last = pixels.shape[-3], pixels.shape[-1]
     if last in (1, 3, 4) and first not in (1, 3, 4):
         pixels = np.moveaxis(pixels, -1, -3)

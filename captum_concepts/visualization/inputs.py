@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import integer, name_positions
+from captum_concepts.errors import InputError
+from captum_concepts.explanation import ConceptExplainer
 from captum_concepts.images import ImageSource, as_seen, batches, inputs_for, open_images
 
 
@@ -77,3 +80,63 @@ def shown_batches(
             labels = [source.class_names[one] if isinstance(one, int) else one for one in labels]
         pictures = [as_seen(image, source.preprocessing) for image in batch.images]
         yield Shown(inputs, pictures, list(batch.names) if named else None, labels)
+
+
+@dataclass(frozen=True)
+class Strong:
+    """One of the images with the highest score of a concept: number, score, picture ``(3, H, W)`` as drawn, and
+    ``(1, C, H, W)`` as the model takes it."""
+
+    index: int
+    score: float
+    picture: Tensor
+    inputs: Tensor
+
+
+def strongest_images(
+    explainer: ConceptExplainer,
+    images: Any,
+    concepts: Any = None,
+    k: int = 5,
+    *,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 32,
+) -> dict[str, list[Strong]]:
+    """The k images with the highest score of each concept, of any method or of a layer's own channels.
+
+    Args:
+        explainer: any of the methods, or :class:`~captum_concepts.attr.layer_channels.LayerChannels`.
+        images: whatever :func:`~captum_concepts.images.inputs_for` takes; read once, in batches. Memory does not grow
+            with their number.
+        concepts: names or indices; None: all.
+        k: images per concept.
+        transform: makes the model's inputs from a batch of images in [0, 1].
+        batch_size: images per forward pass.
+
+    Returns:
+        ``{concept: [Strong(index, score, picture, inputs), ...]}``, strongest first; the earlier image first among
+        equals. Images whose score is NaN are left out.
+
+    Raises:
+        InputError: no image, or an unknown concept.
+    """
+    if not isinstance(explainer, ConceptExplainer):
+        raise InputError(f"strongest_images needs an explainer, got {type(explainer).__name__}")
+    integer("k", k)
+    names = list(explainer.concepts)
+    columns = name_positions(concepts, names)
+    best: list[list[Strong]] = [[] for _ in columns]
+    seen = 0
+    for batch in shown_batches(explainer, images, integer("batch_size", batch_size), transform):
+        with torch.no_grad():
+            scores = explainer.scores(batch.inputs).detach().float().cpu()[:, columns]
+        for row, column in enumerate(scores.T):
+            known = column.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            for i in known.argsort(descending=True, stable=True)[:k].tolist():
+                if known[i] > -torch.inf:
+                    best[row].append(Strong(seen + i, float(known[i]), batch.pictures[i], batch.inputs[i : i + 1]))
+            best[row] = sorted(best[row], key=lambda one: (-one.score, one.index))[:k]
+        seen += len(batch.pictures)
+    if not seen:
+        raise InputError("there is no image")
+    return {names[column]: own for column, own in zip(columns, best, strict=True)}

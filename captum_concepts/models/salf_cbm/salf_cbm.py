@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from captum_concepts._captum import target_indices
-from captum_concepts._checks import integer, name_positions, one_of, unique_names
+from captum_concepts._checks import finite_images, integer, name_positions, one_of, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.activations import (
     LAYOUTS,
     Layer,
@@ -68,6 +69,7 @@ class _Seen(NamedTuple):
     logits: Tensor
 
 
+@unharming
 class SALFCBM(
     nn.Module,
     PyTorchModelHubMixin,
@@ -153,6 +155,9 @@ class SALFCBM(
     concept_std: Tensor
     presence_slope: Tensor | None
     presence_offset: Tensor | None
+
+    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    explains_all_at_once = True
 
     def __init__(
         self,
@@ -743,6 +748,7 @@ class SALFCBM(
             InputError: labels that do not fit.
         """
         activations = full_precision(self.scores(images)).cpu()
+        finite_images(activations, range(len(activations)), "the score")
         columns, verdicts = verdicts_of(labels, self.concepts, len(activations))
         self.set_presence(*fit_presence(activations[:, columns], verdicts), columns)
         names = [self.concepts[j] for j in columns]
@@ -1273,3 +1279,5 @@ def _check_batch(inputs: Any) -> None:
             f"images must be a floating-point batch (N, C, H, W), got {tuple(inputs.shape)} of {inputs.dtype}"
             f"{hint or '; preprocess them as the backbone was trained'}"
         )
+    if inputs.layout != torch.strided:
+        raise InputError(f"images must be a dense tensor, got the layout {inputs.layout}")

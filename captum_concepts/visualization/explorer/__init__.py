@@ -19,6 +19,7 @@ from torch import Tensor
 
 from captum_concepts._artifacts import write_atomically
 from captum_concepts._checks import integer, name_positions
+from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import SEEN, ConceptExplainer, ConceptExplanation
 from captum_concepts.visualization.inputs import reader_of, shown_batches
@@ -66,6 +67,7 @@ class EditableExplainer(Protocol):
         ...
 
 
+@unharming
 def explore(
     explainer: EditableExplainer | ConceptExplainer | ConceptExplanation,
     images: Any,

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import tempfile
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from captum_concepts import __version__
+from captum_concepts._artifacts import replacing
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
@@ -535,19 +535,12 @@ def _free(path: Path) -> bool:
 
 def _write(path: Path, before: bytes, cards: IO[bytes], part: tuple[int, int], after: bytes) -> None:
     """One page, atomically; its cards are copied in blocks."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(before)
-            cards.seek(part[0])
-            for start in range(*part, _BLOCK):
-                file.write(cards.read(min(_BLOCK, part[1] - start)))
-            file.write(after)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(before)
+        cards.seek(part[0])
+        for start in range(*part, _BLOCK):
+            file.write(cards.read(min(_BLOCK, part[1] - start)))
+        file.write(after)
 
 
 @dataclass(frozen=True)
