@@ -572,7 +572,8 @@ class FeatureActivationMap(LayerAttribution):
             method=self.get_name(),
             score_unit=self._rule().unit,
             rank_by=chosen.rank_by,
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     def fit(
         self,

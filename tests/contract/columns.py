@@ -498,6 +498,8 @@ NOT_COLUMNS = {
     "images.Reading.*": "one step of open_images",
     "images.Preprocessing*": "a batch of tensors: tests/images/test_preprocessing.py",
     "images.digest": "one tensor: tests/images/test_source.py",
+    "images.as_seen": "one tensor: tests/visualization/test_figures.py",
+    "images.thumbnails": "what a method was given: tests/visualization/test_figures.py",
     "store.RegionEmbeddingStore.*": "reads images as build does: tests/store",
     "visualization.ReportWriter.*": "one step of report",
     "visualization.Explorer*": "made by explore",

@@ -407,7 +407,8 @@ class ConceptFusionMap(LayerAttribution):
             contribution_unit="relative drop of the class probability" if contributions else "",
             rank_by=selection.rank_by,
             image_names=image_names(inputs),
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     # ------------------------------------------------------------ fit, words, options, files
 

@@ -628,7 +628,8 @@ class SpatialACV(LayerAttribution):
             score_unit="probability",
             contribution_unit="output per unit of activation" if contributions else "",
             rank_by=chosen.rank_by,
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     def calibrate(
         self,
