@@ -89,7 +89,7 @@ def _by_hand() -> dict[str, bytes]:
         "GBR": struct.pack(">IIIII", 28, 2, 32, 24, 1) + b"GIMP" + struct.pack(">I", 10) + mono,
         "GRIB": b"GRIB" + bytes([0, 0, 0, 1]) + bytes(64),
         "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(64),
-        "IMT": b"*\nwidth 32\nheight 24\n\x0c" + mono,
+        "IMT": b"*comment\nwidth 32\nheight 24\npixel n8\n\x0c" + mono,
         "IPTC": b"\x1c\x03\x3c\0\2\1\0" + b"\x1c\x03\x14\0\2\0\x20" + bytes(32),
         "MCIDAS": struct.pack(">64i", 0, 4, *([0] * 6), 24, 32, 1, *([0] * 2), 1, *([0] * 50))[:256] + mono,
         "MPEG": b"\0\0\1\xb3" + bytes([2, 0, 0x18, 0x11]) + bytes(64),
@@ -134,7 +134,10 @@ def test_every_plug_in_of_pillow(form: str, name: str, tmp_path: Path, watched: 
 
 
 def test_the_watch_sees_what_pillow_alone_would_do(watched: list[str]):
-    with pytest.raises(OSError), Image.open(io.BytesIO(content_of("EPS"))) as image:
+    with (
+        pytest.raises(OSError, match="EPS|Ghostscript|truncated|cannot"),
+        Image.open(io.BytesIO(content_of("EPS"))) as image,
+    ):
         image.load()
     assert any("gs" in event for event in watched)
 
@@ -350,4 +353,4 @@ def test_what_claims_to_be_large_costs_little(tmp_path: Path):
         assert said.startswith("[") or name in said, (name, said)
         assert seconds < 5, (name, seconds, said)
         # MB: 100 million pixels as Pillow has them, as bytes and as floats; less where they are not there.
-        assert grown < (2100 if said.startswith("[") else 900), (name, grown, said)
+        assert grown < (2300 if said.startswith("[") else 900), (name, grown, said)
