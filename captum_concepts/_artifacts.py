@@ -14,16 +14,19 @@ A check is a function ``(value, where) -> value``; :func:`check_json` runs one, 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import re
+import stat
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -287,24 +290,45 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
 
     Args:
         path: the file; its folder must exist.
-        data: bytes, or text that is written as UTF-8.
+        data: bytes, or text that is written as UTF-8 (what has no UTF-8, as in names of files, as an escape).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     print(write_atomically(Path(folder) / "a.txt", "whole").read_text())
     whole
     """
+    with open_atomically(path) as file:
+        file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+    return Path(path)
+
+
+@contextmanager
+def open_atomically(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[IO[bytes]]:
+    """An open file that becomes ``path`` once the block has ended without an error; no link is followed.
+
+    Args:
+        path: a regular file, or none yet. Where it is a link, the link is replaced and what it points to stays.
+        replace: False: the file is written and taken away again, to see whether it could be.
+
+    Raises:
+        OSError: the folder cannot be written, the disk is full, or ``path`` is a device, pipe or folder.
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(mode := path.lstat().st_mode) and not stat.S_ISLNK(mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    # Short, because a name may have 255 bytes; new, because a link may have been laid in its place.
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.{threading.get_ident()}.partial")
+    partial.unlink(missing_ok=True)
     try:
-        with partial.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+        with partial.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        if replace:
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def parse_json(text: str | bytes) -> Any:

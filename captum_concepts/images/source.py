@@ -23,6 +23,8 @@ from captum_concepts.images.labels import LABEL_KEYS, checked_labels, known_clas
 from captum_concepts.images.pixels import Reading
 from captum_concepts.images.preprocessing import Preprocessing, input_channels, preprocessing_of
 
+#: Each worker is a process with pipes of its own; more of them end in "too many open files".
+MOST_WORKERS = 256
 IMAGE_KEYS = ("image", "images", "pixel_values", "img", "inputs", "jpg", "jpeg", "png", "webp")
 
 
@@ -546,7 +548,7 @@ def batches(
     """
     batch_size = integer("batch_size", batch_size)
     opened = open_images(source, **options)
-    workers = opened.num_workers if num_workers is None else integer("num_workers", num_workers, least=0)
+    workers = opened.num_workers if num_workers is None else integer("num_workers", num_workers, 0, MOST_WORKERS)
     return _batched(opened, batch_size, device, workers)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import open_atomically
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, SEEN, ConceptExplanation
@@ -552,11 +553,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 200) 
     number("dpi", dpi, lambda pixels: pixels > 0, "positive")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{suffix}")
-    try:
-        with rc_context(_SETTINGS):
-            figure.savefig(partial, dpi=dpi, facecolor="white", metadata=_METADATA[suffix])
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with rc_context(_SETTINGS), open_atomically(path) as file:
+        figure.savefig(file, format=suffix[1:], dpi=dpi, facecolor="white", metadata=_METADATA[suffix])
     return path

@@ -425,3 +425,14 @@ def test_scenes_tell_their_labels_without_drawing_them(monkeypatch: pytest.Monke
     assert torch.equal(open_images(scenes)[3], scenes[3].image)
     monkeypatch.setattr("captum_concepts.datasets.scenes.draw_ground", None)
     assert open_images(scenes).labels == expected
+
+
+@pytest.mark.parametrize("workers", [2**31, 257, -1, 1.5])
+def test_numbers_of_workers_are_checked_before_any_starts(workers):
+    images = torch.rand(3, 3, 4, 4)
+    for read in (
+        lambda: list(batches(images, 2, num_workers=workers)),
+        lambda: fingerprint(images, num_workers=workers),
+    ):
+        with pytest.raises(InputError, match="num_workers must be an integer of at least 0 and at most 256"):
+            read()

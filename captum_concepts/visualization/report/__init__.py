@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import tempfile
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from captum_concepts import __version__
+from captum_concepts._artifacts import open_atomically
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
@@ -383,18 +383,13 @@ class ReportWriter:
             facts_of_run=self._facts(),
         )
         before, after = page.split(_MARK)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
-            with partial.open("wb") as file:
-                file.write(before.encode())
+            with open_atomically(self.path) as file:
+                file.write(before.encode(errors="backslashreplace"))
                 self._cards.seek(0)
                 shutil.copyfileobj(self._cards, file)
-                file.write(after.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
+                file.write(after.encode(errors="backslashreplace"))
         finally:
-            partial.unlink(missing_ok=True)
             self.discard()
         return self.path
 
