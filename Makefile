@@ -59,6 +59,7 @@ bench-full: $(BIN)/.installed-benchmark
 # The page, the plots and the README's table again, from the records as they are.
 bench-page: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.report.page
+	$(BIN)/python docs/tools/written.py
 
 # An editable install of the package with its development tools; done again when the dependencies change.
 $(BIN)/.installed: pyproject.toml
@@ -74,7 +75,11 @@ $(BIN)/.installed-benchmark: $(BIN)/.installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: docs tutorials
+.PHONY: docs pages tutorials
+
+# Numbers of records, helps of commands and names of the reference, written into docs/; a test compares.
+pages: $(BIN)/.installed
+	$(BIN)/python docs/tools/written.py
 
 # The site in site/: warnings are errors, nothing is fetched from elsewhere, links, descriptions and spelling are checked.
 docs: $(BIN)/.installed-docs
@@ -85,6 +90,7 @@ docs: $(BIN)/.installed-docs
 # Run all notebooks from their sources, and write them and the pictures of the documentation (some minutes).
 tutorials: $(BIN)/.installed-tutorials
 	$(BIN)/python tutorials/build.py
+	$(BIN)/python docs/tools/written.py
 
 $(BIN)/.installed-docs: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]'

@@ -27,7 +27,7 @@ _NAMES = {
 }
 _ROOMS = (
     *("audit", "concepts", "datasets", "demo", "errors", "images", "metrics", "published", "solvers", "store"),
-    *("testing", "visualization", "vlm"),
+    *("targets", "testing", "visualization", "vlm"),
 )
 
 __all__ = ["__version__", *_NAMES, *_ROOMS]

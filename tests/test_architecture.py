@@ -16,7 +16,7 @@ NAME = "captum_concepts"
 ROWS = [
     ["errors"],
     ["_checks", "_artifacts", "_memory", "published"],
-    ["explanation", "_captum", "images"],
+    ["explanation", "_captum", "images", "targets"],
     ["activations", "solvers", "metrics", "visualization", "datasets", "testing"],
     ["vlm", "concepts"],
     ["store"],

@@ -1,4 +1,4 @@
-"""The command line page, written by the parser itself."""
+"""What the commands print for `--help`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,3 @@ def _printed(parser: argparse.ArgumentParser, arguments: list[str]) -> str:
             else:
                 os.environ[name] = value
     return found.getvalue().rstrip()
-
-
-def render(markdown: str) -> str:
-    """A page in which ``{{ command line }}`` is every command's help."""
-    if "{{ command line }}" not in markdown:
-        return markdown
-    parts = [f"## {name}\n\n```text\n{text}\n```\n" for name, text in helps().items()]
-    return markdown.replace("{{ command line }}", "\n".join(parts))

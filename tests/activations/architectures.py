@@ -193,9 +193,9 @@ def page() -> str:
     text = (
         "# Architectures\n\nEvery method on networks of the model zoos as they are, with random weights and no hint: "
         "the layer is the one that `suggest_layer` finds (`suggest_stages` for CE-FAM). Images are "
-        "small here (56 x 84 to 96 x 128 pixels, 224 where the network takes nothing else), so grids are small. Where only "
-        "linear operations follow that layer (*linear above*), SpatialACV warns that contributions are the same for every image; "
-        "`python -m captum_concepts models` stars an earlier layer for it.\n\n"
+        "small here (56 x 84 to 96 x 128 pixels, 224 where the network takes nothing else), so grids are small. "
+        "*Linear above*: only linear operations follow that layer, and SpatialACV warns that contributions are the "
+        "same for every image; `python -m captum_concepts models` stars an earlier layer for it.\n\n"
         "This page is written by `python tests/activations/architectures.py`; "
         "`tests/activations/test_architectures.py` runs it again and compares.\n\n"
     )

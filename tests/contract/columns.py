@@ -327,6 +327,7 @@ COLUMNS += [
     Column("SpatialACV.concept_maps", "any images", lambda x, _: sacv().concept_maps(x), EXPLAINED),
     Column("SpatialACV.contributions", "any images", lambda x, _: sacv().contributions(x, 1), EXPLAINED),
     Column("SpatialACV.explain", "any images", lambda x, _: sacv().explain(x).maps, EXPLAINED),
+    Column("SpatialACV.evidence", "any images", lambda x, _: sacv().evidence(x, 1).effects, EXPLAINED),
     Column("SpatialACV.tcav", "any images", lambda x, _: list(sacv().tcav(x, 1).values()), EXPLAINED),
     Column(
         "SpatialACV.fit",
@@ -424,6 +425,7 @@ COLUMNS += [
 ]
 #: Entry points without a column, by pattern, and why.
 NOT_COLUMNS = {
+    "targets.*": "modules around the user's network: the network reads the images; tests/test_targets.py",
     "*.save": "writes a file",
     "*.to_csv": "writes a file",
     "*.to_json": "writes a file",

@@ -320,7 +320,7 @@ def vocabulary() -> Any:
 
 
 class Net(nn.Module):
-    """Two convolutions and a linear layer; deterministic, and with the metadata that timm's models have."""
+    """Two convolutions, tanh and a linear layer; deterministic, and with the metadata that timm's models have."""
 
     pretrained_cfg: ClassVar = {
         "input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "mean": (0.0,) * 3, "std": (1.0,) * 3,
@@ -337,7 +337,7 @@ class Net(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, 2)`` logits."""
-        return self.head(self.last(self.first(images)).mean((2, 3)))
+        return self.head(self.last(self.first(images)).mean((2, 3)).tanh())
 
 
 class Wrapped(nn.Module):

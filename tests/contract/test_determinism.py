@@ -30,7 +30,7 @@ def images(n: int = 24, seed: int = 0) -> Tensor:
 
 def concept_vectors(seed: int) -> Any:
     x = images()
-    made = SpatialACV(network(), "1").fit({"a": x[:8] + 0.2, "b": x[8:16]}, x[16:], n_random=20, max_rows=60, seed=seed)
+    made = SpatialACV(network(), "0").fit({"a": x[:8] + 0.2, "b": x[8:16]}, x[16:], n_random=20, max_rows=60, seed=seed)
     return made.vectors, made.accuracies_, made.p_values_, made.confidence_intervals_, made.attribute(x, target=1)
 
 

@@ -51,7 +51,7 @@ def images() -> Tensor:
 
 
 def fitted(net: nn.Module, images: Tensor, batch_size: int) -> SpatialACV:
-    return SpatialACV(net, "1", batch_size=batch_size).fit({"bright": images[:4] + 1}, images[4:])
+    return SpatialACV(net, "0", batch_size=batch_size).fit({"bright": images[:4] + 1}, images[4:])
 
 
 CALLS = {

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,7 @@ BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```python\n(?P<code>.*?)```
 
 def tool(name: str) -> ModuleType:
     """A module of docs/tools, which is no package."""
+    sys.path[:] = [str(DOCS / "tools"), *(path for path in sys.path if path != str(DOCS / "tools"))]
     spec = importlib.util.spec_from_file_location(f"docs_tool_{name}", DOCS / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,10 +38,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return [(found["mark"] or "", found["code"]) for found in BLOCK.finditer(text(page))]
 
 
-WITH_CODE = [page for page in PAGES if blocks(page)]
+SKILL = ROOT / "skills" / "captum-concepts" / "SKILL.md"
+WITH_CODE = [page for page in (*PAGES, SKILL) if blocks(page)]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
 @pytest.mark.filterwarnings("ignore:You are using a non-tuple:UserWarning")
 def test_code_runs_from_the_top_of_its_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -50,6 +53,12 @@ def test_code_runs_from_the_top_of_its_page(page, tmp_path, monkeypatch):
         if mark.startswith("not run:") or (needs and importlib.util.find_spec(needs[1]) is None):
             continue  # compiled above; the page says why
         exec(compiled, namespace)
+
+
+@pytest.mark.parametrize("library", sorted(set(re.findall(r"<!-- needs: (\w+) -->", "".join(map(text, PAGES))))))
+def test_blocks_of_other_libraries_are_run(library):
+    """In the tests of their pages; those of what is not here are named at the end of the run."""
+    pytest.importorskip(library, reason=f"{library} is not installed")
 
 
 def test_blocks_that_are_not_run_say_why():
@@ -74,43 +83,59 @@ def test_commands_parse(page):
 
 
 def test_every_command_is_on_its_page():
-    printed = tool("command_line").render("{{ command line }}")
     actions = [
         action for action in parser()._actions if hasattr(action, "choices") and isinstance(action.choices, dict)
     ]
     names = list(actions[0].choices)
     assert {"explain", "demo"} <= set(names)
+    page = text(DOCS / "command_line.md")
     for name in names:
-        assert f"## {name}\n" in printed
-        assert f"usage: python -m captum_concepts {name}" in printed
+        assert f"## {name}\n" in page
+        assert f"usage: python -m captum_concepts {name}" in page
 
 
-def test_numbers_are_those_of_the_records():
-    records = tool("records")
-    rendered = {page: records.render(text(page)) for page in PAGES}
-    for page, result in rendered.items():
-        left = re.findall(r"\{\{(?! (?:command line|tutorials) )[^}]*\}\}", result)
-        assert not left, f"{page}: {left}"
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_numbers_helps_and_names_are_those_of_records_and_code(page):
+    assert text(page) == tool("written").write(text(page)), "run `make pages` and commit what it writes"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_pages_read_in_the_repository(page):
+    """Without MkDocs: nothing is left to fill in, and a page of the reference names what it documents."""
+    shown = re.sub(r"<!--.*?-->", "", text(page), flags=re.DOTALL)
+    assert "{{" not in shown
+    assert ":::" not in shown
+    if "api" in page.parts:
+        described = re.findall(r"^\| \[?`\w+`.*? \| (.+) \|$", shown, flags=re.MULTILINE)
+        assert described, "no names: `make pages`"
+        assert all(described)
+
+
+def test_numbers_come_from_records():
+    written = tool("written")
     cost = json.loads(text(ROOT / "benchmarks/results/fam.json"))["ratio_to_bare_forward"]["FAM, linear head"]
-    assert f"| linear head | {cost:.2f} |" in rendered[DOCS / "methods" / "fam.md"]
-
-
-def test_a_record_that_is_not_there_stops_the_build():
-    records = tool("records")
+    where = "<!-- fam.json ; ratio_to_bare_forward ; FAM, linear head ; .2f -->"
+    assert written.write(f"| 99{where} |") == f"| {cost:.2f}{where} |"
     with pytest.raises(KeyError, match="no entry 'FAM, quadratic head'"):
-        records.render("{{ fam.json | ratio_to_bare_forward | FAM, quadratic head | .2f }}")
+        written.write("0<!-- fam.json ; ratio_to_bare_forward ; FAM, quadratic head ; .2f -->")
     with pytest.raises(KeyError, match="no record"):
-        records.render("{{ nothing.json | a | .2f }}")
+        written.write("0<!-- nothing.json ; a ; .2f -->")
+
+
+def test_the_site_has_its_own_links_and_directives():
+    written = tool("written")
+    page = written.for_site(text(DOCS / "api" / "solvers.md"), "api/solvers.md")
+    assert "\n::: captum_concepts.solvers\n    options:" in page
+    assert "../captum_concepts" not in page
+    assert "(../tutorials/01_what.md)" in written.for_site("[a](../../tutorials/01_what.ipynb)", "methods/fam.md")
+    assert "benchmarks/results/README.md" not in written.for_site(text(DOCS / "measured.md"), "measured.md")
 
 
 def test_links_lead_to_pages_and_pictures():
-    tutorials = {f"tutorials/{path.stem}.md" for path in (ROOT / "tutorials").glob("[0-9]*.ipynb")}
-    made = {DOCS / name for name in tutorials} | {DOCS / "changelog.md"}
-    for page in PAGES:
+    for page in (*DOCS.rglob("*.md"), DOCS / "llms.txt", SKILL):
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text(page)):
             if not target.startswith("https://"):
-                found = (page.parent / target).resolve()
-                assert found.is_file() or found in made, f"{page.name} links to {target}"
+                assert (page.parent / target).resolve().is_file(), f"{page.name} links to {target}"
 
 
 def test_every_page_is_in_the_navigation():

@@ -16,7 +16,15 @@ def test_every_code_block_runs_in_order(tmp_path, monkeypatch):
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
-    written = {"explanation.png", "explanation.safetensors", "report.html", "words.safetensors", "store", "salf"}
+    written = {
+        "explanation.png",
+        "explanation.safetensors",
+        "report.html",
+        "explorer.html",
+        "words.safetensors",
+        "store",
+        "salf",
+    }
     assert {p.name for p in tmp_path.iterdir()} == written
     assert namespace["maps"].shape == (6, 1, 7, 7)
     assert namespace["sensitivity"].shape == (4, 1, 16, 16)

@@ -447,7 +447,12 @@ class Explainer:
         self.ranked.add(rank_by)
         index = torch.zeros(len(inputs), dtype=torch.long) if target is None else torch.as_tensor(target)
         return ConceptExplanation(
-            list(self.concepts), self.scores(inputs), self.concept_maps(inputs), self.scores(inputs), index, rank_by=rank_by
+            list(self.concepts),
+            self.scores(inputs),
+            self.concept_maps(inputs),
+            self.scores(inputs),
+            index,
+            rank_by=rank_by,
         ).top(top_k)
 
 

@@ -1,0 +1,177 @@
+"""Segmentation and detection networks as they are, explained through `captum_concepts.targets`."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from captum_concepts import ConceptFusionMap, ConceptTranslator, FeatureActivationMap, SpatialACV
+from captum_concepts.activations import Layers
+from captum_concepts.errors import InputError
+from captum_concepts.targets import Box, SemanticSegmentation
+
+
+class Pixels(nn.Module):
+    """Logits of two classes: the red and the green of each pixel."""
+
+    def __init__(self, wrap=lambda y: y):
+        super().__init__()
+        self.layer, self.wrap = nn.Conv2d(3, 2, 1, bias=False), wrap
+        self.layer.weight.data = torch.eye(3)[:2, :, None, None]
+
+    def forward(self, x):
+        return self.wrap(self.layer(x))
+
+
+def red_left():
+    """One image: its left half red .8, its right half green .6."""
+    image = torch.zeros(1, 3, 8, 8)
+    image[:, 0, :, :4], image[:, 1, :, 4:] = 0.8, 0.6
+    return image
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda y: y, lambda y: {"out": y, "aux": None}, lambda y: (y, None), lambda y: type("O", (), {"logits": y})()],
+)
+def test_segmentation_scores(wrap):
+    image = red_left()
+    assert torch.allclose(SemanticSegmentation(Pixels(wrap))(image), torch.tensor([[0.8, 0.6]]))
+    assert torch.allclose(SemanticSegmentation(Pixels(wrap), "all")(image), torch.tensor([[0.4, 0.3]]))
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:, :4] = True  # the left quarter, in another resolution
+    assert torch.allclose(SemanticSegmentation(Pixels(wrap), mask)(image), torch.tensor([[0.8, 0.0]]))
+
+
+def test_a_region_smaller_than_a_cell_counts():
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[3, 3] = True
+    assert torch.allclose(SemanticSegmentation(Pixels(), mask)(red_left()), torch.tensor([[0.8, 0.0]]))
+
+
+def test_a_class_that_no_pixel_has_scores_zero():
+    assert SemanticSegmentation(Pixels())(red_left()[..., :4])[0, 1] == 0
+
+
+def test_what_is_no_segmentation_is_refused():
+    with pytest.raises(InputError, match="'predicted', 'all'"):
+        SemanticSegmentation(Pixels(), "everything")
+    with pytest.raises(InputError, match="a pixel that is True"):
+        SemanticSegmentation(Pixels(), torch.zeros(4, 4, dtype=torch.bool))
+    with pytest.raises(InputError, match=r"no logits \(N, L, h, w\)"):
+        SemanticSegmentation(nn.Flatten())(torch.rand(1, 3, 4, 4))
+
+
+class Detections(nn.Module):
+    def __init__(self, boxes, labels, scores):
+        super().__init__()
+        self.found = {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels), "scores": torch.tensor(scores)}
+
+    def forward(self, images):
+        return [self.found] * len(images)
+
+
+def test_box_takes_the_best_detection_of_its_label():
+    net = Detections([[0.0, 0, 4, 4], [0, 0, 4, 2], [8, 8, 12, 12]], [1, 2, 1], [0.5, 0.9, 0.7])
+    x = torch.rand(2, 3, 16, 16)
+    asked = [[0, 0, 4, 4], [0, 0, 4, 4], [8.0, 8, 12, 12], [0, 0, 4, 4]]
+    assert torch.allclose(Box(net, asked, [1, 2, 1, 3])(x), torch.tensor([[0.5, 0.45, 0.7, 0.0]]).expand(2, -1))
+    assert torch.allclose(Box(net, asked[:1])(x), torch.tensor([[0.5], [0.5]]))
+
+
+def test_no_detection_scores_zero():
+    net = Detections(torch.zeros(0, 4).tolist(), [], [])
+    net.found["boxes"] = torch.zeros(0, 4)
+    assert Box(net, [[0, 0, 4, 4]], [1])(torch.rand(1, 3, 8, 8)).tolist() == [[0.0]]
+
+
+def test_queries_of_detr():
+    class Queries(nn.Module):
+        def forward(self, x):
+            logits = torch.tensor([[[5.0, 0, 0], [0, 0, 5]]]).expand(len(x), -1, -1)
+            return {"pred_logits": logits, "pred_boxes": torch.tensor([[[0.25, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]])}
+
+    chance = torch.tensor([5.0, 0, 0]).softmax(0)[0]
+    found = Box(Queries(), [[0, 0, 8, 8]], [0])(torch.rand(1, 3, 8, 16))  # 8 high, 16 wide: the left half
+    assert torch.allclose(found, chance[None, None])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "labels", "message"),
+    [
+        ([0, 0, 4, 4], None, r"\(K, 4\)"),
+        ([[4, 0, 0, 4]], None, "x1 > x0"),
+        ([[0, 0, 4, float("nan")]], None, r"\(K, 4\)"),
+        ([[0, 0, 4, 4]], [1, 2], "one per box"),
+        ([[0, 0, 4, 4]], [0.5], "class indices"),
+    ],
+)
+def test_boxes_and_labels_are_checked(boxes, labels, message):
+    with pytest.raises(InputError, match=message):
+        Box(nn.Identity(), boxes, labels)
+
+
+def test_what_is_no_detector_is_refused():
+    with pytest.raises(InputError, match="no detections"):
+        Box(nn.Flatten(), [[0, 0, 4, 4]])(torch.rand(1, 3, 8, 8))
+
+
+def explained(model: nn.Module, layer: str, images: torch.Tensor, outputs: int) -> None:
+    """Three methods say something about every position of the last layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        maps = FeatureActivationMap(model, layer, torch.eye(outputs)).attribute(images, target=0)
+        assert maps.abs().sum() > 0
+        acv = SpatialACV(model, layer).fit({"bright": images + 1}, images)
+        assert acv.attribute(images, target=0).abs().sum() > 0
+        channels = Layers.resolve(model, layer).run(images).maps[0].shape[1]
+        translator = ConceptTranslator([channels], 4, hidden=(8, 8))
+        words = ConceptFusionMap(model, [layer], translator, ["a", "b"], torch.randn(2, 4))
+        found = words.explain(images, target=0)
+    assert found.contributions is not None
+    assert found.contributions.isfinite().all()
+
+
+def test_deeplab():
+    torch.manual_seed(0)
+    net = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=4
+    )
+    images = torch.rand(2, 3, 96, 96)
+    net(images)  # statistics of batch normalization: without them nothing of the image reaches the logits
+    explained(SemanticSegmentation(net.eval(), "all"), "model.backbone.16", images, 4)
+
+
+def test_faster_rcnn():
+    torch.manual_seed(0)
+    net = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=3, box_score_thresh=0.0, min_size=96, max_size=128
+    ).eval()
+    images = torch.rand(1, 3, 96, 128)
+    found = net(images)[0]
+    model = Box(net, found["boxes"][:2].detach(), found["labels"][:2])
+    assert torch.allclose(model(images)[0], found["scores"][:2], atol=1e-5)
+    maps = FeatureActivationMap(model, "model.backbone.body.16", torch.eye(2)).attribute(images, target=0)
+    assert maps.abs().sum() > 0
+
+
+def test_detr_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    tower = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    config = transformers.DetrConfig(
+        use_timm_backbone=False, backbone=None, use_pretrained_backbone=False, backbone_config=tower, d_model=16,
+        encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
+        decoder_attention_heads=2, num_queries=5, num_labels=3,
+    )  # fmt: skip
+    net = transformers.DetrForObjectDetection(config).eval()
+    images = torch.rand(1, 3, 64, 96)
+    model = Box(net, [[10, 10, 60, 50]], [1])
+    (layer,) = [name for name, _ in model.named_modules() if name.endswith("input_projection")]
+    assert FeatureActivationMap(model, layer, torch.eye(1)).attribute(images, target=0).abs().sum() > 0
