@@ -25,7 +25,8 @@ from captum_concepts.commands.report import facts, open_report, read_index
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.errors import InputError, printable, shortened
 from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.images import EXPLAINED, find_images, names_of
+from captum_concepts.images import find_images, names_of
+from captum_concepts.images.files import EXPLAINED
 from captum_concepts.store import FolderLock
 
 

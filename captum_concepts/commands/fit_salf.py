@@ -52,7 +52,7 @@ def fit_salf(settings: FitSettings) -> dict[str, Any]:
         raise InputError(f"output {out} is a file; give a folder")
     if not settings.dry_run:
         files = {f"output, file {name}:": out / name for name in _FILES}
-        check_outputs({**config, "config": settings.config}, files)
+        check_outputs({**config, "config": settings.config}, files, make_folders=False)
     with _processes(config) as device, _told():
         data, arguments, skipped = fit_arguments(config, device)
         if settings.dry_run:

@@ -16,12 +16,15 @@ _READ = ("data", "explanations", "explainer", "against", "model", "encoder", "we
          "words", "config")  # fmt: skip
 
 
-def check_outputs(read: Mapping[str, Any], outputs: Mapping[str, str | os.PathLike[str] | None]) -> None:
+def check_outputs(
+    read: Mapping[str, Any], outputs: Mapping[str, str | os.PathLike[str] | None], *, make_folders: bool = True
+) -> None:
     """Refuse outputs that are inputs, or cannot be written; make their folders.
 
     Args:
         read: the options of the command; those that name what is read are known by name.
         outputs: the files it will write, by the option that names them, such as "--save"; None: it is not given.
+        make_folders: False: somebody else makes them.
 
     Raises:
         InputError: a file is read by the same command, is a folder or device, or its folder cannot be written.
@@ -38,10 +41,12 @@ def check_outputs(read: Mapping[str, Any], outputs: Mapping[str, str | os.PathLi
         if any(other != name and _same(path, one) for other, one in given):
             raise InputError(f"{what} is named twice; give each output its own name")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if make_folders:
+                path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(f"{path.name} is write-protected")
-            with open_atomically(path.with_name(f".{path.name[:20]}.trial"), replace=False):
+            folder = next(one for one in path.absolute().parents if one.exists())
+            with open_atomically(folder / f".{path.name[:20]}.trial", replace=False):
                 pass
         except OSError as error:
             raise InputError(f"{what} cannot be written: {error.strerror or error}") from error

@@ -31,7 +31,8 @@ from captum_concepts.commands.image_files import Failed
 from captum_concepts.commands.outputs import check_outputs, html
 from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, InputWarning, printable, shortened
 from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.images import EXPLAINED, find_images, load_image
+from captum_concepts.images import find_images, load_image
+from captum_concepts.images.files import EXPLAINED
 from captum_concepts.store.manifest import fingerprint_module
 from captum_concepts.visualization import ReportWriter
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_concepts.errors import InputError
-from captum_concepts.images import Reading, opened_image, orientation, turned
+from captum_concepts.images import Reading, opened_image
+from captum_concepts.images.pixels import orientation, turned
 
 Ids = NDArray[np.int32]
 #: The id of pixels beside a padded image; they are ignored.

@@ -1,7 +1,6 @@
 """Whatever holds images, as tensors: the only reader of the package, and what models want to see."""
 
 from captum_concepts.images.files import (
-    EXPLAINED,
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
     class_folders,
@@ -12,13 +11,12 @@ from captum_concepts.images.files import (
 )
 from captum_concepts.images.fingerprint import digest, fingerprint
 from captum_concepts.images.labels import checked_labels, known_labels
-from captum_concepts.images.pixels import Placement, Reading, checked_size, orientation, placement, turned
+from captum_concepts.images.pixels import Placement, Reading, checked_size, placement
 from captum_concepts.images.preprocessing import Preprocessing, input_channels, preprocessing_of
 from captum_concepts.images.source import IMAGE_KEYS, Batch, ImageSource, batches, inputs_for, open_images, to_tensor
 from captum_concepts.images.text import read_json, read_text, read_words
 
 __all__ = [
-    "EXPLAINED",
     "IMAGE_FORMATS",
     "IMAGE_KEYS",
     "IMAGE_SUFFIXES",
@@ -41,12 +39,10 @@ __all__ = [
     "names_of",
     "open_images",
     "opened_image",
-    "orientation",
     "placement",
     "preprocessing_of",
     "read_json",
     "read_text",
     "read_words",
     "to_tensor",
-    "turned",
 ]
