@@ -14,8 +14,6 @@ A check is a function ``(value, where) -> value``; :func:`check_json` runs one, 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import os
@@ -26,11 +24,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import torch
 
-from captum_concepts.errors import ArtifactError, did_you_mean, listing, shortened
+from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, did_you_mean, listing, shortened
 
 #: A check of one JSON value: the value as it is used, or :class:`Unfit`.
 Check = Callable[[Any, str], Any]
@@ -138,14 +136,15 @@ def list_of(item: Check, *, length: int | None = None, least: int = 0, most: int
     return check
 
 
-def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    """An object with all of ``fields``, possibly some of ``optional``, and nothing else."""
+def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, more: bool = False) -> Check:
+    """An object with all of ``fields``, possibly some of ``optional``, and nothing else; with ``more`` other keys are
+    left out of the value."""
     known = {**fields, **(optional or {})}
 
     def check(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise Unfit(where, value, f"an object with the keys {listing(known)}")
-        unknown = [key for key in value if key not in known]
+        unknown = [key for key in value if key not in known and not more]
         missing = [key for key in fields if key not in value]
         if missing:
             has = f" It has {listing(unknown)}, which is unknown." if unknown else ""
@@ -153,7 +152,7 @@ def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = No
         if unknown:
             hint = did_you_mean(str(unknown[0]), known)
             raise Unfit(where, value, f"an object without the unknown key {shortened(unknown[0])}.{hint}")
-        return {key: known[key](one, f"{where}.{key}" if where else key) for key, one in value.items()}
+        return {key: known[key](one, f"{where}.{key}" if where else key) for key, one in value.items() if key in known}
 
     return check
 
@@ -185,11 +184,17 @@ def anything(value: Any, where: str) -> Any:
     return value
 
 
-def check_json(value: Any, check: Check, what: str) -> Any:
+def check_json(value: Any, check: Check, what: str, error: type[CaptumConceptsError] = ArtifactError) -> Any:
     """``value`` as ``check`` accepts it.
 
+    Args:
+        value: JSON.
+        check: its schema.
+        what: how messages call it.
+        error: what is raised.
+
     Raises:
-        ArtifactError: it does not; names the entry, its value and what it must be.
+        ArtifactError: or ``error``: it does not fit; names the entry, its value and what it must be.
 
     >>> check_json({"rows": [4, -1]}, table({"rows": list_of(integer(0, 9))}), "the manifest")
     Traceback (most recent call last):
@@ -197,12 +202,13 @@ def check_json(value: Any, check: Check, what: str) -> Any:
     captum_concepts.errors.ArtifactError: the manifest is damaged or foreign: 'rows[1]' is -1; it must be a whole number
     from 0 to 9
     """
+    fault = "is damaged or foreign" if error is ArtifactError else "cannot be used"
     try:
         return check(value, "")
     except Unfit as wrong:
-        raise ArtifactError(f"{what} is damaged or foreign: {wrong}") from None
+        raise error(f"{what} {fault}: {wrong}") from None
     except RecursionError:
-        raise ArtifactError(f"{what} is damaged or foreign: it is nested too deeply") from None
+        raise error(f"{what} {fault}: it is nested too deeply") from None
 
 
 def read_json(path: str | os.PathLike[str], check: Check, what: str) -> Any:
@@ -285,11 +291,66 @@ def check_arrays(file: Any, arrays: Mapping[str, Array], sizes: Mapping[str, int
             raise ValueError(f"tensor {name!r} is {dtype} {shortened(shape)}; it must be {array.kind} [{dims}]")
 
 
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file that takes the place of ``path`` at the end of the block; an error leaves the old one.
+
+    Nothing is written through links: a link called ``path`` is replaced, what it points to is unchanged.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Raises:
+        InputError: something is there that is no file (a folder, a device), so it is not replaced.
+    """
+    path = Path(path)
+    try:
+        there = path.lstat().st_mode
+    except FileNotFoundError:
+        there = stat.S_IFREG
+    if not (stat.S_ISREG(there) or stat.S_ISLNK(there)):
+        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(there) else 'no file'}; give the name of a file")
+    partial = path.with_name(f".{_short(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("xb") as file:  # "x": created here, so it is no link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path, names: str) -> list[tuple[Path, str]]:
+    """What killed processes left of :func:`replacing` files of ``folder``, with the name of each file; ``names`` is a
+    pattern that these fit."""
+    form = re.compile(rf"\.({names})\.\d+\.\d+\.partial")
+    found = [(file, form.fullmatch(file.name)) for file in folder.glob(".*.partial")]
+    return [(file, match[1]) for file, match in found if match is not None]
+
+
+def _short(name: str) -> str:
+    """What leaves room for more in a file system that takes 255 bytes."""
+    return name if len(os.fsencode(name)) <= 180 else name[:45]
+
+
+def own_folder(path: Path) -> Path:
+    """``path``, a folder that this package makes inside a given one, if it is no link.
+
+    Raises:
+        ArtifactError: it is a link, which whoever made the outer folder may have pointed anywhere.
+    """
+    if path.is_symlink():
+        raise ArtifactError(f"{path} is a symbolic link, and nothing is written through links; replace it by a folder")
+    return path
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     """Write the file atomically: a reader never sees a part of it, and a full disk leaves the old file.
 
     Args:
-        path: the file; its folder must exist.
+        path: see :func:`replacing`.
         data: bytes, or text that is written as UTF-8 (what has no UTF-8, as in names of files, as an escape).
 
     >>> import tempfile
@@ -297,38 +358,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     ...     print(write_atomically(Path(folder) / "a.txt", "whole").read_text())
     whole
     """
-    with open_atomically(path) as file:
+    with replacing(path) as file:
         file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     return Path(path)
-
-
-@contextmanager
-def open_atomically(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[IO[bytes]]:
-    """An open file that becomes ``path`` once the block has ended without an error; no link is followed.
-
-    Args:
-        path: a regular file, or none yet. Where it is a link, the link is replaced and what it points to stays.
-        replace: False: the file is written and taken away again, to see whether it could be.
-
-    Raises:
-        OSError: the folder cannot be written, the disk is full, or ``path`` is a device, pipe or folder.
-    """
-    path = Path(path)
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(mode := path.lstat().st_mode) and not stat.S_ISLNK(mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-    # Short, because a name may have 255 bytes; new, because a link may have been laid in its place.
-    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.{threading.get_ident()}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -351,7 +383,17 @@ def save_artifact(path: str | os.PathLike[str], kind: str, info: Mapping[str, An
 
     # Copies, because safetensors refuses tensors that share memory.
     whole = {name: v.detach().cpu().clone(memory_format=torch.contiguous_format) for name, v in tensors.items()}
-    return write_atomically(path, save(whole, metadata={"format": kind, _INFO: json.dumps(info)}))
+    return write_atomically(path, _ordered(save(whole, metadata={"format": kind, _INFO: json.dumps(info)})))
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same content gives the same bytes: safetensors writes its metadata in an order of chance."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    metadata = dict(sorted(header.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 @contextmanager
@@ -384,30 +426,41 @@ def open_artifact(
         FileNotFoundError: there is no such file.
         ArtifactError: truncated, corrupt, foreign, or its content makes no such object.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     kinds = {kind: {}} if isinstance(kind, str) else kind
+    with open_safetensors(path, what, device) as file:
+        metadata = file.metadata() or {}
+        found_kind = metadata.get("format", "none")
+        if found_kind not in kinds:
+            raise ArtifactError(
+                f"{path} is not {what} (format {shortened(found_kind)}, not {' or '.join(map(repr, kinds))})"
+            )
+        keys = kinds[found_kind]
+        found = parse_json(metadata[_INFO])
+        if not isinstance(found, dict):
+            raise ArtifactError(f"{path} is not {what}: its header contains no JSON object")
+        found = check_json({keys.get(name, name): one for name, one in found.items()}, info, str(path))
+        names = {keys.get(name, name): name for name in file.keys()}  # noqa: SIM118
+        if arrays is not None:
+            check_arrays(_Renamed(file, names), arrays, sizes(found) if sizes is not None else None)
+        yield found, {name: file.get_tensor(stored) for name, stored in names.items()}
+
+
+@contextmanager
+def open_safetensors(path: Path, what: str, device: str = "cpu") -> Iterator[Any]:
+    """``safetensors.safe_open``, whose errors, and those of wrong content in the block, name the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ArtifactError: it is damaged, or its content makes no sense to the block.
+    """
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}, which should be {what}")
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            found_kind = metadata.get("format", "none")
-            if found_kind not in kinds:
-                raise ArtifactError(
-                    f"{path} is not {what} (format {shortened(found_kind)}, not {' or '.join(map(repr, kinds))})"
-                )
-            keys = kinds[found_kind]
-            found = parse_json(metadata[_INFO])
-            if not isinstance(found, dict):
-                raise ArtifactError(f"{path} is not {what}: its header contains no JSON object")
-            found = check_json({keys.get(name, name): one for name, one in found.items()}, info, str(path))
-            names = {keys.get(name, name): name for name in file.keys()}  # noqa: SIM118
-            if arrays is not None:
-                check_arrays(_Renamed(file, names), arrays, sizes(found) if sizes is not None else None)
-            tensors = {name: file.get_tensor(stored) for name, stored in names.items()}
-        yield found, tensors
+            yield file
     except ArtifactError:
         raise
     # Sizes that a hostile header claims end in RuntimeError.

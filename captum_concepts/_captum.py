@@ -7,10 +7,11 @@ say what is allowed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +20,46 @@ from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor
 
-from captum_concepts.errors import InputWarning, TargetError, did_you_mean, shortened
+from captum_concepts.errors import InputError, InputWarning, TargetError, did_you_mean, shortened
 
-__all__ = ["LayerAttribution", "log_usage", "output_tensor", "select_output", "target_indices"]
+__all__ = ["LayerAttribution", "layer_attribution", "log_usage", "output_tensor", "select_output", "target_indices"]
 
 _ALLOWED = "an int, a 0-d or 1-d integer tensor, a list of ints or of 1-tuples, or a tuple of one int"
 #: What libraries call the tensor that a model exists for: transformers, and torchvision's segmentation networks.
 _OUTPUT_KEYS = ("logits", "image_embeds", "pooler_output", "out")
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+#: Keywords of Captum's other attributions, and what to do instead.
+_ELSEWHERE = {
+    "baselines": "no baseline is involved; see the method's docstring",
+    "n_steps": "nothing is integrated",
+    "return_convergence_delta": "nothing is integrated, so nothing converges",
+    "internal_batch_size": "give batch_size= to the constructor",
+}
+
+
+def layer_attribution(attribute: Method) -> Method:
+    """``attribute`` that Captum logs, and that understands the keywords of its ``LayerGradCam``.
+
+    ``relu_attributions=True`` keeps the positive part of the maps; ``attr_dim_summation=True`` is what a map is anyway:
+    one value per position. Keywords of other attributions are answered with what to do.
+    """
+
+    @functools.wraps(attribute)
+    def answered(
+        self: Any, *args: Any, relu_attributions: bool = False, attr_dim_summation: bool = True, **kwargs: Any
+    ) -> Any:
+        for name in kwargs.keys() & _ELSEWHERE.keys():
+            raise InputError(f"{type(self).__name__}.attribute takes no {name}: {_ELSEWHERE[name]}")
+        if not attr_dim_summation:
+            raise InputError(
+                f"{type(self).__name__}.attribute has one value per position; attr_dim_summation=False is for "
+                "captum's LayerGradCam, which has one per channel"
+            )
+        maps = attribute(self, *args, **kwargs)
+        return maps.relu() if relu_attributions else maps
+
+    return log_usage()(answered)
 
 
 def output_tensor(output: Any) -> Tensor:

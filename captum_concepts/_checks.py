@@ -163,3 +163,31 @@ def take_rows(value: Any, rows: slice, batch: int) -> Any:
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
         return value[rows]
     return value
+
+
+def finite_images(values: Tensor, images: Sequence[Any], what: str) -> None:
+    """Refuse NaN and infinite numbers, which would spoil everything that is fitted to them.
+
+    Args:
+        values: one row per image, or equally many rows per image.
+        images: number or name of each image.
+        what: how the message calls the numbers.
+
+    Raises:
+        InputError: names the first image.
+
+    >>> import torch
+    >>> finite_images(torch.tensor([[1.0], [torch.nan]]), ["a.jpg", "b.jpg"], "the embedding")
+    Traceback (most recent call last):
+    ...
+    captum_concepts.errors.InputError: the embedding of b.jpg contains NaN or infinite values; leave the image out, or
+    look for such values in its pixels or in the model
+    """
+    finite = values.detach().isfinite().reshape(len(values), -1).all(1)
+    if not bool(finite.all()):
+        name = images[int((~finite).nonzero()[0]) * len(images) // len(values)]
+        named = name if isinstance(name, str) else f"image {name}"
+        raise InputError(
+            f"{what} of {named} contains NaN or infinite values; leave the image out, or look for such values in its "
+            "pixels or in the model"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import html
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -350,7 +350,9 @@ class ConceptExplanation:
         names = None if self.image_names is None else [self.image_names[i] for i in rows.tolist()]
         device_rows = rows.to(self.scores.device)
         pick = {name: v[device_rows] for name in _TENSORS if (v := getattr(self, name)) is not None}
-        return dataclasses.replace(self, layer=layer, image_names=names, **pick)
+        pictures = self.pictures
+        made = dataclasses.replace(self, layer=layer, image_names=names, **pick)
+        return made.pictured([] if pictures is None else [pictures[i] for i in rows.tolist()])
 
     def _own(self) -> ConceptExplanation:
         """Without the concepts that no image selected; those of a single image in the order of its ranking."""
@@ -371,7 +373,7 @@ class ConceptExplanation:
         if not isinstance(layer, str):
             layer = tuple(tuple(row[j] for j in columns) for row in layer)
         pick = {name: v[:, columns] for name in _BY_CONCEPT if (v := getattr(self, name)) is not None}
-        return dataclasses.replace(self, concepts=[self.concepts[j] for j in columns], layer=layer, **pick)
+        return self._but(concepts=[self.concepts[j] for j in columns], layer=layer, **pick)
 
     def top(self, k: int, *, by: str = "scores") -> ConceptExplanation:
         """Each image's own ``k`` leading concepts among those selected, strongest first.
@@ -388,12 +390,12 @@ class ConceptExplanation:
         chosen = Selection.of(values.float().masked_fill(~self.selected, torch.nan), k, by)
         fewer = self._columns(chosen.columns)
         own = fewer.selected & chosen.selected.to(fewer.selected.device)
-        return dataclasses.replace(fewer, selected=own, rank_by=by)._own()
+        return fewer._but(selected=own, rank_by=by)._own()
 
     def to(self, device: torch.device | str) -> ConceptExplanation:
         """The same explanation with its tensors on ``device``."""
         moved = {name: v.to(device) for name in _TENSORS if (v := getattr(self, name)) is not None}
-        return dataclasses.replace(self, **moved)
+        return self._but(**moved)
 
     def class_name(self, target: int) -> str:
         """The name of an output: of ``class_names``, or ``class 3``.
@@ -498,25 +500,35 @@ class ConceptExplanation:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        if _displays:
-            return _displays[-1](self, None)
-        head = "<tr><th>image</th><th>concept</th><th>score</th><th>contribution</th></tr>"
-        rows = []
-        for i in range(min(len(self), 10)):
-            one = self[i]
-            for j, name in enumerate(one.concepts[:5]):
-                how = "" if one.contributions is None else short(float(one.contributions[0, j]), sign=True)
-                cells = (f"{i}{one._heading()}", name, short(float(one.scores[0, j])), how)
-                rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-        title = html.escape(f"ConceptExplanation({self._summary()})")
-        return f"<table><caption>{title}</caption>{head}{''.join(rows)}</table>"
+        if not _displays:  # the pictures lie above this module, and matplotlib is loaded when something is shown
+            importlib.import_module("captum_concepts.visualization.notebook")
+        return _displays[-1](self, self.pictures)
+
+    def pictured(self, pictures: Sequence[Tensor | None]) -> ConceptExplanation:
+        """The same explanation with small pictures of its images, ``(3, h, w)`` in uint8, for notebooks.
+
+        They belong to the first images, may be fewer than those, and are not saved.
+        """
+        made = dataclasses.replace(self)
+        object.__setattr__(made, "_pictures", list(pictures))
+        return made
+
+    @property
+    def pictures(self) -> list[Tensor | None] | None:
+        """A small picture of each image, None where there is none; None if there are none at all."""
+        own: list[Tensor | None] = list(getattr(self, "_pictures", []))[: len(self)]
+        return own + [None] * (len(self) - len(own)) if any(one is not None for one in own) else None
+
+    def _but(self, **changed: Any) -> ConceptExplanation:
+        """A copy with other values, and with the pictures of its images."""
+        return dataclasses.replace(self, **changed).pictured(getattr(self, "_pictures", []))
 
 
 _displays: list[Callable[[ConceptExplanation, Any], str]] = []
 
 
 def show_with(display: Callable[[ConceptExplanation, Any], str]) -> None:
-    """Let notebooks show explanations as ``display(explanation, None)``, an HTML text.
+    """Let notebooks show explanations as ``display(explanation, pictures)``, an HTML text.
 
     The pictures lie above this module in the package's import order, so they register themselves when imported.
     """

@@ -127,3 +127,12 @@ def test_long_messages_keep_their_start_and_end(kind):
     assert message.startswith("start x")
     assert message.endswith("x, end")
     assert str(kind("short")) == "short"
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    info, tensors = {"name": "é \N{PILE OF POO}", "n": 3}, {"b": torch.arange(3), "a": torch.rand(2, 2)}
+    written = {save_artifact(tmp_path / f"{k}.safetensors", "kind/1", info, tensors).read_bytes() for k in range(12)}
+    assert len(written) == 1
+    with open_artifact(tmp_path / "0.safetensors", "kind/1", "a thing") as (read, found):
+        assert read == info
+        assert torch.equal(found["a"], tensors["a"])

@@ -68,7 +68,8 @@ regions
 
 # %% [markdown]
 # - **NRA** looks at the order of the pixels at all thresholds at once: 1 is the ideal order. With the published baseline a
-#   random map still gets more than 0; with the exact one (`nra_exact`) it gets 0.
+#   random map still gets more than 0; with the exact one (`nra_exact`) a constant map gets 0
+#   and a random one about 0.05, because values below 0 are cut off.
 # - **EPG** is the share of the map's energy inside the mask. It rewards concentrated maps.
 # - **Pointing game**: is the highest value inside?
 #

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts.activations import spatial_activations
+from captum_concepts.activations import Layers, spatial_activations
+from captum_concepts.attr import refinement
 
 
 class Similarity(nn.Module):
@@ -37,6 +38,21 @@ def activations(model: nn.Module, layer: Any) -> Callable[[Tensor], Tensor]:
     def run(images: Tensor) -> Tensor:
         with torch.no_grad():
             return spatial_activations(model, images, [layer]).maps[0].float()
+
+    return run
+
+
+def refined_energy(model: nn.Module, layer: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Activation energy with everything that refined maps have but the reference: stages, an image without content,
+    spreading. What a refined map shows beyond this, it knows of the reference."""
+
+    found, known = Layers.resolve(model, layer), {}
+
+    def run(images: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001
+        with torch.no_grad():
+            layers = refinement.with_stages(found, True, known, images[:1], None)
+            sharper = refinement.prepare(layers, layers.run(images), images, None, False)
+            return sharper.maps([content.norm(dim=1, keepdim=True) for content in sharper.content])
 
     return run
 

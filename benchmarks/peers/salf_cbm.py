@@ -1,4 +1,8 @@
-"""The peers of SALF-CBM: a sparse head on the backbone's features, LF-CBM, and maps that know no concept.
+"""The peers of SALF-CBM: a sparse head on the backbone's features, P-CBM, LF-CBM, and maps that know no concept.
+
+P-CBM (Yuksekgonul et al., ICLR 2023) for a backbone that is not CLIP: a linear classifier of the backbone's features
+for each concept, whose signed distances are the concepts. Its examples are the training images that the image-text
+model scores highest, as SALF-CBM's paper has it, since no data set is annotated with these concepts.
 
 LF-CBM (Oikarinen et al., ICLR 2023) in its own terms: one embedding an image, pooled features, a linear layer trained
 by the cubic cosine similarity over the whole training set, early stopping on validation images, an interpretability
@@ -92,6 +96,38 @@ def fit_lf_cbm(
     raw = pooled @ weight.T
     names = [name for name, yes in zip(concepts, chosen.tolist(), strict=True) if yes]
     return LFCBM(weight, raw.mean(0), raw.std(0), names, found)
+
+
+def fit_p_cbm(
+    pooled: Tensor, similarity: Tensor, concepts: list[str], *, examples: int = 50, strength: float = 0.1, seed: int = 0
+) -> LFCBM:
+    """Concept activation vectors of ``similarity`` (N, M): P-CBM's bank, standardised for the head as the others are.
+
+    Args:
+        pooled: ``(N, D)`` features of the training images.
+        similarity: of the images' global embeddings and the words.
+        concepts: M names.
+        examples: positive images (of highest similarity), and as many random others; the published code takes 50, and a
+            quarter of the images where there are not so many.
+        strength: C of the support vector machine, one of the published code's grid.
+        seed: of the negative images.
+    """
+    from sklearn.svm import LinearSVC
+
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, min(examples, len(pooled) // 4))
+    rows, distances = [], []
+    for column in similarity.T:
+        order = column.argsort(descending=True)
+        rest = order[count:][torch.randperm(len(order) - count, generator=generator)[:count]]
+        x, y = torch.cat([pooled[order[:count]], pooled[rest]]), [1] * count + [0] * count
+        machine = LinearSVC(C=strength, max_iter=10_000).fit(x.double().numpy(), y)
+        vector = torch.as_tensor(machine.coef_[0]).float()
+        rows.append(vector / vector.norm().clamp_min(1e-12))
+        distances.append(rows[-1] @ pooled.T)
+    raw = torch.stack(distances, 1)
+    found = cubic_similarity(raw, similarity)
+    return LFCBM(torch.stack(rows), raw.mean(0), raw.std(0).clamp_min(1e-12), list(concepts), found)
 
 
 @dataclass

@@ -13,6 +13,7 @@ COLUMNS: dict[str, tuple[str, bool]] = {
     "specificity": ("specificity", True),
     "hit_rate": ("hit rate", True),
     "iou": ("IoU", True),
+    "box_iou": ("box IoU", True),
     "epg": ("EPG", True),
     "average_drop": ("average drop", False),
     "increase_in_confidence": ("increase in confidence", True),

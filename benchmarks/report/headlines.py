@@ -49,20 +49,45 @@ def _fam_cost(r: Record) -> list[Line]:
 def _fam_quality(r: Record) -> list[Line]:
     lines: list[Line] = []
     for title, what in (
-        ("few-shot, COCO, mobilenet_v2", "FAM, few-shot on COCO, NRA"),
-        ("few-shot, scenes, a CNN", "FAM, few-shot on scenes, NRA"),
+        ("few-shot, COCO, mobilenet_v2", "few-shot on COCO"),
+        ("few-shot, scenes, a CNN", "few-shot on scenes"),
+        ("few-shot, scenes, a vision transformer", "few-shot on scenes, a ViT"),
     ):
         rows = _part(r, title)
-        if "FAM" in rows:
-            names = {"captum LayerGradCam of the similarity": "captum LayerGradCam", **BLIND}
-            lines.append((what, bracketed(rows["FAM"]["nra"]), _beside(rows, "nra", names)))
+        for method, name in (("FAM", "FAM"), ("FAM, refined", "FAM, `refine=True`")):
+            if method not in rows:
+                continue
+            others = {"captum LayerGradCam of the similarity": "captum LayerGradCam"} if method == "FAM" else {}
+            others |= {} if method == "FAM" else {"activation energy, refined": "refined activation energy"}
+            known = {key: row for key, row in rows.items() if method != "FAM" or "refined" not in key}
+            beside = _beside(known, "nra", {**others, **BLIND})
+            lines.append((f"{name}, {what}, NRA", bracketed(rows[method]["nra"]), beside))
+    return lines
+
+
+def _sacv_scenes(r: Record) -> list[Line]:
+    lines = []
+    asked = [row for row in _rows(r, "is it the texture?") if row["class"] == "all"]
+    for layer in dict.fromkeys(row["layer"] for row in asked):
+        own = {row["classes"]: row for row in asked if row["layer"] == layer}
+        if {"textures", "grounds"} <= own.keys():
+            none = bracketed(own["grounds"]["nothing claimed"])
+            found = bracketed(own["textures"]["right texture claimed first"])
+            lines.append((f"SACV, texture that decides a class first, {layer}", found,
+                          f"classes that no texture decides, nothing claimed: {none}"))  # fmt: skip
+    for row in _rows(r, "is the texture there?"):
+        if row["texture"] == "all":
+            beside = f"best constant {fixed(row['of the best constant'], 3)}"
+            what = f"SACV, presence of textures, `lam={row['penalty']}`, Brier score, {row['layer']}"
+            lines.append((what, bracketed(row["Brier score"], 3), beside))
     return lines
 
 
 def _regions(r: Record) -> list[Line]:
     rows = r["rows"]
     names = {
-        "published (auto layer)": "as published",
+        "published map and training, top-1": "published, top-1",
+        "published map and training, top-4": "published, top-4 (uses the mask)",
         "HiResCAM": "HiResCAM",
         "LayerCAM": "LayerCAM",
         "single channel (CLIP-Dissect": "CLIP-Dissect",
@@ -70,7 +95,11 @@ def _regions(r: Record) -> list[Line]:
         **BLIND,
     }
     return [
-        (f'CE-FAM, `layer="fused"`, words on COCO, {what}', bracketed(rows["fused"][key]), _beside(rows, key, names))
+        (
+            f'CE-FAM, `map_layer="fused"`, words on COCO, {what}',
+            bracketed(rows["fused"][key]),
+            _beside(rows, key, names),
+        )
         for key, what in (("nra", "NRA"), ("specificity", "specificity"))
     ]
 
@@ -81,7 +110,7 @@ def _words(r: Record) -> list[Line]:
         return []
     names = {"CLIP-Dissect, single channel": "CLIP-Dissect", "WWW, single channel": "WWW", **BLIND}
     return [
-        (f'CE-FAM, `layer="fused"`, words on scenes, {what}', bracketed(rows["CE-FAM, fused"][key]),
+        (f'CE-FAM, `map_layer="fused"`, words on scenes, {what}', bracketed(rows["CE-FAM, fused"][key]),
          _beside(rows, key, names))
         for key, what in (("nra", "NRA"), ("specificity", "specificity"))
         if "CE-FAM, fused" in rows
@@ -138,6 +167,7 @@ HEADLINES: dict[str, Callable[[Record], list[Line]]] = {
     "fam_quality": _fam_quality,
     "fam": _fam_cost,
     "tcav": _tcav,
+    "sacv_scenes": _sacv_scenes,
     "concept_words": _words,
     "concept_regions_coco_half1": _regions,
     "salf_cbm_scenes": _salf,

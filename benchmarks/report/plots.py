@@ -41,7 +41,7 @@ def tables(record: Record) -> dict[str, list[Record]]:
 def colour(row: Record) -> str:
     if row.get("kind") == "degraded":
         return "tab:red"
-    return "0.55" if row["method"] in BLIND else "tab:blue"
+    return "0.55" if row.get("kind") == "blind" or row["method"] in BLIND else "tab:blue"
 
 
 def forest(title: str, rows: list[Record], path: Path) -> None:

@@ -116,6 +116,13 @@ def regions(record: Record) -> list[str]:
             "Drop of the concept's logit when the fifth of the pixels its map ranks highest becomes the mean colour:",
             "", table(["region deleted", "drop ↑"], dropped), "",
         ]  # fmt: skip
+    if "words" in record:
+        lines += [
+            "Is the word there? (present: at least 1 % of the image)",
+            "",
+            plain_table(record["words"], "what"),
+            "",
+        ]
     return lines
 
 

@@ -45,11 +45,21 @@ TOPICS = (
         "Peers explain the same number, the cosine to the same reference; those that need classes are given the "
         "cosines as classes.",
     ),
+    Topic(
+        "defaults",
+        "Defaults that differ from the papers'",
+        "What each gains on scenes; `docs/published.md` has the same table.",
+    ),
     Topic("fam", "FeatureActivationMap: cost", render=show.timings),
     Topic(
         "tcav",
         "SpatialACV beside Captum's TCAV",
         "Both learn from the same guidance images on the same layer, in one process.",
+    ),
+    Topic(
+        "sacv_scenes",
+        "SpatialACV against planted truth",
+        "Networks whose classes are textures, or grounds; presence and place on scenes. Needs no data.",
     ),
     Topic("spatial_acv", "SpatialACV on real textures and photographs", render=show.textures),
     Topic(

@@ -21,7 +21,7 @@ from captum_concepts import metrics
 
 Explainer = Callable[[Tensor, Tensor], Tensor]  # images (R, 3, H, W), targets (R,) -> maps (R, h, w)
 
-WITH_MASKS = ("nra", "nra_exact", "specificity", "hit_rate", "iou", "epg")
+WITH_MASKS = ("nra", "nra_exact", "specificity", "hit_rate", "iou", "box_iou", "epg")
 WITH_SCORES = ("average_drop", "increase_in_confidence")
 
 
@@ -106,6 +106,7 @@ def quality(
         values["nra_exact"] = metrics.nra(maps, masks, baseline="exact")
         values["hit_rate"] = (values["nra"] > 0.5).float().masked_fill(values["nra"].isnan(), torch.nan)
         values["iou"] = metrics.iou(maps, masks, threshold="minmax:0.5")
+        values["box_iou"] = metrics.box_iou(maps, masks)
         values["epg"] = metrics.epg(maps, masks)
         special = torch.full((len(regions),), torch.nan)
         for image in regions.index.unique():
@@ -117,7 +118,7 @@ def quality(
         images = regions.images[regions.index].to(device)
         # As published for normalised images, whose zero is the mean colour. Black would be a shape of its own: before
         # it, the map of another class scored better than the right one.
-        shared = {"target": regions.target, "batch_size": batch, "baseline": "mean"}
+        shared = {"target": regions.target, "batch_size": batch, "baseline": "mean", "scores": "raw"}  # cosines too
         heat = maps.to(images.device)
         values["average_drop"] = metrics.average_drop(score, images, heat, **shared).cpu()
         values["increase_in_confidence"] = metrics.increase_in_confidence(score, images, heat, **shared).cpu()
@@ -132,6 +133,7 @@ def measure(
     *,
     score: Callable[[Tensor], Tensor] | None = None,
     energy: Callable[[Tensor], Tensor] | None = None,
+    blind: Mapping[str, Explainer] | None = None,
     batch: int = 16,
     degrade: str | None = None,
     device: str = "cpu",
@@ -144,6 +146,7 @@ def measure(
         regions: what is explained.
         score: images -> ``(N, K)`` scores of every target, for the columns that change the image.
         energy: images -> activations ``(N, C, h, w)`` of the explained layer.
+        blind: name -> explainer that does not look at the target.
         batch: images at a time.
         degrade: the explainer that is made worse, the first by default; one that knows its target.
         device: where explainers, ``score`` and ``energy`` want their images.
@@ -166,8 +169,10 @@ def measure(
         kept.update({name: maps} if name == chosen else {})
     if energy is not None:
         with torch.no_grad():
-            blind = maps_of(lambda x, _: metrics.activation_energy(energy(x)), regions, regions.target, batch, device)
-        add("activation energy", blind, None, kind="blind")
+            found = maps_of(lambda x, _: metrics.activation_energy(energy(x)), regions, regions.target, batch, device)
+        add("activation energy", found, None, kind="blind")
+    for name, explainer in (blind or {}).items():
+        add(name, maps_of(explainer, regions, regions.target, batch, device), None, kind="blind")
     size = (56, 56)
     add("centre Gaussian", metrics.center_gaussian(len(regions), size), None, kind="blind")
     noise = torch.rand(len(regions), 7, 7, generator=torch.Generator().manual_seed(0))

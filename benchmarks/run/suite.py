@@ -1,7 +1,7 @@
 """Run the benchmarks one after another, then make the results page.
 
     python -m benchmarks.run.suite                        # the short ones: minutes
-    python -m benchmarks.run.suite --full                 # all: an hour at most on 2 cores
+    python -m benchmarks.run.suite --full                 # all: an hour and a half at most on 2 cores
     python -m benchmarks.run.suite --only nra fam         # some
     python -m benchmarks.run.suite --stale                # those whose records measured another code than this
     python -m benchmarks.run.suite --list                 # what there is, and what each would run
@@ -76,11 +76,12 @@ JOBS = [
     Job("fam_quality", f"--images 24 --parts {SCENES}", f"--images 60 --parts {SCENES}", "fam.quality", minutes=2),
     Job("fam_photos", None, f"--images 20 --data {DATA} --parts {PHOTOS}", "fam.quality", 5, "fam_quality"),
     Job("tcav", "--images 6 --scenes 10", "--images 15 --scenes 30", minutes=1),
+    Job("sacv_scenes", "--images 40 --train 1200 --epochs 4", "", minutes=3),
     Job("spatial_acv", None, f"{DATA} --parts cost mobilenet_v2 squeezenet1_0", minutes=9),
-    Job("concept_words", "--train 600 --epochs 25 --scenes 12", "--train 2000 --scenes 40", "ce_fam.words", minutes=1),
+    Job("concept_words", "--train 600 --scenes 12", "--train 2000 --scenes 40", "ce_fam.words", minutes=1),
     Job("ce_fam", "--concepts 4 --repeats 1", "", "ce_fam.cost", minutes=4),
     Job("ce_fam_scenes", None, "", "ce_fam.scenes", minutes=6),
-    Job("concept_regions", None, f"--data {DATA}", "ce_fam.regions", 10, "concept_regions_coco"),
+    Job("concept_regions", None, f"--data {DATA}", "ce_fam.regions", 45, "concept_regions_coco"),
     Job("concept_regions_scenes", None, "--task scenes", "ce_fam.regions", minutes=2),
     Job("concept_regions_vit", None, "--task vit", "ce_fam.regions", minutes=2),
     Job(
@@ -90,6 +91,7 @@ JOBS = [
         "salf_cbm.tables",
         minutes=9,
     ),
+    Job("defaults", None, "", "papers.defaults", minutes=5),
     Job("region_store", None, "--images 4 --repeats 3", minutes=2),
     Job("solver", "--only peers", "", minutes=8),
 ]

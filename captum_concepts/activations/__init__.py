@@ -1,12 +1,13 @@
 """From a model and a layer to activation maps (N, C, h, w), whatever the architecture."""
 
 from captum_concepts._captum import output_tensor
+from captum_concepts._undo import evaluation_mode, hooked
+from captum_concepts.activations.attention import attention_maps
 from captum_concepts.activations.capture import (
     Captured,
     Inputs,
     check_images,
     eager_mode,
-    evaluation_mode,
     final_activation,
     forward_arguments,
     gradients_enabled,
@@ -43,6 +44,7 @@ __all__ = [
     "Layout",
     "SpatialActivations",
     "SurveyedLayer",
+    "attention_maps",
     "capture",
     "check_images",
     "eager_mode",
@@ -53,6 +55,7 @@ __all__ = [
     "forward_arguments",
     "full_precision",
     "gradients_enabled",
+    "hooked",
     "infer_layout",
     "input_errors",
     "layer_name",

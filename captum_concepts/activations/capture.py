@@ -1,11 +1,10 @@
 """One forward pass, many layers: record, substitute and differentiate layer outputs without changing the model.
 
-This is the only file of the package that registers hooks. Methods use :class:`~captum_concepts.activations.Layers`,
-which resolves names to modules once; a model that is trained through one of its layers uses :func:`read_layer`, which
-stops the forward pass there.
+Methods use :class:`~captum_concepts.activations.Layers`, which resolves names to modules once; a model that is trained
+through one of its layers uses :func:`read_layer`, which stops the forward pass there.
 
-Evaluation mode and compilation belong to the model and the process, not to a thread. Calls that overlap in several
-threads share one mode, and the last call to finish restores it.
+Compilation belongs to the process, not to a thread. Calls that overlap in several threads share one mode, and the last
+call to finish restores it.
 """
 
 from __future__ import annotations
@@ -16,25 +15,32 @@ import re
 import sys
 import threading
 import warnings
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from captum_concepts._captum import output_tensor
-from captum_concepts.errors import InputError, InputWarning, LayerError, LayoutError, listing
+from captum_concepts._undo import evaluation_mode, hooked, undone, unharming, watching
+from captum_concepts.errors import (
+    CaptumConceptsError,
+    InputError,
+    InputWarning,
+    LayerError,
+    LayoutError,
+    listing,
+)
 
 Inputs = Tensor | tuple[Tensor, ...]
 
 _lock = threading.RLock()
-_evaluated: dict[nn.Module, int] = {}  # how many running calls hold a training module in evaluation mode
-_eager: list[Any] = []  # one entry per running call; the first one holds torch's stance
+_eager: set[object] = set()  # the running calls that want no compiled graphs
+_stance: list[Any] = []  # torch's, while there are any
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,14 @@ class Captured:
             the tensors to differentiate the output with respect to.
         order: the numbers of the layers in the order in which they ran.
         originals: the same tensors before a ``substitute`` replaced them.
+        final: the ``"softmax"`` or ``"sigmoid"`` that ``logits=True`` left out; None: there was none.
     """
 
     returned: Any
     layers: tuple[Tensor, ...]
     order: tuple[int, ...] = ()
     originals: tuple[Tensor, ...] = ()
+    final: str | None = None
 
     @property
     def output(self) -> Tensor:
@@ -66,59 +74,15 @@ class Captured:
 @contextmanager
 def gradients_enabled() -> Iterator[None]:
     """Let autograd record inside, also when called under ``torch.no_grad()`` or ``torch.inference_mode()``."""
-    with torch.inference_mode(False), torch.enable_grad():
+    found = torch.is_grad_enabled()
+    with outside_inference_mode(), undone(lambda: torch._C._set_grad_enabled(found)):
+        torch._C._set_grad_enabled(True)
         yield
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[None]:
-    """Run ``model`` as in ``eval()``, then restore the training flag of each submodule.
-
-    In training mode, batch statistics would mix the examples and every call would change the model's buffers.
-
-    Args:
-        model: the model, or all of its modules where they have been listed already. None: the model is not known (a
-            plain function), and every module that this thread calls meanwhile is held in evaluation mode.
-    """
-    held: set[nn.Module] = set()
-
-    def hold(modules: Iterable[nn.Module]) -> None:
-        with _lock:
-            for module in modules:
-                if (module.training or module in _evaluated) and module not in held:
-                    _evaluated[module] = _evaluated.get(module, 0) + 1
-                    module.training = False
-                    held.add(module)
-
-    try:
-        if model is None:
-            with _before_each_call(lambda module: hold([module])):
-                yield
-        else:
-            hold(model.modules() if isinstance(model, nn.Module) else model)
-            yield
-    finally:
-        with _lock:
-            for module in held:
-                _evaluated[module] -= 1
-                if not _evaluated[module]:
-                    del _evaluated[module]
-                    module.training = True
-
-
-@contextmanager
-def _before_each_call(function: Callable[[nn.Module], None]) -> Iterator[None]:
-    thread = threading.get_ident()
-
-    def hook(module: nn.Module, _args: Any) -> None:
-        if threading.get_ident() == thread:
-            function(module)
-
-    handle = register_module_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def outside_inference_mode() -> Any:
+    """A context outside of ``torch.inference_mode()``; one that does nothing where that is the case already."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @contextmanager
@@ -127,51 +91,24 @@ def eager_mode() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         yield
         return
-    with _lock:
-        _eager.append(None if _eager else torch.compiler.set_stance("force_eager"))
-    try:
-        yield
-    finally:
+    call = object()
+
+    def leave() -> None:
         with _lock:
-            if len(_eager) == 1:
-                _eager[0].__exit__(None, None, None)
-                _eager.clear()
-            else:
-                _eager.pop()
+            _eager.discard(call)
+            if _stance and not _eager:
+                _stance[0].__exit__(None, None, None)
+                _stance.clear()
 
-
-# ---------------------------------------------------------------- hooks
-
-Hook = Callable[[nn.Module, Any, dict[str, Any], Any], Any]
-
-
-@contextmanager
-def hooked(modules: Iterable[nn.Module], hook: Hook, *, at_input: bool = False) -> Iterator[None]:
-    """Call ``hook(module, args, kwargs, output)`` after each of ``modules`` has run in this thread.
-
-    What the hook returns, unless None, replaces the output. With ``at_input`` it is called before the module as
-    ``hook(module, args, kwargs, None)`` and returns the new ``(args, kwargs)``.
-    """
-    owner = threading.get_ident()
-
-    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        return hook(module, args, kwargs, output) if threading.get_ident() == owner else None
-
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return hook(module, args, kwargs, None) if threading.get_ident() == owner else None
-
-    with ExitStack() as stack:
-        for module in modules:
-            if at_input:
-                handle = module.register_forward_pre_hook(before, with_kwargs=True)
-            else:
-                if not isinstance(module._forward_hooks, OrderedDict):
-                    # torch 2.6 leaves a plain dict where a hook was added and removed inside a compiled graph, and
-                    # register_forward_hook fails on it.
-                    module._forward_hooks = OrderedDict(module._forward_hooks)
-                handle = module.register_forward_hook(after, with_kwargs=True)
-            stack.callback(handle.remove)
+    with undone(leave):
+        with _lock:
+            _eager.add(call)
+            if not _stance:
+                _stance.append(torch.compiler.set_stance("force_eager"))
         yield
+
+
+# ---------------------------------------------------------------- one forward pass
 
 
 def capture_modules(
@@ -198,26 +135,26 @@ def capture_modules(
     arguments = (*check_inputs(inputs), *forward_arguments(additional_forward_args))
     unique = dict(zip(modules, names, strict=True))
 
-    def attempt(enabled_before: bool) -> tuple[Any, _Recorder]:
+    def attempt(enabled_before: bool) -> tuple[Any, str | None, _Recorder]:
         recorder = _Recorder(unique, substitute or {}, gradient)
         activations = _FinalActivations()
         hook = recorder.at_input if attribute_to_layer_input else recorder.at_output
         with (
             eager_mode(),
-            torch.inference_mode(False),
+            outside_inference_mode(),
             torch.set_grad_enabled(enabled_before),
             evaluation_mode(parts),
             hooked(unique, hook, at_input=attribute_to_layer_input),
-            activations if logits else nullcontext(),
+            watching(activations) if logits else nullcontext(),
         ):
             with input_errors(arguments, parts):
                 output = run(*map(_normal, arguments))
-            output = activations.undone(output)
+            output, final = activations.undone(output)
             if recorder.gradients_put_off() and not _differentiable(output):
                 recorder.interrupted = True
-        return output, recorder
+        return output, final, recorder
 
-    output, recorder = attempt(enabled_before=False)
+    output, final, recorder = attempt(enabled_before=False)
     for module, name in unique.items():
         if module not in recorder.record:
             inside = _ran_inside(module, name, run, arguments, parts)
@@ -233,7 +170,7 @@ def capture_modules(
     if recorder.interrupted:
         # A model that runs its backbone under its own no_grad() restores "disabled" after the layer; with gradients
         # enabled around the forward pass it restores "enabled".
-        output, recorder = attempt(enabled_before=True)
+        output, final, recorder = attempt(enabled_before=True)
     ran = list(recorder.record)
     order = tuple(sorted(range(len(modules)), key=lambda number: ran.index(modules[number])))
     _warn_of_nan(output, {name: recorder.record[module] for module, name in unique.items()}, arguments)
@@ -243,15 +180,23 @@ def capture_modules(
         tuple(recorder.record[module] for module in modules),
         order,
         tuple(originals[module] for module in modules),
+        final,
     )
 
 
 _CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
+#: What networks say of images of a size that they do not take: torch's layers, torchvision, timm, transformers.
+_SIZE = re.compile(
+    r"[Kk]ernel size can't be greater|[Oo]utput size is too small|shapes cannot be multiplied|"
+    r"[Pp]adding size should be less|(height|width|size).{0,40}(doesn't|does not|must) match|"
+    r"Wrong image (height|width)|size of tensor a \(\d+\) must match",
+    re.DOTALL,
+)
 
 
 @contextmanager
 def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) -> Iterator[None]:
-    """A context for a forward pass: torch's errors about channels or dtype of the images, in terms of the images.
+    """A context for a forward pass: errors about channels, dtype or size of the images, in terms of the images.
 
     Args:
         arguments: of the model.
@@ -262,9 +207,17 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        if isinstance(error, CaptumConceptsError):
+            raise
+        said = str(error)
+        if isinstance(error, TypeError) and "positional argument" in said:
+            raise InputError(
+                f"the model cannot be called with {len(arguments)} tensors ({said[:200]}); a tuple of inputs is one "
+                "argument each, several images are one tensor (N, C, H, W)"
+            ) from error
         for images in (a for a in arguments if isinstance(a, Tensor) and a.ndim == 4 and a.is_floating_point()):
-            found = _CHANNELS.search(str(error))
+            found = _CHANNELS.search(said)
             if found and int(found[2]) == images.shape[1]:
                 raise InputError(
                     f"inputs of shape {tuple(images.shape)} have {found[2]} channels, (N, C, H, W), where the model "
@@ -274,8 +227,12 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
             if dtypes and images.dtype not in dtypes:
                 kinds = ", ".join(sorted(map(str, dtypes)))
                 raise InputError(
-                    f"inputs are {images.dtype} and the model's weights {kinds} ({str(error)[:200]}); convert one of "
-                    "them"
+                    f"inputs are {images.dtype} and the model's weights {kinds} ({said[:200]}); convert one of them"
+                ) from error
+            if _SIZE.search(said):
+                raise InputError(
+                    f"the model does not take images of {images.shape[2]} x {images.shape[3]} pixels ({said[:200]}); "
+                    "resize them to a size that it takes"
                 ) from error
         raise
 
@@ -297,11 +254,11 @@ def _ran_inside(
 
 
 class _FinalActivations(TorchFunctionMode):
-    """Records what goes into every softmax and sigmoid of a forward pass."""
+    """Records what goes into the last softmaxes and sigmoids of a forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Tensor, Tensor]] = []
+        self.calls: deque[tuple[Tensor, Tensor, str]] = deque(maxlen=4)  # attention would keep many alive
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -311,18 +268,18 @@ class _FinalActivations(TorchFunctionMode):
             return func(*args, **kwargs)
         before = source.clone() if name == "sigmoid_" else source
         result = func(*args, **kwargs)
-        self.calls.append((before, result))
+        self.calls.append((before, result, name.rstrip("_")))
         return result
 
-    def undone(self, output: Any) -> Any:
-        """What went into the call that made the model's output; the output itself if none did."""
+    def undone(self, output: Any) -> tuple[Any, str | None]:
+        """What went into the call that made the model's output, and its name; the output itself if none did."""
         if not self.calls:
-            return output
+            return output, None
         tensor = output_tensor(output)
-        for before, after in reversed(self.calls):
+        for before, after, name in reversed(self.calls):
             if after is tensor or (_same_memory(after, tensor) and after.numel() == tensor.numel()):
-                return before.reshape(tensor.shape)
-        return output
+                return before.reshape(tensor.shape), name
+        return output, None
 
 
 _PASSES = re.compile(
@@ -415,6 +372,7 @@ class _ReachedError(BaseException):
     """Ends a forward pass at the layer. Not an ``Exception``, so that no model catches it."""
 
 
+@unharming
 def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
     """The output of one layer of ``model(*args)``, differentiable; nothing after the layer is computed.
 
@@ -522,6 +480,8 @@ def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
             f"inputs must be a torch.Tensor or a tuple of tensors, got {listing(kinds)}; make one batch (N, 3, H, W), "
             "for example torch.stack(images) of tensors"
         )
+    if any(part.layout != torch.strided or part.is_meta for part in parts):
+        raise InputError("inputs must be dense tensors with values; got a sparse one, or one on the meta device")
     images = next((part for part in parts if part.ndim == 4), parts[0])
     if images.ndim == 0 or images.numel() == 0:
         raise InputError(f"inputs of shape {tuple(images.shape)} contain no example; pass a batch (N, 3, H, W)")

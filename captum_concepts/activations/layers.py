@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from captum_concepts._captum import output_tensor
 from captum_concepts._checks import take_rows
+from captum_concepts._undo import hooked, unharming
 from captum_concepts.activations.capture import (
     Captured,
     Inputs,
     batch_size,
     capture_modules,
     gradients_enabled,
-    hooked,
     require_images,
     tensors_in,
 )
@@ -39,6 +39,7 @@ Layer = nn.Module | str
 _WRAPPER_PARTS = ("module", "_orig_mod")  # what DataParallel and torch.compile insert into dotted names
 
 
+@unharming
 @dataclass(frozen=True, eq=False)
 class Layers:
     """Layers of one model, resolved: what every method reads maps from.
@@ -169,7 +170,9 @@ class Layers:
                 attribute_to_layer_input=attribute_to_layer_input,
             )
         source = _Source(self, inputs, additional_forward_args, attribute_to_layer_input)
-        return SpatialActivations(result.returned, result.layers, layouts, self.names, result.order, source)
+        return SpatialActivations(
+            result.returned, result.layers, layouts, self.names, result.order, source, result.final
+        )
 
     def layout_of(
         self, output: Tensor, batch: int, images: Sequence[Tensor], module: nn.Module | None, name: str
@@ -329,6 +332,7 @@ class SpatialActivations:
         names: how messages refer to the layers.
         order: the numbers of the layers in the order in which they ran.
         source: what was run, to be run again where a message needs to name another layer.
+        final: the ``"softmax"`` or ``"sigmoid"`` that ``logits=True`` left out; None: there was none.
     """
 
     returned: Any
@@ -337,6 +341,7 @@ class SpatialActivations:
     names: tuple[str, ...]
     order: tuple[int, ...] = ()
     source: _Source | None = field(default=None, repr=False)
+    final: str | None = None
 
     @property
     def output(self) -> Tensor:
@@ -399,6 +404,7 @@ class SpatialActivations:
         return tuple(maps)
 
 
+@unharming
 def capture(
     forward_func: Callable[..., Any], inputs: Inputs, layers: Layer | Sequence[Layer], **options: Any
 ) -> Captured:
@@ -406,6 +412,7 @@ def capture(
     return Layers.resolve(forward_func, layers).capture(inputs, **options)
 
 
+@unharming
 def spatial_activations(
     forward_func: Callable[..., Any],
     inputs: Inputs,

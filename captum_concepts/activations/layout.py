@@ -217,7 +217,7 @@ def infer_layout(
                 "video, which have no 2-d grid"
             )
         length = shape[1 if kind == "NLC" else 0]
-        grid, prefix = _token_grid(length, image_size, prefix_tokens, traits, layer, shape)
+        grid, prefix = token_grid(length, image_size, prefix_tokens, traits, layer, shape)
         if layout == "auto" and kind == "NLC" and _may_be_channels_first(shape, image_size, module, traits):
             raise LayoutError(
                 f"{layer} returns {shape}, which may be channels first (N, C, L) as well as tokens (N, L, C); choose "
@@ -343,7 +343,7 @@ def _token_kind(shape: tuple[int, ...], batch: int, module: nn.Module | None, la
     )
 
 
-def _token_grid(
+def token_grid(
     length: int,
     image_size: tuple[int, int] | None,
     prefix_tokens: int | None,

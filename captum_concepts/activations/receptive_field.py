@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._undo import evaluation_mode, hooked, unharming
 from captum_concepts.activations.capture import (
     Inputs,
     check_images,
-    evaluation_mode,
     first_tensor,
     gradients_enabled,
-    hooked,
 )
 from captum_concepts.activations.layers import Layer, Layers
 from captum_concepts.errors import InputError, LayerError
@@ -52,6 +51,7 @@ class Crop(NamedTuple):
     field: ReceptiveField
 
 
+@unharming
 def receptive_field(
     model: Callable[..., Any],
     layer: Layer,
@@ -130,6 +130,7 @@ def receptive_field(
     return ReceptiveField(free[0], free[1], height - free[2], width - free[3])
 
 
+@unharming
 def effective_receptive_field(
     model: Callable[..., Any],
     layer: Layer,
@@ -188,6 +189,7 @@ def _middle(weights: Tensor, share: float) -> tuple[int, int]:
     return int((below <= cut).sum()), len(weights) - int((above <= cut).sum())
 
 
+@unharming
 def strongest_crops(
     model: Callable[..., Any],
     layer: Layer,

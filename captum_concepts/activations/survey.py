@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts._checks import take_rows
+from captum_concepts._undo import evaluation_mode, hooked, unharming
 from captum_concepts.activations.capture import (
     Inputs,
     batch_size,
     check_images,
-    evaluation_mode,
     first_tensor,
     forward_arguments,
     gradients_enabled,
-    hooked,
 )
 from captum_concepts.activations.layers import Layers, reaches_output, repeat_rows
 from captum_concepts.activations.layout import Layout
@@ -42,6 +41,7 @@ class SurveyedLayer:
     layout: Layout
 
 
+@unharming
 def survey_layers(
     forward_func: Callable[..., Any], inputs: Inputs, *, additional_forward_args: Any = None
 ) -> list[SurveyedLayer]:
@@ -61,6 +61,7 @@ def survey_layers(
     return [layer for layer, _, _ in _survey(forward_func, inputs, additional_forward_args)]
 
 
+@unharming
 def suggest_layer(
     forward_func: Callable[..., Any],
     inputs: Inputs,
@@ -94,6 +95,7 @@ def suggest_layer(
     )
 
 
+@unharming
 def suggest_stages(
     forward_func: Callable[..., Any], inputs: Inputs, most: int = 4, *, additional_forward_args: Any = None
 ) -> list[str]:
@@ -142,30 +144,41 @@ def followed_by_linear(layers: Layers, inputs: Inputs, *, additional_forward_arg
     (False, True)
     """
     first, extra = _first(inputs, additional_forward_args)
+    parts, extra = check_images(first), repeat_rows(extra, 2, 1)
     noise = torch.Generator().manual_seed(0)
+    same = [True] * len(layers)
+    for strength in (1, 4, 16):  # of similar small images, gradients may agree by chance
+        if any(same):
+            agree = _agree(layers, parts, extra, strength, noise)
+            same = [one and other for one, other in zip(same, agree, strict=True)]
+    return tuple(same)
+
+
+def _agree(
+    layers: Layers, parts: tuple[Tensor, ...], extra: Any, strength: float, noise: torch.Generator
+) -> Iterator[bool]:
+    """For each layer whether the gradient there is the same for an image and for its mirror image with noise."""
 
     def pair(part: Tensor) -> Tensor:
         if part.ndim != 4 or not part.is_floating_point():
             return part.repeat_interleave(2, 0)
-        scale = part.detach().float().std().nan_to_num() + 0.1
+        scale = strength * (part.detach().float().std().nan_to_num() + 0.1)
         moved = part.detach().flip(2, 3) + scale.to(part) * torch.randn(part.shape, generator=noise).to(part)
         return torch.cat([part.detach(), moved])
 
-    parts = tuple(map(pair, check_images(first)))
-    extra = repeat_rows(extra, 2, 1)
     with gradients_enabled():
-        result = layers.run(parts, additional_forward_args=extra, gradient=True, logits=True)
+        result = layers.run(tuple(map(pair, parts)), additional_forward_args=extra, gradient=True, logits=True)
         output = result.output
         values = output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
         reading = torch.arange(1, values.shape[1] + 1, device=values.device).sqrt().cos()  # the same of both images
         gradients = result.gradients((values.float() * reading).sum(1))
-    same = []
-    for gradient in gradients:
+    for raw, gradient in zip(result.raw, gradients, strict=True):
         one, other = gradient.detach().float()
         tolerance = 1e-4 if gradient.element_size() >= 4 else 3e-2
         largest = float(gradient.abs().max())
-        same.append(largest > 0 and float((one - other).abs().max()) <= tolerance * largest)
-    return tuple(same)
+        # Where activations are NaN, a rectifier has no gradient, and nothing can be told.
+        finite = bool(raw.isfinite().all())
+        yield finite and largest > 0 and float((one - other).abs().max()) <= tolerance * largest
 
 
 def _first(inputs: Inputs, extra: Any) -> tuple[Inputs, Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from captum_concepts._checks import take_rows
 from captum_concepts._memory import Halving
 from captum_concepts.activations import Inputs, check_images
-from captum_concepts.errors import InputError, TargetError
+from captum_concepts.errors import InputError, TargetError, listing
 from captum_concepts.images import ImageSource, batches, inputs_for, open_images
 
 Batch = tuple[Inputs, Any, Any]  # inputs, additional_forward_args, target
@@ -62,6 +63,22 @@ def placed(images: Tensor, model: nn.Module | None) -> Tensor:
     parameters = model.parameters() if model is not None else ()
     parameter = next((p for p in parameters if p.is_floating_point()), None)
     return images if parameter is None else images.to(parameter.device, parameter.dtype)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The results of batches in one tensor.
+
+    Raises:
+        InputError: they are maps of different sizes, because the images are.
+    """
+    sizes = dict.fromkeys(tuple(part.shape[1:]) for part in parts)
+    if len(sizes) > 1:
+        found = listing([" x ".join(map(str, size[-2:])) for size in sizes])
+        raise InputError(
+            f"images of different sizes have maps of different sizes ({found}), which are not one tensor; explain them "
+            "one by one, or read them at one size: images.open_images(source, size=...)"
+        )
+    return torch.cat(list(parts))
 
 
 def each_batch(

@@ -22,14 +22,16 @@ from captum_concepts._artifacts import (
     table,
     text,
 )
-from captum_concepts._captum import LayerAttribution, log_usage, output_tensor, select_output, target_indices
-from captum_concepts._checks import integer, name_positions, take_rows, unique_names
+from captum_concepts._captum import LayerAttribution, layer_attribution, output_tensor, select_output, target_indices
+from captum_concepts._checks import finite_images, integer, name_positions, take_rows, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.activations import check_images, find_model, full_precision, gradients_enabled
 from captum_concepts.activations.layers import Layer, Layers
+from captum_concepts.attr.batches import joined
 from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError, LayerError
 from captum_concepts.explanation import ConceptExplanation, Selection
-from captum_concepts.images import batches, inputs_for
+from captum_concepts.images import batches, inputs_for, thumbnails
 from captum_concepts.vlm import check_encoder
 
 _FORMAT = "captum_concepts.DiscoveredConcepts/1"
@@ -37,6 +39,7 @@ _SWEEPS = 60  # of coordinate descent for the weights of a position, from zero: 
 UNNAMED = "unnamed"
 
 
+@unharming
 class DiscoveredConcepts(LayerAttribution):
     r"""Concepts that :func:`discover_concepts` found in a layer: where each is, and how much it moves an output.
 
@@ -64,6 +67,9 @@ class DiscoveredConcepts(LayerAttribution):
 
     Reference: deep feature factorization (Collins, Achanta and Suesstrunk, ECCV 2018, arXiv:1806.10206).
     """
+
+    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    explains_all_at_once = True
 
     def __init__(
         self,
@@ -106,7 +112,7 @@ class DiscoveredConcepts(LayerAttribution):
         """``(N, K)``: mean weight over the image, relative to the images of the discovery (1 is their average)."""
         return self._each(inputs, None, lambda part, _: self._scores(self._weights(part)))
 
-    @log_usage()
+    @layer_attribution
     def attribute(
         self,
         inputs: Any,
@@ -161,7 +167,7 @@ class DiscoveredConcepts(LayerAttribution):
             else:
                 weight = self._weights(part)
             weights.append(weight)
-        maps = torch.cat(weights)
+        maps = joined(weights)
         scores, moved = self._scores(maps), torch.cat(shares) if contributions else None
         values = scores if moved is None or rank_by == "scores" else moved
         chosen = Selection.choose(self.concepts, values, concepts=concepts, top_k=top_k, rank_by=rank_by)
@@ -178,7 +184,7 @@ class DiscoveredConcepts(LayerAttribution):
             score_unit="times the average weight",
             contribution_unit="output",
             rank_by=chosen.rank_by,
-        )
+        ).pictured(thumbnails(inputs))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file, atomically."""
@@ -246,7 +252,7 @@ class DiscoveredConcepts(LayerAttribution):
         n = len(check_images(inputs)[0])
         rows = [slice(start, start + self.batch_size) for start in range(0, n, self.batch_size)]
         parts = [run(take_rows(inputs, part, n), _cut(target, part, n)) for part in rows]
-        return torch.cat(parts).detach().contiguous()
+        return joined(parts).detach().contiguous()
 
     def _layers(self) -> Layers:
         return Layers.resolve(self.forward_func, self.layer, layout=self.layout, prefix_tokens=self.prefix_tokens)
@@ -282,6 +288,7 @@ class DiscoveredConcepts(LayerAttribution):
         return moved.detach(), weights, chosen
 
 
+@unharming
 def discover_concepts(
     forward_func: Callable[..., Any],
     layer: Layer,
@@ -442,12 +449,11 @@ def _sampled_rows(
     read = batches(source, batch_size, device=device)
     for batch in tqdm(read, desc="activations", total=-(-count // batch_size), disable=not show_progress):
         maps = full_precision(layers.run(batch.images).maps[0]).permute(0, 2, 3, 1).flatten(1, 2).cpu()
+        finite_images(maps, batch.names, f"the activation of layer {layers.names[0]!r}")
         for image in maps:
             order = torch.randperm(len(image), generator=generator)[:each]
             found.append(image[order])
     rows = torch.cat(found)[:max_rows] if count <= max_rows else torch.cat(found)
-    if not bool(rows.isfinite().all()):
-        raise InputError(f"layer {layers.names[0]!r} has activations that are NaN or infinite")
     return _nonnegative(rows, rows.shape[1] * (2 if bool((rows < 0).any()) else 1))
 
 

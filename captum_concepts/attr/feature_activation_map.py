@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from captum_concepts._artifacts import (
     Array,
+    either,
+    flag,
     integer as whole_number,
     list_of,
     nothing_or,
@@ -23,9 +25,10 @@ from captum_concepts._artifacts import (
     table,
     text,
 )
-from captum_concepts._captum import LayerAttribution, log_usage, target_indices
-from captum_concepts._checks import integer, one_of, unique_names
+from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
+from captum_concepts._checks import finite_images, integer, one_of, take_rows, unique_names
 from captum_concepts._memory import Halving
+from captum_concepts._undo import unharming, watching
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -40,11 +43,22 @@ from captum_concepts.activations import (
     gradients_enabled,
     input_errors,
 )
-from captum_concepts.attr.batches import as_inputs, count, each_batch, image_names, opened, placed
+from captum_concepts.attr import refinement
+from captum_concepts.attr.batches import (
+    as_inputs,
+    count,
+    each_batch,
+    first_example,
+    image_names,
+    joined,
+    opened,
+    placed,
+)
 from captum_concepts.attr.origin import check_origin, origin
+from captum_concepts.attr.refinement import Refine
 from captum_concepts.errors import InputError, InputWarning, NotFittedError, listing
 from captum_concepts.explanation import ConceptExplanation, Selection
-from captum_concepts.images import ImageSource, batches
+from captum_concepts.images import ImageSource, batches, thumbnails
 from captum_concepts.solvers import Calibration, fit_calibration, truth_table
 
 NORMALIZE = ("minmax", "l1", "none")
@@ -62,7 +76,7 @@ _INFO = table({
         "layout": text(*LAYOUTS),
         "prefix_tokens": nothing_or(whole_number()),
         "batch_size": whole_number(1),
-    }),
+    }, {"refine": either(flag, list_of(text()))}),
 })  # fmt: skip
 _ARRAYS = {
     "references": Array("float", ("K", None)),
@@ -196,10 +210,15 @@ class _Pass:
     pooled: Tensor | None
     channelwise: Tensor
 
-    def gradient(self, slope: Tensor) -> Tensor:
-        """``(N, C, h, w)``: the derivative of ``(embedding * slope).sum()``."""
+    def gradients(self, slope: Tensor, numbers: Sequence[int]) -> tuple[Tensor, ...]:
+        """``(N, C, h, w)`` for some of the layers: the derivative of ``(embedding * slope).sum()``."""
         seed = (slope * self.factor).to(self.point)
-        return full_precision(self.seen.gradients(self.point * seed, retain_graph=True)[0])
+        seen = refinement.only(self.seen, numbers)
+        return tuple(map(full_precision, seen.gradients(self.point * seed, retain_graph=True)))
+
+    def gradient(self, slope: Tensor) -> Tensor:
+        """That of the explained layer."""
+        return self.gradients(slope, (0,))[0]
 
 
 def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: SimilarityRule, exact: bool) -> _Pass:
@@ -210,10 +229,12 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
     only a norm that the model makes constant is held.
 
     Args:
+        layers: the explained layer, and the stages of a refinement.
         exact: differentiate at the output itself (a user's own similarity).
     """
     examples = check_images(inputs)[0].shape[0]
-    with _Rows(examples) as rows:
+    rows = _Rows(examples)
+    with watching(rows):
         seen = layers.run(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
     output = embedding_of(seen.output)
     maps, embedding = full_precision(seen.maps[0].detach()), full_precision(output.detach())
@@ -223,7 +244,7 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
     if exact:
         return at_output
     pooled = _mean_pool_factor(maps, embedding, tolerance, any_length=rule.free_of_length)
-    if pooled is not None:
+    if pooled is not None and len(layers) == 1:
         return replace(at_output, pooled=pooled, channelwise=one[:, 0] > 0)
     found = next((row for row in rows.like(embedding) if _parallel(row, embedding, tolerance)), output)
     factor = _factor(embedding, full_precision(found.detach()))
@@ -336,6 +357,7 @@ def normalized(contribution: Tensor, how: str) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- the method
 
 
+@unharming
 class FeatureActivationMap(LayerAttribution):
     r"""Where in the image the similarity to a reference embedding comes from (FAM).
 
@@ -364,9 +386,19 @@ class FeatureActivationMap(LayerAttribution):
         weights: ``"contribution"`` (the paper's: w is the normalized c), or ``"gradient"``: w is
             :math:`\partial s / \partial z_k` alone, never normalized. For mean pooling, a linear T without
             bias, and cosine or dot, the mean of the map over its positions then equals the similarity.
+        refine: False: the published map. True, or a list of layers: a sharper one, see below.
         layout: ``"auto"``, ``"NCHW"``, ``"NHWC"``, ``"NLC"`` or ``"LNC"``.
         prefix_tokens: tokens before the grid; None infers it.
         batch_size: the most images per forward pass. Results do not depend on it beyond rounding.
+
+    Refined maps (``refine=True``). The published map weights whole channels of one layer. Here each position l of each
+    stage of the network up to the layer has its own evidence, :math:`e = \sum_k (A_k - A^0_k) \, \partial (s_r -
+    \tfrac{1}{2} \bar s) / \partial A_k`: signed, beyond what an image without content (each image's mean color) has
+    there, and less half of what speaks for the other likely references (:math:`\bar s`). The positive evidence of all
+    stages, in equal parts, then spreads along the network's feature affinity and the image's colors, as in
+    ``ConceptFusionMap(map_layer="fused")``. Maps are in [0, 1], on a grid of up to 1,024 positions; ``normalize`` and
+    ``weights`` do not matter. It costs a second forward pass, and a backward pass through the network for each
+    reference. ``docs/methods/fam.md`` compares both with maps that know no reference. A list names the stages instead.
 
     Raises:
         InputError: an option that does not exist, or names that do not fit the references.
@@ -397,6 +429,7 @@ class FeatureActivationMap(LayerAttribution):
         similarity: Similarity = "cosine",
         normalize: str = "minmax",
         weights: str = "contribution",
+        refine: Refine = False,
         layout: str = "auto",
         prefix_tokens: int | None = None,
         batch_size: int = 32,
@@ -413,6 +446,8 @@ class FeatureActivationMap(LayerAttribution):
         self.similarity = similarity
         self.normalize = normalize
         self.weights = weights
+        self.refine = refinement.checked(refine)
+        self._stages: dict[Any, list[str]] = {}  # of a network, once they were looked for
         self.layout = layout
         self.prefix_tokens = prefix_tokens
         self.batch_size = integer("batch_size", batch_size)
@@ -433,7 +468,7 @@ class FeatureActivationMap(LayerAttribution):
         count = 0 if self.references is None else len(self.references)
         return [str(k) for k in range(count)] if self.reference_names is None else list(self.reference_names)
 
-    @log_usage()
+    @layer_attribution
     def attribute(
         self,
         inputs: Any,
@@ -460,16 +495,18 @@ class FeatureActivationMap(LayerAttribution):
         """
         layers, rule, exact = self._layers(), self._rule(), callable(self.similarity)
         inputs = as_inputs(inputs, layers.model)
+        layers = self._stages_too(layers, inputs, additional_forward_args)
         index = self._index(target, count(inputs))
 
         def maps(part: Inputs, extra: Any, goal: Tensor | None) -> Tensor:
             with gradients_enabled():
                 run = _forward(layers, part, extra, attribute_to_layer_input, rule, exact)
                 bank = self._bank(run.embedding)
-                best = rule.scores(run.embedding, bank).argmax(1) if goal is None else goal.to(bank.device)
-                return self._map(run, bank[best])[:, None]
+                scores = rule.scores(run.embedding, bank).detach()
+                best = scores.argmax(1) if goal is None else goal.to(bank.device)
+                return self._maps(layers, run, bank, scores, best[:, None], part, extra, attribute_to_layer_input)
 
-        return torch.cat(self._each(maps, inputs, additional_forward_args, index)).contiguous()
+        return joined(self._each(maps, inputs, additional_forward_args, index)).contiguous()
 
     def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)`` similarities to the references: cosine in [-1, 1], euclidean in (-inf, 0]."""
@@ -535,7 +572,7 @@ class FeatureActivationMap(LayerAttribution):
             method=self.get_name(),
             score_unit=self._rule().unit,
             rank_by=chosen.rank_by,
-        )
+        ).pictured(thumbnails(inputs))
 
     def fit(
         self,
@@ -562,7 +599,7 @@ class FeatureActivationMap(LayerAttribution):
             The same object, with ``references`` ``(K, D)`` and ``reference_names`` in sorted order of the labels.
 
         Raises:
-            InputError: labels are missing, or not one per image.
+            InputError: labels are missing, or not one per image; an embedding is NaN (names the image).
         """
         model = find_model(self.forward_func)
         source = opened(images, model, labels=labels, transform=transform, image_size=image_size)
@@ -603,6 +640,7 @@ class FeatureActivationMap(LayerAttribution):
         model = find_model(self.forward_func)
         source = opened(images, model, transform=transform, image_size=image_size)
         scores = self.scores(source)
+        finite_images(scores, range(len(scores)), "the score")
         self.calibration = fit_calibration(scores, truth_table(labels, self.concepts, len(scores)))
         return self
 
@@ -623,7 +661,10 @@ class FeatureActivationMap(LayerAttribution):
         info = {
             "names": None if self.reference_names is None else list(self.reference_names),
             **origin(self._layers()),
-            "settings": {name: getattr(self, name) for name in _SETTINGS},
+            "settings": {
+                **{name: getattr(self, name) for name in _SETTINGS},
+                "refine": refinement.names(self.refine, self._layers()),
+            },
         }
         return save_artifact(path, _FORMAT, info, tensors)
 
@@ -680,7 +721,9 @@ class FeatureActivationMap(LayerAttribution):
                     raise InputError("labels are missing: pass labels=, or a folder, data set or loader that has them")
                 images = placed(batch.images, find_model(self.forward_func))
                 parts = halving(lambda part: self._embed(part, None), images, lambda part: part.chunk(2))
-                yield from zip(batch.labels, torch.cat(parts), strict=True)
+                embeddings = torch.cat(parts)
+                finite_images(embeddings, batch.names, "the embedding")
+                yield from zip(batch.labels, embeddings, strict=True)
                 bar.update(len(batch))
 
     @torch.no_grad()
@@ -719,6 +762,7 @@ class FeatureActivationMap(LayerAttribution):
     ) -> tuple[Selection, Tensor, Tensor, Tensor]:
         """Each image's own references, all scores ``(N, K)``, maps ``(N, k, h, w)`` of the selected ones, the best."""
         layers, rule, names = self._layers(), self._rule(), self.concepts
+        layers = self._stages_too(layers, as_inputs(inputs, layers.model), extra)
 
         def part(images: Inputs, more: Any, _target: None) -> tuple[Tensor, Tensor]:
             with gradients_enabled():
@@ -726,11 +770,34 @@ class FeatureActivationMap(LayerAttribution):
                 bank = self._bank(run.embedding)
                 scores = rule.scores(run.embedding, bank).detach()
                 index = Selection.choose(names, scores, concepts=concepts, top_k=top_k).index.to(bank.device)
-                maps = torch.stack([self._map(run, bank[column]) for column in index.T], 1)
-            return scores, maps
+                return scores, self._maps(layers, run, bank, scores, index, images, more, False)
 
-        scores, maps = map(torch.cat, zip(*self._each(part, inputs, extra, None), strict=True))
+        scores, maps = map(joined, zip(*self._each(part, inputs, extra, None), strict=True))
         return Selection.choose(names, scores, concepts=concepts, top_k=top_k), scores, maps, scores.argmax(1)
+
+    def _stages_too(self, layers: Layers, inputs: Inputs | ImageSource, extra: Any) -> Layers:
+        """The layer, and the stages of a refinement."""
+        if self.refine is False:
+            return layers
+        first, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), count(inputs))
+        return refinement.with_stages(layers, self.refine, self._stages, first, extra)
+
+    def _maps(
+        self, layers: Layers, run: _Pass, bank: Tensor, scores: Tensor, index: Tensor, inputs: Inputs, extra: Any,
+        of_input: bool,
+    ) -> Tensor:  # fmt: skip
+        """``(N, J, h, w)`` of the references ``index`` ``(N, J)``."""
+        if self.refine is False:
+            return torch.stack([self._map(run, bank[column]) for column in index.T], 1)
+        sharper = refinement.prepare(layers, run.seen, inputs, extra, of_input)
+        rule, found = self._rule(), []
+        slopes = [rule.slope(one.expand(len(bank), -1), bank) for one in run.embedding.split(1)]  # (K, D) each
+        for column in index.T:
+            weights = refinement.contrast(scores, column)
+            slope = torch.stack([weight @ each for weight, each in zip(weights, slopes, strict=True)])
+            pairs = zip(sharper.content, run.gradients(slope, sharper.numbers), strict=True)
+            found.append(sharper.maps([(content * gradient).sum(1, keepdim=True) for content, gradient in pairs]))
+        return torch.cat(found, 1)
 
     def _map(self, run: _Pass, references: Tensor) -> Tensor:
         """``(N, h, w)``: the map of one reference per example."""

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from captum_concepts._artifacts import listing
-from captum_concepts.errors import ArtifactError
+from captum_concepts._artifacts import open_safetensors
+from captum_concepts.errors import ArtifactError, listing
 
 #: Where the class is whose ``save`` writes this format. A method that is saved is one line.
 KINDS = {
@@ -26,18 +26,11 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         FileNotFoundError: there is nothing.
         ArtifactError: it is no saved explainer.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if path.is_dir():
         return "SALFCBM"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file or folder {path}, which should be a saved explainer")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            found = (opened.metadata() or {}).get("format", "")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read as a saved explainer: {error}") from error
+    with open_safetensors(path, "a saved explainer") as opened:
+        found = (opened.metadata() or {}).get("format", "")
     kind = found.removeprefix("captum_concepts.").partition("/")[0]
     if kind not in KINDS:
         what = f"it is a {kind}" if kind else "it does not say what it is"

@@ -10,7 +10,7 @@ import numpy as np
 
 from captum_concepts._checks import integer
 from captum_concepts.audit.concept_audit import ConceptAudit
-from captum_concepts.audit.statistics import Suspect, bootstrap_interval, holm
+from captum_concepts.audit.statistics import Suspect, bootstrap_interval, holm, resampled_means
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import SEEN
 
@@ -25,7 +25,7 @@ class AuditComparison:
         changes: one dictionary per class and concept: ``class``, ``concept``, ``before``, ``after``, ``change`` of the
             mean contribution over images for which both audits know it, ``low``, ``high``, ``p`` (Holm-adjusted, from a
             paired permutation of signs), ``n``. Strongest change first.
-        presence: one dictionary per concept: ``concept``, ``before``, ``after`` rate.
+        presence: one dictionary per concept: ``concept``, ``before``, ``after`` rate; NaN where it cannot be told.
         gained, lost: suspects of the second audit alone, of the first alone.
         kept: suspects of both, as the second has them.
     """
@@ -102,7 +102,10 @@ def compare_audits(
             )  # fmt: skip
     for row, p in zip(changes, holm([row["p"] for row in changes]), strict=True):
         row["p"] = p
-    rates = [(x.rows.presence.numpy()[i] >= SEEN).mean(0) for x, i in ((before, first), (after, second))]
+    rates = [
+        np.where(np.isnan(seen).any(0), np.nan, (seen >= SEEN).mean(0))
+        for seen in (x.rows.presence.numpy()[i] for x, i in ((before, first), (after, second)))
+    ]
     presence = [
         {"concept": concept, "before": float(rates[0][t]), "after": float(rates[1][t])}
         for t, concept in enumerate(before.concepts)
@@ -143,8 +146,7 @@ def _paired(difference: Any, rng: np.random.Generator, n_bootstrap: int) -> tupl
     n = len(difference)
     if not n_bootstrap or n < 5:
         return float(difference.mean()), math.nan, math.nan
-    draws = np.array([difference[rng.integers(0, n, n)].mean() for _ in range(n_bootstrap)])
-    return float(difference.mean()), *bootstrap_interval(draws)
+    return float(difference.mean()), *bootstrap_interval(resampled_means(difference, rng, n_bootstrap))
 
 
 def _sign_p(difference: Any, rng: np.random.Generator, flips: int = 10_000) -> float:

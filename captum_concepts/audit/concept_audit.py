@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +27,9 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import target_indices
-from captum_concepts._checks import integer, number, one_of, unique_names
-from captum_concepts.audit.rows import (
-    Rows,
-    class_probabilities,
-    collect_rows,
-    concept_presence,
-    model_of,
-    prepared_folder,
-)
+from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
+from captum_concepts._undo import unharming
+from captum_concepts.audit.rows import ARRAYS, Rows, collect_rows, look, model_of, placed, prepared_folder
 from captum_concepts.audit.statistics import (
     Effect,
     Suspect,
@@ -40,14 +37,16 @@ from captum_concepts.audit.statistics import (
     bootstrap_interval,
     holm,
     mean_effect,
+    partial_effect,
     permutation_p,
-    split_scores,
+    resampled_differences,
     stratified_difference,
+    told_apart,
     two_groups,
 )
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning, listing
 from captum_concepts.explanation import SEEN, ConceptExplainer, ContributionExplainer
-from captum_concepts.images import ImageSource, fingerprint, inputs_for
+from captum_concepts.images import ImageSource, batches, fingerprint, inputs_for
 
 _FORMAT = "captum_concepts.ConceptAudit/1"
 KINDS = ("drivers", "errors", "suspects", "images")
@@ -65,13 +64,15 @@ class ConceptAudit:
         rows: the numbers of each image.
         labels: ``(N,)`` true classes, or None.
         drivers: one dictionary per class and concept that occurs: ``class``, ``concept``, ``images`` (predicted as the
-            class), ``presence_rate``, and the mean contribution to the class, ``contribution`` with ``low`` and
-            ``high``, where the prediction is ``right``, ``wrong`` or ``all``.
+            class), ``presence_rate`` (NaN: :attr:`not_told_apart`), and the mean contribution to the class,
+            ``contribution`` with ``low`` and ``high``, where the prediction is ``right``, ``wrong`` or ``all``.
         errors: one dictionary per confused pair of classes and concept: ``true``, ``predicted``, ``concept``,
             ``presence_rate`` among these errors, ``expected_rate`` among correct images of the true class, ``lift``,
             ``p`` (one-sided binomial, Holm-adjusted), ``n``. Strongest first.
         suspected: see :meth:`suspects`; None without labels.
         settings: how it was made.
+        maps: ``(S, 12, h, w)`` where the concept of each suspect is in its ``images`` and, from the seventh on, its
+            ``counterexamples``; NaN where there are fewer. None without suspects.
 
     Example:
         >>> audit = ConceptAudit.load("audit.safetensors")  # doctest: +SKIP
@@ -88,6 +89,7 @@ class ConceptAudit:
     errors: list[dict[str, Any]]
     suspected: tuple[Suspect, ...] | None
     settings: dict[str, Any]
+    maps: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of images."""
@@ -103,14 +105,29 @@ class ConceptAudit:
         """Fraction of images predicted as labeled, or None without labels."""
         return None if self.labels is None else float((self.predicted == self.labels).double().mean())
 
+    @property
+    def not_told_apart(self) -> list[str]:
+        """Concepts of which the explainer does not say clearly enough which images show them: their presence is NaN.
+
+        Presence is clear if it was calibrated, lies on both sides of .5 and is .5 apart on average; or else if the
+        scores (log odds of probabilities) fall into two groups that explain at least .75 of their variance (.64 is a
+        normal distribution's). What a network goes by it encodes clearly; for others, ``explainer.calibrate`` on
+        labeled images or another layer may help.
+        """
+        return list(self.settings["not_told_apart"])
+
     def suspects(self) -> list[Suspect]:
         """Concepts that decide for a class without belonging to it, strongest first.
 
         A pair is suspected where the concept's presence raises the class's probability in images of *other* classes,
         and its absence lowers it in images of the class. Both differences are taken within true classes, in which the
-        concept varies (between 5 and 95 % of the images), so that concepts that define a class are not tested; both
-        must be at least ``min_effect`` and significant by permutation (the larger p counts), Holm-adjusted over all
-        pairs that vary.
+        concept varies (between 5 and 95 % of the images), so that concepts that define a class are not tested, nor are
+        those that ``belongs`` names; both must be at least ``min_effect`` and significant by permutation (the larger p
+        counts), Holm-adjusted over all pairs that vary. Of two concepts that come together, the weaker is a suspect
+        only if both differences are still there at equal presence of all stronger suspects, by linear regression within
+        true classes (or if those determine it, as all grounds but one do the last).
+
+        Concepts that the explainer does not tell apart in these images are not tested, see :attr:`not_told_apart`.
 
         Raises:
             InputError: the audit was made without labels.
@@ -169,8 +186,7 @@ class ConceptAudit:
             "settings": self.settings,
         }
         tensors = self.rows.tensors()
-        if self.labels is not None:
-            tensors["labels"] = self.labels
+        tensors |= {name: value for name in ("labels", "maps") if (value := getattr(self, name)) is not None}
         return save_artifact(path, _FORMAT, info, tensors)
 
     @classmethod
@@ -192,19 +208,17 @@ class ConceptAudit:
                 "settings": mapping_of(anything),
             }
         )
-        arrays = {
-            "probabilities": Array("float", ("N", "C")),
-            "presence": Array("float", ("N", "T")),
-            "contributions": Array("float", ("N", "T")),
-            "digests": Array("integer", ("N", 16)),
+        arrays = ARRAYS | {
             "labels": Array("integer", ("N",), optional=True),
+            "maps": Array("float", ("S", 2 * _SHOWN, None, None), optional=True),
         }
 
         def sizes(info: dict[str, Any]) -> dict[str, int]:
-            return {"N": len(info["image_names"]), "C": len(info["class_names"]), "T": len(info["concepts"])}
+            counts = {"N": len(info["image_names"]), "C": len(info["class_names"]), "T": len(info["concepts"])}
+            return counts | {"S": len(info["suspected"] or ())}
 
         with open_artifact(path, _FORMAT, "a saved audit", info=schema, arrays=arrays, sizes=sizes) as (info, tensors):
-            labels = tensors.pop("labels", None)
+            labels, maps = tensors.pop("labels", None), tensors.pop("maps", None)
             suspected = info["suspected"]
             return cls(
                 info["class_names"],
@@ -216,6 +230,7 @@ class ConceptAudit:
                 _with_nan(info["errors"]),
                 None if suspected is None else tuple(_suspect(one) for one in _with_nan(suspected)),
                 info["settings"],
+                maps,
             )
 
     def report(self, path: str | os.PathLike[str], images: Any = None, *, title: str = "Concept audit") -> Path:
@@ -238,9 +253,15 @@ class ConceptAudit:
         if self.suspected is not None:
             lines.append(f"  {len(self.suspected)} suspects" + (":" if self.suspected else ""))
             lines += [f"    {suspect.sentence()}" for suspect in self.suspected[:5]]
+        if self.not_told_apart:
+            lines.append(
+                f"  not tested, since the explainer does not tell which images show them: "
+                f"{len(self.not_told_apart)} of {len(self.concepts)} concepts ({listing(self.not_told_apart, 5)})"
+            )
         return "\n".join(lines)
 
 
+@unharming
 def audit_dataset(
     explainer: ConceptExplainer,
     data: Any,
@@ -248,7 +269,8 @@ def audit_dataset(
     labels: Any = None,
     class_names: Sequence[str] | None = None,
     alpha: float = 0.05,
-    min_effect: float = 0.05,
+    min_effect: float = 0.02,
+    belongs: Mapping[str, Sequence[str]] | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
     top_k: int | None = 5,
@@ -268,6 +290,8 @@ def audit_dataset(
         class_names: of the outputs; None takes ``explainer.class_names`` or those of the data's folders.
         alpha: family-wise error rate of the suspects.
         min_effect: least change of a class's probability that matters, in [0, 1].
+        belongs: ``{class: concepts}`` that rightly decide for a class and are not suspected; None: those whose words
+            are in the name of the class, as "striped" is in "striped circle".
         n_bootstrap: resamples of the intervals, over images.
         seed: of resamples and permutations.
         top_k: concepts per image whose contributions are computed; None: all.
@@ -278,11 +302,14 @@ def audit_dataset(
         show_progress: show a bar.
 
     Returns:
-        A :class:`ConceptAudit`. Memory grows by 4 (C + 2 T) bytes per image.
+        A :class:`ConceptAudit`. Memory grows by 4 (C + 3 T) bytes per image.
 
     Raises:
         InputError: no images, labels that are not classes, an option out of range, a model that is no classifier.
         ArtifactError: ``store_path`` contains parts of another audit.
+
+    Warns:
+        InputWarning: there are labels, but no concept could be tested.
     """
     if not isinstance(explainer, ConceptExplainer):
         raise InputError(
@@ -303,13 +330,14 @@ def audit_dataset(
     if not len(source):
         raise InputError("data contains no images")
     known = class_names if class_names is not None else getattr(explainer, "class_names", None) or source.class_names
-    outputs = class_probabilities(explainer, _one(explainer, source)).shape[1]
+    first = look(explainer, placed(explainer, source[0][None]), top_k)
+    outputs = first.probabilities.shape[1]
     names = [str(k) for k in range(outputs)] if known is None else [str(name) for name in known]
     if len(names) != outputs:
         raise InputError(f"{len(names)} class_names for a model with {outputs} outputs")
     true = _true_classes(source, names)
-    first = _one(explainer, source)
-    probe = [*class_probabilities(explainer, first)[0].tolist(), *explainer.scores(first)[0].tolist()]
+    proper = _belonging(belongs, names, concepts)
+    probe = [*first.probabilities[0].tolist(), *first.scores[0].tolist()]
     settings: dict[str, Any] = {
         "explainer": str(getattr(explainer, "get_name", lambda: type(explainer).__name__)()),
         "images": fingerprint(source),
@@ -327,22 +355,34 @@ def audit_dataset(
         settings=settings,
         show_progress=show_progress,
     )
-    calibrated = concept_presence(explainer, first) is not None
-    if not calibrated:
-        split = np.stack([split_scores(column) for column in rows.presence.double().numpy().T], 1)
-        rows = Rows(rows.probabilities, torch.from_numpy(split).float(), rows.contributions, rows.digests)
+    rows, calibrated = _told(rows)
+    unclear = [name for name, column in zip(concepts, rows.presence.T, strict=True) if bool(column.isnan().any())]
+    by_score = len(concepts) - sum(calibrated)
+    how = {0: "calibrated", len(concepts): "scores split in two groups"}
     settings |= {
         "alpha": alpha,
         "min_effect": min_effect,
         "n_bootstrap": n_bootstrap,
         "seed": seed,
-        "presence": "calibrated" if calibrated else "scores split in two groups",
+        "presence": how.get(by_score, f"calibrated; scores split in two groups for {by_score} concepts"),
+        "not_told_apart": unclear,
     }
     rng = np.random.default_rng(seed)
-    suspected = None
+    suspected, maps = None, None
     if true is not None:
-        suspected = _suspects(rows, true, names, concepts, alpha, min_effect, n_bootstrap, rng)
-        suspected = tuple(_confirmed(s, explainer, source, rows, true, names, concepts, rng) for s in suspected)
+        if len(unclear) == len(concepts):
+            warnings.warn(
+                "no concept could be tested: the explainer does not tell which of these images show any of them. See "
+                "ConceptAudit.not_told_apart",
+                InputWarning,
+                stacklevel=2,
+            )
+        suspected = _suspects(rows, true, names, concepts, proper, alpha, min_effect, n_bootstrap, rng)
+        suspected = tuple(
+            _confirmed(s, explainer, source, rows, true, names, concepts, rng, batch_size) for s in suspected
+        )
+        if suspected:
+            maps = torch.stack([_maps(s, explainer, source, batch_size) for s in suspected])
     return ConceptAudit(
         names,
         concepts,
@@ -353,14 +393,29 @@ def audit_dataset(
         [] if true is None else _errors(rows, true, names, concepts),
         suspected,
         settings,
+        maps,
     )
 
 
-def _one(explainer: Any, source: ImageSource) -> Tensor:
-    """The first image, as a batch on the model's device."""
-    parameter = next(getattr(model_of(explainer), "parameters", lambda: iter(()))(), None)
-    image = source[0][None]
-    return image if parameter is None else image.to(parameter.device)
+def _told(rows: Rows) -> tuple[Rows, list[bool]]:
+    """With presence as the statistics need it, and of which concepts it is the calibrated one."""
+    scores, presence = rows.scores.double().numpy(), rows.presence.double().numpy()
+    if ((scores >= 0) & (scores <= 1)).all():  # probabilities: what lies close to 0 or 1 is told apart in log odds
+        scores = np.log(scores.clip(1e-12)) - np.log((1 - scores).clip(1e-12))
+    told = [told_apart(*columns) for columns in zip(scores.T, presence.T, strict=True)]
+    found = torch.from_numpy(np.stack([column for column, _ in told], 1)).float()
+    return replace(rows, presence=found), [calibrated for _, calibrated in told]
+
+
+def _belonging(given: Any, names: Sequence[str], concepts: Sequence[str]) -> set[tuple[int, int]]:
+    """Pairs (class, concept) that are no suspects."""
+    if given is None:
+        words = [[set(re.findall(r"\w+", name.casefold())) for name in of] for of in (names, concepts)]
+        return {(c, t) for c, a in enumerate(words[0]) for t, b in enumerate(words[1]) if b and b <= a}
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise InputError(f"belongs names {unknown[:5]}, which are not among the classes ({listing(list(names), 5)})")
+    return {(list(names).index(name), t) for name, own in given.items() for t in name_positions(list(own), concepts)}
 
 
 def _true_classes(source: ImageSource, names: Sequence[str]) -> Tensor | None:
@@ -377,7 +432,8 @@ def _drivers(
     rows: Rows, true: Tensor | None, names: Sequence[str], concepts: Sequence[str], rng: Any, n_bootstrap: int
 ) -> list[dict[str, Any]]:
     predicted = rows.probabilities.argmax(1).numpy()
-    present, contributions = rows.presence.numpy() >= SEEN, rows.contributions.double().numpy()
+    presence, contributions = rows.presence.numpy(), rows.contributions.double().numpy()
+    present, told = presence >= SEEN, ~np.isnan(presence).any(0)
     groups = {"all": np.ones(len(rows), dtype=bool)}
     if true is not None:
         right = predicted == true.numpy()
@@ -399,7 +455,7 @@ def _drivers(
                         "concept": concept,
                         "where": where,
                         "images": int(here.sum()),
-                        "presence_rate": float(present[here, t].mean()),
+                        "presence_rate": float(present[here, t].mean()) if told[t] else math.nan,
                         "contribution": effect.value,
                         "low": effect.low,
                         "high": effect.high,
@@ -444,67 +500,72 @@ def _suspects(
     true: Tensor,
     names: Sequence[str],
     concepts: Sequence[str],
+    proper: set[tuple[int, int]],
     alpha: float,
     min_effect: float,
     n_bootstrap: int,
     rng: np.random.Generator,
 ) -> tuple[Suspect, ...]:
     labels, probabilities = true.numpy(), rows.probabilities.double().numpy()
-    present = rows.presence.numpy() >= SEEN
+    present, told = rows.presence.numpy() >= SEEN, ~rows.presence.isnan().any(0).numpy()
     tested: list[dict[str, Any]] = []
-    permutations = max(1000, int(20 * len(names) * len(concepts) / alpha))
-    for t in range(len(concepts)):
+    for t in np.flatnonzero(told):
         seen = present[:, t]
         varies = [y for y in np.unique(labels) if two_groups(seen[labels == y])]
+        others_vary = np.isin(labels, varies)
         for c in varies:
-            others = np.isin(labels, [y for y in varies if y != c])
-            own = labels == c
-            if not others.any():
+            others, own = others_vary & (labels != c), labels == c
+            if not others.any() or (int(c), int(t)) in proper:
                 continue
-            values = probabilities[:, c]
-            raises = stratified_difference(values[others], seen[others], labels[others])
-            lowers = stratified_difference(values[own], seen[own], labels[own])
-            p = 1.0
-            if min(raises, lowers) > 0:
-                p = max(
-                    permutation_p(values[part], seen[part], labels[part], rng, permutations) for part in (others, own)
-                )
-            effects = {"raises": raises, "lowers": lowers, "p": p}
-            tested.append({"c": int(c), "t": t, "others": others, "own": own, **effects})
-    found = []
-    for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
-        if p >= alpha or min(one["raises"], one["lowers"]) < min_effect:
+            raises, lowers = (
+                stratified_difference(probabilities[part, c], seen[part], labels[part]) for part in (others, own)
+            )
+            tested.append({"c": int(c), "t": int(t), "parts": (others, own), "raises": raises, "lowers": lowers})
+    permutations = max(1000, int(20 * len(tested) / alpha))
+    p = [_p(one, probabilities, present, labels, rng, permutations) for one in tested]
+    for one, adjusted in zip(tested, holm(p), strict=True):
+        one["p"], one["effect"] = adjusted, min(one["raises"], one["lowers"])
+    clear = [one for one in tested if one["p"] < alpha and one["effect"] >= min_effect]
+    found: list[Suspect] = []
+    stronger: list[int] = []
+    for one in sorted(clear, key=lambda one: -one["effect"]):
+        c, t, (others, own) = one["c"], one["t"], one["parts"]
+        known = present[:, [k for k in stronger if k != t]]
+        partial = [
+            partial_effect(probabilities[part, c], present[part, t], known[part], labels[part])
+            for part in (others, own)
+        ]
+        if known.shape[1] and any(e is not None and (e[0] < min_effect or e[1] >= alpha) for e in partial):
             continue
-        c, t = one["c"], one["t"]
-        draws = np.full(n_bootstrap, np.nan)
-        for b in range(n_bootstrap):
-            parts = []
-            for part in (one["others"], one["own"]):
-                index = _resampled(labels, present[:, t], part, rng)
-                parts.append(stratified_difference(probabilities[index, c], present[index, t], labels[index]))
-            draws[b] = min(parts)
-        low, high = bootstrap_interval(draws)
-        n = int(one["others"].sum() + one["own"].sum())
-        shown = np.flatnonzero(one["others"] & present[:, t])
+        stronger += [t] if t not in stronger else []
+        low, high = math.nan, math.nan
+        if n_bootstrap:
+            draws = [
+                resampled_differences(probabilities[part, c], present[part, t], labels[part], rng, n_bootstrap)
+                for part in (others, own)
+            ]
+            low, high = bootstrap_interval(np.minimum(*draws))
+        shown = np.flatnonzero(others & present[:, t])
         shown = shown[np.argsort(-probabilities[shown, c], kind="stable")]
         found.append(
             Suspect(
                 names[c], concepts[t], one["raises"], one["lowers"],
-                Effect(min(one["raises"], one["lowers"]), low, high, n), p, None, None,
+                Effect(one["effect"], low, high, int(others.sum() + own.sum())), one["p"], None, None,
                 tuple(int(i) for i in shown[:_SHOWN]), tuple(int(i) for i in shown[::-1][:_SHOWN]),
             )
         )  # fmt: skip
-    return tuple(sorted(found, key=lambda suspect: -suspect.effect.value))
+    return tuple(found)
 
 
-def _resampled(labels: Any, seen: Any, part: Any, rng: np.random.Generator) -> Any:
-    """Images drawn again within each true class, with and without the concept, so that no group gets lost."""
-    index = []
-    for y in np.unique(labels[part]):
-        for flag in (True, False):
-            here = np.flatnonzero(part & (labels == y) & (seen == flag))
-            index.append(here[rng.integers(0, len(here), len(here))])
-    return np.concatenate(index)
+def _p(one: dict[str, Any], probabilities: Any, present: Any, labels: Any, rng: Any, permutations: int) -> float:
+    """The larger of the two."""
+    if min(one["raises"], one["lowers"]) <= 0:
+        return 1.0
+    c, t = one["c"], one["t"]
+    return max(
+        permutation_p(probabilities[part, c], present[part, t], labels[part], rng, permutations)
+        for part in one["parts"]
+    )
 
 
 def _confirmed(
@@ -516,6 +577,7 @@ def _confirmed(
     names: Sequence[str],
     concepts: Sequence[str],
     rng: np.random.Generator,
+    batch_size: int,
 ) -> Suspect:
     """With the concept's contribution to the class, by ablation, in images of other classes that show it."""
     if not isinstance(explainer, ContributionExplainer):
@@ -526,14 +588,26 @@ def _confirmed(
     chosen = places[rows.probabilities[places, c].argsort(descending=True)][:24].tolist()
     if not chosen:
         return suspect
-    first = _one(explainer, source)
+    device = placed(explainer, source[0][None]).device
     values = [
-        explainer.contributions(source[i][None].to(first.device), target=c, concepts=[suspect.concept])[0, 0]
-        for i in chosen
+        explainer.contributions(part.images, target=[c] * len(part.images), concepts=[suspect.concept])[:, 0]
+        for part in batches(source.select(chosen), batch_size, device=device)
     ]
-    effect = mean_effect(torch.stack(values).double().cpu().numpy(), rng, 1000)
-    kept = {field: getattr(suspect, field) for field in Suspect.__dataclass_fields__}
-    return Suspect(**(kept | {"contribution": effect, "confirmed": bool(effect.low > 0)}))
+    effect = mean_effect(torch.cat(values).double().cpu().numpy(), rng, 1000)
+    return replace(suspect, contribution=effect, confirmed=bool(effect.low > 0))
+
+
+def _maps(suspect: Suspect, explainer: Any, source: ImageSource, batch_size: int) -> Tensor:
+    """``(12, h, w)``: where the concept is in the images that are shown."""
+    device = placed(explainer, source[0][None]).device
+    found = [[], []]  # type: list[list[Tensor]]
+    for side, chosen in zip(found, (suspect.images, suspect.counterexamples), strict=True):
+        for part in batches(source.select(chosen), batch_size, device=device):
+            side += explainer.concept_maps(part.images, concepts=[suspect.concept])[:, 0].detach().float().cpu()
+    maps = torch.full((2 * _SHOWN, *found[0][0].shape), torch.nan)
+    for start, side in zip((0, _SHOWN), found, strict=True):
+        maps[start : start + len(side)] = torch.stack(side)
+    return maps
 
 
 def _suspect(info: dict[str, Any]) -> Suspect:

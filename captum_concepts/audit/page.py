@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from captum_concepts import __version__
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.errors import InputError
 from captum_concepts.images import open_images
-from captum_concepts.visualization.pictures import Picture, photo
+from captum_concepts.visualization.overlay import overlay
+from captum_concepts.visualization.pictures import photo
 from captum_concepts.visualization.templates import asset, template
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 _DRIVERS = 8  # concepts shown per class
 _THUMBNAIL = 160  # pixels
+_SHOWN = 6  # images of a suspect on either side
 
 
 def write_page(audit: ConceptAudit, path: str | os.PathLike[str], images: Any, title: str) -> Path:
@@ -33,30 +36,37 @@ def write_page(audit: ConceptAudit, path: str | os.PathLike[str], images: Any, t
     source = None if images is None else open_images(images)
     if source is not None and len(source) != len(audit):
         raise InputError(f"{len(source)} images for an audit of {len(audit)}; pass the audited ones, in their order")
-    shown: dict[int, Picture] = {}
 
-    def picture(i: int) -> dict[str, Any]:
-        if source is not None and i not in shown:
+    def picture(i: int, heatmap: Tensor | None, top: float) -> dict[str, Any]:
+        shown = None
+        if source is not None:
             image = source[i][:3]
-            shown[i] = photo(image if len(image) == 3 else image[:1].expand(3, -1, -1), _THUMBNAIL, 12_000)
+            image = image if len(image) == 3 else image[:1].expand(3, -1, -1)
+            if heatmap is not None and top > 0:
+                image = overlay(image.clamp(0, 1), heatmap, signed=bool((heatmap < 0).any()), vmax=top)
+            shown = photo(image, _THUMBNAIL, 12_000)
         predicted = int(audit.predicted[i])
         return {
-            "picture": shown.get(i),
+            "picture": shown,
             "name": audit.image_names[i],
             "predicted": audit.class_names[predicted],
             "true": None if audit.labels is None else audit.class_names[int(audit.labels[i])],
         }
 
     suspects = []
-    for suspect in audit.suspected or ():
+    for k, suspect in enumerate(audit.suspected or ()):
         c = audit.class_names.index(suspect.class_name)
-        suspects.append(
-            {
-                "suspect": suspect,
-                "best": [picture(i) | {"p": float(audit.rows.probabilities[i, c])} for i in suspect.images],
-                "worst": [picture(i) | {"p": float(audit.rows.probabilities[i, c])} for i in suspect.counterexamples],
-            }
+        maps = [None] * 2 * _SHOWN if audit.maps is None else list(audit.maps[k])
+        top = 0.0 if audit.maps is None else float(audit.maps[k].nan_to_num(-torch.inf).max())
+        sides = (suspect.images, maps[:_SHOWN]), (suspect.counterexamples, maps[_SHOWN:])
+        best, worst = (
+            [
+                picture(i, heatmap, top) | {"p": float(audit.rows.probabilities[i, c])}
+                for i, heatmap in zip(images, of, strict=False)
+            ]
+            for images, of in sides
         )
+        suspects.append({"suspect": suspect, "best": best, "worst": worst})
     html = template("page.html", _HERE).render(
         title=title,
         css=asset("page.css", _HERE),
@@ -78,7 +88,7 @@ def _classes(audit: ConceptAudit) -> list[dict[str, Any]]:
     for name in audit.class_names:
         rows = [row for row in audit.drivers if row["class"] == name and row["where"] == "all"]
         known = [row for row in rows if not math.isnan(row["contribution"])]
-        known.sort(key=lambda row: -abs(row["contribution"]) * row["presence_rate"])
+        known.sort(key=lambda row: -abs(row["contribution"]) * row["n"])
         rows = known[:_DRIVERS] or sorted(rows, key=lambda row: -row["presence_rate"])[:_DRIVERS]
         if not rows:
             continue

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor
 
 from captum_concepts._artifacts import Array, open_artifact, save_artifact
+from captum_concepts._captum import output_tensor
+from captum_concepts._checks import finite_images
+from captum_concepts.activations import evaluation_mode, find_model, input_errors
 from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.explanation import ContributionExplainer
+from captum_concepts.explanation import ContributionExplainer, Selection
 from captum_concepts.images import ImageSource, batches, digest
 
 _PART = "captum_concepts.AuditPart/1"
-_ARRAYS = {
+ARRAYS = {
     "probabilities": Array("float", ("N", "C")),
+    "scores": Array("float", ("N", "T")),
     "presence": Array("float", ("N", "T")),
     "contributions": Array("float", ("N", "T")),
     "digests": Array("integer", ("N", 16)),
@@ -32,12 +37,14 @@ class Rows:
 
     Args:
         probabilities: ``(N, C)`` of the model.
-        presence: ``(N, T)`` in [0, 1]: is the concept there?
+        scores: ``(N, T)`` of the explainer.
+        presence: ``(N, T)`` in [0, 1]: is the concept there? NaN where that cannot be told.
         contributions: ``(N, T)`` to the predicted class; NaN for concepts that were not among the image's ``top_k``.
         digests: ``(N, 16)`` uint8, of the pixels that the model saw.
     """
 
     probabilities: Tensor
+    scores: Tensor
     presence: Tensor
     contributions: Tensor
     digests: Tensor
@@ -47,12 +54,12 @@ class Rows:
 
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
-        return {name: getattr(self, name) for name in _ARRAYS}
+        return {name: getattr(self, name) for name in ARRAYS}
 
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Rows:
         """Of several parts, in order."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in _ARRAYS))
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ARRAYS))
 
 
 def model_of(explainer: Any) -> Callable[[Tensor], Any]:
@@ -67,6 +74,12 @@ def model_of(explainer: Any) -> Callable[[Tensor], Any]:
     return found
 
 
+def placed(explainer: Any, images: Tensor) -> Tensor:
+    """``images`` on the device and in the dtype of the explainer's model."""
+    parameters = getattr(model_of(explainer), "parameters", lambda: iter(()))()
+    return images.to(next((p for p in parameters if p.is_floating_point()), images))
+
+
 @torch.no_grad()
 def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
     """``(N, C)``: softmax of the model's outputs, or the outputs themselves where they are probabilities already.
@@ -74,24 +87,81 @@ def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
     Raises:
         InputError: the outputs are not ``(N, C)`` of at least two classes.
     """
-    from captum_concepts._captum import output_tensor
-    from captum_concepts.activations import evaluation_mode, find_model
-
     function = model_of(explainer)
-    with evaluation_mode(find_model(function)):
-        outputs = output_tensor(function(inputs))
+    model = find_model(function)
+    with evaluation_mode(model), input_errors((inputs,), None if model is None else model.modules()):
+        return _probabilities(output_tensor(function(inputs)))
+
+
+def _probabilities(outputs: Tensor) -> Tensor:
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise InputError(f"an audit needs a classifier with outputs (N, classes), got {tuple(outputs.shape)}")
-    outputs = outputs.float()
+    outputs = outputs.detach().float()
     sums = outputs.sum(1)
     ready = bool((outputs >= 0).all()) and bool(torch.isclose(sums, torch.ones_like(sums), atol=1e-4).all())
     return outputs if ready else outputs.softmax(1)
 
 
-def concept_presence(explainer: Any, inputs: Tensor) -> Tensor | None:
+def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
+    """What is kept of some images, on the CPU.
+
+    A method that explains all concepts at the cost of a few (``explains_all_at_once``) is asked once for everything,
+    and what its model said meanwhile is taken down, so that an audit costs what ``explain`` costs.
+    """
+    names = list(explainer.concepts)
+    contributions = torch.full((len(inputs), len(names)), torch.nan)
+    if getattr(explainer, "explains_all_at_once", False):
+        heard: list[Tensor] = []
+        with _listening(model_of(explainer), heard):
+            made = explainer.explain(inputs, top_k=None)
+        order = [made.concepts.index(name) for name in names]
+        scores, presence = made.scores[:, order], None if made.presence is None else made.presence[:, order]
+        if sum(map(len, heard)) == len(inputs):
+            probabilities = _probabilities(torch.cat(heard))
+        elif model_of(explainer) is explainer and hasattr(explainer, "head"):
+            with torch.no_grad():
+                probabilities = _probabilities(explainer.head(scores))
+        else:
+            probabilities = class_probabilities(explainer, inputs)
+        moved = made.contributions[:, order].float().cpu()
+        values = moved if made.rank_by == "contributions" else scores
+        strongest = Selection.of(values, top_k, made.rank_by).index.cpu()
+        contributions.scatter_(1, strongest, moved.gather(1, strongest))
+    else:
+        probabilities = class_probabilities(explainer, inputs)
+        scores, presence = explainer.scores(inputs), _presence(explainer, inputs)
+        if isinstance(explainer, ContributionExplainer):
+            made = explainer.explain(inputs, target=probabilities.argmax(1).tolist(), top_k=top_k)
+            if made.contributions is not None:
+                columns = [names.index(name) for name in made.concepts]
+                contributions[:, columns] = made.contributions.float().cpu()
+    codes = torch.stack([torch.frombuffer(bytearray(digest(x, 16)), dtype=torch.uint8) for x in inputs])
+    unknown = torch.full_like(scores, torch.nan, dtype=torch.float32) if presence is None else presence
+    kept = dict(zip(ARRAYS, (probabilities, scores, unknown, contributions), strict=False))
+    return Rows(**{name: value.detach().float().cpu() for name, value in kept.items()}, digests=codes)
+
+
+@contextlib.contextmanager
+def _listening(function: Any, heard: list[Tensor]) -> Iterator[None]:
+    """Append what a module returns to ``heard``."""
+    if not isinstance(function, torch.nn.Module):
+        yield
+        return
+    handle = function.register_forward_hook(lambda _m, _i, output: heard.append(output_tensor(output).detach()))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _presence(explainer: Any, inputs: Tensor) -> Tensor | None:
     """``(N, T)`` calibrated presence, or None if the explainer does not know it."""
     function = getattr(explainer, "presence", None)
-    return function(inputs) if callable(function) else None
+    try:
+        found: Tensor | None = function(inputs) if callable(function) else None
+    except InputError:  # not calibrated
+        return None
+    return found
 
 
 def collect_rows(
@@ -140,29 +210,15 @@ def collect_rows(
 
 
 def _part(explainer: Any, source: ImageSource, top_k: int | None, batch_size: int) -> Rows:
-    names = list(explainer.concepts)
-    device = next((p.device for p in getattr(model_of(explainer), "parameters", lambda: iter(()))()), None)
-    kept: dict[str, list[Tensor]] = {name: [] for name in _ARRAYS}
-    for batch in batches(source, batch_size, device=device):
-        inputs = batch.images
-        probabilities = class_probabilities(explainer, inputs)
-        presence = concept_presence(explainer, inputs)
-        if presence is None:
-            presence = explainer.scores(inputs)
-        contributions = torch.full((len(inputs), len(names)), torch.nan)
-        if isinstance(explainer, ContributionExplainer):
-            explanation = explainer.explain(inputs, target=probabilities.argmax(1).tolist(), top_k=top_k)
-            columns = [names.index(name) for name in explanation.concepts]
-            if explanation.contributions is not None:
-                contributions[:, columns] = explanation.contributions.float().cpu()
-        codes = torch.stack([torch.frombuffer(bytearray(digest(x, 16)), dtype=torch.uint8) for x in inputs])
-        for name, value in zip(_ARRAYS, (probabilities, presence, contributions, codes), strict=True):
-            kept[name].append(value.detach().cpu() if value.dtype == torch.uint8 else value.detach().float().cpu())
-    return Rows(**{name: torch.cat(values) for name, values in kept.items()})
+    parts = []
+    for batch in batches(source, batch_size):
+        parts.append(look(explainer, placed(explainer, batch.images), top_k))
+        finite_images(torch.cat([parts[-1].probabilities, parts[-1].scores], 1), batch.names, "the model's output")
+    return Rows.join(parts)
 
 
 def _read(path: Path, settings: dict[str, Any]) -> Rows:
-    with open_artifact(path, _PART, "a part of an audit", arrays=_ARRAYS) as (info, tensors):
+    with open_artifact(path, _PART, "a part of an audit", arrays=ARRAYS) as (info, tensors):
         settings = json.loads(json.dumps(settings))
         changed = sorted(key for key in {*info, *settings} if not _same(info.get(key), settings.get(key), key))
         if changed:

@@ -13,6 +13,11 @@ Array = NDArray[np.float64]
 #: A stratum says something about a concept only if the concept really varies in it.
 LEAST_RATE = 0.05
 LEAST_COUNT = 5
+#: Scores tell images apart if two groups explain more of their variance than they do of a uniform distribution's
+#: (of a normal one's, .64).
+SEPARATED = 0.75
+#: Less than this share of a concept's variance that others leave over says nothing about it.
+_LEFT_OVER = 0.1
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,13 @@ def permutation_p(
 ) -> float:
     """One-sided p of :func:`stratified_difference` being positive, permuting the concept within strata.
 
-    The normal approximation with the exact variance of the permutations decides clear cases; where it lies below .05,
-    the permutations are drawn, and p is at least 1 / (permutations + 1).
+    The normal approximation with the exact variance of the permutations decides where it lies above .05; else the
+    permutations are drawn until 50 are as large, and p is at least 1 / (permutations + 1). Where Bernstein's bound
+    (which drawing without replacement keeps; Hoeffding, 1963) lies below that already, none is drawn.
     """
     n_total, variance, observed = len(values), 0.0, 0.0
-    pieces = []
+    replaced, largest = 0.0, 0.0  # variance of drawing with replacement, largest single term
+    pieces: list[tuple[Array, int, float]] = []
     for stratum in np.unique(strata):
         here = np.flatnonzero(strata == stratum)
         x, k, n = values[here], int(seen[here].sum()), len(here)
@@ -116,6 +123,8 @@ def permutation_p(
         scale = factor * n / (n - k) / k
         observed += scale * (x[seen[here]].sum() - k * x.mean())
         variance += scale**2 * k * (n - k) / n * x.var(ddof=1)
+        replaced += scale**2 * k * x.var()
+        largest = max(largest, scale * float(x.max() - x.mean()))
         pieces.append((x - x.mean(), k, scale))
     if variance <= 0:
         return 1.0
@@ -123,15 +132,50 @@ def permutation_p(
     rough = 0.5 * math.erfc(z / math.sqrt(2))
     if rough > 0.05:
         return rough
-    larger = 0
-    for start in range(0, permutations, 500):
-        size = min(500, permutations - start)
+    if observed**2 / (2 * (replaced + largest * observed / 3)) > math.log(permutations + 1):
+        return 1 / (permutations + 1)
+    larger = done = 0
+    chunk = max(1, min(500, 2_000_000 // n_total))
+    while done < permutations and larger < 50:
+        size = min(chunk, permutations - done)
         drawn = np.zeros(size)
         for x, k, scale in pieces:
             order = np.argpartition(rng.random((size, len(x))), k - 1, axis=1)[:, :k]
             drawn += scale * x[order].sum(1)
         larger += int((drawn >= observed - 1e-12).sum())
-    return (larger + 1) / (permutations + 1)
+        done += size
+    return (larger + 1) / (done + 1)
+
+
+def partial_effect(
+    values: Array, seen: NDArray[np.bool_], others: NDArray[np.bool_], strata: NDArray[np.int64]
+) -> tuple[float, float] | None:
+    """Effect of the concept on ``values`` at equal ``others`` ``(n, K)``, linearly within strata, and its one-sided p.
+
+    None where the others determine the concept.
+
+    >>> other = np.tile([True, False], 20)
+    >>> seen = np.repeat([True, False], 20)
+    >>> effect, _ = partial_effect(0.1 * other + 0.3 * seen + 0.0, seen, other[:, None], np.zeros(40, dtype=int))
+    >>> round(effect, 3)
+    0.3
+    """
+    together = left = total = variance = 0.0
+    for stratum in np.unique(strata):
+        here = strata == stratum
+        if not two_groups(seen[here]):
+            continue
+        known = np.column_stack([np.ones(here.sum()), others[here]])
+        both = np.column_stack([seen[here].astype(float), values[here]])
+        rest = both - known @ np.linalg.lstsq(known, both, rcond=None)[0]
+        together += float((rest[:, 0] * rest[:, 1]).sum())
+        left += float((rest[:, 0] ** 2).sum())
+        total += here.sum() * both[:, 0].var()
+        variance += float(((rest[:, 0] * rest[:, 1]) ** 2).sum())
+    if left <= _LEFT_OVER * total:
+        return None
+    z = together / math.sqrt(variance) if variance > 1e-18 else math.inf if together > 0 else -math.inf
+    return together / left, 0.5 * math.erfc(z / math.sqrt(2))
 
 
 def bootstrap_interval(draws: Array, confidence: float = 0.95) -> tuple[float, float]:
@@ -151,8 +195,26 @@ def mean_effect(values: Array, rng: np.random.Generator, n_bootstrap: int) -> Ef
         return Effect(math.nan, math.nan, math.nan, 0)
     if n < LEAST_COUNT or not n_bootstrap:
         return Effect(float(values.mean()), math.nan, math.nan, n)
-    draws = np.array([values[rng.integers(0, n, n)].mean() for _ in range(n_bootstrap)])
-    return Effect(float(values.mean()), *bootstrap_interval(draws), n)
+    return Effect(float(values.mean()), *bootstrap_interval(resampled_means(values, rng, n_bootstrap)), n)
+
+
+def resampled_means(values: Array, rng: np.random.Generator, n_bootstrap: int) -> Array:
+    """``(n_bootstrap,)`` means of values drawn with replacement."""
+    n, chunk = len(values), max(1, 1_000_000 // len(values))
+    sizes = [min(chunk, n_bootstrap - start) for start in range(0, n_bootstrap, chunk)]
+    return np.concatenate([values[rng.integers(0, n, (size, n))].mean(1) for size in sizes])
+
+
+def resampled_differences(
+    values: Array, seen: NDArray[np.bool_], strata: NDArray[np.int64], rng: np.random.Generator, n_bootstrap: int
+) -> Array:
+    """:func:`stratified_difference` of values drawn again within each stratum, with and without the concept."""
+    draws = np.zeros(n_bootstrap)
+    for stratum in np.unique(strata):
+        here = strata == stratum
+        both = [resampled_means(values[here & side], rng, n_bootstrap) for side in (seen, ~seen)]
+        draws += here.sum() / len(values) * (both[0] - both[1])
+    return draws
 
 
 def binomial_p(successes: int, trials: int, rate: float) -> float:
@@ -173,21 +235,40 @@ def binomial_p(successes: int, trials: int, rate: float) -> float:
     return min(1.0, sum(math.exp(value) for value in log))
 
 
-def split_scores(scores: Array) -> Array:
-    """0 or 1: the side of the threshold that separates the values best into two groups (Otsu).
+def split_scores(scores: Array) -> tuple[NDArray[np.bool_], float]:
+    """Above the threshold that separates the values best into two groups (Otsu), and the share of variance explained.
 
-    For explainers that do not know how sure they are. Values that are all equal are 0.
+    For explainers that do not know how sure they are. Values that are all equal lie below.
 
-    >>> split_scores(np.array([0.1, 0.2, 0.9, 0.15])).tolist()
-    [0.0, 0.0, 1.0, 0.0]
+    >>> above, separation = split_scores(np.array([0.1, 0.2, 0.9, 0.15]))
+    >>> above.tolist(), round(separation, 2)
+    ([False, False, True, False], 0.99)
     """
     ordered = np.sort(scores)
     if len(ordered) < 2 or ordered[0] == ordered[-1]:
-        return np.zeros(len(scores))
+        return np.zeros(len(scores), dtype=bool), 0.0
     n = np.arange(1, len(ordered))
     sums = np.cumsum(ordered)[:-1]
     left, right = sums / n, (ordered.sum() - sums) / (len(ordered) - n)
-    between = n * (len(ordered) - n) * (right - left) ** 2
+    between = n * (len(ordered) - n) / len(ordered) ** 2 * (right - left) ** 2
     between[ordered[1:] == ordered[:-1]] = -1.0
     at = int(between.argmax())
-    return (scores > (ordered[at] + ordered[at + 1]) / 2).astype(float)
+    return scores > (ordered[at] + ordered[at + 1]) / 2, float(between[at] / ordered.var())
+
+
+def told_apart(scores: Array, presence: Array) -> tuple[Array, bool]:
+    """``(N,)`` presence of a concept as an audit needs it (NaN: not clear), and whether it is the calibrated one.
+
+    A calibrated presence that speaks for and against is taken as it is. Where none does (it was not calibrated, or not
+    on images like these), scores that fall into two groups tell which images show more of the concept.
+
+    Args:
+        scores: ``(N,)`` in any unit.
+        presence: ``(N,)`` in [0, 1], NaN where unknown.
+    """
+    seen = presence >= 0.5
+    if not np.isnan(presence).any() and min(seen.sum(), (~seen).sum()) >= LEAST_COUNT:
+        clear = presence[seen].mean() - presence[~seen].mean() >= 0.5
+        return (presence if clear else np.full(len(presence), math.nan)), True
+    above, separation = split_scores(scores)
+    return (above.astype(float) if separation >= SEPARATED else np.full(len(scores), math.nan)), False

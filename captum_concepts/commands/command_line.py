@@ -58,6 +58,9 @@ _AUDIT = r"""examples:
   # in CI: fail if the new checkpoint has a shortcut that the old one had not
   python -m captum_concepts audit val/ --model resnet50 --weights NEW.safetensors --explainer new_words.safetensors \
       --output audit.html --against audit.safetensors --fail-on "gained>0"
+  # in several processes, which share a folder
+  torchrun --nproc-per-node 4 -m captum_concepts audit val/ --model resnet50 --weights FILE.safetensors \
+      --explainer words.safetensors --output audit.html --store parts/
 
 exit codes: as the other commands; 3: the condition of --fail-on is true.
 """
@@ -144,7 +147,7 @@ def add_commands(commands: Any, **shared: Any) -> None:
     audit.add_argument("--against", metavar="FILE", help="an audit of the same images, saved before")
     audit.add_argument("--fail-on", metavar="CONDITION", help="exit with 3 if true: 'suspects>0', 'gained>0', ...")
     audit.add_argument("--alpha", type=float, default=0.05, help="family-wise error rate (default: %(default)s)")
-    audit.add_argument("--min-effect", type=float, default=0.05, help="least change of a probability (%(default)s)")
+    audit.add_argument("--min-effect", type=float, default=0.02, help="least change of a probability (%(default)s)")
     audit.add_argument("--top-k", type=int, default=5, help="concepts per image (default: %(default)s)")
     audit.add_argument("--seed", type=int, default=0, help="of resamples and permutations (default: %(default)s)")
     audit.add_argument("--store", metavar="DIR", help="folder in which a killed audit resumes")
@@ -277,6 +280,8 @@ def _audit(options: dict[str, Any], as_json: bool) -> Outcome:
 
     made = audit_command(AuditSettings(**options))
     holds = made.get("holds", False)
+    if not made["first"]:  # of several processes one speaks
+        return Outcome("", code=3 if holds else int(bool(made["failed"])))
     where = "" if made.get("unsaved") else f"\nwritten to {made['output']}"
     text = made["text"] + where + (f"\n{options['fail_on']}: true" if holds else "")
     code = 3 if holds else None

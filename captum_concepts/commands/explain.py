@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.commands.explainers import Explainer, build_explainer, new_explainer
-from captum_concepts.commands.image_files import each_image
+from captum_concepts.commands.image_files import each_image, folder_labels
 from captum_concepts.commands.outputs import check_folder, check_outputs, html
 from captum_concepts.commands.report import facts, open_report, read_index
 from captum_concepts.commands.settings import ExplainerSettings
@@ -76,6 +76,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     explainer = build_explainer(settings, loaded, failed)
     summary: dict[str, Any] = {"model": settings.model, "method": explainer.name, "layer": explainer.layer}
     summary |= {"size": loaded.size, "classes": list(explainer.class_names or []), "explained": [], "failed": failed}
+    truths = dict(zip(paths, folder_labels(paths, explainer.class_names) or [None] * len(paths), strict=True))
     try:
         with ExitStack() as stack:
             folder = None if out is None else stack.enter_context(PictureFolder(out, summary, paths))
@@ -99,7 +100,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                         write_atomically(folder.path / entry["input"], _png(image))
                         entry["significant"] = explainer.significant(explanation)
                 if page is not None:
-                    page.add(image[None], explanation, name, explainer.significant(explanation))
+                    page.add(image[None], explanation, name, explainer.significant(explanation), truths[path])
                 summary["explained"].append(entry)
                 progress.update()
     except OSError as error:  # a full disk: what was found out is printed

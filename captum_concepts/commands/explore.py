@@ -6,13 +6,14 @@ import json
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from captum_concepts.audit import ConceptAudit, audit_dataset, compare_audits
 from captum_concepts.commands.explainers import build_explainer, new_explainer
-from captum_concepts.commands.image_files import Failed
+from captum_concepts.commands.fit_salf import is_first, processes
+from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.commands.outputs import check_outputs, html
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.errors import InputError
@@ -35,6 +36,8 @@ class ExploreSettings(ExplainerSettings):
 def explore_command(settings: ExploreSettings) -> dict[str, Any]:
     """Write one HTML page on which regions are marked and concepts edited.
 
+    Images in folders that are called after the model's classes have a true label: wrong predictions come first.
+
     Raises:
         InputError, LayerError, ArtifactError: nothing can be explained with these settings.
     """
@@ -46,7 +49,8 @@ def explore_command(settings: ExploreSettings) -> dict[str, Any]:
     loaded = settings.load()
     failed: Failed = []
     explainer = build_explainer(settings, loaded, failed)
-    source = loaded.open(paths)
+    labels = folder_labels(paths, explainer.class_names)
+    source = loaded.open(paths, labels=False if labels is None else labels)
     title = settings.title or f"What {Path(settings.model).name} saw"
     page = explore(
         explainer.method,
@@ -67,12 +71,13 @@ class AuditSettings(ExplainerSettings):
     """What ``audit`` was asked to do; every field is an option of the command line.
 
     Args:
-        data: a folder, with one folder of images per class where labels are known.
+        data: a folder, with one folder of images per class where labels are known. Where nothing tells the names of the
+            outputs (``classes``, or the model), the folders number them in order.
         output: the HTML page.
         save: also keep the audit as a file, for ``against``.
         against: a saved audit of the same images to compare with.
         fail_on: a condition on ``suspects``, ``gained`` or ``accuracy_change``, such as ``"suspects>0"``.
-        store: folder in which a killed audit resumes.
+        store: folder in which a killed audit resumes, and by which processes under ``torchrun`` share the work.
     """
 
     data: str
@@ -81,7 +86,7 @@ class AuditSettings(ExplainerSettings):
     against: str | None = None
     fail_on: str | None = None
     alpha: float = 0.05
-    min_effect: float = 0.05
+    min_effect: float = 0.02
     top_k: int = 5
     seed: int = 0
     store: str | None = None
@@ -91,11 +96,17 @@ def audit_command(settings: AuditSettings) -> dict[str, Any]:
     """Audit a folder of images; write the page, and compare with an earlier audit.
 
     Returns:
-        Counts and suspects, ``"against"`` where compared, and ``"holds"``: whether ``fail_on`` is true.
+        Counts and suspects, ``"against"`` where compared, ``"holds"``: whether ``fail_on`` is true, and ``"first"``:
+        whether this is the process that writes and speaks.
 
     Raises:
         InputError, ArtifactError: nothing can be audited with these settings.
     """
+    with processes(settings.device) as device:
+        return _audited(replace(settings, device=device))
+
+
+def _audited(settings: AuditSettings) -> dict[str, Any]:
     out = html("--output", settings.output)
     condition = None if settings.fail_on is None else _condition(settings.fail_on)
     written = {"--output": out, "--save": settings.save, "--explainer": new_explainer(settings)}
@@ -108,6 +119,19 @@ def audit_command(settings: AuditSettings) -> dict[str, Any]:
         folders = class_folders(settings.data)
     except InputError:
         folders = {}
+    names = explainer.class_names
+    if (
+        folders
+        and settings.classes is None
+        and not loaded.classes
+        and getattr(explainer.method, "class_names", None) is None
+    ):
+        if names is not None and len(names) != len(folders):
+            raise InputError(
+                f"{settings.data} has {len(folders)} class folders and the model {len(names)} outputs; give --classes "
+                "FILE with the names of the outputs, which the folders bear"
+            )
+        names = list(folders)  # in order, as torchvision's ImageFolder numbers them
     paths = [path for files in folders.values() for path in files] or find_images([settings.data])
     labels = [name for name, files in folders.items() for _ in files] or None
     shown = loaded.open(paths, labels=labels if labels is not None else False)
@@ -115,27 +139,28 @@ def audit_command(settings: AuditSettings) -> dict[str, Any]:
     audit = audit_dataset(
         explainer.method,
         prepared,
-        class_names=explainer.class_names,
+        class_names=names,
         alpha=settings.alpha,
         min_effect=settings.min_effect,
         top_k=settings.top_k,
         seed=settings.seed,
         batch_size=settings.batch_size,
         store_path=settings.store,
-        show_progress=True,
+        show_progress=is_first(),
     )
     failed += prepared.skipped
     unsaved = None
     try:
-        if settings.save is not None:
+        if settings.save is not None and is_first():
             audit.save(settings.save)
-        audit.report(out, shown, title=f"What drives {Path(settings.model).name}")
+        if is_first():
+            audit.report(out, shown, title=f"What drives {Path(settings.model).name}")
     except OSError as error:  # a full disk: what was found out is printed
         unsaved = str(error)
     suspects = [] if audit.suspected is None else audit.to_records("suspects")
     made: dict[str, Any] = {
         "output": str(out), "images": len(audit), "accuracy": audit.accuracy, "suspects": suspects, "failed": failed,
-        "text": repr(audit), **({} if unsaved is None else {"unsaved": unsaved}),
+        "text": repr(audit), "first": is_first(), **({} if unsaved is None else {"unsaved": unsaved}),
     }  # fmt: skip
     facts = {"suspects": float(len(suspects))}
     if before is not None:
@@ -169,4 +194,4 @@ def _condition(text: str) -> tuple[str, Callable[[float, float], bool], float]:
 
 def as_json(made: dict[str, Any]) -> str:
     """For ``--json``."""
-    return json.dumps({key: value for key, value in made.items() if key != "text"}, indent=2)
+    return json.dumps({key: value for key, value in made.items() if key not in ("text", "first")}, indent=2)

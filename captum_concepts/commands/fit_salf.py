@@ -53,21 +53,21 @@ def fit_salf(settings: FitSettings) -> dict[str, Any]:
     if not settings.dry_run:
         files = {f"output, file {name}:": out / name for name in _FILES}
         check_outputs({**config, "config": settings.config}, files, make_folders=False)
-    with _processes(config) as device, _told():
+    with processes(str(config.get("device", "cpu"))) as device, _told():
         data, arguments, skipped = fit_arguments(config, device)
         if settings.dry_run:
             plan = plan_salf_cbm(**arguments, within_hours=config.get("within_hours", 24.0))
-            return {"plan": plan.as_dict(), "text": str(plan), "skipped": skipped, "first": _is_first()}
+            return {"plan": plan.as_dict(), "text": str(plan), "skipped": skipped, "first": is_first()}
         model = fit_salf_cbm(**arguments, show_progress=True)
         report = _report(model, config, skipped)
-        if _is_first():
+        if is_first():
             model.metadata["configuration"] = {key: value for key, value in config.items() if key != "device"}
             model.metadata["preprocessing"] = data
             out.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(out)
             write_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")
             write_atomically(out / "report.md", report_text(report))
-        return {**report, "text": report_text(report), "first": _is_first()}
+        return {**report, "text": report_text(report), "first": is_first()}
 
 
 def _report(model: Any, config: Mapping[str, Any], skipped: list[dict[str, str]]) -> dict[str, Any]:
@@ -117,9 +117,8 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _processes(config: Mapping[str, Any]) -> Iterator[str]:
+def processes(device: str) -> Iterator[str]:
     """Join the process group that torchrun describes, if it does; gives this process' device."""
-    device = str(config.get("device", "cpu"))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
         yield device
         return
@@ -133,7 +132,8 @@ def _processes(config: Mapping[str, Any]) -> Iterator[str]:
         torch.distributed.destroy_process_group()
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 

@@ -11,13 +11,25 @@ from typing import Any
 
 import torch
 
-from captum_concepts._artifacts import parse_json
+from captum_concepts._artifacts import (
+    anything,
+    check_json,
+    either,
+    flag,
+    integer,
+    list_of,
+    mapping_of,
+    nothing_or,
+    number,
+    table,
+    text,
+)
 from captum_concepts.activations.survey import suggest_layer
 from captum_concepts.commands.image_files import labelled_images
 from captum_concepts.commands.models import load_encoder, load_model, to_device
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError, did_you_mean
-from captum_concepts.images import read_words
+from captum_concepts.images import read_json, read_words
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.vlm import regions_from_dict
 
@@ -63,6 +75,24 @@ _OWN = (
     "skip_unreadable",
     "within_hours",
 )
+_WORDS = list_of(text(), least=1)
+#: What the entries are that :func:`fit_salf_cbm` does not check itself.
+_TYPES = {
+    **dict.fromkeys(("model", "encoder", "store", "output"), text()),
+    **dict.fromkeys(("weights", "layer", "encoder_weights"), nothing_or(text())),
+    **dict.fromkeys(("clean", "skip_unreadable"), nothing_or(flag)),
+    "size": nothing_or(integer(1, 4096)),
+    "num_classes": nothing_or(integer(1, 1_000_000)),
+    "templates": nothing_or(either(text(), _WORDS)),
+    "filter": nothing_or(
+        either(flag, table({}, {"similarity": flag, "max_length": nothing_or(number(0)), "class_cutoff": number()}))
+    ),
+    "classes": text(),
+    "prompt": nothing_or(mapping_of(anything)),
+    "device": text(),
+    "within_hours": number(1e-12, 1e6),
+    "feature_dtype": text("float16", "float32"),
+}
 _NOT_HERE = (
     "backbone", "encoder", "images", "val_data", "concepts", "store_path", "class_names", "model_transform",
     "encoder_transform", "show_progress", "prompt",
@@ -115,12 +145,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"no configuration at {file}")
-    try:
-        config = parse_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file} must hold an object {{...}}, got {type(config).__name__}")
+    config = read_json(file, dict)
     missing = [name for name in _REQUIRED if name not in config]
     if missing:
         raise InputError(f"{file} does not say {', '.join(missing)}; see fit-salf --help for an example")
@@ -128,7 +153,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name in config:
         if name not in known:
             raise InputError(f"{file} has an unknown entry {name!r}.{did_you_mean(name, known)}")
-    return config
+    return dict(check_json(config, table({}, {**dict.fromkeys(known, anything), **_TYPES}), str(file), InputError))
 
 
 def fit_arguments(
@@ -167,7 +192,7 @@ def fit_arguments(
         raise InputError(f"{len(names)} names in {config['classes']} for {len(train.classes)} class folders")
     options = {name: config[name] for name in fit_options() if name in config}
     if "feature_dtype" in options:
-        options["feature_dtype"] = _dtype(options["feature_dtype"])
+        options["feature_dtype"] = getattr(torch, options["feature_dtype"])
     if isinstance(config.get("prompt"), dict):
         options["prompt"] = regions_from_dict(config["prompt"], complete=False)
     elif config.get("prompt") is not None:
@@ -222,10 +247,3 @@ def _vocabulary(config: Mapping[str, Any], names: list[str], encoder: Any) -> Vo
         except TypeError as error:
             raise InputError(f"filter {wanted}: {error}") from None
     return made
-
-
-def _dtype(name: Any) -> torch.dtype:
-    found = {"float16": torch.float16, "float32": torch.float32}.get(name)
-    if found is None:
-        raise InputError(f"feature_dtype must be 'float16' or 'float32', got {name!r}")
-    return found

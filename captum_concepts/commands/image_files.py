@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +39,12 @@ def readable(source: ImageSource, failed: Failed, what: str) -> ImageSource:
                   leave=False):  # fmt: skip
         pass
     return source
+
+
+def folder_labels(paths: Sequence[Path], class_names: Sequence[str] | None) -> Sequence[str | None] | None:
+    """The true class of each image: its folder's name, where every folder is called after a class of the model."""
+    labels = [path.parent.name for path in paths]
+    return labels if paths and set(labels) <= set(class_names or ()) else None
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from captum_concepts._artifacts import open_atomically
 from captum_concepts.errors import InputError, printable
 
 #: Options that name folders of images, and those that name files or folders of any kind, to be read.
@@ -46,8 +46,7 @@ def check_outputs(
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(f"{path.name} is write-protected")
             folder = next(one for one in path.absolute().parents if one.exists())
-            with open_atomically(folder / f".{path.name[:20]}.trial", replace=False):
-                pass
+            _try_to_write(folder)
         except OSError as error:
             raise InputError(f"{what} cannot be written: {error.strerror or error}") from error
 
@@ -86,11 +85,16 @@ def check_folder(output: str | os.PathLike[str], read: Mapping[str, Any], files:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open_atomically(out / ".trial", replace=False):
-            pass
+        _try_to_write(out)
     except OSError as error:
         raise InputError(f"--output {shown} cannot be written: {error.strerror or error}") from error
     return out
+
+
+def _try_to_write(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:  # has no name, so nothing is left of it
+        file.write(b"trial")
+        file.flush()
 
 
 def _conflicts(path: Path, read: Mapping[str, Any]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from captum_concepts._artifacts import (
     table,
     text,
 )
-from captum_concepts.commands.image_files import Failed
+from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.commands.outputs import check_outputs, html
 from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, InputWarning, printable, shortened
 from captum_concepts.explanation import ConceptExplanation
@@ -68,12 +68,19 @@ class OpenReport:
     def __init__(self, writer: ReportWriter, failed: Failed) -> None:
         self._writer, self._failed = writer, failed
 
-    def add(self, image: Tensor, explanation: ConceptExplanation, title: str, significant: Any = None) -> None:
+    def add(
+        self,
+        image: Tensor,
+        explanation: ConceptExplanation,
+        title: str,
+        significant: Any = None,
+        label: str | None = None,
+    ) -> None:
         """One image; maps with NaN are said on stderr and left uncoloured."""
         flags = None if significant is None else torch.tensor(significant)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", InputWarning)
-            self._writer.add(explanation, image, name=title, significant=flags)
+            self._writer.add(explanation, image, name=title, label=label, significant=flags)
         for one in said:
             print(f"warning: {title}: {one.message}", file=sys.stderr)
 
@@ -159,13 +166,16 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
         settings = replace(settings, model=settings.model or "the model")
     prints = {} if source.is_dir() else {"Fingerprints": {"explanations file": _digest(source)}}
     with open_report(settings, names, {"Settings": shown, **prints}, failed) as page:
-        for entry in tqdm(entries, unit="image", file=sys.stderr, disable=None):
+        truths = folder_labels([Path(entry["image"]) for entry in entries], names) or [None] * len(entries)
+        for entry, truth in zip(tqdm(entries, unit="image", file=sys.stderr, disable=None), truths, strict=True):
             try:
                 explanation = entry["explanation"]
                 if isinstance(explanation, str):
                     explanation = ConceptExplanation.load(_inside(source, explanation))
                 image = _pixels(entry, source, paths, settings.size)
-                page.add(image[None], explanation, printable(Path(entry["image"]).name), entry.get("significant"))
+                page.add(
+                    image[None], explanation, printable(Path(entry["image"]).name), entry.get("significant"), truth
+                )
             except (CaptumConceptsError, FileNotFoundError) as error:
                 failed.append({"image": printable(entry["image"]), "reason": str(error)})
         done = len(page)
@@ -176,7 +186,7 @@ def _pixels(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size:
     """What the model saw of an image: as it was kept, or read again from where it was."""
     if "input" in entry:
         return load_image(_inside(folder, entry["input"]))
-    path = Path(entry.get("path", entry["image"]))
+    path, size = Path(entry.get("path", entry["image"])), None if size is None else min(size, 2048)
     named = [one for one in given if one == path or one.resolve() == path.resolve()]
     named = named or [one for one in given if one.name == path.name]
     if len(named) == 1:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from captum_concepts.datasets.trees import is_there
 from captum_concepts.errors import InputError
 from captum_concepts.images import Reading, opened_image
 from captum_concepts.images.pixels import orientation, turned
@@ -55,7 +56,7 @@ def read_ids(path: str | os.PathLike[str], encoding: str = "index") -> Ids:
         InputError: the file is missing, broken, or of another kind.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_there(path):
         raise InputError(f"no label image at {path}")
     with opened_image(path, "a label image") as file:
         mode, pixels = file.mode, np.array(file)
@@ -79,7 +80,7 @@ def load_pair(annotation: Annotation, reading: Reading) -> tuple[Tensor, list[Id
     from PIL import Image
 
     path = annotation.image
-    if isinstance(path, Path) and not path.is_file():
+    if isinstance(path, Path) and not is_there(path):
         raise InputError(f"no image at {path}, which is named by the index")
     with opened_image(path if isinstance(path, Path) else Image.fromarray(path), name=annotation.name) as file:
         turn, stored = orientation(file), file.size

@@ -20,6 +20,7 @@ _TREE = """  ROOT/index.csv       image,split,ih,iw,sh,sw,color,object,part,mate
   ROOT/category.csv    name,first,last,count,frequency
   ROOT/images/...      the pictures, and PNGs of label numbers (R + 256 G) beside them"""
 _WHERE = "http://netdissect.csail.mit.edu/data/broden1_224.zip (also broden1_227, broden1_384)"
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class Broden(SegmentationDataset):
@@ -70,7 +71,7 @@ class Broden(SegmentationDataset):
         self.categories = known if categories is None else list(categories)
         labels = {}
         for row in _rows(label, ["number", "name", "category"]):
-            if not row["number"].isdigit():
+            if not _NUMBER.fullmatch(row["number"]):
                 raise InputError(f"{label} has the label number {row['number']!r}, which is no number")
             # "object(1203);part(17)": the count behind each category is its frequency
             labels[int(row["number"])] = row["name"], tuple(re.findall(r"([^;(]+)(?:\([^)]*\))?", row["category"]))
@@ -98,7 +99,7 @@ class Broden(SegmentationDataset):
         layers = []
         for category in self.categories:
             for entry in filter(None, row[category].split(";")):
-                if entry.isdigit():
+                if _NUMBER.fullmatch(entry):
                     layers.append(Layer(int(entry), f"index.csv ({row['image']}, {category})"))
                 else:
                     path = inside(self.root / "images", entry, "index.csv")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from captum_concepts._artifacts import check_json, either, flag, integer, list_of, table, text
 from captum_concepts.datasets.annotation import Annotation, Ids, Layer, read_ids
 from captum_concepts.datasets.segmentation import SegmentationDataset
 from captum_concepts.datasets.trees import inside, require, unlabelled_ids
@@ -20,6 +21,27 @@ _TREE = """  ROOT/SPLIT/NAME.jpg                             e.g. val2017/000000
 _WHERE = (
     "https://cocodataset.org/#download: 2017 images, and panoptic_annotations_trainval2017.zip, "
     "whose inner panoptic_SPLIT.zip has to be unpacked as well"
+)
+_NUMBER = integer(0, 2**31 - 1)
+_ID = either(text(longest=1000), integer(-(2**62), 2**62))
+_SCHEMA = table(
+    {
+        "images": list_of(table({"id": _ID, "file_name": text(longest=1000)}, more=True)),
+        "annotations": list_of(
+            table(
+                {
+                    "image_id": _ID,
+                    "file_name": text(longest=1000),
+                    "segments_info": list_of(table({"id": _NUMBER, "category_id": _NUMBER}, more=True)),
+                },
+                more=True,
+            )
+        ),
+        "categories": list_of(
+            table({"id": _NUMBER, "name": text(longest=1000)}, {"isthing": either(flag, integer(0, 1))}, more=True)
+        ),
+    },
+    more=True,
 )
 
 
@@ -68,23 +90,20 @@ class COCOPanoptic(SegmentationDataset):
         self._masks = Path(masks) if masks is not None else path.with_suffix("")
         for folder in (self._images, self._masks):
             require(folder, tree=_TREE, where=_WHERE, folder=True)
-        index = read_json(path, dict)
-        try:
-            categories = {int(c["id"]): (str(c["name"]), bool(c.get("isthing", 1))) for c in index["categories"]}
-            files = {image["id"]: image["file_name"] for image in index["images"]}
-            self._items = [
-                (
-                    files[a["image_id"]],
-                    a["file_name"],
-                    {int(s["id"]): int(s["category_id"]) for s in a["segments_info"]},
-                )
-                for a in index["annotations"]
-            ]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{path} is not COCO's panoptic format (images, annotations with segments_info, categories): "
-                f"{type(error).__name__} {error}"
-            ) from error
+        what = f"{path}, which must be in COCO's panoptic format,"
+        index = check_json(read_json(path, dict), _SCHEMA, what, InputError)
+        categories = {c["id"]: (c["name"], bool(c.get("isthing", 1))) for c in index["categories"]}
+        files = {image["id"]: image["file_name"] for image in index["images"]}
+        if unknown := sorted({str(a["image_id"]) for a in index["annotations"] if a["image_id"] not in files}):
+            raise InputError(f"{path} has annotations of the images {unknown[:5]}, which it does not list")
+        self._items = [
+            (
+                files[a["image_id"]],
+                a["file_name"],
+                {s["id"]: s["category_id"] for s in a["segments_info"]},
+            )
+            for a in index["annotations"]
+        ]
         kept = {i: name for i, (name, thing) in categories.items() if (things if thing else stuff)}
         super().__init__(kept, **options)
         self._known = frozenset(categories)

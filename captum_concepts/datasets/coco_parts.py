@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from captum_concepts._artifacts import check_json, either, integer, list_of, nothing_or, number, table, text
 from captum_concepts.datasets.annotation import Annotation, Ids, Layer
 from captum_concepts.datasets.imagenet import class_indices
 from captum_concepts.datasets.segmentation import SegmentationDataset
-from captum_concepts.datasets.trees import inside, require
+from captum_concepts.datasets.trees import inside, is_there, require
 from captum_concepts.errors import InputError
 from captum_concepts.images import read_json
 from captum_concepts.images.files import MOST_PIXELS
@@ -24,6 +25,25 @@ _TREE = """  ANNOTATIONS.json, or a folder of such files (PartImageNet++: json/n
 _WHERE = (
     "https://huggingface.co/datasets/lixiao20/PartImageNetPP (the images are those of ImageNet-1k) or "
     "https://github.com/TACJu/PartImageNet"
+)
+_ID = either(text(longest=1000), integer(-(2**62), 2**62))
+_SIDE = integer(1, 2**20)
+_RUNS = list_of(integer(0, 2**40))
+_SHAPE = either(
+    table({"size": list_of(_SIDE, length=2), "counts": either(text(longest=10_000_000), _RUNS)}, more=True),
+    list_of(list_of(number(-(2**31), 2**31))),
+)
+_SCHEMA = table(
+    {
+        "images": list_of(
+            table({"id": _ID, "file_name": text(longest=1000), "height": _SIDE, "width": _SIDE}, more=True)
+        ),
+        "annotations": list_of(
+            table({"image_id": _ID, "category_id": _ID, "segmentation": nothing_or(_SHAPE)}, more=True)
+        ),
+        "categories": list_of(table({"id": _ID, "name": text(longest=1000)}, more=True)),
+    },
+    more=True,
 )
 
 
@@ -66,7 +86,7 @@ class COCOParts(SegmentationDataset):
     def _annotation(self, index: int) -> Annotation:
         name, stem, size, segments = self._items[index]
         path = inside(self.images, name, f"{stem}.json")
-        path = next((p for p in (path, self.images / stem / name) if p.is_file()), path)
+        path = next((p for p in (path, self.images / stem / name) if is_there(p)), path)
         whole: dict[int, Ids] = {}
         for category, shape in segments:
             mask = _mask(shape, size, f"{stem}.json, {name}")
@@ -78,21 +98,19 @@ class COCOParts(SegmentationDataset):
 
 def _read(file: Path, ids: dict[str, int]) -> list[tuple[str, str, tuple[int, int], list[tuple[int, Any]]]]:
     """The images of one JSON; ``ids`` collects a number for each category name."""
-    found = read_json(file, dict)
-    try:
-        names = {c["id"]: ids.setdefault(str(c["name"]), len(ids) + 1) for c in found["categories"]}
-        segments: dict[Any, list[tuple[int, Any]]] = {image["id"]: [] for image in found["images"]}
-        for a in found["annotations"]:
-            if a["segmentation"]:
-                segments[a["image_id"]].append((names[a["category_id"]], a["segmentation"]))
-        return [
-            (str(image["file_name"]), file.stem, (int(image["height"]), int(image["width"])), segments[image["id"]])
-            for image in found["images"]
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{file} is not COCO's instance format (images, annotations, categories): {type(error).__name__} {error}"
-        ) from error
+    what = f"{file}, which must be in COCO's instance format,"
+    found = check_json(read_json(file, dict), _SCHEMA, what, InputError)
+    names = {c["id"]: ids.setdefault(c["name"], len(ids) + 1) for c in found["categories"]}
+    segments: dict[Any, list[tuple[int, Any]]] = {image["id"]: [] for image in found["images"]}
+    for a in found["annotations"]:
+        if a["image_id"] not in segments or a["category_id"] not in names:
+            raise InputError(f"{file} has an annotation of an image or a category that it does not list: {a}")
+        if a["segmentation"]:
+            segments[a["image_id"]].append((names[a["category_id"]], a["segmentation"]))
+    return [
+        (image["file_name"], file.stem, (image["height"], image["width"]), segments[image["id"]])
+        for image in found["images"]
+    ]
 
 
 def _mask(shape: Any, size: tuple[int, int], source: str) -> Ids:

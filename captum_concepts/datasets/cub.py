@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from captum_concepts._checks import number, one_of
 from captum_concepts.datasets.annotation import Annotation, Layer
 from captum_concepts.datasets.segmentation import SegmentationDataset
-from captum_concepts.datasets.trees import inside, require
+from captum_concepts.datasets.trees import inside, is_there, require
 from captum_concepts.errors import InputError
 from captum_concepts.images import opened_image, read_text
 
@@ -24,6 +25,8 @@ _TREE = """  ROOT/images.txt  image_class_labels.txt  train_test_split.txt  clas
   ROOT/attributes/image_attribute_labels.txt           312 attributes per image: present, certainty
   ROOT/attributes/attributes.txt                       their names (in the archive next to CUB_200_2011/)"""
 _WHERE = "https://www.vision.caltech.edu/datasets/cub_200_2011/ (ROOT is CUB_200_2011)"
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_LARGEST = 10**9
 
 
 class CUB(SegmentationDataset):
@@ -58,7 +61,7 @@ class CUB(SegmentationDataset):
         self.radius = number("radius", radius, lambda r: 0 < r <= 1, "in (0, 1]")
         files = dict(self._pairs("images.txt"))
         train = {i: one == "1" for i, one in self._pairs("train_test_split.txt")}
-        labels = {i: int(one) - 1 for i, one in self._pairs("image_class_labels.txt")}
+        labels = {int(i): int(one) - 1 for i, one in self._numbers("image_class_labels.txt", 2).tolist()}
         names = dict(self._pairs("classes.txt"))
         self.classes = [names[i].split(".", 1)[-1].replace("_", " ") for i in sorted(names)]
         parts = dict(self._pairs("parts/parts.txt"))
@@ -76,6 +79,8 @@ class CUB(SegmentationDataset):
         self._points = np.zeros((len(kept), len(parts), 3), dtype=np.float32)
         part_rows = {i: row for row, i in enumerate(sorted(parts))}
         for i, part, x, y, visible in places.tolist():
+            if int(part) not in part_rows:
+                raise InputError(f"{self.root / 'parts/part_locs.txt'} has the part {part:g}, which parts.txt does not")
             if int(i) in order:
                 self._points[order[int(i)], part_rows[int(part)]] = x, y, visible
         self.attribute_names, self.attributes, self.certainty = self._read_attributes(order)
@@ -87,7 +92,7 @@ class CUB(SegmentationDataset):
     def _annotation(self, index: int) -> Annotation:
         name = self._names[self._ids[index]]
         path = inside(self.root / "images", name, "images.txt")
-        if not path.is_file():
+        if not is_there(path):
             raise InputError(f"no image at {path}, which is named by the index")
         with opened_image(path) as file:
             width, height = file.size
@@ -111,7 +116,7 @@ class CUB(SegmentationDataset):
         """Lines of a number and a text."""
         path = self._file(name)
         lines = [line.split(maxsplit=1) for line in read_text(path).split("\n") if line.strip()]
-        bad = next((i for i, line in enumerate(lines) if len(line) != 2 or not line[0].isdigit()), None)
+        bad = next((i for i, line in enumerate(lines) if len(line) != 2 or not _NUMBER.fullmatch(line[0])), None)
         if bad is not None or not lines:
             raise InputError(f"{path} must have lines of a number and a name; line {(bad or 0) + 1} has not")
         return [(int(i), text.strip()) for i, text in lines]
@@ -126,6 +131,8 @@ class CUB(SegmentationDataset):
             raise InputError(f"{path} must have {columns} numbers per line: {error}") from error
         if table.ndim != 2 or table.shape[1] != columns:
             raise InputError(f"{path} must have {columns} numbers per line, got {table.shape}")
+        if not (abs(table) < _LARGEST).all():
+            raise InputError(f"{path} has a number that is not finite or beyond {_LARGEST:,}")
         return table
 
     def _read_attributes(self, order: dict[int, int]) -> tuple[list[str], Tensor, Tensor]:

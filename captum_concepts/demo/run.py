@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -20,7 +19,7 @@ from captum_concepts._artifacts import write_atomically
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.attr.feature_activation_map import FeatureActivationMap
 from captum_concepts.attr.spatial_acv import SpatialACV
-from captum_concepts.datasets import CaptionedScenes, Scene
+from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.demo import show_and_tell
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.metrics import center_gaussian, concept_specificity, epg, nra
@@ -133,23 +132,22 @@ def zero_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
 
 
 def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
-    """SACV: guidance images of one texture against the others, relevance on whole scenes."""
+    """SACV: guidance images of one texture against the others and against grounds, on whole scenes."""
     model = demo.load("classifier")
-    known = CaptionedScenes(160, seed=scenes.seed + 1, size=scenes.size).stack()
     words = scenes.concept_groups["texture"]
-    acv = SpatialACV(model, "layer3")
-    acv.fit({word: _crops(known, scenes.concepts.index(word)) for word in words}, n_random=20)
+    examples, negatives = texture_guidance(CaptionedScenes(500, seed=scenes.seed + 1, size=scenes.size))
+    acv = SpatialACV(model, "layer2", refine=True).fit(examples, negatives, n_random=20, lam=0.003)
     queries = scenes.stack()
     explanation = acv.explain(queries.image, target=queries.label)
     columns = [scenes.concepts.index(word) for word in words]
     significant = torch.as_tensor(acv.significant_)[[words.index(c) for c in explanation.concepts]]
     picture = _picture(
-        queries.image, explanation, out / "sacv_classifier.png", "SACV: where layer3 sees each texture",
+        queries.image, explanation, out / "sacv_classifier.png", "SACV: where layer2 sees each texture",
         class_names=scenes.classes, significant=significant,
     )  # fmt: skip
     one = queries._replace(masks=queries.masks[:, columns], presence=queries.presence[:, columns])
     maps = acv.concept_maps(queries.image, words)
-    return [_concept_row("SACV", "classifier", "4 textures, from crops", maps, one, picture)]
+    return [_concept_row("SACV", "classifier", "4 textures, from tiles", maps, one, picture)]
 
 
 def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
@@ -213,19 +211,45 @@ def rules_and_corrections(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     return [_concept_row("SALF-CBM", "classifier", "21 words", maps, queries, name)]
 
 
-def _crops(known: Scene, concept: int) -> Tensor:
-    """The inner squares of objects that show ``concept``, as guidance images: nothing else is in them."""
-    size = known.image.shape[-1]
-    images = []
-    for image, objects, boxes in zip(known.image, known.objects, known.boxes, strict=True):
-        for words, (x0, y0, x1, y1) in zip(objects.tolist(), boxes.tolist(), strict=True):
-            if concept in words:
-                dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
-                part = image[:, round(y0 + dy) : round(y1 - dy) + 1, round(x0 + dx) : round(x1 - dx) + 1]
-                images.append(
-                    F.interpolate(part[None], (size // 2, size // 2), mode="bilinear", align_corners=False)[0]
-                )
-    return torch.stack(images[:30])
+def texture_guidance(known: CaptionedScenes, most: int = 100) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Examples of each texture, and negatives by name, all of half the size of the scenes.
+
+    Examples show nothing but the texture: inner squares of objects, repeated in mirror image, so that it has the same
+    size as in scenes. Negatives are what else scenes show: grounds, and objects of the other textures with their
+    surroundings (a set with the concept's own name is never its negative).
+    """
+    half, words = known.size // 2, known.concept_groups["texture"]
+    tiles: dict[str, list[Tensor]] = {word: [] for word in words}
+    windows: dict[str, list[Tensor]] = {word: [] for word in words}
+    grounds: list[Tensor] = []
+    for scene in known:
+        image, masks = scene.image, scene.object_masks
+        for n, (concepts, box) in enumerate(zip(scene.objects.tolist(), scene.boxes.tolist(), strict=True)):
+            word = known.concepts[concepts[2]]
+            if concepts[2] < 0:
+                continue
+            x0, y0, x1, y1 = box
+            dx, dy = (x1 - x0) / 4, (y1 - y0) / 4
+            part = image[:, round(y0 + dy) : round(y1 - dy) + 1, round(x0 + dx) : round(x1 - dx) + 1]
+            if min(part.shape[1:]) >= half // 4:
+                tiles[word].append(part[:, _mirrored(part.shape[1], half)][:, :, _mirrored(part.shape[2], half)])
+            left, top = (min(max(round(middle) - half // 2, 0), half) for middle in ((x0 + x1) / 2, (y0 + y1) / 2))
+            window = (slice(None), slice(top, top + half), slice(left, left + half))
+            if not torch.cat([masks[:n], masks[n + 1 :]])[window].any():
+                windows[word].append(image[window])
+        for top, left in ((0, 0), (0, half), (half, 0), (half, half)):
+            window = (slice(None), slice(top, top + half), slice(left, left + half))
+            if not masks[window].any():
+                grounds.append(image[window])
+    examples = {word: torch.stack(tiles[word][:most]) for word in words}
+    negatives = {word: torch.cat([torch.stack(windows[word][:most]), examples[word]]) for word in words}
+    return examples, {**negatives, "grounds": torch.stack(grounds[: 2 * most])}
+
+
+def _mirrored(n: int, size: int) -> Tensor:
+    """``size`` indices that run through 0 ... n - 1 forwards and backwards."""
+    index = torch.arange(size) % (2 * n)
+    return torch.where(index < n, index, 2 * n - 1 - index)
 
 
 SECTIONS: Sequence[Callable[[CaptionedScenes, Path], list[DemoRow]]] = (

@@ -13,7 +13,17 @@ from captum_concepts.images.fingerprint import digest, fingerprint
 from captum_concepts.images.labels import checked_labels, known_labels
 from captum_concepts.images.pixels import Placement, Reading, checked_size, placement
 from captum_concepts.images.preprocessing import Preprocessing, input_channels, preprocessing_of
-from captum_concepts.images.source import IMAGE_KEYS, Batch, ImageSource, batches, inputs_for, open_images, to_tensor
+from captum_concepts.images.source import (
+    IMAGE_KEYS,
+    Batch,
+    ImageSource,
+    as_seen,
+    batches,
+    inputs_for,
+    open_images,
+    thumbnails,
+    to_tensor,
+)
 from captum_concepts.images.text import read_json, read_text, read_words
 
 __all__ = [
@@ -25,6 +35,7 @@ __all__ = [
     "Placement",
     "Preprocessing",
     "Reading",
+    "as_seen",
     "batches",
     "checked_labels",
     "checked_size",
@@ -44,5 +55,6 @@ __all__ = [
     "read_json",
     "read_text",
     "read_words",
+    "thumbnails",
     "to_tensor",
 ]

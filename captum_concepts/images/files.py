@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, printable
+from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, printable, shortened
 from captum_concepts.images.pixels import Reading
 
 #: Files with these endings are images when a folder is searched; a file that is named itself may have any ending.
@@ -51,9 +51,15 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     files: list[Path] = []
     for one in given:
         path = Path(one)
-        if os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, False for what cannot be a name
+        if not str(one):
+            raise InputError("the path of the images is empty; pass '.' for the folder you are in")
+        try:
+            is_folder, is_file = path.is_dir(), path.is_file()
+        except OSError as error:  # a name that is too long, for example
+            raise InputError(f"{printable(shortened(str(one)))} is no path: {error.strerror}") from error
+        if is_folder:
             files += _walk(path)
-        elif os.path.isfile(path):  # noqa: PTH113
+        elif is_file:
             files.append(path)
         elif any(c in str(one) for c in "*?["):
             for match in sorted(map(Path, glob.glob(str(one), recursive=True))):  # noqa: PTH207

@@ -95,7 +95,9 @@ class Reading:
     def tensor_of(self, image: Any) -> Tensor:
         """A PIL image as ``(C, H, W)``, resized."""
         if self.bands is not None or image.mode in ("F", "I") or image.mode.startswith("I;"):
-            return self._channels(self._resized(torch.from_numpy(self._stored(image))))
+            pixels = self._channels(self._resized(torch.from_numpy(self._stored(image))))
+            gray = self.mode == "any" and self.bands is None and len(pixels) == 1  # as a file of 8 bits
+            return pixels.expand(3, -1, -1) if gray else pixels
         image = self.eight_bits(image)
         if self.size is not None:
             image = self.fit(image)
@@ -158,6 +160,7 @@ class Reading:
 
     def from_tensor(self, images: Tensor) -> Tensor:
         """Float images ``(C, H, W)`` or ``(N, C, H, W)`` of a tensor: uint8 / 255, bands, channels, resized."""
+        self.check_pixels(images)
         if self.normalize is not None and images.is_floating_point():
             return self._channels(self._chosen(images).detach())
         if self.transform is not None:
@@ -165,6 +168,13 @@ class Reading:
                 return self.transformed(images)
             return torch.stack([self.transformed(image) for image in images])
         return self.normalized(self._channels(self._resized(self._scaled(self._chosen(images).detach()))))
+
+    def check_pixels(self, images: Tensor) -> None:
+        """Refuse tensors without pixels or values, and sparse ones."""
+        if images.layout != torch.strided or images.is_meta or 0 in images.shape[-3:]:
+            what = "no values" if images.is_meta else "no pixels"
+            what = what if images.layout == torch.strided else f"the layout {images.layout}"
+            raise InputError(f"images of shape {tuple(images.shape)} have {what}; pass dense tensors (N, C, H, W)")
 
     def _chosen(self, images: Tensor) -> Tensor:
         """The chosen bands, or all if the mode allows as many."""
@@ -182,6 +192,13 @@ class Reading:
             low, high = self.value_range
             return ((images.float() - low) / (high - low)).clamp(0, 1)
         if images.is_floating_point():
+            if images.amax() > 16 and images.amin() >= 0:
+                warnings.warn(
+                    "float images with values far above 1 are taken as they are; if they are pixels from 0 to 255, "
+                    "pass value_range=(0, 255), or integers (uint8)",
+                    InputWarning,
+                    stacklevel=2,
+                )
             return images
         if images.dtype == torch.uint8:
             return images.float() / 255
@@ -199,9 +216,10 @@ class Reading:
             raise InputError(
                 f"images have shape {tuple(images.shape)}, channels last; pass channels first: images.movedim(-1, -3)"
             )
+        example = (0, 1, 2) if channels > 3 else (0,)
         raise InputError(
             f"images have {channels} channels (shape {tuple(images.shape)}), but {self.mode} has "
-            f"{3 if self.mode == 'RGB' else 1}; choose with bands=, for example bands=(0, 1, 2)"
+            f"{3 if self.mode == 'RGB' else 1}; choose with bands=, for example bands={example}"
         )
 
     def _channels(self, images: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +10,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_concepts._artifacts import check_json, either, flag, integer, list_of, nothing_or, number, table
 from captum_concepts.errors import InputError
+from captum_concepts.images.text import read_json
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "bicubic"}
 _FILE = "preprocessor_config.json"
+_SIDE = nothing_or(integer(1, 1 << 14))
+_SIZE = either(
+    table({}, dict.fromkeys(("shortest_edge", "height", "width"), _SIDE), more=True), list_of(_SIDE, length=2), _SIDE
+)
+_VALUES = nothing_or(either(list_of(number(-1e6, 1e6), least=1, most=1024), number(-1e6, 1e6)))
+_DEVIATION = nothing_or(either(list_of(number(1e-6, 1e6), least=1, most=1024), number(1e-6, 1e6)))
+#: What is used of an image processor's file.
+_PROCESSOR = table(
+    {},
+    {
+        **dict.fromkeys(("size", "crop_size"), _SIZE),
+        "resample": nothing_or(integer(0, 5)),
+        "crop_pct": nothing_or(number(1e-3, 1)),
+        "image_mean": _VALUES,
+        "image_std": _DEVIATION,
+        "rescale_factor": nothing_or(number(1e-9, 1e9)),
+        "rescale_offset": nothing_or(either(flag, number())),
+        **dict.fromkeys(("do_center_crop", "do_normalize", "do_rescale"), nothing_or(flag)),
+    },
+    more=True,
+)
 
 
 @dataclass(frozen=True)
@@ -247,7 +269,8 @@ def _of_hugging_face(model: nn.Module) -> Preprocessing | None:
             return None
     if not isinstance(path, (str, os.PathLike)):
         return None
-    return _of_processor(json.loads(Path(path).read_text(encoding="utf-8")), f"{_FILE} of {name}")
+    config = check_json(read_json(path, dict), _PROCESSOR, f"{_FILE} of {name}", InputError)
+    return _of_processor(config, f"{_FILE} of {name}")
 
 
 def _of_processor(config: Mapping[str, Any], source: str) -> Preprocessing:

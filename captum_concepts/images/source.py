@@ -279,6 +279,8 @@ class ImageSource(Dataset[Tensor]):
                 for row, one in zip(rows, _labels_of(own, len(rows), tensor.ndim == 4 or many), strict=True):
                     yield position, row, one
                     position += 1
+        if not position:
+            raise InputError("there is no image in the stream")
 
     def _label(self, position: int, found: Any) -> Any:
         if not self._with_labels:
@@ -436,15 +438,19 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
         return _open_path(source, reading, own)
     if isinstance(source, DataLoader):
         return _open_loader(source, reading, labels, own)
+    if isinstance(source, np.ndarray) and source.dtype.kind in "OUS":  # of paths or images, as tables have them
+        source = source.tolist()
     if isinstance(source, (Tensor, np.ndarray)):
         if source.ndim == 3:
             raise InputError(f"no batch dimension in an image of shape {tuple(source.shape)}; pass image[None]")
         if source.ndim != 4:
             raise InputError(f"images must be (N, C, H, W), got shape {tuple(source.shape)}")
+        if isinstance(source, Tensor):
+            reading.check_pixels(source)
         if isinstance(source, Tensor) and reading.transform is None:
             reading.from_tensor(source[:1])  # refuses channels and dtypes at once
         return ImageSource(source, reading, index=range(len(source)), **own)
-    if _is_pil(source):
+    if _is_pil(source) or hasattr(source, "read"):
         return ImageSource([source], reading, index=range(1), **own)
     if isinstance(source, (list, tuple)):
         if all(isinstance(one, (str, os.PathLike)) for one in source):
@@ -691,6 +697,8 @@ def _from_array(pixels: np.ndarray[Any, Any], name: str) -> Tensor:
     """An array as a tensor, channels first. Arrays mostly come with channels last."""
     if pixels.ndim == 2:
         pixels = pixels[None]
+    if not pixels.dtype.isnative:
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="))
     first, last = pixels.shape[-3], pixels.shape[-1]
     if last in (1, 3, 4) and first not in (1, 3, 4):
         pixels = np.moveaxis(pixels, -1, -3)
@@ -701,3 +709,52 @@ def _from_array(pixels: np.ndarray[Any, Any], name: str) -> Tensor:
 
 def _described(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def as_seen(image: Tensor, preprocessing: Preprocessing | None = None) -> Tensor:
+    """``(3, H, W)`` in [0, 1] from a model's input, for people to look at.
+
+    Args:
+        image: ``(C, H, W)``. One channel is gray; of more than three the first three are shown; values of an unknown
+            range are stretched to [0, 1].
+        preprocessing: what the image was normalized by, which is undone.
+    """
+    image = image.detach().float().cpu()
+    if preprocessing is not None and not _in_range(image):
+        image = preprocessing.undo(image)
+    if image.shape[0] not in (1, 3):
+        image = image[: 3 if image.shape[0] > 3 else 1]
+    if not _in_range(image) and bool(image.isfinite().all()):
+        image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
+    return image.clamp(0, 1).expand(3, -1, -1)
+
+
+def _in_range(image: Tensor) -> bool:
+    return float(image.min()) > -0.1 and float(image.max()) < 1.1
+
+
+def thumbnails(inputs: Any, most: int = 8, side: int = 160) -> list[Tensor]:
+    """Small pictures, ``(3, h, w)`` in uint8, of the first ``most`` images of what a method was given.
+
+    Tensors ``(N, C, H, W)`` and files are shown. There are none of other sources: reading an item again may change it.
+    """
+    first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
+    preprocessing = None
+    if isinstance(first, ImageSource):
+        if first.streamed or first.files is None:
+            return []
+        preprocessing = first.preprocessing
+        shown = [first[i] for i in range(min(len(first), most))]
+    elif isinstance(first, Tensor) and first.ndim == 4 and not first.is_complex() and first.numel():
+        shown = list(first[:most])
+    else:
+        return []
+    return [_thumbnail(as_seen(image, preprocessing), side) for image in shown]
+
+
+def _thumbnail(image: Tensor, side: int) -> Tensor:
+    factor = min(1.0, side / max(image.shape[1:]))
+    size = [max(round(length * factor), 1) for length in image.shape[1:]]
+    if factor < 1:
+        image = torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    return (image.nan_to_num(nan=0.0).clamp(0, 1) * 255).round().byte()

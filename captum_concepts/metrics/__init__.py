@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 _MODULES = {
     "_prepare": ("resize_maps",),
     "baselines": ("CenterGaussian", "RandomMaps", "activation_energy", "center_gaussian"),
+    "bottlenecks": (
+        "concept_existence",
+        "concept_location",
+        "concept_task_leakage",
+        "interconcept_leakage",
+        "surf",
+    ),
     "boxes": ("box_from_map", "box_iou"),
     "energy": ("epg", "pointing_game"),
     "evaluation": ("METRICS", "evaluate"),
@@ -36,7 +43,7 @@ _MODULES = {
         "ConceptSpecificity",
     ),
     "streaming_scores": ("AverageDrop", "Deletion", "IncreaseInConfidence", "Insertion"),
-    "streaming_words": ("ConceptAUROC", "PresenceBrier", "Top1Present"),
+    "streaming_words": ("ConceptAUROC", "ConceptExistence", "PresenceBrier", "Top1Present"),
     "table": ("EvaluationTable",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -50,6 +57,13 @@ if TYPE_CHECKING:
         RandomMaps as RandomMaps,
         activation_energy as activation_energy,
         center_gaussian as center_gaussian,
+    )
+    from captum_concepts.metrics.bottlenecks import (
+        concept_existence as concept_existence,
+        concept_location as concept_location,
+        concept_task_leakage as concept_task_leakage,
+        interconcept_leakage as interconcept_leakage,
+        surf as surf,
     )
     from captum_concepts.metrics.boxes import box_from_map as box_from_map, box_iou as box_iou
     from captum_concepts.metrics.energy import epg as epg, pointing_game as pointing_game
@@ -101,6 +115,7 @@ if TYPE_CHECKING:
     )
     from captum_concepts.metrics.streaming_words import (
         ConceptAUROC as ConceptAUROC,
+        ConceptExistence as ConceptExistence,
         PresenceBrier as PresenceBrier,
         Top1Present as Top1Present,
     )

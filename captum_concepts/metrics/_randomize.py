@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from captum_concepts._undo import undone
 from captum_concepts.errors import InputError, did_you_mean
 
 
@@ -56,9 +57,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     grad_values = [None if g is None else g.detach().clone() for _, g, _ in gradients]
     modes = [(module, module.training) for module in model.modules()]
     state = torch.get_rng_state()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         with torch.no_grad():
             for tensor, saved in zip(tensors, kept, strict=True):
                 tensor.copy_(saved)
@@ -70,3 +70,6 @@ def restored(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         torch.set_rng_state(state)
+
+    with undone(restore):
+        yield

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_concepts._checks import integer, one_of
 from captum_concepts._memory import Halving
+from captum_concepts._undo import evaluation_mode
 from captum_concepts.errors import InputError, TargetError
 from captum_concepts.metrics._prepare import MODES, check_maps
 
@@ -102,7 +103,8 @@ class Scorer:
     def _score(self, images: Tensor, rows: Tensor) -> Tensor:
         n = len(self.inputs)
         args = [a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in self.args]
-        out = self.score_fn(images, *args)
+        with evaluation_mode(self.score_fn if isinstance(self.score_fn, nn.Module) else None):
+            out = self.score_fn(images, *args)
         if not isinstance(out, Tensor):
             raise InputError(f"score_fn must return a tensor, got {type(out).__name__}")
         if out.ndim == 2 and self.target is not None:

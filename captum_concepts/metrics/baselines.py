@@ -38,7 +38,7 @@ def activation_energy(activations: Tensor) -> Tensor:
     return torch.linalg.vector_norm(wide, dim=1)
 
 
-class _Blind:
+class Blind:
     """An explainer for :func:`captum_concepts.metrics.evaluate`: images in, maps out, the target not looked at."""
 
     def __init__(self, n_maps: int | None) -> None:
@@ -54,12 +54,13 @@ class _Blind:
         return maps[:, 0] if self.n_maps is None else maps
 
 
-class RandomMaps(_Blind):
+class RandomMaps(Blind):
     """Uniform noise on a grid; the same image always gets the same maps, however images are batched.
 
     Args:
         size: the grid, by default that of a last convolutional layer.
-        n_maps: None for ``(N, h, w)``, T for ``(N, T, h, w)``.
+        n_maps: None for ``(N, h, w)``, which ``evaluate`` compares with every mask of the image; T for
+            ``(N, T, h, w)``.
         seed: another seed, other maps.
 
     Example:
@@ -80,7 +81,7 @@ class RandomMaps(_Blind):
         return torch.rand(self.n_maps or 1, *self.size, generator=generator)
 
 
-class CenterGaussian(_Blind):
+class CenterGaussian(Blind):
     """A Gaussian in the centre of every image (:func:`center_gaussian`), at the image's own size.
 
     Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from captum_concepts._checks import one_of, unique_names
-from captum_concepts.errors import InputError, did_you_mean
-from captum_concepts.explanation import ConceptExplainer, ConceptExplanation
+from captum_concepts._undo import unharming
+from captum_concepts.errors import InputError, InputWarning, did_you_mean
+from captum_concepts.explanation import ConceptExplainer, ConceptExplanation, ContributionExplainer
+from captum_concepts.images import preprocessing_of
 from captum_concepts.metrics import streaming_maps as m, streaming_scores as s, streaming_words as w
 from captum_concepts.metrics._batches import Batch, batches
+from captum_concepts.metrics.baselines import Blind
 from captum_concepts.metrics.streaming import ExampleMetric
 from captum_concepts.metrics.table import EvaluationTable, Samples
 
@@ -41,9 +45,10 @@ METRICS: dict[str, Callable[..., ExampleMetric]] = {
     "top1_present": w.Top1Present,
     "concept_auroc": w.ConceptAUROC,
     "presence_brier": w.PresenceBrier,
+    "concept_existence": w.ConceptExistence,
 }
-#: Is the word right? They look at the scores of a ConceptExplainer instead of its maps.
-WORD_METRICS = ("top1_present", "concept_auroc", "presence_brier")
+#: Is the word right? They look at what a ConceptExplainer says instead of its maps.
+WORD_METRICS = ("top1_present", "concept_auroc", "presence_brier", "concept_existence")
 _NEEDS_SCORES = ("average_drop", "increase_in_confidence", "insertion", "deletion")
 
 
@@ -60,6 +65,7 @@ class _Function(ExampleMetric):
         return self.function(maps, masks)
 
 
+@unharming
 def evaluate(
     explainers: Any,
     data: Iterable[Any],
@@ -67,6 +73,7 @@ def evaluate(
     *,
     score_fn: Callable[..., Tensor] | None = None,
     concepts: Sequence[str] | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 32,
     channels: str = "sum",
     nan_policy: str = "omit",
@@ -101,13 +108,16 @@ def evaluate(
             Single examples are put together while their shapes agree. ``masks`` may be None if no
             metric looks at them; an image without concepts, T = 0, is an example without values.
         metrics: names out of ``METRICS``, streaming metrics of this package (their state is not touched), or functions
-            ``(maps, masks) -> (N,)``; or a dict name -> one of these. ``"top1_present"``, ``"concept_auroc"`` and
-            ``"presence_brier"`` ask whether the words are right instead of where they are; they need ConceptExplainers
-            and names.
+            ``(maps, masks) -> (N,)``; or a dict name -> one of these. ``"top1_present"``, ``"concept_auroc"``,
+            ``"presence_brier"`` and ``"concept_existence"`` (of contributions to the predicted class) ask whether the
+            words are right instead of where they are; they need ConceptExplainers and names, and are undefined for
+            other rows, such as baselines.
         score_fn: for the names ``average_drop``, ``increase_in_confidence``, ``insertion`` and ``deletion``: images ->
             scores ``(N,)`` or ``(N, K)``; then each example's ``target`` picks one.
         concepts: names of the T masks of ``(N, T, H, W)``; None takes those of the items, or ``data.concepts``. They
             are also the vocabulary that the word metrics ask about.
+        transform: makes the model's inputs from a batch of the data's images. The readers of ``datasets`` return images
+            in [0, 1]: for a network that was trained on normalized ones, pass ``images.preprocessing_of(model)``.
         batch_size: examples put together, and images per call of ``score_fn``.
         channels: how attributions ``(N, C, H, W)`` of the input or of a layer's channels become one map where the masks
             are ``(N, H, W)``: ``"sum"`` or ``"abs_sum"`` (the sum of absolute values).
@@ -152,8 +162,11 @@ def evaluate(
     if words is None and any(isinstance(metric, w.WordMetric) for metric in measures.values()):
         raise InputError(f"{', '.join(WORD_METRICS)} need ConceptExplainers and the names of the data's concepts")
     kept: dict[tuple[str, str], list[Samples]] = {(e, k): [] for e in named for k in measures}
+    _warn_of_raw_images(named, data, transform)
     seen = 0
     for batch in _progress(batches(data, batch_size, device), data, show_progress):
+        if transform is not None:
+            batch = replace(batch, inputs=transform(batch.inputs))
         chosen, columns = (batch, None) if words is None else words.known_part(batch)
         for name, one in named.items():
             maps: Tensor | None = None
@@ -242,21 +255,25 @@ class Words:
 
     def statistics(self, metric: Any, name: str, explainer: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of a word metric: scores, presence and truth for the vocabulary."""
-        if name not in self.columns or not self.vocabulary or batch.masks is None:
-            raise InputError(
-                f"{type(metric).__name__} needs a ConceptExplainer, masks and the names of the data's concepts; "
-                f"explainer {name!r} or the data has none"
-            )
+        if not self.vocabulary or batch.masks is None:
+            raise InputError(f"{type(metric).__name__} needs masks and the names of the data's concepts")
+        if name not in self.columns:  # a baseline, or maps alone, says no word
+            nothing = torch.zeros(len(batch))
+            return nothing[:, None], nothing, nothing
         known = [word for word in self.vocabulary if self.knows(word)]
         truth = self._truth(batch, known)
         own = self.columns[name]
         wanted = [own[plain_name(word)] for word in known]
-        if isinstance(metric, w.PresenceBrier):
+        if metric.values == "presence":
             values = explainer.explain(batch.inputs, concepts=wanted, contributions=False).presence
             if values is None:
                 raise InputError(
                     f"explainer {name!r} has no presence to judge; fit or calibrate it with held-out images"
                 )
+        elif metric.values == "contributions":
+            if not isinstance(explainer, ContributionExplainer):
+                raise InputError(f"explainer {name!r} has no contributions, which {type(metric).__name__} looks at")
+            values = explainer.contributions(batch.inputs, concepts=wanted)
         else:
             columns = [list(explainer.concepts).index(word) for word in wanted]
             values = explainer.scores(batch.inputs)[:, columns]
@@ -282,6 +299,23 @@ def plain_name(name: str) -> str:
     'traffic light'
     """
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _warn_of_raw_images(explainers: Mapping[str, Any], data: Any, transform: Any) -> None:
+    """Of images in [0, 1], as the readers of ``datasets`` return them, for networks that want normalized ones."""
+    if transform is not None or not hasattr(data, "reading"):
+        return
+    for name, one in explainers.items():
+        model = next((getattr(one, key) for key in ("backbone", "forward_func") if hasattr(one, key)), None)
+        known = preprocessing_of(model) if isinstance(model, torch.nn.Module) else None
+        if known is not None and any(known.mean):
+            warnings.warn(
+                f"{type(data).__name__} returns images in [0, 1], but the network of {name!r} was trained on "
+                f"normalized ones ({known.source}); pass transform=images.preprocessing_of(model)",
+                InputWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _name(explainer: Any) -> str:
@@ -364,6 +398,8 @@ def _maps(
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise InputError(f"explainer {name!r} must return maps ({n}, h, w) or ({n}, T, h, w), got {got}")
     found = found.detach()
+    if found.ndim == 3 and several and isinstance(explainer, Blind) and batch.masks is not None:
+        found = found[:, None].expand(-1, batch.masks.shape[1], -1, -1)  # it knows no concept: one map for all
     if found.ndim == 4 and found.shape[1] > 1 and not several:
         found = (found.abs() if channels == "abs_sum" else found).float().sum(1)
     return found[:, columns] if several and columns is not None and found.ndim == 4 else found

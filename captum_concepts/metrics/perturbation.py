@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from captum_concepts._checks import integer
+from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError
 from captum_concepts.metrics._prepare import min_max, resize_maps
 from captum_concepts.metrics._scoring import ScoreFn, Scorer, baseline_images
@@ -16,6 +17,7 @@ from captum_concepts.metrics._scoring import ScoreFn, Scorer, baseline_images
 __all__ = ["average_drop", "deletion", "increase_in_confidence", "insertion"]
 
 
+@unharming
 def average_drop(
     score_fn: ScoreFn,
     inputs: Tensor,
@@ -75,6 +77,7 @@ def average_drop(
     return ((full - shown).clamp(min=0) / full).masked_fill(~(full > 0), torch.nan)
 
 
+@unharming
 def increase_in_confidence(
     score_fn: ScoreFn,
     inputs: Tensor,
@@ -111,6 +114,7 @@ def increase_in_confidence(
     return (shown > full).to(full.dtype).masked_fill(full.isnan() | shown.isnan(), torch.nan)
 
 
+@unharming
 def deletion(
     score_fn: ScoreFn,
     inputs: Tensor,
@@ -165,6 +169,7 @@ def deletion(
     return _curve(run, maps, baseline, n_steps, mode, seed, return_curve, show_progress, insert=False)
 
 
+@unharming
 def insertion(
     score_fn: ScoreFn,
     inputs: Tensor,

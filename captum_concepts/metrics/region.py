@@ -50,9 +50,10 @@ def nra(
         masks: ``(N, H, W)`` or, for several (also overlapping) concepts an image, ``(N, T, H, W)``; bool, integers
             (not 0 is the region) or floats (above 0.5 is the region).
         baseline: :math:`\mathrm{AUC}_{low}`. ``"published"``: the area under the line from 0 to M/P, ``M / 2P``, which
-            is comparable with the paper but below what a random map really gets. ``"exact"``: the mean of the
-            expected IoU, ``E / (p + M - E)`` with ``E = p M / P``; a constant map then scores exactly 0. Random maps
-            still average above 0 (about .05), because values below the baseline are cut off: see ``signed``.
+            is the paper's (its code has the grid ``thresholds="authors"``, too) but below what a random map really
+            gets. ``"exact"``: the mean of the expected IoU, ``E / (p + M - E)`` with ``E = p M / P``; a constant map
+            then scores exactly 0. Random maps still average above 0 (about .05), because values below the baseline are
+            cut off: see ``signed``.
         signed: do not cut off values below the baseline; random maps then average 0 under ``baseline="exact"``.
         thresholds: ``"all"``: every p from 1 to P. ``"authors"``: the grid of the authors' code, which counts pixel by
             pixel up to 1 % of the image and in steps of 1 % beyond. They differ by up to .06 for masks below 1 % of the

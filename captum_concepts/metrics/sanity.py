@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError
 from captum_concepts.metrics._randomize import layer_names, randomize, restored
 
@@ -112,6 +113,7 @@ def _ranks(values: Tensor) -> Tensor:
     return (count.cumsum(0) - (count - 1) / 2)[which] - (len(values) + 1) / 2
 
 
+@unharming
 def parameter_randomization(
     explain: Explain | Any,
     model: nn.Module,
@@ -189,6 +191,7 @@ def parameter_randomization(
     return _result("parameters", names, torch.stack(found), judged, threshold, seed)
 
 
+@unharming
 def label_randomization(
     explain: Callable[[nn.Module], Explain | Any],
     model: nn.Module,

@@ -1,19 +1,25 @@
-"""Streaming metrics of what is said: are the concepts that an explainer scores highest really in the image?"""
+"""Streaming metrics of what is said: are the concepts that an explainer names really in the image?"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import integer
+from captum_concepts.metrics.bottlenecks import concept_existence
 from captum_concepts.metrics.streaming import ExampleMetric
 
-__all__ = ["ConceptAUROC", "PresenceBrier", "Top1Present", "WordMetric"]
+__all__ = ["ConceptAUROC", "ConceptExistence", "PresenceBrier", "Top1Present", "WordMetric"]
 
 
 class WordMetric(ExampleMetric):
-    """``update(values, truth)`` with ``(N, T)`` scores or presences of T concepts, and bool: does the image show it?"""
+    """``update(values, truth)`` with ``(N, T)`` values of T concepts, and bool: does the image show it?"""
+
+    #: Which values: ``"scores"``, ``"presence"``, or ``"contributions"`` to the predicted class.
+    values = "scores"
 
     @abstractmethod
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
@@ -71,6 +77,32 @@ class PresenceBrier(WordMetric):
     """
 
     higher_is_better = False
+    values = "presence"
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
         return (values - truth.to(values)).square().mean(1)
+
+
+class ConceptExistence(WordMetric):
+    """Mean of :func:`concept_existence`: are the k concepts that count most for the prediction in the image?
+
+    Args:
+        k: how many concepts.
+
+    Example:
+        >>> metric = ConceptExistence(k=1)
+        >>> metric.update(torch.tensor([[0.9, 0.1]]), torch.tensor([[True, False]]))
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    values = "contributions"
+
+    def __init__(self, *, k: int = 5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = integer("k", k)
+
+    def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
+        if not values.shape[1]:
+            return values.new_full((len(values),), torch.nan)
+        return concept_existence(values, truth, k=self.k)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import parse_json, write_atomically
+from captum_concepts import _artifacts as schema
+from captum_concepts._artifacts import check_json, parse_json, write_atomically
 from captum_concepts._checks import integer, number
 from captum_concepts.errors import InputError, did_you_mean
 
@@ -29,6 +30,17 @@ FEWEST = 5
 _COLUMNS = (
     "explainer", "metric", "value", "ci_low", "ci_high", "examples", "counted", "skipped", "higher_is_better"
 )  # fmt: skip
+_NUMBER = schema.nothing_or(schema.number())
+_COUNT = schema.integer()
+_ROW = dict(zip(_COLUMNS, (schema.text(), schema.text(), *[_NUMBER] * 3, *[_COUNT] * 3), strict=False))
+_SAVED = schema.table(
+    {
+        "rows": schema.list_of(schema.table({**_ROW, "higher_is_better": schema.nothing_or(schema.flag)}, more=True)),
+        "confidence": schema.number(0, 1),
+    },
+    {"unmatched": schema.list_of(schema.text())},
+    more=True,
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ class EvaluationTable:
         differences = differences[~np.isnan(differences)]
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(differences, [tail, 1 - tail]) if len(differences) else (math.nan, math.nan)
-        if min(a["counted"], b["counted"]) < FEWEST:
+        if math.isnan(a["ci_low"]) or math.isnan(b["ci_low"]):  # too few examples, however many values each has
             low = high = math.nan
         return {"difference": a["value"] - b["value"], "ci_low": float(low), "ci_high": float(high)}
 
@@ -150,15 +162,15 @@ class EvaluationTable:
     def from_json(cls, text: str) -> EvaluationTable:
         """Read what :meth:`to_json` returned (resamples are not kept)."""
         try:
-            content = parse_json(text)
-            numbers = ("value", "ci_low", "ci_high")
-            rows = [
-                {k: math.nan if k in numbers and row[k] is None else row[k] for k in _COLUMNS}
-                for row in content["rows"]
-            ]
-            return cls(rows, content["confidence"], unmatched=list(content.get("unmatched", [])))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            found = parse_json(text)
+        except ValueError as error:
             raise InputError(f"not the JSON of an evaluation table: {error}") from error
+        content = check_json(found, _SAVED, "the JSON of an evaluation table", InputError)
+        numbers = ("value", "ci_low", "ci_high")
+        rows = [
+            {k: math.nan if k in numbers and row[k] is None else row[k] for k in _COLUMNS} for row in content["rows"]
+        ]
+        return cls(rows, content["confidence"], unmatched=content.get("unmatched", []))
 
     def to_markdown(self, path: str | os.PathLike[str] | None = None, *, digits: int = 3) -> str:
         """One line an explainer, one column a metric, intervals in brackets, skipped values below."""

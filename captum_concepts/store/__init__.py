@@ -15,6 +15,7 @@ from captum_concepts.store.region_embeddings import RegionEmbeddingStore
 from captum_concepts.store.shards import (
     ShardReader,
     ShardWriter,
+    check_unclaimed,
     default_shard_rows,
     fill_shards,
     missing_shards,
@@ -33,6 +34,7 @@ __all__ = [
     "UniformImages",
     "all_or_none",
     "check_fingerprint",
+    "check_unclaimed",
     "default_shard_rows",
     "device_of",
     "fill_shards",

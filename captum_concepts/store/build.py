@@ -39,12 +39,14 @@ from captum_concepts.store.manifest import Manifest, check_fingerprint, fingerpr
 from captum_concepts.store.shards import (
     Span,
     Write,
-    clear_store,
+    check_unclaimed,
+    damage,
     default_shard_rows,
     fill_shards,
     missing_shards,
     open_shard,
     shard_sizes,
+    unlisted_shards,
 )
 from captum_concepts.store.uniform_images import UniformImages, check_digests, digest
 from captum_concepts.vlm import (
@@ -79,7 +81,6 @@ _INFO = table(
         "batch_size": integer(1),
         "probe": list_of(number(-2, 2), most=_PROBE),
         "error_bound": number(0, 1),
-        "extension": table({"first": integer(), "images": integer(1)}),
     },
 )
 
@@ -187,7 +188,7 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
         with explained(path, count), FolderLock(path, "the store at", name="plan", wait=60):
             found = read_manifest(path)  # another process may have been faster
             if found is None:
-                clear_store(path)
+                check_unclaimed(path)
                 rows = shard_rows or default_shard_rows(count)
                 info = {
                     "images": count,
@@ -199,8 +200,6 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
                 found.write(path)
     check_origin(path, found, source)
     what = f"the store at {path}"
-    if "extension" in found.info:
-        raise ArtifactError(f"{what} is in the middle of an extension; call extend again with the same images")
     if found.growing and found.info.get("images", count) == count:  # format 1, unfinished
         found = _continued(path, found, count, shard_rows)
     if found.total != count:
@@ -211,39 +210,52 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
 
 
 def plan_extension(path: Path, source: Source) -> None:
-    """Add the shards of more images to the manifest, or find that a killed extension by as many has done so.
+    """Note the shards of more images in the manifest, where readers do not see them before :func:`finish_extension`.
+
+    What a killed extension by the same images has written is kept, that by others is removed.
 
     Raises:
-        ArtifactError: the store is unfinished, of something else, or being extended by other images.
+        ArtifactError: the store is unfinished or of something else, or the folder has files of something else.
     """
     assert source.images is not None
-    count, what = len(source.images), f"the store at {path}"
+    what = f"the store at {path}"
     with explained(path, None), FolderLock(path, "the store at"):
         found = stored_manifest(path)
         check_origin(path, found, source)
-        started = found.info.get("extension")
-        if started is None:
-            if found.growing or missing_shards(path, found):
-                raise ArtifactError(f"{what} is unfinished; call build again with its own images, then extend it")
-            info = {**found.info, "images": found.total + count}
-            info["extension"] = {"first": found.total, "images": count}
-            rows = [*found.rows, *shard_sizes(count, found.info.get("shard_rows") or max(found.rows))]
-            dataclasses.replace(found, rows=rows, info=info).write(path)
-        elif started["images"] != count:
-            raise ArtifactError(
-                f"{what} is being extended by {started['images']} images, not {count}; finish that extension first"
-            )
-        elif found.growing:
-            _continued(path, found, started["first"] + count, None)
+        if found.growing or missing_shards(path, found):
+            raise ArtifactError(f"{what} is unfinished; call build again with its own images, then extend it")
+        started = unlisted_shards(path, found)
+        if not _continues(path, found, source):
+            for file in started:
+                file.unlink(missing_ok=True)
+            count = len(source.images)
+            rows = shard_sizes(count, found.info.get("shard_rows") or max(found.rows, default=count))
+            dataclasses.replace(found, planned=rows).write(path)
 
 
-def planned_extension(path: Path) -> tuple[Manifest, int]:
-    """The manifest of a store that is being extended, and the first shard of the extension."""
-    found = stored_manifest(path)
-    started, firsts = found.info.get("extension"), [start for start, _ in found.spans]
-    if started is None or started["first"] not in firsts or found.total != started["first"] + started["images"]:
-        raise ArtifactError(f"the store at {path} is damaged: its manifest and its extension do not fit")
-    return found, firsts.index(started["first"])
+def _continues(path: Path, found: Manifest, source: Source) -> bool:
+    """Whether an extension by these images is under way."""
+    assert source.images is not None
+    if sum(found.planned) != len(source.images):
+        return False
+    arrays = stored_arrays(source.regions, source.dtype, len(source.probe))
+    whole, first = found.extended, len(found.rows)
+    sound = [n for n in range(first, len(whole.rows)) if damage(path, whole, n, arrays) is None]
+    try:
+        _check_images(path, whole, source, sound, arrays, found.total)
+    except ArtifactError:
+        return False
+    return True
+
+
+def cancel_extension(path: Path, planned: Manifest) -> None:
+    """Remove what :func:`plan_extension` noted, and what was written for it."""
+    with FolderLock(path, "the store at"):
+        found = stored_manifest(path)
+        if found == planned:
+            dataclasses.replace(found, planned=[]).write(path)
+            for file in unlisted_shards(path, found):
+                file.unlink(missing_ok=True)
 
 
 def stored_manifest(path: Path) -> Manifest:
@@ -259,12 +271,11 @@ def stored_manifest(path: Path) -> Manifest:
 
 
 def finish_extension(path: Path) -> None:
-    """Remove the note that an extension is under way, once all of its shards are there."""
+    """Show the planned shards to readers, once all of them are there."""
     with explained(path, None), FolderLock(path, "the store at"):
-        found = read_manifest(path)
-        if found is not None and "extension" in found.info and not missing_shards(path, found):
-            info = {key: value for key, value in found.info.items() if key != "extension"}
-            dataclasses.replace(found, info=info).write(path)
+        found = stored_manifest(path)
+        if found.planned and not missing_shards(path, found.extended):
+            found.extended.write(path)
 
 
 def _continued(path: Path, found: Manifest, count: int, shard_rows: int | None) -> Manifest:
@@ -291,22 +302,11 @@ def fill(
     Args:
         first: the shard that the first image of ``source`` begins.
     """
-    images = source.images
-    assert images is not None
     arrays = stored_arrays(source.regions, source.dtype, len(source.probe))
     offset = manifest.spans[first][0]
 
     def check(sound: list[int]) -> None:
-        ends = list(itertools.accumulate(manifest.rows[number] for number in sound))
-        count = ends[-1] if ends else 0
-        sample = sorted({*range(0, count, max(1, -(-count // _SAMPLE))), count - 1}) if count else []
-        stored, indices = [], []
-        for i in sample:
-            k = bisect.bisect_right(ends, i)
-            row = i - (ends[k - 1] if k else 0)
-            stored.append(int(open_shard(path, manifest, sound[k], arrays).tensors["digest"][row]))
-            indices.append(manifest.spans[sound[k]][0] + row - offset)
-        check_digests(images, stored, indices, f"the store at {path}")
+        _check_images(path, manifest, source, sound, arrays, offset)
 
     failures: list[OSError] = []
 
@@ -327,6 +327,23 @@ def fill(
     if failures:
         raise failures[0]
     return done
+
+
+def _check_images(
+    path: Path, manifest: Manifest, source: Source, sound: Sequence[int], arrays: Mapping[str, Array], offset: int
+) -> None:
+    """Refuse other images than those of the sound shards, by a sample; image 0 is row ``offset`` of the store."""
+    assert source.images is not None
+    ends = list(itertools.accumulate(manifest.rows[number] for number in sound))
+    count = ends[-1] if ends else 0
+    sample = sorted({*range(0, count, max(1, -(-count // _SAMPLE))), count - 1}) if count else []
+    stored, indices = [], []
+    for i in sample:
+        k = bisect.bisect_right(ends, i)
+        row = i - (ends[k - 1] if k else 0)
+        stored.append(int(open_shard(path, manifest, sound[k], arrays).tensors["digest"][row]))
+        indices.append(manifest.spans[sound[k]][0] + row - offset)
+    check_digests(source.images, stored, indices, f"the store at {path}")
 
 
 def chosen_batch_size(source: Source) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from captum_concepts._artifacts import (
     check_json,
     flag,
     integer,
+    leftovers,
     list_of,
     mapping_of,
     parse_json,
@@ -36,10 +38,11 @@ FORMAT = "captum_concepts.shards/2"
 MANIFEST = "manifest.json"
 _ROWS = integer(1, 2**40)
 _NOTES = mapping_of(anything, most=1000)
+_EXTENSION = table({"first": _ROWS, "images": _ROWS})
 _SCHEMAS: dict[str, Check] = {
     FORMAT: table(
         {"format": text(FORMAT), "fingerprint": _NOTES, "info": _NOTES, "rows": list_of(_ROWS), "growing": flag},
-        {"checksums": mapping_of(text(pattern="[0-9a-f]{64}"))},
+        {"checksums": mapping_of(text(pattern="[0-9a-f]{64}")), "planned": list_of(_ROWS)},
     ),
     "captum_concepts.shards/1": table(
         {
@@ -72,6 +75,7 @@ class Manifest:
         info: notes of the writer.
         growing: whether a writer that does not know the number of rows is still appending.
         checksums: SHA-256 of the shards that were written in format 1; newer ones carry their own.
+        planned: rows of the shards of an extension under way, which readers do not see before all of them are there.
     """
 
     fingerprint: dict[str, Any]
@@ -79,6 +83,7 @@ class Manifest:
     info: dict[str, Any] = field(default_factory=dict)
     growing: bool = False
     checksums: dict[str, str] = field(default_factory=dict)
+    planned: list[int] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -96,12 +101,23 @@ class Manifest:
         """A digest of the fingerprint, which each shard repeats."""
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:32]
 
+    @property
+    def extended(self) -> Manifest:
+        """As it is once the planned shards are there."""
+        rows = [*self.rows, *self.planned]
+        images = {"images": sum(rows)} if "images" in self.info else {}
+        return replace(self, rows=rows, planned=[], info={**self.info, **images})
+
     def write(self, path: Path) -> None:
         """Write the manifest of the folder ``path``, atomically."""
         found: dict[str, Any] = {"format": FORMAT, "fingerprint": self.fingerprint, "info": self.info}
         found |= {"rows": self.rows, "growing": self.growing}
         if self.checksums:
             found["checksums"] = self.checksums
+        if self.planned:
+            found["planned"] = self.planned
+        for leftover, _ in leftovers(path, re.escape(MANIFEST)):
+            leftover.unlink(missing_ok=True)
         write_atomically(path / MANIFEST, json.dumps(found, indent=1).encode())
 
 
@@ -128,17 +144,30 @@ def read_manifest(path: Path) -> Manifest | None:
         raise ArtifactError(f"{file} is not the manifest of a store (format {shortened(kind)}, not {FORMAT!r})")
     found = check_json(found, _SCHEMAS[kind], str(file))
     if kind == FORMAT:
-        return Manifest(**{key: value for key, value in found.items() if key != "format"})
+        return _published(Manifest(**{key: value for key, value in found.items() if key != "format"}), file)
     shards = found["shards"]
     if [shard["file"] for shard in shards] != [shard_name(i) for i in range(len(shards))]:
         raise ArtifactError(f"{file} is damaged: its shards are not numbered from 0")
-    return Manifest(
+    old = Manifest(
         found["fingerprint"],
         [shard["rows"] for shard in shards],
         found.get("info", {}),
         not found["complete"],
         {shard["file"]: shard["sha256"] for shard in shards},
     )
+    return _published(old, file)
+
+
+def _published(found: Manifest, file: Path) -> Manifest:
+    """Earlier versions listed the shards of an extension before they were there, and noted which was the first."""
+    if "extension" not in found.info:
+        return found
+    started = check_json(found.info["extension"], _EXTENSION, str(file))["first"]
+    ends = [end for _, end in found.spans]
+    if started not in ends:
+        raise ArtifactError(f"{file} is damaged: its shards and its extension do not fit")
+    info = {**{key: value for key, value in found.info.items() if key != "extension"}, "images": started}
+    return replace(found, rows=found.rows[: ends.index(started) + 1], info=info, growing=False)
 
 
 def fingerprint_tensor(tensor: Tensor) -> str:

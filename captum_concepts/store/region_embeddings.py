@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_concepts._artifacts import check_json, number, table
+from captum_concepts._undo import unharming
 from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store import build as building
@@ -28,6 +29,7 @@ from captum_concepts.vlm import Regions
 _NOTES = table({}, {"error_bound": number(0, 1)})
 
 
+@unharming
 class RegionEmbeddingStore:
     """The embeddings I[n, ij] = E_img(x_n with region ij marked) / |...| of a data set, on disk.
 
@@ -165,8 +167,8 @@ class RegionEmbeddingStore:
 
         Raises:
             InputError: unusable data, encoder or setting; NaN from the encoder (the image is named).
-            ArtifactError: the folder contains a store of another encoder, prompt, grid, image size or data set; its
-                manifest is damaged; or another process is writing it.
+            ArtifactError: the folder contains a store of another encoder, prompt, grid, image size or data set; shards
+                without a manifest, which are never removed; a damaged manifest; or another process is writing it.
             OSError: the disk is full or read-only; says how many images are safe. Nothing written is lost.
         """
         path, (rank, size) = Path(path), world()
@@ -225,11 +227,15 @@ class RegionEmbeddingStore:
     ) -> RegionEmbeddingStore:
         """Append more images, with the same prompt, without computing the others again.
 
-        Call it again with the same images after a kill (through :meth:`extend_at`, because an unfinished store cannot
-        be opened).
+        Readers see the old store until all new rows are there. After a kill or a full disk the same call resumes; other
+        images take the place of an extension that was not finished.
 
         Returns:
             The longer store; this one keeps showing the rows it had.
+
+        Raises:
+            InputError: unusable images or NaN from the encoder; the store is as it was.
+            ArtifactError: another encoder; the store itself is unfinished; files of something else are in the way.
         """
         encoder = self.encoder if encoder is None else encoder
         return self.extend_at(
@@ -247,15 +253,19 @@ class RegionEmbeddingStore:
         num_workers: int = 0,
         show_progress: bool = False,
     ) -> RegionEmbeddingStore:
-        """:meth:`extend` of the store at ``path``, also of one whose extension was killed."""
+        """:meth:`extend` of the store at ``path``."""
         path, (rank, size) = Path(path), world()
         building.check_options(batch_size, None)
         source = _source(path, data, encoder, num_workers)
 
         def append() -> None:
-            manifest, first = building.planned_extension(path)
+            planned = building.stored_manifest(path)
             share: dict[str, Any] = {"rank": rank, "size": size, "show_progress": show_progress and rank == 0}
-            building.fill(path, source, manifest, batch_size=batch_size, first=first, **share)
+            try:
+                building.fill(path, source, planned.extended, batch_size=batch_size, first=len(planned.rows), **share)
+            except InputError:  # these images will never do
+                building.cancel_extension(path, planned)
+                raise
 
         all_or_none(lambda: building.plan_extension(path, source) if rank == 0 else None)
         all_or_none(append)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from captum_concepts._artifacts import (
     check_arrays,
     check_json,
     integer,
+    leftovers,
     mapping_of,
     parse_json,
     table,
@@ -47,6 +49,8 @@ _ABOUT = table(
     }
 )
 _BLANK = "0" * 64
+_SHARD = r"shard-\d{5,18}\.safetensors"
+_OWN = rf"{re.escape(MANIFEST)}|{_SHARD}"
 _LONGEST_HEADER = 10 << 20
 _BAD = (OSError, ValueError, LookupError, TypeError, RuntimeError, OverflowError)
 
@@ -196,9 +200,9 @@ def fill_shards(
     if not wanted:  # nothing to write, so a folder without the right to write will do
         return []
     with FolderLock(path, what, name="lock" if size == 1 else f"lock-{rank:05d}-of-{size:05d}"):
-        for number in mine:
-            for leftover in path.glob(f".{shard_name(number)}.*.partial"):  # of a killed process
-                leftover.unlink()
+        for leftover, name in leftovers(path, _SHARD):
+            if _number(name) in mine:
+                leftover.unlink(missing_ok=True)
         wanted = [number for number in wanted if damage(path, manifest, number, arrays) is not None]
         waiting = iter(wanted)
 
@@ -209,7 +213,8 @@ def fill_shards(
             compute([manifest.spans[number] for number in wanted], write)
         if size == 1:
             for stale in path.glob(".lock-*-of-*"):  # of processes that were killed; whoever is alive has it open
-                stale.unlink(missing_ok=True)
+                if re.fullmatch(r"\.lock-\d{5,}-of-\d{5,}", stale.name):
+                    stale.unlink(missing_ok=True)
     return wanted
 
 
@@ -218,10 +223,69 @@ def missing_shards(path: Path, manifest: Manifest) -> list[int]:
     return [number for number in range(len(manifest.rows)) if not (path / shard_name(number)).is_file()]
 
 
+def check_unclaimed(path: Path) -> None:
+    """Refuse a folder without a manifest that contains shards: of whom, nobody can tell.
+
+    Raises:
+        ArtifactError: names one of them.
+    """
+    if (found := next(iter(_shard_files(path)), None)) is not None:
+        raise ArtifactError(
+            f"{path} has no {MANIFEST}, but {found.name}: a store that lost its manifest, or files of something else. "
+            "Nothing was changed; use another folder, or move the files away"
+        )
+
+
 def clear_store(path: Path) -> None:
-    """Remove the files of a store, and nothing else; the manifest first, so that no half of a store is left."""
-    for file in [path / MANIFEST, *path.glob("shard-*.safetensors"), *path.glob(".*.partial")]:
+    """Remove the files of a store, and nothing else; the manifest last, so that the rest of a store is still one.
+
+    Raises:
+        ArtifactError: the folder contains shards of something else, or no readable manifest; nothing is removed.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        check_unclaimed(path)
+        return
+    listed = [path / shard_name(number) for number in range(len(manifest.rows))]
+    partial = [file for file, _ in leftovers(path, _OWN)]
+    for file in [*listed, *unlisted_shards(path, manifest), *partial, path / MANIFEST]:
         file.unlink(missing_ok=True)
+
+
+def unlisted_shards(path: Path, manifest: Manifest) -> list[Path]:
+    """The shards of a store beyond those that its manifest lists: of an append or extension that was not finished.
+
+    Raises:
+        ArtifactError: such a file is of something else; names it.
+    """
+    found = []
+    for file in _shard_files(path):
+        if _number(file.name) < len(manifest.rows):
+            continue
+        if file.name not in manifest.checksums and _store_of(file) != manifest.identity:
+            raise ArtifactError(f"{file} is not a shard of the store in its folder; nothing was changed, move it away")
+        found.append(file)
+    return found
+
+
+def _shard_files(path: Path) -> list[Path]:
+    return sorted(file for file in path.glob("shard-*.safetensors") if re.fullmatch(_SHARD, file.name))
+
+
+def _number(name: str) -> int:
+    return int(name.partition(".")[0].removeprefix("shard-"))
+
+
+def _store_of(file: Path) -> str | None:
+    """The store that a shard says it belongs to; None where it does not say so."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found = check_json(parse_json((opened.metadata() or {})[_KEY]), _ABOUT, str(file))
+    except (ArtifactError, SafetensorError, *_BAD):
+        return None
+    return str(found["store"])
 
 
 def shard_sizes(rows: int, shard_rows: int) -> list[int]:
@@ -274,20 +338,24 @@ class ShardWriter:
             raise InputError(f"shard_rows must be at least 1, got {shard_rows}")
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            clear_store(self.path)
         self.shard_rows = shard_rows
         self._pending: list[dict[str, Tensor]] = []
         self._waiting = 0
         self._kinds: dict[str, tuple[torch.dtype, torch.Size]] | None = None
-        found = read_manifest(self.path) if resume else None
+        found = read_manifest(self.path)
         if found is None:
+            check_unclaimed(self.path)
             found = Manifest(json.loads(json.dumps(dict(fingerprint))), growing=True)
         check_fingerprint(fingerprint, found.fingerprint, f"the store at {self.path}")
+        stale = unlisted_shards(self.path, found)
         sound = next((n for n in range(len(found.rows)) if damage(self.path, found, n) is not None), len(found.rows))
         if sound < len(found.rows):
+            stale += [self.path / shard_name(number) for number in range(sound, len(found.rows))]
             found = dataclasses.replace(found, rows=found.rows[:sound], growing=True)
-        for leftover in [*self.path.glob(".*.partial"), *self.path.glob("shard-*.safetensors")]:
-            if leftover.name not in {shard_name(number) for number in range(sound)}:
-                leftover.unlink()
+        for file in [*stale, *(file for file, _ in leftovers(self.path, _OWN))]:
+            file.unlink(missing_ok=True)
         self._manifest = found
         self._manifest.write(self.path)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._checks import integer, name_positions, number, one_of
+from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
 from captum_concepts.visualization.canvas import (
@@ -27,7 +28,7 @@ from captum_concepts.visualization.canvas import (
     number as in_words,
     text_width,
 )
-from captum_concepts.visualization.inputs import shown_batches
+from captum_concepts.visualization.inputs import strongest_images
 from captum_concepts.visualization.overlay import as_images, filled, gray, upsample
 from captum_concepts.visualization.panels import check_explanation, class_of, ordered, picture_size, significance
 from captum_concepts.visualization.regions import edges
@@ -324,6 +325,7 @@ def _band(x0: float, y0: float, x1: float, y1: float, thick: float, positive: bo
     return PathPatch(Path(points, codes), facecolor=POSITIVE if positive else NEGATIVE, alpha=0.55, linewidth=0)
 
 
+@unharming
 def most_activating(
     explainer: ConceptExplainer,
     images: Any,
@@ -363,27 +365,13 @@ def most_activating(
     columns = name_positions(concepts, names)
     if len(columns) > _ROWS:
         raise InputError(f"{len(columns)} concepts are too many for one figure; name at most {_ROWS} in concepts=")
-    best: list[list[tuple[float, int, Tensor, Tensor]]] = [[] for _ in columns]
-    seen, unit = 0, ""
-    for batch in shown_batches(explainer, images, integer("batch_size", batch_size), transform):
-        with torch.no_grad():
-            scores = explainer.scores(batch.inputs).detach().float().cpu()[:, columns]
-        for row, column in enumerate(scores.T):
-            known = column.nan_to_num(nan=-torch.inf)
-            for i in known.argsort(descending=True, stable=True)[:k].tolist():
-                if known[i] > -torch.inf:
-                    entry = (float(known[i]), seen + i, batch.inputs[i : i + 1], batch.pictures[i])
-                    best[row].append(entry)
-            best[row] = sorted(best[row], key=lambda entry: (-entry[0], entry[1]))[:k]
-        seen += len(batch.pictures)
-    if not seen:
-        raise InputError("there is no image")
+    best = list(strongest_images(explainer, images, columns, k, transform=transform, batch_size=batch_size).values())
     label = max(text_width(line, NAME, "bold") for c in columns for line in fit(names[c], 1.5, NAME).text.split("\n"))
     width = 2 * _MARGIN + label + 0.12 + k * (cell_size + 0.06)
     head = fit(title, width - 2 * _MARGIN, TITLE, lines=4, weight="bold") if title else Fitted("", TITLE)
-    foot = fit(f"score{unit} above each image; bright: the concept's map is above half of its maximum",
+    foot = fit("score above each image; bright: the concept's map is above half of its maximum",
                width - 2 * _MARGIN, DETAIL, lines=3)  # fmt: skip
-    heights = [max([picture_size(p, cell_size)[1] for *_, p in own] or [0.3]) + 0.22 for own in best]
+    heights = [max([picture_size(one.picture, cell_size)[1] for one in own] or [0.3]) + 0.22 for own in best]
     top = _MARGIN + (head.height + 0.08 if title else 0.0)
     canvas = Canvas(width, top + sum(heights) + 0.1 + foot.height + _MARGIN)
     canvas.text(width / 2, _MARGIN, head, va="top", fontweight="bold")
@@ -391,14 +379,15 @@ def most_activating(
     for column, own, height in zip(columns, best, heights, strict=True):
         words = fit(names[column], 1.5, NAME, weight="bold")
         canvas.text(_MARGIN + label, top + height / 2 + 0.1, words, ha="right", va="center", fontweight="bold")
-        for j, (score, _, inputs, picture) in enumerate(own):
+        for j, one in enumerate(own):
+            picture = one.picture
             wide, high = picture_size(picture, cell_size)
             x = _MARGIN + label + 0.12 + j * (cell_size + 0.06) + (cell_size - wide) / 2
             large = at_print_size(picture, max(wide, high))
-            mask = _strong(explainer.concept_maps(inputs, [column])[0, 0], (large.shape[1], large.shape[2]))
+            mask = _strong(explainer.concept_maps(one.inputs, [column])[0, 0], (large.shape[1], large.shape[2]))
             axes = canvas.picture(x, top + 0.2, wide, high, large * torch.where(mask, 1.0, 0.4), names[column])
             canvas.outline(axes, [(a - 0.5, b - 0.5, c - 0.5, d - 0.5) for a, b, c, d in edges(mask)])
-            canvas.text(x + wide / 2, top + 0.18, Fitted(in_words(score), DETAIL), color=FAINT)
+            canvas.text(x + wide / 2, top + 0.18, Fitted(in_words(one.score), DETAIL), color=FAINT)
         top += height
     return canvas.figure
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts.images import ImageSource, batches, inputs_for, open_images
-from captum_concepts.visualization.overlay import as_image
+from captum_concepts._checks import integer, name_positions
+from captum_concepts.errors import InputError
+from captum_concepts.explanation import ConceptExplainer
+from captum_concepts.images import ImageSource, as_seen, batches, inputs_for, open_images
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Shown:
 
     Args:
         inputs: ``(n, C, H, W)`` for the model.
-        pictures: n images of :func:`as_image`, as they are drawn.
+        pictures: n images ``(3, H, W)`` in [0, 1], as they are drawn.
         names: one per image; None where they have none of their own.
         labels: the true classes, by index or name, or None.
     """
@@ -76,22 +78,65 @@ def shown_batches(
         labels = batch.labels
         if labels is not None and source.class_names is not None:
             labels = [source.class_names[one] if isinstance(one, int) else one for one in labels]
-        pictures = [_seen(image, source) for image in batch.images]
+        pictures = [as_seen(image, source.preprocessing) for image in batch.images]
         yield Shown(inputs, pictures, list(batch.names) if named else None, labels)
 
 
-def _seen(image: Tensor, source: ImageSource) -> Tensor:
-    """An image before the model's normalization, for people to look at: one channel is gray, of more than three the
-    first three are shown; values of an unknown range are stretched to [0, 1]."""
-    image = image.detach().float().cpu()
-    if source.preprocessing is not None and not _in_range(image):
-        image = source.preprocessing.undo(image)
-    if image.shape[0] not in (1, 3):
-        image = image[: 3 if image.shape[0] > 3 else 1]
-    if not _in_range(image) and bool(image.isfinite().all()):
-        image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
-    return as_image(image)
+@dataclass(frozen=True)
+class Strong:
+    """One of the images with the highest score of a concept: number, score, picture ``(3, H, W)`` as drawn, and
+    ``(1, C, H, W)`` as the model takes it."""
+
+    index: int
+    score: float
+    picture: Tensor
+    inputs: Tensor
 
 
-def _in_range(image: Tensor) -> bool:
-    return float(image.min()) > -0.1 and float(image.max()) < 1.1
+def strongest_images(
+    explainer: ConceptExplainer,
+    images: Any,
+    concepts: Any = None,
+    k: int = 5,
+    *,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 32,
+) -> dict[str, list[Strong]]:
+    """The k images with the highest score of each concept, of any method or of a layer's own channels.
+
+    Args:
+        explainer: any of the methods, or :class:`~captum_concepts.attr.layer_channels.LayerChannels`.
+        images: whatever :func:`~captum_concepts.images.inputs_for` takes; read once, in batches. Memory does not grow
+            with their number.
+        concepts: names or indices; None: all.
+        k: images per concept.
+        transform: makes the model's inputs from a batch of images in [0, 1].
+        batch_size: images per forward pass.
+
+    Returns:
+        ``{concept: [Strong(index, score, picture, inputs), ...]}``, strongest first; the earlier image first among
+        equals. Images whose score is NaN are left out.
+
+    Raises:
+        InputError: no image, or an unknown concept.
+    """
+    if not isinstance(explainer, ConceptExplainer):
+        raise InputError(f"strongest_images needs an explainer, got {type(explainer).__name__}")
+    integer("k", k)
+    names = list(explainer.concepts)
+    columns = name_positions(concepts, names)
+    best: list[list[Strong]] = [[] for _ in columns]
+    seen = 0
+    for batch in shown_batches(explainer, images, integer("batch_size", batch_size), transform):
+        with torch.no_grad():
+            scores = explainer.scores(batch.inputs).detach().float().cpu()[:, columns]
+        for row, column in enumerate(scores.T):
+            known = column.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            for i in known.argsort(descending=True, stable=True)[:k].tolist():
+                if known[i] > -torch.inf:
+                    best[row].append(Strong(seen + i, float(known[i]), batch.pictures[i], batch.inputs[i : i + 1]))
+            best[row] = sorted(best[row], key=lambda one: (-one.score, one.index))[:k]
+        seen += len(batch.pictures)
+    if not seen:
+        raise InputError("there is no image")
+    return {names[column]: own for column, own in zip(columns, best, strict=True)}

@@ -48,7 +48,8 @@ def show(
 ) -> Shown:
     """An explanation with its images, for the output of a notebook's cell.
 
-    Without images, a ConceptExplanation shows its maps and bars itself, once this package's pictures are imported.
+    An explanation shows itself without this, with small pictures of its first images where it was made of tensors or
+    files.
 
     Args:
         explanation, images, rank_by, significant, class_names: as for :func:`panel`.
@@ -68,7 +69,7 @@ def show(
 
 def _html(
     explanation: ConceptExplanation,
-    pictures: Sequence[Tensor] | None,
+    pictures: Sequence[Tensor | None] | None,
     significant: Any = None,
     *,
     top_k: int = 5,
@@ -83,6 +84,8 @@ def _html(
     for i in range(min(n, _MOST)):
         one, states = ordered(explanation, i, flags[i], rank_by, top_k)
         picture = None if pictures is None else pictures[i]
+        if picture is not None and not picture.is_floating_point():
+            picture = picture.float() / 255
         target, sure = class_of(one, class_names), one.target_probability
         images.append(
             {

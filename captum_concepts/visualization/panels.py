@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import open_atomically
+from captum_concepts._artifacts import replacing
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, SEEN, ConceptExplanation
@@ -345,7 +345,8 @@ def picture_size(picture: Tensor, cell: float) -> tuple[float, float]:
 
 
 def _share_scales(rows: Sequence[Row], shared: str, signed: bool | str, cmap: Any) -> None:
-    """One color scheme for the figure, a scale for each concept of each row, and one axis of contributions."""
+    """One color scheme for the figure, a scale for each concept of each row; the axis of contributions is each row's
+    own as well, unless the whole panel shares one scale."""
     if shared == "panel":
         groups = [[m for row in rows for m in row.maps]]
     else:
@@ -357,10 +358,9 @@ def _share_scales(rows: Sequence[Row], shared: str, signed: bool | str, cmap: An
         row.scales = [one] * len(row.states)
         if shared == "map":
             row.scales = [ColorScale.of(m, signed, cmap=cmap) for m in row.shown.maps[0]]
-    values = [abs(v) for row in rows for v in row.contributions if abs(v) < float("inf")]
-    bound = round_up(max(values, default=0.0))
-    for row in rows:
-        row.bound = bound
+    largest = [max((abs(v) for v in row.contributions if abs(v) < float("inf")), default=0.0) for row in rows]
+    for row, own in zip(rows, largest, strict=True):
+        row.bound = round_up(max(largest) if shared == "panel" else own)
 
 
 def _note(explanation: ConceptExplanation, rows: Sequence[Row], shared: str, map_label: str, hidden: int) -> str:
@@ -553,6 +553,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 200) 
     number("dpi", dpi, lambda pixels: pixels > 0, "positive")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    with rc_context(_SETTINGS), open_atomically(path) as file:
+    with replacing(path) as file, rc_context(_SETTINGS):
         figure.savefig(file, format=suffix[1:], dpi=dpi, facecolor="white", metadata=_METADATA[suffix])
     return path

@@ -15,12 +15,15 @@ from captum_concepts.visualization.scale import ColorScale
 
 #: Longest sides in pixels.
 INPUT_SIDE, MAP_SIDE = 640, 64
-#: Most bytes of an input. A map has at most 64 x 64 bytes of pixels, a palette of 768 and a frame of about 400. With
+#: Pixels of a map per grid cell, from 32 pixels on: the page smooths them where it enlarges the map.
+_PER_CELL, _LEAST_SIDE = 4, 32
+#: Most bytes of an input. A map has at most 64 x 64 bytes of pixels, a palette of 384 and a frame of about 250. With
 #: base64, 20 images of 8 concepts then stay below 3 MB, whatever they show.
 INPUT_BYTES = 72_000
 #: Up to this many pixels an image is kept without loss, and shown in its own pixels.
 _LOSSLESS = 128 * 128
-_TRANSPARENT = 255
+#: Colors of a map, and the index after them for cells without a value.
+_COLORS = 127
 _PLACES = (("upper left", "top", "upper right"), ("left", "center", "right"), ("lower left", "bottom", "lower right"))
 
 
@@ -73,12 +76,12 @@ def map_picture(heatmap: Tensor, scale: ColorScale, alpha: float, mode: str) -> 
     from PIL import Image
 
     height, width = heatmap.shape
-    factor = MAP_SIDE / max(height, width)
+    factor = min(max(_PER_CELL * max(height, width), _LEAST_SIDE), MAP_SIDE) / max(height, width)
     size = (max(round(height * factor), 1), max(round(width * factor), 1))
-    index = (scale.fraction(upsample(filled(heatmap), size, mode=mode)) * (_TRANSPARENT - 1)).round().byte()
+    index = (scale.fraction(upsample(filled(heatmap), size, mode=mode)) * (_COLORS - 1)).round().byte()
     known = heatmap.isfinite()
     if not known.all():
-        index[upsample(known.float(), size, mode="nearest") < 0.5] = _TRANSPARENT
+        index[upsample(known.float(), size, mode="nearest") < 0.5] = _COLORS
     image = Image.fromarray(index.numpy())
     colors, opacity = palette(scale, alpha)
     image.putpalette([*colors, 0, 0, 0], "RGB")
@@ -87,7 +90,7 @@ def map_picture(heatmap: Tensor, scale: ColorScale, alpha: float, mode: str) -> 
     return Picture(_uri(file, "png"), size[1], size[0], pixelated=mode == "nearest")
 
 
-def palette(scale: ColorScale, alpha: float, steps: int = _TRANSPARENT) -> tuple[list[int], list[int]]:
+def palette(scale: ColorScale, alpha: float, steps: int = _COLORS) -> tuple[list[int], list[int]]:
     """``steps`` colors (R, G, B, R, ...) from the low to the high end of a scale, and their opacities, in 0 to 255."""
     values = torch.linspace(scale.low, scale.high, steps)
     colors = (scale.colors(values).T * 255).round().int().flatten().tolist()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_concepts._checks import one_of
+from captum_concepts.activations import hooked
 from captum_concepts.errors import InputError, listing
 from captum_concepts.vlm.region_prompt import RegionPrompt, check_grid
 
@@ -211,17 +212,15 @@ class LastBlock:
     def run(self, function: Callable[[Tensor], Any], pixels: Tensor) -> Tensor:
         """The tokens ``(N, L, C)`` that the block gets when ``function(pixels)`` runs; the block itself is not run."""
 
-        def keep(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        def keep(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], _output: None) -> None:
             self.tokens = args[0] if args else keywords["hidden_states"]
             raise _Reached
 
-        handle = self.block.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            function(pixels)
+            with hooked([self.block], keep, at_input=True):
+                function(pixels)
         except _Reached:
             pass
-        finally:
-            handle.remove()
         if self.tokens is None:
             raise InputError(f"the last block {type(self.block).__name__} did not run; use RegionPrompt instead")
         return self.tokens

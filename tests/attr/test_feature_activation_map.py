@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_concepts import FeatureActivationMap
+from captum_concepts import FeatureActivationMap, published
 from captum_concepts.errors import ArtifactError, InputError, InputWarning, LayerError, NotFittedError, TargetError
 
 
@@ -133,6 +134,20 @@ def test_equals_the_papers_formula(pool, head, similarity, normalize, weights):
     for n in range(N):
         expected = paper_map(net, images[n], references[target[n]], name, normalize, weights)
         torch.testing.assert_close(result[n, 0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_published_settings_are_equations_one_to_five_of_the_paper():
+    """Written out in numpy for a network that ends in global average pooling."""
+    net, images, references = make("gap", "identity")
+    fam = FeatureActivationMap(net, net[0], references, **published.FEATURE_ACTIVATION_MAP)
+    result, maps = fam.attribute(images, target=1)[:, 0].numpy(), net[0](images).detach().numpy()
+    r = references[1].numpy()
+    for n in range(N):
+        z = np.array([a.sum() / a.size for a in maps[n]])
+        share = np.array([z[k] * r[k] / (math.sqrt((z**2).sum()) * math.sqrt((r**2).sum())) for k in range(CHANNELS)])
+        weight = (share - share.min()) / (share.max() - share.min())
+        expected = sum(weight[k] * maps[n, k] for k in range(CHANNELS))
+        assert result[n] == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("head", ["identity", "linear"])

@@ -32,7 +32,7 @@ def test_every_kind_comes_back(tmp_path):
 
 
 def test_what_is_no_explainer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*should be a saved explainer"):
         captum_concepts.load(tmp_path / "nothing", network())
     save_file({"x": torch.zeros(1)}, str(tmp_path / "plain.safetensors"))
     with pytest.raises(ArtifactError, match="does not say what it is"):

@@ -9,20 +9,28 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from captum_concepts import ConceptExplanation, audit_dataset, compare_audits
+from captum_concepts import (
+    SALFCBM,
+    ConceptExplanation,
+    SpatialACV,
+    audit_dataset,
+    compare_audits,
+    discover_concepts,
+)
 from captum_concepts._checks import name_positions
 from captum_concepts.audit import ConceptAudit
+from captum_concepts.audit.rows import look
 from captum_concepts.audit.statistics import (
     binomial_p,
     holm,
+    partial_effect,
     permutation_p,
     split_scores,
     stratified_difference,
 )
-from captum_concepts.errors import ArtifactError, InputError, TargetError
+from captum_concepts.errors import ArtifactError, InputError, InputWarning, TargetError
 from captum_concepts.explanation import Selection
 
 CONCEPTS = ["shape a", "shape b", "grass", "sand", "noise"]
@@ -132,6 +140,93 @@ class TestSuspects:
         assert {(s.class_name, s.concept) for s in weak.suspects()} == {("a", "grass"), ("b", "sand")}
         assert not audited(0.3, n=2000, min_effect=0.5).suspects()
 
+    def test_a_concept_that_only_comes_with_the_shortcut_is_none(self):
+        class Confused(Truth):
+            """Also reads "lawn" and "mud", which follow the ground with mistakes of their own."""
+
+            def __init__(self, model: Net) -> None:
+                super().__init__(model)
+                self.concepts = [*CONCEPTS, "lawn", "mud"]
+
+            def scores(self, inputs: Tensor) -> Tensor:
+                known = super().scores(inputs)
+                wrong = (inputs[:, 2, 0, 0] * 1e4 % 1 < 0.2).float()[:, None]
+                ground = known[:, 2:4]
+                return torch.cat([known, ground * (1 - wrong) + (1 - ground) * wrong], 1)
+
+            presence = scores
+            contributions = None  # type: ignore[assignment]
+
+        images, labels = scenes(400, 0)
+        audit = audit_dataset(Confused(Net(2.5)), images, labels=labels, class_names=["a", "b"], n_bootstrap=0)
+        assert {(s.class_name, s.concept) for s in audit.suspects()} == {("a", "grass"), ("b", "sand")}
+
+    def test_what_belongs_to_a_class(self):
+        images, labels = scenes(300, 0)
+        truth = Truth(Net(2.5))
+        for names, belongs, left in [
+            (["grass thing", "b"], None, {("b", "sand")}),
+            (["grassy thing", "b"], None, {("grassy thing", "grass"), ("b", "sand")}),
+            (["a", "b"], {"b": ["sand"]}, {("a", "grass")}),
+            (["grass", "b"], {}, {("grass", "grass"), ("b", "sand")}),
+        ]:
+            audit = audit_dataset(truth, images, labels=labels, class_names=names, belongs=belongs, n_bootstrap=0)
+            assert {(s.class_name, s.concept) for s in audit.suspects()} == left
+        for wrong, message in (({"c": ["sand"]}, "not among the classes"), ({"a": ["sandy"]}, "sandy")):
+            with pytest.raises(InputError, match=message):
+                audit_dataset(truth, images, labels=labels, class_names=["a", "b"], belongs=wrong)
+
+    @pytest.mark.parametrize("how", ["never", "raises", "none", "below"])
+    def test_presence_that_does_not_say(self, how):
+        """Not there, not calibrated, or a softmax over words of which several are there: never above one half."""
+
+        class Unsure(Truth):
+            def presence(self, inputs: Tensor) -> Tensor | None:
+                if how == "raises":
+                    raise InputError("the model is not calibrated; call calibrate(images, labels)")
+                return None if how == "none" else self.scores(inputs) / 4
+
+        explainer = Unsure(Net(2.5)) if how != "never" else Truth(Net(2.5), presence=False)
+        images, labels = scenes(300, 0)
+        audit = audit_dataset(explainer, images, labels=labels, class_names=["a", "b"], n_bootstrap=0)
+        assert {(s.class_name, s.concept) for s in audit.suspects()} == {("a", "grass"), ("b", "sand")}
+        assert audit.settings["presence"] == "scores split in two groups"
+
+    def test_a_concept_that_is_not_told_apart_is_not_tested(self, tmp_path):
+        class Vague(Truth):
+            """Between grass and sand there is everything."""
+
+            presence = None  # type: ignore[assignment]
+
+            def scores(self, inputs: Tensor) -> Tensor:
+                known = super().scores(inputs)
+                g = torch.Generator().manual_seed(0)
+                known[:, 3] = 0.3 * known[:, 3] + torch.randn(len(known), generator=g)
+                known[:, 4] = torch.randn(len(known), generator=g)
+                return known
+
+        images, labels = scenes(300, 0)
+        options = {"labels": labels, "class_names": ["a", "b"], "n_bootstrap": 0, "batch_size": 300}
+        audit = audit_dataset(Vague(Net(2.5)), images, **options)
+        assert audit.not_told_apart == ["sand", "noise"]
+        assert audit.rows.presence[:, 3:].isnan().all()
+        assert {(s.class_name, s.concept) for s in audit.suspects()} == {("a", "grass")}
+        assert not {row["concept"] for row in audit.errors} & {"sand", "noise"}
+        assert "not tested" in repr(audit)
+        assert "'sand', 'noise'" in repr(audit)
+        again = ConceptAudit.load(audit.save(tmp_path / "audit.safetensors"))
+        assert again.not_told_apart == audit.not_told_apart
+        html = again.report(tmp_path / "audit.html").read_text()
+        assert "does not tell which images show them: <bdi>sand</bdi>, <bdi>noise</bdi>." in html
+        assert "not told apart" in html
+
+        class Blind(Vague):
+            def scores(self, inputs: Tensor) -> Tensor:
+                return torch.randn(len(inputs), 5, generator=torch.Generator().manual_seed(0))
+
+        with pytest.warns(InputWarning, match="no concept could be tested"):
+            assert not audit_dataset(Blind(Net(2.5)), images, **options).suspects()
+
     def test_without_labels(self):
         images, _ = scenes(40, 0)
         audit = audit_dataset(Truth(Net(1.0)), images, n_bootstrap=10)
@@ -220,14 +315,44 @@ class TestNumbers:
             assert rate <= level + 4 * math.sqrt(level * (1 - level) / 400)
         assert 0.4 < np.mean(p) < 0.6
 
+    def test_permutation_p_of_what_is_clear_is_drawn_by_nobody(self):
+        """Where the bound is below the least p, drawing says the same."""
+        seen = np.arange(200) % 2 == 0
+        values = np.random.default_rng(0).random(200) + 2 * seen
+        strata = np.zeros(200, dtype=int)
+
+        class Unused:
+            def random(self, size):
+                raise AssertionError(size)
+
+        assert permutation_p(values, seen, strata, Unused(), 5000) == 1 / 5001
+        draws = np.random.default_rng(1)
+        observed = stratified_difference(values, seen, strata)
+        assert all(stratified_difference(values, draws.permutation(seen), strata) < observed for _ in range(500))
+
+    def test_partial_effects_are_those_of_least_squares(self):
+        rng = np.random.default_rng(0)
+        other = rng.random((90, 2)) < 0.5
+        seen = np.where(rng.random(90) < 0.7, other[:, 0], rng.random(90) < 0.5)
+        values = 0.2 * seen + 0.5 * other[:, 0] + 0.1 * rng.random(90)
+        design = np.column_stack([np.ones(90), seen, other]).astype(float)
+        expected = np.linalg.lstsq(design, values, rcond=None)[0][1]
+        effect, p = partial_effect(values, seen, other, np.zeros(90, dtype=int))
+        assert effect == pytest.approx(expected)
+        assert p < 1e-6
+        assert partial_effect(0.5 * other[:, 0], seen, other, np.zeros(90, dtype=int))[0] == pytest.approx(0)
+        assert partial_effect(values, other[:, 1], ~other[:, 1:], np.zeros(90, dtype=int)) is None
+
     def test_holm_binomial_and_split(self):
         assert holm([]) == []
         assert holm([0.2, 0.01]) == [0.2, 0.02]
         assert binomial_p(0, 5, 0.3) == pytest.approx(1)
         assert binomial_p(2, 3, 0.5) == pytest.approx(0.5)
         assert (binomial_p(1, 3, 0.0), binomial_p(0, 3, 0.0), binomial_p(3, 3, 1.0)) == (0, 1, 1)
-        assert split_scores(np.array([3.0, 3.0])).tolist() == [0, 0]
-        assert split_scores(np.array([0.0, 0.1, 0.05, 5.0, 5.2])).tolist() == [0, 0, 0, 1, 1]
+        assert split_scores(np.array([3.0, 3.0]))[0].tolist() == [0, 0]
+        above, separation = split_scores(np.array([0.0, 0.1, 0.05, 5.0, 5.2]))
+        assert above.tolist() == [0, 0, 0, 1, 1]
+        assert 0.99 < separation < 1
 
 
 class TestRuns:
@@ -248,9 +373,39 @@ class TestRuns:
             audit_dataset(Killed(Net(2.5)), images, **options)
         assert [path.name for path in (tmp_path / "parts").iterdir()] == ["part-000000.safetensors"]
         saved = audit_dataset(Truth(Net(2.5)), images, **options).save(tmp_path / "resumed.safetensors")
-        with safe_open(whole, "pt") as a, safe_open(saved, "pt") as b:
-            for name in a.keys():  # noqa: SIM118
-                assert torch.equal(a.get_tensor(name).nan_to_num(7), b.get_tensor(name).nan_to_num(7))
+        assert saved.read_bytes() == whole.read_bytes()
+
+    def test_two_processes_say_what_one_says(self, tmp_path):
+        whole = audited(2.5, n=600, store_path=tmp_path / "whole").save(tmp_path / "whole.safetensors")
+        torch.multiprocessing.spawn(_audited_by_two, args=(str(tmp_path),), nprocs=2)
+        for rank in range(2):
+            assert (tmp_path / f"rank{rank}.safetensors").read_bytes() == whole.read_bytes()
+
+    def test_asked_once_for_everything(self):
+        """Methods that explain all concepts at once: one pass, and the numbers of separate calls."""
+        g = torch.Generator().manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.Tanh(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(6, 2),
+        )  # fmt: skip
+        images = torch.rand(12, 3, 8, 8, generator=g)
+        acv = SpatialACV(net, "2").fit({"dark": images * 0.3, "light": 1 - images * 0.3, "red": images * 0.5})
+        salf = SALFCBM(net, "2", ["dark", "light", "red"], num_classes=2).eval()
+        passes = []
+        net.register_forward_hook(lambda *_: passes.append(1))
+        for explainer in (acv, salf, discover_concepts(net, "1", images, n_concepts=3)):
+            first = look(explainer, images[:2], 1)
+            passes.clear()
+            rows = look(explainer, images, 1)
+            assert len(passes) <= 1, explainer
+            assert torch.equal(rows.digests[:2], first.digests)
+            model = explainer if explainer is salf else net
+            torch.testing.assert_close(rows.probabilities, model(images).softmax(1).detach())
+            torch.testing.assert_close(rows.scores, explainer.scores(images).detach().float())
+            assert (~rows.contributions.isnan()).sum(1).tolist() == [1] * 12
+            chosen = explainer.explain(images, target=rows.probabilities.argmax(1).tolist(), top_k=1)
+            columns = [list(explainer.concepts).index(name) for name in chosen.concepts]
+            torch.testing.assert_close(rows.contributions[:, columns], chosen.contributions.float(), equal_nan=True)
 
     def test_another_audit_is_refused(self, tmp_path):
         audited(2.5, n=20, store_path=tmp_path)
@@ -271,6 +426,7 @@ class TestRuns:
         assert again.suspects() == audit.suspects()
         assert json.dumps(again.drivers) == json.dumps(audit.drivers)
         assert again.errors == audit.errors
+        assert torch.equal(again.maps, audit.maps)
         assert torch.equal(again.labels, audit.labels)
         path.write_bytes(path.read_bytes()[:300])
         with pytest.raises(ArtifactError):
@@ -292,6 +448,11 @@ class TestRuns:
         audit = audited(2.5, class_names=["<b>a", "b"])
         path = audit.report(tmp_path / "audit.html", images.clamp(0, 1), title="<script>")
         html = path.read_text()
+        assert audit.maps.shape == (2, 12, 2, 2)
+        suspect = audit.suspects()[1]
+        here = Truth(Net(2.5)).concept_maps(images[list(suspect.counterexamples)], [suspect.concept])
+        torch.testing.assert_close(audit.maps[1, 6 : 6 + len(here)], here[:, 0])
+        assert "and where it is" in html
         assert "<script" not in html
         assert "<b>a" not in html
         assert html.count("confirmed by ablation") == 2
@@ -311,7 +472,7 @@ class TestComparison:
         assert value == pytest.approx(change.accuracy[1] - change.accuracy[0])
         assert low <= value <= high
         assert {row["concept"] for row in change.changes if row["p"] < 0.05} >= {"grass", "sand"}
-        assert all(row["before"] == row["after"] for row in change.presence)
+        assert all(row["before"] == row["after"] or math.isnan(row["before"]) for row in change.presence)
         assert "suspects lost: 2" in repr(change)
         same = compare_audits(before, before)
         assert same.gained == same.lost == []
@@ -330,6 +491,14 @@ class TestComparison:
             compare_audits(one, audited(2.5, n=40, seed=1))
         with pytest.raises(InputError, match="different class_names"):
             compare_audits(one, audited(2.5, n=40, class_names=["a", "c"]))
+
+
+def _audited_by_two(rank: int, folder: str) -> None:
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    audited(2.5, n=600, store_path=f"{folder}/parts").save(f"{folder}/rank{rank}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 IMAGES, LABELS = scenes(8, 0)

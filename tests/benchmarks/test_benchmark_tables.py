@@ -177,6 +177,7 @@ class TestTable:
             "nra": metrics.nra(maps, masks),
             "nra_exact": metrics.nra(maps, masks, baseline="exact"),
             "iou": metrics.iou(maps, masks, threshold="minmax:0.5"),
+            "box_iou": metrics.box_iou(maps, masks),
             "epg": metrics.epg(maps, masks),
             "hit_rate": (metrics.nra(maps, masks) > 0.5).float(),
         }

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks.data.published import COMMAND, PROTOCOLS, PUBLISHED, SETTINGS
+from benchmarks.data.published import COMMAND, PROTOCOLS, PUBLISHED
 from benchmarks.report import sections
 from benchmarks.run.papers import maps as paper_maps, tables as paper_tables
 from benchmarks.run.papers.inputs import classifier, words_of
-from captum_concepts import demo
+from captum_concepts import demo, published
 from captum_concepts.datasets import CaptionedScenes
 
 SIZE = 64
@@ -113,7 +113,11 @@ def test_broden(tmp_path: Path, scenes, train: Path, results: Path):
     rows = table_of(record)
     assert [m for m in rows if m.endswith("(published)")] == [r["method"] for r in PUBLISHED["ce-fam-broden"]]
     ours = {m: r for m, r in rows.items() if not m.endswith("(published)")}
-    assert set(ours) >= {"CE-FAM", 'CE-FAM, layer="fused"', "CLIP-Dissect", "WWW", *BLIND}
+    assert set(ours) >= {"CE-FAM", "CE-FAM, best layer", 'CE-FAM, map_layer="fused"', "CLIP-Dissect", "WWW", *BLIND}
+    assert [rows[name]["protocol"] for name in ("CE-FAM (published)", "CE-FAM", "CE-FAM, best layer")] == [
+        "top-4, uses the mask", "top-1", "top-4, uses the mask",
+    ]  # fmt: skip
+    assert ours["CE-FAM, best layer"]["nra"][0] >= ours["CE-FAM"]["nra"][0]
     count = sum(
         int(scenes[i].masks[scenes.concepts.index(word), ::2, ::2].any()) for i in range(16) for word in CATEGORY
     )
@@ -122,7 +126,7 @@ def test_broden(tmp_path: Path, scenes, train: Path, results: Path):
         for column in ("epg", "nra", "hit_rate"):
             mean, low, high = row[column]
             assert 0 <= low <= mean <= high <= 1
-            parts = [row[f"{column}, {kind}"][0] for kind in set(CATEGORY.values())]
+            parts = [row[f"{column}, {kind}"][0] for kind in ("color", "object")]  # not scene, not texture
             assert row[f"{column}, mean of categories"][0] == pytest.approx(np.mean(parts))
     for blind in BLIND - {"random"}:
         assert ours[blind]["specificity"][0] == pytest.approx(0, abs=1e-6)
@@ -165,7 +169,9 @@ def test_imagenet_s(tmp_path: Path, scenes, train: Path, results: Path, monkeypa
     assert record == written(results, "ce_fam_imagenet_s")
     rows = table_of(record)
     assert rows["CE-FAM"]["regions"] == rows["random"]["regions"] == 6
-    assert rows["CE-FAM (published)"] == {"method": "CE-FAM (published)", "epg": 0.138, "nra": 0.273, "hit_rate": 0.193}
+    printed = {"method": "CE-FAM (published)", "protocol": "last layer", "epg": 0.138, "nra": 0.273, "hit_rate": 0.193}
+    assert rows["CE-FAM (published)"] == printed
+    assert rows["CE-FAM"]["protocol"] == "last layer"
     check_page(record, *rows)
 
 
@@ -192,7 +198,8 @@ def test_accuracy_then_segmentation(tmp_path: Path, scenes, results: Path):
         right = demo.load("classifier")(torch.stack([scenes[i].image for i in range(28, 40)])).argmax(1)
     own = float((right == torch.tensor(labels[28:])).float().mean())
     assert rows["backbone, its own head"]["CUB-200"][0] == pytest.approx(own, abs=1 / 12)  # files round to 8 bits
-    for name in ("SALF-CBM, sparse", "SALF-CBM, dense", "LF-CBM", "backbone's features, sparse"):
+    effective = [f"{name}, NEC=5" for name in ("SALF-CBM", "P-CBM", "LF-CBM")]
+    for name in ("SALF-CBM, sparse", "SALF-CBM, dense", "P-CBM", "LF-CBM", "backbone, sparse", *effective):
         assert 0 <= rows[name]["CUB-200"][0] <= 1
         assert rows[name].get("concepts", 6) == 6
     assert rows["backbone's features, dense"]["CUB-200"][0] > rows["the most frequent class, always"]["CUB-200"][0]
@@ -275,6 +282,31 @@ class TestProtocols:
         for layer in args.layers if "vit" in args.model else []:
             assert re.fullmatch(r"net\.blocks\.\d+", layer)
 
+    def test_every_row_has_the_papers_number_the_protocol_and_ours(self):
+        rows = [
+            {"method": "SALF-CBM, sparse", "head": "sparse", "concepts": 9, "CUB-200": [0.5, 0.4, 0.6]},
+            {"method": "SALF-CBM, NEC=5", "head": "NEC=5", "concepts": 9, "CUB-200": [0.25, 0.2, 0.3]},
+        ]
+        lines = paper_tables.compared("salf-accuracy", rows)
+        assert lines[:2] == ["salf-accuracy: SALF-CBM, accuracy", "method | protocol | column | paper | ours"]
+        assert "SALF-CBM, sparse | sparse | CUB-200 | 0.7435 | 0.5000" in lines
+        assert "SALF-CBM, sparse | sparse | Places365 | 0.4673 | -" in lines
+        assert "P-CBM | sparse | CUB-200 | 0.5960 | -" in lines
+        assert lines[-1] == "SALF-CBM, NEC=5 | NEC=5 | CUB-200 | - | 0.2500"
+
+    def test_a_bank_of_vectors_follows_what_the_image_text_model_says(self):
+        """P-CBM's vectors, from examples that the similarities choose."""
+        from benchmarks.peers.salf_cbm import fit_p_cbm
+
+        generator = torch.Generator().manual_seed(0)
+        pooled = torch.randn(400, 8, generator=generator)
+        similarity = pooled[:, :3] + 0.1 * torch.randn(400, 3, generator=generator)
+        bank = fit_p_cbm(pooled, similarity, ["a", "b", "c"])
+        assert bank.weight.norm(dim=1).tolist() == pytest.approx([1] * 3, abs=1e-5)
+        assert bank.weight[:, :3].diagonal().min() > 0.8
+        assert bank.activations(pooled).mean(0).abs().max() < 1e-5
+        assert bank.similarity.min() > 0.8
+
     def test_words(self):
         names = ["swimming_pool-s", "red-c", "crane (134)", "wall", "bird (crane)"]
         assert words_of(names) == ["swimming pool", "red", "crane", "wall", "bird (crane)"]
@@ -298,7 +330,7 @@ class TestProtocols:
                 values = [v for v in row.values() if not isinstance(v, str) and v is not None]
                 assert values
                 assert all(0 < v < 1 for v in values)
-        assert set(SETTINGS) <= set(PUBLISHED["salf-accuracy"][0])
+        assert set(published.SALF_CBM_DATA) <= set(PUBLISHED["salf-accuracy"][0])
 
     def test_what_is_missing_is_said(self, tmp_path: Path, capsys):
         assert paper_tables.main(["--list"]) == {}

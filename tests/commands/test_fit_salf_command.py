@@ -160,7 +160,7 @@ def test_unreadable_images(config, capsys):
         ({"prompt": {"size": 3}}, "RegionPrompt has no setting .size."),
         ({"prompt": "circle"}, "must be an object"),
         ({"filter": {"cutoff": 1}}, "filter"),
-        ({"feature_dtype": "bfloat16"}, "'float16' or 'float32'"),
+        ({"feature_dtype": "bfloat16"}, "'float16', 'float32'"),
         ({"layr": "1"}, r"unknown entry 'layr'. Did you mean 'layer'"),
         ({"layer": "9"}, "no layer '9'"),
         ({"output": "own.py"}, "is a file"),

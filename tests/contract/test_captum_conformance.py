@@ -12,6 +12,8 @@ from captum.metrics import infidelity, sensitivity_max
 from methods import METHODS, Method
 from torch import Tensor, nn
 
+from captum_concepts.errors import InputError
+
 try:
     from captum.testing.attr.helpers.test_config import config
     from captum.testing.helpers.basic_models import BasicModel_ConvNet
@@ -206,3 +208,18 @@ def test_attribute_is_wrapped_once_and_named(method, model):
     assert isinstance(explainer, LayerAttribution)
     assert callable(type(explainer).attribute.__wrapped__)
     assert explainer.get_name()
+
+
+def test_keywords_of_captums_layer_grad_cam(method, model, images):
+    explainer = method.build(model, model.conv2, images)
+    maps = explainer.attribute(images, target=1)
+    positive = explainer.attribute(images, target=1, relu_attributions=True, attr_dim_summation=True)
+    assert torch.equal(positive, maps.relu())
+    with pytest.raises(InputError, match="one value per position"):
+        explainer.attribute(images, target=1, attr_dim_summation=False)
+
+
+@pytest.mark.parametrize("keyword", ["baselines", "n_steps", "return_convergence_delta", "internal_batch_size"])
+def test_keywords_of_other_attributions_are_answered(method, model, images, keyword):
+    with pytest.raises(InputError, match=f"takes no {keyword}"):
+        method.build(model, model.conv2, images).attribute(images, target=1, **{keyword: 1})

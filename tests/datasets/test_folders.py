@@ -800,7 +800,7 @@ class TestCOCOPanoptic:
             COCOPanoptic(panoptic)[0]
         del index["annotations"][0]["segments_info"]
         json_path.write_text(json.dumps(index))
-        with pytest.raises(InputError, match="not COCO's panoptic format"):
+        with pytest.raises(InputError, match="in COCO's panoptic format"):
             COCOPanoptic(panoptic)
         json_path.write_text("[")
         with pytest.raises(InputError, match="not valid JSON"):

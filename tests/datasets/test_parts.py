@@ -158,10 +158,10 @@ class TestCOCOParts:
 
     @pytest.mark.parametrize(
         ("change", "message"),
-        [({"categories": []}, "not COCO's instance format"), ({"images": 3}, "not COCO's instance format"),
+        [({"categories": []}, "category that it does not list"), ({"images": 3}, "in COCO's instance format"),
          ({"annotations": [instance(1, 1, {"size": [4, 4], "counts": [16]})]}, "cannot be read"),
          ({"annotations": [instance(1, 1, {"size": [40, 50], "counts": [3]})]}, "run lengths of 3 pixels"),
-         ({"annotations": [instance(1, 1, [["x", 2]])]}, "cannot be read")],
+         ({"annotations": [instance(1, 1, [["x", 2]])]}, "'x'; it must be a finite number")],
     )  # fmt: skip
     def test_broken(self, parts: Path, change: dict, message: str):
         file = parts / "json" / "n01443537.json"

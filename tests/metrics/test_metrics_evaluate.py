@@ -91,7 +91,7 @@ def test_every_named_metric_and_functions_of_ones_own():
     def probabilities(x: torch.Tensor) -> torch.Tensor:
         return net(x).softmax(1)
 
-    words = ("top1_present", "concept_auroc", "presence_brier")
+    words = ("top1_present", "concept_auroc", "presence_brier", "concept_existence")
     names = [name for name in metrics.METRICS if name not in ("concept_specificity", *words)]
     table = metrics.evaluate(
         LayerGradCam(net, net.conv),
@@ -215,7 +215,7 @@ def test_csv_json_and_markdown(tmp_path):
         no_interval.compare("nra", "<lambda>", "<lambda>")
     with pytest.raises(InputError, match="Did you mean"):
         table.row("a", "nar")
-    with pytest.raises(InputError, match="not the JSON"):
+    with pytest.raises(InputError, match="the JSON of an evaluation table"):
         metrics.EvaluationTable.from_json("{}")
 
 
@@ -348,10 +348,91 @@ class TestConceptExplainers:
         assert (top1["value"], top1["counted"], top1["skipped"]) == (1, 11, 1)
         assert (auroc["value"], auroc["counted"]) == (1, 1)  # the first image alone shows one of the two
         assert brier["value"] == pytest.approx((11 * 0.01 + 0.81) / 12, abs=1e-6)
+        colors = Colors()
+        with pytest.raises(InputError, match="no contributions"):
+            metrics.evaluate(colors, [(images, masks)], ["concept_existence"], concepts=self.names)
+        colors.contributions = lambda x, target=None, concepts=None: torch.tensor([[1.0, 2.0]]).expand(len(x), -1)
+        table = metrics.evaluate(
+            colors, [(images, masks)], {"one": metrics.ConceptExistence(k=1), "all": "concept_existence"},
+            concepts=self.names, n_bootstrap=0,
+        )  # fmt: skip
+        assert [row["value"] for row in table.rows] == [pytest.approx(11 / 12), pytest.approx((10 + 0.5) / 12)]
         with pytest.raises(InputError, match="no presence to judge"):
             metrics.evaluate(Colors(presence=False), [(images, masks)], ["presence_brier"], concepts=self.names)
         with pytest.raises(InputError, match="need ConceptExplainers"):
             metrics.evaluate(lambda x: x, [(images, masks)], ["top1_present"], concepts=self.names)
+
+    def test_baselines_beside_words_say_none(self):
+        """One table with "where" and "is the word right" columns, and rows that only know where."""
+        images, masks = colored()
+        table = metrics.evaluate(
+            {"colors": Colors(), "centre": metrics.CenterGaussian()}, [(images, masks)], ["nra", "top1_present"],
+            concepts=self.names, n_bootstrap=20,
+        )  # fmt: skip
+        assert table.row("colors", "top1_present")["value"] == 1
+        row = table.row("centre", "top1_present")
+        assert math.isnan(row["value"])
+        assert (row["counted"], row["skipped"]) == (0, 0)
+        assert table.row("centre", "nra")["counted"] == 24
+        assert "undefined |" in table.to_markdown()
+
+
+def write_masks(root, images, masks):
+    """A tree of :class:`MaskFolder`."""
+    from PIL import Image
+
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(root / "images" / f"{i}.png")
+        ids = (mask * torch.arange(1, 4)[:, None, None]).amax(0).byte().numpy()
+        Image.fromarray(ids).save(root / "masks" / f"{i}.png")
+    (root / "classes.json").write_text('{"1": "red", "2": "green-light", "3": "purple"}')
+    return root
+
+
+@pytest.mark.parametrize("regions", ["present", "all"])
+def test_a_folder_of_masks_as_it_is(tmp_path, regions):
+    from captum_concepts.datasets import MaskFolder
+
+    images, masks = colored()
+    data = MaskFolder(write_masks(tmp_path, images, masks), regions=regions, unlabelled="background")
+    explainers = {"colors": Colors(), "centre": metrics.CenterGaussian()}
+    table = metrics.evaluate(explainers, data, ["nra", "epg", "top1_present", "concept_auroc"], n_bootstrap=20)
+    assert table.unmatched == ["purple"]
+    read = (images.clamp(0, 1) * 255).round() / 255
+    expected = metrics.nra(read[:, :2], masks[:, :2]).mean().item()
+    assert table.row("colors", "nra")["value"] == pytest.approx(expected, abs=1e-6)
+    assert table.row("colors", "nra")["counted"] == 24
+    assert table.row("colors", "top1_present")["value"] == 1
+    assert table.row("centre", "nra")["examples"] == 12
+
+
+def test_images_of_a_reader_for_a_network_that_wants_normalized_ones(tmp_path):
+    from torchvision.models import squeezenet1_1
+
+    from captum_concepts.datasets import MaskFolder
+    from captum_concepts.errors import InputWarning
+    from captum_concepts.images import preprocessing_of
+
+    images, masks = colored(5)
+    data = MaskFolder(write_masks(tmp_path, images, masks), unlabelled="background")
+    normalize, seen = preprocessing_of("squeezenet1_1"), []
+
+    def keep(x):
+        seen.append(x)
+        return x.mean(1)
+
+    metrics.evaluate(
+        {"keep": keep}, data, {"mine": lambda maps, _: maps.mean((1, 2))}, transform=normalize, n_bootstrap=0
+    )
+    torch.testing.assert_close(seen[0], normalize(torch.stack([item.image for item in data])[: len(seen[0])]))
+    network = Colors()
+    network.forward_func = squeezenet1_1()
+    with pytest.warns(InputWarning, match=r"MaskFolder returns images in \[0, 1\].*pass transform="):
+        metrics.evaluate({"colors": network}, data, ["nra"], n_bootstrap=0)
+    metrics.evaluate({"colors": network}, data, ["nra"], n_bootstrap=0, transform=lambda x: x)
 
 
 def test_few_examples_have_no_interval():
@@ -362,6 +443,9 @@ def test_few_examples_have_no_interval():
         assert ("No intervals for fewer than 5 examples" in table.to_markdown()) is not known
     few = metrics.evaluate({"a": lambda x: x.sum(1), "b": lambda x: -x.sum(1)}, [(images[:2], masks[:2])], ["nra"])
     assert math.isnan(few.compare("nra", "a", "b")["ci_low"])
+    many = masks[:2, None].expand(-1, 4, -1, -1)  # eight values, but of two images
+    both = {"a": lambda x: x[:, :1].expand(-1, 4, -1, -1), "b": lambda x: -x[:, :1].expand(-1, 4, -1, -1)}
+    assert math.isnan(metrics.evaluate(both, [(images[:2], many)], ["nra"]).compare("nra", "a", "b")["ci_low"])
 
 
 def test_the_confidence_is_that_of_the_intervals():

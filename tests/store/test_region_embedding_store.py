@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -429,7 +430,7 @@ class TestInterruption:
         def until(path, data):
             count[0] += 1
             if count[0] > moment:
-                path.with_name(f".{path.name}.1.partial").write_bytes(data[: len(data) // 2])
+                path.with_name(f".{path.name}.1.2.partial").write_bytes(data[: len(data) // 2])
                 raise SystemError("cut")
             plain(path, data)
 
@@ -608,8 +609,7 @@ class TestFormat1:
     def test_an_extension_continues(self, tmp_path):
         values = build(tmp_path, pictures(8)).extend(pictures(7, seed=1), TinyEncoder()).embeddings(slice(None))
         as_format_1(tmp_path, shards_kept=3, extension={"first": 8, "images": 7})
-        with pytest.raises(ArtifactError, match="middle of an extension"):
-            build(tmp_path, pictures(8))
+        assert len(build(tmp_path, pictures(8))) == 8  # readers do not see the rest
         found = RegionEmbeddingStore.extend_at(tmp_path, pictures(7, seed=1), TinyEncoder())
         assert torch.allclose(found.embeddings(slice(None)).float(), values.float(), atol=1e-3)
         found.verify()
@@ -779,15 +779,14 @@ class TestExtension:
         with pytest.raises(SystemError):
             RegionEmbeddingStore.extend_at(tmp_path / "b", new, TinyEncoder(), batch_size=7)
         monkeypatch.undo()
-        manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
-        if "extension" in manifest.get("info", {}):
-            if moment > 1:  # some of it is there to compare with
-                with pytest.raises(ArtifactError, match="other data"):
-                    RegionEmbeddingStore.extend_at(tmp_path / "b", pictures(11, seed=5), TinyEncoder(), batch_size=7)
-            with pytest.raises(ArtifactError, match="extended by 11"):
-                RegionEmbeddingStore.extend_at(tmp_path / "b", pictures(4, seed=1), TinyEncoder(), batch_size=7)
-            with pytest.raises(ArtifactError, match="extension"):
-                build(tmp_path / "b", pictures(10))
+        assert len(RegionEmbeddingStore.open(tmp_path / "b", encoder=TinyEncoder(), verify=True)) == 10
+        assert len(build(tmp_path / "b", pictures(10))) == 10
+        assert RegionEmbeddingStore.repair(tmp_path / "b", pictures(10), TinyEncoder()) == []
+        for other in (pictures(11, seed=5), pictures(4, seed=1)):  # takes the place of the one that was stopped
+            shutil.copytree(tmp_path / "b", tmp_path / "c")
+            longer = RegionEmbeddingStore.extend_at(tmp_path / "c", other, TinyEncoder(), batch_size=7)
+            longer.verify(torch.cat([pictures(10), other]))
+            shutil.rmtree(tmp_path / "c")
         RegionEmbeddingStore.extend_at(tmp_path / "b", new, TinyEncoder(), batch_size=7)
         assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -804,6 +803,103 @@ class TestExtension:
         (tmp_path / "shard-00001.safetensors").unlink()
         with pytest.raises(ArtifactError, match="is unfinished; call build again with its own images"):
             store.extend(pictures(2), TinyEncoder())
+
+    def test_readers_see_the_old_store_until_the_end(self, tmp_path):
+        build(tmp_path, pictures(10))
+
+        class Watched(TinyEncoder):
+            def encode_image(self, images):
+                lengths.append(len(RegionEmbeddingStore.open(tmp_path, verify=True)))
+                return super().encode_image(images)
+
+        Watched.__qualname__, lengths = "TinyEncoder", []
+        assert len(RegionEmbeddingStore.extend_at(tmp_path, pictures(9, seed=1), Watched(), batch_size=7)) == 19
+        assert len(lengths) > 5
+        assert lengths[:-1] == [10] * (len(lengths) - 1)
+
+    def test_images_that_will_never_do_leave_the_store_as_it_was(self, tmp_path):
+        build(tmp_path / "store", pictures(10))
+        before = contents(tmp_path / "store")
+        bad = pictures(9, seed=1)
+        bad[8, 0, 3, 3] = torch.nan
+        with pytest.raises(InputError, match="NaN or infinite values for image 8"):
+            RegionEmbeddingStore.extend_at(tmp_path / "store", bad, TinyEncoder(), batch_size=7)
+        assert contents(tmp_path / "store") == before
+        assert RegionEmbeddingStore.repair(tmp_path / "store", pictures(10), TinyEncoder()) == []
+        assert len(RegionEmbeddingStore.extend_at(tmp_path / "store", pictures(3, seed=2), TinyEncoder())) == 13
+
+    def test_an_extension_under_way_of_an_earlier_version(self, tmp_path):
+        """It listed the shards before they were there."""
+        build(tmp_path, pictures(8))
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        manifest["rows"] += [4, 3]
+        manifest["info"] |= {"images": 15, "extension": {"first": 8, "images": 7}}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        assert len(RegionEmbeddingStore.open(tmp_path)) == 8
+        assert len(RegionEmbeddingStore.extend_at(tmp_path, pictures(7, seed=1), TinyEncoder())) == 15
+
+
+class TestForeignFiles:
+    """What the store has not written is never removed or replaced."""
+
+    def foreign(self, folder: Path, name: str = "shard-00000.safetensors") -> dict[str, bytes]:
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(save({"weights": torch.ones(3)}))
+        for other in (".notes.partial", ".lock-of-mine", "shard-x.safetensors"):
+            (folder / other).write_text("mine")
+        return contents(folder)
+
+    @pytest.mark.parametrize("resume", [True, False])
+    def test_a_folder_with_shards_and_no_manifest(self, tmp_path, resume):
+        for number in (0, 3):
+            folder = tmp_path / str(number)
+            before = self.foreign(folder, shards.shard_name(number))
+            with pytest.raises(ArtifactError, match=f"no manifest.json, but shard-0000{number}.*Nothing was changed"):
+                build(folder, resume=resume)
+            with pytest.raises(ArtifactError, match=f"no manifest.json, but shard-0000{number}"):
+                shards.ShardWriter(folder, {}, resume=resume)
+            assert contents(folder) == before
+
+    def test_a_store_that_lost_its_manifest(self, tmp_path):
+        build(tmp_path)
+        (tmp_path / "manifest.json").unlink()
+        before = contents(tmp_path)
+        with pytest.raises(ArtifactError, match="a store that lost its manifest"):
+            build(tmp_path)
+        assert contents(tmp_path) == before
+
+    def test_a_manifest_of_something_else(self, tmp_path):
+        (tmp_path / "manifest.json").write_text('{"name": "my web app"}')
+        for resume in (True, False):
+            with pytest.raises(ArtifactError, match="not the manifest of a store"):
+                build(tmp_path, resume=resume)
+        assert contents(tmp_path) == {"manifest.json": b'{"name": "my web app"}'}
+
+    def test_starting_anew_and_extending(self, tmp_path):
+        build(tmp_path, pictures(7))
+        before = self.foreign(tmp_path, "shard-00003.safetensors")
+        for attempt in (
+            lambda: build(tmp_path, pictures(5), resume=False),
+            lambda: RegionEmbeddingStore.extend_at(tmp_path, pictures(9, seed=1), TinyEncoder()),
+        ):
+            with pytest.raises(
+                ArtifactError, match=r"shard-00003\.safetensors is not a shard of the store in its folder"
+            ):
+                attempt()
+            assert contents(tmp_path) == before
+        (tmp_path / "shard-00003.safetensors").unlink()
+        assert len(build(tmp_path, pictures(5), resume=False)) == 5
+        assert len(RegionEmbeddingStore.extend_at(tmp_path, pictures(9, seed=1), TinyEncoder())) == 14
+        for other in (".notes.partial", ".lock-of-mine", "shard-x.safetensors"):
+            assert (tmp_path / other).read_text() == "mine"
+
+    def test_a_writer_that_appends(self, tmp_path):
+        writer = shards.ShardWriter(tmp_path, {}, shard_rows=2)
+        writer.append({"z": torch.ones(4, 2)})
+        before = self.foreign(tmp_path, "shard-00002.safetensors")
+        with pytest.raises(ArtifactError, match="is not a shard of the store in its folder"):
+            shards.ShardWriter(tmp_path, {}, shard_rows=2)
+        assert contents(tmp_path) == before
 
 
 class TestSeveralProcesses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -38,8 +39,9 @@ def test_rows_come_back_in_any_order(tmp_path):
 def test_resume_after_a_kill(tmp_path):
     writer = ShardWriter(tmp_path, {"model": "a"}, shard_rows=5)
     writer.append({"z": ROWS[:12]})  # two shards reach the disk, two rows are lost with the process
-    (tmp_path / ".shard-00002.safetensors.1.partial").write_bytes(b"half a file")
-    (tmp_path / "shard-00002.safetensors").write_bytes(b"written, but not yet in the manifest")
+    (tmp_path / ".shard-00002.safetensors.1.2.partial").write_bytes(b"half a file")
+    longer = dataclasses.replace(read_manifest(tmp_path), rows=[5, 5, 2])
+    write_shard(tmp_path, longer, 2, {"z": ROWS[:2].contiguous()})  # written, but not yet in the manifest
     with pytest.raises(ArtifactError, match="unfinished"):
         ShardReader(tmp_path)
     again = ShardWriter(tmp_path, {"model": "a"}, shard_rows=5)

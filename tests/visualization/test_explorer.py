@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import nn
 
 import captum_concepts
@@ -37,6 +38,8 @@ HOSTILE = [
     "__proto__",
     "a" * 300,
 ]
+#: Hostile names and images in the page: a sample in `make test`, 10,000 in `make fuzz`.
+FUZZ = int(os.environ.get("FUZZ", "1000"))
 AXE = Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js"
 
 
@@ -532,11 +535,11 @@ class TestFromOutside:
         assert page.seen.evaluate("document.title") == HOSTILE[0]
 
     def test_thousands_of_hostile_names(self, opened):
-        """Every one is shown as it is: none becomes an element, a request, or a complaint."""
+        """Every one is shown as it is: none becomes an element, a request, or a complaint. FUZZ=10000 tries as many."""
         pieces = ["<", ">", '"', "'", "&", "</script", "<img src=//x>", "onerror=", "javascript:", "\\", "`", "${",
                   "-->", "<!--", "]]>", "\u202e", "\u2028", "\x00", "\ud800", "%3C", "&lt;", "\n", " "]  # fmt: skip
         draw = random.Random(0)
-        names = sorted({"".join(draw.choices(pieces, k=draw.randint(1, 6))) + str(k) for k in range(2000)})
+        names = sorted({"".join(draw.choices(pieces, k=draw.randint(1, 6))) + str(k) for k in range(FUZZ)})
         e = ConceptExplanation(names, torch.rand(1, len(names)), torch.rand(1, len(names), 2, 2))
         page = opened(e, images(1), image_names=names[:1])
         more = page.page.locator("#more-concepts")
@@ -549,6 +552,38 @@ class TestFromOutside:
         assert page.seen.evaluate("document.scripts.length") == 2 + 1
         assert page.seen.complaints == []
         assert page.seen.outside == []
+
+    def test_hostile_images(self, visit, tmp_path):
+        """Names, metadata and trailing bytes of files stay behind: a page contains pixels that were drawn anew."""
+        draw, names = random.Random(1), [name for name in HOSTILE if not set("/\x00\ud800") & set(name)][:6]
+        attack = b"<script>document.title='attacked'</script><img src=//x onerror=alert(1)>"
+        folder = tmp_path / "images"
+        folder.mkdir()
+        for k in range(FUZZ // 10):
+            image = Image.new("RGB", (draw.randint(1, 40), draw.randint(1, 40)), tuple(draw.choices(range(256), k=3)))
+            text, exif = PngImagePlugin.PngInfo(), Image.Exif()
+            text.add_itxt("</script>", attack.decode())
+            exif[0x010E] = attack.decode()
+            name = f"{k} {draw.choice(names)[:40]}".encode("utf-8", "replace").decode()
+            path, kind = folder / name, k % 3
+            options = [{"pnginfo": text}, {"comment": attack, "exif": exif}, {"comment": attack}][kind]
+            image.save(path.with_name(f"{name}.{('png', 'jpg', 'gif')[kind]}"), **options)
+        for file in folder.iterdir():
+            file.write_bytes(file.read_bytes() + attack)
+        n = len(list(folder.iterdir()))
+        model = salf()
+        seen = visit(explore(model, folder).save(tmp_path / "e.html"))
+        assert seen.page.get_by_test_id("image").count() == n == FUZZ // 10
+        stored = re.findall(r"base64,([^\"]*)", (tmp_path / "e.html").read_text())
+        assert len(stored) == 2 * n
+        assert not any(b"attacked" in base64.b64decode(one) for one in stored)
+        for k in range(0, n, max(n // 20, 1)):
+            seen.page.locator(f"[data-testid=image][data-index='{k}']").click()
+            assert seen.evaluate("document.querySelector('#base').complete")
+        assert seen.evaluate("document.title") == "Concept explorer"
+        assert seen.evaluate("document.scripts.length") == 2 + n
+        assert seen.complaints == []
+        assert seen.outside == []
 
     def test_the_code_survives_hostile_names(self, opened):
         model, x = salf(names=HOSTILE[:7] + ['quote " \\ back'], concepts=8), images(1)
@@ -643,6 +678,7 @@ class TestWhatIsGiven:
             ({"labels": [1, 2, 3]}, "3 labels for 2 images"),
             ({"concepts": ["concept 9"]}, "'concept 9' is not among"),
             ({"class_names": ["a"]}, "1 class names for 6"),
+            ({"class_names": "abcdef"}, "class_names must be a list"),
             ({"target": "no class"}, "'no class' is not among"),
             ({"batch_size": 0}, "batch_size"),
         ],
@@ -650,6 +686,13 @@ class TestWhatIsGiven:
     def test_what_does_not_fit_is_said(self, options, message):
         with pytest.raises(InputError, match=message):
             explore(salf(), images(2), **options)
+
+    def test_two_classes_may_share_a_name(self, opened):
+        """As in torchvision's names of ImageNet: two kinds of crane."""
+        page = opened(explanation(2), images(2), class_names=["crane", "crane", "sloth"])
+        assert "predicted crane" in page.page.inner_text("#verdict-line")
+        with pytest.raises(InputError, match="1 class names for at least 2"):
+            explore(explanation(2), images(2), class_names=["crane"])
 
     def test_exchanged_or_empty(self, tmp_path):
         with pytest.raises(InputError, match="comes first: explore"):
@@ -683,6 +726,30 @@ class TestInANotebook:
         message = seen.evaluate("window.heard")
         assert message["from"] == "captum_concepts"
         assert message["state"]["edits"]["0"][0]["beta"] == 3
+
+    def test_a_saved_notebook_shows_what_ran_in_it(self, visit, tmp_path):
+        nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (dev extra)")
+        nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed (dev extra)")
+        code = (
+            "import torch\nfrom captum_concepts import ConceptExplanation, explore\n"
+            "e = ConceptExplanation(['sand', 'grass'], torch.tensor([[0.9, 0.2]]), torch.rand(1, 2, 7, 7))\n"
+            "explore(e, torch.rand(1, 3, 32, 32), image_names=['beach.jpg'])"
+        )
+        cells = [nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("e")]
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+        nbformat.write(notebook, tmp_path / "n.ipynb")
+        page, table = (c.outputs[0].data for c in nbformat.read(tmp_path / "n.ipynb", as_version=4).cells)
+        assert page["text/plain"] == "Explorer(1 image, 2 concepts, without edits)"
+        assert table["text/html"].count("<img") == 2
+        path = tmp_path / "notebook.html"
+        path.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{page['text/html']}{table['text/html']}</body>")
+        seen = visit(path)
+        concepts = seen.page.frame_locator("iframe").get_by_test_id("concept")
+        concepts.first.wait_for()
+        assert [one.get_attribute("data-concept") for one in concepts.all()] == ["sand", "grass"]
+        assert seen.page.locator("img[alt^='Map of sand']").count() == 1
+        assert seen.outside == []
 
     def test_edits_come_back_to_python(self):
         pytest.importorskip("anywidget", reason="anywidget is not installed (extra notebook)")

@@ -13,11 +13,15 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.text import Text
 from PIL import Image
 from test_visualization import check_layout
+from torch import nn
+from torchvision.utils import save_image
 
-from captum_concepts import ConceptExplanation
+from captum_concepts import ConceptExplanation, FeatureActivationMap
 from captum_concepts.errors import InputError
 from captum_concepts.visualization import ReportWriter, explore, legend, most_activating, report, sankey, show
 from captum_concepts.visualization.figures import COLORS
+
+POOL = nn.AdaptiveAvgPool2d(1), nn.Flatten()
 
 
 def corners(**options) -> ConceptExplanation:
@@ -206,10 +210,46 @@ class TestInANotebook:
         e = ConceptExplanation(["a"], torch.rand(12, 1), torch.rand(12, 1, 3, 3))
         assert "4 more images" in e._repr_html_()
 
-    def test_a_table_before_pictures_are_imported(self):
+    def test_pictures_are_loaded_when_they_are_shown(self):
         code = (
-            "import torch\nfrom captum_concepts import ConceptExplanation\n"
+            "import sys, torch\nfrom captum_concepts import ConceptExplanation\n"
             "e = ConceptExplanation(['a'], torch.rand(1, 1), torch.rand(1, 1, 2, 2))\n"
-            "import sys\nassert 'matplotlib' not in sys.modules and '<table>' in e._repr_html_()"
+            "assert 'matplotlib' not in sys.modules and '<img' in e._repr_html_()"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+    @pytest.mark.parametrize("given", ["tensor", "normalized", "folder"])
+    def test_a_method_gives_its_explanation_the_images(self, tmp_path, given):
+        """Each image keeps its own, through every way of taking images and concepts."""
+        pixels = torch.zeros(3, 3, 32, 32)
+        pixels[[0, 1, 2], [0, 1, 2]] = 1.0  # a red, a green and a blue image
+        for k, image in enumerate(pixels):
+            save_image(image, tmp_path / f"{k}.png")
+        images = {"tensor": pixels, "normalized": 5 * pixels - 2, "folder": str(tmp_path)}[given]
+        fam = FeatureActivationMap(nn.Sequential(nn.Conv2d(3, 4, 8, 8), *POOL), "0", torch.rand(5, 4))
+        e = fam.explain(images, top_k=2)
+        for chosen, expected in ((e, [0, 1, 2]), (e[1], [1]), (e[[2, 0]], [2, 0]), (e.top(1)[1:], [1, 2]),
+                                 (e.to("cpu")[:, :1], [0, 1, 2])):  # fmt: skip
+            strongest = [int(one.float().mean((1, 2)).argmax()) for one in chosen.pictures]
+            assert strongest == expected
+        assert e[1]._repr_html_().count("<img") == 1 + 2
+        assert 'alt="Input' in e[1]._repr_html_()
+
+    def test_what_may_change_when_it_is_read_again_is_not(self):
+        class Counted(torch.utils.data.Dataset):
+            read = 0
+
+            def __len__(self):
+                return 2
+
+            def __getitem__(self, i):
+                if i >= 2:
+                    raise IndexError(i)
+                self.read += 1
+                return torch.rand(3, 32, 32)
+
+        data = Counted()
+        fam = FeatureActivationMap(nn.Sequential(nn.Conv2d(3, 4, 8, 8), *POOL), "0", torch.rand(5, 4))
+        e = fam.explain(data)
+        assert data.read == 2
+        assert e.pictures is None

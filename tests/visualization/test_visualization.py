@@ -403,6 +403,19 @@ class TestPanel:
         assert len(set(second[:3])) == 1
         assert len(set(first[:3])) > 1
 
+    @pytest.mark.parametrize("scale", ["row", "panel"])
+    def test_the_bars_of_a_row_reach_its_own_end(self, scale):
+        """Bars of a row with small contributions are no slivers, unless one scale for the whole panel is asked for."""
+        e = explanation(2)
+        small = e.contributions * torch.tensor([[1.0], [1e-3]])
+        e = ConceptExplanation(e.concepts, e.scores, e.maps, small, e.target)
+        ends = [
+            axes.get_xlim()[1] for axes in axes_of(panel(e, torch.rand(2, 3, 16, 16), scale=scale), "contributions")
+        ]
+        largest = small.abs().amax(1).tolist()
+        assert largest[0] <= ends[0] <= 2 * largest[0]
+        assert ends[1] == ends[0] if scale == "panel" else largest[1] <= ends[1] <= 2 * largest[1]
+
     def test_bars_show_the_sign(self):
         e = explanation(1)
         figure = panel(e, torch.rand(1, 3, 16, 16))

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from captum_concepts import published
 from captum_concepts.demo.prompting import draw_circles
 from captum_concepts.errors import InputError
 from captum_concepts.vlm import RegionPrompt
@@ -102,6 +103,16 @@ def test_equal_to_the_slow_drawing(kind, options, placement):
                 expected = slow_blur(x[n], centre, 5.5, prompt.blur_sigma)
             # Distances of up to 25 pixels are computed in float32.
             torch.testing.assert_close(drawn[n, k], expected, atol=2e-5, rtol=0, check_dtype=False)
+
+
+def test_the_published_prompt_drawn_slowly():
+    x = images(1, (224, 224), torch.float32)
+    prompt = RegionPrompt(**published.REGION_PROMPT)
+    drawn = prompt.draw(x)[0]
+    assert drawn.shape == (49, 3, 224, 224)
+    for row, column in ((0, 0), (2, 3), (6, 6)):
+        expected = slow_circle(x[0], (37 * row, 37 * column), 32, 2, (1, 0, 0))
+        torch.testing.assert_close(drawn[7 * row + column], expected, atol=2e-5, rtol=0)
 
 
 def test_the_line_covers_its_true_area():

@@ -1,7 +1,7 @@
 """Cost of ConceptFusionMap beside the published loop, in bare forward passes of the same network.
 
     python -m benchmarks.run.ce_fam.cost [--concepts 16] [--size 224]
-    python -m benchmarks.run.ce_fam.cost --peak '{"count": 64, "chunk_size": 8}'     # memory of one setting
+    python -m benchmarks.run.ce_fam.cost --peak '{"count": 64, "batch_size": 8}'     # memory of one setting
 
 ResNet-50 and translator with random weights (time and memory do not depend on them, but for the layers that the
 relevance rule picks: ``map_layer="auto"`` and the last layer are both timed), one image. The published loop runs, for
@@ -137,9 +137,9 @@ def grown(size: int, count: int, **options: Any) -> float:
 
 
 MEMORY: list[dict[str, Any]] = [
-    *({"count": count, "layer": layer} for layer in ("auto", "fused") for count in (16, 32, 64, 128)),
-    *({"count": count, "layer": -1, "gradient": "branch"} for count in (16, 1000)),
-    *({"count": 64, "chunk_size": chunk} for chunk in (4, 8, 16)),
+    *({"count": count, "map_layer": layer} for layer in ("auto", "fused") for count in (16, 32, 64, 128)),
+    *({"count": count, "map_layer": -1, "gradient": "branch"} for count in (16, 1000)),
+    *({"count": 64, "batch_size": size} for size in (4, 8, 16)),
 ]
 
 
@@ -210,12 +210,12 @@ def main() -> None:
         [r["what"], r["concepts"], r["layers"], r["forwards"], r["forwards"] / r["concepts"],
          r.get("times_faster_than_the_published_loop", "")] for r in rows
     ]  # fmt: skip
-    kept = [[m["concepts"], m.get("layer", "auto"), m.get("gradient", "total"), m.get("chunk_size", 32), m["mib"]]
+    kept = [[m["concepts"], m.get("map_layer", "auto"), m.get("gradient", "total"), m.get("batch_size", 32), m["mib"]]
             for m in memory]  # fmt: skip
     report = (
         f"# Cost of ConceptFusionMap (ResNet-50, one image, in bare forwards)\n\n{table(columns, lines)}\n\n"
         "Peak memory less the maps themselves, after a bare forward, each row in a process of its own:\n\n"
-        f"{table(['concepts', 'layer', 'gradient', 'chunk_size', 'MiB'], kept)}\n"
+        f"{table(['concepts', 'layer', 'gradient', 'batch_size', 'MiB'], kept)}\n"
     )
     (RESULTS / "ce_fam.md").write_text(report)
     print(report)

@@ -122,8 +122,8 @@ def main() -> None:
     with torch.no_grad():
         last = capture(models["unbiased"], x, LAYERS[-1:]).layers[0]
     n, t = test.presence.shape
-    made = {"published (auto layer)": {}, "branch": {"gradient": "branch"}, "fused": {"layer": "fused"},
-            "fused, branch": {"layer": "fused", "gradient": "branch"}}  # fmt: skip
+    made = {"published map, top-1": {}, "branch": {"gradient": "branch"}, "fused": {"map_layer": "fused"},
+            "fused, branch": {"map_layer": "fused", "gradient": "branch"}}  # fmt: skip
     maps = {}
     for name, options in made.items():
         same = ConceptFusionMap(base.forward_func, LAYERS, base.translator, words, base.text_embeddings,

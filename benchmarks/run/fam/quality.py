@@ -71,13 +71,21 @@ def similarity_peers(
 def compare(title: str, note: str, encoder: Any, layer: Any, task: tasks.Task, more: dict[str, Explainer]) -> Table:
     """FAM first, then its peers, then the maps that know nothing.
 
-    Made worse on purpose is the map that weights channels by the gradient: it knows its target best.
+    Made worse on purpose is the refined map: it knows its target best.
     """
     bank = task.bank(encoder)
     score = peers.Similarity(encoder, bank).eval()
-    own = {"FAM": fam(encoder, layer, bank), "FAM, gradient": fam(encoder, layer, bank, weights="gradient")}
-    energy = peers.activations(encoder, layer)
-    return measured(title, note, {**own, **more}, task.queries, score=score, energy=energy, degrade="FAM, gradient")
+    own = {
+        "FAM": fam(encoder, layer, bank),
+        "FAM, gradient": fam(encoder, layer, bank, weights="gradient"),
+        "FAM, refined": fam(encoder, layer, bank, refine=True),
+    }
+    options = {"energy": peers.activations(encoder, layer), "blind": refined_energy(encoder, layer)}
+    return measured(title, note, {**own, **more}, task.queries, score=score, degrade="FAM, refined", **options)
+
+
+def refined_energy(encoder: nn.Module, layer: Any) -> dict[str, Explainer]:
+    return {"activation energy, refined": peers.refined_energy(encoder, layer)}
 
 
 def tokens(maps: Tensor) -> Tensor:
@@ -135,10 +143,12 @@ def scenes_pairs(args: argparse.Namespace) -> list[Table]:
     bank = clip.encode_text(words)
     score = lambda x: F.normalize(clip.encode_image(x), dim=1) @ F.normalize(bank, dim=1).T  # noqa: E731
     explainers = {f"FAM, {w}": fam(clip.encode_image, layer, bank, weights=w) for w in ("contribution", "gradient")}
+    explainers["FAM, refined"] = fam(clip.encode_image, layer, bank, refine=True)
     note = "References are the texts of the 21 words; truth: each word's exact mask."
     energy = peers.activations(clip.encode_image, layer)
-    title, known = "image-text, scenes: words", "FAM, gradient"
-    out.append(measured(title, note, explainers, regions, score=score, energy=energy, degrade=known))
+    title, known = "image-text, scenes: words", "FAM, refined"
+    options = {"energy": energy, "blind": refined_energy(clip.encode_image, layer)}
+    out.append(measured(title, note, explainers, regions, score=score, degrade=known, **options))
     return out
 
 

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.data.photographs import Files
+from benchmarks.data.published import AVERAGED, LAST_LAYER, TEMPLATES, TOP_1, TOP_4
 from benchmarks.peers import maps as peers
 from benchmarks.report.cells import OTHER, SHUFFLED
 from benchmarks.run.map_tables import Explainer, interval
 from benchmarks.run.papers.inputs import classifier, image_text, words_of
-from captum_concepts import SALFCBM, ConceptFusionMap, metrics
+from captum_concepts import SALFCBM, ConceptFusionMap, metrics, published
 from captum_concepts.datasets import Broden, ImageNetS, ImageNetSegmentation
 from captum_concepts.images import find_images
 
@@ -59,9 +60,22 @@ def worse(name: str, explain: Explainer, targets: int) -> dict[str, Explainer]:
 # ------------------------------------------------------------------------------------------------ concepts (CE-FAM)
 
 
+class Prompted:
+    """An image-text model that is asked for each word in a template of its own."""
+
+    def __init__(self, encoder: Any, texts: dict[str, str]) -> None:
+        self.encoder, self.texts = encoder, texts
+        self.logit_scale, self.logit_bias = encoder.logit_scale, encoder.logit_bias
+        self.encode_image = encoder.encode_image
+
+    def encode_text(self, words: list[str]) -> Tensor:
+        return self.encoder.encode_text([self.texts.get(word, word) for word in words])
+
+
 def concept_regions(args: argparse.Namespace) -> list[Row]:
     """Both tables of CE-FAM: Broden and ImageNet-S."""
-    if args.table == "ce-fam-broden":
+    broden = args.table == "ce-fam-broden"
+    if broden:
         data: Any = Broden(args.root, size=args.size, split=args.split)
         kinds = [found[0] for found in data.concept_categories]
     else:
@@ -69,32 +83,78 @@ def concept_regions(args: argparse.Namespace) -> list[Row]:
     if args.train is None:
         raise SystemExit("--train FOLDER: images for the translator, ImageNet's training set in the paper")
     words = words_of(data.concepts)
+    templates = [TEMPLATES.get(kind, TEMPLATES["object"]) for kind in kinds or ["object"] * len(words)]
+    texts = {word: template.format(word) for word, template in zip(words, templates, strict=True)}
+    encoder = Prompted(image_text(args.encoder, args.encoder_weights, args.device), texts)
+    if not _knows(encoder, words):
+        print("the image-text model does not know the authors' prompts: the words stand alone")
+        encoder.texts = {}
     probe = Files(sorted(find_images([args.train]))[: args.train_images], args.size)
-    return region_rows(data, concept_explainers(words, probe, args), kinds, args.limit)
+    own = args.layers if broden else args.layers[-1:]  # ImageNet-S: a translator of the last layer alone
+    explainers, protocols = concept_explainers(words, probe, encoder, own, args)
+    rows = region_rows(data, explainers, kinds, args.limit)
+    return [{"method": row.pop("method"), "protocol": protocols.get(name, ""), **row}
+            for row, name in zip(rows, explainers, strict=True)]  # fmt: skip
 
 
-def concept_explainers(words: list[str], probe: Files, args: argparse.Namespace) -> dict[str, Explainer]:
-    """CE-FAM as published and fused, the single channels, what is worse on purpose, what knows nothing."""
-    encoder = image_text(args.encoder, args.encoder_weights, args.device)
+def _knows(encoder: Any, words: list[str]) -> bool:
+    try:
+        encoder.encode_text(words)
+    except (KeyError, ValueError):
+        return False
+    return True
+
+
+def concept_explainers(
+    words: list[str], probe: Files, encoder: Any, own: list[str], args: argparse.Namespace
+) -> tuple[dict[str, Explainer], dict[str, str]]:
+    """CE-FAM by the authors' protocols and fused, the single channels, maps made worse, what knows nothing.
+
+    Returns:
+        Explainers, and the protocol of those that have one. Maps ``(T, L, h, w)`` are those of L layers, the best of
+        which counts.
+    """
     model = classifier(args.model, args.model_weights, args.device)
     unique = list(dict.fromkeys(words))  # two classes may share their word
     column = torch.tensor([unique.index(word) for word in words])
-    training = {"epochs": args.epochs}
-    first = ConceptFusionMap(model, args.layers).fit(
-        probe, encoder, unique, image_size=args.size, training=training, cache_dir=args.cache
+    fit: dict[str, Any] = {"image_size": args.size}
+
+    def cache(name: str) -> Path | None:
+        return None if args.cache is None else args.cache / name
+
+    recipe = published.CONCEPT_FUSION_FIT
+    as_published = ConceptFusionMap(model, own, **published.CONCEPT_FUSION_MAP).fit(
+        probe, encoder, unique, **{**recipe, "training": {**recipe["training"], "epochs": args.epochs}},
+        cache_dir=cache("published"), **fit,
+    )  # fmt: skip
+    fused = ConceptFusionMap(model, args.layers, map_layer="fused").fit(
+        probe, encoder, unique, cache_dir=cache("fused"), **fit
     )
 
-    def read_as(layer: str) -> Explainer:
-        same = first.with_options(map_layer=layer)
-        return lambda x, target: same.attribute(x.to(args.device), target=column[target].tolist())[:, 0]
+    def read_as(cefam: ConceptFusionMap) -> Explainer:
+        return lambda x, target: cefam.attribute(x.to(args.device), target=column[target].tolist())[:, 0]
 
+    each = [as_published.with_options(map_layer=number) for number in range(len(own))]
+
+    def layers(x: Tensor, target: Tensor) -> Tensor:
+        maps = [read_as(one)(x, target)[:, None] for one in each]
+        size = max((m.shape[-2:] for m in maps), key=lambda side: side[0] * side[1])
+        return torch.cat([F.interpolate(m, size, mode="bilinear") for m in maps], 1)
+
+    found = {"CE-FAM": read_as(as_published)}
+    protocols = {"CE-FAM": TOP_1 if len(own) > 1 else LAST_LAYER}
+    if len(own) > 1:
+        found["CE-FAM, best layer"] = layers
+        protocols["CE-FAM, best layer"] = TOP_4
+    found['CE-FAM, map_layer="fused"'] = read_as(fused)
+    protocols['CE-FAM, map_layer="fused"'] = "no layer to choose; default training"
     read = peers.activations(model, args.layers[-1])
-    found = {"CE-FAM": read_as("auto"), 'CE-FAM, layer="fused"': read_as("fused")}
     for name, table in channel_tables(read, encoder, probe, unique, args.device).items():
         channel = peers.single_channel(read, table)
         found[name] = lambda x, target, own=channel: own(x.to(args.device), column[target])
-    bad = worse('CE-FAM, layer="fused"', found['CE-FAM, layer="fused"'], len(words))
-    return {**found, **blind(read, args.device), **bad}
+        protocols[name] = LAST_LAYER
+    bad = worse('CE-FAM, map_layer="fused"', found['CE-FAM, map_layer="fused"'], len(words))
+    return {**found, **blind(read, args.device), **bad}, protocols
 
 
 @torch.no_grad()
@@ -158,7 +218,8 @@ def region_rows(
             own = torch.tensor([c == kind for c in category])
             row.update(_columns(scores[own], groups[own], f", {kind}"))
         if kinds is not None:
-            parts = [[row[f"{c}, {kind}"] for kind in sorted(set(category))] for c in REGION_COLUMNS]
+            averaged = [kind for kind in AVERAGED if kind in category]
+            parts = [[row[f"{c}, {kind}"] for kind in averaged] for c in REGION_COLUMNS]
             for c, each in zip(REGION_COLUMNS, parts, strict=True):
                 means = [value[0] for value in each if value is not None]
                 row[f"{c}, mean of categories"] = [sum(means) / len(means), None, None] if means else None
@@ -167,13 +228,17 @@ def region_rows(
 
 
 def _scores(maps: Tensor, masks: Tensor, ignore: Tensor) -> Tensor:
-    """``(T, 5)``: the columns of every concept of one image."""
+    """``(T, 5)``: the columns of every concept of one image; of L layers those of the layer of best NRA."""
+    if maps.ndim == 4:
+        layers = torch.stack([_scores(one, masks, ignore) for one in maps.unbind(1)])
+        best = layers[..., REGION_COLUMNS.index("nra")].nan_to_num(-1.0).argmax(0)
+        return layers[best, torch.arange(len(masks))]
     skip = ignore.expand(masks.shape)
-    published = metrics.nra(maps, masks, ignore=skip)
-    hit = (published > 0.5).float().masked_fill(published.isnan(), torch.nan)
+    authors = metrics.nra(maps, masks, ignore=skip, **published.NRA)
+    hit = (authors > 0.5).float().masked_fill(authors.isnan(), torch.nan)
     special = metrics.concept_specificity(maps[None], masks[None], ignore=skip[None])[0]
     exact = metrics.nra(maps, masks, baseline="exact", ignore=skip)
-    return torch.stack([metrics.epg(maps, masks, ignore=skip), published, exact, hit, special], 1)
+    return torch.stack([metrics.epg(maps, masks, ignore=skip), authors, exact, hit, special], 1)
 
 
 def _columns(scores: Tensor, groups: Tensor, suffix: str) -> Row:

@@ -21,18 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from benchmarks.data.published import PROTOCOLS, PUBLISHED, SETTINGS, Row
-from benchmarks.peers.salf_cbm import dense_head, fit_lf_cbm, scored
+from benchmarks.data.published import PROTOCOLS, PUBLISHED, Row
+from benchmarks.peers.salf_cbm import dense_head, fit_lf_cbm, fit_p_cbm, scored, sparse_head
 from benchmarks.record import environment, write
 from benchmarks.run.map_tables import interval
 from benchmarks.run.papers.inputs import classifier, image_text
 from benchmarks.run.papers.maps import concept_regions, segmentation
-from captum_concepts import fit_salf_cbm
+from captum_concepts import fit_salf_cbm, published
 from captum_concepts.activations import spatial_activations
 from captum_concepts.commands.image_files import LabelledImages, labelled_images
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.solvers import fit_elastic_net
 from captum_concepts.vlm import RegionPrompt
+
+#: Effective concepts per class of later papers' tables.
+EFFECTIVE = 5
 
 
 def accuracy(args: argparse.Namespace) -> list[Row]:
@@ -46,11 +49,11 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
     concepts = Vocabulary([line.strip() for line in lines if line.strip()])
     model = classifier(args.model, args.model_weights, args.device)
     encoder = image_text(args.encoder, args.encoder_weights, args.device)
-    own = SETTINGS[args.name]
+    own = published.SALF_CBM_DATA[args.name]
     lam = own["lam"] if args.lam is None else args.lam
     presence = own["presence_cutoff"] if args.presence_cutoff == "published" else args.presence_cutoff
 
-    labels = torch.tensor(val.targets)
+    y, labels = (torch.tensor(data.targets) for data in (train, val))
     rows = _peer_rows(args, model, encoder, train, val, concepts, lam)
     for head in ("sparse", "dense"):
         salf = fit_salf_cbm(
@@ -63,13 +66,16 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
             store_path=args.cache,
             lam=lam if head == "sparse" else None,
             head=head,
-            prompt=RegionPrompt("circle", (7, 7), placement="paper"),
+            prompt=RegionPrompt(**published.REGION_PROMPT),
             presence_cutoff=presence,
             interpretability_cutoff=args.interpretability_cutoff,
             show_progress=True,
         )
         hits = _outputs(salf, val, args.device).argmax(1) == labels
         rows.append(_accuracy_row(f"SALF-CBM, {head}", head, hits, args.name, concepts=len(salf.concepts)))
+        if head == "sparse":
+            seen = [_outputs(_Concepts(salf), data, args.device) for data in (train, val)]
+            rows.append(_effective_row("SALF-CBM", seen, (y, labels), len(train.classes), args.name))
         if args.save is not None:
             salf.save_pretrained(args.save / head)
     common = labels == torch.tensor(train.targets).mode().values
@@ -99,7 +105,8 @@ def _peer_rows(
         return torch.tensor(scored(fit, (b, labels)).hits)
 
     dense = torch.tensor(dense_head(x, y, (x_val, labels), num_classes=classes).hits)
-    rows.append(_accuracy_row("backbone's features, sparse", "sparse", sparse(x, x_val), args.name))
+    rows.append(_accuracy_row("backbone, sparse", "sparse", sparse(x, x_val), args.name))
+    rows.append(_effective_row("backbone", (x, x_val), (y, labels), classes, args.name))
     rows.append(_accuracy_row("backbone's features, dense", "dense", dense, args.name))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: args.peer_images]
     held, rest = order[: max(3, len(order) // 10)], order[max(3, len(order) // 10) :]
@@ -113,12 +120,35 @@ def _peer_rows(
     lf = fit_lf_cbm(x[rest], p[n:], list(concepts), (x[held], p[:n]), cutoff=cut)
     if not lf.concepts:
         raise SystemExit("LF-CBM's units follow none of the concepts; lower --interpretability-cutoff")
-    hits = sparse(lf.activations(x), lf.activations(x_val))
-    return [*rows, _accuracy_row("LF-CBM", "sparse", hits, args.name, concepts=len(lf.concepts))]
+    pcbm = fit_p_cbm(x[rest], p[n:], list(concepts))
+    for name, bottleneck in (("P-CBM", pcbm), ("LF-CBM", lf)):
+        seen = bottleneck.activations(x), bottleneck.activations(x_val)
+        rows.append(_accuracy_row(name, "sparse", sparse(*seen), args.name, concepts=len(bottleneck.concepts)))
+        rows.append(_effective_row(name, seen, (y, labels), classes, args.name))
+    return rows
+
+
+def _effective_row(name: str, seen: Any, labels: tuple[Tensor, Tensor], classes: int, column: str) -> Row:
+    """A head with five concepts per class on average: NEC=5 of VLG-CBM (Srivastava et al., NeurIPS 2024)."""
+    (x, x_val), (y, y_val) = seen, labels
+    head = sparse_head(x, y, (x_val, y_val), most=EFFECTIVE, num_classes=classes, on_average=True, lams=10)
+    more = {"concepts": x.shape[1], "weights_per_class": head.nonzeros_mean}
+    return _accuracy_row(f"{name}, NEC={EFFECTIVE}", f"NEC={EFFECTIVE}", torch.tensor(head.hits), column, **more)
 
 
 def _accuracy_row(method: str, head: str, hits: Tensor, name: str, **more: Any) -> Row:
     return {"method": method, "head": head, **more, name: interval(hits.float(), torch.arange(len(hits)))}
+
+
+class _Concepts(nn.Module):
+    """What a bottleneck's head sees."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.concept_activations(x).float()
 
 
 class _Pooled(nn.Module):
@@ -180,7 +210,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help="ce-fam: folder of images for the translator")
     parser.add_argument("--train-images", type=int, help="ce-fam: at most so many of them")
     parser.add_argument("--epochs", type=int, default=150, help="ce-fam: of the translator, at most")
-    parser.add_argument("--name", choices=SETTINGS, default="ImageNet", help="salf-accuracy: column and settings")
+    parser.add_argument(
+        "--name", choices=published.SALF_CBM_DATA, default="ImageNet", help="salf-accuracy: column and settings"
+    )
     parser.add_argument("--concepts", type=Path, help="salf-accuracy: a file with a concept a line")
     parser.add_argument("--lam", type=float, help="salf-accuracy: of the sparse heads; by default LF-CBM's")
     parser.add_argument("--presence-cutoff", type=_cutoff, default="published", help="a number or none")
@@ -211,9 +243,40 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     record = {"parts": {args.table: part}}
     write(f"paper_{args.table.replace('-', '_')}", record)
-    for row in rows:
-        print(row)
+    print(*compared(args.table, rows), sep="\n")
     return record
+
+
+def compared(table: str, rows: list[Row]) -> list[str]:
+    """One line per method, protocol and column: the paper's number, and ours under the same protocol.
+
+    A published row stands beside ours of the same method and protocol; rows that only one side has are printed alone.
+    """
+
+    def numbers(row: Row) -> dict[str, Any]:
+        return {
+            k: v for k, v in row.items() if k not in ("method", "protocol", "head", "regions", "images", "concepts")
+        }
+
+    def shown(value: Any) -> str:
+        value = value[0] if isinstance(value, list) else value
+        return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    lines, used = [f"{table}: {PROTOCOLS[table][0]}", "method | protocol | column | paper | ours"], set()
+    for row in PUBLISHED[table]:
+        name, protocol = row["method"].removesuffix(" (published)"), row.get("protocol", row.get("head", ""))
+        alike = [r for r in rows if r.get("protocol", r.get("head", "")) == protocol]
+        own = next((r for r in alike if r["method"] == name), None)
+        own = own or next((r for r in alike if r["method"].split(",")[0] == name), {})
+        used.add(own.get("method"))
+        for column, value in numbers(row).items():
+            lines.append(" | ".join([name, protocol, column, shown(value), shown(own.get(column))]))
+    for row in rows:
+        if row["method"] not in used:
+            for column, value in numbers(row).items():
+                protocol = row.get("protocol", row.get("head", ""))
+                lines.append(" | ".join([row["method"], protocol, column, "-", shown(value)]))
+    return lines
 
 
 if __name__ == "__main__":

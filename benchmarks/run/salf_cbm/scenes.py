@@ -15,7 +15,7 @@ from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 
 from benchmarks.data.salf_cbm import features, folder, scenes
-from benchmarks.peers.salf_cbm import LFCBM, blind_maps, fit_lf_cbm, grad_cam
+from benchmarks.peers.salf_cbm import LFCBM, blind_maps, fit_lf_cbm, fit_p_cbm, grad_cam
 from benchmarks.run.salf_cbm.heads import backbone_row, heads, install
 from benchmarks.run.salf_cbm.maps import bootstrap, score_maps, summary
 from captum_concepts import demo
@@ -85,8 +85,11 @@ def accuracy_and_maps(cache: Path, train_images: int, test_images: int, epochs: 
     settings = {"bottleneck": {"max_epochs": epochs}}
     model = fit(cache, "scenes", backbone, train, data.concepts, PROMPT, **settings)
     peer = label_free(pooled, train.image, data.concepts)
+    text = F.normalize(demo.load("clip").encode_text(list(data.concepts)), dim=1)
+    bank = fit_p_cbm(pooled, global_embeddings(train.image) @ text.T, list(data.concepts))
     inputs = {
         "backbone's features": (pooled, pooled_test),
+        "P-CBM": (bank.activations(pooled), bank.activations(pooled_test)),
         "LF-CBM": (peer.activations(pooled), peer.activations(pooled_test)),
         "SALF-CBM": (batched(model.concept_activations, train.image), batched(model.concept_activations, test.image)),
     }

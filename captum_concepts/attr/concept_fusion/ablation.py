@@ -19,6 +19,7 @@ FILLS = ("layer_mean", "channel_mean", "zero")
 CLASS_PROBABILITIES = ("auto", "softmax", "sigmoid")
 PUBLISHED = 20  # K, in networks whose layers have hundreds of channels
 SHARE = 0.25  # of a layer's channels, where that is fewer
+_LIKELY = 0.5  # outputs in [0, 1] below this may be logits of a network without training
 
 
 def rank_channels(beta: Tensor, pooled: Tensor, count: int, share: float = 1.0) -> Tensor:
@@ -89,28 +90,44 @@ def cumulative_masks(ranked: Tensor, channels: int) -> Tensor:
     return single.cumsum(-2) > 0
 
 
-def class_link(requested: str, output: Any) -> str:
+def class_link(requested: str, output: Any, final: str | None) -> str:
     """How the classifier's output becomes probabilities: ``"softmax"``, ``"sigmoid"``, or ``"none"`` (it is them).
 
     Args:
-        requested: ``"softmax"`` or ``"sigmoid"`` of logits; ``"auto"``: the sigmoid of a single output, otherwise the
-            softmax, unless the model ends in a softmax or sigmoid itself.
+        requested: ``"softmax"`` or ``"sigmoid"`` of the logits; ``"auto"``: what the classifier itself ends in;
+            otherwise the sigmoid of a single output, and the softmax of several.
+        output: of the classifier, before ``final``.
+        final: the softmax or sigmoid that the classifier ends in, if it does.
 
     Raises:
         InputError: the output is not ``(N, classes)``.
+
+    Warns:
+        InputWarning: several outputs that look like probabilities of independent labels.
     """
     if not isinstance(output, Tensor) or output.ndim not in (1, 2):
         what = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise InputError(f"contributions need logits (N, classes) from forward_func, got {what}")
     if requested != "auto":
         return requested
+    if final is not None:
+        return final
+    if output.ndim == 1 or output.shape[1] == 1:
+        return "sigmoid"
     values = full_precision(output.detach())
-    if bool(((values >= 0) & (values <= 1)).all()):
-        ends = output.grad_fn.name() if output.grad_fn is not None else ""
-        sums_to_one = values.ndim == 2 and bool(((values.sum(1) - 1).abs() < 1e-3).all())
-        if sums_to_one or ends.startswith(("Sigmoid", "Softmax")):
+    if bool(((values >= 0) & (values <= 1)).all()) and len(values):
+        if bool(((values.sum(1) - 1).abs() < 1e-3).all()):
             return "none"
-    return "sigmoid" if output.ndim == 1 or output.shape[1] == 1 else "softmax"
+        if values.max() < _LIKELY:
+            return "softmax"
+        warnings.warn(
+            "the classifier's outputs lie in [0, 1] but do not sum to 1, as probabilities of independent labels do; "
+            "contributions take their softmax. Pass a forward_func that returns logits, and class_probability="
+            "'softmax' or 'sigmoid'",
+            InputWarning,
+            stacklevel=2,
+        )
+    return "softmax"
 
 
 def class_log_probability(output: Tensor, target: int, link: str) -> Tensor:
@@ -188,7 +205,9 @@ def contribution_curves(
             return new
 
         output = _expanded(layer, inputs, extra, ablate, base, len(part) + 1)
-        moved = moved or not torch.equal(output[1:], output[:1].expand_as(output[1:]))
+        # A channel's own mean keeps the pooled value up to rounding.
+        least = 1e-5 * float(output.float().abs().max()) if fill == "channel_mean" else 0.0
+        moved = moved or bool(((output[1:] - output[:1]).float().abs() > least).any())
         curves.append(class_log_probability(output[1:], target, link))
     if changed and not moved:
         if fill != "channel_mean":
@@ -218,7 +237,7 @@ def _expanded(
 
 
 def _run(layer: Layers, inputs: Any, extra: Any, ablate: Any) -> Tensor:
-    result = layer.capture(inputs, additional_forward_args=extra, substitute={layer.modules[0]: ablate})
+    result = layer.capture(inputs, additional_forward_args=extra, substitute={layer.modules[0]: ablate}, logits=True)
     output: Tensor = result.output
     return output
 

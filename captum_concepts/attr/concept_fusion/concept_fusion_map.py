@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts._captum import LayerAttribution, log_usage, target_indices
-from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
+from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
+from captum_concepts._checks import finite_images, integer, name_positions, number, one_of, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.activations import Inputs, Layer, Layers, find_model, gradients_enabled
-from captum_concepts.attr.batches import as_inputs, count, image_names
+from captum_concepts.attr.batches import as_inputs, count, image_names, joined
 from captum_concepts.attr.concept_fusion import ablation, file
 from captum_concepts.attr.concept_fusion.fit import link_of, train
 from captum_concepts.attr.concept_fusion.setup import Setup
@@ -25,8 +26,9 @@ from captum_concepts.attr.concept_fusion.trust import Curve, HeldOut, Trust, jud
 from captum_concepts.attr.concept_fusion.words import LINKS, TextBank, check_words, encode
 from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning, NotFittedError, did_you_mean
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
-from captum_concepts.images import ImageSource
+from captum_concepts.images import ImageSource, thumbnails
 from captum_concepts.models.concept_translator import Training
+from captum_concepts.models.concept_translator.network import checked_hidden
 from captum_concepts.vlm import check_encoder
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ def _of_an_instance(method: Method) -> Method:
     return called  # type: ignore[return-value]
 
 
+@unharming
 class ConceptFusionMap(LayerAttribution):
     r"""Zero-shot concept scores, maps and contributions for a trained classifier (CE-FAM).
 
@@ -209,7 +212,7 @@ class ConceptFusionMap(LayerAttribution):
 
     # ------------------------------------------------------------ what, where, how much
 
-    @log_usage()
+    @layer_attribution
     def attribute(
         self,
         inputs: Any,
@@ -327,6 +330,8 @@ class ConceptFusionMap(LayerAttribution):
                 _, choice, channels = part.explained(index, contributions=True, maps=False)
                 parts.append(part.contributions(choice, channels, classes))
         value, curve = (torch.cat(part).detach() for part in zip(*parts, strict=True))
+        if return_curve and (missing := setup.n_channels + 1 - curve.shape[-1]):
+            curve = torch.cat([curve, curve[..., -1:].expand(*curve.shape[:-1], missing)], -1)
         return (value, curve) if return_curve else value
 
     def explain(
@@ -383,7 +388,7 @@ class ConceptFusionMap(LayerAttribution):
                     more["contributions"] = part.contributions(more["choice"], channels, more["target"])[0]
                 for key, value in more.items():
                     found.setdefault(key, []).append(value.detach())
-        whole = {key: torch.cat(values) for key, values in found.items()}
+        whole = {key: joined(values) for key, values in found.items()}
         device = whole["scores"].device
         selection = choose(whole["ranking"])
         return ConceptExplanation(
@@ -401,7 +406,7 @@ class ConceptFusionMap(LayerAttribution):
             contribution_unit="relative drop of the class probability" if contributions else "",
             rank_by=selection.rank_by,
             image_names=image_names(inputs),
-        )
+        ).pictured(thumbnails(inputs))
 
     # ------------------------------------------------------------ fit, words, options, files
 
@@ -466,6 +471,9 @@ class ConceptFusionMap(LayerAttribution):
         layers = self._layers()
         number("similarity_weight", similarity_weight, lambda v: v >= 0, "0 or more")
         integer("crops", crops, least=0)
+        integer("seed", seed, least=None)
+        integer("memory_budget", memory_budget, least=0)
+        hidden = None if hidden is None else checked_hidden(hidden)
         concepts = self.concepts if concepts is None else concepts
         check_encoder(encoder, words=concepts is not None)
         names, text = (None, None) if concepts is None else encode(concepts, encoder)
@@ -540,7 +548,9 @@ class ConceptFusionMap(LayerAttribution):
         images = self._opened(images)
         table = presence_table(labels, self._names(), count(images))
         trust = self._trust()
-        values = odds(trust.bank.to(torch.zeros(())), self.logits(images).float().cpu())
+        logits = self.logits(images).float().cpu()
+        finite_images(logits, range(len(logits)), "the score")
+        values = odds(trust.bank.to(torch.zeros(())), logits)
         known = ~table.isnan()
         seen = int(known.any(1).sum())
         self.presence_ = Curve.fit(values[known], table[known], seen, f"{seen} labeled images")
@@ -717,7 +727,7 @@ class ConceptFusionMap(LayerAttribution):
     def _maps(self, inputs: Inputs | ImageSource, index: Tensor, extra: Any, of_input: bool = False) -> Tensor:
         with gradients_enabled():
             parts = [part.maps(index[rows]) for rows, part in self._setup().passes(inputs, extra, of_input)]
-        return torch.cat(parts).detach().contiguous()
+        return joined(parts).detach().contiguous()
 
     def _presence(self, logits: Tensor) -> Tensor | None:
         trust = self._trust()

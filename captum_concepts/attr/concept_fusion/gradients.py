@@ -118,6 +118,7 @@ def concept_pass(
         additional_forward_args=additional_forward_args,
         gradient=not branch,
         attribute_to_layer_input=attribute_to_layer_input,
+        logits=True,
     )
     live = tuple(full_precision(maps).mean((2, 3)) for maps in seen.maps)
     if branch:

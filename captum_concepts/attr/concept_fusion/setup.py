@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,11 @@ class Part:
         """The concepts, on the embedding's device."""
         return self.setup.bank.to(self.seen.embedding.detach())
 
+    @functools.cached_property
+    def link(self) -> str:
+        """How the classifier's output becomes probabilities."""
+        return ablation.class_link(self.setup.class_probability, self.seen.seen.output, self.seen.seen.final)
+
     def logits(self) -> Tensor:
         """``(N, T)`` of the concepts."""
         return self.bank.logits(self.seen.embedding.detach())
@@ -101,7 +107,7 @@ class Part:
     def classes(self, target: Any, rows: slice, batch: int) -> Tensor:
         """``(N,)`` the class that ``target`` of the whole batch says; None: the predicted one."""
         output = self.seen.seen.output
-        ablation.class_link(self.setup.class_probability, output)  # checks the output's shape
+        _ = self.link  # checks the output's shape
         count = 1 if output.ndim == 1 else output.shape[1]
         if target is None:
             return torch.zeros(len(output), dtype=torch.long) if output.ndim == 1 else output.detach().argmax(1).cpu()
@@ -110,7 +116,7 @@ class Part:
     def class_probability(self, classes: Tensor) -> Tensor:
         """``(N,)`` the classifier's probability of ``classes``."""
         output = self.seen.seen.output.detach()
-        link = ablation.class_link(self.setup.class_probability, self.seen.seen.output)
+        link = self.link
         each = zip(output.split(1), classes.tolist(), strict=True)
         return torch.cat([ablation.class_log_probability(one, target, link).exp() for one, target in each])
 
@@ -152,13 +158,14 @@ class Part:
         return drawn, torch.cat(choices, 1), channels
 
     def contributions(self, choice: Tensor, channels: Channels, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """``(N, J)`` contributions and ``(N, J, K + 1)`` curves, of the layers and channels of :meth:`explained`."""
+        """``(N, J)`` contributions and ``(N, J, K + 1)`` curves, of the layers and channels of :meth:`explained`; K is
+        ``n_channels``, or the channels of the widest layer where there are fewer."""
         setup, seen = self.setup, self.seen
-        curve = seen.maps[0].new_zeros((*choice.shape, setup.n_channels + 1))
+        length = min(setup.n_channels, max(pooled.shape[-1] for pooled in seen.pooled))
+        curve = seen.maps[0].new_zeros((*choice.shape, length + 1))
         mean = seen.maps[0].new_zeros(choice.shape)
         sizes = [maps[0].numel() for maps in seen.maps]
-        link = ablation.class_link(setup.class_probability, seen.seen.output)
-        batch = len(choice)
+        link, batch = self.link, len(choice)
         for i in range(batch):
             one = slice(i, i + 1)
             for number in choice[i].unique().tolist():
@@ -179,7 +186,7 @@ class Part:
                 ).to(curve)
                 mean[i, here] = drops.mean(-1)
                 padded = F.pad(drops, (1, 0))
-                missing = setup.n_channels - drops.shape[-1]
+                missing = length - drops.shape[-1]
                 curve[i, here] = F.pad(padded.unsqueeze(1), (0, missing), "replicate")[:, 0]
         return mean, curve
 

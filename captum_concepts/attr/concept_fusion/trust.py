@@ -17,8 +17,10 @@ _ENOUGH = 20  # held-out images below which nothing is claimed
 _BIN = 40  # entries whose mean is one knot of a presence curve, at the top
 _GROWTH = 1.15  # of the bins downwards
 _TEMPERATURES = tuple(2 ** (k / 4) for k in range(-8, 25))  # 1/4 to 64
-#: Weight of the VLM's verdict on a whole held-out image, beside those on its crops.
-_WHOLE = 1 / 3
+#: Weight of the VLM's verdict on a whole held-out image, beside those on its crops: for the temperature, for presence.
+_WHOLE, _WHOLE_PRESENCE = 1 / 3, 2 / 3
+#: Presence reads the odds of a broader softmax than the scores: several words may be there, so runners-up count less.
+_BROADER = 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +145,11 @@ class Trust:
 
 
 def odds(bank: TextBank, logits: Tensor) -> Tensor:
-    """``(..., T)`` log odds of the scores, which is what presence is read from."""
-    if bank.link == "sigmoid" or len(bank.names) == 1:
-        return logits / bank.temperature
+    """``(..., T)`` log odds of a softmax of ``_BROADER`` temperature (or the logits), which presence is read from."""
     scaled = logits / bank.temperature
+    if bank.link == "sigmoid" or len(bank.names) == 1:
+        return scaled
+    scaled = scaled / _BROADER
     # log(p / (1 - p)) = S_t - log sum of the others
     total = scaled.logsumexp(-1, keepdim=True)
     share = (scaled - total).exp()
@@ -160,7 +163,7 @@ def judge(bank: TextBank, held_out: HeldOut | None) -> Trust:
     Centering: the translator's mean logit of each word over the training images is subtracted, since a regression
     that knows little says what is common; a sigmoid, which is absolute, gets the VLM's mean logit instead. The
     temperature makes the softmax as sure as it is right on held-out images, where right is what the VLM says of the
-    image and, more often, of a crop of it: a VLM that changes its mind was not sure either.
+    image and of crops of it: a VLM that changes its mind was not sure either.
     """
     if held_out is None or held_out.student.shape[1] != bank.direction.shape[1]:
         return Trust(bank)
@@ -169,13 +172,16 @@ def judge(bank: TextBank, held_out: HeldOut | None) -> Trust:
     level = held_out.teacher_mean if bank.link == "sigmoid" else torch.zeros_like(held_out.mean)
     shift = (level - held_out.mean) @ words.T
     verdicts = bank.probability(bank.logits(teacher))
-    said = verdicts[:, 0]
-    if teacher.shape[1] > 1:
-        said = _WHOLE * said + (1 - _WHOLE) * verdicts[:, 1:].mean(1)
+
+    def said(weight: float) -> Tensor:
+        """``(M, T)`` what the VLM says of each image, and of crops of it."""
+        whole = verdicts[:, 0]
+        return weight * whole + (1 - weight) * verdicts[:, 1:].mean(1) if teacher.shape[1] > 1 else whole
+
     bank = replace(bank, offset=bank.offset + (bank.scale * shift).to(bank.offset))
     logits = bank.logits(student)
     if bank.link == "softmax" and len(bank.names) > 1:
-        losses = [-(said * (logits / t).log_softmax(1)).sum(1).mean() for t in _TEMPERATURES]
+        losses = [-(said(_WHOLE) * (logits / t).log_softmax(1)).sum(1).mean() for t in _TEMPERATURES]
         bank = replace(bank, temperature=_TEMPERATURES[int(torch.stack(losses).argmin())])
     images = len(student)
     taught = bank.scale * (teacher[:, 0] @ words.T)
@@ -184,7 +190,8 @@ def judge(bank: TextBank, held_out: HeldOut | None) -> Trust:
     counts = [torch.bincount(one, minlength=len(bank.names)).double() / images for one in (first, second)]
     presence = None
     if images >= _ENOUGH and (bank.link == "sigmoid" or len(bank.names) > 1):
-        presence = Curve.fit(odds(bank, logits), said, images, f"the VLM's verdicts on {images} held-out images")
+        seen = said(_WHOLE_PRESENCE)
+        presence = Curve.fit(odds(bank, logits), seen, images, f"the VLM's verdicts on {images} held-out images")
     return Trust(
         bank, presence, reliability, float((first == second).double().mean()), float((counts[0] * counts[1]).sum()),
         images if held_out.independent else 0,

@@ -19,7 +19,8 @@ Trainer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # x, y, row
 
 
 def logistic_trainer(lam: float) -> Trainer:
-    """L2 logistic regression with the package's solver."""
+    """L2 logistic regression with the package's solver; the weaker the penalty, the finer it has to be solved."""
+    tol = max(1e-5 * min(1.0, lam / 0.01), 1e-12)
 
     def train(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         basis = None
@@ -28,7 +29,7 @@ def logistic_trainer(lam: float) -> Trainer:
             # has as many unknowns as rows (x = R^T Q^T, w = Q u, |w| = |u|).
             basis, triangle = torch.linalg.qr(x.T)
             x = triangle.T.contiguous()
-        result = fit_elastic_net(x, y, lam, alpha=0.0, loss="logistic", num_classes=2, sample_weight=weight, tol=1e-5)
+        result = fit_elastic_net(x, y, lam, alpha=0.0, loss="logistic", num_classes=2, sample_weight=weight, tol=tol)
         found, bias = torch.as_tensor(result.weight).to(x)[0], torch.as_tensor(result.bias).to(x).flatten()[0]
         return found if basis is None else basis @ found, bias
 

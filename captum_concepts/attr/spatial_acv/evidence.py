@@ -18,7 +18,7 @@ from captum_concepts.attr.spatial_acv.statistics import t_tail
 from captum_concepts.explanation import short
 
 #: Least fraction of the margin that a concept must carry to decide.
-LEAST_SHARE = 0.1
+LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True)

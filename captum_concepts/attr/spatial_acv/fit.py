@@ -29,6 +29,8 @@ from captum_concepts.errors import InputError, listing
 from captum_concepts.images import ImageSource, batches
 
 ALPHA = 0.05
+#: The penalty of the authors' notebook: scikit-learn's ``C=1``, on the sum of the losses of rows that are not scaled.
+PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class FitOptions:
 
     n_random: int = 0
     seed: int = 0
-    lam: float = 0.3
+    lam: float | str = 0.3
     folds: int = 3
     max_rows: int = 50_000
     attribute_to_layer_input: bool = False
@@ -49,7 +51,13 @@ class FitOptions:
         integer("max_rows", self.max_rows, least=16)
         if self.n_random == 1:
             raise InputError("n_random=1 cannot show how random sets vary; pass 0, or at least 2 (20 recommended)")
-        number("lam", self.lam, lambda lam: lam > 0, "positive; separable rows have no finite solution without it")
+        if self.lam != PUBLISHED:
+            meaning = f"positive (separable rows have no finite solution without it), or {PUBLISHED!r}"
+            number("lam", self.lam, lambda lam: lam > 0, meaning)
+
+    def penalty(self, problem: Problem) -> float:
+        """L2 penalty of the mean loss of ``problem``'s rows."""
+        return 1 / (len(problem.x) * problem.scale**2) if isinstance(self.lam, str) else self.lam
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,6 @@ def fit_vectors(
     def run(images: Tensor) -> Tensor:
         return torch.cat(halving(maps_of, placed(images, model), lambda part: part.chunk(2)))
 
-    train = logistic_trainer(options.lam) if classifier is None else captum_trainer(classifier, options.seed)
     with (
         tqdm(desc="images", unit="img", disable=not show_progress) as images_seen,
         tqdm(desc="concepts", total=len(sets), disable=not show_progress) as concepts_fitted,
@@ -208,13 +215,15 @@ def fit_vectors(
 
         fitted, p_values, null, counts = [], [], [], {}
         for name, rows, bank in _pairs(sets, others, rows_of, options.max_rows):
-            against = _without(bank, name, rows, others is None)
+            against = _without(bank, name, rows)
             problem = make_problem(rows, against, name, options.folds, options.seed)
             counts[name] = _counts(rows, against)
-            fitted.append(fit_concept(problem, train, options.lam if classifier is None else None, options.seed))
+            lam = options.penalty(problem)
+            own = logistic_trainer(lam) if classifier is None else captum_trainer(classifier, options.seed)
+            fitted.append(fit_concept(problem, own, lam if classifier is None else None, options.seed))
             if options.n_random:
                 p_values.append(encoding_p_value(problem, options.n_random, options.seed))
-                null.append(null_directions(problem, fitted[-1].vector, options.n_random, options.lam, options.seed))
+                null.append(null_directions(problem, fitted[-1].vector, options.n_random, lam, options.seed))
             concepts_fitted.update()
     numbers = {
         "slopes": [f.slope for f in fitted],
@@ -266,10 +275,10 @@ def _pairs(
         yield name, each[k], merge(each[:k] + each[k + 1 :])
 
 
-def _without(bank: GuidanceRows, name: str, rows: GuidanceRows, by_name: bool) -> GuidanceRows:
-    """The negatives of one concept: all but its own images."""
+def _without(bank: GuidanceRows, name: str, rows: GuidanceRows) -> GuidanceRows:
+    """The negatives of one concept: all but its own images, and those of a set that has its name."""
     own = set(rows.digests)
-    left = bank.select(lambda digest, origin: digest not in own and not (by_name and origin == name))
+    left = bank.select(lambda digest, origin: digest not in own and origin != name)
     if not left.digests:
         raise InputError(
             f"concept {name!r} and its negatives contain identical images, so there is nothing to separate; pass "

@@ -10,6 +10,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import finite_images
 from captum_concepts.activations import full_precision
 from captum_concepts.errors import InputError
 from captum_concepts.images import digest
@@ -113,8 +114,7 @@ def gather(
             key = torch.rand(len(own), generator=_generator(seed, name, index), dtype=torch.float64)
             chosen = (key < limit).nonzero().flatten()
             taken = own[chosen.to(own.device)]
-            if not bool(taken.isfinite().all()):
-                raise InputError(f"the layer gives NaN or infinite activations for images of {name!r}")
+            finite_images(taken[None], [f"image {index} of {name!r}"], "the layer's activation")
             buffer.append((taken, key[chosen], torch.full((len(chosen),), numbers[code])))
             held += len(chosen)
         if held > 2 * budget:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_concepts._artifacts import (
     Array,
     Keys,
+    either,
     flag,
     integer as whole_number,
     list_of,
@@ -25,8 +26,9 @@ from captum_concepts._artifacts import (
     table,
     text,
 )
-from captum_concepts._captum import LayerAttribution, log_usage, select_output
-from captum_concepts._checks import integer, name_positions, number, one_of, take_rows
+from captum_concepts._captum import LayerAttribution, layer_attribution, select_output
+from captum_concepts._checks import finite_images, integer, name_positions, number, one_of, take_rows
+from captum_concepts._undo import unharming
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -39,8 +41,10 @@ from captum_concepts.activations import (
     unwrap,
 )
 from captum_concepts.activations.survey import followed_by_linear, suggest_layer
-from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, opened
+from captum_concepts.attr import refinement
+from captum_concepts.attr.batches import as_inputs, count, each_batch, first_example, image_names, joined, opened
 from captum_concepts.attr.origin import check_origin, origin
+from captum_concepts.attr.refinement import Refine
 from captum_concepts.attr.spatial_acv.evidence import (
     LEAST_SHARE,
     ConceptEvidence,
@@ -51,6 +55,7 @@ from captum_concepts.attr.spatial_acv.fit import FitOptions, FittedVectors, fit_
 from captum_concepts.attr.spatial_acv.sweep import LayerSweep, sweep
 from captum_concepts.errors import InputError, InputWarning, LayerError, NotFittedError, listing
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
+from captum_concepts.images import ImageSource, thumbnails
 from captum_concepts.solvers import fit_calibration, truth_table
 
 _FORMAT = "captum_concepts.SpatialACV/2"
@@ -65,7 +70,7 @@ _INFO = table({
     "model": text(),
     "settings": table({
         "layout": text(*LAYOUTS), "prefix_tokens": nothing_or(whole_number()), "batch_size": whole_number(1)
-    }),
+    }, {"refine": either(flag, list_of(text()))}),
 }, {"presence": text()})  # fmt: skip
 _ARRAYS = {
     "vectors": Array("float", ("K", "C")),
@@ -84,6 +89,7 @@ _RENAMED = {
 }
 
 
+@unharming
 class SpatialACV(LayerAttribution):
     r"""Spatial Activation Concept Vectors (SACV): TCAV, position by position.
 
@@ -101,10 +107,17 @@ class SpatialACV(LayerAttribution):
         forward_func: the model, one of its methods, or any callable that returns the outputs to explain.
         layer: the layer to read, as a module or a dotted name.
         classifier: None for the package's L2 logistic regression, or any ``captum.concept`` ``Classifier``.
+        refine: False: concept maps as published. True, or a list of layers: sharper ones, see below.
         layout: ``"auto"``, ``"NCHW"``, ``"NHWC"``, ``"NLC"`` or ``"LNC"``.
         prefix_tokens: tokens before the grid; None infers it.
         batch_size: the most images in one forward pass, in fitting and in explaining. Results do not depend on it
             beyond rounding.
+
+    Refined concept maps (``refine=True``). The projection of a position counts beyond that of an image without content
+    (each image's mean color), which takes out what padding leaves at the borders, and less half of the projections on
+    the other concepts that the image shows. What is positive spreads along the feature affinity of the network's stages
+    and the image's colors; the map is in [0, 1], on a grid of up to 1,024 positions. It costs a second forward pass. A
+    list names the stages instead of True. Scores, contributions and :meth:`attribute` stay as they are.
 
     After :meth:`fit` there are ``vectors`` (K, C), ``concepts``, and for each concept ``accuracies_``,
     ``confidence_intervals_``, ``contrasts_``, ``p_values_``, ``significant_`` and ``rows_``; ``summary()`` prints them.
@@ -133,12 +146,16 @@ class SpatialACV(LayerAttribution):
         (True, [True])
     """
 
+    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    explains_all_at_once = True
+
     def __init__(
         self,
         forward_func: Callable[..., Any],
         layer: Layer,
         *,
         classifier: Any = None,
+        refine: Refine = False,
         layout: str = "auto",
         prefix_tokens: int | None = None,
         batch_size: int = 32,
@@ -149,6 +166,8 @@ class SpatialACV(LayerAttribution):
         if classifier is not None and not all(hasattr(classifier, n) for n in ("train_and_eval", "weights", "classes")):
             raise InputError(f"classifier must be a captum.concept Classifier or None, got {type(classifier).__name__}")
         self.classifier = classifier
+        self.refine = refinement.checked(refine)
+        self._stages: dict[Any, list[str]] = {}  # of a network, once they were looked for
         self.layout = layout
         self.prefix_tokens = prefix_tokens
         self.batch_size = integer("batch_size", batch_size)
@@ -201,7 +220,7 @@ class SpatialACV(LayerAttribution):
         *,
         n_random: int = 0,
         seed: int = 0,
-        lam: float = 0.3,
+        lam: float | str = 0.3,
         folds: int = 3,
         max_rows: int = 50_000,
         transform: Callable[[Any], Any] | None = None,
@@ -217,7 +236,8 @@ class SpatialACV(LayerAttribution):
                 set, a loader. Float tensors are passed to the model as they are.
             negatives: the same, all sets pooled, or one set alone. None takes the other concepts (*which* of them is
                 it?); images like those to be explained (*is* it there?) find a concept better in them. An image that
-                also belongs to the concept is never its negative.
+                also belongs to the concept is never its negative, nor is a set that has its name: ``{"striped": ...,
+                "dotted": ...}`` gives each concept its own.
             n_random: random sets for ``p_values_``; 0 for none, 20 or more recommended. The test asks whether the
                 concept's images can be separated from the negatives at this layer: held-out-by-image balanced accuracy
                 of a linear discriminant, against the same with the labels permuted among whole images ``n_random``
@@ -225,7 +245,10 @@ class SpatialACV(LayerAttribution):
             seed: of the folds, of the random sets and of the row sample.
             lam: L2 penalty of the default classifier, for features divided by their common standard deviation. A strong
                 one turns the vector from the best filter (small ``lam``) towards the difference of the means, which is
-                the concept's own direction; the default costs about a point of accuracy on real textures.
+                the concept's own direction; the default costs about a point of accuracy on real textures. To tell
+                concepts apart that look alike, a small one is better (0.003 on the scenes of ``benchmarks``).
+                ``"published"``: that of the authors' notebook, scikit-learn's ``LogisticRegression`` with ``C=1`` on
+                the features as they are.
             folds: parts that the images are assigned to for held-out accuracy.
             max_rows: row budget: the concept keeps at most half of it and the negatives the other half (without
                 ``negatives``, each of the K sets keeps 1/K), a seeded uniform sample of all positions; ``rows_``
@@ -359,7 +382,7 @@ class SpatialACV(LayerAttribution):
 
     # ---------------------------------------------------------------------------------------------------- explaining
 
-    @log_usage()
+    @layer_attribution
     def attribute(
         self,
         inputs: Any,
@@ -391,7 +414,7 @@ class SpatialACV(LayerAttribution):
             def every(part: Inputs, extra: Any, goal: Any) -> Tensor:
                 return _all_channels(asked, part, extra, goal, attribute_to_layer_input)
 
-            return torch.cat(self._each(every, inputs, additional_forward_args, target)).contiguous()
+            return joined(self._each(every, inputs, additional_forward_args, target)).contiguous()
         fitted, layers = self._need_fit(), self._layers()
         if bool(attribute_to_layer_input) != fitted.of_input:
             raise InputError(
@@ -406,7 +429,7 @@ class SpatialACV(LayerAttribution):
             _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=False)
             return _project(gradient, fitted)
 
-        return torch.cat(self._each(sensitivity, inputs, additional_forward_args, target)).contiguous()
+        return joined(self._each(sensitivity, inputs, additional_forward_args, target)).contiguous()
 
     def contributions(
         self, inputs: Any, target: Any = None, concepts: Any = None, additional_forward_args: Any = None
@@ -450,11 +473,20 @@ class SpatialACV(LayerAttribution):
         fitted, layers = self._need_fit(), self._layers()
         columns = name_positions(concepts, fitted.names)
 
-        def maps(part: Inputs, extra: Any, _target: None) -> Tensor:
-            projected = _project(_maps(layers, part, extra, fitted.of_input), fitted)
-            return (fitted.probability(projected) if probability else projected)[:, columns]
+        if probability and self.refine is not False:
+            raise InputError("a refined map has no probability; pass probability=False, or construct with refine=False")
+        inputs = as_inputs(inputs, layers.model)
+        layers = self._stages_too(layers, inputs, additional_forward_args)
 
-        return torch.cat(self._each(maps, inputs, additional_forward_args, None)).contiguous()
+        def maps(part: Inputs, extra: Any, _target: None) -> Tensor:
+            with torch.no_grad():
+                seen = layers.run(part, additional_forward_args=extra, attribute_to_layer_input=fitted.of_input)
+            projected = _project(seen.maps[0], fitted)
+            if probability:
+                return fitted.probability(projected)[:, columns]
+            return self._drawn(layers, seen, projected, part, extra)[:, columns]
+
+        return joined(self._each(maps, inputs, additional_forward_args, None)).contiguous()
 
     def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
         """``(N, K)``: the probability that an image shows each concept.
@@ -494,7 +526,7 @@ class SpatialACV(LayerAttribution):
         margin (the target output minus the mean of the other outputs) is the concept's *effect*. A contribution says
         what more of a concept would do; an effect says what the concept that is there does.
 
-        A concept *decides* if it carries at least a tenth of the margin; if no other concept's vector, put in its
+        A concept *decides* if it carries at least a twentieth of the margin; if no other concept's vector, put in its
         place at the same positions, would do as much; and if the effect is larger than that of directions that
         separate something else at this layer (p < ``alpha``): permuted labels, and random halves of the other images.
         The last needs ``fit(n_random=20)``; without it, nothing decides.
@@ -516,7 +548,7 @@ class SpatialACV(LayerAttribution):
 
         inputs = as_inputs(inputs, layers.model)
         parts = each_batch(part, inputs, additional_forward_args, target, at_once, layers.model)
-        margins, effects, p_values, others, *index = (torch.cat(column) for column in zip(*parts, strict=True))
+        margins, effects, p_values, others, *index = (joined(column) for column in zip(*parts, strict=True))
         shares = effects / margins.abs().clamp_min(1e-12)[:, None]
         decides = (shares >= LEAST_SHARE) & (p_values < alpha) & (effects > others)
         return ConceptEvidence(
@@ -562,18 +594,21 @@ class SpatialACV(LayerAttribution):
         inputs = as_inputs(inputs, layers.model)
         if contributions:
             self._warn_if_linear(inputs, additional_forward_args)
+        layers = self._stages_too(layers, inputs, additional_forward_args)
 
         def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
-            if not contributions:
-                projected = _project(_maps(layers, images, extra, fitted.of_input), fitted)
-                return fitted.scores(projected), projected
-            seen, gradient, index = _gradient(layers, images, extra, goal, fitted.of_input, best=True)
+            rest: list[Tensor] = []
+            if contributions:
+                seen, gradient, index = _gradient(layers, images, extra, goal, fitted.of_input, best=True)
+                rest = [_project(gradient, fitted).sum((2, 3)), *([] if index is None else [index])]
+            else:
+                with torch.no_grad():
+                    seen = layers.run(images, additional_forward_args=extra, attribute_to_layer_input=fitted.of_input)
             projected = _project(seen.maps[0].detach(), fitted)
-            sums = _project(gradient, fitted).sum((2, 3))
-            return (fitted.scores(projected), projected, sums, *([] if index is None else [index]))
+            return (fitted.scores(projected), self._drawn(layers, seen, projected, images, extra), *rest)
 
         parts = self._each(part, inputs, additional_forward_args, target)
-        scores, maps, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        scores, maps, *rest = (joined(column) for column in zip(*parts, strict=True))
         values = rest[0] if rank_by == "contributions" else scores
         chosen = Selection.choose(
             fitted.names, self._demoted(values, rank_by), concepts=concepts, top_k=top_k, rank_by=rank_by
@@ -593,7 +628,7 @@ class SpatialACV(LayerAttribution):
             score_unit="probability",
             contribution_unit="output per unit of activation" if contributions else "",
             rank_by=chosen.rank_by,
-        )
+        ).pictured(thumbnails(inputs))
 
     def calibrate(
         self,
@@ -621,6 +656,7 @@ class SpatialACV(LayerAttribution):
             return fitted.evidence(_project(_maps(layers, part, extra, fitted.of_input), fitted))
 
         values = torch.cat(self._each(found, source, None, None))
+        finite_images(values, range(len(values)), "the score")
         curve = fit_calibration(values, truth_table(labels, fitted.names, len(values)))
         self._fitted = replace(
             fitted,
@@ -641,7 +677,10 @@ class SpatialACV(LayerAttribution):
             "of_input": fitted.of_input,
             "presence": fitted.presence_source,
             **origin(self._layers()),
-            "settings": {name: getattr(self, name) for name in _SETTINGS},
+            "settings": {
+                **{name: getattr(self, name) for name in _SETTINGS},
+                "refine": refinement.names(self.refine, self._layers()),
+            },
         }
         return save_artifact(path, _FORMAT, info, {n: v for n in _TENSORS if (v := getattr(fitted, n)) is not None})
 
@@ -688,6 +727,24 @@ class SpatialACV(LayerAttribution):
     def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Any, extra: Any, target: Any) -> list[Any]:
         model = find_model(self.forward_func)
         return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
+
+    def _stages_too(self, layers: Layers, inputs: Inputs | ImageSource, extra: Any) -> Layers:
+        """The layer, and the stages of a refinement."""
+        if self.refine is False:
+            return layers
+        first, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), count(inputs))
+        return refinement.with_stages(layers, self.refine, self._stages, first, extra)
+
+    def _drawn(self, layers: Layers, seen: SpatialActivations, projected: Tensor, inputs: Inputs, extra: Any) -> Tensor:
+        """``(N, K, h, w)``: projections as they are, or refined."""
+        if self.refine is False:
+            return projected
+        fitted = self._need_fit()
+        sharper = refinement.prepare(layers, seen, inputs, extra, fitted.of_input)
+        content, scores = _project(sharper.content[-1], fitted), fitted.scores(projected)
+        numbers = range(len(fitted.names))
+        weights = [refinement.contrast(scores, torch.full_like(scores[:, 0], k, dtype=torch.long)) for k in numbers]
+        return sharper.maps([torch.einsum("nkj,njhw->nkhw", torch.stack(weights, 1), content)])
 
     def _warn_if_linear(self, inputs: Any, extra: Any) -> None:
         """A gradient that is the same for every image explains no image; judged once."""
@@ -749,7 +806,7 @@ def _gradient(
         output = seen.output
         index = explained_index(output, target)
         goal = index if best and target is None else target
-        gradient = seen.gradients(select_output(output, goal))[0]
+        gradient = refinement.only(seen, (0,)).gradients(select_output(output, goal))[0]
     return seen, gradient.detach(), index
 
 

@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from captum_concepts import images as reader
-from captum_concepts._checks import integer
+from captum_concepts._artifacts import Array, check_json, integer as integer_from, list_of, own_folder, table
+from captum_concepts._checks import finite_images, integer
 from captum_concepts.activations import Layers, evaluation_mode, find_model
 from captum_concepts.errors import InputError
 from captum_concepts.store.manifest import fingerprint_callable
 from captum_concepts.store.shards import ShardReader, ShardWriter
 
 _SHARD_ROWS = 512  # what a killed run loses at most
+_INFO = table({}, {"in_channels": list_of(integer_from(1, 2**24), least=1, most=10_000)})
 _PROBES = 4  # images by whose transformed pixels a transform is recognized
 #: Random crops: fraction of the image's area, and the largest ratio of its sides.
 _AREA, _ASPECT = (0.1, 0.7), 2**0.5
@@ -123,7 +125,7 @@ def collect_pairs(
         memory_budget: bytes of rows above which they go to disk even without ``cache_dir`` (to a temporary folder).
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image, or NaN from classifier or encoder (names the image).
         ArtifactError: ``cache_dir`` contains rows of another model, encoder, layer, layout, transform or crops, or of
             other images.
     """
@@ -142,12 +144,16 @@ def collect_pairs(
     folder: Path | None = None
     rows = max(1, _SHARD_ROWS // views) * views
     if cache_dir is not None:
-        folder = Path(cache_dir) / (f"part-{rank:03d}-of-{size:03d}" if size > 1 else "")
+        folder = Path(cache_dir)
+        if size > 1:
+            folder = own_folder(folder / f"part-{rank:03d}-of-{size:03d}")
         writer = ShardWriter(folder, read.origin(source if size == 1 else whole), shard_rows=rows)
     done = writer.rows // views if writer is not None else 0
     kept: list[tuple[Tensor, Tensor]] = []
     held = 0
-    channels: tuple[int, ...] = tuple(writer.info.get("in_channels", ())) if writer is not None else ()
+    channels: tuple[int, ...] = ()
+    if writer is not None:
+        channels = tuple(check_json(writer.info, _INFO, f"the info in {folder}").get("in_channels", ()))
     if writer is None or not writer.complete:
         for z, e, channels in _progress(read(source, done, batch_size), count, show_progress):
             held += (z.numel() + e.numel()) * 4
@@ -164,7 +170,8 @@ def collect_pairs(
                 writer.append({"pooled": z, "embedding": e})
     if writer is not None and folder is not None:
         writer.finish()
-        parts: list[Any] = [ShardReader(folder)] if writer.rows else []
+        arrays = {"pooled": Array("float", ("N", sum(channels))), "embedding": Array("float", ("N", None))}
+        parts: list[Any] = [ShardReader(folder, arrays=arrays)] if writer.rows else []
     else:
         parts = [(torch.cat([z for z, _ in kept]), torch.cat([e for _, e in kept]))] if kept else []
     if size > 1:
@@ -209,6 +216,8 @@ def _is_prepared(images: Any) -> bool:
         return _is_prepared(images.dataset)
     if isinstance(images, (str, Path)):
         return False
+    if isinstance(images, dict):  # one batch
+        return _is_prepared(next((images[key] for key in reader.IMAGE_KEYS if key in images), None))
     if isinstance(images, IterableDataset):
         item = next(iter(images), None)
     elif not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
@@ -264,7 +273,10 @@ class _Pairs:
         number = self.first + done
         left = source.select(range(done, len(source))) if done else source
         for batch in reader.batches(left, max(1, batch_size // self.views)):
-            yield self._pair(self._with_crops(batch.images, number))
+            z, e, channels = self._pair(self._with_crops(batch.images, number))
+            finite_images(z, batch.names, "the classifier's activation")
+            finite_images(e, batch.names, "the encoder's embedding")
+            yield z, e, channels
             number += len(batch)
 
     def _with_crops(self, images: Tensor, number: int) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts._checks import integer, number, one_of
+from captum_concepts._checks import finite_images, integer, number, one_of
+from captum_concepts._undo import unharming
 from captum_concepts.errors import ConvergenceWarning, InputError, did_you_mean
 from captum_concepts.models.concept_translator.data import TrainingPairs, world
 from captum_concepts.models.concept_translator.network import ConceptTranslator
@@ -31,7 +32,7 @@ class Training:
     """Options of :func:`fit_translator`.
 
     Args:
-        optimizer: ``"adamw"``, or ``"sgd"``: the published one (rate 0.1 warmed up to 0.2 in the first epoch).
+        optimizer: ``"adamw"``, or ``"sgd"``: the published one (rate 0.1 in the first epoch, 0.2 from then on).
         lr: peak rate; None: 3e-4 for AdamW, 0.2 for SGD.
         weight_decay: None: 0.05 for AdamW, 0 for SGD.
         standardize: train on standardized inputs of unit expected length, folded into the first Linear afterwards, so
@@ -116,6 +117,7 @@ class FitResult:
     val_cosine: float = math.nan
 
 
+@unharming
 def fit_translator(
     translator: ConceptTranslator,
     pairs: TrainingPairs,
@@ -202,39 +204,42 @@ def fit_translator(
     best = math.inf
     if start or not epochs:
         best, result.val_cosine = validate()
+        if not math.isfinite(best):
+            _check_finite(pairs)
         before = validate(training_rows[:_TRIAL_ROWS])[0]
         for key, entry in zip(result.history, (before, best, result.val_cosine, 0.0), strict=True):
             result.history[key].append(entry)
-    best_state, reduced, better = copy.deepcopy(translator.state_dict()), 0, -1
+    best_state, better = copy.deepcopy(translator.state_dict()), -1
+    reduced, lowest, waited = 0, best, 0  # of the plateau rule, which begins after the warm-up
     translator.train()
     for epoch in _epochs(epochs, show_progress):
         batches = training_rows[torch.randperm(len(training_rows), generator=generator)].split(options.batch_size)
         train = 0.0
-        for step, rows in enumerate(batches):
-            warm = 0.5 + 0.5 * step / len(batches) if sgd and epoch == 0 else 1.0
-            for group in steps.param_groups:
-                group["lr"] = rate * warm * 0.1**reduced
+        warming = sgd and epoch == 0
+        now = rate * (0.5 if warming else 0.1**reduced)
+        for group in steps.param_groups:
+            group["lr"] = now
+        for rows in batches:
             train += _step(translator, steps, rows, losses)
             if not math.isfinite(train):
                 break
-        now = rate * (0.5 if sgd and epoch == 0 else 1.0) * 0.1**reduced  # at the start of the epoch
         value, cosine = validate()
         for key, entry in zip(result.history, (train / len(training_rows), value, cosine, now), strict=True):
             result.history[key].append(entry)
         if not math.isfinite(train + value):
+            _check_finite(pairs)
             result.stopped = "nan"
             break
         if value < best:
             best, best_state = value, copy.deepcopy(translator.state_dict())
             result.best_epoch, result.val_cosine, better = epoch, cosine, epoch
-        elif sgd and epoch == 0:
-            better = 0  # the plateau rule begins after the warm-up
-        waited = epoch - better
-        if waited >= _PATIENCE:
+        if epoch - better >= _PATIENCE:
             result.stopped = "early"
             break
-        if waited and options.patience and waited % options.patience == 0:
-            reduced += 1
+        if not warming:
+            lowest, waited = (value, 0) if value < lowest else (lowest, waited + 1)
+            if waited == options.patience != 0:
+                reduced, waited = reduced + 1, 0
     translator.load_state_dict(best_state)
     translator.fold_standardization(mean, std)
     translator.eval()
@@ -247,6 +252,13 @@ def fit_translator(
             stacklevel=2,
         )
     return result
+
+
+def _check_finite(pairs: TrainingPairs) -> None:
+    """Refuse rows that are not finite (of an older cache, or made elsewhere); names the image."""
+    for rows in torch.arange(len(pairs)).split(_ROWS):
+        for values, what in zip(pairs.rows(rows), ("the activation", "the embedding"), strict=True):
+            finite_images(values, (rows // pairs.views).tolist(), what)
 
 
 def _step(translator: nn.Module, steps: Any, rows: Tensor, losses: Callable[[Tensor], tuple[Tensor, Tensor]]) -> float:

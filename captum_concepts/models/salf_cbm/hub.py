@@ -25,6 +25,7 @@ from captum_concepts._artifacts import (
     nothing_or,
     number,
     open_artifact,
+    open_safetensors,
     read_json,
     save_artifact,
     table,
@@ -70,6 +71,7 @@ _BUFFERS = ("concept_mean", "concept_std", "presence_slope", "presence_offset")
 _BACKBONE = "backbone."
 _WHAT = "a saved SALFCBM"
 
+_MOST_NUMBERS, _MOST_PIXELS = 1 << 24, 1 << 22
 _SIZE = integer(1, 2**31)
 _PAIR = list_of(_SIZE, length=2)
 _FIELDS = {
@@ -148,6 +150,8 @@ def write_files(model: SALFCBM, config: Mapping[str, Any], folder: Path) -> None
             "save_pretrained keeps the model's own bottleneck and head, but they were replaced "
             f"({type(model.bottleneck).__name__}, {type(model.head).__name__}); save such a model by its state_dict()"
         )
+    if (too_large := _too_large(config)) is not None:
+        raise InputError(f"such a model cannot be saved: {too_large}")
     try:
         content = json.dumps(config, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -289,7 +293,10 @@ def _backbone(config: Mapping[str, Any], folder: Path) -> nn.Module:
             f"pass backbone=, the {about['class']} that the model in {folder} was trained with; its weights were not "
             "saved (save_backbone=False)"
         )
-    return build_backbone(about["recipe"], folder)
+    with open_safetensors(folder / _WEIGHTS, _WHAT) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    stored = {name.removeprefix(_BACKBONE): shape for name, shape in shapes.items() if name.startswith(_BACKBONE)}
+    return build_backbone(about["recipe"], folder, stored)
 
 
 def _check_tensors(config: Mapping[str, Any], own: Mapping[str, Tensor], folder: Path) -> None:
@@ -315,7 +322,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path, anything, f"the configuration of {_WHAT}")
     if not isinstance(config, dict) or config.get("format") not in (FORMAT, _FIRST):
         raise ArtifactError(f"{path} is not the configuration of {_WHAT} (format {FORMAT!r} or {_FIRST!r})")
-    return check_json({**_SINCE_2, **config}, _SCHEMA, str(path))
+    found: dict[str, Any] = check_json({**_SINCE_2, **config}, _SCHEMA, str(path))
+    if (too_large := _too_large(found)) is not None:
+        raise ArtifactError(f"{path} is damaged or foreign: {too_large}")
+    return found
+
+
+def _too_large(config: Mapping[str, Any]) -> str | None:
+    """What no stored tensor can be compared with is bounded; None if it is usual."""
+    (h, w), width = config["grid"], max(config["feature_dim"], len(config["concepts"]))
+    if h * w * width > _MOST_NUMBERS:
+        return f"a grid of {h} x {w} cells of {width} numbers each is larger than any model's"
+    sizes = [config["input_size"], *([] if config["reading"] is None else [config["reading"]["image_size"]])]
+    large = next((size for size in sizes if size is not None and size[0] * size[1] > _MOST_PIXELS), None)
+    return None if large is None else f"images of {large[0]} x {large[1]} pixels are larger than any model's"
 
 
 def _reading(values: Mapping[str, Any]) -> Reading:

@@ -46,14 +46,24 @@ def recipe_of(backbone: nn.Module, layer: str, image_size: tuple[int, int] | Non
     return None
 
 
-def build_backbone(recipe: Any, folder: Path) -> nn.Module:
+def build_backbone(recipe: Any, folder: Path, stored: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """The network of a recipe, with random weights; nothing is downloaded.
 
+    Args:
+        recipe: of :func:`recipe_of`.
+        folder: of the model, for messages.
+        stored: names and shapes of the stored tensors, which those of the network must be.
+
     Raises:
-        ArtifactError: the recipe is damaged, or the installed library cannot build it.
+        ArtifactError: the recipe is damaged, the installed library cannot build it, or it builds something else.
     """
     checked = check_json(recipe, _RECIPE, f"the recipe of the backbone in {folder}")
     try:
+        if checked["library"] != "open_clip":  # which moves what it builds; a name there has one size
+            with torch.device("meta"):  # sizes come from the file: nothing is allocated before the tensors fit them
+                shapes = {name: tuple(value.shape) for name, value in _built(checked).state_dict().items()}
+            if shapes != dict(stored):
+                raise ArtifactError("the stored weights are not those of such a network")
         return _built(checked).eval()
     except Exception as error:  # whatever a library raises at names and sizes that it does not know
         raise ArtifactError(

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from captum_concepts._captum import target_indices
-from captum_concepts._checks import integer, name_positions, one_of, unique_names
+from captum_concepts._checks import finite_images, integer, name_positions, one_of, unique_names
+from captum_concepts._undo import unharming
 from captum_concepts.activations import (
     LAYOUTS,
     Layer,
@@ -29,7 +30,7 @@ from captum_concepts.activations.layout import ModelTraits
 from captum_concepts.concepts import CLASS_TEMPLATE
 from captum_concepts.errors import InputError, InputWarning, LayerError, LayoutError
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
-from captum_concepts.images import Preprocessing, batches, inputs_for, open_images
+from captum_concepts.images import ImageSource, Preprocessing, batches, inputs_for, open_images, thumbnails
 from captum_concepts.models.salf_cbm import hub
 from captum_concepts.models.salf_cbm.edits import UNITS, map_edits, rule_edits
 from captum_concepts.models.salf_cbm.export import export_program
@@ -68,6 +69,7 @@ class _Seen(NamedTuple):
     logits: Tensor
 
 
+@unharming
 class SALFCBM(
     nn.Module,
     PyTorchModelHubMixin,
@@ -153,6 +155,9 @@ class SALFCBM(
     concept_std: Tensor
     presence_slope: Tensor | None
     presence_offset: Tensor | None
+
+    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    explains_all_at_once = True
 
     def __init__(
         self,
@@ -420,10 +425,12 @@ class SALFCBM(
         how = {"concepts": concepts, "top_k": top_k, "rank_by": one_of("rank_by", rank_by, RANKINGS)}
         if not contributions:
             how["rank_by"] = "scores"
+        inputs = self._opened(inputs)
         seen, names = self._look(inputs)
-        return self._explanation(
+        made = self._explanation(
             self._checked_target(seen, inputs, target), target, names, contributions=contributions, **how
         )
+        return made.pictured(thumbnails(inputs))
 
     def explain_classes(
         self, inputs: Any, classes: Sequence[str | int], *, top_k: int | None = 5
@@ -741,6 +748,7 @@ class SALFCBM(
             InputError: labels that do not fit.
         """
         activations = full_precision(self.scores(images)).cpu()
+        finite_images(activations, range(len(activations)), "the score")
         columns, verdicts = verdicts_of(labels, self.concepts, len(activations))
         self.set_presence(*fit_presence(activations[:, columns], verdicts), columns)
         names = [self.concepts[j] for j in columns]
@@ -1001,6 +1009,7 @@ class SALFCBM(
         list as they are read, and stay empty for tensors."""
         names: list[str] = []
         size = self.batch_size if batch_size is None else integer("batch_size", batch_size)
+        inputs = self._opened(inputs)
         if isinstance(inputs, Tensor):
             check_images(inputs)
             parts: Iterator[Tensor] = iter(inputs.split(size))
@@ -1008,9 +1017,14 @@ class SALFCBM(
             parts = self._read(inputs, size, names)
         return self._passes(parts), names
 
-    def _read(self, inputs: Any, size: int, names: list[str]) -> Iterator[Tensor]:
+    def _opened(self, inputs: Any) -> Tensor | ImageSource:
+        """Tensors as they are, anything else as images that the model wants to see."""
+        if isinstance(inputs, Tensor):
+            return inputs
         known = self.preprocessing or unwrap(self.backbone)
-        source = inputs_for(known, inputs, size=self.input_size if self.preprocessing is None else None)
+        return inputs_for(known, inputs, size=self.input_size if self.preprocessing is None else None)
+
+    def _read(self, source: ImageSource, size: int, names: list[str]) -> Iterator[Tensor]:
         named = source.files is not None
         for batch in batches(source, size, device=self.concept_mean.device):
             names += batch.names if named else []
@@ -1272,3 +1286,5 @@ def _check_batch(inputs: Any) -> None:
             f"images must be a floating-point batch (N, C, H, W), got {tuple(inputs.shape)} of {inputs.dtype}"
             f"{hint or '; preprocess them as the backbone was trained'}"
         )
+    if inputs.layout != torch.strided:
+        raise InputError(f"images must be a dense tensor, got the layout {inputs.layout}")

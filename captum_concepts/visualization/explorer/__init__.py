@@ -18,7 +18,8 @@ from markupsafe import Markup
 from torch import Tensor
 
 from captum_concepts._artifacts import write_atomically
-from captum_concepts._checks import integer, name_positions, unique_names
+from captum_concepts._checks import integer, name_positions
+from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import SEEN, ConceptExplainer, ConceptExplanation
 from captum_concepts.visualization.inputs import reader_of, shown_batches
@@ -66,6 +67,7 @@ class EditableExplainer(Protocol):
         ...
 
 
+@unharming
 def explore(
     explainer: EditableExplainer | ConceptExplainer | ConceptExplanation,
     images: Any,
@@ -137,7 +139,7 @@ def explore(
         raise InputError("there is no image to explore")
     page.given = isinstance(images, Tensor)
     if class_names is not None:
-        page.classes = unique_names(class_names, "class", len(page.classes) if page.complete else None)
+        page.classes = _named_classes(class_names, page)
     for what, values in (("image_names", image_names), ("labels", labels)):
         listed = None if values is None else list(values)
         if listed is not None and len(listed) != len(page.images):
@@ -194,6 +196,19 @@ class _Page:
     given: bool = True
     reader: str = ""
     trust: str = ""
+
+
+def _named_classes(names: Any, page: _Page) -> list[str]:
+    """One name for each output; two outputs may share one, as ImageNet's two kinds of crane do."""
+    found = [] if isinstance(names, str) else list(names)
+    if not found or not all(isinstance(name, str) for name in found):
+        raise InputError(f"class_names must be a list of names, got {names!r}"[:300])
+    least = max((one.target + 1 for one in page.images if one.target is not None), default=0)
+    if len(found) != len(page.classes) if page.complete else len(found) < least:
+        raise InputError(
+            f"{len(found)} class names for {'' if page.complete else 'at least '}{len(page.classes)}; pass one for each"
+        )
+    return found
 
 
 def _class_list(explainer: Any, count: int) -> list[str]:

@@ -259,6 +259,7 @@ function short(value, sign = false) {
   if (!Number.isFinite(value)) return "n/a";
   const size = Math.abs(value);
   if (size > 0 && size < 0.001) return sign ? (value > 0 ? "+0" : "−0") : value > 0 ? "< 0.001" : "> −0.001";
+  if (size === 0) return "0";
   const text = size >= 1000 ? size.toFixed(0) : String(Number(size.toPrecision(3)));
   return (value < 0 ? "−" : sign ? "+" : "") + text;
 }

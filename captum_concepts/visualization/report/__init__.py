@@ -6,22 +6,22 @@ import hashlib
 import math
 import os
 import platform
-import shutil
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import torch
 from markupsafe import Markup
 from torch import Tensor
 
 from captum_concepts import __version__
-from captum_concepts._artifacts import open_atomically
+from captum_concepts._artifacts import replacing
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
@@ -38,8 +38,13 @@ from captum_concepts.visualization.templates import asset, template
 _NOTHING = object()
 #: Classes and concepts that can be filtered by; the most frequent ones where there are more.
 _FILTERS = 300
+#: Images on a page; more go to further pages, so that each opens at once.
+PER_PAGE = 200
+#: In the head of every page of this package.
+_OURS = b'<meta name="generator" content="captum_concepts">'
 #: Where the cards go; no text can contain it, because control characters are replaced.
 _MARK = "\0"
+_BLOCK = 1 << 20
 
 
 def report(
@@ -60,6 +65,7 @@ def report(
     crop: Any = None,
     settings: Mapping[str, Any] | None = None,
     explorer: Any = None,
+    images_per_page: int | None = PER_PAGE,
     scale: str = "row",
     alpha: float = ALPHA,
     cmap: Any = None,
@@ -72,7 +78,9 @@ def report(
     It opens from disk, needs no network and runs no script; a map appears over the input where its concept is
     pointed at, tapped or chosen by keyboard. Images are filtered by class, concept and agreement with the true label.
     Light and dark, readable on a phone, on paper and by a screen reader. It is written image by image, so that memory
-    does not grow with their number. Twenty images of up to eight concepts take less than 5 MB.
+    does not grow with their number. Twenty images of up to eight concepts take less than 5 MB. More than 200 images go
+    to several files: ``report.html`` contains the summary and an index of all images, which is filtered with them, and
+    leads to ``report.2.html`` and so on, next to it.
 
     Args:
         source: the explanation of N images; an iterable of explanations, which is read one by one; or an explainer
@@ -100,6 +108,7 @@ def report(
         settings: what to keep of the run, shown in a table; nested mappings become parts. Versions, method, layers and
             a fingerprint of each input's pixels are added.
         explorer: of :func:`explore`: written next to the report as ``NAME.explorer.html``, with a button that opens it.
+        images_per_page: images in one file; None: all of them.
         scale: ``"row"``: the maps of an image share one color scale, so that their strengths compare; ``"map"``: each
             has its own.
         alpha, cmap, signed, mode: as for :func:`panel`.
@@ -126,7 +135,7 @@ def report(
         raise InputError("the explanation comes first: report(explanation, images, path)")
     writer = ReportWriter(
         path, title=title, class_names=class_names, top_k=top_k, rank_by=rank_by, settings=settings,
-        scale=scale, alpha=alpha, cmap=cmap, signed=signed, mode=mode,
+        images_per_page=images_per_page, scale=scale, alpha=alpha, cmap=cmap, signed=signed, mode=mode,
     )  # fmt: skip
     total = len(source) if isinstance(source, ConceptExplanation) else None
     several = significant is not None and torch.as_tensor(significant).ndim == 2 and total is not None and total > 1
@@ -144,7 +153,8 @@ def report(
     said = getattr(source, "trust", "")
     writer.trust = said if isinstance(said, str) else ""
     if explorer is not None:
-        writer.explorer = explorer.save(writer.path.with_name(f"{writer.path.stem}.explorer.html")).name
+        page = explorer.save(writer.path.with_name(f"{writer.path.stem}.explorer.html"))
+        writer.explorer = quote(os.fsencode(page.name))
     with writer:
         names, truths = (None if given is None else iter(given) for given in (image_names, labels))
         for i, (example, picture, found) in enumerate(_progress(rows, total, show_progress)):
@@ -205,12 +215,13 @@ def _progress(pairs: Iterable[Any], total: int | None, show: bool) -> Iterable[A
 class ReportWriter:
     """A report written image by image: only the current one is in memory, so any number of images can pass.
 
-    The file appears when the report is finished, atomically. As a context manager it finishes at the end of
-    the ``with`` block, and leaves an older file untouched where the block raises; call :meth:`finish` yourself to keep
-    what was done.
+    The file appears when the report is finished, atomically, after its further pages. As a context manager it finishes
+    at the end of the ``with`` block, and leaves an older file untouched where the block raises; call :meth:`finish`
+    yourself to keep what was done.
 
     Args:
-        path, title, class_names, top_k, rank_by, settings, scale, alpha, cmap, signed, mode: see :func:`report`.
+        path, title, class_names, top_k, rank_by, settings, images_per_page, scale, alpha, cmap, signed, mode: see
+            :func:`report`.
             ``signed="auto"``: the diverging color scheme from the first explanation on in which negative values matter.
 
     Attributes:
@@ -240,6 +251,7 @@ class ReportWriter:
         top_k: int = 8,
         rank_by: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        images_per_page: int | None = PER_PAGE,
         scale: str = "row",
         alpha: float = ALPHA,
         cmap: Any = None,
@@ -248,6 +260,7 @@ class ReportWriter:
     ) -> None:
         self.top_k = integer("top_k", top_k)
         self.rank_by = one_of("rank_by", rank_by, (*RANKINGS, None))
+        self.images_per_page = None if images_per_page is None else integer("images_per_page", images_per_page)
         self.scale = one_of("scale", scale, ("row", "map"))
         self.alpha = number("alpha", alpha, lambda a: 0 <= a <= 1, "in [0, 1]")
         self.mode = one_of("mode", mode, MODES)
@@ -262,6 +275,7 @@ class ReportWriter:
         # The cards wait here, because what is above them is known last; the system removes this file whatever happens.
         self._cards: IO[bytes] | None = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
         self._known = _Known()
+        self._starts: list[int] = []
         self._failed: list[tuple[str, str]] = []
         self._rules: tuple[Any, Any] | None = None
         self.explorer: str | None = None
@@ -332,6 +346,8 @@ class ReportWriter:
             card = self._card(picture, one, states, own, label)
             card.region = " ".join(f"M{x0:.6g} {y0:.6g}L{x1:.6g} {y1:.6g}" for x0, y0, x1, y1 in regions[i])
             card.crop = crops[i]
+            if not len(self) or (self.images_per_page and len(self) % self.images_per_page == 0):
+                self._starts.append(self._cards.tell())
             self._known.note(card, picture, one)
             self._cards.write(template("report/card.html").render(card=card, index=len(self)).encode())
 
@@ -368,30 +384,49 @@ class ReportWriter:
         if not (self._known.index or self._failed):
             self.discard()
             raise InputError(f"nothing to report: no example was added to {self.path}")
-        page = template("report/page.html").render(
-            title=self.title,
-            css=asset("report/report.css"),
-            mark=Markup(_MARK),
-            known=self._known,
-            summary=self._known.summary(),
-            class_filter=self._known.filter(self._known.by_class),
-            concept_filter=self._known.filter(self._known.by_concept),
-            failed=self._failed,
-            rules=self._drawn_rules(),
-            explorer=self.explorer,
-            trust=self.trust,
-            facts_of_run=self._facts(),
-        )
-        before, after = page.split(_MARK)
+        paths = self._paths()
+        pages = [_Page(k, quote(os.fsencode(path.name)), *self._span(k)) for k, path in enumerate(paths)]
+        links = [
+            f"{'' if page is pages[0] else page.file}#e{i + 1}" for page in pages for i in range(page.first, page.stop)
+        ]
+        shown = {
+            "title": self.title,
+            "css": asset("report/report.css"),
+            "mark": Markup(_MARK),
+            "known": self._known,
+            "summary": self._known.summary(),
+            "class_filter": self._known.filter(self._known.by_class),
+            "concept_filter": self._known.filter(self._known.by_concept),
+            "failed": self._failed,
+            "rules": self._drawn_rules(),
+            "explorer": self.explorer,
+            "trust": self.trust,
+            "facts_of_run": self._facts(),
+            "pages": pages,
+            "links": links,
+        }
+        ends = [*self._starts[1:], self._cards.seek(0, os.SEEK_END)]
         try:
-            with open_atomically(self.path) as file:
-                file.write(before.encode(errors="backslashreplace"))
-                self._cards.seek(0)
-                shutil.copyfileobj(self._cards, file)
-                file.write(after.encode(errors="backslashreplace"))
+            for page, path in reversed(list(zip(pages, paths, strict=True))):  # the first last: it leads to the others
+                before, after = template("report/page.html").render(**shown, page=page).split(_MARK)
+                start = self._starts[page.number] if self._starts else 0
+                _write(path, before, self._cards, (start, ends[page.number]), after)
         finally:
             self.discard()
         return self.path
+
+    def _span(self, page: int) -> tuple[int, int]:
+        """The images of a page."""
+        size = self.images_per_page or len(self)
+        return page * size, min((page + 1) * size, len(self))
+
+    def _paths(self) -> list[Path]:
+        """The files of the pages. One that somebody else wrote is never replaced, except the one that was asked for."""
+        found = [self.path]
+        for k in range(2, len(self._starts) + 1):
+            names = (f"{self.path.stem}.{k}{'' if j == 1 else f'-{j}'}{self.path.suffix}" for j in count(1))
+            found.append(next(path for name in names if _free(path := self.path.with_name(name))))
+        return found
 
     def discard(self) -> None:
         """Give up: no file is written, and an older one stays."""
@@ -478,6 +513,37 @@ class ReportWriter:
 
 
 @dataclass(frozen=True)
+class _Page:
+    """One file of a report: images ``first`` to ``stop - 1``, counted from 0; ``file``: its name in a link."""
+
+    number: int
+    file: str
+    first: int
+    stop: int
+
+
+def _free(path: Path) -> bool:
+    """Whether a further page may be written there: nothing is, or an older page of this package."""
+    try:
+        with path.open("rb") as file:
+            return _OURS in file.read(2_000)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _write(path: Path, before: str, cards: IO[bytes], part: tuple[int, int], after: str) -> None:
+    """One page, atomically; its cards are copied in blocks."""
+    with replacing(path) as file:
+        file.write(before.encode(errors="backslashreplace"))
+        cards.seek(part[0])
+        for start in range(*part, _BLOCK):
+            file.write(cards.read(min(_BLOCK, part[1] - start)))
+        file.write(after.encode(errors="backslashreplace"))
+
+
+@dataclass(frozen=True)
 class Bar:
     """A number and its bar: from ``start``, ``width`` long, in percent of the axis."""
 
@@ -540,6 +606,11 @@ class Card:
         return "" if None in (self.target, self.truth) else "right" if self.target == self.truth else "wrong"
 
     @property
+    def marks(self) -> str:
+        """What the filters' style rules know it by."""
+        return " ".join(filter(None, [self.verdict, f"k{self.class_index}", *(f"t{t}" for t in self.concept_indices)]))
+
+    @property
     def how(self) -> bool:
         """Whether there are contributions."""
         return any(row.contribution is not None for row in self.rows)
@@ -563,7 +634,7 @@ def bar(value: float, end: float, encoded: bool, middle: bool) -> Bar:
 class _Known:
     """What the head and the foot of the page need of the cards: counts and names, a few bytes per image."""
 
-    index: list[tuple[str, str, str]] = field(default_factory=list)
+    index: list[tuple[str, str, str, str]] = field(default_factory=list)
     images: list[tuple[str, str, str]] = field(default_factory=list)
     seen: dict[str, dict[str, None]] = field(
         default_factory=lambda: {part: {} for part in ("method", "layer", "maps", "score unit", "contribution unit")}
@@ -579,7 +650,6 @@ class _Known:
     def note(self, card: Card, picture: Tensor, one: ConceptExplanation) -> None:
         best = card.rows[0]
         said = [card.target or "", f"{best.name} {best.score.text}"]
-        self.index.append((card.name, " · ".join(filter(None, said)), card.verdict))
         pixels = (picture * 255).round().byte().contiguous()
         digest = hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()[:32]
         self.images.append((card.name, f"{picture.shape[2]} x {picture.shape[1]}", digest))
@@ -593,6 +663,7 @@ class _Known:
             card.class_index = self._number(card.target)
             self.by_class[card.target] += 1
             self.verdicts[card.target, card.verdict] += 1
+        self.index.append((card.name, " · ".join(filter(None, said)), card.verdict, card.marks))
         shown = [row.name for row in card.rows if not row.pale]
         self.by_concept.update(shown)
         self.first.update(shown[:1])

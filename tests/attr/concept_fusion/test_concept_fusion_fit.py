@@ -15,11 +15,15 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from captum_concepts._artifacts import save_artifact
+from captum_concepts.activations import Layers
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
+from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import ArtifactError, ConvergenceWarning, InputError, NotFittedError
 from captum_concepts.models import ConceptTranslator
-from captum_concepts.models.concept_translator.data import TrainingPairs
+from captum_concepts.models.concept_translator.data import TrainingPairs, collect_pairs, random_crops
 from captum_concepts.models.concept_translator.fit import fit_translator
+from captum_concepts.store.manifest import fingerprint_module
 
 WORDS = ["red", "green", "blue"]
 
@@ -224,9 +228,12 @@ def test_a_nan_loss_stops_and_keeps_the_best():
         result = fit_translator(translator, pairs, optimizer="sgd", lr=1e30, standardize=False)
     assert result.stopped == "nan"
     assert all(p.isfinite().all() for p in translator.parameters())
-    bad = TrainingPairs([(torch.full((40, 5), torch.nan), torch.randn(40, 3))], [5])
-    with pytest.warns(ConvergenceWarning, match="initial"):
-        fit_translator(translator, bad)
+    for place in (0, 1):
+        rows = [torch.randn(40, 5), torch.randn(40, 3)]
+        rows[place][7, 2] = torch.nan
+        for options in ({}, {"epochs": 3}, {"optimizer": "sgd"}):
+            with pytest.raises(InputError, match=f"the {('activation', 'embedding')[place]} of image 7 contains NaN"):
+                fit_translator(ConceptTranslator([5], 3, hidden=(8, 8)), TrainingPairs([tuple(rows)], [5]), **options)
 
 
 @pytest.mark.parametrize("length", [10.0, 1.0])
@@ -253,6 +260,31 @@ def test_the_published_optimiser():
     cefam = fit(images(100), training={"optimizer": "sgd", "epochs": 12, "batch_size": 10, "patience": 0})
     assert cefam.history_["lr"] == pytest.approx([0.1] + [0.2] * 11)
     assert cefam.history_["train_loss"][-1] < cefam.history_["train_loss"][0]
+
+
+@pytest.mark.parametrize(("patience", "seed"), [(2, 0), (2, 1), (4, 2)])
+def test_the_published_schedule(patience, seed):
+    """The rule of the paper, written out: one epoch at .1, then .2; a tenth after ``patience`` epochs without progress.
+
+    The plateau rule sees no loss of the warm-up, and training ends after ten epochs without a new best.
+    """
+    g = torch.Generator().manual_seed(seed)
+    pairs = TrainingPairs([(torch.rand(60, 5, generator=g), torch.randn(60, 3, generator=g))], [5])
+    translator = ConceptTranslator([5], 3, hidden=(16, 16))
+    history = fit_translator(translator, pairs, optimizer="sgd", batch_size=8, patience=patience, seed=seed).history
+    rate, waited, lowest, best = 0.2, 0, float("inf"), (float("inf"), 0)
+    expected, stops = [0.1], []
+    for epoch, loss in enumerate(history["val_loss"]):
+        best = min(best, (loss, epoch))
+        stops.append(epoch - best[1] >= 10)
+        if epoch > 0:
+            lowest, waited = (loss, 0) if loss < lowest else (lowest, waited + 1)
+            if waited == patience:
+                rate, waited = rate * 0.1, 0
+        expected.append(rate)
+    assert history["lr"] == pytest.approx(expected[:-1])
+    assert len(set(history["lr"])) > 2  # it was reduced
+    assert stops == [False] * (len(stops) - 1) + [True]
 
 
 def test_the_rate_falls_and_the_fit_stops_when_nothing_improves():
@@ -337,3 +369,197 @@ def test_an_encoder_that_is_none_and_layers_that_are_no_list():
         ConceptFusionMap(net, ["0"]).fit(images(4), net, ["red"])
     with pytest.raises(InputError, match=r"pass \['0'\]"):
         ConceptFusionMap(net, "0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: {"data": torch.cat([x[:5], x[5:6] * 0.5, x[6:]])},
+        lambda x: {"model_transform": lambda batch: batch * 0.5},
+        lambda x: {"encoder_transform": lambda batch: batch * 0.5},
+        lambda x: {"layout": "NCHW"},
+        lambda x: {"prefix_tokens": 0},
+        lambda x: {"crops": 1},
+    ],
+    ids=["one image", "model_transform", "encoder_transform", "layout", "prefix_tokens", "crops"],
+)
+def test_a_stale_cache_is_refused(tmp_path, change):
+    x = images(30)
+    given = {"model_transform": lambda batch: batch * 1.0, "encoder_transform": lambda batch: batch * 1.0}
+    fit(x, cache_dir=tmp_path, **given)
+    fit(x, cache_dir=tmp_path, **given)
+    changed = change(x)
+    data = changed.pop("data", x)
+    with pytest.raises(ArtifactError, match="does not match"):
+        fit(data, cache_dir=tmp_path, **{**given, **changed})
+
+
+def test_crops_are_further_rows_of_their_image():
+    pairs = collect_pairs(Layers.resolve(classifier(), LAYERS), Color(), images(5), crops=3, batch_size=7)
+    assert (len(pairs), pairs.images, pairs.views) == (20, 5, 4)
+    assert pairs.rows_of(torch.tensor([3, 0])).tolist() == [12, 13, 14, 15, 0, 1, 2, 3]
+    assert pairs.rows_of(torch.tensor([3, 0]), crops=False).tolist() == [12, 0]
+    torch.testing.assert_close(pairs.rows([12])[1], Color().encode_image(images(5)[3:4]))
+    generator = torch.Generator().manual_seed(3)  # of image 3 with seed 0
+    for row, crop in zip((13, 14, 15), random_crops(images(5)[3], 3, generator), strict=True):
+        torch.testing.assert_close(pairs.rows([row])[1], Color().encode_image(crop[None]))
+        assert crop.shape == (3, 16, 16)
+    again = collect_pairs(Layers.resolve(classifier(), LAYERS), Color(), images(5), crops=3, batch_size=32)
+    torch.testing.assert_close(again.rows(range(20))[0], pairs.rows(range(20))[0], atol=1e-5, rtol=1e-5)
+    other = collect_pairs(Layers.resolve(classifier(), LAYERS), Color(), images(5), crops=3, seed=1)
+    assert not torch.equal(other.rows([13])[1], pairs.rows([13])[1])
+
+
+def test_no_crop_of_a_held_out_image_is_trained_on():
+    z, e = torch.randn(40, 5), torch.randn(40, 3)
+    pairs = TrainingPairs([(z, e)], [5], views=4)
+    result = fit_translator(ConceptTranslator([5], 3, hidden=(8, 8)), pairs, validation_fraction=0.3)
+    assert len(result.held_out) == 3
+    # Embeddings of held-out images' crops do not change the result.
+    changed = e.clone().unflatten(0, (10, 4))
+    changed[result.held_out, 1:] = 100.0
+    translators = [ConceptTranslator([5], 3, hidden=(8, 8)) for _ in range(2)]
+    for translator, target in zip(translators, (e, changed.flatten(0, 1)), strict=True):
+        fit_translator(translator, TrainingPairs([(z, target)], [5], views=4), validation_fraction=0.3)
+    assert torch.equal(translators[0](z), translators[1](z))
+
+
+def test_the_start_from_examples_is_the_stated_network():
+    """Each hidden unit is the similarity to one training image; the rest solves a regression."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.rand(600, 3, generator=g)
+    e = torch.stack([torch.sin(4 * z[:, 0]), z[:, 1] * z[:, 2], z[:, 1]], 1)
+    translator = ConceptTranslator([3], 3, hidden=(200, 50))
+    result = fit_translator(translator, TrainingPairs([(z, e)], [3]))
+    assert result.best_epoch == -1
+    assert {len(values) for values in result.history.values()} == {1}
+    assert result.history["lr"] == [0.0]
+    held = result.held_out
+    rest = torch.ones(600, dtype=torch.bool)
+    rest[held] = False
+    error = (translator([z[held]]) - e[held]).square().mean()
+    design = torch.cat([z, torch.ones(600, 1)], 1)
+    linear = design[held] @ torch.linalg.lstsq(design[rest], e[rest]).solution
+    assert error < 0.2 * (linear - e[held]).square().mean()
+    spread = z[rest].std(0, correction=0)
+    examples, x = translator.first.weight * spread, (z[rest] - z[rest].mean(0)) / spread
+    cosines = F.normalize(examples, dim=1) @ F.normalize(x, dim=1).T
+    assert (cosines.amax(1) > 0.999).all()
+
+
+@pytest.mark.parametrize("crops", [0, 2])
+def test_the_default_dtype_may_be_double(crops):
+    torch.set_default_dtype(torch.float64)
+    try:
+        cefam = fit(images(30).float(), model=classifier().float(), crops=crops, training={"epochs": 1})
+        e = cefam.explain(images(2).float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert e.maps.isfinite().all()
+
+
+def test_the_link_is_what_the_encoder_says():
+    for said, bias, expected in (("sigmoid", 0.0, "sigmoid"), ("softmax", -3.0, "softmax"), (None, 0.0, "softmax"),
+                                 (None, -3.0, "sigmoid")):  # fmt: skip
+        for name in ("link", "probability"):
+            encoder = Color()
+            encoder.logit_bias = bias
+            if said is not None:
+                setattr(encoder, name, said)
+            assert fit(images(8), encoder=encoder).link == expected
+            assert fit(images(8), encoder=encoder, link="sigmoid").link == "sigmoid"
+    encoder.link = "exp"
+    with pytest.raises(InputError, match=r"encoder.link is 'exp'"):
+        fit(images(8), encoder=encoder)
+
+
+def test_another_encoder_is_asked_again():
+    first, second = Color(), Color()
+    second.logit_scale, second.logit_bias = 5.0, -2.0
+    cefam = fit(images(8), encoder=first)
+    assert (cefam.logit_scale, cefam.link) == (20.0, "softmax")
+    cefam.with_options(n_channels=3).fit(images(8), second, WORDS, crops=0)
+    assert cefam.fit(images(8), second, WORDS, crops=0) is cefam
+    assert (cefam.logit_scale, cefam.logit_bias, cefam.link) == (5.0, -2.0, "sigmoid")
+    mine = fit(images(8), encoder=first, logit_scale=7.0)
+    assert mine.fit(images(8), second, crops=0).logit_scale == 7.0
+    assert mine.concepts == WORDS
+
+
+def test_options_are_checked_before_anything_is_read():
+    class Unread:
+        def __len__(self):
+            raise AssertionError("read")
+
+        __getitem__ = __len__
+
+    cefam = ConceptFusionMap(classifier(), LAYERS)
+    for bad in ({"training": {"optimiser": "sgd"}}, {"crops": -1}, {"similarity_weight": -1.0},
+                {"training": {"epochs": 1.5}}, {"concepts": ["red", "purple"]}):  # fmt: skip
+        with pytest.raises(InputError):
+            cefam.fit(Unread(), Color(), **bad)
+    cefam.gradient = "brnach"
+    with pytest.raises(InputError, match="gradient"):
+        cefam.fit(Unread(), Color())
+
+
+def test_words_of_the_constructor_and_of_a_vocabulary():
+    cefam = ConceptFusionMap(classifier(), LAYERS, concepts=["blue", "red"])
+    assert cefam.fit(images(8), Color(), crops=0).concepts == ["blue", "red"]
+
+    class Photo(Color):
+        def encode_text(self, words):
+            assert all(word.startswith("a ") for word in words)
+            return super().encode_text([word.removeprefix("a ") for word in words])
+
+    vocabulary = Vocabulary(["green", "red"], templates="a {}")
+    made = cefam.with_concepts(vocabulary, Photo())
+    assert made.concepts == ["green", "red"]
+    assert torch.equal(made.text_embeddings, torch.eye(3)[[1, 0]])
+    assert fit(images(8), encoder=Photo(), concepts=vocabulary).concepts == ["green", "red"]
+
+
+def test_files_are_normalized_as_the_classifiers_library_says(tmp_path):
+    from torchvision.models import resnet18
+
+    for i, image in enumerate(images(4)):
+        pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).resize((224, 224)).save(tmp_path / f"{i}.png")
+    model = resnet18()
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    encoded = []
+
+    class Watching(Color):
+        def encode_image(self, batch):
+            encoded.append(batch)
+            return super().encode_image(batch)
+
+    ConceptFusionMap(model, ["layer4"]).fit(tmp_path, Watching(), crops=0)
+    handle.remove()
+    assert seen[0].shape == (4, 3, 224, 224)
+    assert encoded[0].min() >= 0
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(seen[0], (encoded[0] - mean[:, None, None]) / std[:, None, None])
+
+
+def test_format_1_is_read(tmp_path):
+    """A file as the first version wrote it."""
+    cefam = fit(images(20), map_layer=1, link="sigmoid", batch_size=7)
+    translator = cefam.translator
+    info = {
+        "concepts": WORDS, "layers": LAYERS, "layer": 1,
+        "options": {"logit_scale": 20.0, "logit_bias": 0.0, "probability": "sigmoid", "gradient": "total",
+                    "n_channels": 20, "channel_share": None, "fill": "layer_mean", "chunk_size": 7, "layout": "auto",
+                    "prefix_tokens": None},
+        "in_channels": [10, 12], "embedding_dim": 3, "hidden": [32, 32], "history": cefam.history_,
+        "model": fingerprint_module(classifier()),
+    }  # fmt: skip
+    tensors = {f"translator.{name}": value for name, value in translator.state_dict().items()}
+    path = save_artifact(
+        tmp_path / "old", "captum_concepts.ConceptFusionMap/1", info, {**tensors, "text_embeddings": torch.eye(3)}
+    )
+    loaded = ConceptFusionMap.load(path, classifier())
+    assert (loaded.map_layer, loaded.link, loaded.batch_size, loaded.concepts) == (1, "sigmoid", 7, WORDS)
+    x = images(2)
+    assert torch.equal(loaded.attribute(x), cefam.with_options(calibrated=False).attribute(x))

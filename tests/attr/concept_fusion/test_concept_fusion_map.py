@@ -10,8 +10,10 @@ from captum.attr import NoiseTunnel
 from test_concept_fusion_fit import fit
 from torch import nn
 
+from captum_concepts.activations import Layers
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.errors import InputError, InputWarning, LayerError, NotFittedError, TargetError
+from captum_concepts.images import inputs_for
 from captum_concepts.models import ConceptTranslator
 
 CONCEPTS = ["stripes", "grass", "red", "dog", "sky"]
@@ -74,6 +76,11 @@ def build(case: str, **options) -> ConceptFusionMap:
 
 def images(n: int = 3) -> torch.Tensor:
     return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def colorful(n: int = 6) -> torch.Tensor:
+    """Images whose leading concepts differ."""
+    return images(n) * 6 * torch.rand(n, 3, 1, 1, generator=torch.Generator().manual_seed(2)) ** 2
 
 
 class Reference:
@@ -327,7 +334,7 @@ def test_any_translator_gives_the_same_relevance():
 @pytest.mark.parametrize("layer", ["auto", "fused", 1])
 @pytest.mark.parametrize("rank_by", ["scores", "contributions"])
 def test_explain_gives_each_image_its_own_concepts(layer, rank_by):
-    cefam, x = build("cnn", map_layer=layer), images(6)
+    cefam, x = build("cnn", map_layer=layer), colorful()
     e = cefam.explain(x, top_k=2, rank_by=rank_by)
     scores, maps, contributions = cefam.scores(x), cefam.concept_maps(x), cefam.contributions(x)
     torch.testing.assert_close(e.target, cefam.forward_func(x).argmax(1))
@@ -593,3 +600,127 @@ def test_half_precision_matches_full():
     assert half.dtype == torch.float32
     assert F.cosine_similarity(half.flatten(1), full.flatten(1)).min() > 0.95
     assert cefam.contributions(x.to(torch.bfloat16), target=1).isfinite().all()
+
+
+class Multilabel(nn.Module):
+    """Two labels, each read off one channel; the head may end in a sigmoid or softmax."""
+
+    def __init__(self, end: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1, bias=False)
+        self.conv.weight.data = torch.eye(3)[:, :, None, None]
+        self.end = end or nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.conv(x).mean((2, 3))
+        return self.end(torch.stack([8 * z[:, 0] - 3, 6 * z[:, 1] - 2], 1))
+
+
+class Pass(nn.Module):
+    def forward(self, pooled):
+        return pooled[0]
+
+
+def colors(end: nn.Module | None = None, **options) -> ConceptFusionMap:
+    return ConceptFusionMap(Multilabel(end), ["conv"], Pass(), ["red", "green", "blue"], torch.eye(3), n_channels=1,
+                            **options)  # fmt: skip
+
+
+def test_a_concept_without_influence_on_an_independent_label_contributes_nothing():
+    x = torch.rand(2, 3, 8, 8) * torch.tensor([1.0, 1.0, 0.2])[:, None, None]
+    value = colors(class_probability="sigmoid").contributions(x, target=0)
+    assert (value[:, 0] > 0.01).all()
+    assert torch.equal(value[:, 1:], torch.zeros(2, 2))
+    without = x.clone()
+    without[:, 0] = x.mean((1, 2, 3))[:, None, None]  # the mean of the layer's pooled vector
+    p, q = (Multilabel(nn.Sigmoid())(batch)[:, 0] for batch in (x, without))
+    torch.testing.assert_close(value[:, 0], (p - q) / p, atol=1e-5, rtol=1e-4)
+    assert (
+        colors(class_probability="softmax").contributions(x, target=0)[:, 1].abs() > 0.01
+    ).all()  # a softmax lets labels compete
+
+
+@pytest.mark.parametrize("end", [nn.Sigmoid(), nn.Softmax(1)])
+def test_heads_that_end_in_probabilities_are_taken_as_they_are(end):
+    x = torch.rand(3, 3, 8, 8)
+    link = "sigmoid" if isinstance(end, nn.Sigmoid) else "softmax"
+    for cefam in (colors(end), colors(end, gradient="branch")):
+        expected = colors(class_probability=link, gradient=cefam.gradient).explain(x, target=1)
+        found = cefam.explain(x, target=1)
+        torch.testing.assert_close(found.contributions, expected.contributions, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.target_probability, expected.target_probability)
+
+
+@pytest.mark.parametrize("end", [nn.Sigmoid(), nn.Softmax(1)])
+@pytest.mark.parametrize("gradient", ["total", "branch"])
+def test_a_saturated_head_is_explained_before_its_last_activation(end, gradient):
+    """In single precision the probability is exactly 1, and stays 1 without the concept; its logit does not."""
+    x = torch.rand(2, 3, 8, 8) * torch.tensor([9.0, 0.1, 0.1])[:, None, None] + torch.tensor([4.0, 0, 0])[:, None, None]
+    assert (Multilabel(end)(x)[:, 0] == 1).all()
+    link = "sigmoid" if isinstance(end, nn.Sigmoid) else "softmax"
+    found = colors(end, gradient=gradient).contributions(x, target=0)
+    expected = colors(class_probability=link, gradient=gradient).contributions(x, target=0)
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-4)
+    assert (found[:, 0] != 0).all()
+    half = colors(nn.Sequential(nn.Identity(), end), gradient=gradient).contributions(x, target=0)
+    torch.testing.assert_close(half, expected, atol=0, rtol=1e-4)
+
+
+def test_outputs_that_look_like_independent_labels_warn():
+    class Own(nn.Module):
+        def forward(self, logits):
+            return 1 / (1 + torch.exp(-logits))
+
+    with pytest.warns(InputWarning, match="independent labels"):
+        colors(Own()).contributions(torch.rand(2, 3, 8, 8), target=0)
+    colors(Own(), class_probability="softmax").contributions(torch.rand(2, 3, 8, 8), target=0)
+
+
+def test_a_probability_of_zero_has_no_relative_change():
+    class Never(nn.Module):
+        def forward(self, logits):
+            return logits.softmax(1) * 0 + torch.tensor([0.0, 1.0])
+
+    with pytest.warns(InputWarning, match="exactly 0"):
+        value = colors(Never(), class_probability="auto").contributions(torch.rand(1, 3, 8, 8), target=0)
+    assert value.isnan().all()
+
+
+@pytest.mark.parametrize("layer", ["auto", -1])
+def test_channel_mean_at_a_pooled_layer_is_zero_with_a_warning(layer):
+    cefam = build("cnn", fill="channel_mean", map_layer=layer)
+    x = images(3)
+    best = cefam.layer_relevance(x).argmax(-1) if layer == "auto" else torch.full((3, len(CONCEPTS)), 2)
+    if (best == 2).any():
+        with pytest.warns(InputWarning, match="keeps the pooled values"):
+            value = cefam.contributions(x, target=1)
+    else:
+        value = cefam.contributions(x, target=1)
+    assert (value[best == 2].abs() < 1e-4).all()
+    assert value.isfinite().all()
+
+
+def test_images_from_anywhere(tmp_path):
+    from PIL import Image
+
+    cefam = build("cnn")
+    files = []
+    for i, image in enumerate((images(3) * 255).to(torch.uint8)):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(files[-1])
+    source = inputs_for(cefam.forward_func, files, size=32)
+    expected = cefam.explain(torch.stack(list(source)), top_k=2)
+    found = cefam.explain(source, top_k=2)
+    assert found.image_names == ["0.png", "1.png", "2.png"]
+    torch.testing.assert_close(found.maps, expected.maps, equal_nan=True)
+    torch.testing.assert_close(cefam.scores(source), cefam.scores(torch.stack(list(source))))
+
+
+def test_layers_are_resolved_once_per_call(monkeypatch):
+    calls = []
+    resolve = Layers.resolve.__func__
+    monkeypatch.setattr(Layers, "resolve", classmethod(lambda cls, *a, **k: calls.append(a) or resolve(cls, *a, **k)))
+    cefam = build("cnn", batch_size=2)
+    calls.clear()
+    cefam.explain(images(7), top_k=2)
+    assert len(calls) == 1

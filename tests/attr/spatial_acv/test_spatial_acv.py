@@ -456,6 +456,13 @@ def test_other_concepts_are_the_negatives_where_none_are_given(planted):
         SpatialACV(planted["net"], "at").fit({"a": planted["concept"]})
 
 
+def test_negatives_that_have_the_name_of_a_concept_are_those_of_the_others(planted):
+    sets = {"planted": planted["concept"], "noise": torch.rand(5, 4, 24, 24)}
+    others = {"planted": torch.rand(3, 4, 24, 24), "rest": planted["negatives"][:6]}
+    acv = SpatialACV(planted["net"], "at").fit(sets, others)
+    assert [acv.rows_[name]["negative_images"] for name in sets] == [6, 9]
+
+
 def test_captum_concepts_and_tensors_agree(planted):
     make = lambda i, name, x: Concept(i, name, DataLoader(x, batch_size=4))  # noqa: E731
     a = SpatialACV(planted["net"], "at").fit({"a": planted["concept"]}, planted["negatives"])

@@ -7,7 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from captum_concepts import SpatialACV, published
 from captum_concepts.attr.spatial_acv.classifier import calibrate, logistic_trainer, reproducible
 from captum_concepts.attr.spatial_acv.fit import fit_concept
 from captum_concepts.attr.spatial_acv.problem import make_problem
@@ -209,6 +211,26 @@ def test_the_vector_solves_the_penalised_problem():
     assert abs(float(residual.sum())) < 1e-3
     assert float(fitted.vector.norm()) == pytest.approx(1, abs=1e-6)
     assert fitted.vector[0] > 0.8
+
+
+def test_published_settings_give_the_vector_of_the_notebook():
+    """scikit-learn's logistic regression with C=1 on the rows as they are, which the notebook calls."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    draw = torch.Generator().manual_seed(0)
+    concept, negatives = (torch.rand(12, 3, 4, 6, generator=draw, dtype=torch.float64) for _ in range(2))
+    concept[:, 1] += 0.1
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 5, 1), nn.Tanh())).double()
+    acv = SpatialACV(net, "0").fit({"a": concept}, negatives, **published.SPATIAL_ACV_FIT)
+    seen = [net(images).detach() for images in (concept, negatives)]
+    rows = [maps.flatten(2).transpose(1, 2).reshape(-1, 5).numpy() for maps in seen]
+    x, y = np.vstack(rows), np.hstack([np.ones(len(rows[0])), np.zeros(len(rows[1]))])
+    expected = linear_model.LogisticRegression(max_iter=10_000, tol=1e-12).fit(x, y).coef_[0]
+    assert acv.vectors[0].numpy() == pytest.approx(expected / np.linalg.norm(expected), abs=1e-5)
+    theirs = torch.einsum("nchw,c->nhw", seen[1], torch.tensor(expected / np.linalg.norm(expected)))
+    assert acv.concept_maps(negatives)[:, 0].numpy() == pytest.approx(theirs.numpy(), rel=1e-5, abs=1e-5)
+    strong = SpatialACV(net, "0").fit({"a": concept}, negatives)
+    assert float((strong.vectors - acv.vectors).abs().max()) > 1e-3
 
 
 def test_calibration_of_a_given_direction():

@@ -9,6 +9,7 @@ from salf_networks import CONCEPTS, conv_model, pictures, slow_activations, slow
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from captum_concepts import published
 from captum_concepts.errors import InputError, InputWarning, TargetError
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import Preprocessing
@@ -231,7 +232,7 @@ class TestExplainRegion:
         for n in range(3):
             for m in range(5):
                 expected[n, m] = sum(large[n, m, i, j] for i, j in mask.nonzero().tolist())
-        found = model.explain_region(x, mask=mask, units="map", reduction="sum", top_k=None)
+        found = model.explain_region(x, mask=mask, top_k=None, **published.EXPLAIN_REGION)
         columns = [CONCEPTS.index(c) for c in found.concepts]
         torch.testing.assert_close(found.scores, expected[:, columns], atol=1e-3, rtol=1e-4)
         mean = model.explain_region(x, mask=mask, units="map", top_k=None)
@@ -306,7 +307,7 @@ class TestIntervene:
         large[:, m] += beta * mask
         pooled = large.flatten(2).mean(2)
         expected = model.head((pooled - model.concept_mean) / model.concept_std)
-        before, after = model.intervene(x, CONCEPTS[m], mask=mask, beta=beta, units="map")
+        before, after = model.intervene(x, CONCEPTS[m], mask=mask, beta=beta, **published.INTERVENE)
         torch.testing.assert_close(before, model(x).detach())
         torch.testing.assert_close(after, expected.detach(), atol=1e-4, rtol=1e-4)
         assert not torch.allclose(before, after)

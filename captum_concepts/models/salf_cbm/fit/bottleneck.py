@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._artifacts import Array, integer, list_of, number, table, text
 from captum_concepts.errors import ConvergenceWarning, InputError
 from captum_concepts.models.salf_cbm.fit.data import FEWEST
 from captum_concepts.models.salf_cbm.fit.features import LiveFeatures
@@ -27,6 +28,41 @@ CHECKPOINT_SECONDS = 5.0
 #: Steps without progress before training may stop, however few an epoch has.
 _LEAST_STEPS = 50
 _REDUCTIONS, _FACTOR = 2, 0.3
+
+
+_EPOCH = integer(-1, 10**6)
+_HISTORY = table({name: list_of(number()) for name in ("train_similarity", "val_similarity")})
+#: What the notes of a stored result and of a stored state may be.
+RESULT_NOTES = table(
+    {
+        "history": _HISTORY,
+        "best_epoch": _EPOCH,
+        "stopped": text("early", "epochs", "nan"),
+        "start_similarity": number(),
+    }
+)
+PROGRESS_NOTES = table(
+    {
+        "history": _HISTORY,
+        "best_epoch": _EPOCH,
+        "next_epoch": integer(0, 10**6),
+        "steps_waited": integer(),
+        "reduced_at": list_of(_EPOCH, most=_REDUCTIONS),
+        "start": number(),
+    }
+)
+
+
+def stored_arrays(concepts: int, dim: int, backbone: nn.Module | None) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The tensors of a stored result and of a stored state."""
+    trained = {} if backbone is None else {n: p for n, p in backbone.named_parameters() if p.requires_grad}
+    changing = {"weight": (concepts, dim), **{f"backbone.{n}": tuple(p.shape) for n, p in trained.items()}}
+    own = {name: Array("float", shape) for name, shape in changing.items()}
+    state = {"scale": Array("float", (dim,)), "best_similarity": Array("float", (concepts,))}
+    for name, array in own.items():
+        state |= {f"adam.{name}.{key}": array for key in ("exp_avg", "exp_avg_sq")}
+        state |= {f"adam.{name}.step": Array("float", ()), f"best.{name}": array}
+    return {**own, "similarity": Array("float", (concepts,))}, {**own, **state}
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import own_folder
 from captum_concepts._checks import integer, one_of
 from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode
@@ -25,6 +26,7 @@ from captum_concepts.store import (
     ShardReader,
     all_or_none,
     check_fingerprint,
+    check_unclaimed,
     fill_shards,
     missing_shards,
     read_manifest,
@@ -200,6 +202,8 @@ def cache_features(
             check_fingerprint(made_from, known.fingerprint, f"the features at {path}")
         if rank == 0 and (known is None or known.total != count or known.growing):
             path.mkdir(parents=True, exist_ok=True)
+            if known is None:
+                check_unclaimed(path)
             wanted.write(path)
 
     def write() -> None:
@@ -246,15 +250,19 @@ def open_features(
     dtype: torch.dtype,
     show_progress: bool,
 ) -> GridFeatures:
-    """Cached features under ``root``, or ``source`` itself if a cache is unwanted or would be too large."""
-    one_of("cache_features", cache, (True, False, "auto"))
+    """Cached features under ``root``, or ``source`` itself if a cache is unwanted or would be too large; with
+    ``cache="finished"`` only a cache that is there."""
+    one_of("cache_features", cache, (True, False, "auto", "finished"))
     if cache is False:
         return source
-    folder = root / f"{name}-{digest(made_from)}"
+    folder = own_folder(root / f"{name}-{digest(made_from)}")
     size = features_bytes(len(source), source.cells, source.dim, dtype)
     manifest = read_manifest(folder)
     if first_decides(manifest is not None and not missing_shards(folder, manifest)):
         say(f"{name}: taken from an earlier run ({folder.name})")
+    elif cache == "finished":
+        say(f"{name}: computed on the fly")
+        return source
     elif cache == "auto" and not first_decides(fits(root, size, max_bytes)):
         say(f"{name}: computed on the fly, because a cache of {size / 1e9:.2f} GB is too large")
         return source

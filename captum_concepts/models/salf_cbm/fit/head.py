@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import either, flag, list_of, number as a_number, own_folder, table
 from captum_concepts._checks import number, one_of
 from captum_concepts.activations import full_precision
 from captum_concepts.errors import InputError, InputWarning, shortened
@@ -31,6 +32,17 @@ DENSE_LAM = 1e-4
 #: Activations of up to so many bytes are held in memory by the solver, more are read from disk in chunks.
 IN_MEMORY = 1 << 30
 _ROWS = 1024
+#: What :attr:`HeadFit.notes` may be where they are read from a file.
+HEAD_NOTES = table(
+    {
+        "lam": either(list_of(a_number(0)), a_number(0)),
+        "alpha": a_number(0, 1),
+        "objective": a_number(),
+        "gap": a_number(),
+        "converged": flag,
+        "nonzeros_per_class": a_number(0),
+    }
+)
 
 
 class Activations:
@@ -71,6 +83,7 @@ def compute_activations(
     made_from: Mapping[str, Any],
     *,
     batch_size: int = 256,
+    scratch: Path | None = None,
     show_progress: bool = False,
 ) -> Activations:
     """Pool the features and apply the bottleneck: the mean of a concept map is the map of the mean feature.
@@ -84,12 +97,18 @@ def compute_activations(
         weight: ``(M, D)``.
         made_from: see :class:`~captum_concepts.store.ShardWriter`.
         batch_size: images read at a time.
+        scratch: where the folder is written if it is not finished under ``root``; None: there.
         show_progress: show a bar.
     """
     rank, size = world()
-    folder = root / f"{name}-{digest(made_from)}"
-    if size > 1:
-        folder = folder / f"part-{rank:05d}-of-{size:05d}"
+
+    def place(at: Path) -> Path:
+        folder = own_folder(at / f"{name}-{digest(made_from)}")
+        return own_folder(folder / f"part-{rank:05d}-of-{size:05d}") if size > 1 else folder
+
+    folder = place(root)
+    if scratch not in (None, root) and ((known := read_manifest(folder)) is None or known.growing):
+        folder = place(scratch)
     share = share_of(len(features))
 
     def write() -> None:
@@ -177,6 +196,9 @@ def fit_head(
 
     .. math:: \frac1N \sum_n \mathrm{CE}(W c^*_n + b, y_n) + \lambda \left(\tfrac{1-\alpha}{2} \|W\|_F^2 +
         \alpha \|W\|_1\right)
+
+    The paper prints a sum over the images and an unsquared norm; its settings of ``lam`` belong to LF-CBM's code, which
+    has the mean and the square written here.
 
     Args:
         activations: ``(N, M)`` tensor, array, or re-iterable of chunks, not standardized; this process' rows under

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts._checks import integer, number
+from captum_concepts._checks import integer, number, one_of
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError
 from captum_concepts.models.salf_cbm.fit.data import LabeledImages, Transform
@@ -60,8 +60,16 @@ def checked_options(given: Mapping[str, Any], vocabulary: Vocabulary) -> FitOpti
     check_class_weights(given["class_weights"], given["num_classes"])
     number("validation_fraction", given["validation_fraction"], lambda v: 0 < v < 1, "in (0, 1)")
     number("alpha", given["alpha"], lambda v: 0 < v <= 1, "in (0, 1]")
+    number("head_tol", given["head_tol"], lambda v: v > 0, "positive")
     integer("batch_size", given["batch_size"])
     integer("num_workers", given["num_workers"], 0)
+    integer("seed", given["seed"], None)
+    if given["max_cache_bytes"] is not None:
+        integer("max_cache_bytes", given["max_cache_bytes"], 0)
+    one_of("cache_features", given["cache_features"], (True, False, "auto"))
+    one_of("multi_label", given["multi_label"], (None, True, False))
+    for name in ("cls_token", "train_backbone"):
+        one_of(name, given[name], (True, False))
     if given["prompt_batch_size"] is not None:
         integer("prompt_batch_size", given["prompt_batch_size"])
     for name in ("presence_cutoff", "interpretability_cutoff"):

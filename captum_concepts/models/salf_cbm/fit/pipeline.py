@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -14,10 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._artifacts import Array, list_of, number, own_folder, table
+from captum_concepts._undo import unharming
 from captum_concepts.activations import Layer, evaluation_mode, layer_name
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError
-from captum_concepts.models.salf_cbm.fit.bottleneck import BottleneckFit, fit_bottleneck
+from captum_concepts.models.salf_cbm.fit.bottleneck import (
+    PROGRESS_NOTES,
+    RESULT_NOTES,
+    BottleneckFit,
+    fit_bottleneck,
+    stored_arrays,
+)
 from captum_concepts.models.salf_cbm.fit.data import FEWEST, LabeledImages, labeled_images
 from captum_concepts.models.salf_cbm.fit.features import GridFeatures, LiveFeatures, open_features
 from captum_concepts.models.salf_cbm.fit.filters import (
@@ -28,7 +38,7 @@ from captum_concepts.models.salf_cbm.fit.filters import (
     interpretable_concepts,
     present_concepts,
 )
-from captum_concepts.models.salf_cbm.fit.head import HeadFit, accuracy, compute_activations, fit_head
+from captum_concepts.models.salf_cbm.fit.head import HEAD_NOTES, HeadFit, accuracy, compute_activations, fit_head
 from captum_concepts.models.salf_cbm.fit.objective import Samples
 from captum_concepts.models.salf_cbm.fit.options import (
     FitOptions,
@@ -38,7 +48,7 @@ from captum_concepts.models.salf_cbm.fit.options import (
     transform_fingerprint,
 )
 from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
-from captum_concepts.models.salf_cbm.fit.steps import StepFolder, StepResult, digest, share_of
+from captum_concepts.models.salf_cbm.fit.steps import StepFolder, StepResult, digest, first_decides, say, share_of
 from captum_concepts.models.salf_cbm.salf_cbm import SALFCBM
 from captum_concepts.store import (
     FolderLock,
@@ -53,6 +63,7 @@ from captum_concepts.vlm import Regions, check_encoder
 Transform = Callable[[Tensor], Tensor]
 
 
+@unharming
 def fit_salf_cbm(
     backbone: nn.Module,
     layer: Layer,
@@ -121,7 +132,8 @@ def fit_salf_cbm(
         encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`.
         concepts: texts, or a :class:`~captum_concepts.concepts.Vocabulary` with its templates and its report of drops.
         num_classes: L; labels are 0..L-1 and every class has images.
-        store_path: folder for all results.
+        store_path: folder for all results. If it cannot be written (a read-only disk), what is finished there is used,
+            and nothing is kept.
         val_data: for early stopping, the interpretability cutoff and the reported accuracy; None holds out
             ``validation_fraction`` of the training images for the first two.
         lam, nonzeros_per_class, head, alpha, class_weights: of the head, see :func:`fit_head`.
@@ -188,9 +200,18 @@ def fit_salf_cbm(
         def begin() -> None:
             runs.append(prepare(given))
             if world()[0] == 0:
-                stack.enter_context(FolderLock(runs[0].path, "the results at"))
+                try:
+                    stack.enter_context(FolderLock(runs[0].path, "the results at"))
+                except OSError as error:
+                    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not runs[0].path.is_dir():
+                        raise
+                    runs[0].read_only = True
 
         all_or_none(begin)
+        runs[0].read_only = first_decides(runs[0].read_only)
+        if runs[0].read_only:
+            say(f"{runs[0].path} cannot be written: what is there is used, what is missing is computed and not kept")
+            runs[0].scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="captum_concepts-")))
         return runs[0].run()
 
 
@@ -257,6 +278,7 @@ class FitRun:
         options: FitOptions,
     ) -> None:
         self.encoder, self.num_classes, self.path, self.options = encoder, num_classes, path, options
+        self.read_only, self.scratch = False, path
         self.layer = layer_name(backbone, layer)
         self.backbone = copy.deepcopy(backbone) if options.train_backbone else backbone
         self.place: Layer = self.layer if options.train_backbone else layer
@@ -277,7 +299,7 @@ class FitRun:
 
     def run(self) -> SALFCBM:
         """All steps."""
-        steps = StepFolder(self.path)
+        steps = StepFolder(self.path, read_only=self.read_only)
         vocabulary = self._present(steps)  # first: it needs one pass of the encoder per image
         for split in self.splits:
             self._embed(split)
@@ -320,7 +342,7 @@ class FitRun:
     def _store(self, name: str, split: Split, prompt: Any) -> RegionEmbeddingStore:
         o = self.options
         return RegionEmbeddingStore.build(
-            self.path / f"{name}-{split.name}",
+            own_folder(self.path / f"{name}-{split.name}"),
             split.images.shown,
             self.encoder,
             prompt,
@@ -343,6 +365,8 @@ class FitRun:
             "presence",
             {**_origin(images), "text": fingerprint_tensor(self.text.cpu()), "k": TOP_IMAGES},
             lambda: StepResult({"presence": concept_presence(images, self.text).cpu()}, {}),
+            arrays={"presence": Array("float", (len(self.text),))},
+            notes=table({}),
         )
         kept = present_concepts(self.vocabulary, presence.tensors["presence"], cutoff)
         self.text = self.text[torch.tensor(columns_of(kept, self.vocabulary), device=self.text.device)]
@@ -359,7 +383,7 @@ class FitRun:
             f"features-{split.name}",
             split.live,
             made_from,
-            cache=o.cache_features,
+            cache="finished" if self.read_only and o.cache_features == "auto" else o.cache_features,
             max_bytes=o.max_cache_bytes,
             dtype=o.feature_dtype,
             show_progress=o.show_progress,
@@ -405,6 +429,7 @@ class FitRun:
             "train_backbone": o.train_backbone,
         }
         backbone = self.backbone if o.train_backbone else None
+        arrays, progress = stored_arrays(len(self.text), train.features.dim, backbone)
 
         def compute() -> StepResult:
             fit = fit_bottleneck(
@@ -413,7 +438,7 @@ class FitRun:
                 self.text,
                 o.bottleneck,
                 backbone=backbone,
-                resume=steps.load("bottleneck.progress", made_from),
+                resume=steps.load("bottleneck.progress", made_from, arrays=progress, notes=PROGRESS_NOTES),
                 checkpoint=lambda state: steps.save("bottleneck.progress", made_from, state),
                 show_progress=o.show_progress,
             )
@@ -423,7 +448,7 @@ class FitRun:
             return StepResult(tensors, notes | {"start_similarity": fit.start_similarity})
 
         with evaluation_mode(self.backbone):
-            result = steps.run("bottleneck", made_from, compute)
+            result = steps.run("bottleneck", made_from, compute, arrays=arrays, notes=RESULT_NOTES)
         steps.remove("bottleneck.progress", made_from)
         trained = {n.removeprefix("backbone."): v for n, v in result.tensors.items() if n.startswith("backbone.")}
         if trained:
@@ -443,6 +468,7 @@ class FitRun:
                 split.features,
                 weight,
                 {**made_from, "data": split.made_from},
+                scratch=self.scratch,
                 show_progress=o.show_progress,
             )
             for split in self.splits
@@ -472,7 +498,16 @@ class FitRun:
             tensors = {"weight": fit.weight, "bias": fit.bias, "mean": fit.mean, "std": fit.std}
             return StepResult(tensors, {"fit": fit.notes, "accuracy": scores})
 
-        kept = steps.run("head", head_from, compute)
+        m = len(weight)
+        shapes = {"weight": (self.num_classes, m), "bias": (self.num_classes,), "mean": (m,), "std": (m,)}
+        accuracy_of_each = list_of(number(0, 1), length=len(self.splits))
+        kept = steps.run(
+            "head",
+            head_from,
+            compute,
+            arrays={name: Array("float", shape) for name, shape in shapes.items()},
+            notes=table({"fit": HEAD_NOTES, "accuracy": accuracy_of_each}),
+        )
         t, scores = kept.tensors, kept.notes["accuracy"]
         head = HeadFit(t["weight"], t["bias"], t["mean"], t["std"], kept.notes["fit"])
         return head, {"train": scores[0], "validation": scores[1] if len(scores) > 1 else None}

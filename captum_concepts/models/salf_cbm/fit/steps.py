@@ -13,12 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import open_artifact, save_artifact
+from captum_concepts._artifacts import (
+    Array,
+    Check,
+    anything,
+    mapping_of,
+    open_artifact,
+    save_artifact,
+    table,
+    text,
+)
 from captum_concepts.errors import ArtifactError
 from captum_concepts.store import all_or_none, fingerprint_tensor, world
 
 logger = logging.getLogger("captum_concepts")
 _KIND = "captum_concepts.salf-step/1"
+_INFO = {"step": text(), "made_from": mapping_of(anything), "sums": mapping_of(text())}
 
 
 class StepResult(NamedTuple):
@@ -38,20 +48,30 @@ class StepFolder:
 
     Args:
         path: the folder, created if missing.
+        read_only: keep nothing.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if world()[0] == 0:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path, self.read_only = path, read_only
+        if world()[0] == 0 and not read_only:
             path.mkdir(parents=True, exist_ok=True)
 
     def file(self, step: str, made_from: Mapping[str, Any]) -> Path:
         """Where the result of ``step`` is or will be."""
         return self.path / f"{step}-{digest(made_from)}.safetensors"
 
-    def run(self, step: str, made_from: Mapping[str, Any], compute: Callable[[], StepResult]) -> StepResult:
-        """The stored result, or else that of ``compute``, which is stored."""
-        found = self.load(step, made_from)
+    def run(
+        self,
+        step: str,
+        made_from: Mapping[str, Any],
+        compute: Callable[[], StepResult],
+        *,
+        arrays: Mapping[str, Array],
+        notes: Check,
+    ) -> StepResult:
+        """The stored result, or else that of ``compute``, which is stored; ``arrays`` and ``notes`` say what a stored
+        one must be."""
+        found = self.load(step, made_from, arrays=arrays, notes=notes)
         if found is not None:
             say(f"{step}: taken from an earlier run")
             return found
@@ -60,11 +80,13 @@ class StepFolder:
         self.save(step, made_from, result)
         return result
 
-    def load(self, step: str, made_from: Mapping[str, Any]) -> StepResult | None:
+    def load(
+        self, step: str, made_from: Mapping[str, Any], *, arrays: Mapping[str, Array], notes: Check
+    ) -> StepResult | None:
         """The stored result, or None where there is none or its file is damaged (which is logged)."""
         found: StepResult | None = None
         if world()[0] == 0:
-            found = self._read(step, made_from)
+            found = self._read(step, made_from, arrays, notes)
         if world()[1] > 1:
             box: list[Any] = [found]
             torch.distributed.broadcast_object_list(box, src=0)
@@ -76,22 +98,28 @@ class StepFolder:
         all_or_none(lambda: self._write(step, made_from, result))
 
     def _write(self, step: str, made_from: Mapping[str, Any], result: StepResult) -> None:
-        if world()[0] == 0:
+        if world()[0] == 0 and not self.read_only:
             sums = {name: fingerprint_tensor(value) for name, value in result.tensors.items()}
             info = {"step": step, "made_from": made_from, "notes": result.notes, "sums": sums}
             save_artifact(self.file(step, made_from), _KIND, info, result.tensors)
 
     def remove(self, step: str, made_from: Mapping[str, Any]) -> None:
         """Forget a result that is of no use any more."""
-        if world()[0] == 0:
+        if world()[0] == 0 and not self.read_only:
             self.file(step, made_from).unlink(missing_ok=True)
 
-    def _read(self, step: str, made_from: Mapping[str, Any]) -> StepResult | None:
+    def _read(
+        self, step: str, made_from: Mapping[str, Any], arrays: Mapping[str, Array], notes: Check
+    ) -> StepResult | None:
         path = self.file(step, made_from)
         if not path.is_file():
             return None
+        schema = table({**_INFO, "notes": notes})
         try:
-            with open_artifact(path, _KIND, f"the result of step {step!r}") as (info, tensors):
+            with open_artifact(path, _KIND, f"the result of step {step!r}", info=schema, arrays=arrays) as (
+                info,
+                tensors,
+            ):
                 if info["made_from"] != json.loads(json.dumps(made_from)):
                     raise ArtifactError("it was made from something else")
                 damaged = [name for name, value in tensors.items() if fingerprint_tensor(value) != info["sums"][name]]
@@ -109,7 +137,7 @@ class StepFolder:
             return ""
         latest = max(others, key=lambda p: p.stat().st_mtime)
         try:
-            with open_artifact(latest, _KIND, "a step") as (info, _):
+            with open_artifact(latest, _KIND, "a step", info=table({**_INFO, "notes": anything})) as (info, _):
                 before = info["made_from"]
         except (ArtifactError, FileNotFoundError):
             return ""

@@ -12,6 +12,7 @@ from salf_tiny import PROMPT, WORDS, Colours, backbone, backbone_in_training, fi
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
+from captum_concepts import published
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm.fit import BottleneckSettings
@@ -76,7 +77,7 @@ def by_brute_force(settings):
 
 
 def test_equals_a_brute_force_fit(tmp_path):
-    settings = {"init": "random", "max_epochs": 8, "batch_size": 32, "lr": 1e-2, "patience": 50}
+    settings = {**published.FIT_SALF_CBM["bottleneck"], "max_epochs": 8, "batch_size": 32, "lr": 1e-2, "patience": 50}
     expected, history = by_brute_force(settings)
     validation = images_and_labels(40, seed=1)
     model = fit(tmp_path, val_data=validation, bottleneck=settings, feature_dtype=torch.float32, head_tol=1e-6)

@@ -1,0 +1,97 @@
+"""Raw attention of vision transformers: what the class token of a block looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from captum_concepts._checks import integer
+from captum_concepts.activations.capture import Inputs, check_images, eager_mode, evaluation_mode
+from captum_concepts.activations.layers import find_model, full_precision
+from captum_concepts.activations.layout import ModelTraits, token_grid
+from captum_concepts.errors import LayerError
+
+
+def attention_maps(
+    forward_func: Callable[..., Any],
+    inputs: Inputs,
+    *,
+    block: int = -1,
+    prefix_tokens: int | None = None,
+    additional_forward_args: Any = None,
+) -> Tensor:
+    r"""``(N, heads, h, w)``: the raw attention of a vision transformer.
+
+    .. math:: A = \mathrm{softmax}(Q K^T / \sqrt{d})
+
+    of one block, the row of the class token and the columns of the patches; the mean over all rows where there is no
+    class token. It knows no class and no concept; SALF-CBM's paper shows it next to its maps (Figure 9).
+
+    Args:
+        forward_func: the model, one of its methods, or any callable. The weights are read from its forward
+            pass, whether it uses torch's fused kernel, ``nn.MultiheadAttention``, or products and a softmax.
+        inputs: images ``(N, C, H, W)``.
+        block: which of the attentions, in the order in which they run; -1: the last one.
+        prefix_tokens: tokens before the grid; None infers it.
+        additional_forward_args: passed to ``forward_func`` after the inputs.
+
+    Raises:
+        LayerError: no self-attention over all tokens of an image ran (a convolutional network, or attention within
+            windows), or no such block.
+        LayoutError: the tokens are no grid of the images' size.
+
+    Example:
+        >>> from captum_concepts import demo
+        >>> attention_maps(demo.load("vit"), torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 4, 8, 8])
+    """
+    integer("block", block, least=-(10**6))
+    images = check_images(inputs)[0]
+    model = find_model(forward_func)
+    extra = additional_forward_args
+    extra = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    seen = _Softmaxes(len(images))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a whole block in one kernel shows no weights
+    try:
+        with eager_mode(), torch.no_grad(), evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), seen:
+            forward_func(*given, *extra)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    if not seen.rows:
+        raise LayerError("no self-attention over all tokens of an image ran; attention_maps is for vision transformers")
+    if not -len(seen.rows) <= block < len(seen.rows):
+        raise LayerError(f"block={block}, but {len(seen.rows)} attentions ran; -1 is the last one")
+    first, mean = seen.rows[block]
+    size = (images.shape[-2], images.shape[-1])
+    traits = ModelTraits() if model is None else ModelTraits.of(dict(model.named_modules()))
+    shape = (len(images), first.shape[-1], 0)
+    grid, prefix = token_grid(shape[1], size, prefix_tokens, traits, f"attention {block}", shape)
+    return full_precision(first if prefix else mean)[..., prefix:].unflatten(2, grid).contiguous()
+
+
+class _Softmaxes(TorchDispatchMode):
+    """Keeps, of every softmax over the tokens of an image, the first row and the mean over the rows."""
+
+    def __init__(self, examples: int) -> None:
+        super().__init__()
+        self.examples = examples
+        self.rows: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten._softmax, torch.ops.aten._safe_softmax):
+            length = result.shape[-1] if result.ndim > 2 else 0
+            if length > 1 and result.shape[-2] == length:
+                weights = result.detach().reshape(-1, length, length)
+                heads, left = divmod(len(weights), self.examples)
+                if heads and not left and result.shape[0] in (self.examples, len(weights)):
+                    kept = (weights[:, 0].clone(), weights.mean(1))
+                    self.rows.append(tuple(x.unflatten(0, (self.examples, heads)) for x in kept))
+        return result

@@ -1,0 +1,346 @@
+"""The user study of SALF-CBM: do a model's neurons mean what their names say? Sampling, the form, and the scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captum_concepts._artifacts import parse_json, write_atomically
+from captum_concepts._checks import integer, number
+from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.explanation import ConceptExplainer
+from captum_concepts.visualization.inputs import Strong, strongest_images
+from captum_concepts.visualization.pictures import photo
+from captum_concepts.visualization.templates import asset, template
+
+#: What participants rate from 1 to 5, word for word.
+QUESTIONS = {
+    "consistency": "Do these images share a common semantic concept?",
+    "accuracy": "Does “{label}” describe a common concept shared by these images?",
+}
+STRATA = ("top", "rest")
+_HERE = Path(__file__).parent
+_SIDE, _BYTES = 224, 24_000
+
+
+class Neuron(NamedTuple):
+    """One item of a study: whose neuron, its word, the stratum it was drawn from, and the numbers of its images."""
+
+    model: str
+    concept: str
+    label: str
+    stratum: str
+    images: list[int]
+
+
+@dataclass(frozen=True)
+class UserStudy:
+    """A study: its items, which only the key tells apart, and its form.
+
+    Args:
+        neurons: by the item's name in the form, in the order of the form.
+        settings: of :func:`user_study`.
+        title: of the form.
+        pictures: of each item, for :meth:`save`; a study that was read from its key has none.
+    """
+
+    neurons: dict[str, Neuron]
+    settings: dict[str, Any]
+    title: str = "Do these images belong together?"
+    pictures: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the items: answers name it, so that those to another study are refused."""
+        return hashlib.sha256(json.dumps(self.neurons, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``study.html``, which participants get, and ``key.json``, which they do not.
+
+        The form works from disk without network or server. It shows neither models nor strata, keeps what was answered
+        in the browser until it is sent, and offers the answers as one JSON file.
+
+        Returns:
+            The path of the form.
+
+        Raises:
+            InputError: the study was read from its key, so it has no images.
+        """
+        if not self.pictures:
+            raise InputError("this study was read from its key and has no images; make it anew with user_study")
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        items = [
+            {
+                "name": name,
+                "label": neuron.label,
+                "pictures": [photo(picture, _SIDE, _BYTES) for picture in self.pictures[name]],
+                "questions": {key: text.replace("{label}", neuron.label) for key, text in QUESTIONS.items()},
+            }
+            for name, neuron in self.neurons.items()
+        ]
+        page = template("study.html", _HERE).render(
+            title=self.title,
+            items=items,
+            fingerprint=self.fingerprint,
+            style=asset("study.css", _HERE),
+            script=asset("study.js", _HERE),
+        )
+        key = {
+            "format": "captum_concepts.UserStudy/1",
+            "title": self.title,
+            "settings": self.settings,
+            "neurons": {name: neuron._asdict() for name, neuron in self.neurons.items()},
+        }
+        write_atomically(root / "key.json", json.dumps(key, indent=2) + "\n")
+        return write_atomically(root / "study.html", page)
+
+    @classmethod
+    def load(cls, key: str | os.PathLike[str]) -> UserStudy:
+        """Read ``key.json``.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ArtifactError: it is damaged or something else.
+        """
+        try:
+            read = parse_json(Path(key).read_text(encoding="utf-8"))
+            if read["format"] != "captum_concepts.UserStudy/1":
+                raise ValueError(f"its format is {read['format']!r}")
+            neurons = {str(name): Neuron(**one) for name, one in read["neurons"].items()}
+            return cls(neurons, dict(read["settings"]), str(read["title"]))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{key} is not the key of a user study: {error}") from error
+
+
+def user_study(
+    models: Mapping[str, ConceptExplainer],
+    images: Any,
+    interpretability: Mapping[str, Tensor],
+    *,
+    labels: Mapping[str, Mapping[str, str]] | None = None,
+    n_neurons: int = 10,
+    top_fraction: float = 0.3,
+    k: int = 5,
+    seed: int = 0,
+    title: str = "Do these images belong together?",
+    transform: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 32,
+) -> UserStudy:
+    """Prepare the user study of SALF-CBM (section 4.3), which follows CLIP-Dissect's.
+
+    Of each model ``n_neurons`` are drawn from the ``top_fraction`` most interpretable ones and as many from the rest.
+    For each, participants see the k images that activate it most and rate two statements from 1 to 5: semantic
+    consistency and concept accuracy. The paper: 10 and 10 neurons, 30 %, 5 test images, 25 participants.
+
+    Args:
+        models: by name, e.g. ``{"SALF-CBM": model, "backbone": LayerChannels(net, "layer4", images, labels=words)}``.
+        images: test images that no model was trained on, as for :func:`strongest_images`.
+        interpretability: by model, ``(T,)``: one number per concept, higher is better. The paper takes CLIP-Dissect's
+            soft-WPMI of each neuron and its word.
+        labels: words of concepts by model, where they are not the names; None: ``model.labels`` where there is one.
+        n_neurons: per model and stratum.
+        top_fraction: of the concepts, in (0, 1).
+        k: images per neuron.
+        seed: of the draw and of the order of the form.
+        title: of the form.
+        transform, batch_size: as for :func:`strongest_images`.
+
+    Raises:
+        InputError: names or numbers that do not fit, or a stratum with fewer neurons than are to be drawn.
+
+    Reference: Benou and Riklin Raviv, Show and Tell, CVPR 2025, arXiv:2502.20134; Oikarinen and Weng, CLIP-Dissect,
+    ICLR 2023.
+    """
+    integer("n_neurons", n_neurons)
+    number("top_fraction", top_fraction, lambda f: 0 < f < 1, "in (0, 1)")
+    if set(models) != set(interpretability) or not models:
+        raise InputError(f"interpretability is of {sorted(interpretability)}, but the models are {sorted(models)}")
+    draw = torch.Generator().manual_seed(seed)
+    found: list[tuple[Neuron, list[Strong]]] = []
+    for name, model in models.items():
+        chosen = _drawn(name, list(model.concepts), interpretability[name], n_neurons, top_fraction, draw)
+        words = (labels or {}).get(name, getattr(model, "labels", None) or {})
+        strongest = strongest_images(model, images, list(chosen), k, transform=transform, batch_size=batch_size)
+        for concept, own in strongest.items():
+            neuron = Neuron(name, concept, words.get(concept, concept), chosen[concept], [one.index for one in own])
+            found.append((neuron, own))
+    order = torch.randperm(len(found), generator=draw).tolist()
+    items = {f"item{place + 1:03d}": found[i] for place, i in enumerate(order)}
+    settings = {"models": list(models), "n_neurons": n_neurons, "top_fraction": top_fraction, "k": k, "seed": seed}
+    pictures = {name: [one.picture for one in own] for name, (_, own) in items.items()}
+    return UserStudy({name: neuron for name, (neuron, _) in items.items()}, settings, title, pictures)
+
+
+def _drawn(
+    name: str, concepts: Sequence[str], scores: Any, n: int, fraction: float, draw: torch.Generator
+) -> dict[str, str]:
+    """Stratum of each drawn concept."""
+    values = torch.as_tensor(scores).detach().double().flatten().cpu()
+    if len(values) != len(concepts) or not bool(values.isfinite().all()):
+        raise InputError(f"interpretability of {name!r} must be {len(concepts)} finite numbers, got {len(values)}")
+    order = values.argsort(descending=True, stable=True)
+    top = math.ceil(fraction * len(concepts))
+    found = {}
+    for stratum, members in zip(STRATA, (order[:top], order[top:]), strict=True):
+        if len(members) < n:
+            raise InputError(
+                f"{name!r} has {len(concepts)} concepts, {len(members)} of them in the stratum {stratum!r}; "
+                f"n_neurons={n} is more"
+            )
+        found.update({concepts[int(i)]: stratum for i in members[torch.randperm(len(members), generator=draw)[:n]]})
+    return found
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """Mean rating of one model, stratum (``"top"``, ``"rest"`` or ``"all"``) and question, with its interval."""
+
+    model: str
+    stratum: str
+    question: str
+    mean: float
+    low: float
+    high: float
+    neurons: int
+    participants: int
+
+
+@dataclass(frozen=True)
+class StudyScores:
+    """What participants said.
+
+    Args:
+        rows: one per model, stratum and question.
+        differences: ``{(first, second, stratum, question): (difference, low, high)}`` of two models.
+        incomplete: participants who left an item out.
+        confidence: of the intervals.
+    """
+
+    rows: list[StudyRow]
+    differences: dict[tuple[str, str, str, str], tuple[float, float, float]]
+    incomplete: list[str]
+    confidence: float
+
+    def to_markdown(self) -> str:
+        """A table."""
+        lines = ["| model | neurons | question | mean rating | participants |", "| --- | --- | --- | --- | --- |"]
+        for r in self.rows:
+            rating = "no rating" if math.isnan(r.mean) else f"{r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]"
+            lines.append(f"| {r.model} | {r.stratum} ({r.neurons}) | {r.question} | {rating} | {r.participants} |")
+        note = f"In brackets: {self.confidence:.0%} interval, bootstrap over neurons and participants."
+        return "\n".join([*lines, "", note])
+
+    def to_frame(self) -> Any:
+        """The rows as a pandas table; needs pandas."""
+        import pandas
+
+        return pandas.DataFrame([asdict(row) for row in self.rows])
+
+    _repr_markdown_ = to_markdown
+
+
+def score_user_study(
+    study: UserStudy | str | os.PathLike[str],
+    answers: Iterable[Any],
+    *,
+    n_bootstrap: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> StudyScores:
+    """Mean ratings by model, stratum and question, with intervals, and the models' differences.
+
+    Args:
+        study: the study, or its ``key.json``.
+        answers: the participants' JSON files, or their contents.
+        n_bootstrap: resamples, of neurons and participants at once: both are drawn from more than were asked.
+        confidence: of the intervals.
+        seed: of the resampling.
+
+    Raises:
+        InputError: no answers, those to another study, a participant twice, or a rating that is not 1 to 5.
+    """
+    study = study if isinstance(study, UserStudy) else UserStudy.load(study)
+    integer("n_bootstrap", n_bootstrap)
+    number("confidence", confidence, lambda c: 0 < c < 1, "between 0 and 1")
+    names = list(study.neurons)
+    people: dict[str, np.ndarray[Any, Any]] = {}
+    for one in answers:
+        who, ratings = _ratings(one, study, names)
+        if who in people:
+            raise InputError(f"participant {who!r} answered twice; pass one file of each")
+        people[who] = ratings
+    if not people:
+        raise InputError("there are no answers")
+    table = np.stack(list(people.values()))  # participants x items x questions
+    rng = np.random.default_rng(seed)
+    persons = rng.integers(0, len(table), (n_bootstrap, len(table)))
+    rows, drawn = [], {}
+    models = list(study.settings["models"])
+    for model in models:
+        for stratum in (*STRATA, "all"):
+            own = [
+                i for i, n in enumerate(names)
+                if study.neurons[n].model == model and stratum in (study.neurons[n].stratum, "all")
+            ]  # fmt: skip
+            items = rng.integers(0, len(own), (n_bootstrap, len(own)))
+            for q, question in enumerate(QUESTIONS):
+                part = table[:, own, q]
+                again = np.array([_mean(part[np.ix_(p, i)]) for p, i in zip(persons, items, strict=True)])
+                mean, (low, high) = _mean(part), _ends(again, confidence)
+                rows.append(StudyRow(model, stratum, question, mean, low, high, len(own), len(table)))
+                drawn[model, stratum, question] = (mean, again)
+    differences = {}
+    for a, first in enumerate(models):
+        for second in models[a + 1 :]:
+            for stratum in (*STRATA, "all"):
+                for question in QUESTIONS:
+                    (x, xs), (y, ys) = drawn[first, stratum, question], drawn[second, stratum, question]
+                    differences[first, second, stratum, question] = (x - y, *_ends(xs - ys, confidence))
+    incomplete = [who for who, ratings in people.items() if np.isnan(ratings).any()]
+    return StudyScores(rows, differences, incomplete, confidence)
+
+
+def _mean(values: np.ndarray[Any, Any]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _ends(values: np.ndarray[Any, Any], confidence: float) -> tuple[float, float]:
+    """Of the interval between two percentiles of the resamples."""
+    known, tail = values[~np.isnan(values)], 100 * (1 - confidence) / 2
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.percentile(known, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _ratings(given: Any, study: UserStudy, names: Sequence[str]) -> tuple[str, np.ndarray[Any, Any]]:
+    """A participant, and ``(items, questions)`` ratings, NaN where left out."""
+    where = "the answers" if isinstance(given, Mapping) else str(given)
+    try:
+        read = given if isinstance(given, Mapping) else parse_json(Path(given).read_text(encoding="utf-8"))
+        who, said, kept = str(read["participant"]), str(read["study"]), dict(read["answers"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{where} is not what the form of a study saves: {error}") from error
+    if said != study.fingerprint:
+        raise InputError(f"{where} answers the study {said}, not {study.fingerprint}")
+    table = np.full((len(names), len(QUESTIONS)), np.nan)
+    for name, ratings in kept.items():
+        if name not in study.neurons or not isinstance(ratings, Mapping) or set(ratings) - set(QUESTIONS):
+            raise InputError(f"{where} rates {name!r}, which is not an item of the study")
+        for question, value in ratings.items():
+            if isinstance(value, bool) or value not in (1, 2, 3, 4, 5):
+                raise InputError(f"{where} rates {name!r} with {value!r}; ratings are 1 to 5")
+            table[names.index(name), list(QUESTIONS).index(question)] = value
+    return who, table
