@@ -515,8 +515,6 @@ NOT_COLUMNS = {
     "concepts.generate_concepts": "classes for a language model: tests/concepts",
     "concepts.Vocabulary.filter": "tests/concepts",
     "vlm.*": "what an encoder takes: tests/vlm",
-    "images.as_seen": "one tensor, for people: tests/images/test_source.py",
-    "images.thumbnails": "shows what a method was given, or nothing",
     "metrics.concept_task_leakage": "scores and labels of concepts: tests/metrics",
     "store.check_unclaimed": "a folder: tests/contract/test_hostile_files.py",
     "visualization.user_study": "several models; reads images as strongest_images does: tests/visualization",
