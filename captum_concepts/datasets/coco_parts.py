@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from captum_concepts._artifacts import check_json, either, integer, list_of, nothing_or, number, table, text
+from captum_concepts._artifacts import check_json, either, integer, is_there, list_of, nothing_or, number, table, text
 from captum_concepts.datasets.annotation import Annotation, Ids, Layer
 from captum_concepts.datasets.imagenet import class_indices
 from captum_concepts.datasets.segmentation import SegmentationDataset

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import is_there
 from captum_concepts._checks import number, one_of
 from captum_concepts.datasets.annotation import Annotation, Layer
 from captum_concepts.datasets.segmentation import SegmentationDataset
