@@ -605,11 +605,11 @@ def to_tensor(image: Any, reading: Reading | None = None, name: str | None = Non
         InputError: something else, a broken file, or channels that do not fit.
     """
     reading = reading or Reading()
+    if isinstance(image, Mapping):
+        image = image_bytes(image)
     if isinstance(image, (str, os.PathLike)):
         return read_image(image, reading, name)
     name = name or "the image"
-    if isinstance(image, Mapping):
-        image = image_bytes(image)
     if isinstance(image, np.ndarray):
         image = _from_array(image, name)
     if not isinstance(image, Tensor):
