@@ -151,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("tests", nargs="*", help="files or folders (default: the whole suite)")
     parser.add_argument("--numeric", action="store_true", help="only tests that compare numbers")
+    parser.add_argument("--without", metavar="NAME", help="leave out tests whose name contains this")
     parser.add_argument("--settings", help=f"comma-separated, of: {', '.join(SETTINGS)} (default: all)")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "kernels", help="default: %(default)s")
     parser.add_argument("--workers", default="auto", help="of pytest-xdist; 0: none (default: %(default)s)")
@@ -163,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pytest = [*options.tests, "-n", options.workers, "--dist", "loadfile"]
     if options.numeric:
         pytest += ["-m", "numeric"]
+    if options.without:
+        pytest += ["-k", f"not {options.without}"]
     runs = []
     for name in chosen:
         folder = options.folder / name.replace(" ", "-")

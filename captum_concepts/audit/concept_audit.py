@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -46,7 +47,7 @@ from captum_concepts.audit.statistics import (
 )
 from captum_concepts.errors import InputError, InputWarning, listing
 from captum_concepts.explanation import SEEN, ConceptExplainer, ContributionExplainer
-from captum_concepts.images import ImageSource, batches, fingerprint, inputs_for
+from captum_concepts.images import ImageSource, batches, inputs_for
 
 _FORMAT = "captum_concepts.ConceptAudit/1"
 KINDS = ("drivers", "errors", "suspects", "images")
@@ -286,7 +287,8 @@ def audit_dataset(
             Contributions and the confirmation by ablation need a ``ContributionExplainer``.
         data: a folder, files, a data set, a loader or tensors, read in order with the model's own preprocessing (see
             ``images.inputs_for``).
-        labels: true classes, as numbers or names; None takes those that come with the data, if any.
+        labels: true classes, as numbers or names; None takes those that come with the data, if any (a data set of your
+            own is read once more for them).
         class_names: of the outputs; None takes ``explainer.class_names`` or those of the data's folders.
         alpha: family-wise error rate of the suspects.
         min_effect: least change of a class's probability that matters, in [0, 1].
@@ -340,7 +342,7 @@ def audit_dataset(
     probe = [*first.probabilities[0].tolist(), *first.scores[0].tolist()]
     settings: dict[str, Any] = {
         "explainer": str(getattr(explainer, "get_name", lambda: type(explainer).__name__)()),
-        "images": fingerprint(source),
+        "images": _digest("\n".join(source.names).encode()),
         "concepts": concepts,
         "top_k": top_k,
         "probe": [round(value, 6) for value in probe],  # another model or another fit says something else
@@ -360,6 +362,7 @@ def audit_dataset(
     by_score = len(concepts) - sum(calibrated)
     how = {0: "calibrated", len(concepts): "scores split in two groups"}
     settings |= {
+        "images": _digest(rows.digests.numpy().tobytes()),
         "alpha": alpha,
         "min_effect": min_effect,
         "n_bootstrap": n_bootstrap,
@@ -395,6 +398,10 @@ def audit_dataset(
         settings,
         maps,
     )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _told(rows: Rows) -> tuple[Rows, list[bool]]:

@@ -135,7 +135,7 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
             if made.contributions is not None:
                 columns = [names.index(name) for name in made.concepts]
                 contributions[:, columns] = made.contributions.float().cpu()
-    codes = torch.stack([torch.frombuffer(bytearray(digest(x, 16)), dtype=torch.uint8) for x in inputs])
+    codes = torch.stack([_code(image) for image in inputs])
     unknown = torch.full_like(scores, torch.nan, dtype=torch.float32) if presence is None else presence
     kept = dict(zip(ARRAYS, (probabilities, scores, unknown, contributions), strict=False))
     return Rows(**{name: value.detach().float().cpu() for name, value in kept.items()}, digests=codes)
@@ -175,7 +175,8 @@ def collect_rows(
     settings: dict[str, Any],
     show_progress: bool,
 ) -> Rows:
-    """The rows of all images; with ``folder``, parts that exist there already are read instead of computed.
+    """The rows of all images; with ``folder``, parts that exist there already are read instead of computed, if the
+    first and last image of each is still the same.
 
     Under ``torch.distributed`` rank r computes the parts r, r + n, ...; all ranks read all of them afterwards.
 
@@ -195,6 +196,8 @@ def collect_rows(
         path = None if folder is None else folder / f"part-{k:06d}.safetensors"
         stop = min(start + part_size, len(source))
         if path is not None and path.is_file():
+            ends = [placed(explainer, source[i]) for i in (start, stop - 1)]
+            _read(path, settings | {"start": start}, ends)
             continue
         rows = _part(explainer, source.select(range(start, stop)), top_k, batch_size)
         if path is None:
@@ -217,15 +220,22 @@ def _part(explainer: Any, source: ImageSource, top_k: int | None, batch_size: in
     return Rows.join(parts)
 
 
-def _read(path: Path, settings: dict[str, Any]) -> Rows:
+def _read(path: Path, settings: dict[str, Any], ends: Sequence[Tensor] = ()) -> Rows:
+    """A part; ``ends``: the first and last of its images."""
     with open_artifact(path, _PART, "a part of an audit", arrays=ARRAYS) as (info, tensors):
         settings = json.loads(json.dumps(settings))
-        changed = sorted(key for key in {*info, *settings} if not _same(info.get(key), settings.get(key), key))
+        changed = {key for key in {*info, *settings} if not _same(info.get(key), settings.get(key), key)}
+        rows = Rows(**tensors)
+        if any(_code(image).tolist() != rows.digests[i].tolist() for i, image in zip((0, -1), ends, strict=False)):
+            changed.add("images")
         if changed:
-            raise ArtifactError(
-                f"{path} belongs to another audit (different: {', '.join(changed)[:200]}); use another store_path"
-            )
-        return Rows(**tensors)
+            what = ", ".join(sorted(changed))[:200]
+            raise ArtifactError(f"{path} belongs to another audit (different: {what}); use another store_path")
+        return rows
+
+
+def _code(image: Tensor) -> Tensor:
+    return torch.frombuffer(bytearray(digest(image, 16)), dtype=torch.uint8)
 
 
 def _same(a: Any, b: Any, key: str) -> bool:

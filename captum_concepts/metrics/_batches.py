@@ -13,8 +13,8 @@ from captum_concepts._checks import integer
 from captum_concepts.errors import InputError
 from captum_concepts.images import IMAGE_KEYS, Reading, to_tensor
 
-_KEYS = ("inputs", "masks", "target", "ignore", "concepts")
-_TENSORS = ("inputs", "masks", "target", "ignore")
+_KEYS = ("inputs", "masks", "target", "ignore", "concepts", "score_target")
+_TENSORS = ("inputs", "masks", "target", "ignore", "score_target")
 _AS_THEY_ARE = Reading(mode="any")
 
 
@@ -30,6 +30,7 @@ class Batch:
     target: Any
     ignore: Tensor | None
     concepts: list[str] | None = None
+    score_target: Any = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -103,7 +104,8 @@ def _shapes(parts: dict[str, Any]) -> list[Any]:
     """What has to agree for examples to share a batch: shapes, and the names of several masks."""
     shapes = [getattr(parts[key], "shape", None) for key in ("inputs", "masks", "ignore")]
     several = parts["masks"] is not None and parts["masks"].ndim == 3
-    return [*shapes, parts["target"] is None, list(parts["concepts"] or ()) if several else parts["concepts"] is None]
+    targets = [parts[key] is None for key in ("target", "score_target")]
+    return [*shapes, *targets, list(parts["concepts"] or ()) if several else parts["concepts"] is None]
 
 
 def _collate(waiting: list[dict[str, Any]], device: torch.device | str | None) -> Batch:

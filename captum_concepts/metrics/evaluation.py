@@ -102,11 +102,12 @@ def evaluate(
             ``ConceptExplanation`` of all images in the order of ``data``.
         data: batches or single examples: a ``DataLoader``, a ``Dataset`` (the readers of ``datasets`` as they are), a
             list or a generator of ``(inputs, masks)``, ``(inputs, masks, target)``, or dicts with these keys and, if
-            wanted, ``ignore`` and ``concepts``. Images ``(C, H, W)`` or ``(N, C, H, W)``; masks ``(H, W)`` or
-            ``(T, H, W)``, with N in front for batches. ``concepts``: T names of the masks, or one name for a single
-            mask. ``target``: the output of the model, for ``attribute`` and ``score_fn``, never a concept's number.
-            Single examples are put together while their shapes agree. ``masks`` may be None if no
-            metric looks at them; an image without concepts, T = 0, is an example without values.
+            wanted, ``ignore``, ``concepts`` and ``score_target``. Images ``(C, H, W)`` or ``(N, C, H, W)``; masks
+            ``(H, W)`` or ``(T, H, W)``, with N in front for batches. ``concepts``: T names of the masks, or one name
+            for a single mask. ``target``: the output of the model, for ``attribute`` and ``score_fn``, never a concept;
+            ``score_target`` where ``score_fn`` has other outputs than what ``attribute`` explains. Single
+            examples are put together while their shapes agree. ``masks`` may be None if no metric looks at them; an
+            image without concepts, T = 0, is an example without values.
         metrics: names out of ``METRICS``, streaming metrics of this package (their state is not touched), or functions
             ``(maps, masks) -> (N,)``; or a dict name -> one of these. ``"top1_present"``, ``"concept_auroc"``,
             ``"presence_brier"`` and ``"concept_existence"`` (of contributions to the predicted class) ask whether the
@@ -435,7 +436,8 @@ def _statistics(metric: ExampleMetric, name: str, batch: Batch, maps: Tensor) ->
     if isinstance(metric, s._ScoreMetric):
         if maps.ndim == 4 and maps.shape[1] > 1:
             raise InputError(f"metric {name!r} needs one map an image, got {tuple(maps.shape)}")
-        return metric.statistics(batch.inputs, maps, target=batch.target)
+        goal = batch.target if batch.score_target is None else batch.score_target
+        return metric.statistics(batch.inputs, maps, target=goal)
     if batch.masks is None:
         raise InputError(f"metric {name!r} needs masks, but data has none")
     if isinstance(metric, _Function):

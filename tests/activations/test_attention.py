@@ -103,3 +103,13 @@ def test_transformers_of_the_libraries(library):
 def test_networks_without_attention_are_refused():
     with pytest.raises(LayerError, match="for vision transformers"):
         attention_maps(demo.load("classifier"), torch.rand(1, 3, 64, 64))
+
+
+def test_attention_within_windows_is_not_that_of_an_image():
+    class Windows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            cells = nn.functional.unfold(x, 4, stride=4).transpose(1, 2).reshape(len(x) * 4, 1, 4, -1)  # four windows
+            return (cells @ cells.transpose(2, 3)).softmax(-1).mean((1, 2, 3)).view(len(x), -1)
+
+    with pytest.raises(LayerError, match="over all tokens of an image"):
+        attention_maps(Windows(), torch.rand(2, 3, 16, 16))

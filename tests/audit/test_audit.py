@@ -407,12 +407,40 @@ class TestRuns:
             columns = [list(explainer.concepts).index(name) for name in chosen.concepts]
             torch.testing.assert_close(rows.contributions[:, columns], chosen.contributions.float(), equal_nan=True)
 
+    @pytest.mark.parametrize("stored", [False, True])
+    def test_each_image_is_read_once(self, tmp_path, stored):
+        """And a few again: the first, those of suspects, the ends of parts that were there before."""
+        images, labels = scenes(600, 0)
+        reads = []
+
+        class Reading(torch.utils.data.Dataset):
+            def __len__(self):
+                return len(images)
+
+            def __getitem__(self, i):
+                reads.append(i)
+                return images[i]
+
+        options = {"labels": labels, "n_bootstrap": 0, "store_path": tmp_path if stored else None}
+        audit = audit_dataset(Truth(Net(2.5)), Reading(), **options)
+        few = 80 * len(audit.suspects())
+        assert len(reads) <= 600 + few
+        reads.clear()
+        audit_dataset(Truth(Net(2.5)), Reading(), **options)
+        assert len(reads) <= (few if stored else 600 + few)
+
     def test_another_audit_is_refused(self, tmp_path):
         audited(2.5, n=20, store_path=tmp_path)
         with pytest.raises(ArtifactError, match="different: images"):
             audited(2.5, n=20, seed=1, store_path=tmp_path)
         with pytest.raises(ArtifactError, match="different: probe"):  # another model
             audited(1.0, n=20, store_path=tmp_path)
+        images, labels = scenes(20, 0)
+        images[19] += 0.1
+        with pytest.raises(ArtifactError, match="different: images"):  # the last one alone
+            audit_dataset(
+                Truth(Net(2.5)), images, labels=labels, class_names=["a", "b"], n_bootstrap=100, store_path=tmp_path
+            )
 
     def test_results_do_not_depend_on_batches(self):
         one, other = audited(2.5, n=90, batch_size=90), audited(2.5, n=90, batch_size=7)

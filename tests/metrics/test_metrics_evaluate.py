@@ -377,6 +377,25 @@ class TestConceptExplainers:
         assert "undefined |" in table.to_markdown()
 
 
+def test_the_target_of_the_score_is_not_that_of_the_explainer():
+    images, masks, target = scenes(6)
+    net, asked = Net(), []
+
+    class Explainer:
+        def attribute(self, inputs, target):
+            asked.append(target)
+            return inputs.sum(1)
+
+    items = [
+        {"inputs": x, "masks": m, "target": int(t), "score_target": 1 - int(t)}
+        for x, m, t in zip(images, masks, target, strict=True)
+    ]
+    table = metrics.evaluate(Explainer(), items, ["deletion", "nra"], score_fn=net, n_bootstrap=0)
+    assert torch.cat(asked).tolist() == target.tolist()
+    expected = metrics.deletion(net, images, images.sum(1), target=1 - target).mean()
+    assert table.rows[0]["value"] == pytest.approx(float(expected), abs=1e-6)
+
+
 def write_masks(root, images, masks):
     """A tree of :class:`MaskFolder`."""
     from PIL import Image

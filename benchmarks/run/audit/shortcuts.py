@@ -1,6 +1,6 @@
 """Does an audit find the planted shortcuts, all of them, and nothing else? Needs no data.
 
-    python -m benchmarks.run.audit.shortcuts [--images 1000] [--resamples 40] [--cases ground-ce-fam ...]
+    python -m benchmarks.run.audit.shortcuts [--images 800] [--resamples 40] [--cases ground-ce-fam ...]
 
 Networks that were trained on scenes with a planted shortcut are audited on scenes without it: grounds (the bundled
 biased classifier, by ConceptFusionMap, SpatialACV and SALFCBM; another network with other pairs), a color, a texture of
@@ -12,6 +12,7 @@ nothing. ``oracle`` is the same audit by the exact presence of each concept.
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ class Split(NamedTuple):
         return self._replace(images=self.images[index], labels=self.labels[index], presence=self.presence[index])
 
 
+@functools.cache
 def split(n: int, seed: int, *, shortcut: str | None = None, rate: float = 0.0, marked: bool = False) -> Split:
     """Scenes in which each class shows its planted concept with probability ``rate``, other classes with 1 - ``rate``;
     with ``rate`` 0 as they come (a mark in half of them).
@@ -193,7 +195,7 @@ def _salf(explainer: Any) -> bool:
 def words(model: nn.Module, layers: list[str], images: int) -> ConceptFusionMap:
     """All 21 words, from unlabeled scenes without shortcut."""
     data = CaptionedScenes(images, seed=SEED, size=SIZE)
-    cefam = ConceptFusionMap(model, layers, map_layer="fused", batch_size=100)
+    cefam = ConceptFusionMap(model, layers, map_layer=-1, batch_size=100)
     return cefam.fit(data.stack().image, demo.load("clip"), data.concepts)
 
 
@@ -335,10 +337,10 @@ CASES = ["bundled-ce-fam", "bundled-sacv", "bundled-salf", "ground-ce-fam", "col
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--pool", type=int, default=2500)
+    parser.add_argument("--images", type=int, default=800)
+    parser.add_argument("--pool", type=int, default=2000)
     parser.add_argument("--resamples", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--words", type=int, default=1000, help="scenes that the words are learned from")
     parser.add_argument("--train", type=int, default=3000)
     parser.add_argument("--epochs", type=int, default=8)

@@ -99,15 +99,17 @@ class ConceptFusionMap(LayerAttribution):
         fill: what replaces an ablated channel in the classifier: ``"layer_mean"`` (the mean of the layer's pooled
             vector), ``"channel_mean"`` (its own mean, which keeps the pooled value) or ``"zero"``.
         class_probability: how contributions read the classifier's output: ``"softmax"`` or ``"sigmoid"`` (independent
-            labels) of its logits. ``"auto"``: the sigmoid of a single output, else the softmax; an output that is a
-            probability already is taken as it is.
+            labels) of its logits. ``"auto"``: what the classifier itself ends in; otherwise the sigmoid of a single
+            output, and the softmax of several. A final softmax or sigmoid is left out and computed again from its
+            logits, so a saturated probability loses nothing.
         layout, prefix_tokens: how layers are read, as in :class:`FeatureActivationMap`.
         batch_size: bound of images, and of images times concepts, in flight at once. Results do not depend on it, or on
             the other images of a batch, beyond rounding: a value of a fused map by at most 40 ``logit_scale`` eps,
             with eps the machine epsilon (1e-4 for a scale of 20 in fp32). An embedding that is off by eps moves a
             logit by 2 ``logit_scale`` eps, and what is then divided by its own size is divided by at least 1/20.
         calibrated: read scores as the held-out images of :meth:`fit` say: the translator's mean logit of each word is
-            subtracted and the softmax gets a temperature. False: the published formula.
+            subtracted and the softmax gets a temperature. False: the published formula. The paper's settings together:
+            ``**published.CONCEPT_FUSION_MAP``.
 
     Fused maps (``map_layer="fused"``). The published map weights whole channels of one layer. Here the evidence of a
     position at layer l is
