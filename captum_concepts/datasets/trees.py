@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from captum_concepts.errors import InputError, shortened
 from captum_concepts._artifacts import is_there
+from captum_concepts.errors import InputError, shortened
 from captum_concepts.images import find_images
 
 
