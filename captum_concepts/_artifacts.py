@@ -359,7 +359,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
 
     Args:
         path: see :func:`replacing`.
-        data: bytes, or text that is written as UTF-8.
+        data: bytes, or text that is written as UTF-8 (what has no UTF-8, as in names of files, as an escape).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -367,7 +367,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     whole
     """
     with replacing(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     return Path(path)
 
 

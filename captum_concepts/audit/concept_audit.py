@@ -38,7 +38,7 @@ from captum_concepts.audit.statistics import (
 )
 from captum_concepts.errors import InputError, InputWarning, listing
 from captum_concepts.explanation import SEEN, ConceptExplainer, ContributionExplainer
-from captum_concepts.images import ImageSource, batches, inputs_for
+from captum_concepts.images import ImageSource, batches, class_name, inputs_for
 
 _FORMAT = "captum_concepts.ConceptAudit/1"
 KINDS = ("drivers", "errors", "suspects", "images")
@@ -456,8 +456,10 @@ def _true_classes(source: ImageSource, names: Sequence[str]) -> Tensor | None:
     labels = source.labels
     if labels is None:
         return None
-    if source.class_names is not None and not isinstance(labels[0], str):
-        labels = [source.class_names[int(k)] for k in labels] if list(source.class_names) != list(names) else labels
+    if source.class_names not in (None, list(names)):
+        labels = [class_name(k, source.class_names) for k in labels]
+    for label in labels:
+        class_name(label, names)
     return target_indices(list(labels), len(source), len(names), names, what="class")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from captum_concepts._artifacts import is_there
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, shortened
 from captum_concepts.images import find_images
 
 
@@ -15,6 +15,17 @@ def require(path: Path, *, tree: str, where: str, folder: bool = False) -> Path:
         return path
     kind = "folder" if folder else "file"
     raise InputError(f"no {kind} at {path}. Expected tree:\n{tree}\nGet it from {where}")
+
+
+def inside(folder: Path, name: str, index: str | Path) -> Path:
+    """``folder / name``, where the file ``index`` says the name.
+
+    Raises:
+        InputError: the name leads out of the folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"{index} names {shortened(str(name))}, which is not in {folder}, and is not followed")
+    return folder / name
 
 
 def unlabelled_ids(choice: str) -> frozenset[int]:
