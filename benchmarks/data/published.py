@@ -99,10 +99,9 @@ PROTOCOLS: dict[str, tuple[str, str, str]] = {
     "ce-fam-broden": (
         "CE-FAM, regions of concepts on Broden",
         "EPG, NRA (`published.NRA`) and hit rate at 0.5 of every (image, concept) of Broden. The published rows take "
-        f"for each region whichever of four layers has the best NRA against its mask (`{TOP_4}`), and average the "
-        f"means of {', '.join(AVERAGED)}; a prompt for each category; SGD with the similarity loss on `--train`. "
-        f'Ours beside them: the same, the layer of highest relevance (`{TOP_1}`), and `map_layer="fused"` with the '
-        "default "
+        f"for each region whichever of four layers has the best NRA against its mask (`{TOP_4}`), and average means "
+        f"of {', '.join(AVERAGED)}; a prompt for each category; SGD with the similarity loss on `--train`. Ours beside "
+        f'them: the same, the layer of highest relevance (`{TOP_1}`), and `map_layer="fused"` with the default '
         "training. Two differences remain: training images are not augmented anew in every epoch (four crops of each, "
         "drawn once), and `--model` is timm's, where the authors take torchvision's second weights of ResNet-50.",
         f"{COMMAND} ce-fam-broden --root broden1_224 --train IMAGENET/train",

@@ -94,12 +94,9 @@ def _regions(r: Record) -> list[Line]:
         "single channel (WWW": "WWW",
         **BLIND,
     }
+    name = 'CE-FAM, `map_layer="fused"`, words on COCO'
     return [
-        (
-            f'CE-FAM, `map_layer="fused"`, words on COCO, {what}',
-            bracketed(rows["fused"][key]),
-            _beside(rows, key, names),
-        )
+        (f"{name}, {what}", bracketed(rows["fused"][key]), _beside(rows, key, names))
         for key, what in (("nra", "NRA"), ("specificity", "specificity"))
     ]
 

@@ -117,12 +117,8 @@ def regions(record: Record) -> list[str]:
             "", table(["region deleted", "drop ↑"], dropped), "",
         ]  # fmt: skip
     if "words" in record:
-        lines += [
-            "Is the word there? (present: at least 1 % of the image)",
-            "",
-            plain_table(record["words"], "what"),
-            "",
-        ]
+        lines += ["Is the word there? Present: at least 1 % of the image.", ""]
+        lines += [plain_table(record["words"], "what"), ""]
     return lines
 
 

@@ -256,7 +256,8 @@ class TestProtocols:
             return find(x[0]).masks[target].float()
 
         (row,) = paper_maps.region_rows(Data(), {"ideal": ideal})
-        assert row["nra"] == row["nra_exact"] == row["epg"] == row["hit_rate"] == pytest.approx([1, 1, 1])
+        assert row["nra_exact"] == row["epg"] == row["hit_rate"] == pytest.approx([1, 1, 1])
+        assert row["nra"] == pytest.approx([1, 1, 1], abs=1e-3)  # on the authors' grid
         assert row["specificity"][0] > 0.5
         data = Data()
         data.regions = False

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from captum_concepts import metrics
+from captum_concepts import metrics, published
 from captum_concepts.errors import InputError, TargetError
 from captum_concepts.metrics._scoring import blur
 
@@ -41,7 +41,7 @@ def test_average_drop_and_increase_are_the_published_formulas(case):
         drops.append(float((full - shown).clamp(min=0) / full))
         rises.append(float(full < shown))
     for size in (1, 2, 32):
-        options = {"target": target, "batch_size": size, "scores": "probability"}
+        options = {"target": target, "batch_size": size, **published.AVERAGE_DROP}
         torch.testing.assert_close(metrics.average_drop(net, images, maps, **options), torch.tensor(drops))
         assert metrics.increase_in_confidence(net, images, maps[:, None], **options).tolist() == rises
     assert 0 < sum(rises) < 5  # the case tells the two apart
@@ -78,6 +78,26 @@ def test_insertion_and_deletion_are_the_published_loop(case, batch_size, steps):
         scores, expected = published_curve(net, images[i], maps[i], smooth, images[i], step, 1)
         np.testing.assert_allclose(inserted_curve[i], scores, rtol=1e-5)
         assert inserted[i].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["insertion", "deletion"])
+def test_published_settings_at_the_published_size(name):
+    """One row of 224 pixels per step."""
+    g = torch.Generator().manual_seed(0)
+    image, heat, weight = (
+        torch.rand(3, 224, 224, generator=g),
+        torch.randn(224, 224, generator=g),
+        torch.randn(3, generator=g),
+    )
+
+    def net(x):
+        return torch.stack([torch.zeros(len(x)), 9 * (x.mean((2, 3)) @ weight)], 1).softmax(1)
+
+    function = getattr(metrics, name)
+    found = function(net, image[None], heat[None], target=1, **getattr(published, name.upper()))
+    start, goal = (image, torch.zeros_like(image)) if name == "deletion" else (blur(image[None])[0], image)
+    _, expected = published_curve(net, image, heat, start, goal, 224, 1)
+    assert found.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_uneven_steps_weigh_by_the_pixels_changed():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from captum_concepts import metrics
+from captum_concepts import metrics, published
 from captum_concepts.errors import InputError, InputWarning
 
 
@@ -358,7 +358,7 @@ def test_the_authors_thresholds(side):
     mask[3 : 3 + side, 5 : 5 + side] = True
     saliency = rng.random(mask.shape) + 0.5 * mask
     maps, masks = torch.tensor(saliency)[None], torch.tensor(mask)[None]
-    found = metrics.nra(maps, masks, thresholds="authors")
+    found = metrics.nra(maps, masks, **published.NRA)
     assert found.item() == pytest.approx(authors_nra(saliency, mask), abs=1e-9)
     assert torch.equal(found, metrics.NormalizedRegionAccuracy(thresholds="authors").per_example(maps, masks))
     left_out = torch.zeros_like(masks)

@@ -376,7 +376,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--sensitivity", type=int, metavar="IMAGES", help="only vary the fused map's few constants")
-    parser.add_argument("--words", action="store_true", help="print what is said to be present, and record nothing")
+    parser.add_argument("--words", action="store_true", help="only whether the words are there, into the last record")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.sensitivity:
@@ -392,6 +392,8 @@ def main() -> None:
     for row in words:
         print(row, flush=True)
     if args.words:
+        record = json.loads((RESULTS / f"concept_regions_{task.name}.json").read_text())
+        keep(task.name, {**record, "environment": environment("torchvision"), "words": words})
         return
     made, channels = makers(task), channels_of_words(task)
     protocols = {name: protocol for name, (protocol, _) in made.items()}
@@ -451,11 +453,16 @@ def main() -> None:
         "deletion": {name: interval(values, rng) for name, values in drops.items()},
         "words": words,
     }
-    write(f"concept_regions_{task.name}", record)
-    report = markdown(task.name, record)
-    (RESULTS / f"concept_regions_{task.name}.md").write_text(report)
-    print(report)
+    keep(task.name, record)
     picture(shown, RESULTS / f"concept_regions_{task.name}.png")
+
+
+def keep(name: str, record: dict[str, Any]) -> None:
+    """Write the record and its page."""
+    write(f"concept_regions_{name}", record)
+    report = markdown(name, record)
+    (RESULTS / f"concept_regions_{name}.md").write_text(report)
+    print(report)
 
 
 def markdown(name: str, record: dict[str, Any]) -> str:

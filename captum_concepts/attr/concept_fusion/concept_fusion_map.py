@@ -28,6 +28,7 @@ from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning,
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
 from captum_concepts.images import ImageSource, thumbnails
 from captum_concepts.models.concept_translator import Training
+from captum_concepts.models.concept_translator.network import checked_hidden
 from captum_concepts.vlm import check_encoder
 
 if TYPE_CHECKING:
@@ -98,15 +99,17 @@ class ConceptFusionMap(LayerAttribution):
         fill: what replaces an ablated channel in the classifier: ``"layer_mean"`` (the mean of the layer's pooled
             vector), ``"channel_mean"`` (its own mean, which keeps the pooled value) or ``"zero"``.
         class_probability: how contributions read the classifier's output: ``"softmax"`` or ``"sigmoid"`` (independent
-            labels) of its logits. ``"auto"``: the sigmoid of a single output, else the softmax; an output that is a
-            probability already is taken as it is.
+            labels) of its logits. ``"auto"``: what the classifier itself ends in; otherwise the sigmoid of a single
+            output, and the softmax of several. A final softmax or sigmoid is left out and computed again from its
+            logits, so a saturated probability loses nothing.
         layout, prefix_tokens: how layers are read, as in :class:`FeatureActivationMap`.
         batch_size: bound of images, and of images times concepts, in flight at once. Results do not depend on it, or on
             the other images of a batch, beyond rounding: a value of a fused map by at most 40 ``logit_scale`` eps,
             with eps the machine epsilon (1e-4 for a scale of 20 in fp32). An embedding that is off by eps moves a
             logit by 2 ``logit_scale`` eps, and what is then divided by its own size is divided by at least 1/20.
         calibrated: read scores as the held-out images of :meth:`fit` say: the translator's mean logit of each word is
-            subtracted and the softmax gets a temperature. False: the published formula.
+            subtracted and the softmax gets a temperature. False: the published formula. The paper's settings together:
+            ``**published.CONCEPT_FUSION_MAP``.
 
     Fused maps (``map_layer="fused"``). The published map weights whole channels of one layer. Here the evidence of a
     position at layer l is
@@ -196,6 +199,7 @@ class ConceptFusionMap(LayerAttribution):
         self.presence_: Curve | None = None
         self._of_encoder = {name for name in ("link", "logit_scale", "logit_bias") if getattr(self, name) is None}
         self._known: tuple[Any, Trust] | None = None
+        self._check()
         if self.link != "sigmoid" and concepts is not None and len(list(concepts)) == 1:
             warnings.warn(
                 f"a softmax over the single concept {next(iter(concepts))!r} is always 1; add concepts it competes "
@@ -203,7 +207,6 @@ class ConceptFusionMap(LayerAttribution):
                 InputWarning,
                 stacklevel=2,
             )
-        self._check()
         self._layers()
 
     #: Captum's ``target`` of :meth:`attribute` is a concept here, never a class.
@@ -405,7 +408,8 @@ class ConceptFusionMap(LayerAttribution):
             contribution_unit="relative drop of the class probability" if contributions else "",
             rank_by=selection.rank_by,
             image_names=image_names(inputs),
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     # ------------------------------------------------------------ fit, words, options, files
 
@@ -470,6 +474,9 @@ class ConceptFusionMap(LayerAttribution):
         layers = self._layers()
         number("similarity_weight", similarity_weight, lambda v: v >= 0, "0 or more")
         integer("crops", crops, least=0)
+        integer("seed", seed, least=None)
+        integer("memory_budget", memory_budget, least=0)
+        hidden = None if hidden is None else checked_hidden(hidden)
         concepts = self.concepts if concepts is None else concepts
         check_encoder(encoder, words=concepts is not None)
         names, text = (None, None) if concepts is None else encode(concepts, encoder)

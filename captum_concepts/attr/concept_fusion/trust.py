@@ -105,7 +105,7 @@ class Trust:
         presence: from odds to a probability; None if nothing is known.
         reliability: ``(T, 3)`` correlation of each word's logit with the VLM's on held-out images, and its 95 %
             interval; None if nothing is known.
-        agreement: fraction of held-out images whose first word is the VLM's.
+        agreement: fraction of held-out images whose first word is the VLM's, each less its own mean.
         chance: of two independent choices of as frequent words.
         images: the number of held-out images.
     """
@@ -160,41 +160,43 @@ def odds(bank: TextBank, logits: Tensor) -> Tensor:
 def judge(bank: TextBank, held_out: HeldOut | None) -> Trust:
     """What the held-out images say about the words of ``bank``, and the bank that they make of it.
 
-    Centering: the translator's mean logit of each word over the training images is subtracted, since a regression
-    that knows little says what is common; a sigmoid, which is absolute, gets the VLM's mean logit instead. The
-    temperature makes the softmax as sure as it is right on held-out images, where right is what the VLM says of the
-    image and of crops of it: a VLM that changes its mind was not sure either.
+    Centering: the mean logit of each word over the training images is subtracted, the translator's from its own and the
+    VLM's from its own: a regression that knows little says what is common, and some words are near every image in a
+    VLM. A sigmoid, which is absolute, gets the VLM's mean logit instead. The temperature makes the softmax as sure as
+    it is right on held-out images, where right is what the VLM says of the image and of crops of it: a VLM that changes
+    its mind was not sure either.
     """
     if held_out is None or held_out.student.shape[1] != bank.direction.shape[1]:
         return Trust(bank)
     student, teacher = held_out.student.float(), held_out.teacher.float()
     words = bank.direction.float()
     level = held_out.teacher_mean if bank.link == "sigmoid" else torch.zeros_like(held_out.mean)
-    shift = (level - held_out.mean) @ words.T
-    verdicts = bank.probability(bank.logits(teacher))
+    means = held_out.mean, held_out.teacher_mean
+    own, vlm = (
+        replace(bank, offset=bank.offset + (bank.scale * ((level - mean) @ words.T)).to(bank.offset)) for mean in means
+    )
+    taught = vlm.logits(teacher)
+    verdicts = vlm.probability(taught)
 
     def said(weight: float) -> Tensor:
         """``(M, T)`` what the VLM says of each image, and of crops of it."""
         whole = verdicts[:, 0]
         return weight * whole + (1 - weight) * verdicts[:, 1:].mean(1) if teacher.shape[1] > 1 else whole
 
-    bank = replace(bank, offset=bank.offset + (bank.scale * shift).to(bank.offset))
-    logits = bank.logits(student)
+    logits = own.logits(student)
     if bank.link == "softmax" and len(bank.names) > 1:
         losses = [-(said(_WHOLE) * (logits / t).log_softmax(1)).sum(1).mean() for t in _TEMPERATURES]
-        bank = replace(bank, temperature=_TEMPERATURES[int(torch.stack(losses).argmin())])
+        own = replace(own, temperature=_TEMPERATURES[int(torch.stack(losses).argmin())])
     images = len(student)
-    taught = bank.scale * (teacher[:, 0] @ words.T)
-    reliability = correlations(logits, taught)
-    first, second = logits.argmax(1), taught.argmax(1)
+    first, second = logits.argmax(1), taught[:, 0].argmax(1)
     counts = [torch.bincount(one, minlength=len(bank.names)).double() / images for one in (first, second)]
     presence = None
     if images >= _ENOUGH and (bank.link == "sigmoid" or len(bank.names) > 1):
         seen = said(_WHOLE_PRESENCE)
-        presence = Curve.fit(odds(bank, logits), seen, images, f"the VLM's verdicts on {images} held-out images")
+        presence = Curve.fit(odds(own, logits), seen, images, f"the VLM's verdicts on {images} held-out images")
     return Trust(
-        bank, presence, reliability, float((first == second).double().mean()), float((counts[0] * counts[1]).sum()),
-        images if held_out.independent else 0,
+        own, presence, correlations(logits, taught[:, 0]), float((first == second).double().mean()),
+        float((counts[0] * counts[1]).sum()), images if held_out.independent else 0,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from captum.attr import NoiseTunnel
 from test_concept_fusion_fit import fit
 from torch import nn
 
+from captum_concepts import published
 from captum_concepts.activations import Layers
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.errors import InputError, InputWarning, LayerError, NotFittedError, TargetError
@@ -203,6 +204,24 @@ def test_fast_equals_reference(case, gradient, probability):
             expected_curve = torch.tensor(ref.curve(t, best, n + 1))
             torch.testing.assert_close(curve[n, t], expected_curve, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(value[n, t], expected_curve[1:].mean(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_published_settings_are_the_published_loop(case):
+    cefam, x = build(case, **{**published.CONCEPT_FUSION_MAP, "n_channels": K}), images(2)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    scores, relevance, maps = cefam.scores(x), cefam.layer_relevance(x), cefam.attribute(x)
+    value = cefam.contributions(x, target=[1, 2])
+    for n in range(2):
+        ref = Reference(cefam, x[n : n + 1])
+        torch.testing.assert_close(scores[n], ref.probability(ref.similarity(ref.pooled()))[0].detach(), **close)
+        for t in range(len(CONCEPTS)):
+            expected = torch.tensor(ref.relevance(t))
+            torch.testing.assert_close(relevance[n, t], expected, **close)
+            best = int(expected.argmax())
+            chosen = F.interpolate(ref.map(t, best)[None, None], maps.shape[2:], mode="bilinear")[0, 0]
+            torch.testing.assert_close(maps[n, t], chosen, **close)
+            torch.testing.assert_close(value[n, t], torch.tensor(ref.curve(t, best, n + 1))[1:].mean(), **close)
 
 
 @pytest.mark.parametrize("fill", ["layer_mean", "channel_mean", "zero"])

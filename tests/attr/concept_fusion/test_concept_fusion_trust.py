@@ -86,7 +86,8 @@ class TestJudge:
     def test_the_temperature_is_the_best_of_its_grid(self):
         held = held_out()
         trust = judge(bank(), held)
-        verdicts = bank().probability(bank().logits(held.teacher))
+        taught = 10 * (held.teacher - held.teacher_mean) @ bank().direction.T
+        verdicts = taught.softmax(-1)
         said = verdicts[:, 0] / 3 + verdicts[:, 1:].mean(1) * 2 / 3
 
         def loss(t):
@@ -97,10 +98,22 @@ class TestJudge:
         assert loss(t) <= loss(t / 2**0.25)
         assert t > 1  # the translator is less sure than its logits
 
+    def test_a_word_that_the_vlm_finds_in_every_image_is_not_the_first(self):
+        """Words near every image, as in CLIP's narrow cone, are no verdict."""
+        held = held_out(noise=0.1)
+        near = bank().direction[0] * 3  # the VLM's embeddings all lean towards the first word
+        teacher = F.normalize(held.teacher + near, dim=-1)
+        leaning = HeldOut(held.mean, teacher[:, 0].mean(0), held.student, teacher)
+        assert (bank().logits(teacher[:, 0]).argmax(1) == 0).all()
+        trust = judge(bank(), leaning)
+        assert trust.agreement > 0.7
+        assert trust.presence(odds(trust.bank, trust.bank.logits(held.student)))[:, 1:].max() > 0.4
+
     def test_agreement_and_reliability(self):
         held = held_out()
         trust = judge(bank(), held)
-        logits, taught = trust.bank.logits(held.student), bank().logits(held.teacher[:, 0])
+        logits = trust.bank.logits(held.student)
+        taught = 10 * (held.teacher[:, 0] - held.teacher_mean) @ bank().direction.T
         assert trust.agreement == pytest.approx((logits.argmax(1) == taught.argmax(1)).float().mean().item())
         for t in range(4):
             wanted = np.corrcoef(logits[:, t], taught[:, t])[0, 1]
