@@ -455,9 +455,11 @@ def scripted() -> Any:
 def loaded() -> Any:
     """A scripted model that was saved and loaded."""
     file = io.BytesIO()
-    torch.jit.save(scripted(), file)
-    file.seek(0)
-    return torch.jit.load(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(scripted(), file)
+        file.seek(0)
+        return torch.jit.load(file)
 
 
 class Twice(Net):
