@@ -1,6 +1,7 @@
 """Whatever holds images, as tensors: the only reader of the package, and what models want to see."""
 
 from captum_concepts.images.files import (
+    IMAGE_FORMATS,
     IMAGE_SUFFIXES,
     class_folders,
     find_images,
@@ -26,6 +27,7 @@ from captum_concepts.images.source import (
 from captum_concepts.images.text import read_json, read_text, read_words
 
 __all__ = [
+    "IMAGE_FORMATS",
     "IMAGE_KEYS",
     "IMAGE_SUFFIXES",
     "Batch",

@@ -456,7 +456,7 @@ def loaded() -> Any:
     """A scripted model that was saved and loaded."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # torch advises against its own format; people have such files
         torch.jit.save(scripted(), file)
         file.seek(0)
         return torch.jit.load(file)

@@ -110,7 +110,8 @@ class TestModes:
     def test_first_frame_of_an_animation(self, tmp_path: Path):
         frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
         frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-        assert load_image(tmp_path / "a.gif")[:, 0, 0].tolist() == [1, 0, 0]
+        with pytest.warns(InputWarning, match="several frames"):
+            assert load_image(tmp_path / "a.gif")[:, 0, 0].tolist() == [1, 0, 0]
 
     def test_exif_orientation(self, tmp_path: Path):
         exif = Image.Exif()

@@ -444,3 +444,14 @@ def test_numbers_of_classes():
     for label in (-1, 2):
         with pytest.raises(InputError, match=f"label {label} is the number of no class: there are 2, 0 to 1"):
             class_name(label, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("workers", [2**31, 257, -1, 1.5])
+def test_numbers_of_workers_are_checked_before_any_starts(workers):
+    images = torch.rand(3, 3, 4, 4)
+    for read in (
+        lambda: list(batches(images, 2, num_workers=workers)),
+        lambda: fingerprint(images, num_workers=workers),
+    ):
+        with pytest.raises(InputError, match="num_workers must be an integer of at least 0 and at most 256"):
+            read()

@@ -28,6 +28,7 @@ from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning,
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
 from captum_concepts.images import ImageSource, thumbnails
 from captum_concepts.models.concept_translator import Training
+from captum_concepts.models.concept_translator.network import checked_hidden
 from captum_concepts.vlm import check_encoder
 
 if TYPE_CHECKING:
@@ -407,7 +408,8 @@ class ConceptFusionMap(LayerAttribution):
             contribution_unit="relative drop of the class probability" if contributions else "",
             rank_by=selection.rank_by,
             image_names=image_names(inputs),
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     # ------------------------------------------------------------ fit, words, options, files
 
@@ -472,6 +474,9 @@ class ConceptFusionMap(LayerAttribution):
         layers = self._layers()
         number("similarity_weight", similarity_weight, lambda v: v >= 0, "0 or more")
         integer("crops", crops, least=0)
+        integer("seed", seed, least=None)
+        integer("memory_budget", memory_budget, least=0)
+        hidden = None if hidden is None else checked_hidden(hidden)
         concepts = self.concepts if concepts is None else concepts
         check_encoder(encoder, words=concepts is not None)
         names, text = (None, None) if concepts is None else encode(concepts, encoder)

@@ -95,7 +95,7 @@ def test_equal_images_are_one_image_in_a_set_and_across_sets():
 
 
 def test_activations_that_are_not_finite_are_refused():
-    with pytest.raises(InputError, match="NaN or infinite activations for images of 'a'"):
+    with pytest.raises(InputError, match="image 0 of 'a' contains NaN or infinite"):
         gather([("a", torch.full((1, 2, 3, 3), torch.nan))], lambda x: x, 10, 0)
 
 
