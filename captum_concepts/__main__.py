@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from captum_concepts import __version__
 from captum_concepts.commands.command_line import Outcome, add_commands, explainer_options, run_command
-from captum_concepts.errors import CaptumConceptsError
+from captum_concepts.errors import CaptumConceptsError, printable
 
+NOT_DONE, CRASHED, INTERRUPTED, TERMINATED = 2, 70, 130, 143
 EPILOG = """\
-exit codes: 0 all done; 1 done, but some images could not be read (they are named); 2 nothing done, the message says
-why; 130 interrupted.
+exit codes: 0 all done; 1 done, but some images could not be read (they are named); 2 not done, or what was done could
+not be written, the message says why; 70 an error that nobody foresaw, with its traceback; 130 interrupted (Ctrl-C), 143
+terminated (SIGTERM): what was written is whole, and listed.
 """
 
 EXPLAIN_EXAMPLES = (
@@ -41,7 +47,8 @@ EXPLAIN_EXAMPLES = (
 
 FIT_SALF_EPILOG = """\
 exit codes: 0 done; 1 done, but some images could not be read (they are named); 2 not done, the message says why;
-130 interrupted: what was computed is kept, and the same command goes on from there.
+70 an error that nobody foresaw; 130 interrupted, 143 terminated: what was computed is kept, and the same command goes
+on from there.
 """
 
 
@@ -107,6 +114,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers and containers end a process: what is left to do is done as after Ctrl-C."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
@@ -116,21 +127,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, as_json = options.pop("command"), options.pop("json")
     own = {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            made = own[command](options, as_json) if command in own else run_command(command, options, as_json)
+        with _terminable():
+            with contextlib.redirect_stdout(sys.stderr):
+                made = own[command](options, as_json) if command in own else run_command(command, options, as_json)
+            return _tell(made)
     except (CaptumConceptsError, OSError) as error:  # OSError: a full or read-only disk; what is there is whole
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        _say(f"error: {error}", sys.stderr)
+        return NOT_DONE
+    except Terminated:
+        _say("terminated; the files written so far are whole", sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
-        print("interrupted; the files written so far are whole", file=sys.stderr)
-        return 130
+        _say("interrupted; the files written so far are whole", sys.stderr)
+        return INTERRUPTED
+    except Exception as error:  # Python's own exit code for it is 1, which means something else here
+        _say(f"{traceback.format_exc()}error: {type(error).__name__}, a mistake of this package or of the model",
+             sys.stderr)  # fmt: skip
+        return CRASHED
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises :class:`Terminated`, once.
+
+    Not in one of several processes: it may wait for the others where Python handles no signal. There it ends at once,
+    which loses nothing: every step is written whole.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell(made: Outcome) -> int:
+    """Print the result, and what is missing from it; the exit code."""
     if made.text:
-        print(made.text)
+        try:
+            _say(made.text, sys.stdout)
+        except BrokenPipeError:  # nobody reads on, as after `| head`
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for entry in made.failed:
-        print(f"{made.left_out}: {entry['image']} ({entry['reason']})", file=sys.stderr)
-    if made.code == 2:
-        print("error: no image could be explained", file=sys.stderr)
+        _say(f"{made.left_out}: {entry['image']} ({entry['reason']})", sys.stderr)
+    if made.unsaved is not None:
+        _say(f"error: {made.unsaved}", sys.stderr)
+    elif made.code == NOT_DONE:
+        _say("error: no image could be explained", sys.stderr)
     return made.exit_code
+
+
+def _say(text: str, file: Any) -> None:
+    """Print text that may hold names of files, to a terminal or file of any encoding."""
+    text = "\n".join(map(printable, text.split("\n")))
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def _demo(options: dict, as_json: bool) -> Outcome:
@@ -161,7 +221,8 @@ def _explain(options: dict, as_json: bool) -> Outcome:
         if options["report"] and report["explained"]:
             lines.append(f"all of them on one page: {options['report']}")
         text = "\n".join(lines)
-    return Outcome(text, report["failed"], "not explained", None if report["explained"] else 2)
+    code = None if report["explained"] else NOT_DONE
+    return Outcome(text, report["failed"], "not explained", code, report.get("unsaved"))
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -101,6 +102,21 @@ def shortened(value: Any, longest: int = 100) -> str:
     short.maxstring = short.maxother = short.maxlong = longest
     text = short.repr(value)
     return text if len(text) <= 2 * longest else f"{text[:longest]}..."
+
+
+def printable(text: object) -> str:
+    """Text from outside, such as a file's name, as it may be printed: what moves a terminal's cursor or is no character
+    becomes an escape.
+
+    >>> printable("a\x1b[31m.png"), printable(b"caf\xe9".decode(errors="surrogateescape"))
+    ('a\\x1b[31m.png', 'caf\\xe9')
+    """
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in str(text))
+
+
+def _escape(letter: str) -> str:
+    byte = ord(letter) - 0xDC00  # of a name that is no UTF-8, as Python reads it
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(letter)[1:-1]
 
 
 def _cut(message: str) -> str:

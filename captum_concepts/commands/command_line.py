@@ -70,7 +70,8 @@ _REPORT = r"""examples:
   # words, regions and contributions
   python -m captum_concepts report photos/ --model resnet50 --weights pretrained --explainer words.safetensors \
       --output report.html
-  # of what was saved before: the output folder of 'explain --save', or a file of ConceptExplanation.save and its images
+  # of what was saved before: the output folder of 'explain --save' (images that it does not hold must be named beside
+  # it to be read), or a file of ConceptExplanation.save and its images
   python -m captum_concepts report --explanations out --output report.html
   python -m captum_concepts report a.jpg b.jpg --explanations two.safetensors --output report.html
 
@@ -206,16 +207,20 @@ class Outcome:
         failed: images that were left out, and why.
         left_out: what that means, such as ``"not explained"``.
         code: exit code, if it is not 0, or 1 where something failed.
+        unsaved: why the result is here only, and not in the file where it should be.
     """
 
     text: str
     failed: list[dict[str, str]] = field(default_factory=list)
     left_out: str = "not used"
     code: int | None = None
+    unsaved: str | None = None
 
     @property
     def exit_code(self) -> int:
-        """0, 1 where something was left out, or ``code``."""
+        """0, 1 where something was left out, 2 where it could not be written, or ``code``."""
+        if self.unsaved is not None:
+            return 2
         return int(bool(self.failed)) if self.code is None else self.code
 
 
@@ -244,8 +249,9 @@ def _fit_concepts(options: dict[str, Any], as_json: bool) -> Outcome:
 
     fitted = fit_concepts(FitConceptsSettings(**options))
     text = fitted.pop("text")
-    shown = json.dumps(fitted, indent=2) if as_json else f"{text}\nwritten to {fitted['output']}"
-    return Outcome(shown, fitted["failed"])
+    unsaved = fitted.get("unsaved")
+    where = "" if unsaved else f"\nwritten to {fitted['output']}"
+    return Outcome(json.dumps(fitted, indent=2) if as_json else text + where, fitted["failed"], unsaved=unsaved)
 
 
 def _evaluate(options: dict[str, Any], as_json: bool) -> Outcome:
@@ -258,7 +264,7 @@ def _evaluate(options: dict[str, Any], as_json: bool) -> Outcome:
         counts = f"{summary['images']} images, {summary['regions']} regions of {len(summary['matched'])} concepts"
         none = f" ({summary['images_without']} more show none of them)" if summary["images_without"] else ""
         text = f"{table}\n{counts}{none}; layer {summary['layer']}"
-    return Outcome(text, summary["failed"], "not measured")
+    return Outcome(text, summary["failed"], "not measured", unsaved=summary.get("unsaved"))
 
 
 def _explore(options: dict[str, Any], as_json: bool) -> Outcome:
@@ -276,8 +282,10 @@ def _audit(options: dict[str, Any], as_json: bool) -> Outcome:
     holds = made.get("holds", False)
     if not made["first"]:  # of several processes one speaks
         return Outcome("", code=3 if holds else int(bool(made["failed"])))
-    text = f"{made['text']}\nwritten to {made['output']}" + (f"\n{options['fail_on']}: true" if holds else "")
-    return Outcome(in_json(made) if as_json else text, made["failed"], "left out", 3 if holds else None)
+    where = "" if made.get("unsaved") else f"\nwritten to {made['output']}"
+    text = made["text"] + where + (f"\n{options['fail_on']}: true" if holds else "")
+    code = 3 if holds else None
+    return Outcome(in_json(made) if as_json else text, made["failed"], "left out", code, made.get("unsaved"))
 
 
 def _report(options: dict[str, Any], as_json: bool) -> Outcome:
@@ -300,8 +308,10 @@ def _report(options: dict[str, Any], as_json: bool) -> Outcome:
         kept = {key: options[key] for key in ("report", "images", "title", "model", "size", "top_k")}
         made = report_saved(SavedSettings(saved, class_names=names, **kept))
         done = made["explained"]
-    text = json.dumps(made, indent=2) if as_json else f"{done} explained in {options['report']}" if done else ""
-    return Outcome(text, made["failed"], "not explained", None if done else 2)
+    unsaved = made.get("unsaved")
+    text = f"{done} explained in {options['report']}" if done and not unsaved else ""
+    code = None if done else 2
+    return Outcome(json.dumps(made, indent=2) if as_json else text, made["failed"], "not explained", code, unsaved)
 
 
 def _json(parser: argparse.ArgumentParser, help_text: str) -> None:

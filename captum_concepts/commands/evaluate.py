@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_concepts.activations import Layers
-from captum_concepts.commands.explainers import Explainer, build_explainer
+from captum_concepts.commands.explainers import Explainer, build_explainer, new_explainer
 from captum_concepts.commands.image_files import Failed
 from captum_concepts.commands.models import LoadedModel
+from captum_concepts.commands.outputs import check_outputs
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.datasets import (
     Broden,
@@ -68,6 +69,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     """
     metrics = _metric_names(settings.metrics)
     write = _writer(settings.output)
+    check_outputs(vars(settings), {"--output": settings.output, "--explainer": new_explainer(settings)})
     if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
         raise InputError("--batch-size and --limit must be at least 1")
     loaded = settings.load()
@@ -102,7 +104,10 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
         "matched": matched, "unmatched": [name for i, name in enumerate(known) if i not in columns], "failed": failed,
     }  # fmt: skip
     if write is not None:
-        write(table)
+        try:
+            write(table)
+        except OSError as error:  # a full disk: the table is printed
+            summary["unsaved"] = f"--output {settings.output} cannot be written: {error}"
     return table, summary
 
 
@@ -221,5 +226,4 @@ def _writer(output: str | None) -> Callable[[EvaluationTable], Any] | None:
     }
     if path.suffix.lower() not in writers:
         raise InputError(f"--output {output!r} must end in {', '.join(writers)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return writers[path.suffix.lower()]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import write_atomically
-from captum_concepts.commands.explainers import Explainer, build_explainer
+from captum_concepts.commands.explainers import Explainer, build_explainer, new_explainer
 from captum_concepts.commands.image_files import each_image, folder_labels
-from captum_concepts.commands.report import facts, open_report
+from captum_concepts.commands.outputs import check_folder, check_outputs, html
+from captum_concepts.commands.report import facts, open_report, read_index
 from captum_concepts.commands.settings import ExplainerSettings
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, printable, shortened
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import find_images, names_of
+from captum_concepts.images.files import EXPLAINED
+from captum_concepts.store import FolderLock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,50 +56,154 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     either, the model's own outputs are explained by FAM.
 
     Returns:
-        ``{"explained": [...], "failed": [...], ...}``, as written to ``explanations.json``.
+        ``{"explained": [...], "failed": [...], ...}``, as written to ``explanations.json``; ``"unsaved"`` says why
+        pictures or the report are missing where the disk did not take them.
 
     Raises:
         InputError, LayerError, ArtifactError: nothing can be explained with these settings.
     """
+    read = vars(settings)
+    named = "--report" if settings.output else "--output"
+    page_file = None if settings.report is None else html(named, settings.report)
     paths = find_images(settings.images)
     files = dict(zip(names_of(paths), paths, strict=True))
     if settings.top_k < 1 or settings.batch_size < 1:
         raise InputError("--top-k and --batch-size must be at least 1")
-    out = None if settings.output is None else Path(settings.output)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+    out = None if settings.output is None else check_folder(settings.output, read, paths)
+    check_outputs(read, {named: page_file, "--explainer": new_explainer(settings)})
     loaded = settings.load()
     failed: list[dict[str, str]] = []
     explainer = build_explainer(settings, loaded, failed)
     summary: dict[str, Any] = {"model": settings.model, "method": explainer.name, "layer": explainer.layer}
     summary |= {"size": loaded.size, "classes": list(explainer.class_names or []), "explained": [], "failed": failed}
-    pictures = _picture_names(paths)
     truths = dict(zip(paths, folder_labels(paths, explainer.class_names) or [None] * len(paths), strict=True))
-    with ExitStack() as stack:
-        if out is not None:  # also after Ctrl-C: what was done is listed
-            stack.callback(lambda: write_atomically(out / "explanations.json", json.dumps(summary, indent=2) + "\n"))
-        page = None
-        if settings.report is not None:
-            page = open_report(settings, explainer.class_names, facts(settings, loaded, explainer), failed)
-            stack.push(page)
-        progress = stack.enter_context(tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None))
-        for name, image in each_image(loaded.open(list(files.values())), failed):
-            path = files[name]
-            inputs = loaded.prepare(image[None]).to(settings.device)
-            explanation = explainer.explain(inputs, settings.top_k).to("cpu")
-            entry = {"image": str(path), **_entry(explanation, explainer.class_names)}
-            if out is not None:
-                _draw(image, explanation, out / pictures[path], name, explainer)
-                entry["picture"] = pictures[path]
-                if settings.save:
-                    entry["explanation"] = Path(pictures[path]).with_suffix(".safetensors").name
-                    explanation.save(out / entry["explanation"])
-                    entry["significant"] = explainer.significant(explanation)
-            if page is not None:
-                page.add(image[None], explanation, name, explainer.significant(explanation), truths[path])
-            summary["explained"].append(entry)
-            progress.update()
+    try:
+        with ExitStack() as stack:
+            folder = None if out is None else stack.enter_context(PictureFolder(out, summary, paths))
+            page = None
+            if settings.report is not None:
+                page = open_report(settings, explainer.class_names, facts(settings, loaded, explainer), failed)
+                stack.push(page)
+            progress = stack.enter_context(tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None))
+            for name, image in each_image(loaded.open(list(files.values())), failed):
+                path = files[name]
+                inputs = loaded.prepare(image[None]).to(settings.device)
+                explanation = explainer.explain(inputs, settings.top_k).to("cpu")
+                entry = {"image": str(path), **_entry(explanation, explainer.class_names)}
+                if folder is not None:
+                    stem = folder.stem(path)
+                    entry["picture"] = f"{stem}.png"
+                    _draw(image, explanation, folder.path / entry["picture"], name, explainer)
+                    if settings.save:
+                        entry |= {"explanation": f"{stem}.safetensors", "input": f"{stem}.input.png"}
+                        explanation.save(folder.path / entry["explanation"])
+                        write_atomically(folder.path / entry["input"], _png(image))
+                        entry["significant"] = explainer.significant(explanation)
+                if page is not None:
+                    page.add(image[None], explanation, name, explainer.significant(explanation), truths[path])
+                summary["explained"].append(entry)
+                progress.update()
+    except OSError as error:  # a full disk: what was found out is printed
+        if not summary["explained"]:
+            raise
+        summary["unsaved"] = f"{error}; the files written so far are whole"
     return summary
+
+
+class PictureFolder:
+    """The output folder: its index lists all that is there, of earlier runs as well; nothing else is overwritten.
+
+    The index is there from the beginning, with the names of the pictures to come: so a run that was killed leaves
+    nothing that the next one does not know.
+
+    Args:
+        path: the folder.
+        summary: of this run; its list ``"explained"`` grows.
+        images: of this run.
+
+    Raises:
+        InputError: the folder holds explanations of another model or method, or an index that is none.
+        ArtifactError: another process is writing into it.
+    """
+
+    def __init__(self, path: Path, summary: dict[str, Any], images: Sequence[Path]) -> None:
+        self.path = path
+        self._summary, self._images = summary, images
+        self._lock = FolderLock(path, "the output folder")
+
+    def __enter__(self) -> PictureFolder:
+        self._lock.__enter__()
+        try:
+            self._earlier = read_index(self.path) if os.path.lexists(self.path / EXPLAINED) else {}
+            for key in ("model", "method", "layer", "size", "classes") if self._earlier else ():
+                if self._earlier[key] != self._summary[key]:
+                    raise InputError(
+                        f"{printable(self.path)} holds explanations of another run ({key}: "
+                        f"{shortened(self._earlier[key])}, not {shortened(self._summary[key])}); give another folder"
+                    )
+            self._stems = self._named()
+            self._write(begun={str(path.absolute()): self._stems[path] for path in self._images})
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._write()
+        finally:
+            self._lock.__exit__(None, None, None)
+
+    def stem(self, image: Path) -> str:
+        """Of the files about an image."""
+        return self._stems[image]
+
+    def _named(self) -> dict[Path, str]:
+        """One name for each image: the one it had before, or a new one that no file in the folder has."""
+        known = {_place(entry): Path(entry["picture"]).stem for entry in self._earlier.get("explained", [])}
+        known = {**self._earlier.get("begun", {}), **known}
+        used = {stem.casefold() for stem in known.values()}
+        there = {name.casefold() for name in os.listdir(self.path)}  # noqa: PTH208
+        named: dict[Path, str] = {}
+        for path in dict.fromkeys(self._images):
+            stem = known.get(str(path.absolute()))
+            if stem is None:
+                short = printable(path.stem).encode()[:200].decode(errors="ignore")  # a name may have 255 bytes
+                candidates = (short if k == 1 else f"{short}-{k}" for k in count(1))
+                stem = next(c for c in candidates if c.casefold() not in used and not _files(c.casefold()) & there)
+                used.add(stem.casefold())
+            named[path] = stem
+        return named
+
+    def _write(self, **begun: Any) -> None:
+        done = [{**entry, "path": str(Path(entry["image"]).absolute())} for entry in self._summary["explained"]]
+        failed = list(self._summary["failed"])
+        again = {entry["path"] for entry in done}
+        kept = [entry for entry in self._earlier.get("explained", []) if _place(entry) not in again]
+        again |= {str(Path(entry["image"]).absolute()) for entry in failed}
+        lost = [one for one in self._earlier.get("failed", []) if str(Path(one["image"]).absolute()) not in again]
+        index = {**self._summary, "explained": [*kept, *done], "failed": [*lost, *failed], **begun}
+        write_atomically(self.path / EXPLAINED, json.dumps(index, indent=2) + "\n")
+
+
+def _place(entry: dict[str, Any]) -> str:
+    """Where the image of an entry is or was."""
+    return str(entry.get("path", Path(entry["image"]).absolute()))
+
+
+def _files(stem: str) -> set[str]:
+    return {f"{stem}{ending}" for ending in (".png", ".safetensors", ".input.png")}
+
+
+def _png(image: Tensor) -> bytes:
+    """What the model saw, for a report that is made later."""
+    from PIL import Image
+
+    pixels = (image.clamp(0, 1) * 255).round().byte()
+    shown = Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).contiguous().numpy())
+    file = io.BytesIO()
+    shown.save(file, "PNG")
+    return file.getvalue()
 
 
 def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict[str, Any]:
@@ -119,20 +229,6 @@ def _number(value: Tensor) -> float | None:
     """Six digits; None, which JSON can hold, where it is not finite."""
     number = float(value)
     return round(number, 6) if math.isfinite(number) else None
-
-
-def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """One picture name for each image, told apart where two folders hold files of one name."""
-    names: dict[Path, str] = {}
-    used: set[str] = set()
-    for path in paths:
-        name, k = f"{path.stem}.png", 1
-        while name in used:
-            k += 1
-            name = f"{path.stem}-{k}.png"
-        used.add(name)
-        names[path] = name
-    return names
 
 
 def _draw(image: Tensor, explanation: ConceptExplanation, path: Path, title: str, explainer: Explainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from captum_concepts.attr.saved import kind_of, load
 from captum_concepts.commands.image_files import Failed, each_image, readable
 from captum_concepts.commands.models import LoadedModel, load_encoder, without_head
 from captum_concepts.commands.settings import ExplainerSettings, ModelSettings
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, shortened
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import class_folders, find_images, read_words
 
@@ -82,6 +83,12 @@ def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Fa
     if settings.references is None:
         return _outputs(settings, loaded, probe)
     return _prototypes(settings, loaded, probe, failed)
+
+
+def new_explainer(settings: ExplainerSettings) -> str | None:
+    """The file in which words that are trained now will be kept."""
+    file = settings.explainer
+    return None if file is None or settings.words is None or Path(file).exists() else file
 
 
 def _class_names(settings: ExplainerSettings, loaded: LoadedModel, outputs: int) -> list[str]:
@@ -181,9 +188,11 @@ def word_list(words: str | Sequence[str]) -> list[str]:
     """Words of a file, of a text separated by commas, or as they are."""
     if not isinstance(words, str):
         return list(words)
-    if Path(words).is_file():
+    if os.path.isfile(words):  # noqa: PTH113 - unlike Path.is_file, False for a text that is too long for a name
         return read_words(words)
     found = [word.strip() for word in words.split(",") if word.strip()]
     if not found:
-        raise InputError(f"--words {words!r} names no word and is no file; give 'stripes, grass, sky' or a file")
+        raise InputError(
+            f"--words {shortened(words)} names no word and is no file; give 'stripes, grass, sky' or a file"
+        )
     return found

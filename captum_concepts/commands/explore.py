@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from captum_concepts.audit import ConceptAudit, audit_dataset, compare_audits
-from captum_concepts.commands.explainers import build_explainer
+from captum_concepts.commands.explainers import build_explainer, new_explainer
 from captum_concepts.commands.fit_salf import is_first, processes
 from captum_concepts.commands.image_files import Failed, folder_labels
+from captum_concepts.commands.outputs import check_outputs, html
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.errors import InputError
 from captum_concepts.images import class_folders, find_images
@@ -42,11 +43,12 @@ def explore_command(settings: ExploreSettings) -> dict[str, Any]:
     """
     from captum_concepts.visualization.explorer import explore
 
-    out = _html(settings.output)
+    out = html("--output", settings.output)
+    paths = find_images(settings.images)
+    check_outputs(vars(settings), {"--output": out, "--explainer": new_explainer(settings)})
     loaded = settings.load()
     failed: Failed = []
     explainer = build_explainer(settings, loaded, failed)
-    paths = find_images(settings.images)
     labels = folder_labels(paths, explainer.class_names)
     source = loaded.open(paths, labels=False if labels is None else labels)
     title = settings.title or f"What {Path(settings.model).name} saw"
@@ -105,8 +107,10 @@ def audit_command(settings: AuditSettings) -> dict[str, Any]:
 
 
 def _audited(settings: AuditSettings) -> dict[str, Any]:
-    out = _html(settings.output)
+    out = html("--output", settings.output)
     condition = None if settings.fail_on is None else _condition(settings.fail_on)
+    written = {"--output": out, "--save": settings.save, "--explainer": new_explainer(settings)}
+    check_outputs(vars(settings), written)
     before = None if settings.against is None else ConceptAudit.load(settings.against)
     loaded = settings.load()
     failed: Failed = []
@@ -145,14 +149,18 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
         show_progress=is_first(),
     )
     failed += prepared.skipped
-    if is_first():
-        audit.report(out, shown, title=f"What drives {Path(settings.model).name}")
-        if settings.save is not None:
+    unsaved = None
+    try:
+        if settings.save is not None and is_first():
             audit.save(settings.save)
+        if is_first():
+            audit.report(out, shown, title=f"What drives {Path(settings.model).name}")
+    except OSError as error:  # a full disk: what was found out is printed
+        unsaved = str(error)
     suspects = [] if audit.suspected is None else audit.to_records("suspects")
     made: dict[str, Any] = {
         "output": str(out), "images": len(audit), "accuracy": audit.accuracy, "suspects": suspects, "failed": failed,
-        "text": repr(audit), "first": is_first(),
+        "text": repr(audit), "first": is_first(), **({} if unsaved is None else {"unsaved": unsaved}),
     }  # fmt: skip
     facts = {"suspects": float(len(suspects))}
     if before is not None:
@@ -182,14 +190,6 @@ def _condition(text: str) -> tuple[str, Callable[[float, float], bool], float]:
         return match[1], _COMPARED[match[2]], float(match[3])
     except ValueError:
         raise InputError(f"--fail-on {text!r}: {match[3]!r} is not a number") from None
-
-
-def _html(output: str) -> Path:
-    out = Path(output)
-    if out.is_dir():
-        raise InputError(f"{out} is a folder; give the name of an HTML file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 def as_json(made: dict[str, Any]) -> str:

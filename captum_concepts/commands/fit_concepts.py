@@ -12,6 +12,7 @@ from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.commands.explainers import fit_words
 from captum_concepts.commands.image_files import Failed, readable
 from captum_concepts.commands.models import LoadedModel
+from captum_concepts.commands.outputs import check_outputs
 from captum_concepts.commands.settings import ModelSettings
 from captum_concepts.errors import InputError
 from captum_concepts.images import ImageSource, class_folders, find_images
@@ -43,8 +44,7 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
             "give either --concepts DIR (one folder of images a concept), or --train DIR with --encoder and --words"
         )
     out = Path(settings.output)
-    if out.is_dir():
-        raise InputError(f"output {out} is a folder; give the name of a file, such as {out / 'concepts.safetensors'}")
+    check_outputs(vars(settings), {"--output": out})
     if settings.batch_size < 1:
         raise InputError("--batch-size must be at least 1")
     loaded = settings.load()
@@ -52,8 +52,10 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
     started = time.monotonic()
     made = _vectors(settings, loaded, failed) if settings.concepts is not None else _words(settings, loaded, failed)
     explainer = made.pop("explainer")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    explainer.save(out)
+    try:
+        explainer.save(out)
+    except OSError as error:  # a full disk: what was found out is printed
+        made["unsaved"] = str(error)
     seconds = round(time.monotonic() - started, 1)
     return {"method": explainer.get_name(), "model": settings.model, "output": str(out), "seconds": seconds, **made,
             "failed": failed}  # fmt: skip

@@ -16,8 +16,12 @@ import torch
 
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.commands.fit_salf_config import fit_arguments, read_config
+from captum_concepts.commands.outputs import check_outputs
 from captum_concepts.errors import InputError
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm, plan_salf_cbm
+
+#: What is written into the output folder.
+_FILES = ("config.json", "model.safetensors", "README.md", "report.json", "report.md")
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,17 @@ def fit_salf(settings: FitSettings) -> dict[str, Any]:
         InputError, ArtifactError: nothing can be done with this configuration.
     """
     config = read_config(settings.config)
+    out = Path(str(config["output"]))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"output {out} is a file; give a folder")
+    if not settings.dry_run:
+        files = {f"output, file {name}:": out / name for name in _FILES}
+        check_outputs({**config, "config": settings.config}, files, make_folders=False)
     with processes(str(config.get("device", "cpu"))) as device, _told():
         data, arguments, skipped = fit_arguments(config, device)
         if settings.dry_run:
             plan = plan_salf_cbm(**arguments, within_hours=config.get("within_hours", 24.0))
             return {"plan": plan.as_dict(), "text": str(plan), "skipped": skipped, "first": is_first()}
-        out = Path(config["output"])
-        if out.exists() and not out.is_dir():
-            raise InputError(f"output {out} is a file; give a folder")
         model = fit_salf_cbm(**arguments, show_progress=True)
         report = _report(model, config, skipped)
         if is_first():

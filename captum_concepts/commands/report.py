@@ -15,11 +15,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_concepts._artifacts import check_json, flag, integer, list_of, nothing_or, parse_json, table, text
+from captum_concepts._artifacts import (
+    either,
+    flag,
+    integer,
+    list_of,
+    mapping_of,
+    nothing_or,
+    number,
+    read_json,
+    table,
+    text,
+)
 from captum_concepts.commands.image_files import Failed, folder_labels
-from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
+from captum_concepts.commands.outputs import check_outputs, html
+from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, InputWarning, printable, shortened
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import find_images, load_image
+from captum_concepts.images.files import EXPLAINED
 from captum_concepts.store.manifest import fingerprint_module
 from captum_concepts.visualization import ReportWriter
 
@@ -31,7 +44,7 @@ class SavedSettings:
     Args:
         explanations: the output folder of ``explain --save``, or a file of ``ConceptExplanation.save``.
         report: the HTML file.
-        images: the images of such a file, in its order.
+        images: the images of such a file, in its order; of a folder: images outside of it that may be read.
         title, model, class_names, size: instead of what the folder says.
         top_k: concepts shown an image.
     """
@@ -46,20 +59,6 @@ class SavedSettings:
     top_k: int = 8
 
 
-#: ``explanations.json``, as far as it is used; an image is shown at ``size``.
-_SUMMARY = table(
-    {
-        "explained": list_of(
-            table({"image": text(), "explanation": text()}, {"significant": nothing_or(list_of(flag))}, more=True)
-        )
-    },
-    {
-        "classes": nothing_or(list_of(text())),
-        **{name: nothing_or(text()) for name in ("model", "method", "layer")},
-        "size": nothing_or(integer(1, 2048)),
-    },
-    more=True,
-)
 _UNSHOWN = ("images", "report", "title", "save", "output", "top_k")
 
 
@@ -103,13 +102,11 @@ class OpenReport:
 def open_report(
     settings: Any, class_names: Sequence[str] | None, shown: Mapping[str, Any], failed: Failed
 ) -> OpenReport:
-    """A report at ``settings.report``, whose folder is made if need be."""
-    path = Path(settings.report)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the name of an HTML file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A report at ``settings.report``, in a folder that is there."""
     title = settings.title or f"What {Path(str(settings.model)).name} saw"
-    writer = ReportWriter(path, title=title, class_names=class_names or None, top_k=settings.top_k, settings=shown)
+    writer = ReportWriter(
+        settings.report, title=title, class_names=class_names or None, top_k=settings.top_k, settings=shown
+    )
     return OpenReport(writer, failed)
 
 
@@ -130,7 +127,10 @@ def facts(settings: Any, loaded: Any, explainer: Any) -> dict[str, Any]:
 
 
 def report_saved(settings: SavedSettings) -> dict[str, Any]:
-    """A report of explanations that were saved; the images are read again from where they were.
+    """A report of explanations that were saved.
+
+    What the model saw is read from the folder, as ``explain --save`` keeps it. An image outside of the folder is read
+    only if it is among ``settings.images``: an index from elsewhere may name any file of this machine.
 
     Returns:
         ``{"report": ..., "explained": n, "failed": [...]}``.
@@ -139,20 +139,24 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
         InputError, ArtifactError: nothing there, or not as many images as explanations.
     """
     source = Path(settings.explanations)
+    check_outputs(vars(settings), {"--output": html("--output", settings.report)})
     failed: Failed = []
+    paths = find_images(settings.images) if settings.images else []
     if source.is_dir():
-        summary = _summary(source)
-        entries = summary["explained"]
+        summary = read_index(source)
+        entries = [entry for entry in summary["explained"] if "explanation" in entry]
+        if not entries:
+            raise InputError(f"{source / EXPLAINED} names no saved explanations; run 'explain' with --save")
         names = settings.class_names or summary.get("classes") or None
         shown: dict[str, Any] = {key: summary[key] for key in ("model", "method", "layer", "size") if key in summary}
         settings = replace(settings, model=settings.model or str(summary.get("model", "the model")))
+        settings = replace(settings, size=settings.size or shown.get("size"))
     else:
         whole = ConceptExplanation.load(source) if source.is_file() else None
         if whole is None:
             raise InputError(
                 f"no saved explanations at {source}; give a folder of 'explain --save' or a .safetensors file"
             )
-        paths = find_images(settings.images) if settings.images else []
         if len(paths) != len(whole):
             raise InputError(
                 f"{len(paths)} images for the {len(whole)} explanations of {source}; give them in its order"
@@ -166,28 +170,66 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
         for entry, truth in zip(tqdm(entries, unit="image", file=sys.stderr, disable=None), truths, strict=True):
             try:
                 explanation = entry["explanation"]
-                if not isinstance(explanation, ConceptExplanation):
-                    explanation = ConceptExplanation.load(source / str(explanation))
-                image = load_image(entry["image"], settings.size or (shown.get("size") if source.is_dir() else None))
+                if isinstance(explanation, str):
+                    explanation = ConceptExplanation.load(_inside(source, explanation))
+                image = _pixels(entry, source, paths, settings.size)
+                page.add(
+                    image[None], explanation, printable(Path(entry["image"]).name), entry.get("significant"), truth
+                )
             except (CaptumConceptsError, FileNotFoundError) as error:
-                failed.append({"image": str(entry["image"]), "reason": str(error)})
-                continue
-            page.add(image[None], explanation, Path(entry["image"]).name, entry.get("significant"), truth)
+                failed.append({"image": printable(entry["image"]), "reason": str(error)})
         done = len(page)
     return {"report": settings.report, "explained": done, "failed": failed}
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    file = folder / "explanations.json"
+def _pixels(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size: int | None) -> Tensor:
+    """What the model saw of an image: as it was kept, or read again from where it was."""
+    if "input" in entry:
+        return load_image(_inside(folder, entry["input"]))
+    path, size = Path(entry.get("path", entry["image"])), None if size is None else min(size, 2048)
+    named = [one for one in given if one == path or one.resolve() == path.resolve()]
+    named = named or [one for one in given if one.name == path.name]
+    if len(named) == 1:
+        return load_image(named[0], size)
+    if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+        return load_image(path, size)
+    raise InputError(f"{printable(path)} is not in {folder}; to have it read, name it: report IMAGE --explanations DIR")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder itself."""
+    file = folder / name
+    if Path(name).name != name or file.is_symlink():
+        raise ArtifactError(f"{folder / EXPLAINED} names {shortened(name)}, which is no file of its folder")
+    return file
+
+
+_NUMBERS = mapping_of(nothing_or(number()))
+_FIELDS = {
+    "path": text(), "picture": text(), "explanation": text(), "input": text(), "top": _NUMBERS, "presence": _NUMBERS,
+    "contributions": _NUMBERS, "target": either(integer(), text()), "target_probability": nothing_or(number()),
+    "significant": nothing_or(list_of(flag)),
+}  # fmt: skip
+_INDEX = table(
+    {"explained": list_of(table({"image": text()}, _FIELDS))},
+    {
+        "model": text(), "method": text(), "layer": text(), "size": integer(1, 10_000), "classes": list_of(text()),
+        "failed": list_of(table({"image": text(), "reason": text()})), "begun": mapping_of(text()), "unsaved": text(),
+    },
+)  # fmt: skip
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """``explanations.json`` of a folder that ``explain`` wrote.
+
+    Raises:
+        InputError: there is none.
+        ArtifactError: it is damaged or foreign.
+    """
     try:
-        found = parse_json(file.read_bytes())
+        return dict(read_json(folder / EXPLAINED, _INDEX, "an index of 'explain'"))
     except FileNotFoundError:
-        raise InputError(
-            f"no explanations.json in {folder}; it is written by 'explain --save --output {folder}'"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{file} names no saved explanations ({error}); run 'explain' with --save") from error
-    return dict(check_json(found, _SUMMARY, f"{file}, which 'explain --save' writes,", InputError))
+        raise InputError(f"no {EXPLAINED} in {folder}; it is written by 'explain --save --output {folder}'") from None
 
 
 def _digest(file: Path) -> str:

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_concepts.datasets.trees import is_there
+from captum_concepts._artifacts import is_there
 from captum_concepts.errors import InputError
 from captum_concepts.images import Reading, opened_image
+from captum_concepts.images.pixels import orientation, turned
 
 Ids = NDArray[np.int32]
 #: The id of pixels beside a padded image; they are ignored.
 OUTSIDE = -1
-_ORIENTATION = 0x0112  # the EXIF tag
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,21 @@ def load_pair(annotation: Annotation, reading: Reading) -> tuple[Tensor, list[Id
     if isinstance(path, Path) and not is_there(path):
         raise InputError(f"no image at {path}, which is named by the index")
     with opened_image(path if isinstance(path, Path) else Image.fromarray(path), name=annotation.name) as file:
-        stored, orientation = file.size, int(file.getexif().get(_ORIENTATION, 1))
+        turn, stored = orientation(file), file.size
         image = reading.tensor_of(reading.upright(file))
-    return image, [_fit(layer, annotation, stored, orientation, reading, image) for layer in annotation.layers]
+    return image, [_fit(layer, annotation, stored, turn, reading, image) for layer in annotation.layers]
 
 
-def _fit(layer: Layer, annotation: Annotation, stored: Any, orientation: int, reading: Reading, image: Tensor) -> Ids:
+def _fit(layer: Layer, annotation: Annotation, stored: Any, turn: int, reading: Reading, image: Tensor) -> Ids:
     """A layer of ids in the geometry of its image."""
     from PIL import Image
 
     if isinstance(layer.ids, int):
         return np.full(tuple(image.shape[-2:]), layer.ids, dtype=np.int32)
     labels = Image.fromarray(layer.ids)
-    upright = stored[::-1] if orientation >= 5 else stored
+    upright = stored[::-1] if turn >= 5 else stored
     if labels.size != stored and labels.size == upright:
-        orientation = 1  # drawn on the turned image
+        turn = 1  # drawn on the turned image
     elif labels.size != stored:
         if not layer.rescale:
             raise InputError(
@@ -105,9 +105,5 @@ def _fit(layer: Layer, annotation: Annotation, stored: Any, orientation: int, re
                 f"{stored[0]} x {stored[1]}: they do not belong together, or one was resized without the other"
             )
         labels = labels.resize(stored, Image.Resampling.NEAREST)
-    turn = Image.Transpose
-    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
-             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}  # fmt: skip
-    if orientation in turns:
-        labels = labels.transpose(turns[orientation])
+    labels = turned(labels, turn)
     return np.array(reading.fit(labels, "nearest", fill=OUTSIDE), dtype=np.int32)

@@ -11,7 +11,7 @@ from typing import Any
 
 from captum_concepts.datasets.annotation import Annotation, Layer, read_ids
 from captum_concepts.datasets.segmentation import SegmentationDataset
-from captum_concepts.datasets.trees import require
+from captum_concepts.datasets.trees import inside, require
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.images import read_text
 
@@ -102,9 +102,9 @@ class Broden(SegmentationDataset):
                 if _NUMBER.fullmatch(entry):
                     layers.append(Layer(int(entry), f"index.csv ({row['image']}, {category})"))
                 else:
-                    path = self.root / "images" / entry
+                    path = inside(self.root / "images", entry, "index.csv")
                     layers.append(Layer(read_ids(path, "rg"), str(path), rescale=True))
-        return Annotation(self.root / "images" / row["image"], layers, row["image"])
+        return Annotation(inside(self.root / "images", row["image"], "index.csv"), layers, row["image"])
 
 
 def _rows(path: Path, columns: list[str]) -> list[dict[str, str]]:

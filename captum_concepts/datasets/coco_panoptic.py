@@ -11,7 +11,7 @@ import numpy as np
 from captum_concepts._artifacts import check_json, either, flag, integer, list_of, table, text
 from captum_concepts.datasets.annotation import Annotation, Ids, Layer, read_ids
 from captum_concepts.datasets.segmentation import SegmentationDataset
-from captum_concepts.datasets.trees import require, unlabelled_ids
+from captum_concepts.datasets.trees import inside, require, unlabelled_ids
 from captum_concepts.errors import InputError
 from captum_concepts.images import read_json
 
@@ -114,9 +114,9 @@ class COCOPanoptic(SegmentationDataset):
 
     def _annotation(self, index: int) -> Annotation:
         image, mask, segments = self._items[index]
-        path = self._masks / mask
+        path = inside(self._masks, mask, self._json)
         layer = Layer(_categories(read_ids(path, "rgb"), segments, path, self._json), str(path))
-        return Annotation(self._images / image, [layer], image)
+        return Annotation(inside(self._images, image, self._json), [layer], image)
 
 
 def _categories(ids: Ids, segments: dict[int, int], path: Path, json: Path) -> Ids:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import is_there
 from captum_concepts._checks import number, one_of
 from captum_concepts.datasets.annotation import Annotation, Layer
 from captum_concepts.datasets.segmentation import SegmentationDataset
-from captum_concepts.datasets.trees import is_there, require
+from captum_concepts.datasets.trees import inside, require
 from captum_concepts.errors import InputError
 from captum_concepts.images import opened_image, read_text
 
@@ -91,7 +92,7 @@ class CUB(SegmentationDataset):
 
     def _annotation(self, index: int) -> Annotation:
         name = self._names[self._ids[index]]
-        path = self.root / "images" / name
+        path = inside(self.root / "images", name, "images.txt")
         if not is_there(path):
             raise InputError(f"no image at {path}, which is named by the index")
         with opened_image(path) as file:

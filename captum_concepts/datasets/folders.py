@@ -28,7 +28,7 @@ from captum_concepts.datasets.imagenet_s import ImageNetS
 from captum_concepts.datasets.imagenet_segmentation import ImageNetSegmentation
 from captum_concepts.datasets.segmentation import SegmentationDataset
 from captum_concepts.datasets.segmented_image import SegmentedBatch, SegmentedImage, collate_segmented
-from captum_concepts.datasets.trees import paired, require, unlabelled_ids
+from captum_concepts.datasets.trees import inside, paired, require, unlabelled_ids
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.images import read_json, read_text
 
@@ -152,7 +152,7 @@ class PascalVOC(SegmentationDataset):
 
     def _annotation(self, index: int) -> Annotation:
         name = self._names[index]
-        mask = self.root / "SegmentationClass" / f"{name}.png"
+        mask = inside(self.root / "SegmentationClass", f"{name}.png", "a list of ImageSets/Segmentation")
         image = self.root / "JPEGImages" / f"{name}.jpg"
         return Annotation(image, [Layer(read_ids(mask), str(mask))], image.name)
 

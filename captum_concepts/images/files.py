@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_concepts.errors import InputError, shortened
+from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, printable, shortened
 from captum_concepts.images.pixels import Reading
 
 #: Files with these endings are images when a folder is searched; a file that is named itself may have any ending.
@@ -21,14 +20,15 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif",
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
+#: The formats that are read, as Pillow calls them, told by the content of a file and not by its name. Others are
+#: refused before any code of theirs runs: some start programs (EPS: Ghostscript), or belong to plug-ins.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 #: Larger files are refused before they are decoded, because a few kilobytes can claim gigabytes of pixels.
 MOST_PIXELS = 100_000_000
+#: `explain` writes this file into its output folder, and such a folder is no place to look for photographs.
+EXPLAINED = "explanations.json"
 
-#: What Pillow's decoders raise on a file that is broken, besides its own errors.
-_BROKEN = (
-    OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError, AttributeError,
-    ZeroDivisionError, MemoryError, struct.error, NotImplementedError, AssertionError,
-)  # fmt: skip
+_PREVIEW = 254  # the tag NewSubfileType of TIFF
 
 
 def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -39,6 +39,9 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
     Raises:
         InputError: a path does not exist, or there is no image at all.
+
+    Warns:
+        InputWarning: a folder inside cannot be opened, or holds the pictures that `explain` drew; it is passed over.
 
     >>> find_images("no/such/folder")
     Traceback (most recent call last):
@@ -53,7 +56,7 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         try:
             is_folder, is_file = path.is_dir(), path.is_file()
         except OSError as error:  # a name that is too long, for example
-            raise InputError(f"{shortened(str(one))} is no path: {error.strerror}") from error
+            raise InputError(f"{printable(shortened(str(one)))} is no path: {error.strerror}") from error
         if is_folder:
             files += _walk(path)
         elif is_file:
@@ -65,11 +68,11 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
                 elif _is_image(match) and "__MACOSX" not in match.parts:
                     files.append(match)
         elif "://" in str(one):
-            raise InputError(f"{one} is a web address; download the image and pass its path")
+            raise InputError(f"{printable(one)} is a web address; download the image and pass its path")
         else:
-            raise InputError(f"no file or folder at {path}")
+            raise InputError(f"no file or folder at {printable(path)}")
     if not files:
-        shown = ", ".join(map(str, given[:5])) or "an empty list"
+        shown = ", ".join(map(printable, given[:5])) or "an empty list"
         raise InputError(f"no image in {shown}; image files end in {', '.join(IMAGE_SUFFIXES)}")
     return files
 
@@ -92,33 +95,43 @@ def class_folders(root: str | os.PathLike[str]) -> dict[str, list[Path]]:
 def names_of(files: Iterable[Path], root: Path | None = None) -> list[str]:
     """Names that tell the files apart: relative to ``root``, or the file name with as many folders as needed.
 
+    What cannot be printed (control characters, bytes that are no UTF-8) is written as an escape.
+
     >>> names_of([Path("x/cat/1.jpg"), Path("x/dog/1.jpg")])
     ['cat/1.jpg', 'dog/1.jpg']
     """
     files = list(files)
     if root is not None:
-        return [file.relative_to(root).as_posix() for file in files]
+        return [printable(file.relative_to(root).as_posix()) for file in files]
     distinct = len({file.parts for file in files})
     longest = max((len(file.parts) for file in files), default=1)
     for depth in range(1, longest + 1):
         short = ["/".join(file.parts[-depth:]) for file in files]
         if len(set(short)) == distinct:
-            return short
-    return [file.as_posix() for file in files]
+            return list(map(printable, short))
+    return [printable(file.as_posix()) for file in files]
 
 
 def _walk(root: Path) -> list[Path]:
     """The images under ``root``; links to folders are followed, in circles only once."""
     files: list[Path] = []
     seen: set[str] = set()
-    for folder, inner, names in os.walk(root, followlinks=True):
+    passed: list[str] = []
+    for folder, inner, names in os.walk(root, followlinks=True, onerror=lambda error: passed.append(str(error))):
         real = os.path.realpath(folder)
         if real in seen:
             inner.clear()
             continue
         seen.add(real)
+        if EXPLAINED in names and Path(folder) != root:
+            passed.append(f"{folder} holds pictures that 'explain' drew")
+            inner.clear()
+            continue
         inner[:] = sorted(name for name in inner if not _is_junk(name))
         files += [path for name in names if _is_image(path := Path(folder) / name)]
+    if passed:
+        shown = "; ".join(map(printable, passed[:5])) + (f" and {len(passed) - 5} more" if len(passed) > 5 else "")
+        warnings.warn(f"folders in {printable(root)} are passed over: {shown}", InputWarning, stacklevel=3)
     return sorted(files)
 
 
@@ -135,28 +148,89 @@ def opened_image(file: Any, kind: str = "an image", name: str | None = None) -> 
     """The open PIL image of a path, a binary file or a PIL image; decode it inside the ``with``.
 
     Raises:
-        InputError: not an image, broken, or more than :data:`MOST_PIXELS` pixels (refused before decoding).
+        InputError: not an image of :data:`IMAGE_FORMATS`, broken, or more than :data:`MOST_PIXELS` pixels (refused
+            before decoding).
+
+    Warns:
+        InputWarning: the file has several frames or pages; the first is read.
     """
     from PIL import Image
 
-    name = str(file if isinstance(file, (str, os.PathLike)) else "the image") if name is None else name
+    name = printable(file if isinstance(file, (str, os.PathLike)) else "the image") if name is None else name
     try:
         with warnings.catch_warnings():
             # The limit here is the stated one, and the rest of Pillow's remarks concern metadata.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
             if isinstance(file, Image.Image):
+                _check_format(file, name)
                 yield _within_limit(file, name)
             else:
-                with Image.open(file) as image:
+                with _open(file, kind, name) as image:
+                    _check_first_page(image, kind, name)
                     yield _within_limit(image, name)
-    except InputError:
+    except (CaptumConceptsError, Warning):
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} claims more than {MOST_PIXELS:,} pixels") from error
-    except _BROKEN as error:
+    except Exception as error:  # a broken file: decoders raise whatever they stumble over, struct.error to RuntimeError
         reason = f"{type(error).__name__} {error}"[:200]
         raise InputError(f"{name} cannot be read as {kind}: {reason}") from error
+
+
+def _open(file: Any, kind: str, name: str) -> Any:
+    """Pillow's image of a file, by one of :data:`IMAGE_FORMATS`; nothing is decoded."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(file, (str, os.PathLike)) and os.path.exists(file) and not os.path.isfile(file):  # noqa: PTH110, PTH113
+        raise InputError(f"{name} cannot be read as {kind}: it is not a regular file")
+    Image.init()
+    try:
+        return Image.open(file, formats=[known for known in IMAGE_FORMATS if known in Image.OPEN])
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{name} cannot be read as {kind}: its content is {_content(file)}; files of the formats "
+            f"{', '.join(IMAGE_FORMATS)} are read, whatever their names end in"
+        ) from error
+
+
+def _check_first_page(image: Any, kind: str, name: str) -> None:
+    """Whether the first page of a file is what the file is about."""
+    if image.format == "TIFF" and int(image.tag_v2.get(_PREVIEW, 0)) & 1:
+        raise InputError(
+            f"{name} cannot be read as {kind}: its first page is a preview, as in raw files of cameras; develop it and "
+            "save the result as TIFF, PNG or JPEG"
+        )
+    # The other pictures of an MPO are the depth or the gains of one photograph.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        warnings.warn(f"{name} has several frames or pages; the first is read", InputWarning, stacklevel=3)
+
+
+def _content(file: Any) -> str:
+    """What a file is by its first bytes. They are compared; the code that reads such files is not run."""
+    from PIL import Image
+
+    if hasattr(file, "seek"):
+        file.seek(0)
+        start = file.read(16)
+    else:
+        with Path(file).open("rb") as opened:
+            start = opened.read(16)
+    # What Pillow itself asks before it opens a file; a text is its remark that support for the format is missing.
+    found = [known for known, (_, fits) in Image.OPEN.items() if fits is not None and len(start) == 16 and fits(start)]
+    damaged = [known for known in found if known in IMAGE_FORMATS]
+    if damaged:
+        return f"damaged {damaged[0]}"
+    return found[0] if found else "empty" if not start else "of no known format"
+
+
+def _check_format(image: Any, name: str) -> None:
+    """A PIL image that somebody else opened and nobody decoded yet: its format must be one that is read, too."""
+    if getattr(image, "fp", None) is not None and image.format not in (*IMAGE_FORMATS, "MPO"):
+        raise InputError(
+            f"{name} is an open {image.format} file that is not decoded yet, and only {', '.join(IMAGE_FORMATS)} are "
+            "read; if you trust it, pass image.copy()"
+        )
 
 
 def _within_limit(image: Any, name: str) -> Any:
@@ -174,20 +248,19 @@ def read_image(file: Any, reading: Reading, name: str | None = None) -> Tensor:
     with opened_image(file, name=name) as image:
         upright = reading.upright(image)
         try:
-            if reading.transform is None:
-                return reading.normalized(reading.tensor_of(upright))
-            upright = reading.eight_bits(upright)
+            made = reading.tensor_of(upright) if reading.transform is None else reading.eight_bits(upright)
         except InputError as error:
-            raise InputError(f"{name or file}: {error}") from error
+            raise InputError(f"{printable(file) if name is None else name}: {error}") from error
     # Outside the with block, because an error of the user's own transform is not a broken file.
-    return reading.transformed(upright)
+    return reading.normalized(made) if reading.transform is None else reading.transformed(made)
 
 
 def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None = None, **options: Any) -> Tensor:
     """An image file as float32 in [0, 1], ``(3, H, W)``.
 
     Args:
-        path: the file. Of an animation, the first frame is read.
+        path: the file, of one of :data:`~captum_concepts.images.IMAGE_FORMATS` (told by its content). Of an animation
+            or several pages, the first is read, with a warning.
         size: ``(H, W)``, or one side for a square; None keeps the file's own size.
         options: further fields of :class:`~captum_concepts.images.Reading`, such as ``resize="squash"``,
             ``mode="L"``, ``bands=(0, 1, 2)`` or ``value_range=(0, 4095)``.

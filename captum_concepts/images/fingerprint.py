@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_concepts.images.source import open_images
+from captum_concepts._checks import integer
+from captum_concepts.images.source import MOST_WORKERS, open_images
 
 
 def digest(image: Tensor, size: int = 16) -> bytes:
@@ -35,6 +36,7 @@ def fingerprint(source: Any, *, num_workers: int = 0, **options: Any) -> str:
     True
     """
     code = hashlib.blake2b(digest_size=16)
+    num_workers = integer("num_workers", num_workers, 0, MOST_WORKERS)
     for _, image, _ in open_images(source, **options)._rows(num_workers):
         code.update(str(tuple(image.shape)).encode())
         code.update(digest(image))

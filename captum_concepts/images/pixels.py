@@ -89,22 +89,21 @@ class Reading:
 
     def upright(self, image: Any) -> Any:
         """A PIL image with its EXIF orientation applied."""
-        from PIL import ImageOps
-
         image.info.setdefault("stored_as", image.format)  # the format is lost on the way
-        return ImageOps.exif_transpose(image)
+        return turned(image, orientation(image))
 
     def tensor_of(self, image: Any) -> Tensor:
         """A PIL image as ``(C, H, W)``, resized."""
         if self.bands is not None or image.mode in ("F", "I") or image.mode.startswith("I;"):
-            pixels = self._channels(self._resized(torch.from_numpy(self._stored(image))))
-            gray = self.mode == "any" and self.bands is None and len(pixels) == 1  # as a file of 8 bits
-            return pixels.expand(3, -1, -1) if gray else pixels
+            planes = self._channels(self._resized(torch.from_numpy(self._stored(image))))
+            gray = self.mode == "any" and self.bands is None and len(planes) == 1  # as a file of 8 bits
+            return planes.expand(3, -1, -1) if gray else planes
         image = self.eight_bits(image)
         if self.size is not None:
             image = self.fit(image)
-        stored = np.array(image, dtype=np.uint8)
-        return torch.from_numpy(stored[None] if stored.ndim == 2 else stored.transpose(2, 0, 1).copy()).float() / 255
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        return torch.empty(pixels.shape).copy_(pixels).div_(255)  # one copy: a photograph may have 100 million pixels
 
     def eight_bits(self, image: Any) -> Any:
         """A PIL image as RGB (or L) of 8 bits, transparency composed over the background."""
@@ -193,7 +192,7 @@ class Reading:
             low, high = self.value_range
             return ((images.float() - low) / (high - low)).clamp(0, 1)
         if images.is_floating_point():
-            if images.amax() > 16 and images.amin() >= 0:
+            if images.numel() and images.amax() > 16 and images.amin() >= 0:
                 warnings.warn(
                     "float images with values far above 1 are taken as they are; if they are pixels from 0 to 255, "
                     "pass value_range=(0, 255), or integers (uint8)",
@@ -256,6 +255,29 @@ class Reading:
             got = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
             raise InputError(f"transform must return one float tensor (C, H, W), got {got}")
         return made
+
+
+def orientation(image: Any) -> int:
+    """The EXIF orientation of a PIL image, 1 (upright) to 8; 1 where its metadata are damaged or say nothing.
+
+    The image is decoded first, because Pillow turns TIFF files then.
+    """
+    image.load()
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged metadata end in any of a dozen types; the pixels are whole, and shown as stored
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def turned(image: Any, orientation: int) -> Any:
+    """A PIL image as its EXIF orientation wants it shown."""
+    from PIL import Image
+
+    turn = Image.Transpose
+    turns = (turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_270,
+             turn.TRANSVERSE, turn.ROTATE_90)  # fmt: skip
+    return image if orientation == 1 else image.transpose(turns[orientation - 2])
 
 
 class Placement(NamedTuple):

@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from captum_concepts._checks import integer
-from captum_concepts.errors import CaptumConceptsError, InputError
+from captum_concepts.errors import CaptumConceptsError, InputError, printable
 from captum_concepts.images.files import find_images, image_bytes, names_of, read_image
 from captum_concepts.images.labels import LABEL_KEYS, checked_labels, known_classes, known_labels, label_of
 from captum_concepts.images.pixels import Reading
 from captum_concepts.images.preprocessing import Preprocessing, input_channels, preprocessing_of
 
+#: Each worker is a process with pipes of its own; more of them end in "too many open files".
+MOST_WORKERS = 256
 IMAGE_KEYS = ("image", "images", "pixel_values", "img", "inputs", "jpg", "jpeg", "png", "webp")
 
 
@@ -162,7 +164,7 @@ class ImageSource(Dataset[Tensor]):
         """What ``skip_broken`` left out so far, as ``{"image": path or name, "reason": ...}``."""
         files = self._data if isinstance(self._data, _Files) and self._index is not None else None
         return [
-            {"image": self._name(i) if files is None or self._index is None else str(files[self._index[i]]),
+            {"image": self._name(i) if files is None or self._index is None else printable(files[self._index[i]]),
              "reason": self._broken[i]}
             for i in sorted(self._broken)
         ]  # fmt: skip
@@ -448,7 +450,7 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
         if isinstance(source, Tensor) and reading.transform is None:
             reading.from_tensor(source[:1])  # refuses channels and dtypes at once
         return ImageSource(source, reading, index=range(len(source)), **own)
-    if _is_pil(source) or hasattr(source, "read"):
+    if _is_pil(source) or callable(getattr(source, "read", None)):
         return ImageSource([source], reading, index=range(1), **own)
     if isinstance(source, (list, tuple)):
         if all(isinstance(one, (str, os.PathLike)) for one in source):
@@ -552,7 +554,7 @@ def batches(
     """
     batch_size = integer("batch_size", batch_size)
     opened = open_images(source, **options)
-    workers = opened.num_workers if num_workers is None else integer("num_workers", num_workers, least=0)
+    workers = opened.num_workers if num_workers is None else integer("num_workers", num_workers, 0, MOST_WORKERS)
     return _batched(opened, batch_size, device, workers)
 
 
@@ -605,15 +607,15 @@ def to_tensor(image: Any, reading: Reading | None = None, name: str | None = Non
         InputError: something else, a broken file, or channels that do not fit.
     """
     reading = reading or Reading()
+    if isinstance(image, Mapping):
+        image = image_bytes(image)
     if isinstance(image, (str, os.PathLike)):
         return read_image(image, reading, name)
     name = name or "the image"
-    if isinstance(image, Mapping):
-        image = image_bytes(image)
     if isinstance(image, np.ndarray):
         image = _from_array(image, name)
     if not isinstance(image, Tensor):
-        if hasattr(image, "read") or _is_pil(image):
+        if callable(getattr(image, "read", None)) or _is_pil(image):
             return read_image(image, reading, name)
         raise InputError(f"{name} is {_described(image)}; pass tensors (C, H, W), PIL images, arrays or files")
     if image.ndim not in (3, 4):
@@ -695,8 +697,8 @@ def _from_array(pixels: np.ndarray[Any, Any], name: str) -> Tensor:
     """An array as a tensor, channels first. Arrays mostly come with channels last."""
     if pixels.ndim == 2:
         pixels = pixels[None]
-    if not pixels.dtype.isnative:
-        pixels = pixels.astype(pixels.dtype.newbyteorder("="))
+    if pixels.dtype.kind == "f" or not pixels.dtype.isnative:  # arrays are of 64 bits unless they are told otherwise
+        pixels = pixels.astype(np.float32 if pixels.dtype.kind == "f" else pixels.dtype.newbyteorder("="))
     first, last = pixels.shape[-3], pixels.shape[-1]
     if last in (1, 3, 4) and first not in (1, 3, 4):
         pixels = np.moveaxis(pixels, -1, -3)

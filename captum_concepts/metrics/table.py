@@ -140,11 +140,14 @@ class EvaluationTable:
         return {"difference": a["value"] - b["value"], "ci_low": float(low), "ci_high": float(high)}
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The rows as CSV; also written to ``path`` if given. Undefined values are empty."""
+        """The rows as CSV; also written to ``path`` if given. Undefined values are empty.
+
+        A name that a spreadsheet would take for a formula (it begins with =, +, - or @) gets an apostrophe before it.
+        """
         out = io.StringIO()
         writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: "" if _missing(v) else v for k, v in row.items()} for row in self.rows)
+        writer.writerows({k: "" if _missing(v) else _no_formula(v) for k, v in row.items()} for row in self.rows)
         return _written(out.getvalue(), path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -174,11 +177,11 @@ class EvaluationTable:
         explainers = list(dict.fromkeys(row["explainer"] for row in self.rows))
         metrics = list(dict.fromkeys(row["metric"] for row in self.rows))
         arrows = {row["metric"]: {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "") for row in self.rows}
-        lines = ["| " + " | ".join(["explainer", *(m + arrows[m] for m in metrics)]) + " |"]
+        lines = ["| " + " | ".join(["explainer", *(_in_cell(m) + arrows[m] for m in metrics)]) + " |"]
         lines.append("|" + "---|" * (len(metrics) + 1))
         for explainer in explainers:
             cells = [_cell(self.row(explainer, metric), digits) for metric in metrics]
-            lines.append("| " + " | ".join([explainer, *cells]) + " |")
+            lines.append("| " + " | ".join([_in_cell(explainer), *cells]) + " |")
         examples = self.rows[0]["examples"] if self.rows else 0
         note = f"{examples} examples."
         if any(not _missing(row["ci_low"]) for row in self.rows):
@@ -215,6 +218,15 @@ def _cell(row: dict[str, Any], digits: int) -> str:
         return "undefined"
     text = f"{row['value']:.{digits}f}"
     return text if _missing(row["ci_low"]) else f"{text} [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@") else value
+
+
+def _in_cell(name: str) -> str:
+    """A name in a cell of a Markdown table."""
+    return " ".join(name.replace("|", "\\|").split())
 
 
 def _written(text: str, path: str | os.PathLike[str] | None) -> str:

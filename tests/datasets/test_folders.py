@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import json
 import pickle
 import sys
@@ -804,6 +805,38 @@ class TestCOCOPanoptic:
         json_path.write_text("[")
         with pytest.raises(InputError, match="not valid JSON"):
             COCOPanoptic(panoptic)
+
+
+class TestNamesOutOfTheFolder:
+    """An index from elsewhere may name any file of the machine; those of the folder are read."""
+
+    @pytest.mark.parametrize("outside", ["{root}/secret.png", "../secret.png", "a/../../secret.png"])
+    def test_refused(self, outside: str, panoptic: Path, broden: Path, voc: Path):
+        outside = outside.replace("{root}", str(panoptic))
+        file = panoptic / "annotations" / "panoptic_val2017.json"
+        index = json.loads(file.read_text())
+        for one, name in (("images", "file_name"), ("annotations", "file_name")):
+            forged = json.loads(json.dumps(index))
+            forged[one][0][name] = outside
+            file.write_text(json.dumps(forged))
+            with pytest.raises(InputError, match=r"secret\.png', which is not in .*, and is not followed"):
+                COCOPanoptic(panoptic)[0]
+        table = broden / "index.csv"
+        for column in ("image", "part"):
+            rows = list(csv.DictReader(io.StringIO(table.read_text())))
+            rows[0][column] = outside
+            out = io.StringIO()
+            writer = csv.DictWriter(out, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+            kept, _ = table.read_text(), table.write_text(out.getvalue())
+            with pytest.raises(InputError, match="which is not in"):
+                Broden(broden)[0]
+            table.write_text(kept)
+        for names in (voc / "ImageSets" / "Segmentation").iterdir():
+            names.write_text(outside.removesuffix(".png") + "\n")
+        with pytest.raises(InputError, match="which is not in"):
+            PascalVOC(voc)[0]
 
 
 # ------------------------------------------------------------------------------------------------------- real data

@@ -110,6 +110,13 @@ def parts(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_cub_names_out_of_the_folder(cub: Path):
+    text = (cub / "images.txt").read_text()
+    (cub / "images.txt").write_text(text.replace("2 002.Laysan_Albatross/b.jpg", "2 ../../b.jpg"))
+    with pytest.raises(InputError, match="which is not in"):
+        CUB(cub)[0]
+
+
 class TestCOCOParts:
     def test_items(self, parts: Path):
         data = COCOParts(parts / "json", parts / "images")
@@ -130,6 +137,15 @@ class TestCOCOParts:
         assert _decoded("5220O") == [5, 2, 2, 2, 1]
         whole = COCOParts(parts / "json" / "n01443537.json", parts / "images")
         assert len(whole) == 1
+
+    @pytest.mark.parametrize("name", ["/etc/passwd", "../images/n01440764_1.JPEG"])
+    def test_names_out_of_the_folder(self, name: str, parts: Path):
+        file = parts / "json" / "n01440764.json"
+        index = json.loads(file.read_text())
+        index["images"][0]["file_name"] = name
+        file.write_text(json.dumps(index))
+        with pytest.raises(InputError, match="which is not in"):
+            COCOParts(file, parts / "images")[0]
 
     def test_several_annotations_of_one_part_are_joined(self, parts: Path):
         file = parts / "json" / "n01443537.json"

@@ -110,7 +110,8 @@ class TestModes:
     def test_first_frame_of_an_animation(self, tmp_path: Path):
         frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
         frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-        assert load_image(tmp_path / "a.gif")[:, 0, 0].tolist() == [1, 0, 0]
+        with pytest.warns(InputWarning, match="several frames"):
+            assert load_image(tmp_path / "a.gif")[:, 0, 0].tolist() == [1, 0, 0]
 
     def test_exif_orientation(self, tmp_path: Path):
         exif = Image.Exif()
@@ -259,3 +260,18 @@ class TestWords:
             read_words(tmp_path / "none.txt")
         (tmp_path / "a.json").write_text("{}")
         assert read_json(tmp_path / "a.json") == {}
+
+
+def test_paths_that_are_none():
+    with pytest.raises(InputError, match="the path of the images is empty"):
+        find_images("")
+    with pytest.raises(InputError, match="is no path: File name too long"):
+        find_images("a" * 5000)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_gray_files_of_any_depth_have_three_channels(tmp_path: Path, dtype):
+    path = saved(tmp_path, Image.fromarray(np.full((3, 4), np.iinfo(dtype).max // 3, dtype)), "gray.png")
+    image = load_image(path, mode="any")
+    assert image.shape == (3, 3, 4)
+    assert torch.allclose(image, torch.tensor(1 / 3), atol=1e-3)

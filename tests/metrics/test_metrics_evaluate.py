@@ -182,6 +182,17 @@ def test_skipped_values_are_in_the_table_and_streaming_state_is_not_touched():
     assert "undefined" in str(empty)
 
 
+def test_names_are_neither_formulas_nor_columns():
+    images, masks, _ = scenes(2)
+    names = ["=HYPERLINK(1)", "a|b\nc", "-2+3"]
+    table = metrics.evaluate({name: lambda x: x.sum(1) for name in names}, [(images, masks)], ["epg"])
+    rows = list(csv.DictReader(io.StringIO(table.to_csv())))
+    assert [row["explainer"] for row in rows] == ["'=HYPERLINK(1)", "a|b\nc", "'-2+3"]
+    lines = table.to_markdown().splitlines()
+    assert lines[3].startswith("| a\\|b c | ")
+    assert all(line.replace("\\|", "").count("|") == 3 for line in lines[:5])
+
+
 def test_csv_json_and_markdown(tmp_path):
     images, masks, _ = scenes(6)
     data = [(images, masks)]

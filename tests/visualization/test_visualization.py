@@ -652,7 +652,7 @@ class TestSave:
         (tmp_path / "a.png").write_bytes(b"old")
 
         def fail(partial, **_options):
-            Path(partial).write_bytes(b"half")
+            partial.write(b"half")
             raise OSError("disk full")
 
         monkeypatch.setattr(figure, "savefig", fail)

@@ -28,6 +28,7 @@ from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning,
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
 from captum_concepts.images import ImageSource, thumbnails
 from captum_concepts.models.concept_translator import Training
+from captum_concepts.models.concept_translator.network import checked_hidden
 from captum_concepts.vlm import check_encoder
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ class ConceptFusionMap(LayerAttribution):
         self.presence_: Curve | None = None
         self._of_encoder = {name for name in ("link", "logit_scale", "logit_bias") if getattr(self, name) is None}
         self._known: tuple[Any, Trust] | None = None
+        self._check()
         if self.link != "sigmoid" and concepts is not None and len(list(concepts)) == 1:
             warnings.warn(
                 f"a softmax over the single concept {next(iter(concepts))!r} is always 1; add concepts it competes "
@@ -205,7 +207,6 @@ class ConceptFusionMap(LayerAttribution):
                 InputWarning,
                 stacklevel=2,
             )
-        self._check()
         self._layers()
 
     #: Captum's ``target`` of :meth:`attribute` is a concept here, never a class.
@@ -407,7 +408,8 @@ class ConceptFusionMap(LayerAttribution):
             contribution_unit="relative drop of the class probability" if contributions else "",
             rank_by=selection.rank_by,
             image_names=image_names(inputs),
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     # ------------------------------------------------------------ fit, words, options, files
 
@@ -472,6 +474,9 @@ class ConceptFusionMap(LayerAttribution):
         layers = self._layers()
         number("similarity_weight", similarity_weight, lambda v: v >= 0, "0 or more")
         integer("crops", crops, least=0)
+        integer("seed", seed, least=None)
+        integer("memory_budget", memory_budget, least=0)
+        hidden = None if hidden is None else checked_hidden(hidden)
         concepts = self.concepts if concepts is None else concepts
         check_encoder(encoder, words=concepts is not None)
         names, text = (None, None) if concepts is None else encode(concepts, encoder)

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts.errors import InputError
+from captum_concepts._checks import integer
+from captum_concepts.errors import InputError, shortened
+
+
+def checked_hidden(hidden: Any) -> tuple[int, int]:
+    """Two widths.
+
+    Raises:
+        InputError: something else.
+    """
+    if not isinstance(hidden, Sequence) or isinstance(hidden, str) or len(hidden) != 2:
+        raise InputError(f"hidden must be two positive widths, such as (1024, 512), got {shortened(hidden)}")
+    return integer("hidden[0]", hidden[0]), integer("hidden[1]", hidden[1])
 
 
 class ConceptTranslator(nn.Module):
@@ -47,9 +60,7 @@ class ConceptTranslator(nn.Module):
             )
         if hidden is None:
             hidden = (2048, 1024) if max(channels) > 1024 else (1024, 1024)
-        widths = tuple(int(w) for w in hidden)
-        if len(widths) != 2 or min(widths) < 1:
-            raise InputError(f"hidden must be two positive widths, got {hidden!r}")
+        widths = checked_hidden(hidden)
         self.in_channels = channels
         self.embedding_dim = int(embedding_dim)
         self.hidden = widths

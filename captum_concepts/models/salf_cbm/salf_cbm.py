@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +29,7 @@ from captum_concepts.activations import (
 )
 from captum_concepts.activations.layout import ModelTraits
 from captum_concepts.concepts import CLASS_TEMPLATE
-from captum_concepts.errors import InputError, LayerError, LayoutError
+from captum_concepts.errors import InputError, InputWarning, LayerError, LayoutError
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
 from captum_concepts.images import ImageSource, Preprocessing, batches, inputs_for, open_images, thumbnails
 from captum_concepts.models.salf_cbm import hub
@@ -429,7 +431,7 @@ class SALFCBM(
         made = self._explanation(
             self._checked_target(seen, inputs, target), target, names, contributions=contributions, **how
         )
-        return made.pictured(thumbnails(inputs))
+        return dataclasses.replace(made, pictures=thumbnails(inputs))
 
     def explain_classes(
         self, inputs: Any, classes: Sequence[str | int], *, top_k: int | None = 5
@@ -1037,6 +1039,13 @@ class SALFCBM(
                 features = self.features(part)
                 activations = self._standardize(self._pool(features))
                 seen = _Seen(slice(start, start + len(part)), features, activations, self.head(activations))
+            if not bool(activations.isfinite().all()) and bool(part.isfinite().all()):
+                warnings.warn(
+                    "the concept activations contain NaN or infinite values although the images do not; scale the "
+                    "images as the backbone was trained, and look for weights that are not finite",
+                    InputWarning,
+                    stacklevel=3,
+                )
             start += len(part)
             yield seen
         if not start:

@@ -410,7 +410,7 @@ class ReportWriter:
             for page, path in reversed(list(zip(pages, paths, strict=True))):  # the first last: it leads to the others
                 before, after = template("report/page.html").render(**shown, page=page).split(_MARK)
                 start = self._starts[page.number] if self._starts else 0
-                _write(path, before.encode(), self._cards, (start, ends[page.number]), after.encode())
+                _write(path, before, self._cards, (start, ends[page.number]), after)
         finally:
             self.discard()
         return self.path
@@ -533,14 +533,14 @@ def _free(path: Path) -> bool:
         return False
 
 
-def _write(path: Path, before: bytes, cards: IO[bytes], part: tuple[int, int], after: bytes) -> None:
+def _write(path: Path, before: str, cards: IO[bytes], part: tuple[int, int], after: str) -> None:
     """One page, atomically; its cards are copied in blocks."""
     with replacing(path) as file:
-        file.write(before)
+        file.write(before.encode(errors="backslashreplace"))
         cards.seek(part[0])
         for start in range(*part, _BLOCK):
             file.write(cards.read(min(_BLOCK, part[1] - start)))
-        file.write(after)
+        file.write(after.encode(errors="backslashreplace"))
 
 
 @dataclass(frozen=True)

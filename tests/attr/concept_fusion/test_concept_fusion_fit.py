@@ -200,6 +200,19 @@ def test_above_the_memory_budget_rows_go_to_disk():
     torch.testing.assert_close(weights(fit(memory_budget=2000, batch_size=8)), weights(fit(batch_size=8)))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"hidden": [0, 4]}, {"hidden": "x"}, {"hidden": 3.5}, {"hidden": (8,)}, {"seed": "x"}, {"memory_budget": -1},
+     {"crops": -1}, {"training": {"epoch": 3}}, {"training": {"lr": "x"}}, {"similarity_weight": -1},
+     {"image_size": -3}],
+)  # fmt: skip
+def test_options_are_refused_before_the_encoder_runs(wrong):
+    encoder = Color()
+    encoder.encode_image = lambda _: pytest.fail("the work began")
+    with pytest.raises(InputError, match=r"must be|no option|from 1 to 10,000"):
+        fit(encoder=encoder, **wrong)
+
+
 @pytest.mark.parametrize("n", [2, 5])
 def test_less_data_than_a_batch(n):
     assert fit(images(n)).scores(images(2)).isfinite().all()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from salf_networks import CONCEPTS, ConvNet, Tokens, awake, pictures, standardised
 
+from captum_concepts.errors import InputWarning
 from captum_concepts.models.salf_cbm import SALFCBM
 from captum_concepts.testing import ExplainerTestCase
 
@@ -22,6 +24,13 @@ class TestConvolutions(ExplainerTestCase):
 
     def make_images(self):
         return pictures(5)
+
+
+def test_scores_that_are_not_finite_are_said():
+    torch.manual_seed(0)
+    salf = standardised(SALFCBM(awake(ConvNet()), "body", CONCEPTS, 3))
+    with pytest.warns(InputWarning, match="concept activations contain NaN or infinite values"):
+        salf.scores(pictures(2) * 1e38)
 
 
 class TestUnfrozen(TestConvolutions):

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from captum_concepts._artifacts import own_folder
 from captum_concepts._checks import integer, one_of
 from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.models.salf_cbm.fit.data import LabeledImages, Transform
 from captum_concepts.models.salf_cbm.fit.steps import digest, first_decides, progress, say
 from captum_concepts.store import (
@@ -32,6 +33,9 @@ from captum_concepts.store import (
     shard_sizes,
     world,
 )
+
+#: float16's smallest normal number: below it digits are lost.
+_SMALLEST = 2.0**-14
 
 
 class GridFeatures(Protocol):
@@ -222,6 +226,13 @@ def _fill(source: LiveFeatures, dtype: torch.dtype, show: bool, spans: list[tupl
                     raise InputError(
                         f"features reach {float(features.abs().max()):.3g}, beyond half precision; use "
                         "feature_dtype=torch.float32"
+                    )
+                if dtype == torch.float16 and 0 < (most := float(features.abs().max())) < _SMALLEST:
+                    warnings.warn(
+                        f"features are at most {most:.3g}, where half precision keeps few digits or none; use "
+                        "feature_dtype=torch.float32",
+                        InputWarning,
+                        stacklevel=2,
                     )
                 parts.append(values)
                 advance(len(features))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.errors import ArtifactError, ConvergenceWarning, InputError, LayerError
+from captum_concepts.errors import ArtifactError, ConvergenceWarning, InputError, InputWarning, LayerError
 from captum_concepts.models.salf_cbm.fit import BottleneckSettings, fit_bottleneck, plan_salf_cbm
 from captum_concepts.vlm import RegionPrompt
 
@@ -149,6 +149,13 @@ def test_features_beyond_half_precision(tmp_path):
         fit(tmp_path, network=network, model_transform=large)
     model = fit(tmp_path, network=network, model_transform=large, feature_dtype=torch.float32)
     assert model.metadata["accuracy"]["train"] > 0.5
+
+
+def test_features_below_half_precision_are_said(tmp_path):
+    small = lambda images: images * 1e-7  # noqa: E731
+    network = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 4, stride=4, bias=False))
+    with pytest.warns(InputWarning, match=r"few digits or none; use feature_dtype=torch\.float32"):
+        fit(tmp_path, network=network, model_transform=small)
 
 
 def test_features_that_never_change(tmp_path):
