@@ -224,7 +224,7 @@ def read_json(path: str | os.PathLike[str], check: Check, what: str) -> Any:
         ArtifactError: unreadable, too large, not JSON in UTF-8, or not of the schema.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_there(path):
         raise FileNotFoundError(f"there is no file {path}, which should be {what}")
     try:
         if path.stat().st_size > _LARGEST_JSON:
@@ -346,6 +346,14 @@ def own_folder(path: Path) -> Path:
     return path
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     """Write the file atomically: a reader never sees a part of it, and a full disk leaves the old file.
 
@@ -456,7 +464,7 @@ def open_safetensors(path: Path, what: str, device: str = "cpu") -> Iterator[Any
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not is_there(path):
         raise FileNotFoundError(f"there is no file {path}, which should be {what}")
     try:
         with safe_open(path, framework="pt", device=device) as file:

@@ -136,6 +136,7 @@ def select_output(output: Any, target: Any) -> Tensor:
     output = output_tensor(output)
     shape = tuple(output.shape)
     _refuse_table(target)
+    target = target.tolist() if isinstance(target, (np.ndarray, np.integer)) else target
     try:
         selected = _select_targets(output, target)
     except (AssertionError, IndexError, TypeError, RuntimeError, ValueError) as error:
@@ -164,6 +165,7 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
     tensor([1, 0])
     """
     named = " or a name" if names else ""
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
 
     def one(value: Any) -> int:
         if isinstance(value, tuple) and len(value) == 1:
@@ -178,14 +180,14 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
             return list(names).index(value)
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TargetError(
-                f"target {shortened(target)} is not allowed: give {_ALLOWED}{named}, indexing {size} {what}s"
+                f"target {shortened(target)} is not allowed: give {_ALLOWED}{named}, indexing {size} {plural}"
             )
         try:
             index = operator.index(value)
         except TypeError as error:
             raise TargetError(f"target {shortened(target)} is not allowed: give {_ALLOWED}{named}: {error}") from error
         if not -size <= index < size:
-            raise TargetError(f"target {index} is out of range: there are {size} {what}s (0 to {size - 1})")
+            raise TargetError(f"target {index} is out of range: there are {size} {plural} (0 to {size - 1})")
         return index % size
 
     _refuse_table(target)

@@ -196,6 +196,7 @@ class ConceptExplanation:
             different units do not compare.
         rank_by: what ranked each image's concepts (``"scores"`` or ``"contributions"``); empty where the caller named
             them. A single image taken out of a batch is sorted by it.
+        pictures: small pictures of the first images, ``(3, h, w)`` in uint8, for notebooks; they are not saved.
 
     Tensors are detached at construction and must lie on one device. Instances are immutable: every method returns a
     new one. Iterating, or an integer index, returns the explanation of one image with its own concepts, strongest
@@ -230,6 +231,7 @@ class ConceptExplanation:
     score_unit: str = ""
     contribution_unit: str = ""
     rank_by: str = ""
+    pictures: Sequence[Tensor | None] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", unique_names(self.concepts, "concept"))
@@ -249,6 +251,7 @@ class ConceptExplanation:
             object.__setattr__(self, "maps", self.maps.masked_fill(hidden[:, :, None, None], torch.nan))
             if self.contributions is not None:
                 object.__setattr__(self, "contributions", self.contributions.masked_fill(hidden, torch.nan))
+        object.__setattr__(self, "pictures", list(self.pictures)[:n])
         for name in ("method", "score_unit", "contribution_unit"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} must be a text, got {getattr(self, name)!r}")
@@ -350,9 +353,8 @@ class ConceptExplanation:
         names = None if self.image_names is None else [self.image_names[i] for i in rows.tolist()]
         device_rows = rows.to(self.scores.device)
         pick = {name: v[device_rows] for name in _TENSORS if (v := getattr(self, name)) is not None}
-        pictures = self.pictures
-        made = dataclasses.replace(self, layer=layer, image_names=names, **pick)
-        return made.pictured([] if pictures is None else [pictures[i] for i in rows.tolist()])
+        pictures = [self.pictures[i] if i < len(self.pictures) else None for i in rows.tolist()]
+        return dataclasses.replace(self, layer=layer, image_names=names, pictures=pictures, **pick)
 
     def _own(self) -> ConceptExplanation:
         """Without the concepts that no image selected; those of a single image in the order of its ranking."""
@@ -373,7 +375,7 @@ class ConceptExplanation:
         if not isinstance(layer, str):
             layer = tuple(tuple(row[j] for j in columns) for row in layer)
         pick = {name: v[:, columns] for name in _BY_CONCEPT if (v := getattr(self, name)) is not None}
-        return self._but(concepts=[self.concepts[j] for j in columns], layer=layer, **pick)
+        return dataclasses.replace(self, concepts=[self.concepts[j] for j in columns], layer=layer, **pick)
 
     def top(self, k: int, *, by: str = "scores") -> ConceptExplanation:
         """Each image's own ``k`` leading concepts among those selected, strongest first.
@@ -390,12 +392,12 @@ class ConceptExplanation:
         chosen = Selection.of(values.float().masked_fill(~self.selected, torch.nan), k, by)
         fewer = self._columns(chosen.columns)
         own = fewer.selected & chosen.selected.to(fewer.selected.device)
-        return fewer._but(selected=own, rank_by=by)._own()
+        return dataclasses.replace(fewer, selected=own, rank_by=by)._own()
 
     def to(self, device: torch.device | str) -> ConceptExplanation:
         """The same explanation with its tensors on ``device``."""
         moved = {name: v.to(device) for name in _TENSORS if (v := getattr(self, name)) is not None}
-        return self._but(**moved)
+        return dataclasses.replace(self, **moved)
 
     def class_name(self, target: int) -> str:
         """The name of an output: of ``class_names``, or ``class 3``.
@@ -502,26 +504,7 @@ class ConceptExplanation:
     def _repr_html_(self) -> str:
         if not _displays:  # the pictures lie above this module, and matplotlib is loaded when something is shown
             importlib.import_module("captum_concepts.visualization.notebook")
-        return _displays[-1](self, self.pictures)
-
-    def pictured(self, pictures: Sequence[Tensor | None]) -> ConceptExplanation:
-        """The same explanation with small pictures of its images, ``(3, h, w)`` in uint8, for notebooks.
-
-        They belong to the first images, may be fewer than those, and are not saved.
-        """
-        made = dataclasses.replace(self)
-        object.__setattr__(made, "_pictures", list(pictures))
-        return made
-
-    @property
-    def pictures(self) -> list[Tensor | None] | None:
-        """A small picture of each image, None where there is none; None if there are none at all."""
-        own: list[Tensor | None] = list(getattr(self, "_pictures", []))[: len(self)]
-        return own + [None] * (len(self) - len(own)) if any(one is not None for one in own) else None
-
-    def _but(self, **changed: Any) -> ConceptExplanation:
-        """A copy with other values, and with the pictures of its images."""
-        return dataclasses.replace(self, **changed).pictured(getattr(self, "_pictures", []))
+        return _displays[-1](self, [*self.pictures, *[None] * (len(self) - len(self.pictures))])
 
 
 _displays: list[Callable[[ConceptExplanation, Any], str]] = []

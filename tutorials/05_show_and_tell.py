@@ -17,8 +17,9 @@ import torch
 from captum_concepts import SALFCBM, demo, fit_salf_cbm
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.metrics import CenterGaussian, RandomMaps, concept_specificity, evaluate
+from captum_concepts.models.salf_cbm.fit import refit_head
 from captum_concepts.visualization import overlay, panel
-from captum_concepts.vlm import RegionPrompt
+from captum_concepts.vlm import DenseRegions, RegionPrompt
 
 _ = torch.manual_seed(0)
 backbone = demo.load("classifier")
@@ -81,8 +82,8 @@ def fit(layer: str) -> SALFCBM:
 
 
 @torch.no_grad()
-def accuracy(network: torch.nn.Module) -> float:
-    return float((network(test.image).argmax(1) == test.label).float().mean())
+def accuracy(network: torch.nn.Module, scenes=test) -> float:
+    return float((network(scenes.image).argmax(1) == scenes.label).float().mean())
 
 
 models = {layer: fit(layer) for layer in ("layer2", "layer3", "layer4")}
@@ -214,6 +215,91 @@ axes.legend(frameon=False)
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
+# ## Repair: a wrong decision, its reason, an edit that stays
+#
+# `classifier-spurious` is the same network, trained on scenes whose ground gives the class away: wood below nearly every
+# dotted star. A bottleneck that learns from such scenes inherits the shortcut. With `DenseRegions` the image-text model
+# reads all cells from one pass for each image, instead of one picture for each circle.
+
+# %%
+shortcut = CaptionedScenes(240, seed=61, size=64, spurious=0.95).stack()
+spurious_backbone = demo.load("classifier-spurious")
+leaning = fit_salf_cbm(
+    spurious_backbone,
+    "layer3",
+    (shortcut.image, shortcut.label),
+    clip,
+    data.concepts,
+    len(data.classes),
+    store_path="salf-shortcut",
+    prompt=DenseRegions((7, 7)),
+    class_names=data.classes,
+    nonzeros_per_class=6,
+    batch_size=60,
+)
+alike = CaptionedScenes(300, seed=62, size=64, spurious=0.95).stack()
+elsewhere = CaptionedScenes(300, seed=63, size=64).stack()
+print(f"accuracy where the ground gives the class away {accuracy(leaning, alike):.2f}", end=", ")
+print(f"on any ground {accuracy(leaning, elsewhere):.2f}")
+
+# %% [markdown]
+# **A wrong decision.** A dotted star that is called something else, because of what it stands on.
+
+# %%
+grounds = [name for name in data.concept_groups["ground"] if name in leaning.concepts]
+star = data.classes.index("dotted star")
+with torch.no_grad():
+    called = leaning(elsewhere.image).argmax(1)
+blamed = leaning.explain(elsewhere.image, top_k=1)
+wrong = [
+    i
+    for i, one in enumerate(blamed)
+    if elsewhere.label[i] == star and called[i] != star and one.concepts[0] in grounds and one.contributions > 0
+]
+i = wrong[0]
+image, box = elsewhere.image[[i]], elsewhere.boxes[i, 0]
+print("in truth:", elsewhere.caption[i])
+print(leaning.explain(image, top_k=2))
+print("in the star's box:", leaning.explain_region(image, boxes=box, top_k=4))
+print("rule of dotted star:", [(concept, round(w, 1)) for concept, w in leaning.decision_rules("dotted star", top_k=3)])
+
+# %% [markdown]
+# **The region, and what is missing in it.** The model does see the star. Its rule does not ask for one: it asks for
+# wood, and there is no wood around this star. So we put some there, everywhere but on the star itself, and the decision
+# turns right, for the wrong reason. That is the proof that it hangs on the ground.
+
+# %%
+around = 1 - elsewhere.object_masks[i, :1].float()
+for beta in (0.0, 2.0, 4.0, 6.0):
+    _, after = leaning.intervene(image, "wood", beta=beta, units="std", mask=around)
+    probability = after.softmax(1)[0]
+    print(f"wood {beta:+.0f} around the star: {data.classes[int(probability.argmax())]} {float(probability.max()):.2f}")
+
+# %% [markdown]
+# **An edit that stays.** `with_edits` returns a model with other rules: here the ground counts nothing, for any class.
+# Whether that helps is a question about *other* images. It costs what the shortcut was worth where it holds, and helps
+# where it does not. Rules can forget in this way, but they learn only from images: `refit_head` fits them again, without
+# the grounds, to 120 scenes in which ground and class are independent. Neither can be better than what the backbone sees.
+
+# %%
+edits = [{"target": name, "concept": ground, "weight": 0.0} for name in data.classes for ground in grounds]
+repaired = leaning.with_edits(edits)
+independent = CaptionedScenes(120, seed=64, size=64).stack()
+taught = refit_head(leaning.without(grounds), independent.image, independent.label, nonzeros_per_class=6)
+for name, one in {
+    "as trained": leaning,
+    "grounds out of the rules": repaired,
+    "rules fitted again": taught,
+    "the backbone itself": spurious_backbone,
+}.items():
+    print(f"{name:25s} shortcut holds: {accuracy(one, alike):.2f}   any ground: {accuracy(one, elsewhere):.2f}")
+print("kept with the model:", repaired.metadata["edits"][0])
+
+# %% [markdown]
+# By hand instead of by code: `explore(leaning, elsewhere.image, labels=elsewhere.label.tolist())` shows the wrong
+# predictions first, and writes the Python of each edit.
+
+# %% [markdown]
 # ## What does a concept really stand for?
 #
 # A name is a promise. The images with the highest activation show whether it is kept.
@@ -249,3 +335,4 @@ print(again.explain(new.image, top_k=4))
 # - The concept list decides what can be said: see [own words](04_own_words.ipynb) for cleaning one.
 # - `nonzeros_per_class` trades accuracy for rules that fit on a line; `head="dense"` shows what the bottleneck itself costs.
 # - An intervention edits maps, not the world. It shows what the decision hangs on.
+# - An edited rule (`with_edits`) stays. Test it on images that were not looked at while editing.

@@ -196,7 +196,7 @@ _SIZE = re.compile(
 
 @contextmanager
 def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) -> Iterator[None]:
-    """A context for a forward pass: errors about channels, dtype or size of the images, in terms of the images.
+    """A context for a forward pass: errors about channels, dtype, size or device of the images, in terms of the images.
 
     Args:
         arguments: of the model.
@@ -223,7 +223,15 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
                     f"inputs of shape {tuple(images.shape)} have {found[2]} channels, (N, C, H, W), where the model "
                     f"takes {found[1]}; choose some, as in inputs[:, :3], or move the channels to the front"
                 ) from error
-            dtypes = {p.dtype for part in parts or () for p in part.parameters(recurse=False) if p.is_floating_point()}
+            parameters = [p for part in parts or () for p in part.parameters(recurse=False) if p.is_floating_point()]
+            devices = {p.device for p in parameters}
+            if devices and images.device not in devices and "device" in said:
+                places = ", ".join(sorted(map(str, devices)))
+                raise InputError(
+                    f"inputs are on the device {images.device} and the model on {places}; move one of them, as in "
+                    "inputs.to(device)"
+                ) from error
+            dtypes = {p.dtype for p in parameters}
             if dtypes and images.dtype not in dtypes:
                 kinds = ", ".join(sorted(map(str, dtypes)))
                 raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,7 +92,13 @@ class Layers:
             raise InputError(f"layout must be one of {LAYOUTS}, got {layout!r}")
         if prefix_tokens is not None and prefix_tokens < 0:
             raise InputError(f"prefix_tokens must be 0 or more, got {prefix_tokens}")
-        wanted = [layers] if isinstance(layers, (nn.Module, str)) else list(layers)
+        if not callable(forward_func) or isinstance(forward_func, type):
+            got = (
+                f"the class {forward_func.__name__}" if isinstance(forward_func, type) else type(forward_func).__name__
+            )
+            raise InputError(f"forward_func must be a torch.nn.Module or a function that runs one, got {got}")
+        one = isinstance(layers, (nn.Module, str)) or not isinstance(layers, Iterable)
+        wanted: list[Any] = [layers] if one else list(layers)  # type: ignore[arg-type]
         model = find_model(forward_func)
         named = None if model is None else dict(model.named_modules(remove_duplicate=False))
         modules = tuple(_find(model, named or {}, layer) for layer in wanted)

@@ -18,6 +18,7 @@ from captum_concepts.activations.capture import (
     first_tensor,
     forward_arguments,
     gradients_enabled,
+    input_errors,
 )
 from captum_concepts.activations.layers import Layers, reaches_output, repeat_rows
 from captum_concepts.activations.layout import Layout
@@ -193,6 +194,11 @@ def _survey(
     layers = Layers.resolve(forward_func, [])
     if layers.named is None:
         raise InputError("forward_func is a plain function; pass a torch.nn.Module or one of its methods")
+    if isinstance(layers.model, torch.jit.ScriptModule):
+        raise LayerError(
+            "the layers of a torch.jit model cannot be read: it runs no hooks. Pass the original torch.nn.Module; "
+            "load_state_dict(scripted.state_dict()) gives it the same weights"
+        )
     first, extra = _first(inputs, extra)
     images = check_images(first)
     # Twice, because one example cannot show which dimension is the batch.
@@ -207,8 +213,9 @@ def _survey(
     def record(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         outputs.append((module, output))
 
-    with torch.no_grad(), evaluation_mode(layers.named.values()), hooked(names, record):
-        forward_func(*twice, *repeat_rows(forward_arguments(extra), 2, 1))
+    arguments, parts = (*twice, *repeat_rows(forward_arguments(extra), 2, 1)), layers.named.values()
+    with torch.no_grad(), evaluation_mode(parts), hooked(names, record), input_errors(arguments, parts):
+        forward_func(*arguments)
     runs = [module for module, _ in outputs]
     read = []
     for module, output in outputs:

@@ -184,7 +184,8 @@ class DiscoveredConcepts(LayerAttribution):
             score_unit="times the average weight",
             contribution_unit="output",
             rank_by=chosen.rank_by,
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file, atomically."""

@@ -58,7 +58,7 @@ from captum_concepts.attr.origin import check_origin, origin
 from captum_concepts.attr.refinement import Refine
 from captum_concepts.errors import InputError, InputWarning, NotFittedError, listing
 from captum_concepts.explanation import ConceptExplanation, Selection
-from captum_concepts.images import ImageSource, batches, thumbnails
+from captum_concepts.images import ImageSource, batches, class_name, thumbnails
 from captum_concepts.solvers import Calibration, fit_calibration, truth_table
 
 NORMALIZE = ("minmax", "l1", "none")
@@ -526,7 +526,9 @@ class FeatureActivationMap(LayerAttribution):
             concepts: names or indices of references; None takes all.
             additional_forward_args: passed to ``forward_func`` after the inputs.
         """
-        return self._explain(inputs, self.concepts if concepts is None else concepts, None, additional_forward_args)[2]
+        return self._explain(
+            self._layers(), inputs, self.concepts if concepts is None else concepts, None, additional_forward_args
+        )[2]
 
     def explain(
         self,
@@ -557,7 +559,8 @@ class FeatureActivationMap(LayerAttribution):
         if rank_by != "scores":
             one_of("rank_by", rank_by, ("scores",))
         inputs = as_inputs(inputs, find_model(self.forward_func))
-        chosen, scores, maps, best = self._explain(inputs, concepts, top_k, additional_forward_args)
+        layers = self._layers()
+        chosen, scores, maps, best = self._explain(layers, inputs, concepts, top_k, additional_forward_args)
         index = self._index(target, len(scores))
         return ConceptExplanation(
             [self.concepts[k] for k in chosen.columns],
@@ -568,11 +571,12 @@ class FeatureActivationMap(LayerAttribution):
             selected=chosen.selected.to(scores.device),
             class_names=self.concepts,
             image_names=image_names(inputs),
-            layer=self._layers().names[0],
+            layer=layers.names[0],
             method=self.get_name(),
             score_unit=self._rule().unit,
             rank_by=chosen.rank_by,
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     def fit(
         self,
@@ -610,10 +614,8 @@ class FeatureActivationMap(LayerAttribution):
             counts[label] = counts.get(label, 0) + 1
         ordered = sorted(sums)
         names = source.class_names
+        self.reference_names = [str(label) if names is None else class_name(label, names) for label in ordered]
         self.references = torch.stack([sums[label] / counts[label] for label in ordered])
-        self.reference_names = [
-            str(label) if names is None or isinstance(label, str) else names[label] for label in ordered
-        ]
         self.calibration = None
         return self
 
@@ -758,10 +760,10 @@ class FeatureActivationMap(LayerAttribution):
         return bank
 
     def _explain(
-        self, inputs: Any, concepts: Any, top_k: int | None, extra: Any
+        self, layers: Layers, inputs: Any, concepts: Any, top_k: int | None, extra: Any
     ) -> tuple[Selection, Tensor, Tensor, Tensor]:
         """Each image's own references, all scores ``(N, K)``, maps ``(N, k, h, w)`` of the selected ones, the best."""
-        layers, rule, names = self._layers(), self._rule(), self.concepts
+        rule, names = self._rule(), self.concepts
         layers = self._stages_too(layers, as_inputs(inputs, layers.model), extra)
 
         def part(images: Inputs, more: Any, _target: None) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def _opened(name: str, source: Any, read: Read) -> ImageSource:
         if source.data_iter is None:
             raise InputError(f"the captum Concept {name!r} has no data_iter; pass it a DataLoader of images")
         source = source.data_iter
-    if hasattr(source, "__next__"):
+    if hasattr(source, "__next__") and not hasattr(source, "read"):
         raise InputError(f"{name!r} is an iterator, which can be read only once; pass a list or a DataLoader")
     try:
         return read(source)

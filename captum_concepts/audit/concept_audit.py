@@ -16,17 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import (
-    Array,
-    anything,
-    list_of,
-    mapping_of,
-    nothing_or,
-    open_artifact,
-    save_artifact,
-    table,
-    text,
-)
+from captum_concepts import _artifacts as schema
+from captum_concepts._artifacts import Array, open_artifact, save_artifact
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
 from captum_concepts._undo import unharming
@@ -47,11 +38,54 @@ from captum_concepts.audit.statistics import (
 )
 from captum_concepts.errors import InputError, InputWarning, listing
 from captum_concepts.explanation import SEEN, ConceptExplainer, ContributionExplainer
-from captum_concepts.images import ImageSource, batches, inputs_for
+from captum_concepts.images import ImageSource, batches, class_name, inputs_for
 
 _FORMAT = "captum_concepts.ConceptAudit/1"
 KINDS = ("drivers", "errors", "suspects", "images")
 _SHOWN = 6  # images kept for each suspect, on either side
+
+
+_ENTRY = schema.either(schema.nothing_or(schema.flag), schema.number(), schema.text())
+
+
+def _settings(value: Any, where: str) -> Any:
+    found = schema.mapping_of(schema.either(_ENTRY, schema.list_of(_ENTRY)))(value, where)
+    schema.list_of(schema.text())(found.get("not_told_apart", []), f"{where}.not_told_apart")
+    return found
+
+
+_NUMBER = schema.either(schema.table({"nan": schema.flag}), schema.number())
+_EFFECT = schema.table({"value": _NUMBER, "low": _NUMBER, "high": _NUMBER, "n": schema.integer()})
+_DRIVER = {
+    **dict.fromkeys(("class", "concept"), schema.text()),
+    "where": schema.text("all", "right", "wrong"),
+    **dict.fromkeys(("images", "n"), schema.integer()),
+    **dict.fromkeys(("presence_rate", "contribution", "low", "high"), _NUMBER),
+}
+_ERROR = {
+    **dict.fromkeys(("true", "predicted", "concept"), schema.text()),
+    **dict.fromkeys(("presence_rate", "expected_rate", "lift", "p"), _NUMBER),
+    "n": schema.integer(),
+}
+_SUSPECT = {
+    **dict.fromkeys(("class_name", "concept"), schema.text()),
+    **dict.fromkeys(("raises", "lowers", "p"), _NUMBER),
+    "effect": _EFFECT,
+    "contribution": schema.nothing_or(_EFFECT),
+    "confirmed": schema.nothing_or(schema.flag),
+    **dict.fromkeys(("images", "counterexamples"), schema.list_of(schema.integer(), most=1000)),
+}
+_INFO = schema.table(
+    {
+        "class_names": schema.list_of(schema.text()),
+        "concepts": schema.list_of(schema.text()),
+        "image_names": schema.list_of(schema.text(longest=10_000), most=100_000_000),
+        "drivers": schema.list_of(schema.table(_DRIVER)),
+        "errors": schema.list_of(schema.table(_ERROR)),
+        "suspected": schema.nothing_or(schema.list_of(schema.table(_SUSPECT))),
+        "settings": _settings,
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +149,7 @@ class ConceptAudit:
         normal distribution's). What a network goes by it encodes clearly; for others, ``explainer.calibrate`` on
         labeled images or another layer may help.
         """
-        return list(self.settings["not_told_apart"])
+        return list(self.settings.get("not_told_apart", []))
 
     def suspects(self) -> list[Suspect]:
         """Concepts that decide for a class without belonging to it, strongest first.
@@ -198,17 +232,6 @@ class ConceptAudit:
             FileNotFoundError: there is no such file.
             ArtifactError: damaged, or not an audit.
         """
-        schema = table(
-            {
-                "class_names": list_of(text()),
-                "concepts": list_of(text()),
-                "image_names": list_of(text(longest=10_000), most=100_000_000),
-                "drivers": list_of(mapping_of(anything)),
-                "errors": list_of(mapping_of(anything)),
-                "suspected": nothing_or(list_of(mapping_of(anything))),
-                "settings": mapping_of(anything),
-            }
-        )
         arrays = ARRAYS | {
             "labels": Array("integer", ("N",), optional=True),
             "maps": Array("float", ("S", 2 * _SHOWN, None, None), optional=True),
@@ -218,9 +241,12 @@ class ConceptAudit:
             counts = {"N": len(info["image_names"]), "C": len(info["class_names"]), "T": len(info["concepts"])}
             return counts | {"S": len(info["suspected"] or ())}
 
-        with open_artifact(path, _FORMAT, "a saved audit", info=schema, arrays=arrays, sizes=sizes) as (info, tensors):
+        with open_artifact(path, _FORMAT, "a saved audit", info=_INFO, arrays=arrays, sizes=sizes) as (info, tensors):
             labels, maps = tensors.pop("labels", None), tensors.pop("maps", None)
             suspected = info["suspected"]
+            _check_names(info)
+            if labels is not None and not bool(((labels >= 0) & (labels < len(info["class_names"]))).all()):
+                raise ValueError("its labels are not among its classes")
             return cls(
                 info["class_names"],
                 info["concepts"],
@@ -430,8 +456,10 @@ def _true_classes(source: ImageSource, names: Sequence[str]) -> Tensor | None:
     labels = source.labels
     if labels is None:
         return None
-    if source.class_names is not None and not isinstance(labels[0], str):
-        labels = [source.class_names[int(k)] for k in labels] if list(source.class_names) != list(names) else labels
+    if source.class_names not in (None, list(names)):
+        labels = [class_name(k, source.class_names) for k in labels]
+    for label in labels:
+        class_name(label, names)
     return target_indices(list(labels), len(source), len(names), names, what="class")
 
 
@@ -615,6 +643,17 @@ def _maps(suspect: Suspect, explainer: Any, source: ImageSource, batch_size: int
     for start, side in zip((0, _SHOWN), found, strict=True):
         maps[start : start + len(side)] = torch.stack(side)
     return maps
+
+
+def _check_names(info: Mapping[str, Any]) -> None:
+    """Rows may only name classes, concepts and images that there are."""
+    known = {"class": set(info["class_names"]), "concept": set(info["concepts"])}
+    of = {"true": "class", "predicted": "class", "class_name": "class", "class": "class", "concept": "concept"}
+    rows = [*info["drivers"], *info["errors"], *(info["suspected"] or ())]
+    wrong = next((row[key] for row in rows for key in of if key in row and row[key] not in known[of[key]]), None)
+    shown = [i for row in info["suspected"] or () for i in (*row["images"], *row["counterexamples"])]
+    if wrong is not None or any(i >= len(info["image_names"]) for i in shown):
+        raise ValueError("its rows name a class, a concept or an image that is not listed")
 
 
 def _suspect(info: dict[str, Any]) -> Suspect:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_concepts.activations import capture
+from captum_concepts.activations import capture, input_errors
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.images import (
     ImageSource,
@@ -91,7 +94,14 @@ def load_model(
     else:
         loaded = _from_zoo(name, weights, num_classes, random_weights)
     preprocessing = loaded.preprocessing if size is None else replace(loaded.preprocessing, size=checked_size(size))
-    return replace(loaded, model=loaded.model.eval().requires_grad_(False), preprocessing=preprocessing)
+    loaded = replace(loaded, model=loaded.model.eval().requires_grad_(False), preprocessing=preprocessing)
+    if ".py:" in name:
+        image = loaded.empty()
+        what = f"the model of {name}, called with a gray image {tuple(image.shape)},"
+        parts = list(loaded.model.modules())
+        with _users_code(what, Path(name.rpartition(":")[0])), torch.no_grad(), input_errors((image,), parts):
+            loaded.model(image)
+    return loaded
 
 
 def to_device(module: nn.Module, device: str) -> None:
@@ -122,6 +132,8 @@ def _from_python(spec: str) -> nn.Module:
     model = _call_python(spec)
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} returned {type(model).__name__}; it must return a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{spec} returned a torch.jit model, whose layers cannot be read; return the original module")
     return model
 
 
@@ -139,18 +151,40 @@ def _call_python(spec: str) -> Any:
     sys.path.insert(0, folder)  # it may import its neighbors
     sys.modules[module_spec.name] = module  # dataclasses look their module up
     try:
-        module_spec.loader.exec_module(module)
-        make = getattr(module, function, None)
-        if not callable(make):
-            hint = did_you_mean(function, [n for n in vars(module) if not n.startswith("_")])
-            raise InputError(f"{path} has no function {function!r}.{hint}")
-        return make()
+        with _users_code(spec, file):
+            module_spec.loader.exec_module(module)
+            made = getattr(module, function, None)
+            if made is None:
+                hint = did_you_mean(function, [n for n in vars(module) if not n.startswith("_")])
+                raise InputError(f"{path} has no function {function!r}.{hint}")
+            if not callable(made):
+                raise InputError(f"{function!r} in {path} is {type(made).__name__}, not a function")
+            return made if isinstance(made, nn.Module) else made()
+    finally:  # what it imports later, when it runs, must not shadow what others import
+        sys.path[:] = [*(entry for entry in sys.path if entry != folder), folder]
+
+
+@contextmanager
+def _users_code(what: str, file: Path) -> Iterator[None]:
+    """Code of the user: what goes wrong in it is an InputError, what it prints goes to standard error."""
+    here = Path.cwd()
+    sys.stdout.flush()
+    try:
+        output: int | None = os.dup(1)
+        os.dup2(2, 1)  # also what is not printed by Python
+    except OSError:  # there is no standard output
+        output = None
+    try:
+        yield
     except InputError:
         raise
-    except (Exception, SystemExit) as error:  # whatever goes wrong in the user's own code
-        raise InputError(f"{spec} failed with {type(error).__name__}: {error}{_place(error, file)}") from error
+    except (Exception, SystemExit, GeneratorExit) as error:
+        raise InputError(f"{what} failed with {type(error).__name__}: {error}{_place(error, file)}") from error
     finally:
-        sys.path.remove(folder)
+        os.chdir(here)
+        if output is not None:
+            os.dup2(output, 1)
+            os.close(output)
 
 
 def _place(error: BaseException, file: Path) -> str:

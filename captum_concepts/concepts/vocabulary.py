@@ -95,6 +95,8 @@ class Vocabulary:
     ) -> None:
         if isinstance(concepts, str):
             raise InputError(f"concepts must be a list of texts, got the one text {concepts!r}")
+        if not isinstance(concepts, Iterable):
+            raise InputError(f"concepts must be a list of texts, got {concepts!r}")
         self.concepts = tuple(concepts)
         if not all(isinstance(concept, str) for concept in self.concepts):
             wrong = next(concept for concept in self.concepts if not isinstance(concept, str))
@@ -140,7 +142,8 @@ class Vocabulary:
         ['An image of a zebra', 'An image of a tench']
         """
         _template(template)
-        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        listed = isinstance(classes, Iterable) and not isinstance(classes, str)
+        if not listed or not all(isinstance(name, str) for name in classes):
             raise InputError(f"classes must be a list of names, got {str(classes)[:60]!r}")
         texts = [_fill(template, name) for name in classes]
         return cls(texts, sources={text: [name] for text, name in zip(texts, classes, strict=True)})

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_concepts.datasets.trees import is_there
+from captum_concepts._artifacts import is_there
 from captum_concepts.errors import InputError
 from captum_concepts.images import Reading, opened_image
 from captum_concepts.images.pixels import orientation, turned

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from captum_concepts._artifacts import check_json, either, integer, list_of, nothing_or, number, table, text
+from captum_concepts._artifacts import check_json, either, integer, is_there, list_of, nothing_or, number, table, text
 from captum_concepts.datasets.annotation import Annotation, Ids, Layer
 from captum_concepts.datasets.imagenet import class_indices
 from captum_concepts.datasets.segmentation import SegmentationDataset
-from captum_concepts.datasets.trees import inside, is_there, require
+from captum_concepts.datasets.trees import inside, require
 from captum_concepts.errors import InputError
 from captum_concepts.images import read_json
 from captum_concepts.images.files import MOST_PIXELS

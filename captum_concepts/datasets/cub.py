@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_concepts._artifacts import is_there
 from captum_concepts._checks import number, one_of
 from captum_concepts.datasets.annotation import Annotation, Layer
 from captum_concepts.datasets.segmentation import SegmentationDataset
-from captum_concepts.datasets.trees import inside, is_there, require
+from captum_concepts.datasets.trees import inside, require
 from captum_concepts.errors import InputError
 from captum_concepts.images import opened_image, read_text
 

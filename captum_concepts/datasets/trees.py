@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from captum_concepts._artifacts import is_there
 from captum_concepts.errors import InputError, shortened
 from captum_concepts.images import find_images
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is such a file; a name that no file can have names none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def require(path: Path, *, tree: str, where: str, folder: bool = False) -> Path:
     """``path`` if it is there, else an InputError with the tree that is expected and where to get it."""
-    if path.is_dir() if folder else path.is_file():
+    if path.is_dir() if folder else is_there(path):
         return path
     kind = "folder" if folder else "file"
     raise InputError(f"no {kind} at {path}. Expected tree:\n{tree}\nGet it from {where}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from captum_concepts._artifacts import write_atomically
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.demo import WEIGHTS, build
 from captum_concepts.demo.evaluation import accuracy, circle_reaction, ground_reliance
@@ -179,10 +179,7 @@ def _resume(
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file that is either whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-    temporary.chmod(0o644)  # safetensors writes for the owner alone
-    temporary.replace(path)
+    write_atomically(path, save(tensors, metadata={"format": "pt", **(metadata or {})}))
 
 
 def train(name: str, output: Path, *, seed: int = 0, save_every: int = 250, **changes: Any) -> dict[str, Any]:
@@ -229,9 +226,7 @@ def train(name: str, output: Path, *, seed: int = 0, save_every: int = 250, **ch
         "torch": torch.__version__,
         "log": log,
     }
-    temporary = output / f".{name}.json.{os.getpid()}"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(output / f"{name}.json")
+    write_atomically(output / f"{name}.json", json.dumps(record, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
     print(f"{name}: {json.dumps(held_out)}", flush=True)
     return record

@@ -10,7 +10,7 @@ from captum_concepts.images.files import (
     opened_image,
 )
 from captum_concepts.images.fingerprint import digest, fingerprint
-from captum_concepts.images.labels import checked_labels, known_labels
+from captum_concepts.images.labels import checked_labels, class_name, known_labels
 from captum_concepts.images.pixels import Placement, Reading, checked_size, placement
 from captum_concepts.images.preprocessing import Preprocessing, input_channels, preprocessing_of
 from captum_concepts.images.source import (
@@ -40,6 +40,7 @@ __all__ = [
     "checked_labels",
     "checked_size",
     "class_folders",
+    "class_name",
     "digest",
     "find_images",
     "fingerprint",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ def label_of(value: Any, what: str = "the label") -> Label:
     (3, 2, 'cat')
     """
     if isinstance(value, str):
+        if not value.strip():
+            raise InputError(f"{what} is an empty name; a label is an integer or a name")
         return value
     if isinstance(value, bool | np.bool_):
         return int(value)
@@ -51,7 +53,7 @@ def label_of(value: Any, what: str = "the label") -> Label:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, str):
-        return value
+        return label_of(value, what)
     if isinstance(value, numbers.Real):
         number = float(value)
         if not math.isfinite(number) or number != int(number):
@@ -75,18 +77,41 @@ def checked_labels(labels: Any, count: int | None = None) -> list[int] | list[st
     >>> checked_labels([torch.tensor(0), torch.tensor(4)])
     [0, 4]
     """
-    if isinstance(labels, (str, bytes, Mapping)) or not hasattr(labels, "__len__") or not hasattr(labels, "__iter__"):
+    if (
+        isinstance(labels, (str, bytes, Mapping, Set))
+        or not hasattr(labels, "__len__")
+        or not hasattr(labels, "__iter__")
+    ):
         raise InputError(f"labels must be a list or tensor with one label per image, got {type(labels).__name__}")
     if hasattr(labels, "ndim") and labels.ndim == 0:
         raise InputError("labels must be a list or tensor with one label per image, got a single number")
     if count is not None and len(labels) != count:
         raise InputError(f"{len(labels)} labels for {count} images; pass one per image")
     values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) and labels.ndim == 1 else list(labels)
+    sizes = {len(value) for value in values if isinstance(value, (list, tuple, Tensor, np.ndarray)) and np.ndim(value)}
+    if len(sizes) > 1:
+        raise InputError(f"labels have rows of {min(sizes)} to {max(sizes)} values; pass one label per image")
     found = [label_of(value, f"label {i}") for i, value in enumerate(values)]
     if len({type(value) for value in found}) > 1:
         example = next(value for value in found if type(value) is not type(found[0]))
         raise InputError(f"labels mix names and numbers: {found[0]!r} and {example!r}; pass one kind")
     return found  # type: ignore[return-value]
+
+
+def class_name(label: Label, names: Sequence[str]) -> str:
+    """The name that an integer label stands for; a name is itself.
+
+    Raises:
+        InputError: the number of no class.
+
+    >>> class_name(1, ["cat", "dog"])
+    'dog'
+    """
+    if isinstance(label, str):
+        return label
+    if not 0 <= label < len(names):
+        raise InputError(f"label {label} is the number of no class: there are {len(names)}, 0 to {len(names) - 1}")
+    return names[label]
 
 
 def known_labels(dataset: Any) -> Sequence[Any] | None:

@@ -95,9 +95,9 @@ class Reading:
     def tensor_of(self, image: Any) -> Tensor:
         """A PIL image as ``(C, H, W)``, resized."""
         if self.bands is not None or image.mode in ("F", "I") or image.mode.startswith("I;"):
-            pixels = self._channels(self._resized(torch.from_numpy(self._stored(image))))
-            gray = self.mode == "any" and self.bands is None and len(pixels) == 1  # as a file of 8 bits
-            return pixels.expand(3, -1, -1) if gray else pixels
+            planes = self._channels(self._resized(torch.from_numpy(self._stored(image))))
+            gray = self.mode == "any" and self.bands is None and len(planes) == 1  # as a file of 8 bits
+            return planes.expand(3, -1, -1) if gray else planes
         image = self.eight_bits(image)
         if self.size is not None:
             image = self.fit(image)
@@ -192,7 +192,7 @@ class Reading:
             low, high = self.value_range
             return ((images.float() - low) / (high - low)).clamp(0, 1)
         if images.is_floating_point():
-            if images.amax() > 16 and images.amin() >= 0:
+            if images.numel() and images.amax() > 16 and images.amin() >= 0:
                 warnings.warn(
                     "float images with values far above 1 are taken as they are; if they are pixels from 0 to 255, "
                     "pass value_range=(0, 255), or integers (uint8)",

@@ -450,7 +450,7 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
         if isinstance(source, Tensor) and reading.transform is None:
             reading.from_tensor(source[:1])  # refuses channels and dtypes at once
         return ImageSource(source, reading, index=range(len(source)), **own)
-    if _is_pil(source) or hasattr(source, "read"):
+    if _is_pil(source) or callable(getattr(source, "read", None)):
         return ImageSource([source], reading, index=range(1), **own)
     if isinstance(source, (list, tuple)):
         if all(isinstance(one, (str, os.PathLike)) for one in source):
@@ -615,7 +615,7 @@ def to_tensor(image: Any, reading: Reading | None = None, name: str | None = Non
     if isinstance(image, np.ndarray):
         image = _from_array(image, name)
     if not isinstance(image, Tensor):
-        if hasattr(image, "read") or _is_pil(image):
+        if callable(getattr(image, "read", None)) or _is_pil(image):
             return read_image(image, reading, name)
         raise InputError(f"{name} is {_described(image)}; pass tensors (C, H, W), PIL images, arrays or files")
     if image.ndim not in (3, 4):
@@ -697,8 +697,8 @@ def _from_array(pixels: np.ndarray[Any, Any], name: str) -> Tensor:
     """An array as a tensor, channels first. Arrays mostly come with channels last."""
     if pixels.ndim == 2:
         pixels = pixels[None]
-    if not pixels.dtype.isnative:
-        pixels = pixels.astype(pixels.dtype.newbyteorder("="))
+    if pixels.dtype.kind == "f" or not pixels.dtype.isnative:  # arrays are of 64 bits unless they are told otherwise
+        pixels = pixels.astype(np.float32 if pixels.dtype.kind == "f" else pixels.dtype.newbyteorder("="))
     first, last = pixels.shape[-3], pixels.shape[-1]
     if last in (1, 3, 4) and first not in (1, 3, 4):
         pixels = np.moveaxis(pixels, -1, -3)

@@ -73,8 +73,9 @@ class Scorer:
             got = (tuple(inputs.shape), inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__
             hint = "; no batch dimension: pass image[None]" if getattr(inputs, "ndim", 0) == 3 else ""
             raise InputError(f"inputs must be floating point images (N, C, H, W), got {got}{hint}")
-        if not len(inputs):
-            raise InputError(f"inputs of shape {tuple(inputs.shape)} contain no example")
+        if not inputs.numel() or inputs.layout != torch.strided:
+            what = "contain no example" if inputs.layout == torch.strided else f"have the layout {inputs.layout}"
+            raise InputError(f"inputs of shape {tuple(inputs.shape)} {what}; pass a dense batch (N, C, H, W)")
         one_of("scores", scores, SCORES)
         integer("batch_size", batch_size)
         self.score_fn, self.scores, self.batch_size = score_fn, scores, batch_size

@@ -500,7 +500,7 @@ class ShardReader:
     def rows(self, name: str, index: Sequence[int] | Tensor | Any) -> Tensor:
         """The rows of tensor ``name`` at ``index`` (integers in [0, len)), in that order."""
         source = self._first(name)
-        wanted = torch.as_tensor(index, dtype=torch.long) if len(index) else torch.empty(0, dtype=torch.long)
+        wanted = torch.as_tensor(index, dtype=torch.long).contiguous()
         if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(self):
             raise InputError(f"rows {int(wanted.min())} to {int(wanted.max())} are asked of a store of {len(self)}")
         out = source.new_empty(len(wanted), *source.shape[1:])

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from captum_concepts._checks import number
 from captum_concepts.errors import InputError
 
 
@@ -61,11 +62,19 @@ def check_encoder(encoder: Any, *, words: bool = False) -> None:
         words: whether texts will be embedded too.
 
     Raises:
-        InputError: names the missing methods; a model of transformers is referred to ``vlm.from_transformers``.
+        InputError: names the missing methods; a model of transformers is referred to ``vlm.from_transformers``. Or the
+            logit scale or bias is not a number.
     """
+    if isinstance(encoder, type):
+        raise InputError(f"encoder is the class {encoder.__name__}; pass an instance of it, {encoder.__name__}(...)")
     needed = ["encode_image", "encode_text"] if words else ["encode_image"]
     absent = [name for name in needed if not callable(getattr(encoder, name, None))]
     if not absent:
+        for name, allowed in (("logit_scale", "a positive number"), ("logit_bias", "a number")):
+            value = getattr(encoder, name, None)
+            value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if value is not None:
+                number(f"encoder.{name}", value, lambda v, name=name: v > 0 or name == "logit_bias", allowed)  # type: ignore[misc]
         return
     kind = type(encoder).__name__
     if callable(getattr(encoder, "get_image_features", None)):

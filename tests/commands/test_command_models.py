@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +120,90 @@ def test_weights_of_another_network_are_named_in_short():
     with pytest.raises(InputError, match="does not hold weights of resnet18") as caught:
         load_model("resnet18", weights=str(demo.WEIGHTS / "classifier.safetensors"))
     assert len(str(caught.value)) < 1200
+
+
+NET = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=2)
+        self.head = nn.Linear(4, 2)
+    def forward(self, x):
+        {first}
+        return self.head(self.first(x).relu().mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def users(tmp_path):
+    """A model file of the user, with a line of its forward and lines after the class; its function is `make`."""
+
+    def write(after: str, first: str = "pass") -> str:
+        path = tmp_path / "users.py"
+        path.write_text(NET.format(first=first) + after)
+        return f"{path}:make"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "make = Net()\n",
+        "make = Net\n",
+        "def make():\n    return Net().train()\n",
+        "import os, tempfile\nos.chdir(tempfile.mkdtemp())\ndef make():\n    return Net()\n",
+        "import sys\nsys.path.clear()\nsys.path.append('')\ndef make():\n    return Net()\n",
+    ],
+)
+def test_what_a_file_may_have_in_it(users, after, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    here = Path.cwd()
+    assert [row["name"] for row in run(capsys, users(after), "--size", "16")["layers"]] == ["first"]
+    assert Path.cwd() == here
+
+
+def test_a_neighbor_that_is_imported_when_the_model_runs(users, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "imported_later_by_the_user.py").write_text("")
+    run(capsys, users("make = Net\n", "import imported_later_by_the_user"), "--size", "16")
+
+
+@pytest.mark.parametrize(
+    ("after", "first", "said"),
+    [
+        (
+            "make = Net\n",
+            "raise RuntimeError('in forward')",
+            r"failed with RuntimeError: in forward \(line 10 of users.py\)",
+        ),
+        ("make = 3\n", "pass", "'make' in .* is int, not a function"),
+        ("def make():\n    raise GeneratorExit\n", "pass", "failed with GeneratorExit"),
+        ("def make():\n    return Net().half()\n", "pass", "float16"),
+        (
+            "import warnings\ndef make():\n    with warnings.catch_warnings():\n"
+            "        warnings.simplefilter('ignore')\n"
+            "        return torch.jit.trace(Net().eval(), torch.rand(1, 3, 16, 16))\n",
+            "pass",
+            "torch.jit model",
+        ),
+        ("make = Net\n", "assert x.shape[-1] == 64, 'Wrong image width!'", "does not take images of 16 x 16 pixels"),
+    ],
+)
+def test_what_goes_wrong_in_it_is_said(users, after, first, said, capsys):
+    assert main(["models", users(after, first), "--size", "16", "--json"]) == 2
+    printed, told = capsys.readouterr()
+    assert printed == ""
+    assert re.search(said, told), told
+    assert len(told) < 700
+
+
+def test_what_it_prints_below_python_goes_to_standard_error(users, capfd):
+    source = "import os\nos.write(1, b'written\\n')\nprint('printed')\n"
+    source += "def make():\n    os.system('echo run')\n    return Net()\n"
+    assert main(["models", users(source), "--size", "16", "--json"]) == 0
+    printed, told = capfd.readouterr()
+    json.loads(printed)
+    assert {"written", "printed", "run"} <= set(told.split())

@@ -50,7 +50,7 @@ from captum_concepts import (
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.metrics import average_drop, deletion, evaluate, increase_in_confidence, insertion
 from captum_concepts.store import RegionEmbeddingStore, UniformImages
-from captum_concepts.visualization import as_image, panel, report
+from captum_concepts.visualization import as_image, panel, report, strongest_images
 from captum_concepts.vlm import RegionPrompt
 
 
@@ -230,13 +230,20 @@ FORMS = ("list of tensors", "list of PIL images", "list of arrays", "list of pat
 ONE_BY_ONE = tuple(row for row in IMAGE_ROWS if row not in (*FORMS, "float tensor", "channels last memory", "strided"))
 #: Next to an explanation, files might have another crop than what was explained.
 ON_THEIR_OWN = {"list of paths": refused("inputs_for")}
-SCORED = ("four channels", "channels last")  # refused by the network, which is the caller's own here
+#: Read without a network; the tests look at a stack of them.
+READ = ({"too small": RUNS}, ("different sizes",))
+SCORED = (
+    "four channels",
+    "channels last",
+    "doubles",
+    "too small",
+)  # refused by the network, which is the caller's own here
 
 COLUMNS = [
-    Column("images.open_images", "any images", lambda x, _: torch.stack(list(images.open_images(x)))),
-    Column("images.batches", "any images", lambda x, _: torch.cat([b.images for b in images.batches(x, 3)])),
-    Column("images.fingerprint", "any images", lambda x, _: images.fingerprint(x)),
-    Column("images.inputs_for", "any images", lambda x, _: torch.stack(list(images.inputs_for(net(), x)))),
+    Column("images.open_images", "any images", lambda x, _: torch.stack(list(images.open_images(x))), *READ),
+    Column("images.batches", "any images", lambda x, _: torch.cat([b.images for b in images.batches(x, 3)]), *READ),
+    Column("images.fingerprint", "any images", lambda x, _: images.fingerprint(x), *READ),
+    Column("images.inputs_for", "any images", lambda x, _: torch.stack(list(images.inputs_for(net(), x))), *READ),
     Column(
         "images.to_tensor",
         "any images",
@@ -300,14 +307,26 @@ COLUMNS = [
 BESIDE = {  # labels= next to images that have their own number or order
     "pair": refused("twice"), "shuffling loader": refused("RandomSampler"), "one PIL image": refused("4 labels for 1"),
     "one path": refused("4 labels for 1"), "gray": refused("4 labels for 1"), "broken file": refused("4 labels for 2"),
+    "open file": refused("4 labels for 1"), "bytes": refused("4 labels for 3"), "different sizes": RUNS,
 }  # fmt: skip
 BOXED = {"channels last": refused("outside of the image")}  # of three rows
 SHAPED: dict[str, dict[str, Outcome]] = {"explain_region": BOXED, "intervene": BOXED, "zero_shot_segmentation": {}}
 #: Of tensors, explainers take those that the network takes; a stream has no length.
-EXPLAINED = {"uint8 tensor": refused("uint8"), "stream": refused("stream")}
+EXPLAINED = {
+    "uint8 tensor": refused("uint8"), "stream": refused("stream"), "generator": refused("stream"),
+    "doubles": refused("float64"),
+}  # fmt: skip
+STREAMS = {"stream": refused("stream"), "generator": refused("stream")}
+#: Stores embed images without the network that is explained, and of one size.
+STORED = {**STREAMS, "too small": RUNS, "different sizes": refused("one size")}
+ALONE = ("one PIL image", "one path", "gray", "open file")
+#: A method whose results are not maps takes images of different sizes.
+ANY_SIZE = {"different sizes": RUNS}
+FIXED_GRID = ANY_SIZE | {"uint8 tensor": refused("uint8"), "doubles": refused("float64")}
+DRAWN = ("attribute", "explain")
 COLUMNS += [
     Column("FeatureActivationMap.attribute", "any images", lambda x, _: fam().attribute(x, target=1), EXPLAINED),
-    Column("FeatureActivationMap.scores", "any images", lambda x, _: fam().scores(x), EXPLAINED),
+    Column("FeatureActivationMap.scores", "any images", lambda x, _: fam().scores(x), EXPLAINED | ANY_SIZE),
     Column("FeatureActivationMap.concept_maps", "any images", lambda x, _: fam().concept_maps(x), EXPLAINED),
     Column("FeatureActivationMap.explain", "any images", lambda x, _: fam().explain(x).maps, EXPLAINED),
     Column(
@@ -323,17 +342,21 @@ COLUMNS += [
         {"names": SAME},
     ),
     Column("SpatialACV.attribute", "any images", lambda x, _: sacv().attribute(x, target=1), EXPLAINED),
-    Column("SpatialACV.scores", "any images", lambda x, _: sacv().scores(x), EXPLAINED),
+    Column("SpatialACV.scores", "any images", lambda x, _: sacv().scores(x), EXPLAINED | ANY_SIZE),
     Column("SpatialACV.concept_maps", "any images", lambda x, _: sacv().concept_maps(x), EXPLAINED),
-    Column("SpatialACV.contributions", "any images", lambda x, _: sacv().contributions(x, 1), EXPLAINED),
+    Column("SpatialACV.contributions", "any images", lambda x, _: sacv().contributions(x, 1), EXPLAINED | ANY_SIZE),
     Column("SpatialACV.explain", "any images", lambda x, _: sacv().explain(x).maps, EXPLAINED),
-    Column("SpatialACV.evidence", "any images", lambda x, _: sacv().evidence(x, 1).effects, EXPLAINED),
-    Column("SpatialACV.tcav", "any images", lambda x, _: list(sacv().tcav(x, 1).values()), EXPLAINED),
+    Column("SpatialACV.evidence", "any images", lambda x, _: sacv().evidence(x, 1).effects, EXPLAINED | ANY_SIZE),
+    Column("SpatialACV.tcav", "any images", lambda x, _: list(sacv().tcav(x, 1).values()), EXPLAINED | ANY_SIZE),
     Column(
         "SpatialACV.fit",
         "any images",
         lambda x, _: SpatialACV(net(), "last").fit({"a": x, "b": 1 - IMAGES}).vectors,
-        dict.fromkeys(("one PIL image", "one path", "gray"), refused("at least 2 different images")),
+        {
+            **dict.fromkeys((*ALONE, "expanded"), refused("at least 2 different images")),
+            **ANY_SIZE,
+            "generator": refused("an iterator"),
+        },
     ),
     Column(
         "FeatureActivationMap",
@@ -344,9 +367,15 @@ COLUMNS += [
         "SpatialACV",
         "models",
         lambda m, _: mapped(m, lambda f, at: SpatialACV(f, at).fit({"a": IMAGES[:2], "b": IMAGES[2:]})),
+        {"no gradient": refused("no gradient passes")},
     ),
     *(
-        Column(f"ConceptFusionMap.{name}", "any images", call, EXPLAINED)
+        Column(
+            f"ConceptFusionMap.{name}",
+            "any images",
+            call,
+            EXPLAINED | ({} if "maps" in name or name in DRAWN else ANY_SIZE),
+        )
         for name, call in {
             "attribute": lambda x, _: cefam().attribute(x, target=1),
             "concept_maps": lambda x, _: cefam().concept_maps(x),
@@ -358,7 +387,7 @@ COLUMNS += [
         }.items()
     ),
     *(
-        Column(f"SALFCBM.{name}", "any images", call, {"uint8 tensor": refused("uint8")})
+        Column(f"SALFCBM.{name}", "any images", call, FIXED_GRID)
         for name, call in {
             "scores": lambda x, _: salf().scores(x),
             "concept_maps": lambda x, _: salf().concept_maps(x),
@@ -383,10 +412,10 @@ COLUMNS += [
         "ConceptFusionMap.fit",
         "any images",
         lambda x, _: fitted(x),
-        dict.fromkeys(("one PIL image", "one path", "gray"), refused("there is one image")),
+        {**dict.fromkeys(ALONE, refused("there is one image")), **ANY_SIZE, "doubles": refused("float64")},
     ),
     Column("ConceptFusionMap", "models", lambda m, _: mapped((m[0], [m[1]]), fusion_map)),
-    Column("SALFCBM", "models", lambda m, _: mapped(m, bottleneck)),
+    Column("SALFCBM", "models", lambda m, _: mapped(m, bottleneck), {"text output": SAME}),
     Column("ConceptFusionMap", "words", lambda words, _: list(fusion_map(net(), ["last"], words).concepts)),
     Column(
         "ConceptFusionMap.with_concepts",
@@ -398,13 +427,13 @@ COLUMNS += [
         "discover_concepts",
         "any images",
         lambda x, _: discover_concepts(net(), "last", x, n_concepts=2).explain(IMAGES).maps,
-        {"stream": refused("stream")},
+        {**STREAMS, **ANY_SIZE, "doubles": refused("float64")},
     ),
     Column(
         "audit_dataset",
         "any images",
         lambda x, _: audit_dataset(fam(), x, labels=LABELS, n_bootstrap=10).drivers,
-        {**BESIDE, "stream": refused("stream")},
+        {**BESIDE, **STREAMS, "expanded": Outcome("runs", warns="no concept could be tested")},
     ),
     Column(
         "audit_dataset",
@@ -412,8 +441,8 @@ COLUMNS += [
         lambda y, _: audit_dataset(fam(), IMAGES, labels=y, n_bootstrap=10).drivers,
         {"names": refused("'cat' is not the name of a class")},
     ),
-    Column("store.UniformImages", "any images", lambda x, _: read_all(UniformImages(x)), {"stream": refused("stream")}),
-    Column("store.RegionEmbeddingStore.build", "any images", built, {"stream": refused("stream")}),
+    Column("store.UniformImages", "any images", lambda x, _: read_all(UniformImages(x)), STORED),
+    Column("store.RegionEmbeddingStore.build", "any images", built, STORED),
     Column(
         "visualization.report",
         "any images",
@@ -421,11 +450,19 @@ COLUMNS += [
         ON_THEIR_OWN,
         ONE_BY_ONE,
     ),
-    Column("explore", "any images", lambda x, _: explore(fam(), x).html[-500:]),
+    Column(
+        "visualization.strongest_images",
+        "any images",
+        lambda x, _: [one.score for one in strongest_images(fam(), x, k=2)["red sky"]],
+        {"doubles": refused("float64"), **ANY_SIZE},
+    ),
+    Column(
+        "explore", "any images", lambda x, _: explore(fam(), x).html[-500:], {"doubles": refused("float64"), **ANY_SIZE}
+    ),
 ]
 #: Entry points without a column, by pattern, and why.
 NOT_COLUMNS = {
-    "targets.*": "modules around the user's network: the network reads the images; tests/test_targets.py",
+    "targets.*": "modules around the user's network: the network reads the images; tests/test_other_tasks.py",
     "*.save": "writes a file",
     "*.to_csv": "writes a file",
     "*.to_json": "writes a file",
@@ -437,6 +474,8 @@ NOT_COLUMNS = {
     "store.Manifest.*": "writes a file",
     "store.FolderLock": "writes a file",
     "store.fill_shards": "writes files",
+    "store.check_unclaimed": "a folder to write into: tests/store",
+    "metrics.concept_task_leakage": "arrays of values: tests/metrics",
     "store.missing_shards": "files of a store: test_hostile_files.py",
     "*.load": "files of the package: test_hostile_files.py",
     "load": "files of the package: test_hostile_files.py",
@@ -461,6 +500,8 @@ NOT_COLUMNS = {
     "images.Reading.*": "one step of open_images",
     "images.Preprocessing*": "a batch of tensors: tests/images/test_preprocessing.py",
     "images.digest": "one tensor: tests/images/test_source.py",
+    "images.as_seen": "one tensor: tests/visualization/test_figures.py",
+    "images.thumbnails": "what a method was given: tests/visualization/test_figures.py",
     "store.RegionEmbeddingStore.*": "reads images as build does: tests/store",
     "visualization.ReportWriter.*": "one step of report",
     "visualization.Explorer*": "made by explore",
@@ -470,6 +511,8 @@ NOT_COLUMNS = {
     "visualization.overlay": "as as_image",
     "visualization.heatmap_figure": "as as_image",
     "visualization.most_activating": "reads images as explore does",
+    "visualization.strongest_images": "reads images as explore does",
+    "visualization.user_study": "reads images as explore does",
     "visualization.sankey": "takes a fitted model",
     "concepts.drop_*": "one step of Vocabulary.filter: tests/concepts",
     "concepts.embed_texts": "as an encoder does: tests/vlm",

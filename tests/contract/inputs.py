@@ -7,6 +7,7 @@ here.
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -87,6 +88,28 @@ def class_folders(space: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(sorted(range(COUNT), key=LABELS.__getitem__)[i]).save(path)
     return root
+
+
+def empty_folder(space: Path) -> Path:
+    """A folder with a text."""
+    root = space / "empty"
+    root.mkdir(exist_ok=True)
+    (root / "notes.txt").write_text("nothing")
+    return root
+
+
+def deep_files(space: Path) -> list[Path]:
+    """Gray files of 16 bits per pixel."""
+    paths = [space / f"deep{i}.png" for i in range(COUNT)]
+    for path, pixels in zip(paths, PIXELS, strict=True):
+        Image.fromarray(pixels[0].numpy().astype(np.uint16) * 257).save(path)
+    return paths
+
+
+def inference(images: Tensor) -> Tensor:
+    """A tensor that autograd cannot record."""
+    with torch.inference_mode():
+        return images.clone()
 
 
 def broken_folder(space: Path) -> Path:
@@ -226,6 +249,56 @@ IMAGE_ROWS: dict[str, Row] = {
     "broken file": images_row("folder with a broken file", broken_folder, refused(r"1\.png")),
     "missing path": images_row("a path that is not there", lambda s: s / "nowhere", refused("no file or folder")),
     "text": images_row("text that is no path", lambda _: "a photo of a cat", refused("no file or folder")),
+    "made in inference mode": images_row("a tensor made in `inference_mode`", lambda _: inference(IMAGES), SAME, SAME),
+    "expanded": images_row(
+        "one image that is repeated without a copy", lambda _: IMAGES[:1].expand(4, -1, -1, -1), RUNS, RUNS
+    ),
+    "parameter": images_row("a parameter", lambda _: nn.Parameter(IMAGES.clone()), SAME, SAME),
+    "doubles": images_row(
+        "tensor, float64, for a model of float32", lambda _: IMAGES.double(), SAME, refused("float64")
+    ),
+    "array of floats": images_row("NumPy array `(N, 3, H, W)`, float64", lambda _: IMAGES.double().numpy(), SAME),
+    "array of another byte order": images_row(
+        "NumPy array of another byte order", lambda _: IMAGES.numpy().astype(">f4"), SAME
+    ),
+    "array of paths": images_row(
+        "NumPy array of paths", lambda s: np.array([f"{folder(s)}/{i}.png" for i in range(COUNT)]), SAME
+    ),
+    "dict": images_row("a batch as a dict, with labels", lambda _: {"pixel_values": IMAGES, "labels": LABELS}, SAME),
+    "batches": images_row("list of batches", lambda _: [IMAGES[:1], IMAGES[1:]], SAME),
+    "generator": images_row("a generator", lambda _: (image for image in IMAGES), SAME),
+    "open file": images_row("an open file", lambda s: io.BytesIO((folder(s) / "0.png").read_bytes()), RUNS),
+    "16-bit files": images_row("files of 16 bits per pixel", deep_files, RUNS),
+    "dict of other keys": images_row("a dict with other keys", lambda _: {"foo": IMAGES}, refused("foo")),
+    "items of other keys": images_row(
+        "`Dataset` of dicts with other keys", lambda _: Items(lambda i: {"foo": IMAGES[i]}), refused("foo")
+    ),
+    "too small": images_row(
+        "images smaller than the model takes", lambda _: IMAGES[:, :, :2, :2], refused("pixels"), refused("pixels")
+    ),
+    "different sizes": images_row(
+        "images of different sizes",
+        lambda _: [IMAGES[0], IMAGES[1, :, :16], IMAGES[2], IMAGES[3]],
+        refused("different sizes"),
+    ),
+    "complex": images_row(
+        "tensor, complex", lambda _: IMAGES.to(torch.complex64), refused("complex"), refused("complex|float")
+    ),
+    "sparse": images_row("a sparse tensor", lambda _: IMAGES.to_sparse(), refused("sparse"), refused("sparse|dense")),
+    "no pixels": images_row(
+        "images without rows", lambda _: IMAGES[:, :, :0], refused("no pixels|no example"), refused("no example|pixels")
+    ),
+    "one plane": images_row(
+        "one image `(H, W)`", lambda _: IMAGES[0, 0], refused(r"\(32, 32\)"), refused(r"\(32, 32\)|dimension")
+    ),
+    "video": images_row(
+        "five dimensions", lambda _: IMAGES[None], refused(r"\(1, 4, 3, 32, 32\)"), refused(r"\(1, 4, 3, 32, 32\)")
+    ),
+    "nested lists": images_row("nested lists of numbers", lambda _: IMAGES[:, :, :2, :2].tolist(), refused("list")),
+    "bytes": images_row("bytes", lambda _: b"png", refused("bytes|int")),
+    "empty folder": images_row("folder without images", empty_folder, refused("no image")),
+    "empty path": images_row("an empty path", lambda _: "", refused("empty")),
+    "web address": images_row("a web address", lambda _: "https://images.org/1.png", refused("web address")),
     "None": images_row("None", lambda _: None, refused("NoneType"), refused("NoneType")),
     "number": images_row("a number", lambda _: 3, refused("int"), refused("int")),
 }
@@ -254,6 +327,17 @@ LABEL_ROWS: dict[str, Row] = {
     "fractions": labels_row("fractions", lambda: [0.5, 1.0, 1.0, 0.0], refused("0.5")),
     "mixed": labels_row("names and numbers", lambda: ["cat", 1, 1, 0], refused("mix")),
     "too few": labels_row("fewer than images", lambda: [0, 1], refused("2 labels for 4|2.*4")),
+    "booleans": labels_row("booleans", lambda: torch.tensor(LABELS).bool(), SAME),
+    "floats of 16 bits": labels_row("tensor, bfloat16", lambda: torch.tensor(LABELS).bfloat16(), SAME),
+    "infinite": labels_row("infinite", lambda: [0.0, float("inf"), 1.0, 0.0], refused("inf")),
+    "missing": labels_row("some are None", lambda: [0, None, 1, 0], refused("NoneType")),
+    "row": labels_row("`(1, N)`", lambda: torch.tensor(LABELS)[None], refused("1 labels for 4")),
+    "ragged": labels_row("rows of different lengths", lambda: [[0], [1, 0], [1], [0]], refused("rows of 1 to 2")),
+    "blank": labels_row("empty names", lambda: ["", "a", "a", ""], refused("empty name")),
+    "bytes": labels_row("bytes", lambda: [b"a", b"b", b"b", b"a"], refused("bytes")),
+    "set": labels_row("a set", lambda: {0, 1, 2, 3}, refused("set")),
+    "generator": labels_row("a generator", lambda: (y for y in LABELS), refused("generator")),
+    "one number": labels_row("one number", lambda: 1, refused("int")),
     "text": labels_row("one text", lambda: "cats", refused("str")),
 }
 
@@ -286,6 +370,10 @@ WORD_ROWS: dict[str, Row] = {
     "one text": words_row("one text in place of a list", lambda _: "red sky", refused("list")),
     "twice": words_row("one concept twice", lambda _: ["red sky", "red sky"], refused("once|twice")),
     "numbers": words_row("numbers", lambda _: [1, 2], refused("string|text|name")),
+    "array": words_row("NumPy array", lambda _: np.array(WORDS), SAME),
+    "None": words_row("None", lambda _: None, refused("None|names")),
+    "number": words_row("a number", lambda _: 3, refused("int|3")),
+    "nested": words_row("lists in a list", lambda _: [["red sky"], ["green sea"]], refused("string|text|name")),
     "blank": words_row("blank text", lambda _: ["red sky", "  "], refused("empty|blank|whitespace")),
 }
 FILE_ROWS: dict[str, Row] = {
@@ -364,6 +452,36 @@ def scripted() -> Any:
         return torch.jit.script(Net().eval())
 
 
+def loaded() -> Any:
+    """A scripted model that was saved and loaded."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises against its own format; people have such files
+        torch.jit.save(scripted(), file)
+        file.seek(0)
+        return torch.jit.load(file)
+
+
+class Twice(Net):
+    """Its layers run twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The sum of two equal terms."""
+        return self.inner(images) + self.inner(images)
+
+
+class Unused(Net):
+    """It has a layer that does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Conv2d(3, 3, 1)
+
+
 MODEL_ROWS: dict[str, Row] = {
     "module": model_row("`nn.Module`, layer by name", lambda: (Net().eval(), "last"), SAME),
     "layer": model_row("layer as a module", lambda: (lambda m: (m, m.last))(Net().eval()), SAME),
@@ -381,6 +499,25 @@ MODEL_ROWS: dict[str, Row] = {
     "double": model_row("float64, for float32 images", lambda: (Net().eval().double(), "last"), refused("float64")),
     "unknown layer": model_row("a layer that is not there", lambda: (Net().eval(), "lost"), refused("last")),
     "no grid": model_row("a layer without positions", lambda: (Net().eval(), "head"), refused("positions|grid")),
+    "loaded": model_row("`torch.jit.load`", lambda: (loaded(), "last"), refused("jit")),
+    "half": model_row("float16, for float32 images", lambda: (Net().eval().half(), "last"), refused("float16")),
+    "four channels": model_row(
+        "of four channels, for images of three", lambda: (Net(4).eval(), "last"), refused("channels")
+    ),
+    "runs twice": model_row(
+        "a layer that runs twice", lambda: (Twice().eval(), "inner.last"), refused("more than once")
+    ),
+    "unused": model_row("a layer that does not run", lambda: (Unused().eval(), "unused"), refused("did not run")),
+    "text output": model_row(
+        "returns a text", lambda: (Wrapped(lambda y: "cat").eval(), "inner.last"), refused("without a tensor")
+    ),
+    "no gradient": model_row(
+        "its last part passes no gradient", lambda: (Wrapped(torch.Tensor.detach).eval(), "inner.last"), SAME
+    ),
+    "layer is a number": model_row("a number as the layer", lambda: (Net().eval(), 3), refused("int")),
+    "no layer": model_row("None as the layer", lambda: (Net().eval(), None), refused("NoneType")),
+    "class": model_row("the class of a model", lambda: (Net, "last"), refused("class|type")),
+    "weights": model_row("a state dict", lambda: (Net().state_dict(), "last"), refused("OrderedDict")),
     "None": model_row("None", lambda: (None, "last"), refused("")),
     "text": model_row("the name of a model", lambda: ("resnet50", "last"), refused("")),
 }

@@ -19,16 +19,18 @@ from captum_concepts.datasets import CaptionedScenes
 
 PACKAGE = str(Path(captum_concepts.__file__).parent)
 MOST = 700
+MOST_FUSED = 900  # four layers, each read locally and spread over the network's own affinity
 LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 
 
 def calls(run: Callable[[], Any]) -> Counter[str]:
-    """How often each function of the package ran; comprehensions are part of their function."""
+    """How often each function of the package ran; comprehensions are part of their function, and what torch calls back
+    for each operation of the user's network is not counted."""
     counted: Counter[str] = Counter()
 
     def profile(frame: Any, event: str, _argument: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(PACKAGE) and not code.co_name.startswith("<"):
+        if event == "call" and code.co_filename.startswith(PACKAGE) and not code.co_name.startswith(("<", "__torch")):
             counted[code.co_qualname if hasattr(code, "co_qualname") else code.co_name] += 1
 
     sys.setprofile(profile)
@@ -65,7 +67,8 @@ def test_one_image_costs_few_calls(explainer, scenes):
         warnings.simplefilter("ignore")
         explainer.explain(scenes[:1], target=0)  # what is found out once
         counted = calls(lambda: explainer.explain(scenes[:1], target=0))
-    assert counted.total() <= MOST, counted.most_common(8)
+    most = MOST_FUSED if getattr(explainer, "map_layer", None) == "fused" else MOST
+    assert counted.total() <= most, counted.most_common(8)
 
 
 def test_layers_are_resolved_once_for_any_batch(explainer, scenes):

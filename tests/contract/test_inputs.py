@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from columns import COLUMNS, FAMILIES, NOT_COLUMNS, Column, entry_points, page
-from inputs import Outcome
+from columns import COLUMNS, FAMILIES, NOT_COLUMNS, Column, cefam, entry_points, fam, page, sacv, salf
+from hypothesis import given, settings, strategies as st
+from inputs import Outcome, inference
 from torch import Tensor
 
 from captum_concepts.errors import CaptumConceptsError
+from captum_concepts.images import open_images
 
 CELLS = [
     pytest.param(column, row, id=f"{column.name}-{row}")
@@ -90,3 +93,62 @@ def test_every_public_entry_point_has_its_column():
 def test_the_page_is_printed_from_here():
     written = Path(__file__).resolve().parents[2] / "docs" / "inputs.md"
     assert written.read_text(encoding="utf-8") == page(), "run python tests/contract/columns.py"
+
+
+MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "rows reversed": lambda x: x.flip(2).contiguous().flip(2),
+    "every second column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "part of a larger one": lambda x: torch.nn.functional.pad(x, (1, 2, 3, 4))[..., 3:-4, 1:-2],
+    "recorded": lambda x: x.clone().requires_grad_(),
+    "inference mode": inference,
+}
+METHODS: dict[str, Callable[[Tensor], Tensor]] = {
+    "FeatureActivationMap": lambda x: fam().explain(x).maps,
+    "SpatialACV": lambda x: sacv().explain(x, target=1).maps,
+    "ConceptFusionMap": lambda x: cefam().explain(x).maps,
+    "SALFCBM": lambda x: salf().explain(x).maps,
+    "reader": lambda x: torch.stack(list(open_images(x))),
+}
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(sorted(METHODS)), st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40),
+    st.sampled_from(DTYPES), st.sampled_from(sorted(MEMORY)),
+)  # fmt: skip
+def test_sizes_dtypes_and_memory(name, count, channels, height, width, dtype, memory):
+    """However a batch lies in memory, it says the same; what cannot be read is refused in words."""
+    images = torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(height * 50 + width))
+    images = images if dtype.is_floating_point or dtype.is_complex else images * 200
+    images = images.to(dtype)
+    if memory == "recorded" and not dtype.is_floating_point:
+        memory = "contiguous"
+    said = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = METHODS[name](MEMORY[memory](images))
+        except CaptumConceptsError as error:
+            said = str(error)
+        else:
+            torch.testing.assert_close(found, METHODS[name](images.clone()), rtol=1e-4, atol=1e-5)
+    if said:
+        assert len(said) <= 600
+        too_small = min(height, width) < 8 and name != "reader"
+        assert too_small or channels != 3 or dtype != torch.float32, said
+        return
+    assert channels == 3 or (channels == 1 and name == "reader")
+    assert dtype == torch.float32 or (name == "reader" and dtype in (torch.float64, torch.bfloat16, torch.uint8))

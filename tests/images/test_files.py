@@ -260,3 +260,18 @@ class TestWords:
             read_words(tmp_path / "none.txt")
         (tmp_path / "a.json").write_text("{}")
         assert read_json(tmp_path / "a.json") == {}
+
+
+def test_paths_that_are_none():
+    with pytest.raises(InputError, match="the path of the images is empty"):
+        find_images("")
+    with pytest.raises(InputError, match="is no path: File name too long"):
+        find_images("a" * 5000)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_gray_files_of_any_depth_have_three_channels(tmp_path: Path, dtype):
+    path = saved(tmp_path, Image.fromarray(np.full((3, 4), np.iinfo(dtype).max // 3, dtype)), "gray.png")
+    image = load_image(path, mode="any")
+    assert image.shape == (3, 3, 4)
+    assert torch.allclose(image, torch.tensor(1 / 3), atol=1e-3)

@@ -18,8 +18,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from captum_concepts.errors import InputError
-from captum_concepts.images import ImageSource, batches, checked_labels, digest, fingerprint, open_images
+from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.images import ImageSource, batches, checked_labels, class_name, digest, fingerprint, open_images
 
 N = 7
 PIXELS = torch.arange(N).view(N, 1, 1, 1).expand(N, 3, 6, 8).contiguous().to(torch.uint8) * 20
@@ -425,6 +425,25 @@ def test_scenes_tell_their_labels_without_drawing_them(monkeypatch: pytest.Monke
     assert torch.equal(open_images(scenes)[3], scenes[3].image)
     monkeypatch.setattr("captum_concepts.datasets.scenes.draw_ground", None)
     assert open_images(scenes).labels == expected
+
+
+def test_pixels_that_were_not_scaled_are_warned_about():
+    with pytest.warns(InputWarning, match="values far above 1 are taken as they are"):
+        found = open_images(torch.full((2, 3, 4, 4), 200.0))[1]
+    assert float(found.max()) == 200
+    assert torch.allclose(open_images(torch.full((2, 3, 4, 4), 51.0), value_range=(0, 255))[1], torch.tensor(0.2))
+
+
+def test_a_stream_without_images():
+    with pytest.raises(InputError, match="no image in the stream"):
+        list(batches(iter([]), 4))
+
+
+def test_numbers_of_classes():
+    assert [class_name(label, ["cat", "dog"]) for label in (1, "fox", 0)] == ["dog", "fox", "cat"]
+    for label in (-1, 2):
+        with pytest.raises(InputError, match=f"label {label} is the number of no class: there are 2, 0 to 1"):
+            class_name(label, ["cat", "dog"])
 
 
 @pytest.mark.parametrize("workers", [2**31, 257, -1, 1.5])

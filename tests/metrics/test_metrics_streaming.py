@@ -160,7 +160,7 @@ def test_two_processes_agree_with_one(tmp_path: Path):
     script.write_text(
         textwrap.dedent(
             """
-            import sys, warnings
+            import os, sys, warnings
             import torch, torch.distributed as dist
             from captum_concepts import metrics
             rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -178,8 +178,8 @@ def test_two_processes_agree_with_one(tmp_path: Path):
                 with metric.sync_context():
                     out += [int(metric.counted), int(metric.skipped)]
             torch.save(out, f"{folder}/rank{rank}.pt")
-            dist.barrier()  # gloo aborts where one side is gone while the other still talks
-            dist.destroy_process_group()
+            dist.barrier()
+            os._exit(0)  # what was computed is saved; gloo's threads sometimes abort while a process is torn down
             """
         )
     )

@@ -199,6 +199,7 @@ class ConceptFusionMap(LayerAttribution):
         self.presence_: Curve | None = None
         self._of_encoder = {name for name in ("link", "logit_scale", "logit_bias") if getattr(self, name) is None}
         self._known: tuple[Any, Trust] | None = None
+        self._check()
         if self.link != "sigmoid" and concepts is not None and len(list(concepts)) == 1:
             warnings.warn(
                 f"a softmax over the single concept {next(iter(concepts))!r} is always 1; add concepts it competes "
@@ -206,7 +207,6 @@ class ConceptFusionMap(LayerAttribution):
                 InputWarning,
                 stacklevel=2,
             )
-        self._check()
         self._layers()
 
     #: Captum's ``target`` of :meth:`attribute` is a concept here, never a class.
@@ -408,7 +408,8 @@ class ConceptFusionMap(LayerAttribution):
             contribution_unit="relative drop of the class probability" if contributions else "",
             rank_by=selection.rank_by,
             image_names=image_names(inputs),
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     # ------------------------------------------------------------ fit, words, options, files
 

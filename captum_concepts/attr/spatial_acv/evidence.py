@@ -152,8 +152,11 @@ def explained_index(output: Any, target: Any) -> Tensor | None:
         return output.detach().argmax(1)
     if isinstance(target, list) and target and isinstance(target[0], tuple):
         target = [item[0] for item in target]
-    index = torch.as_tensor(target, device=output.device).flatten()
-    if index.is_floating_point() or index.dtype == torch.bool:
+    try:
+        index = torch.as_tensor(target, device=output.device).flatten()
+    except (TypeError, ValueError, RuntimeError):
         return None  # select_output refuses it
+    if index.is_floating_point() or index.dtype == torch.bool:
+        return None
     index = index.long() % output.shape[1]
     return index.expand(output.shape[0]) if len(index) == 1 else index

@@ -423,7 +423,7 @@ class SpatialACV(LayerAttribution):
             )
 
         inputs = as_inputs(inputs, layers.model)
-        self._warn_if_linear(inputs, additional_forward_args)
+        self._warn_if_linear(layers, inputs, additional_forward_args)
 
         def sensitivity(part: Inputs, extra: Any, goal: Any) -> Tensor:
             _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=False)
@@ -445,7 +445,7 @@ class SpatialACV(LayerAttribution):
         fitted, layers = self._need_fit(), self._layers()
         columns = name_positions(concepts, fitted.names)
         inputs = as_inputs(inputs, layers.model)
-        self._warn_if_linear(inputs, additional_forward_args)
+        self._warn_if_linear(layers, inputs, additional_forward_args)
 
         def sums(part: Inputs, extra: Any, goal: Any) -> Tensor:
             _, gradient, _ = _gradient(layers, part, extra, goal, fitted.of_input, best=True)
@@ -593,7 +593,7 @@ class SpatialACV(LayerAttribution):
         fitted, layers = self._need_fit(), self._layers()
         inputs = as_inputs(inputs, layers.model)
         if contributions:
-            self._warn_if_linear(inputs, additional_forward_args)
+            self._warn_if_linear(layers, inputs, additional_forward_args)
         layers = self._stages_too(layers, inputs, additional_forward_args)
 
         def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
@@ -628,7 +628,8 @@ class SpatialACV(LayerAttribution):
             score_unit="probability",
             contribution_unit="output per unit of activation" if contributions else "",
             rank_by=chosen.rank_by,
-        ).pictured(thumbnails(inputs))
+            pictures=thumbnails(inputs),
+        )
 
     def calibrate(
         self,
@@ -746,9 +747,8 @@ class SpatialACV(LayerAttribution):
         weights = [refinement.contrast(scores, torch.full_like(scores[:, 0], k, dtype=torch.long)) for k in numbers]
         return sharper.maps([torch.einsum("nkj,njhw->nkhw", torch.stack(weights, 1), content)])
 
-    def _warn_if_linear(self, inputs: Any, extra: Any) -> None:
+    def _warn_if_linear(self, layers: Layers, inputs: Any, extra: Any) -> None:
         """A gradient that is the same for every image explains no image; judged once."""
-        layers = self._layers()
         if self._linear is None:
             n = count(inputs)
             part, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), n)

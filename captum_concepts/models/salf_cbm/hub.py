@@ -275,6 +275,7 @@ def load_folder(cls: type[Model], folder: Path, backbone: nn.Module | None, chec
         model.set_standardization(own["concept_mean"], own["concept_std"])
         if config["reading"] is not None:
             model._reading = _reading(config["reading"])
+            model._check_reading(model._reading)
             if not model.freeze_backbone:
                 image = torch.zeros(1, input_channels(given), *model._reading.image_size).to(model.concept_mean)
                 freeze_unreached(backbone, model.layer, image)

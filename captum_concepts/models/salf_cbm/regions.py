@@ -98,6 +98,8 @@ def _each(values: Any, n: int, name: str) -> list[Tensor]:
     width, form = (2, _FORMS[name]) if name == "points" else (4, _FORMS[name])
     parts = _numbers(values, name)
     if isinstance(parts, Tensor):
+        if parts.ndim not in (1, 2, 3):
+            raise InputError(f"{name} must be {form}, or a list of them, got the shape {tuple(parts.shape)}")
         if parts.ndim == 1:
             each = [parts[None]]
         elif parts.ndim == 3 or n == 1:

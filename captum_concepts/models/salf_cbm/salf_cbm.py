@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -430,7 +431,7 @@ class SALFCBM(
         made = self._explanation(
             self._checked_target(seen, inputs, target), target, names, contributions=contributions, **how
         )
-        return made.pictured(thumbnails(inputs))
+        return dataclasses.replace(made, pictures=thumbnails(inputs))
 
     def explain_classes(
         self, inputs: Any, classes: Sequence[str | int], *, top_k: int | None = 5

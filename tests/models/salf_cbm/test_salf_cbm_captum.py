@@ -78,8 +78,8 @@ def test_noise_tunnel(model):
 
 
 def test_spatial_concept_activation_vectors(model):
-    sacv = SpatialACV(model, "backbone.body").fit({"bright": pictures(6) + 1}, pictures(6, seed=3))
-    assert sacv.attribute(pictures(2), target=1).shape == (2, 1, 8, 6)
+    sacv = SpatialACV(model, "backbone.stem.1").fit({"bright": pictures(6) + 1}, pictures(6, seed=3))
+    assert sacv.attribute(pictures(2), target=1).shape == (2, 1, 16, 12)
     assert hooks(model) == 0
 
 

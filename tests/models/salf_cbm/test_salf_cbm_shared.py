@@ -97,7 +97,7 @@ def test_a_forged_recipe(recipe, tmp_path):
     from captum_concepts.models.salf_cbm.recipes import build_backbone
 
     with pytest.raises(ArtifactError, match=r"recipe|cannot be built"):
-        build_backbone(recipe, tmp_path)
+        build_backbone(recipe, tmp_path, {})
 
 
 EXPORTED = {
