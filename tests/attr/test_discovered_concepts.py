@@ -121,6 +121,33 @@ def test_names_fit_or_are_refused():
     assert "named" in repr(found)
 
 
+def test_what_is_weak_counts_as_much_as_what_is_strong():
+    """A faint ground beside bright spots: each of both is a concept, although the spots have nearly all the energy."""
+    g = torch.Generator().manual_seed(0)
+    ground = torch.arange(40) % 2
+    images = 0.02 * torch.rand(40, 3, 8, 8, generator=g)
+    images[torch.arange(40), ground] += 0.05
+    for i in range(40):
+        y, x = torch.randint(0, 6, (2,), generator=g).tolist()
+        images[i, 2, y : y + 2, x : x + 2] = 5 + torch.rand((), generator=g)
+    net = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    scores = discover_concepts(net, "0", images, n_concepts=3).scores(images)
+    for k in range(2):
+        apart = [scores[ground == k].amin(0) > scores[ground != k].amax(0) for k in range(2)]
+        assert bool(apart[k].any())
+
+
+def test_few_concepts_at_a_position():
+    images, _ = patches(60)
+    many, few = (
+        discover_concepts(Mixer(), "mix", images, n_concepts=8, sparsity=s).concept_maps(images) for s in (0.0, 0.5)
+    )
+    lit = images.amax(1) > 0
+    assert (few.permute(0, 2, 3, 1)[lit] > 0).float().sum(1).mean() < (many.permute(0, 2, 3, 1)[lit] > 0).float().sum(
+        1
+    ).mean()
+
+
 def test_saved_for_another_model(tmp_path):
     images, _ = patches()
     path = discover_concepts(Mixer(), "mix", images, n_concepts=2).save(tmp_path / "found.safetensors")
