@@ -121,20 +121,27 @@ def test_names_fit_or_are_refused():
     assert "named" in repr(found)
 
 
+class Codes(nn.Module):
+    """Six channels, one for each tenth of red that a pixel may have: two of faint grounds, four of bright spots."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = (10 * x[:, 0]).round()
+        levels = (0.05, 0.05, 5.0, 5.0, 5.0, 5.0)
+        return torch.stack([(code == k) * level for k, level in enumerate(levels)], 1) + 0.002 * x[:, 1:2]
+
+
 def test_what_is_weak_counts_as_much_as_what_is_strong():
-    """A faint ground beside bright spots: each of both is a concept, although the spots have nearly all the energy."""
+    """Four concepts: both grounds are among them, although the spots have nearly all the energy."""
     g = torch.Generator().manual_seed(0)
-    ground = torch.arange(40) % 2
-    images = 0.02 * torch.rand(40, 3, 8, 8, generator=g)
-    images[torch.arange(40), ground] += 0.05
+    images, ground = torch.rand(40, 3, 8, 8, generator=g), torch.arange(40) % 2
+    images[:, 0] = ground[:, None, None] / 10
     for i in range(40):
-        y, x = torch.randint(0, 6, (2,), generator=g).tolist()
-        images[i, 2, y : y + 2, x : x + 2] = 5 + torch.rand((), generator=g)
-    net = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
-    scores = discover_concepts(net, "0", images, n_concepts=3).scores(images)
+        y, x, spot = (int(torch.randint(0, n, (), generator=g)) for n in (6, 6, 4))
+        images[i, 0, y : y + 2, x : x + 2] = (2 + spot) / 10
+    net = nn.Sequential(Codes(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    scores = discover_concepts(net, "0", images, n_concepts=4).scores(images)
     for k in range(2):
-        apart = [scores[ground == k].amin(0) > scores[ground != k].amax(0) for k in range(2)]
-        assert bool(apart[k].any())
+        assert bool((scores[ground == k].amin(0) > scores[ground != k].amax(0)).any())
 
 
 def test_few_concepts_at_a_position():
