@@ -121,6 +121,40 @@ def test_names_fit_or_are_refused():
     assert "named" in repr(found)
 
 
+class Codes(nn.Module):
+    """Six channels, one for each tenth of red that a pixel may have: two of faint grounds, four of bright spots."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = (10 * x[:, 0]).round()
+        levels = (0.05, 0.05, 5.0, 5.0, 5.0, 5.0)
+        return torch.stack([(code == k) * level for k, level in enumerate(levels)], 1) + 0.002 * x[:, 1:2]
+
+
+def test_what_is_weak_counts_as_much_as_what_is_strong():
+    """Four concepts: both grounds are among them, although the spots have nearly all the energy."""
+    g = torch.Generator().manual_seed(0)
+    images, ground = torch.rand(40, 3, 8, 8, generator=g), torch.arange(40) % 2
+    images[:, 0] = ground[:, None, None] / 10
+    for i in range(40):
+        y, x, spot = (int(torch.randint(0, n, (), generator=g)) for n in (6, 6, 4))
+        images[i, 0, y : y + 2, x : x + 2] = (2 + spot) / 10
+    net = nn.Sequential(Codes(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    scores = discover_concepts(net, "0", images, n_concepts=4).scores(images)
+    for k in range(2):
+        assert bool((scores[ground == k].amin(0) > scores[ground != k].amax(0)).any())
+
+
+def test_few_concepts_at_a_position():
+    images, _ = patches(60)
+    many, few = (
+        discover_concepts(Mixer(), "mix", images, n_concepts=8, sparsity=s).concept_maps(images) for s in (0.0, 0.5)
+    )
+    lit = images.amax(1) > 0
+    assert (few.permute(0, 2, 3, 1)[lit] > 0).float().sum(1).mean() < (many.permute(0, 2, 3, 1)[lit] > 0).float().sum(
+        1
+    ).mean()
+
+
 def test_saved_for_another_model(tmp_path):
     images, _ = patches()
     path = discover_concepts(Mixer(), "mix", images, n_concepts=2).save(tmp_path / "found.safetensors")
