@@ -105,8 +105,8 @@ def shortened(value: Any, longest: int = 100) -> str:
 
 
 def printable(text: object) -> str:
-    """Text from outside, such as a file's name, as it may be printed: what moves a terminal's cursor or is no character
-    becomes an escape.
+    r"""Text from outside, such as a file's name, as it may be printed: what moves a terminal's cursor or is no
+    character becomes an escape.
 
     >>> printable("a\x1b[31m.png"), printable(b"caf\xe9".decode(errors="surrogateescape"))
     ('a\\x1b[31m.png', 'caf\\xe9')

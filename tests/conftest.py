@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -60,6 +61,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as shells start what runs in the background: Ctrl-C is tested
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = config.getoption("--comparisons")
     if folder:
         config.pluginmanager.register(Recorder(Path(folder).resolve()))

@@ -264,7 +264,7 @@ print("in the star's box:", leaning.explain_region(image, boxes=box, top_k=4))
 print("rule of dotted star:", [(concept, round(w, 1)) for concept, w in leaning.decision_rules("dotted star", top_k=3)])
 
 # %% [markdown]
-# **The region, and what is missing in it.** The model does see the star. Its rule does not ask for one: it asks for
+# **The region, and what is missing in it.** The model does see the star. Its rule hardly asks for one: it asks for
 # wood, and there is no wood around this star. So we put some there, everywhere but on the star itself, and the decision
 # turns right, for the wrong reason. That is the proof that it hangs on the ground.
 

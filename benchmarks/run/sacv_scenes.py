@@ -12,6 +12,8 @@ other scenes; negatives are objects of the other textures with their surrounding
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import time
 from typing import Any
 
@@ -72,8 +74,12 @@ def trained(images: Tensor, labels: Tensor, classes: int, epochs: int) -> nn.Mod
     return net.eval().requires_grad_(False)
 
 
-def fitted(net: nn.Module, layer: str, known: CaptionedScenes, lam: float, **options: Any) -> SpatialACV:
-    return SpatialACV(net, layer, **options).fit(*texture_guidance(known), n_random=20, lam=lam)
+@functools.cache
+def fitted(net: nn.Module, layer: str, known: CaptionedScenes, lam: float) -> SpatialACV:
+    return SpatialACV(net, layer).fit(*guidance(known), n_random=20 if lam == DIRECTION else 0, lam=lam)
+
+
+guidance = functools.cache(texture_guidance)
 
 
 def decided(net: nn.Module, layer: str, known: CaptionedScenes, images: Tensor, labels: Tensor) -> Any:
@@ -139,8 +145,9 @@ def where(net: nn.Module, layer: str, data: CaptionedScenes, scenes: Scene) -> d
         items.append((image, [(k, masks[c]) for k, c in enumerate(columns) if presence[c]]))
     regions = pairs([item for item in items if item[1]], len(columns), SEED)
 
-    def maps(**options: Any) -> Any:
-        acv = fitted(net, layer, data, **options)
+    def maps(lam: float, refine: bool = False) -> Any:
+        acv = copy.copy(fitted(net, layer, data, lam))
+        acv.refine = refine
         return lambda x, target: acv.concept_maps(x)[torch.arange(len(x)), target]
 
     explainers = {

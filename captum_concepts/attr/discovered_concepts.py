@@ -23,7 +23,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, layer_attribution, output_tensor, select_output, target_indices
-from captum_concepts._checks import finite_images, integer, name_positions, take_rows, unique_names
+from captum_concepts._checks import finite_images, integer, name_positions, number, take_rows, unique_names
 from captum_concepts._undo import unharming
 from captum_concepts.activations import check_images, find_model, full_precision, gradients_enabled
 from captum_concepts.activations.layers import Layer, Layers
@@ -35,7 +35,11 @@ from captum_concepts.images import batches, inputs_for, thumbnails
 from captum_concepts.vlm import check_encoder
 
 _FORMAT = "captum_concepts.DiscoveredConcepts/1"
-_SWEEPS = 60  # of coordinate descent for the weights of a position, from zero: they have converged by then
+_SWEEPS = 100  # of coordinate descent for the weights of a position, at most
+_TOLERANCE = 1e-6  # of the largest weight, by which no weight changes any more
+#: Penalty on the sum of a position's weights, as a share of its activation's length: few concepts at each position.
+SPARSITY = 0.3
+_NAMED_BY = 1000  # images that are shown to the encoder, at most
 UNNAMED = "unnamed"
 
 
@@ -44,7 +48,8 @@ class DiscoveredConcepts(LayerAttribution):
     r"""Concepts that :func:`discover_concepts` found in a layer: where each is, and how much it moves an output.
 
     The activation of a position is read as a non-negative mixture :math:`A_{ij} \approx \sum_k w_{kij} h_k` of K
-    directions. With an output :math:`F_c`,
+    directions, few of which have a weight: the sum of the weights is penalized while they are chosen. With an output
+    :math:`F_c`,
 
     .. math::
         M_k(i, j) = w_{kij} \qquad S_{k \to c}(i, j) = w_{kij} \, h_k^T \frac{\partial F_c}{\partial A_{ij}}
@@ -58,9 +63,11 @@ class DiscoveredConcepts(LayerAttribution):
         directions: ``(K, C)``, unit length; ``(K, 2 C)`` for a layer with negative activations, whose positive and
             negative parts are factorized side by side.
         concepts: K unique names.
-        scales: ``(K,)`` mean weight of each concept over the images of the discovery.
-        name_scores: ``(K,)`` how well the name fits (mean of the crops' centered unit embeddings, projected on the
-            word's), NaN where unnamed; or None.
+        channel_scales: ``(C,)`` or ``(2 C,)`` unit of each channel in which errors count; None: 1.
+        sparsity: penalty on the sum of a position's weights, as a share of its activation's length in these units.
+        scales: ``(K,)`` mean share of each concept over the images of the discovery.
+        name_scores: ``(K,)`` how well the name fits (correlation of the concept's score with the encoder's similarity
+            over the images), NaN where unnamed; or None.
         explained: fraction of the activations' energy that the K directions explain.
         layout, prefix_tokens: how the layer is read, as in :class:`~captum_concepts.SpatialACV`.
         batch_size: images per forward pass.
@@ -78,6 +85,8 @@ class DiscoveredConcepts(LayerAttribution):
         directions: Tensor,
         concepts: Sequence[str],
         *,
+        channel_scales: Tensor | None = None,
+        sparsity: float = 0.0,
         scales: Tensor | None = None,
         name_scores: Tensor | None = None,
         explained: float | None = None,
@@ -90,6 +99,10 @@ class DiscoveredConcepts(LayerAttribution):
             raise InputError("directions must be a non-negative tensor (K, C)")
         self.directions = F.normalize(full_precision(directions.detach()), dim=1)
         self.concepts = unique_names(concepts, "concept", len(directions))
+        self.channel_scales = torch.ones(directions.shape[1]) if channel_scales is None else channel_scales
+        if tuple(self.channel_scales.shape) != (directions.shape[1],) or not bool((self.channel_scales > 0).all()):
+            raise InputError(f"channel_scales must be {directions.shape[1]} positive numbers")
+        self.sparsity = number("sparsity", sparsity, lambda share: 0 <= share < 1, "in [0, 1)")
         self.scales = torch.ones(len(directions)) if scales is None else scales
         self.name_scores = name_scores
         self.explained = explained
@@ -106,11 +119,11 @@ class DiscoveredConcepts(LayerAttribution):
     def concept_maps(self, inputs: Any, concepts: Any = None) -> Tensor:
         """``(N, K, h, w)``: the weight of each concept at each position, at least 0."""
         columns = name_positions(concepts, self.concepts)
-        return self._each(inputs, None, lambda part, _: self._weights(part)[:, columns])
+        return self._each(inputs, None, lambda part, _: self._weights(part)[0][:, columns])
 
     def scores(self, inputs: Any) -> Tensor:
-        """``(N, K)``: mean weight over the image, relative to the images of the discovery (1 is their average)."""
-        return self._each(inputs, None, lambda part, _: self._scores(self._weights(part)))
+        """``(N, K)``: mean share of the positions' activations, relative to the discovery's images (1: as there)."""
+        return self._each(inputs, None, lambda part, _: self._weights(part)[1])
 
     @layer_attribution
     def attribute(
@@ -156,19 +169,20 @@ class DiscoveredConcepts(LayerAttribution):
         n = len(check_images(inputs)[0])
         if rank_by == "contributions" and not contributions:
             raise InputError("rank_by='contributions' needs contributions=True")
-        weights, shares, outputs = [], [], []
+        weights, found, moves, outputs = [], [], [], []
         for start in range(0, n, self.batch_size):
             rows = slice(start, start + self.batch_size)
             part, goal = take_rows(inputs, rows, n), _cut(target, rows, n)
             if contributions:
-                share, weight, output = self._contributions(part, goal)
-                shares.append(share.sum((2, 3)))
+                move, weight, score, output = self._contributions(part, goal)
+                moves.append(move.sum((2, 3)))
                 outputs.append(output)
             else:
-                weight = self._weights(part)
+                weight, score = self._weights(part)
             weights.append(weight)
-        maps = joined(weights)
-        scores, moved = self._scores(maps), torch.cat(shares) if contributions else None
+            found.append(score)
+        maps, scores = joined(weights), torch.cat(found)
+        moved = torch.cat(moves) if contributions else None
         values = scores if moved is None or rank_by == "scores" else moved
         chosen = Selection.choose(self.concepts, values, concepts=concepts, top_k=top_k, rank_by=rank_by)
         at = torch.arange(n, device=scores.device)[:, None], chosen.index.to(scores.device)
@@ -181,7 +195,7 @@ class DiscoveredConcepts(LayerAttribution):
             layer=Layers.resolve(self.forward_func, self.layer).names[0],
             method=self.get_name(),
             selected=chosen.selected.to(scores.device),
-            score_unit="times the average weight",
+            score_unit="times the average share",
             contribution_unit="output",
             rank_by=chosen.rank_by,
             pictures=thumbnails(inputs),
@@ -194,10 +208,11 @@ class DiscoveredConcepts(LayerAttribution):
             "layer": Layers.resolve(self.forward_func, self.layer).names[0],
             "layout": self.layout,
             "prefix_tokens": self.prefix_tokens,
+            "sparsity": self.sparsity,
             "explained": self.explained,
             "named": self.name_scores is not None,
         }
-        tensors = {"directions": self.directions, "scales": self.scales}
+        tensors = {"directions": self.directions, "scales": self.scales, "channel_scales": self.channel_scales}
         if self.name_scores is not None:
             tensors["name_scores"] = self.name_scores
         return save_artifact(path, _FORMAT, info, tensors)
@@ -218,12 +233,14 @@ class DiscoveredConcepts(LayerAttribution):
                 "layer": text(longest=1000),
                 "layout": text(),
                 "prefix_tokens": nothing_or(json_number()),
+                "sparsity": json_number(),
                 "explained": nothing_or(json_number()),
                 "named": flag,
             }
         )
         arrays = {
-            "directions": Array("float", ("K", None)),
+            "directions": Array("float", ("K", "C")),
+            "channel_scales": Array("float", ("C",)),
             "scales": Array("float", ("K",)),
             "name_scores": Array("float", ("K",), optional=True),
         }
@@ -242,6 +259,8 @@ class DiscoveredConcepts(LayerAttribution):
                 info["layer"] if layer is None else layer,
                 tensors["directions"],
                 info["concepts"],
+                channel_scales=tensors["channel_scales"],
+                sparsity=info["sparsity"],
                 scales=tensors["scales"],
                 name_scores=tensors.get("name_scores"),
                 explained=info["explained"],
@@ -259,34 +278,42 @@ class DiscoveredConcepts(LayerAttribution):
         return Layers.resolve(self.forward_func, self.layer, layout=self.layout, prefix_tokens=self.prefix_tokens)
 
     @torch.no_grad()
-    def _weights(self, inputs: Any) -> Tensor:
+    def _weights(self, inputs: Any) -> tuple[Tensor, Tensor]:
         return self._factored(self._layers().run(inputs).maps[0])
 
-    def _factored(self, maps: Tensor) -> Tensor:
-        """``(N, K, h, w)`` weights of activations ``(N, C, h, w)``."""
+    def _factored(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """``(N, K, h, w)`` weights of activations ``(N, C, h, w)``, and ``(N, K)`` scores."""
         rows = full_precision(maps.detach()).permute(0, 2, 3, 1)
         rows = _nonnegative(rows, self.directions.shape[1])
-        weights = nonnegative_weights(rows.reshape(-1, rows.shape[-1]), self.directions.to(rows))
-        return weights.reshape(*rows.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
+        weights, shares = self._of_rows(rows.reshape(-1, rows.shape[-1]))
+        scores = shares.reshape(len(maps), -1, len(self.directions)).mean(1)
+        least = torch.finfo(scores.dtype).tiny
+        weights = weights.reshape(*rows.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
+        return weights, scores / self.scales.to(scores).clamp(min=least)
 
-    def _scores(self, weights: Tensor) -> Tensor:
-        return weights.mean((2, 3)) / self.scales.to(weights).clamp(min=torch.finfo(weights.dtype).tiny)
+    def _of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``(R, K)`` weights of the directions, and the same as shares of each row's length, in the channels' units."""
+        units = self.channel_scales.to(rows)
+        scaled, directions = rows / units, self.directions.to(rows) / units
+        lengths = directions.norm(dim=1).clamp(min=1e-12)
+        weights = nonnegative_weights(scaled, directions / lengths[:, None], sparsity=self.sparsity)
+        return weights / lengths, weights / scaled.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
-    def _contributions(self, inputs: Any, target: Any, extra: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Per position, the weights, and the outputs explained."""
+    def _contributions(self, inputs: Any, target: Any, extra: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Per position, the weights, the scores, and the outputs explained."""
         with gradients_enabled():
             seen = self._layers().run(inputs, additional_forward_args=extra, gradient=True)
             output = output_tensor(seen.output)
             goal = output.detach().argmax(1).tolist() if target is None and output.ndim == 2 else target
             gradient = full_precision(seen.gradients(select_output(output, goal))[0].detach())
-        weights = self._factored(seen.maps[0])
+        weights, scores = self._factored(seen.maps[0])
         directions = self.directions.to(gradient)
         if directions.shape[1] == 2 * gradient.shape[1]:
             directions = directions[:, : gradient.shape[1]] - directions[:, gradient.shape[1] :]
         moved = weights * torch.einsum("nchw,kc->nkhw", gradient, directions)
         count = output.shape[1] if output.ndim == 2 else 1
         chosen = target_indices(0 if goal is None else goal, len(weights), count, what="class").to(weights.device)
-        return moved.detach(), weights, chosen
+        return moved.detach(), weights, scores, chosen
 
 
 @unharming
@@ -299,7 +326,7 @@ def discover_concepts(
     encoder: Any = None,
     words: Sequence[str] | None = None,
     max_rows: int = 40_000,
-    crop: float = 0.4,
+    sparsity: float = SPARSITY,
     seed: int = 0,
     layout: str = "auto",
     prefix_tokens: int | None = None,
@@ -311,12 +338,13 @@ def discover_concepts(
     r"""Find the concepts that a layer distinguishes, without any words, and name them if there are words.
 
     The activations of a sample of positions of all images are factorized, :math:`A \approx W H` with non-negative W and
-    H, minimizing the squared error. Each row of H is a concept. Memory is ``max_rows`` rows, whatever the number of
-    images.
+    H, minimizing the squared error and :math:`\lambda \sum W`. Each row of H is a concept. Before, each channel is
+    divided by its standard deviation and each position by its length: what is weak or rare counts as much as what is
+    strong. Memory is ``max_rows`` rows, whatever the number of images.
 
-    With ``encoder`` and ``words``, each concept is named by the word whose embedding is nearest to the mean embedding
-    of its strongest image crops, both centered. A concept whose nearest word is no nearer than for random crops (95 %
-    of 200 draws) is called ``"unnamed"``.
+    With ``encoder`` and ``words``, each concept is named by the word whose similarity to the images, as the encoder
+    sees them, correlates most with the concept's score over the images (at most 1,000 of them). If that correlation is
+    no higher than the highest of any word for shuffled images (95 % of 200 draws), it is called ``"unnamed"``.
 
     Args:
         forward_func, layer, layout, prefix_tokens: see :class:`DiscoveredConcepts`.
@@ -325,7 +353,7 @@ def discover_concepts(
         encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`; needs ``words``.
         words: the words to choose names from.
         max_rows: positions in the sample, an equal number from each image.
-        crop: side of the crops for naming, as a fraction of the image's, in (0, 1].
+        sparsity: :math:`\lambda`, in [0, 1): more of it leaves fewer concepts at a position.
         seed: of the sample and of the factorization's start.
         transform: from a file or PIL image to the model's input, in place of its own preprocessing.
         encoder_transform: from the model's input to the encoder's images; None passes them as they are.
@@ -350,66 +378,88 @@ def discover_concepts(
         raise InputError("naming needs both encoder= and words=")
     if encoder is not None:
         check_encoder(encoder, words=True)
-    if not 0 < crop <= 1:
-        raise InputError(f"crop must be a fraction of the image's side in (0, 1], got {crop!r}")
+    number("sparsity", sparsity, lambda share: 0 <= share < 1, "in [0, 1)")
     layers = Layers.resolve(forward_func, layer, layout=layout, prefix_tokens=prefix_tokens)
     source = inputs_for(find_model(forward_func) or forward_func, images, transform=transform)
     generator = torch.Generator().manual_seed(seed)
     rows = _sampled_rows(layers, source, max_rows, batch_size, generator, show_progress)
     if len(rows) < n_concepts:
         raise InputError(f"{len(rows)} positions for {n_concepts} concepts; pass more images or fewer concepts")
-    directions, explained = factorize(rows, n_concepts, generator)
+    units = rows.std(0, correction=0)
+    units = units + 1e-3 * units.square().mean().sqrt() + 1e-12
+    directions, _ = factorize(F.normalize(rows / units, dim=1), n_concepts, generator, sparsity=sparsity)
     names = [f"{UNNAMED} {k + 1}" for k in range(n_concepts)]
     made = DiscoveredConcepts(
-        forward_func, layer, directions, names, explained=explained, layout=layout, prefix_tokens=prefix_tokens,
-        batch_size=batch_size,
+        forward_func, layer, directions * units, names, channel_scales=units, sparsity=sparsity, layout=layout,
+        prefix_tokens=prefix_tokens, batch_size=batch_size,
     )  # fmt: skip
-    made.scales = nonnegative_weights(rows, made.directions.to(rows)).mean(0).cpu()
+    weights, shares = made._of_rows(rows)
+    rest = (rows - weights @ made.directions.to(rows)).square().sum()
+    made.explained = float(1 - rest / rows.square().sum().clamp(min=1e-30))
+    made.scales = shares.mean(0).cpu()
     if encoder is not None and words is not None:
         chosen = unique_names(words, "word")
-        crops, owner = _strongest_crops(made, source, crop, batch_size)
+        part = source.select(range(0, len(source), -(-len(source) // _NAMED_BY)))
         made.concepts, made.name_scores = _names(
-            encoder, encoder_transform, chosen, crops, owner, n_concepts, generator
+            made, encoder, encoder_transform, chosen, part, batch_size, generator, show_progress
         )
     return made
 
 
-def nonnegative_weights(rows: Tensor, directions: Tensor, start: Tensor | None = None) -> Tensor:
+def nonnegative_weights(
+    rows: Tensor, directions: Tensor, start: Tensor | None = None, *, sparsity: float = 0.0
+) -> Tensor:
     """``(R, K)`` non-negative W that minimizes |rows - W directions|^2, row by row, by coordinate descent.
+
+    With ``sparsity``, ``2 sparsity |row| sum(W)`` is added to choose which weights are not zero; these then minimize
+    the squared error alone.
 
     >>> nonnegative_weights(torch.tensor([[2.0, 3.0]]), torch.eye(2))
     tensor([[2., 3.]])
+    >>> nonnegative_weights(torch.tensor([[0.2, 3.0]]), torch.eye(2), sparsity=0.3)
+    tensor([[0., 3.]])
     """
     gram, cross = directions @ directions.T, rows @ directions.T
     weights = torch.zeros_like(cross) if start is None else start.clone()
-    for _ in range(_SWEEPS):
-        for k in range(len(directions)):
+    if sparsity:
+        weights = _descended(weights, gram, cross - sparsity * rows.norm(dim=1, keepdim=True), _SWEEPS)
+    return _descended(weights, gram, cross, _SWEEPS, weights > 0 if sparsity else None)
+
+
+def _descended(weights: Tensor, gram: Tensor, cross: Tensor, sweeps: int, free: Tensor | None = None) -> Tensor:
+    """By coordinate descent until no weight changes; those that are not ``free`` stay at zero."""
+    for sweep in range(sweeps):
+        before = weights.clone() if sweep % 4 == 3 else None
+        for k in range(len(gram)):
             step = (cross[:, k] - weights @ gram[:, k]) / gram[k, k].clamp(min=1e-12)
-            weights[:, k] = (weights[:, k] + step).clamp(min=0)
+            column = (weights[:, k] + step).clamp(min=0)
+            weights[:, k] = column if free is None else column * free[:, k]
+        if before is not None and bool((weights - before).abs().max() <= _TOLERANCE * weights.max()):
+            break
     return weights
 
 
-def factorize(rows: Tensor, n_concepts: int, generator: torch.Generator, iterations: int = 60) -> tuple[Tensor, float]:
+def factorize(
+    rows: Tensor, n_concepts: int, generator: torch.Generator, iterations: int = 60, *, sparsity: float = 0.0
+) -> tuple[Tensor, float]:
     """``(K, C)`` unit directions of a non-negative factorization, and the explained fraction of the energy.
 
-    Alternating coordinate descent (HALS) from rows that lie far apart.
+    Alternating coordinate descent (HALS) from rows that lie far apart; ``sparsity`` as in :func:`nonnegative_weights`.
     """
     rows = rows.double()
+    penalty = sparsity * rows.norm(dim=1, keepdim=True)
     directions = rows[_far_apart(rows, n_concepts, generator)].clone()
     directions = F.normalize(directions + 1e-8, dim=1)
     weights = rows.new_zeros(len(rows), n_concepts)
     for _ in range(iterations):
-        gram, cross = directions @ directions.T, rows @ directions.T
-        for k in range(n_concepts):
-            step = (cross[:, k] - weights @ gram[:, k]) / gram[k, k].clamp(min=1e-12)
-            weights[:, k] = (weights[:, k] + step).clamp(min=0)
+        weights = _descended(weights, directions @ directions.T, rows @ directions.T - penalty, 1)
         gram, cross = weights.T @ weights, weights.T @ rows
         for k in range(n_concepts):
             step = (cross[k] - gram[k] @ directions) / gram[k, k].clamp(min=1e-12)
             directions[k] = (directions[k] + step).clamp(min=0)
         norms = directions.norm(dim=1).clamp(min=1e-12)
         directions, weights = directions / norms[:, None], weights * norms
-    weights = nonnegative_weights(rows, directions, weights)
+    weights = nonnegative_weights(rows, directions, weights, sparsity=sparsity)
     residual = (rows - weights @ directions).square().sum()
     return directions.float(), float(1 - residual / rows.square().sum().clamp(min=1e-30))
 
@@ -458,75 +508,49 @@ def _sampled_rows(
     return _nonnegative(rows, rows.shape[1] * (2 if bool((rows < 0).any()) else 1))
 
 
-def _strongest_crops(
-    made: DiscoveredConcepts, source: Any, crop: float, batch_size: int, per_concept: int = 16
-) -> tuple[Tensor, Tensor]:
-    """Crops around the strongest position in the strongest images of each concept, and whose they are."""
-    device = next(getattr(find_model(made.forward_func), "parameters", lambda: iter(()))(), torch.zeros(())).device
-    best: list[tuple[Tensor, Tensor]] = []
-    for batch in batches(source, batch_size, device=device):
-        maps = made._weights(batch.images)
-        peak = maps.flatten(2).max(2)
-        y, x = peak.indices // maps.shape[3], peak.indices % maps.shape[3]
-        center = torch.stack([(y + 0.5) / maps.shape[2], (x + 0.5) / maps.shape[3]], -1)
-        best.append((peak.values.cpu(), center.cpu()))
-    values, centers = torch.cat([b[0] for b in best]), torch.cat([b[1] for b in best])
-    crops, owner = [], []
-    for k in range(values.shape[1]):
-        for i in values[:, k].argsort(descending=True)[:per_concept].tolist():
-            image = source[i]
-            height, width = image.shape[-2:]
-            side_y, side_x = max(1, round(crop * height)), max(1, round(crop * width))
-            top = min(max(0, round(float(centers[i, k, 0]) * height - side_y / 2)), height - side_y)
-            left = min(max(0, round(float(centers[i, k, 1]) * width - side_x / 2)), width - side_x)
-            part = image[None, :, top : top + side_y, left : left + side_x]
-            crops.append(F.interpolate(part, (height, width), mode="bilinear", align_corners=False)[0])
-            owner.append(k)
-    return torch.stack(crops), torch.tensor(owner)
-
-
 @torch.no_grad()
 def _names(
+    made: DiscoveredConcepts,
     encoder: Any,
     transform: Callable[[Tensor], Tensor] | None,
     words: list[str],
-    crops: Tensor,
-    owner: Tensor,
-    count: int,
+    source: Any,
+    batch_size: int,
     generator: torch.Generator,
+    show_progress: bool,
 ) -> tuple[list[str], Tensor]:
-    """The nearest word of each concept, and the projection of its mean centered embedding on it; unique names."""
-    parts = [part if transform is None else transform(part) for part in crops.split(16)]
-    embedded = F.normalize(torch.cat([encoder.encode_image(part).detach().float().cpu() for part in parts]), dim=1)
-    text_rows = embed_texts(encoder, words)
-    if len(words) > 1:
-        text_rows = text_rows - text_rows.mean(0)
-    text_rows = F.normalize(text_rows, dim=1)
-    embedded = embedded - embedded.mean(0)
+    """The word that goes with each concept, and how well; unique names."""
+    from tqdm import tqdm
 
-    def nearest(rows: Tensor) -> Tensor:
-        return rows.mean(0) @ text_rows.T  # not normalized: crops that have nothing in common cancel out
-
-    per = int((owner == 0).sum())
-    null = [
-        float(nearest(embedded[torch.randperm(len(embedded), generator=generator)[:per]]).max()) for _ in range(200)
-    ]
-    least = float(torch.tensor(null).quantile(0.95))
+    device = next(getattr(find_model(made.forward_func), "parameters", lambda: iter(()))(), torch.zeros(())).device
+    scores, embedded = [], []
+    read = batches(source, batch_size, device=device)
+    for batch in tqdm(read, desc="names", total=-(-len(source) // batch_size), disable=not show_progress):
+        scores.append(made._weights(batch.images)[1].cpu())
+        shown = batch.images if transform is None else transform(batch.images)
+        embedded.append(encoder.encode_image(shown).detach().float().cpu())
+    similarity = F.normalize(torch.cat(embedded), dim=1) @ F.normalize(embed_texts(encoder, words), dim=1).T
+    found, taught = (_standardized(table) for table in (torch.cat(scores), similarity))
+    correlation = found.T @ taught
+    shuffled = [found[torch.randperm(len(found), generator=generator)].T @ taught for _ in range(200)]
+    least = torch.stack([draw.amax(1) for draw in shuffled]).quantile(0.95, dim=0)
     names: list[str] = []
-    scores = torch.full((count,), torch.nan)
-    for k in range(count):
-        fit = nearest(embedded[owner == k])
-        at = int(fit.argmax())
-        if float(fit[at]) > least:
-            base, scores[k] = words[at], fit[at]
-        else:
-            base = UNNAMED
-        name, number = (f"{base} 1" if base == UNNAMED else base), 1
+    best, at = correlation.max(1)
+    named = best > least
+    for k, word in enumerate(at.tolist()):
+        base = words[word] if named[k] else UNNAMED
+        name, number_of = (f"{base} 1" if base == UNNAMED else base), 1
         while name in names:
-            number += 1
-            name = f"{base} {number}"
+            number_of += 1
+            name = f"{base} {number_of}"
         names.append(name)
-    return names, scores
+    return names, best.where(named, torch.nan)
+
+
+def _standardized(table: Tensor) -> Tensor:
+    """Columns of mean 0 and length 1; constant ones are 0."""
+    centered = table.double() - table.double().mean(0)
+    return (centered / centered.norm(dim=0).clamp(min=1e-12)).float()
 
 
 def _cut(target: Any, rows: slice, n: int) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,7 @@ import torchvision
 
 from captum_concepts.activations import spatial_activations
 from captum_concepts.activations.survey import suggest_layer, suggest_stages, survey_layers
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, LayerError
 
 
 def test_every_surveyed_layer_can_be_captured():
@@ -66,3 +68,20 @@ def test_a_layer_whose_first_dimension_is_no_batch_is_no_stage():
 def test_a_plain_function_has_no_layers_to_survey():
     with pytest.raises(InputError, match="plain function"):
         survey_layers(lambda x: x, torch.rand(1, 3, 8, 8))
+
+
+def test_what_cannot_be_surveyed_is_said():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(2)).eval()
+    images = torch.rand(1, 3, 8, 8)
+    net(images)
+    with pytest.raises(InputError, match=r"forward_func must be a torch\.nn\.Module or a function that runs one, got str"):
+        suggest_layer("resnet50", images)
+    with pytest.raises(InputError, match="does not take images of 2 x 2 pixels"):
+        suggest_layer(net, images[:, :, :2, :2])
+    with pytest.raises(InputError, match="on the device cpu and the model on meta"):
+        suggest_layer(net.to("meta"), images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's advice
+        traced = torch.jit.trace(torch.nn.Conv2d(3, 4, 3), images)
+    with pytest.raises(LayerError, match=r"torch\.jit model"):
+        suggest_layer(traced, images)

@@ -106,7 +106,7 @@ class Eye:
 
 def test_names_fit_or_are_refused():
     images, places = patches(60)
-    found = discover_concepts(Mixer(), "mix", images, n_concepts=3, encoder=Eye(), words=Eye.words, crop=0.5)
+    found = discover_concepts(Mixer(), "mix", images, n_concepts=3, encoder=Eye(), words=Eye.words)
     assert sorted(found.concepts) == ["blue", "green", "red"]
     maps = found.concept_maps(images, ["red"])
     assert torch.corrcoef(torch.stack([maps.flatten(), places[:, 0].flatten()]))[0, 1] > 0.99
@@ -138,7 +138,7 @@ def test_saved_for_another_model(tmp_path):
         ({"n_concepts": 0}, InputError, "n_concepts must be"),
         ({"encoder": Eye()}, InputError, "both encoder= and words="),
         ({"words": ["red"]}, InputError, "both encoder= and words="),
-        ({"crop": 0}, InputError, "crop must be"),
+        ({"sparsity": 1}, InputError, "sparsity must be"),
         ({"layer": "nix"}, LayerError, "nix"),
         ({"layer": "head"}, LayoutError, "head"),
         ({"n_concepts": 10_000}, InputError, "positions for 10000 concepts"),

@@ -30,7 +30,7 @@ from captum_concepts.audit.statistics import (
     split_scores,
     stratified_difference,
 )
-from captum_concepts.errors import ArtifactError, InputError, InputWarning, TargetError
+from captum_concepts.errors import ArtifactError, InputError, InputWarning
 from captum_concepts.explanation import Selection
 
 CONCEPTS = ["shape a", "shape b", "grass", "sand", "noise"]
@@ -536,7 +536,7 @@ IMAGES, LABELS = scenes(8, 0)
     ("explainer", "changes", "error", "message"),
     [
         (Truth(Net(1.0)), {"labels": [0, 1]}, InputError, "label"),
-        (Truth(Net(1.0)), {"labels": [5] * 8}, TargetError, "out of range"),
+        (Truth(Net(1.0)), {"labels": [5] * 8}, InputError, "label 5 is the number of no class"),
         (Truth(Net(1.0)), {"class_names": ["a"]}, InputError, "1 class_names for a model with 2"),
         (Truth(Net(1.0)), {"alpha": 0}, InputError, "alpha must be"),
         (Truth(Net(1.0)), {"min_effect": 2}, InputError, "min_effect must be"),

@@ -34,7 +34,7 @@ from captum_concepts.metrics import insertion, parameter_randomization
 from captum_concepts.vlm import RegionPrompt
 
 #: Of each call below: about a thousand in all.
-INTERRUPTS = int(os.environ.get("INTERRUPTS", "50"))
+INTERRUPTS = int(os.environ.get("INTERRUPTS", "60"))
 IMAGES = IMAGES[:3, :, :16, :16]
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from captum._utils.common import _select_targets
+from columns import sacv
+from inputs import IMAGES
 
 from captum_concepts._captum import output_tensor, select_output, target_indices
 from captum_concepts.errors import CaptumConceptsError, InputWarning, TargetError
@@ -139,3 +141,16 @@ def test_multi_hot_targets_are_named(target):
     for read in (lambda: select_output(OUTPUT, target), lambda: target_indices(target, 2, 12)):
         with pytest.raises(TargetError, match=r"target .* is a table: give an int.*multi-hot.*explain one output"):
             read()
+
+
+@pytest.mark.parametrize("target", ["dog", {0: 1}, {1}, 2**70, ["a"] * 4, 1.0, True, torch.ones(4, 2).long()], ids=str)
+@pytest.mark.parametrize("method", ["attribute", "explain", "contributions"])
+def test_what_is_no_index_of_a_class_is_refused_by_methods_that_select_outputs(method, target):
+    with pytest.raises(TargetError, match="target"):
+        getattr(sacv(), method)(IMAGES, target=target)
+
+
+def test_arrays_are_indices_for_methods_that_select_outputs():
+    found = sacv().attribute(IMAGES, target=np.array([0, 1, 1, 0]))
+    assert torch.equal(found, sacv().attribute(IMAGES, target=[0, 1, 1, 0]))
+    assert torch.equal(sacv().attribute(IMAGES, target=np.int64(1)), sacv().attribute(IMAGES, target=1))

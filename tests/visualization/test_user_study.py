@@ -84,7 +84,9 @@ class TestChannels:
         for method in (fam, acv):
             found = strongest_images(method, IMAGES, [0], k=3)
             (own,) = found.values()
-            assert [one.index for one in own] == method.scores(IMAGES)[:, 0].argsort(descending=True)[:3].tolist()
+            assert [one.index for one in own] == method.scores(IMAGES)[:, 0].argsort(descending=True, stable=True)[
+                :3
+            ].tolist()
 
 
 class TestSampling:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_concepts import ConceptFusionMap, discover_concepts, fit_salf_cbm
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.store import RegionEmbeddingStore
-from captum_concepts.vlm import DenseRegions, ImageTextEncoder, RegionPrompt, from_transformers
+from captum_concepts.vlm import DenseRegions, ImageTextEncoder, RegionPrompt, check_encoder, from_transformers
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 transformers = pytest.importorskip("transformers")
@@ -199,3 +199,23 @@ class TestRefusals:
         processor.image_processor.resample = 0
         with pytest.raises(InputError, match="method 0"):
             from_transformers(model, processor)
+
+
+def test_an_encoder_is_an_instance_with_numbers():
+    class Encoder:
+        logit_scale, logit_bias = 10.0, 0.0
+
+        def encode_image(self, images):
+            return images.mean((2, 3))
+
+        def encode_text(self, texts):
+            return torch.eye(3)[: len(texts)]
+
+    check_encoder(Encoder(), words=True)
+    with pytest.raises(InputError, match=r"encoder is the class Encoder; pass an instance of it"):
+        check_encoder(Encoder, words=True)
+    for name, value in (("logit_scale", 0.0), ("logit_scale", "x"), ("logit_bias", float("nan"))):
+        encoder = Encoder()
+        setattr(encoder, name, value)
+        with pytest.raises(InputError, match=f"encoder.{name} must be a"):
+            check_encoder(encoder)

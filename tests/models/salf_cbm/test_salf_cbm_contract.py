@@ -29,6 +29,7 @@ class TestConvolutions(ExplainerTestCase):
 def test_scores_that_are_not_finite_are_said():
     torch.manual_seed(0)
     salf = standardised(SALFCBM(awake(ConvNet()), "body", CONCEPTS, 3))
+    salf.bottleneck.weight.data *= 1e10  # so that they overflow, whatever the weights
     with pytest.warns(InputWarning, match="concept activations contain NaN or infinite values"):
         salf.scores(pictures(2) * 1e38)
 

@@ -97,7 +97,7 @@ class TestPoints:
             ([(1, 1), (2, 2), (3, 3)], "3 points are given for 2 images"),
             ((0.25, 0.5), "look like fractions of the image.*multiply x by 44 and y by 30"),
             ([(0.25, 0.5), (1.0, 0.75)], "look like fractions"),
-            (torch.rand(2, 2, 2, 2), "got shapes"),
+            (torch.rand(2, 2, 2, 2), "got the shape"),
         ],
     )
     def test_bad(self, points, message):
