@@ -156,17 +156,20 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
 
     clip, queries = demo.load("clip"), scenes.stack()
     training = CaptionedScenes(800, seed=scenes.seed + 2, size=scenes.size).stack().image
+    known = CaptionedScenes(200, seed=scenes.seed + 5, size=scenes.size).stack()
     layers = ["layer1", "layer2", "layer3", "layer4"]
     rows = []
     for name in ("classifier", "classifier-spurious"):
         model = demo.load(name)
         cefam = ConceptFusionMap(model, layers, map_layer="fused", batch_size=100)
         cefam.fit(training, clip, scenes.concepts)
+        # Words of five kinds are there together, and a softmax lets the ground win: labels say what each score means.
+        cefam.calibrate(known.image, known.presence)
         maps = cefam.attribute(queries.image)
         predicted = model(queries.image).argmax(1)
-        title, chosen = "CE-FAM: what, where and how much for the predicted class", list(range(SHOWN))
+        title, chosen = "CE-FAM: what, where and how much for the true class", list(range(SHOWN))
         if name == "classifier-spurious":
-            title = "CE-FAM: wrong predictions; what speaks for (red) and against (blue) the true class"
+            title = "CE-FAM: wrong predictions; what supports (red) and opposes (blue) the true class"
             wrong = torch.nonzero(predicted != queries.label).flatten()[:12]
             grounds = scenes.concept_groups["ground"]
             against = cefam.contributions(queries.image[wrong], target=queries.label[wrong], concepts=grounds)

@@ -578,9 +578,12 @@ class ConceptFusionMap(LayerAttribution):
     @property
     def trust(self) -> str:
         """One sentence on how far to believe the scores."""
-        if self.presence_ is not None:
-            return f"{self._trust().sentence()}; presence from {self.presence_.source}"
-        return self._trust().sentence() if self.concepts is not None else "not measured: there are no concepts yet"
+        if self.concepts is None:
+            return "not measured: there are no concepts yet"
+        trust, curve = self._trust(), self.presence_
+        if curve is None and trust.images and not trust.no_better_than_chance:
+            curve = trust.presence
+        return trust.sentence() + (f"; presence from {curve.source}" if curve is not None else "")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write translator, words, options and what is known about them into one safetensors file, atomically."""

@@ -137,10 +137,9 @@ class Trust:
                 f"better than chance ({self.chance:.0%})"
             )
         good = int((self.reliability[:, 1] > 0.3).sum())
-        calibrated = f"; presence from {self.presence.source}" if self.presence is not None else ""
         return (
             f"the first concept is the VLM's in {self.agreement:.0%} of {self.images} held-out images (chance "
-            f"{self.chance:.0%}); {good} of {len(self.bank.names)} concepts follow it reliably{calibrated}"
+            f"{self.chance:.0%}); {good} of {len(self.bank.names)} concepts follow it reliably"
         )
 
 
