@@ -74,6 +74,8 @@ class CUB(SegmentationDataset):
             raise InputError(f"{self.root / 'image_class_labels.txt'} has no label of image {missing[0]}")
         self._ids, self._names, self._labels = kept, files, labels
         boxes = self._numbers("bounding_boxes.txt", 5)
+        if (boxes[:, 3:] < 0).any():
+            raise InputError(f"{self.root / 'bounding_boxes.txt'} has a box of a negative width or height")
         self._side = {int(i): math.sqrt(w * h) for i, _, _, w, h in boxes.tolist()}
         places = self._numbers("parts/part_locs.txt", 5)
         order = {i: row for row, i in enumerate(kept)}

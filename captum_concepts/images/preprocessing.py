@@ -16,9 +16,11 @@ from captum_concepts.images.text import read_json
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "bicubic"}
 _FILE = "preprocessor_config.json"
-_SIDE = nothing_or(integer(1, 1 << 14))
+_SIDE = integer(1, 1 << 14)
 _SIZE = either(
-    table({}, dict.fromkeys(("shortest_edge", "height", "width"), _SIDE), more=True), list_of(_SIDE, length=2), _SIDE
+    table({}, dict.fromkeys(("shortest_edge", "height", "width"), nothing_or(_SIDE)), more=True),
+    list_of(_SIDE, length=2),
+    nothing_or(_SIDE),
 )
 _VALUES = nothing_or(either(list_of(number(-1e6, 1e6), least=1, most=1024), number(-1e6, 1e6)))
 _DEVIATION = nothing_or(either(list_of(number(1e-6, 1e6), least=1, most=1024), number(1e-6, 1e6)))
@@ -288,8 +290,11 @@ def _of_processor(config: Mapping[str, Any], source: str) -> Preprocessing:
         sides = crop_sides
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    if config.get("do_normalize", True) and config.get("image_mean") is not None:
-        mean, std = (_three(config[f"image_{name}"]) for name in ("mean", "std"))
+    given = [config.get(f"image_{name}") for name in ("mean", "std")]
+    if config.get("do_normalize", True) and all(values is not None for values in given):
+        mean, std = (_three(values) for values in given)
+        if len(mean) != len(std):
+            raise InputError(f"{source} has {len(mean)} means and {len(std)} deviations; it must have one per channel")
     factor = 255 * float(config.get("rescale_factor") or 1 / 255) if config.get("do_rescale", True) else 1.0
     shift = 1.0 if config.get("rescale_offset") else 0.0
     mean = tuple((m + shift) / factor for m in mean)
@@ -306,9 +311,9 @@ def _sides(size: Any) -> tuple[tuple[int, int] | None, bool]:
     if isinstance(size, int):
         return (size, size), True
     if isinstance(size, Mapping):
-        if "shortest_edge" in size:
+        if size.get("shortest_edge") is not None:
             return (int(size["shortest_edge"]),) * 2, True
-        if "height" in size and "width" in size:
+        if size.get("height") is not None and size.get("width") is not None:
             return (int(size["height"]), int(size["width"])), False
     if isinstance(size, Sequence) and len(size) == 2:
         return (int(size[0]), int(size[1])), False
