@@ -97,7 +97,10 @@ class DiscoveredConcepts(LayerAttribution):
         super().__init__(forward_func, layer)
         if not isinstance(directions, Tensor) or directions.ndim != 2 or not bool((directions >= 0).all()):
             raise InputError("directions must be a non-negative tensor (K, C)")
-        self.directions = F.normalize(full_precision(directions.detach()), dim=1)
+        self.directions = full_precision(directions.detach())
+        lengths = self.directions.norm(dim=1, keepdim=True)
+        if bool(((lengths - 1).abs() > 1e-6).any()):  # saved ones stay as they are, to the bit
+            self.directions = F.normalize(self.directions, dim=1)
         self.concepts = unique_names(concepts, "concept", len(directions))
         self.channel_scales = torch.ones(directions.shape[1]) if channel_scales is None else channel_scales
         if tuple(self.channel_scales.shape) != (directions.shape[1],) or not bool((self.channel_scales > 0).all()):
