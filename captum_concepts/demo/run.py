@@ -99,7 +99,8 @@ def run_demo(output: str | os.PathLike[str] = "demo_output", *, seed: int = 0) -
 
 
 def few_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
-    """FAM on two networks without their heads: similarity to prototypes of five images a class."""
+    """FAM, refined by earlier stages, on two networks without their heads: similarity to prototypes of five images a
+    class."""
     examples = CaptionedScenes(120, seed=scenes.seed + 1, size=scenes.size).stack()
     chosen = torch.cat([torch.nonzero(examples.label == c).flatten()[:5] for c in range(len(scenes.classes))])
     queries = scenes.stack()
@@ -108,11 +109,14 @@ def few_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
         model = demo.load(name)
         setattr(model, head, nn.Identity())
         names = [scenes.classes[k] for k in examples.label[chosen].tolist()]
-        fam = FeatureActivationMap(model, layer, normalize="l1").fit(examples.image[chosen], names)
+        fam = FeatureActivationMap(model, layer, normalize="l1", refine=True).fit(examples.image[chosen], names)
         explanation = fam.explain(queries.image)
         maps = fam.attribute(queries.image, target=[scenes.classes[k] for k in queries.label.tolist()])[:, 0]
         picture = _picture(
-            queries.image, explanation, out / f"fam_{name}.png", f"FAM: similarity to class prototypes, {name} {layer}"
+            queries.image,
+            explanation,
+            out / f"fam_{name}.png",
+            f"FAM, refined: similarity to class prototypes, {name} {layer}",
         )
         question = "class of the main object, 5 examples a class"
         rows.append(_row("FAM", name, question, maps, queries.object_masks[:, 0], picture))

@@ -32,7 +32,13 @@ def test_every_row_has_its_picture_and_nothing_else_is_left(output, rows):
 
 def test_the_methods_hit_the_masks(rows):
     by_name = {(row["method"], row["model"]): row for row in rows}
-    for key in (("FAM", "classifier"), ("FAM", "clip"), ("CE-FAM", "classifier"), ("CE-FAM", "classifier-spurious")):
+    for key in (
+        ("FAM", "classifier"),
+        ("FAM", "vit"),
+        ("FAM", "clip"),
+        ("CE-FAM", "classifier"),
+        ("CE-FAM", "classifier-spurious"),
+    ):
         assert by_name[key]["nra"] > by_name[key]["nra_centre"] + 0.1
     assert by_name["SALF-CBM", "classifier"]["nra"] > by_name["SALF-CBM", "classifier"]["nra_centre"] + 0.2
     for key in (("FAM", "clip"), ("SACV", "classifier"), ("CE-FAM", "classifier"), ("SALF-CBM", "classifier")):
