@@ -228,49 +228,80 @@ class Layers:
     ) -> None:
         """Make sure that tokens are in the order of the image's rows, in models that may reorder them.
 
-        Some models sort tokens into windows (Hiera's mask units, for example), by their scores, or at random. Patches
-        of the first image are changed: the tokens that change most by far have to be at or next to that position. It
-        costs one forward pass per layer, once, of a model whose code names such an operation.
+        See :meth:`misordered`.
 
         Raises:
-            LayoutError: other tokens change.
+            LayoutError: the tokens of a layer are in another order.
+        """
+        wrong = self.misordered(
+            inputs, layouts, additional_forward_args=additional_forward_args,
+            attribute_to_layer_input=attribute_to_layer_input,
+        )  # fmt: skip
+        for message in wrong.values():
+            raise LayoutError(message)
+
+    def misordered(
+        self,
+        inputs: Inputs,
+        layouts: Sequence[Layout],
+        *,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+    ) -> dict[int, str]:
+        """The layers whose tokens are not in the order of the image's rows, by number, each with what to say of it.
+
+        Some models sort tokens into windows (Hiera's mask units, for example), by their scores, or at random. Patches
+        of the first image are changed: the tokens that change most by far have to be at or next to that position. It
+        costs one forward pass per grid, once, of a model whose code names such an operation.
         """
         images = [part for part in (inputs if isinstance(inputs, tuple) else (inputs,)) if part.ndim == 4]
         if not self.traits.reorders or len(images) != 1:
-            return
+            return {}
         batch = batch_size(inputs)
+        grids: dict[tuple[int, int], list[int]] = {}
         for number, layout in enumerate(layouts):
-            module, known = self.modules[number], (layout, attribute_to_layer_input)
-            if layout.kind == "NCHW" or known in _ordered.setdefault(module, set()):
-                continue
-            cells = _spread(layout.grid)
+            known = _ordered.setdefault(self.modules[number], set())
+            if layout.kind != "NCHW" and (layout, attribute_to_layer_input) not in known:
+                grids.setdefault(layout.grid, []).append(number)
+        wrong = {}
+        for grid, numbers in grids.items():
+            cells = _spread(grid)
             parts = repeat_rows(take_rows(inputs, slice(1), batch), len(cells) + 1, 1)
             parts = parts if isinstance(parts, tuple) else (parts,)
-            parts = tuple(_changed(part, cells, layout.grid) if part.ndim == 4 else part for part in parts)
+            parts = tuple(_changed(part, cells, grid) if part.ndim == 4 else part for part in parts)
             extra = repeat_rows(take_rows(additional_forward_args, slice(1), batch), len(cells) + 1, 1)
+            there = replace(
+                self, modules=tuple(self.modules[k] for k in numbers), names=tuple(self.names[k] for k in numbers)
+            )
             try:
-                (raw,) = (
-                    self[number]
-                    .capture(parts, additional_forward_args=extra, attribute_to_layer_input=attribute_to_layer_input)
-                    .layers
+                seen = there.capture(
+                    parts, additional_forward_args=extra, attribute_to_layer_input=attribute_to_layer_input
                 )
             except (InputError, RuntimeError):
                 continue  # a model of one batch size
-            maps = full_precision(layout.maps(raw))
-            strays, hits = _strays((maps[1:] - maps[:1]).norm(dim=1), cells)
-            name, (h, w) = self.names[number], layout.grid
-            if 2 * len(strays) > len(cells):
-                raise LayoutError(
-                    f"the tokens of layer {name!r} are not in the order of the image's rows: a change of the image at "
-                    f"cell {strays[0][0]} of the {h} x {w} grid appears at {strays[0][1]}; choose a layer before they "
-                    "are reordered or after that is undone"
-                )
-            if self.traits.unrolls and 2 * hits < len(cells):
-                raise LayoutError(
-                    f"the tokens of layer {name!r} may not be in the order of the image's rows, in a model that "
-                    "unrolls them: no change of the image appears at one position; choose the block around it"
-                )
-            _ordered[module].add(known)
+            for number, raw in zip(numbers, seen.layers, strict=True):
+                message = self._disorder(self.names[number], full_precision(layouts[number].maps(raw)), cells, grid)
+                if message is None:
+                    _ordered[self.modules[number]].add((layouts[number], attribute_to_layer_input))
+                else:
+                    wrong[number] = message
+        return wrong
+
+    def _disorder(self, name: str, maps: Tensor, cells: Sequence[tuple[int, int]], grid: tuple[int, int]) -> str | None:
+        """What is wrong with maps of an image and of itself changed at each of ``cells``; None: nothing."""
+        strays, hits = _strays((maps[1:] - maps[:1]).norm(dim=1), cells)
+        if 2 * len(strays) > len(cells):
+            return (
+                f"the tokens of layer {name!r} are not in the order of the image's rows: a change of the image at "
+                f"cell {strays[0][0]} of the {grid[0]} x {grid[1]} grid appears at {strays[0][1]}; choose a layer "
+                "before they are reordered or after that is undone"
+            )
+        if self.traits.unrolls and 2 * hits < len(cells):
+            return (
+                f"the tokens of layer {name!r} may not be in the order of the image's rows, in a model that "
+                "unrolls them: no change of the image appears at one position; choose the block around it"
+            )
+        return None
 
     def capture(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from captum_concepts.activations.capture import (
 )
 from captum_concepts.activations.layers import Layers, reaches_output, repeat_rows
 from captum_concepts.activations.layout import Layout
-from captum_concepts.errors import InputError, LayerError, LayoutError
+from captum_concepts.errors import InputError, LayerError
 
 
 @dataclass(frozen=True)
@@ -229,12 +229,11 @@ def _survey(
         if min(layout.grid) > 1:
             surveyed = SurveyedLayer(names[module], type(module).__name__, layout.maps(tensor).shape[1], layout)
             read.append((surveyed, module, isinstance(output, Mapping)))
-    for surveyed, module, mapping in read:
-        try:
-            layers.other(module).check_order(first, [surveyed.layout], additional_forward_args=extra)
-        except LayoutError:
-            continue
-        yield surveyed, module, mapping
+    there = replace(
+        layers, modules=tuple(module for _, module, _ in read), names=tuple(surveyed.name for surveyed, _, _ in read)
+    )
+    wrong = there.misordered(first, [surveyed.layout for surveyed, _, _ in read], additional_forward_args=extra)
+    yield from (one for number, one in enumerate(read) if number not in wrong)
 
 
 def _stages(forward_func: Callable[..., Any], inputs: Inputs, extra: Any) -> list[SurveyedLayer]:
