@@ -70,9 +70,6 @@ def test_runs_from_start_to_end(name, tmp_path):
     assert list(tmp_path.rglob("*.safetensors")), "nothing was saved"
 
 
-@pytest.mark.xfail(
-    reason="the notebooks were executed before the signatures changed: run `make tutorials`", strict=False
-)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_notebook_is_what_its_source_gives(source):
     notebook = json.loads(source.with_suffix(".ipynb").read_text(encoding="utf-8"))
