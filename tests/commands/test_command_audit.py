@@ -128,7 +128,8 @@ class TestAudit:
         images = torch.stack([load_image(path) for path in files])
         mine = audit_dataset(acv, images, labels=labels, class_names=kept.class_names)
         both = [{(s.class_name, s.concept): (s.raises, s.lowers) for s in one.suspects()} for one in (kept, mine)]
-        assert {k: pytest.approx(v) for k, v in both[0].items()} == both[1]
+        # The command reads its images in other batches, which round otherwise.
+        assert {k: pytest.approx(v, rel=1e-4) for k, v in both[0].items()} == both[1]
 
     def test_against_and_fail_on(self, folder, tmp_path, capsys):
         kept = str(tmp_path / "fair.safetensors")
