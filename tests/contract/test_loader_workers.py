@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -42,6 +45,14 @@ SAID = {
 @pytest.fixture(params=SAID)
 def how(request) -> str:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Loading processes end with the exception, whose traceback is what holds torch's iterator."""
+    yield
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def network() -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +42,11 @@ def chromium() -> Iterator[Any]:
         options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         browser = driver.chromium.launch(executable_path=binary, args=options)
         yield browser
+        # A process forked meanwhile holds copies of Playwright's pipes, and Playwright waits until the last is closed.
+        gc.collect()
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
         browser.close()
 
 
