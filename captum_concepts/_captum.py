@@ -22,11 +22,11 @@ from torch import Tensor
 
 from captum_concepts.errors import InputError, InputWarning, TargetError, did_you_mean, shortened
 
-__all__ = ["LayerAttribution", "layer_attribution", "log_usage", "output_tensor", "select_output", "target_indices"]
+__all__ = ["LayerAttribution", "layer_attribution", "output_tensor", "select_output", "target_indices"]
 
 _ALLOWED = "an int, a 0-d or 1-d integer tensor, a list of ints or of 1-tuples, or a tuple of one int"
-#: What libraries call the tensor that a model exists for: transformers, and torchvision's segmentation networks.
-_OUTPUT_KEYS = ("logits", "image_embeds", "pooler_output", "out")
+#: What libraries call the tensor that a model exists for: transformers, torchvision's segmentation networks, mmseg.
+_OUTPUT_KEYS = ("logits", "image_embeds", "pooler_output", "out", "seg_logits")
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 #: Keywords of Captum's other attributions, and what to do instead.
@@ -65,9 +65,9 @@ def layer_attribution(attribute: Method) -> Method:
 def output_tensor(output: Any) -> Tensor:
     """The tensor that a model's output stands for, so that models need no wrapper.
 
-    A tensor is itself. Of a mapping (transformers' ``ModelOutput``), a dataclass or a named tuple, it is the entry
-    ``logits``, ``image_embeds``, ``pooler_output`` or ``out``, or else the only floating-point tensor; of a tuple or
-    list, the first.
+    A tensor is itself. Of a mapping (transformers' ``ModelOutput``), a dataclass, a named tuple or another object, it
+    is the entry ``logits``, ``image_embeds``, ``pooler_output``, ``out`` or ``seg_logits``, or else the only
+    floating-point tensor; of a tuple or list, the first.
 
     Raises:
         TargetError: there is no such tensor, or more than one.
@@ -109,7 +109,9 @@ def _named_entries(output: Any) -> Mapping[str, Any] | None:
         return output
     if isinstance(output, tuple) and hasattr(output, "_asdict"):
         return output._asdict()
-    return vars(output) if dataclasses.is_dataclass(output) and not isinstance(output, type) else None
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return vars(output)
+    return {key: getattr(output, key) for key in _OUTPUT_KEYS if hasattr(output, key)} or None
 
 
 def _described(output: Any, tensors: Mapping[str, Tensor]) -> str:

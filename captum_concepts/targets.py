@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert, box_iou
 
+from captum_concepts._captum import output_tensor
 from captum_concepts._checks import one_of
 from captum_concepts.errors import InputError
 
 __all__ = ["Box", "SemanticSegmentation"]
 
-_SEGMENTATION = ("out", "logits", "seg_logits")
 _DETECTION = ("boxes", "labels", "scores")
 _QUERIES = (("pred_logits", "pred_boxes"), ("logits", "pred_boxes"))
 
@@ -28,14 +29,15 @@ class SemanticSegmentation(nn.Module):
     .. math:: s_l = \frac{1}{|R_l|} \sum_{(i, j) \in R_l} y_{l, i, j}
 
     Args:
-        model: returns ``(N, L, h, w)`` logits, alone, first in a tuple, or under ``out``, ``logits`` or ``seg_logits``
-            of a mapping or an object (torchvision, Hugging Face, segmentation_models).
+        model: returns ``(N, L, h, w)`` logits, alone, first in a tuple, under ``out`` or ``logits`` of a mapping or an
+            object (torchvision, Hugging Face) or ``seg_logits`` (mmseg), or as its only tensor.
         region: ``"predicted"``: the pixels where the class is the highest (a class that no pixel has scores 0 and
             depends on nothing); ``"all"`` pixels; or a bool mask ``(H, W)`` of what is asked about, resized to
             the logits, the same for every image.
 
     Raises:
-        InputError: ``region`` is something else; the output holds no such logits.
+        InputError: ``region`` is something else; the output is not such logits.
+        TargetError: the output holds no tensor, or several without a known name.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -59,11 +61,11 @@ class SemanticSegmentation(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         """``(N, L)`` scores."""
-        logits = _found(self.model(*inputs), _SEGMENTATION)
-        if logits is None or logits.ndim != 4:
+        output = self.model(*inputs)
+        logits = output_tensor(output[0] if type(output) in (tuple, list) and output else output)
+        if logits.ndim != 4:
             raise InputError(
-                "the model returns no logits (N, L, h, w), alone or under 'out', 'logits' or 'seg_logits'; "
-                "wrap it in a module that does"
+                f"the model returns no logits (N, L, h, w), but {tuple(logits.shape)}; wrap it in a module"
             )
         if self.region == "all":
             return logits.mean((2, 3))
@@ -142,32 +144,20 @@ class Box(nn.Module):
         boxes, labels, scores = (_get(found, name) for name in _DETECTION)
         if not len(boxes):
             return self.get_buffer("boxes").new_zeros(len(self.get_buffer("boxes")))
-        similar = _overlaps(self.get_buffer("boxes"), boxes) * scores
+        similar = box_iou(self.get_buffer("boxes"), boxes) * scores
         if self.labels is not None:
             similar = similar * (labels == self.get_buffer("labels")[:, None])
         return similar.max(1).values
 
     def _queried(self, logits: Tensor, boxes: Tensor, size: torch.Size) -> Tensor:
-        center, extent = boxes[..., :2], boxes[..., 2:]
-        pixels = torch.tensor([size[1], size[0]], device=boxes.device, dtype=boxes.dtype)
-        corners = torch.cat([(center - extent / 2) * pixels, (center + extent / 2) * pixels], -1)
+        corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([size[1], size[0]] * 2)
+        similar = torch.stack([box_iou(self.get_buffer("boxes"), found) for found in corners])
         chances = logits.softmax(-1)[..., :-1]
         if self.labels is None:
             chance = chances.max(-1).values[:, None]
         else:
             chance = chances[..., self.get_buffer("labels")].transpose(1, 2)
-        return (_overlaps(self.get_buffer("boxes"), corners) * chance).max(-1).values
-
-
-def _overlaps(wanted: Tensor, found: Tensor) -> Tensor:
-    """IoU of ``(K, 4)`` and ``(..., Q, 4)`` boxes: ``(..., K, Q)``."""
-    wanted, found = wanted[:, None], found.unsqueeze(-3)
-    sides = (torch.minimum(wanted[..., 2:], found[..., 2:]) - torch.maximum(wanted[..., :2], found[..., :2])).clamp_min(
-        0
-    )
-    areas = [(box[..., 2:] - box[..., :2]).clamp_min(0).prod(-1) for box in (wanted, found)]
-    both = sides.prod(-1)
-    return both / (areas[0] + areas[1] - both)
+        return (similar * chance).max(-1).values
 
 
 def _get(output: Any, name: str) -> Any:
@@ -176,13 +166,3 @@ def _get(output: Any, name: str) -> Any:
 
 def _has(output: Any, names: Sequence[str]) -> bool:
     return all(isinstance(_get(output, name), Tensor) for name in names)
-
-
-def _found(output: Any, names: Sequence[str]) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    for name in names:
-        if _has(output, (name,)):
-            value: Tensor = _get(output, name)
-            return value
-    return output[0] if isinstance(output, (list, tuple)) and output and isinstance(output[0], Tensor) else None

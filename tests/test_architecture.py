@@ -16,8 +16,8 @@ NAME = "captum_concepts"
 ROWS = [
     ["errors"],
     ["_checks", "_artifacts", "_memory", "_undo", "published"],
-    ["explanation", "_captum", "images", "targets"],
-    ["activations", "solvers", "metrics", "visualization", "datasets", "testing"],
+    ["explanation", "_captum", "images"],
+    ["targets", "activations", "solvers", "metrics", "visualization", "datasets", "testing"],
     ["vlm", "concepts"],
     ["store"],
     ["models"],

@@ -11,12 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_concepts._checks import integer
-from captum_concepts.activations.capture import Inputs, check_images, eager_mode, evaluation_mode
+from captum_concepts._undo import undone, unharming
+from captum_concepts.activations.capture import Inputs, check_images, eager_mode, evaluation_mode, forward_arguments
 from captum_concepts.activations.layers import find_model, full_precision
 from captum_concepts.activations.layout import ModelTraits, token_grid
 from captum_concepts.errors import LayerError
 
 
+@unharming
 def attention_maps(
     forward_func: Callable[..., Any],
     inputs: Inputs,
@@ -51,19 +53,14 @@ def attention_maps(
         torch.Size([2, 4, 8, 8])
     """
     integer("block", block, least=-(10**6))
-    images = check_images(inputs)[0]
-    model = find_model(forward_func)
-    extra = additional_forward_args
-    extra = () if extra is None else extra if isinstance(extra, tuple) else (extra,)
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    given = check_images(inputs)
+    images, model = given[0], find_model(forward_func)
     seen = _Softmaxes(len(images))
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a whole block in one kernel shows no weights
-    try:
+    with undone(lambda: torch.backends.mha.set_fastpath_enabled(fast)):
+        torch.backends.mha.set_fastpath_enabled(False)  # a whole block in one kernel shows no weights
         with eager_mode(), torch.no_grad(), evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), seen:
-            forward_func(*given, *extra)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+            forward_func(*given, *forward_arguments(additional_forward_args))
     if not seen.rows:
         raise LayerError("no self-attention over all tokens of an image ran; attention_maps is for vision transformers")
     if not -len(seen.rows) <= block < len(seen.rows):

@@ -114,9 +114,10 @@ class Layers:
     def __len__(self) -> int:
         return len(self.modules)
 
-    def __getitem__(self, index: int) -> Layers:
-        """One of the layers, alone."""
-        return replace(self, modules=(self.modules[index],), names=(self.names[index],))
+    def __getitem__(self, index: int | Sequence[int]) -> Layers:
+        """One or some of the layers, alone."""
+        chosen = [index] if isinstance(index, int) else index
+        return replace(self, modules=tuple(self.modules[k] for k in chosen), names=tuple(self.names[k] for k in chosen))
 
     def other(self, module: nn.Module) -> Layers:
         """Another layer of the same model, read without hints."""
@@ -237,8 +238,8 @@ class Layers:
             inputs, layouts, additional_forward_args=additional_forward_args,
             attribute_to_layer_input=attribute_to_layer_input,
         )  # fmt: skip
-        for message in wrong.values():
-            raise LayoutError(message)
+        if wrong:
+            raise LayoutError(next(iter(wrong.values())))
 
     def misordered(
         self,
@@ -270,11 +271,8 @@ class Layers:
             parts = parts if isinstance(parts, tuple) else (parts,)
             parts = tuple(_changed(part, cells, grid) if part.ndim == 4 else part for part in parts)
             extra = repeat_rows(take_rows(additional_forward_args, slice(1), batch), len(cells) + 1, 1)
-            there = replace(
-                self, modules=tuple(self.modules[k] for k in numbers), names=tuple(self.names[k] for k in numbers)
-            )
             try:
-                seen = there.capture(
+                seen = self[numbers].capture(
                     parts, additional_forward_args=extra, attribute_to_layer_input=attribute_to_layer_input
                 )
             except (InputError, RuntimeError):

@@ -27,7 +27,7 @@ from captum_concepts._checks import finite_images, integer, name_positions, numb
 from captum_concepts._undo import unharming
 from captum_concepts.activations import check_images, find_model, full_precision, gradients_enabled
 from captum_concepts.activations.layers import Layer, Layers
-from captum_concepts.attr.batches import joined
+from captum_concepts.attr.batches import joined, placed
 from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError, LayerError
 from captum_concepts.explanation import ConceptExplanation, Selection
@@ -498,11 +498,11 @@ def _sampled_rows(
 
     count = len(source)
     each = max(1, max_rows // max(count, 1))
-    device = next(layers.model.parameters(), torch.zeros(())).device if layers.model is not None else None
     found = []
-    read = batches(source, batch_size, device=device)
+    read = batches(source, batch_size)
     for batch in tqdm(read, desc="activations", total=-(-count // batch_size), disable=not show_progress):
-        maps = full_precision(layers.run(batch.images).maps[0]).permute(0, 2, 3, 1).flatten(1, 2).cpu()
+        seen = layers.run(placed(batch.images, layers.model)).maps[0]
+        maps = full_precision(seen).permute(0, 2, 3, 1).flatten(1, 2).cpu()
         finite_images(maps, batch.names, f"the activation of layer {layers.names[0]!r}")
         for image in maps:
             order = torch.randperm(len(image), generator=generator)[:each]
@@ -525,12 +525,14 @@ def _names(
     """The word that goes with each concept, and how well; unique names."""
     from tqdm import tqdm
 
-    device = next(getattr(find_model(made.forward_func), "parameters", lambda: iter(()))(), torch.zeros(())).device
+    model = find_model(made.forward_func)
     scores, embedded = [], []
-    read = batches(source, batch_size, device=device)
+    read = batches(source, batch_size)
     for batch in tqdm(read, desc="names", total=-(-len(source) // batch_size), disable=not show_progress):
-        scores.append(made._weights(batch.images)[1].cpu())
-        shown = batch.images if transform is None else transform(batch.images)
+        images = placed(batch.images, model)
+        scores.append(made._weights(images)[1].cpu())
+        shown = batch.images.to(images.device)  # the encoder has a dtype of its own
+        shown = shown if transform is None else transform(shown)
         embedded.append(encoder.encode_image(shown).detach().float().cpu())
     similarity = F.normalize(torch.cat(embedded), dim=1) @ F.normalize(embed_texts(encoder, words), dim=1).T
     found, taught = (_standardized(table) for table in (torch.cat(scores), similarity))

@@ -26,7 +26,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
-from captum_concepts._checks import finite_images, integer, one_of, take_rows, unique_names
+from captum_concepts._checks import finite_images, integer, one_of, unique_names
 from captum_concepts._memory import Halving
 from captum_concepts._undo import unharming, watching
 from captum_concepts.activations import (
@@ -48,7 +48,6 @@ from captum_concepts.attr.batches import (
     as_inputs,
     count,
     each_batch,
-    first_example,
     image_names,
     joined,
     opened,
@@ -495,7 +494,7 @@ class FeatureActivationMap(LayerAttribution):
         """
         layers, rule, exact = self._layers(), self._rule(), callable(self.similarity)
         inputs = as_inputs(inputs, layers.model)
-        layers = self._stages_too(layers, inputs, additional_forward_args)
+        layers = refinement.with_stages(layers, self.refine, self._stages, inputs, additional_forward_args)
         index = self._index(target, count(inputs))
 
         def maps(part: Inputs, extra: Any, goal: Tensor | None) -> Tensor:
@@ -660,12 +659,13 @@ class FeatureActivationMap(LayerAttribution):
         tensors = {"references": self.references}
         if self.calibration is not None:
             tensors |= {"slopes": self.calibration.slopes, "intercepts": self.calibration.intercepts}
+        layers = self._layers()
         info = {
             "names": None if self.reference_names is None else list(self.reference_names),
-            **origin(self._layers()),
+            **origin(layers),
             "settings": {
                 **{name: getattr(self, name) for name in _SETTINGS},
-                "refine": refinement.names(self.refine, self._layers()),
+                "refine": refinement.names(self.refine, layers),
             },
         }
         return save_artifact(path, _FORMAT, info, tensors)
@@ -764,7 +764,7 @@ class FeatureActivationMap(LayerAttribution):
     ) -> tuple[Selection, Tensor, Tensor, Tensor]:
         """Each image's own references, all scores ``(N, K)``, maps ``(N, k, h, w)`` of the selected ones, the best."""
         rule, names = self._rule(), self.concepts
-        layers = self._stages_too(layers, as_inputs(inputs, layers.model), extra)
+        layers = refinement.with_stages(layers, self.refine, self._stages, as_inputs(inputs, layers.model), extra)
 
         def part(images: Inputs, more: Any, _target: None) -> tuple[Tensor, Tensor]:
             with gradients_enabled():
@@ -776,13 +776,6 @@ class FeatureActivationMap(LayerAttribution):
 
         scores, maps = map(joined, zip(*self._each(part, inputs, extra, None), strict=True))
         return Selection.choose(names, scores, concepts=concepts, top_k=top_k), scores, maps, scores.argmax(1)
-
-    def _stages_too(self, layers: Layers, inputs: Inputs | ImageSource, extra: Any) -> Layers:
-        """The layer, and the stages of a refinement."""
-        if self.refine is False:
-            return layers
-        first, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), count(inputs))
-        return refinement.with_stages(layers, self.refine, self._stages, first, extra)
 
     def _maps(
         self, layers: Layers, run: _Pass, bank: Tensor, scores: Tensor, index: Tensor, inputs: Inputs, extra: Any,

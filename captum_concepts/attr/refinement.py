@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_concepts._checks import take_rows
 from captum_concepts.activations import Inputs, Layer, Layers, SpatialActivations, full_precision
 from captum_concepts.activations.survey import suggest_stages
+from captum_concepts.attr.batches import count, first_example
 from captum_concepts.attr.concept_fusion import regions
 from captum_concepts.errors import InputError
+from captum_concepts.images import ImageSource
 
 #: ``True`` finds the stages of the network, a list names them, ``False`` leaves the published map.
 Refine = bool | Sequence[Layer]
@@ -54,20 +57,27 @@ def checked(refine: Any) -> Refine:
     raise InputError(f"refine must be True, False or a list of layers (names or modules), got {refine!r}")
 
 
-def with_stages(layers: Layers, refine: Refine, known: dict[Any, list[str]], inputs: Inputs, extra: Any) -> Layers:
-    """``layers``, one, followed by the stages of the network that ``refine`` asks for.
+def with_stages(
+    layers: Layers, refine: Refine, known: dict[Any, list[str]], inputs: Inputs | ImageSource, extra: Any
+) -> Layers:
+    """``layers``, one, followed by the stages of the network that ``refine`` asks for, if it does.
 
     Args:
         known: stages that were found before; those found now are added.
+        inputs: of all examples; the first is run where stages are to be found.
+        extra: additional arguments of all examples.
 
     Raises:
         InputError: the network behind ``forward_func`` is not known, so that its stages cannot be found.
     """
+    if refine is False:
+        return layers
     forward_func = layers.forward_func
     if isinstance(refine, bool):
         if forward_func not in known:
+            first, more = first_example(inputs, layers.model), take_rows(extra, slice(1), count(inputs))
             try:
-                known[forward_func] = suggest_stages(forward_func, inputs, additional_forward_args=extra)
+                known[forward_func] = suggest_stages(forward_func, first, additional_forward_args=more)
             except InputError as error:
                 why = f"refine=True does not find the stages of the network ({error}); pass a list of layers"
                 raise InputError(why) from error

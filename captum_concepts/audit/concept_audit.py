@@ -623,10 +623,9 @@ def _confirmed(
     chosen = places[rows.probabilities[places, c].argsort(descending=True)][:24].tolist()
     if not chosen:
         return suspect
-    device = placed(explainer, source[0][None]).device
+    shown = (placed(explainer, part.images) for part in batches(source.select(chosen), batch_size))
     values = [
-        explainer.contributions(part.images, target=[c] * len(part.images), concepts=[suspect.concept])[:, 0]
-        for part in batches(source.select(chosen), batch_size, device=device)
+        explainer.contributions(images, target=[c] * len(images), concepts=[suspect.concept])[:, 0] for images in shown
     ]
     effect = mean_effect(torch.cat(values).double().cpu().numpy(), rng, 1000)
     return replace(suspect, contribution=effect, confirmed=bool(effect.low > 0))
@@ -634,11 +633,11 @@ def _confirmed(
 
 def _maps(suspect: Suspect, explainer: Any, source: ImageSource, batch_size: int) -> Tensor:
     """``(12, h, w)``: where the concept is in the images that are shown."""
-    device = placed(explainer, source[0][None]).device
     found = [[], []]  # type: list[list[Tensor]]
     for side, chosen in zip(found, (suspect.images, suspect.counterexamples), strict=True):
-        for part in batches(source.select(chosen), batch_size, device=device):
-            side += explainer.concept_maps(part.images, concepts=[suspect.concept])[:, 0].detach().float().cpu()
+        for part in batches(source.select(chosen), batch_size):
+            shown = placed(explainer, part.images)
+            side += explainer.concept_maps(shown, concepts=[suspect.concept])[:, 0].detach().float().cpu()
     maps = torch.full((2 * _SHOWN, *found[0][0].shape), torch.nan)
     for start, side in zip((0, _SHOWN), found, strict=True):
         maps[start : start + len(side)] = torch.stack(side)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 _DRIVERS = 8  # concepts shown per class
 _THUMBNAIL = 160  # pixels
-_SHOWN = 6  # images of a suspect on either side
 
 
 def write_page(audit: ConceptAudit, path: str | os.PathLike[str], images: Any, title: str) -> Path:
@@ -56,15 +57,15 @@ def write_page(audit: ConceptAudit, path: str | os.PathLike[str], images: Any, t
     suspects = []
     for k, suspect in enumerate(audit.suspected or ()):
         c = audit.class_names.index(suspect.class_name)
-        maps = [None] * 2 * _SHOWN if audit.maps is None else list(audit.maps[k])
+        maps: Sequence[Iterable[Tensor | None]]
+        maps = [repeat(None), repeat(None)] if audit.maps is None else audit.maps[k].chunk(2)
         top = 0.0 if audit.maps is None else float(audit.maps[k].nan_to_num(-torch.inf).max())
-        sides = (suspect.images, maps[:_SHOWN]), (suspect.counterexamples, maps[_SHOWN:])
         best, worst = (
             [
                 picture(i, heatmap, top) | {"p": float(audit.rows.probabilities[i, c])}
                 for i, heatmap in zip(images, of, strict=False)
             ]
-            for images, of in sides
+            for images, of in zip((suspect.images, suspect.counterexamples), maps, strict=True)
         )
         suspects.append({"suspect": suspect, "best": best, "worst": worst})
     html = template("page.html", _HERE).render(

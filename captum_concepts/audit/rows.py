@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from torch import Tensor
 from captum_concepts._artifacts import Array, open_artifact, save_artifact
 from captum_concepts._captum import output_tensor
 from captum_concepts._checks import finite_images
+from captum_concepts._undo import hooked
 from captum_concepts.activations import evaluation_mode, find_model, input_errors
+from captum_concepts.attr import batches as attr_batches
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.explanation import ContributionExplainer, Selection
 from captum_concepts.images import ImageSource, batches, digest
@@ -76,8 +77,7 @@ def model_of(explainer: Any) -> Callable[[Tensor], Any]:
 
 def placed(explainer: Any, images: Tensor) -> Tensor:
     """``images`` on the device and in the dtype of the explainer's model."""
-    parameters = getattr(model_of(explainer), "parameters", lambda: iter(()))()
-    return images.to(next((p for p in parameters if p.is_floating_point()), images))
+    return attr_batches.placed(images, find_model(model_of(explainer)))
 
 
 @torch.no_grad()
@@ -112,7 +112,9 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
     contributions = torch.full((len(inputs), len(names)), torch.nan)
     if getattr(explainer, "explains_all_at_once", False):
         heard: list[Tensor] = []
-        with _listening(model_of(explainer), heard):
+        function = model_of(explainer)
+        listening = [function] if isinstance(function, torch.nn.Module) else []
+        with hooked(listening, lambda _m, _a, _k, output: heard.append(output_tensor(output).detach())):
             made = explainer.explain(inputs, top_k=None)
         order = [made.concepts.index(name) for name in names]
         scores, presence = made.scores[:, order], None if made.presence is None else made.presence[:, order]
@@ -139,19 +141,6 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
     unknown = torch.full_like(scores, torch.nan, dtype=torch.float32) if presence is None else presence
     kept = dict(zip(ARRAYS, (probabilities, scores, unknown, contributions), strict=False))
     return Rows(**{name: value.detach().float().cpu() for name, value in kept.items()}, digests=codes)
-
-
-@contextlib.contextmanager
-def _listening(function: Any, heard: list[Tensor]) -> Iterator[None]:
-    """Append what a module returns to ``heard``."""
-    if not isinstance(function, torch.nn.Module):
-        yield
-        return
-    handle = function.register_forward_hook(lambda _m, _i, output: heard.append(output_tensor(output).detach()))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _presence(explainer: Any, inputs: Tensor) -> Tensor | None:

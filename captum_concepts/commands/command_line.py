@@ -79,7 +79,7 @@ _REPORT = r"""examples:
 
 
 def add_commands(commands: Any, **shared: Any) -> None:
-    """Put ``models``, ``fit-concepts``, ``evaluate`` and ``report`` on the command line.
+    """Put ``models``, ``fit-concepts``, ``evaluate``, ``report``, ``explore`` and ``audit`` on the command line.
 
     Args:
         commands: what ``ArgumentParser.add_subparsers`` returned.

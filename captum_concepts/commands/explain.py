@@ -176,12 +176,12 @@ class PictureFolder:
         return named
 
     def _write(self, **begun: Any) -> None:
-        done = [{**entry, "path": str(Path(entry["image"]).absolute())} for entry in self._summary["explained"]]
+        done = [{**entry, "path": _place(entry)} for entry in self._summary["explained"]]
         failed = list(self._summary["failed"])
         again = {entry["path"] for entry in done}
         kept = [entry for entry in self._earlier.get("explained", []) if _place(entry) not in again]
-        again |= {str(Path(entry["image"]).absolute()) for entry in failed}
-        lost = [one for one in self._earlier.get("failed", []) if str(Path(one["image"]).absolute()) not in again]
+        again |= {_place(entry) for entry in failed}
+        lost = [one for one in self._earlier.get("failed", []) if _place(one) not in again]
         index = {**self._summary, "explained": [*kept, *done], "failed": [*lost, *failed], **begun}
         write_atomically(self.path / EXPLAINED, json.dumps(index, indent=2) + "\n")
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from captum_concepts.audit import ConceptAudit, audit_dataset, compare_audits
 from captum_concepts.commands.explainers import build_explainer, new_explainer
-from captum_concepts.commands.fit_salf import is_first, processes
 from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.commands.outputs import check_outputs, html
+from captum_concepts.commands.processes import is_first, processes
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.errors import InputError
 from captum_concepts.images import class_folders, find_images

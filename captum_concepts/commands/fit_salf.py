@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from captum_concepts._artifacts import write_atomically
 from captum_concepts.commands.fit_salf_config import fit_arguments, read_config
 from captum_concepts.commands.outputs import check_outputs
+from captum_concepts.commands.processes import is_first, processes
 from captum_concepts.errors import InputError
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm, plan_salf_cbm
 
@@ -114,27 +112,6 @@ def report_text(report: Mapping[str, Any]) -> str:
         lines += ["", f"{len(report['skipped'])} images could not be read:", ""]
         lines += [f"- {entry['image']}: {entry['reason']}" for entry in report["skipped"]]
     return "\n".join(lines) + "\n"
-
-
-@contextmanager
-def processes(device: str) -> Iterator[str]:
-    """Join the process group that torchrun describes, if it does; gives this process' device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
-        yield device
-        return
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield device
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 @contextmanager

@@ -52,12 +52,12 @@ def nra(
         baseline: :math:`\mathrm{AUC}_{low}`. ``"published"``: the area under the line from 0 to M/P, ``M / 2P``, which
             is the paper's (its code has the grid ``thresholds="authors"``, too) but below what a random map really
             gets. ``"exact"``: the mean of the expected IoU, ``E / (p + M - E)`` with ``E = p M / P``; a constant map
-            then scores exactly 0. Random maps still average above 0 (about .05), because values below the baseline are
+            then scores exactly 0. Random maps still average above 0 (.04 to .08), because values below the baseline are
             cut off: see ``signed``.
         signed: do not cut off values below the baseline; random maps then average 0 under ``baseline="exact"``.
         thresholds: ``"all"``: every p from 1 to P. ``"authors"``: the grid of the authors' code, which counts pixel by
-            pixel up to 1 % of the image and in steps of 1 % beyond. They differ by up to .06 for masks below 1 % of the
-            image, and negligibly above 5 %.
+            pixel up to 1 % of the image and in steps of 1 % beyond. They differ for masks below 1 % of the image, and
+            negligibly above 5 %.
         ignore: bool ``(N, H, W)`` or the shape of ``masks``; pixels left out as if the image did not have them.
         ignore_index: the label in integer ``masks`` of pixels to leave out.
         mode: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ``"nearest-exact"`` or ``"area"``.

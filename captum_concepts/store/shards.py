@@ -25,6 +25,7 @@ from captum_concepts._artifacts import (
     integer,
     leftovers,
     mapping_of,
+    open_safetensors,
     parse_json,
     table,
     text,
@@ -278,12 +279,10 @@ def _number(name: str) -> int:
 
 def _store_of(file: Path) -> str | None:
     """The store that a shard says it belongs to; None where it does not say so."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="pt") as opened:
+        with open_safetensors(file, "a shard") as opened:
             found = check_json(parse_json((opened.metadata() or {})[_KEY]), _ABOUT, str(file))
-    except (ArtifactError, SafetensorError, *_BAD):
+    except (ArtifactError, FileNotFoundError):
         return None
     return str(found["store"])
 

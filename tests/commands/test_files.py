@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torchvision.utils import save_image
 
 from captum_concepts import ConceptExplanation
 from captum_concepts.__main__ import _say, main
@@ -30,7 +32,7 @@ SCENES = CaptionedScenes(8, seed=77, size=64)
 
 def save(number: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((SCENES[number].image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+    save_image(SCENES[number].image, path)
 
 
 @pytest.fixture
@@ -198,8 +200,7 @@ class TestTwoRuns:
     def test_after_a_kill_nothing_is_left_over(self, space: Path, monkeypatch: pytest.MonkeyPatch):
         from captum_concepts.commands import explain
 
-        draw, kill = explain._draw, explain.PictureFolder.__exit__
-        drawn: list[Any] = []
+        draw, drawn = explain._draw, []
 
         def dies(*arguments: Any) -> None:
             drawn.append(arguments)
@@ -207,12 +208,11 @@ class TestTwoRuns:
                 raise SystemExit(9)
             draw(*arguments)
 
-        monkeypatch.setattr(explain, "_draw", dies)
-        monkeypatch.setattr(explain.PictureFolder, "__exit__", lambda self, *_: self._lock.__exit__(None, None, None))
-        with pytest.raises(SystemExit):
-            self.explain("photos", "--output", "out")
-        monkeypatch.setattr(explain, "_draw", draw)
-        monkeypatch.setattr(explain.PictureFolder, "__exit__", kill)
+        with monkeypatch.context() as patch:
+            patch.setattr(explain, "_draw", dies)
+            patch.setattr(explain.PictureFolder, "__exit__", lambda self, *_: self._lock.__exit__(None, None, None))
+            with pytest.raises(SystemExit):
+                self.explain("photos", "--output", "out")
         self.explain("photos", "--output", "out")
         assert sorted(p.name for p in (space / "out").iterdir()) == ["0.png", "1.png", "explanations.json"]
 
@@ -226,7 +226,7 @@ class Run:
 
 
 def _nothing(space: Path) -> None:
-    assert not [p for p in space.iterdir() if p.name in ("new.html", "new.md", "new.safetensors")]
+    assert not [p for p in space.iterdir() if p.name in ("new.html", "new.md", "new.safetensors", "model")]
 
 
 def _index_and_page(space: Path) -> None:
@@ -393,17 +393,32 @@ class TestWhatIsPrinted:
         assert f"from 1 to 10,000 pixels, got {size}" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photographs, what `explain --save` wrote of them in ``out``, and a secret beside it."""
+    root = tmp_path_factory.mktemp("made")
+    for k in range(2):
+        save(k, root / "photos" / f"{k}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert main(["explain", "photos", *MODEL, "--output", "out", "--save"]) == 0
+    save(7, root / "secret" / "a.png")
+    e = ConceptExplanation(["a"], torch.rand(1, 1), torch.rand(1, 1, 2, 2))
+    e.save(root / "secret" / "e.safetensors")
+    return root
+
+
 class TestSavedExplanations:
     """`report --explanations FOLDER` reads that folder, and what is named beside it."""
 
     @pytest.fixture
-    def folder(self, space: Path) -> Path:
-        assert main(["explain", "photos", *MODEL, "--output", "out", "--save"]) == 0
-        (space / "secret").mkdir()
-        save(7, space / "secret" / "a.png")
-        e = ConceptExplanation(["a"], torch.rand(1, 1), torch.rand(1, 1, 2, 2))
-        e.save(space / "secret" / "e.safetensors")
-        return space / "out"
+    def folder(self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Its ``out`` in a copy that is the current folder."""
+        shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+        index = tmp_path / "out" / "explanations.json"
+        index.write_text(index.read_text().replace(str(made), str(tmp_path)))
+        monkeypatch.chdir(tmp_path)
+        return tmp_path / "out"
 
     def report(self, folder: Path, *images: str, **changed: Any) -> tuple[int, str]:
         index = json.loads((folder / "explanations.json").read_text())

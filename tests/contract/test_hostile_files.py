@@ -33,18 +33,31 @@ import torchvision
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
+from tiny import (
+    DENSE,
+    NET,
+    PICTURES,
+    POOLED,
+    Colors,
+    activation_map,
+    audit,
+    bottleneck,
+    discovered,
+    explanation,
+    fitted,
+    fusion_map,
+    network,
+    spatial_acv,
+    table,
+)
 from torch import nn
 
 from captum_concepts import (
     SALFCBM,
     ConceptExplanation,
     ConceptFusionMap,
-    ConceptTranslator,
     FeatureActivationMap,
     SpatialACV,
-    audit_dataset,
-    discover_concepts,
-    fit_salf_cbm,
     load,
 )
 from captum_concepts.activations import Layers
@@ -72,7 +85,7 @@ from captum_concepts.models.concept_translator.data import collect_pairs
 from captum_concepts.models.salf_cbm import hub
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.store.shards import ShardReader, ShardWriter
-from captum_concepts.vlm import DenseRegions, RegionPrompt
+from captum_concepts.vlm import RegionPrompt
 
 FILES, SEED = int(os.environ.get("FUZZ", "40")), os.environ.get("FUZZ_SEED", "")  # others with every seed
 HOSTILE = [
@@ -83,70 +96,16 @@ HOSTILE = [
 ]  # fmt: skip
 REMOVED, RENAMED, JOINED = object(), object(), object()
 MEGABYTES, SECONDS = 200, 2.0
+FEW = PICTURES[:7]
 
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
-
-
-class Colors:
-    """An encoder as small as they come; with dense regions."""
-
-    logit_scale, logit_bias = 10.0, 0.0
-
-    def encode_image(self, images):
-        return images.mean((2, 3)) + 0.1
-
-    def encode_regions(self, images, grid):
-        return nn.functional.adaptive_avg_pool2d(images, grid).flatten(2).transpose(1, 2) + 0.1
-
-    def encode_text(self, texts):
-        return torch.eye(3)[: len(texts)]
-
-
-NET = network()
-POOLED = nn.Sequential(*list(NET)[:4])
-PICTURES = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-FEW, MORE = PICTURES[:7], torch.cat([PICTURES, PICTURES.flip(0) * 0.9])
 
 # ---------------------------------------------------------------------------------------------- files and their readers
-
-
-def spatial_acv() -> SpatialACV:
-    return SpatialACV(NET, "0").fit({"bright": PICTURES[:6] + 1, "dark": PICTURES[:6] * 0.1}, PICTURES[6:])
-
-
-def explanation(path: Path, n: int = 2) -> None:
-    ConceptExplanation(
-        ["a", "b"], scores=torch.rand(n, 2), maps=torch.rand(n, 2, 3, 3), contributions=torch.rand(n, 2), layer="x"
-    ).save(path)
-
-
-def fusion_map(path: Path) -> None:
-    torch.manual_seed(0)
-    translator = ConceptTranslator([4], 6, hidden=(5, 5))
-    ConceptFusionMap(NET, ["0"], translator, ["a", "b"], torch.randn(2, 6)).save(path)
-
-
-def activation_map(path: Path) -> None:
-    FeatureActivationMap(POOLED, "0", torch.eye(4), reference_names=list("abcd")).save(path)
-
-
-def audit(path: Path) -> None:
-    audit_dataset(spatial_acv(), PICTURES, labels=[0, 1, 2] * 4, class_names=["x", "y", "z"], n_bootstrap=20).save(path)
 
 
 def read_audit(path: Path) -> None:
     found = ConceptAudit.load(path)
     found.report(path.with_suffix(".html"))
     repr(found), [found.to_records(kind) for kind in ("drivers", "errors", "images")]
-
-
-def table(path: Path) -> None:
-    row = {"explainer": "a", "metric": "nra", "value": 0.5, "ci_low": None, "ci_high": 0.6, "examples": 3}
-    row |= {"counted": 3, "skipped": 0, "higher_is_better": True}
-    path.write_text(json.dumps({"rows": [row, {**row, "explainer": "b"}], "confidence": 0.95, "unmatched": ["x"]}))
 
 
 def shown_table(path: Path) -> None:
@@ -165,6 +124,13 @@ def image(path: Path) -> None:
 
 def labels(path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 9, (12, 9), np.uint8)).save(path)
+
+
+def halves(path: Path) -> None:
+    """Segment 1 above, none below."""
+    pixels = np.zeros((12, 9, 3), np.uint8)
+    pixels[:6, :, 0] = 1
+    Image.fromarray(pixels).save(path)
 
 
 def hdf5(path: Path) -> None:
@@ -201,7 +167,6 @@ def region_store(prompt, *, cut=False, extended=False):
 
 PROMPT = RegionPrompt("crop", (2, 2), 2)
 CIRCLES = RegionPrompt("circle", (2, 2), 2)
-DENSE = DenseRegions((2, 2))
 STORE = {"batch_size": 8, "shard_rows": 3}
 
 
@@ -248,7 +213,7 @@ def appended(folder: Path) -> None:
 
 
 def pretrained(folder: Path) -> None:
-    SALFCBM(NET, "0", ["a", "b"], 3, grid=(2, 2)).save_pretrained(folder)
+    bottleneck().save_pretrained(folder)
 
 
 def fit_digest(folder: Path) -> None:
@@ -261,13 +226,8 @@ def fit_digest(folder: Path) -> None:
         weights.write_bytes(packed(header, values))
 
 
-def fitted(folder: Path) -> None:
-    """A whole fit, or what is missing of it."""
-    fit_salf_cbm(
-        network(), "0", (MORE, torch.tensor([0, 1, 2] * 8)), Colors(), ["red", "blue"], 3, store_path=folder,
-        grid=2, prompt=DENSE, lam=0.01, bottleneck={"max_epochs": 2}, presence_cutoff=None,
-        interpretability_cutoff=None, validation_fraction=0.3, cache_features=True,
-    )  # fmt: skip
+def fit(folder: Path) -> None:
+    fitted(folder, cache_features=True)
 
 
 def pairs(folder: Path) -> None:
@@ -276,22 +236,20 @@ def pairs(folder: Path) -> None:
 
 
 def audited(folder: Path) -> None:
-    audit_dataset(ACV, PICTURES, labels=[0, 1, 2] * 4, n_bootstrap=20, store_path=folder)
-
-
-ACV = spatial_acv()
+    audit(store_path=folder)
 
 
 def explanations(folder: Path) -> None:
-    explanation(folder / "a.explanation.safetensors", 1)
+    saved = "a.explanation.safetensors"
+    explanation(1).save(folder / saved)
     image(folder / "a.png")
-    entry = {"image": str(folder / "a.png"), "explanation": "a.explanation.safetensors", "significant": [True, True]}
+    entry = {"image": "a.png", "input": "a.png", "explanation": saved, "significant": [True, True]}
     summary = {"model": "demo:classifier", "method": "SpatialACV", "layer": "x", "size": 8, "classes": ["x", "y"]}
     (folder / "explanations.json").write_text(json.dumps({**summary, "explained": [entry], "failed": []}))
 
 
-def reported(folder: Path) -> None:
-    report_saved(SavedSettings(str(folder), str(folder / "report.html")))
+def reported(folder: Path) -> dict[str, object]:
+    return report_saved(SavedSettings(str(folder), str(folder / "report.html")))
 
 
 def configuration(folder: Path) -> None:
@@ -320,9 +278,7 @@ def panoptic(root: Path) -> None:
     (root / "val2017").mkdir()
     (root / "annotations" / "panoptic_val2017").mkdir(parents=True)
     image(root / "val2017" / "a.png")
-    pixels = np.zeros((12, 9, 3), np.uint8)
-    pixels[:6, :, 0] = 1
-    Image.fromarray(pixels).save(root / "annotations" / "panoptic_val2017" / "a.png")
+    halves(root / "annotations" / "panoptic_val2017" / "a.png")
     segments = [{"id": 1, "category_id": 18, "iscrowd": 0, "area": 54, "bbox": [0, 0, 9, 6]}]
     index = {
         "images": [{"id": 139, "file_name": "a.png", "height": 12, "width": 9}],
@@ -355,9 +311,7 @@ def parts(root: Path) -> None:
 def broden(root: Path) -> None:
     (root / "images").mkdir()
     image(root / "images" / "a.png")
-    pixels = np.zeros((12, 9, 3), np.uint8)
-    pixels[:6, :, 0] = 1
-    Image.fromarray(pixels).save(root / "images" / "b.png")
+    halves(root / "images" / "b.png")
     (root / "index.csv").write_text("image,split,object,scene\na.png,train,b.png,2\na.png,val,1,\n")
     (root / "label.csv").write_text("number,name,category\n1,wall,object(5)\n2,street,scene(2);object(1)\n")
     (root / "category.csv").write_text("name,first,last\nobject,1,1\nscene,2,2\n")
@@ -383,9 +337,7 @@ def imagenet_s(root: Path) -> None:
     for part in ("validation", "validation-segmentation"):
         (root / part / "n01440764").mkdir(parents=True)
     image(root / "validation" / "n01440764" / "a.png")
-    pixels = np.zeros((12, 9, 3), np.uint8)
-    pixels[:6, :, 0] = 1
-    Image.fromarray(pixels).save(root / "validation-segmentation" / "n01440764" / "a.png")
+    halves(root / "validation-segmentation" / "n01440764" / "a.png")
     (root / "categories.txt").write_text("n01440764\nn01443537\n")
 
 
@@ -456,21 +408,27 @@ def store(make: Callable[[Path], None], call: Callable[[Path], object], writes: 
 
 #: A new reader is one line.
 ENTRIES = {
-    "ConceptExplanation": one("a.safetensors", explanation, lambda path: repr(ConceptExplanation.load(path))),
+    "ConceptExplanation": one(
+        "a.safetensors", lambda path: explanation().save(path), lambda path: repr(ConceptExplanation.load(path))
+    ),
     "SpatialACV": one(
         "a.safetensors", lambda path: spatial_acv().save(path), lambda path: explained(SpatialACV.load(path, NET))
     ),
-    "ConceptFusionMap": one("a.safetensors", fusion_map, lambda path: explained(ConceptFusionMap.load(path, NET))),
+    "ConceptFusionMap": one(
+        "a.safetensors", lambda path: fusion_map().save(path), lambda path: explained(ConceptFusionMap.load(path, NET))
+    ),
     "FeatureActivationMap": one(
-        "a.safetensors", activation_map, lambda path: explained(FeatureActivationMap.load(path, POOLED))
+        "a.safetensors",
+        lambda path: activation_map().save(path),
+        lambda path: explained(FeatureActivationMap.load(path, POOLED)),
     ),
     "DiscoveredConcepts": one(
         "a.safetensors",
-        lambda path: discover_concepts(POOLED, "1", PICTURES, n_concepts=2).save(path),
+        lambda path: discovered().save(path),
         lambda path: explained(DiscoveredConcepts.load(path, POOLED)),
     ),
     "captum_concepts.load": one("a.safetensors", lambda path: spatial_acv().save(path), lambda path: load(path, NET)),
-    "ConceptAudit": one("a.safetensors", audit, read_audit),
+    "ConceptAudit": one("a.safetensors", lambda path: audit(class_names=["x", "y", "z"]).save(path), read_audit),
     "audit parts": Entry(audited, audited, writes=True),
     "SALFCBM": Entry(
         pretrained,
@@ -492,7 +450,7 @@ ENTRIES = {
         words({"Q bird": ["a beak, wings"], "Q fish": ["- fins\n- gills"]}),
         lambda path: generate_concepts(["bird", "fish"], lambda question: "a", prompts={"q": "Q {class}"}, cache=path),
     ),
-    "EvaluationTable": one("a.json", table, shown_table),
+    "EvaluationTable": one("a.json", lambda path: table().to_json(path), shown_table),
     "report": Entry(explanations, reported, ("explanations.json", "a.explanation.safetensors"), writes=True),
     "fit-salf": Entry(configuration, configured),
     "MaskFolder": Entry(mask_folder, lambda root: every_item(MaskFolder(root)), ("classes.json",)),
@@ -541,10 +499,8 @@ ENTRIES = {
     "ShardReader": store(shards, shard_rows),
     "ShardWriter": store(shards, appended, True),
     "translator's cache": Entry(pairs, pairs, ("manifest.json", "shard-00000*"), True),
-    "fit_salf_cbm: steps": Entry(fitted, fitted, ("head-*", "bottleneck-*"), True),
-    "fit_salf_cbm: caches": Entry(
-        fitted, fitted, ("*/manifest.json", "features-*/shard-*", "activations-*/shard-*"), True
-    ),
+    "fit_salf_cbm: steps": Entry(fit, fit, ("head-*", "bottleneck-*"), True),
+    "fit_salf_cbm: caches": Entry(fit, fit, ("*/manifest.json", "features-*/shard-*", "activations-*/shard-*"), True),
 }
 
 # -------------------------------------------------------------------------------------------------------------- forging
@@ -737,6 +693,11 @@ def test_only_the_packages_own_exceptions_come_out(tmp_path, entry):
     assert not escaped
 
 
+def test_the_report_that_is_forged_has_its_image(tmp_path):
+    explanations(tmp_path)
+    assert reported(tmp_path)["explained"] == 1
+
+
 SIZE, GRID, BIG = [1 << 20, 1 << 20], [12_000, 12_000], 3 * 10**8
 #: Sizes that a few bytes may claim: the reader, the file, the entry of its JSON, the value.
 CLAIMS = [
@@ -766,9 +727,8 @@ CLAIMS = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("claim", range(len(CLAIMS)), ids=[f"{entry}, {key}" for entry, _, key, _ in CLAIMS])
-def test_sizes_that_a_file_claims_are_not_allocated(tmp_path, claim):
-    entry, name, key, value = CLAIMS[claim]
+@pytest.mark.parametrize(("entry", "name", "key", "value"), CLAIMS, ids=[f"{one[0]}, {one[2]}" for one in CLAIMS])
+def test_sizes_that_a_file_claims_are_not_allocated(tmp_path, entry, name, key, value):
     case, file, memory = ENTRIES[entry], tmp_path / name, Memory()
     case.make(tmp_path)
     with pytest.raises(CaptumConceptsError) if case.refused else contextlib.nullcontext():
@@ -818,7 +778,7 @@ def test_hdf5_that_claims_a_huge_array_is_refused_before_it_is_allocated(tmp_pat
 
 def test_another_kind_of_file_is_refused_by_name(tmp_path):
     path = tmp_path / "a.safetensors"
-    explanation(path)
+    explanation().save(path)
     with pytest.raises(ArtifactError, match=r"is not a saved SpatialACV \(format 'captum_concepts.ConceptExplanation"):
         SpatialACV.load(path, NET, "0")
     path.write_bytes(safetensors_bytes({"a": torch.zeros(1)}))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from tiny import DENSE, NET, POOLED, Colors
 
 from captum_concepts import (
     ConceptFusionMap,
@@ -18,43 +18,32 @@ from captum_concepts import (
     fit_salf_cbm,
 )
 from captum_concepts.errors import InputError
-from captum_concepts.vlm import DenseRegions
 
-NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
-POOLED = nn.Sequential(*list(NET)[:4])
 GOOD = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2] * 20)
 BAD = GOOD.clone()
 BAD[37, 1, 2, 3] = torch.nan
 
 
-class Encoder:
-    """As small as they come; with ``bad`` it gives NaN for image 37."""
-
-    logit_scale, logit_bias = 10.0, 0.0
-
-    def __init__(self, *, bad: bool = False) -> None:
-        self.bad = bad
+class Spoiled(Colors):
+    """Its embeddings of image 37 are NaN."""
 
     def encode_image(self, images):
-        return self.spoiled(images, images.mean((2, 3)) + 0.1)
+        return spoiled(images, super().encode_image(images))
 
     def encode_regions(self, images, grid):
-        cells = nn.functional.adaptive_avg_pool2d(images, grid).flatten(2).transpose(1, 2)
-        return self.spoiled(images, cells + 0.1)
+        return spoiled(images, super().encode_regions(images, grid))
 
-    def spoiled(self, images, embeddings):
-        if self.bad and images.shape[1:] == GOOD.shape[1:]:
-            embeddings[(images - GOOD[37]).abs().flatten(1).amax(1) < 1e-3] = torch.nan
-        return embeddings
 
-    def encode_text(self, texts):
-        return torch.eye(3)[: len(texts)]
+def spoiled(images, embeddings):
+    if images.shape[1:] == GOOD.shape[1:]:
+        embeddings[(images - GOOD[37]).abs().flatten(1).amax(1) < 1e-3] = torch.nan
+    return embeddings
 
 
 def salf(folder: Path, images, encoder, **options):
     return fit_salf_cbm(
-        NET, "0", (images, LABELS), encoder, ["a", "b"], 3, store_path=folder, grid=2, prompt=DenseRegions((2, 2)),
+        NET, "0", (images, LABELS), encoder, ["a", "b"], 3, store_path=folder, grid=2, prompt=DENSE,
         presence_cutoff=None, interpretability_cutoff=None, **options,
     )  # fmt: skip
 
@@ -64,19 +53,19 @@ def acv() -> SpatialACV:
 
 
 def fusion() -> ConceptFusionMap:
-    return ConceptFusionMap(NET, ["0"]).fit(GOOD, Encoder(), ["a", "b"])
+    return ConceptFusionMap(NET, ["0"]).fit(GOOD, Colors(), ["a", "b"])
 
 
 TABLE = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(30, 1)
 #: What is fitted, and the name of the image in the message.
 FITS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "ConceptFusionMap.fit": (lambda path: ConceptFusionMap(NET, ["0"]).fit(BAD, Encoder(), ["a", "b"]), "image 37"),
+    "ConceptFusionMap.fit": (lambda path: ConceptFusionMap(NET, ["0"]).fit(BAD, Colors(), ["a", "b"]), "image 37"),
     "ConceptFusionMap.fit, embedding": (
-        lambda path: ConceptFusionMap(NET, ["0"]).fit(GOOD, Encoder(bad=True), ["a", "b"]),
+        lambda path: ConceptFusionMap(NET, ["0"]).fit(GOOD, Spoiled(), ["a", "b"]),
         "image 37",
     ),
     "ConceptFusionMap.fit, crops and cache": (
-        lambda path: ConceptFusionMap(NET, ["0"]).fit(BAD, Encoder(), ["a", "b"], crops=2, cache_dir=path),
+        lambda path: ConceptFusionMap(NET, ["0"]).fit(BAD, Colors(), ["a", "b"], crops=2, cache_dir=path),
         "image 37",
     ),
     "ConceptFusionMap.calibrate": (lambda path: fusion().calibrate(BAD, TABLE), "image 37"),
@@ -92,11 +81,11 @@ FITS: dict[str, tuple[Callable[[Path], object], str]] = {
         "image 37",
     ),
     "discover_concepts": (lambda path: discover_concepts(POOLED, "1", BAD, n_concepts=2), "image 37"),
-    "fit_salf_cbm": (lambda path: salf(path, BAD, Encoder()), "image 37"),
-    "fit_salf_cbm, embedding": (lambda path: salf(path, GOOD, Encoder(bad=True)), "image 37"),
-    "fit_salf_cbm, validation": (lambda path: salf(path, GOOD, Encoder(), val_data=(BAD, LABELS)), "image 37"),
+    "fit_salf_cbm": (lambda path: salf(path, BAD, Colors()), "image 37"),
+    "fit_salf_cbm, embedding": (lambda path: salf(path, GOOD, Spoiled()), "image 37"),
+    "fit_salf_cbm, validation": (lambda path: salf(path, GOOD, Colors(), val_data=(BAD, LABELS)), "image 37"),
     "fit_salf_cbm, crops of the encoder alone": (
-        lambda path: salf(path, BAD, Encoder(), encoder_transform=torch.nan_to_num),
+        lambda path: salf(path, BAD, Colors(), encoder_transform=torch.nan_to_num),
         "image 37",
     ),
     "audit_dataset": (

@@ -18,99 +18,58 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-from captum_concepts import (
-    SALFCBM,
-    ConceptExplanation,
-    ConceptFusionMap,
-    ConceptTranslator,
-    FeatureActivationMap,
-    SpatialACV,
-    audit_dataset,
-    discover_concepts,
-    explore,
-    fit_salf_cbm,
+from tiny import (
+    PICTURES,
+    activation_map,
+    audit,
+    bottleneck,
+    discovered,
+    explanation,
+    fitted,
+    fusion_map,
+    spatial_acv,
+    table,
 )
+
+from captum_concepts import explore
 from captum_concepts.concepts import Vocabulary, generate_concepts
 from captum_concepts.errors import ArtifactError, InputError
-from captum_concepts.metrics import EvaluationTable
 from captum_concepts.store import FolderLock
 from captum_concepts.visualization import panel, report, save_figure
-from captum_concepts.vlm import DenseRegions
 
 resource = pytest.importorskip("resource", reason="limits of a process are POSIX's")
 
-NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
-POOLED = nn.Sequential(*list(NET)[:4])
-PICTURES = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-MORE = torch.cat([PICTURES, PICTURES.flip(0) * 0.9])
 PRECIOUS = b"the only copy of something" * 10
-
-
-@pytest.fixture(scope="module")
-def acv():
-    return SpatialACV(NET, "0").fit({"bright": PICTURES[:6] + 1, "dark": PICTURES[:6] * 0.1}, PICTURES[6:])
-
-
-def explanation() -> ConceptExplanation:
-    return ConceptExplanation(["a", "b"], scores=torch.rand(2, 2), maps=torch.rand(2, 2, 3, 3), layer="x")
-
-
-def table() -> EvaluationTable:
-    row = {"explainer": "a", "metric": "nra", "value": 0.5, "ci_low": None, "ci_high": 0.6, "examples": 3}
-    return EvaluationTable([row | {"counted": 3, "skipped": 0, "higher_is_better": True}], 0.95)
-
-
-def fusion_map() -> ConceptFusionMap:
-    return ConceptFusionMap(NET, ["0"], ConceptTranslator([4], 6, hidden=(5, 5)), ["a", "b"], torch.randn(2, 6))
 
 
 def answers(path: Path) -> None:
     generate_concepts(["bird"], lambda question: "a beak, wings" * 20, prompts={"q": "Q {class}"}, cache=path)
 
 
-def audited(acv) -> object:
-    return audit_dataset(acv, PICTURES, labels=[0, 1, 2] * 4, class_names=["x", "y", "z"], n_bootstrap=20)
-
-
 #: name of the file, how it is written. A new writer is one line.
 WRITERS: dict[str, tuple[str, Callable[..., object]]] = {
-    "ConceptExplanation": ("a.safetensors", lambda path, acv: explanation().save(path)),
-    "SpatialACV": ("a.safetensors", lambda path, acv: acv.save(path)),
-    "ConceptFusionMap": ("a.safetensors", lambda path, acv: fusion_map().save(path)),
-    "FeatureActivationMap": (
-        "a.safetensors",
-        lambda path, acv: FeatureActivationMap(POOLED, "0", torch.eye(4), reference_names=list("abcd")).save(path),
-    ),
-    "DiscoveredConcepts": (
-        "a.safetensors",
-        lambda path, acv: discover_concepts(POOLED, "1", PICTURES, n_concepts=2).save(path),
-    ),
-    "ConceptAudit": ("a.safetensors", lambda path, acv: audited(acv).save(path)),
-    "ConceptAudit.report": ("a.html", lambda path, acv: audited(acv).report(path)),
-    "SALFCBM": ("model.safetensors", lambda path, acv: cbm().save_pretrained(path.parent)),
-    "SALFCBM, configuration": ("config.json", lambda path, acv: cbm().save_pretrained(path.parent)),
-    "Vocabulary.txt": ("a.txt", lambda path, acv: Vocabulary([f"word {i}" for i in range(99)]).save(path)),
-    "Vocabulary.json": ("a.json", lambda path, acv: Vocabulary([f"word {i}" for i in range(99)]).save(path)),
-    "generate_concepts": ("a.json", lambda path, acv: (path.write_text("{}"), answers(path))),
-    "EvaluationTable.csv": ("a.csv", lambda path, acv: table().to_csv(path)),
-    "EvaluationTable.json": ("a.json", lambda path, acv: table().to_json(path)),
-    "EvaluationTable.markdown": ("a.md", lambda path, acv: table().to_markdown(path)),
-    "report": ("a.html", lambda path, acv: report(explanation(), PICTURES[:2], path)),
-    "explore": ("a.html", lambda path, acv: explore(acv, PICTURES[:2]).save(path)),
+    "ConceptExplanation": ("a.safetensors", lambda path: explanation().save(path)),
+    "SpatialACV": ("a.safetensors", lambda path: spatial_acv().save(path)),
+    "ConceptFusionMap": ("a.safetensors", lambda path: fusion_map().save(path)),
+    "FeatureActivationMap": ("a.safetensors", lambda path: activation_map().save(path)),
+    "DiscoveredConcepts": ("a.safetensors", lambda path: discovered().save(path)),
+    "ConceptAudit": ("a.safetensors", lambda path: audit(class_names=["x", "y", "z"]).save(path)),
+    "ConceptAudit.report": ("a.html", lambda path: audit(class_names=["x", "y", "z"]).report(path)),
+    "SALFCBM": ("model.safetensors", lambda path: bottleneck().save_pretrained(path.parent)),
+    "SALFCBM, configuration": ("config.json", lambda path: bottleneck().save_pretrained(path.parent)),
+    "Vocabulary.txt": ("a.txt", lambda path: Vocabulary([f"word {i}" for i in range(99)]).save(path)),
+    "Vocabulary.json": ("a.json", lambda path: Vocabulary([f"word {i}" for i in range(99)]).save(path)),
+    "generate_concepts": ("a.json", answers),
+    "EvaluationTable.csv": ("a.csv", lambda path: table().to_csv(path)),
+    "EvaluationTable.json": ("a.json", lambda path: table().to_json(path)),
+    "EvaluationTable.markdown": ("a.md", lambda path: table().to_markdown(path)),
+    "report": ("a.html", lambda path: report(explanation(), PICTURES[:2], path)),
+    "explore": ("a.html", lambda path: explore(spatial_acv(), PICTURES[:2]).save(path)),
     **{
-        f"save_figure{suffix}": (
-            f"a{suffix}",
-            lambda path, acv: save_figure(panel(explanation(), PICTURES[:2]), path),
-        )
+        f"save_figure{suffix}": (f"a{suffix}", lambda path: save_figure(panel(explanation(), PICTURES[:2]), path))
         for suffix in (".png", ".svg", ".pdf")
     },
 }
-
-
-def cbm() -> SALFCBM:
-    return SALFCBM(NET, "0", ["a", "b"], 3, grid=(2, 2))
 
 
 @contextlib.contextmanager
@@ -145,40 +104,38 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    """Of every file in a folder and below it."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("disk", ["full", "read-only"])
-def test_a_disk_that_cannot_be_written_keeps_the_old_file(tmp_path, acv, writer, disk):
+def test_a_disk_that_cannot_be_written_keeps_the_old_file(tmp_path, writer, disk):
     name, write = WRITERS[writer]
     path = tmp_path / name
     if writer != "generate_concepts":
-        write(tmp_path / name, acv)
+        write(path)
     else:
         path.write_text('{"Q fish": ["fins"]}')
-        write = lambda path, acv: answers(path)  # noqa: E731
     before = contents(tmp_path)
     with pytest.raises(OSError, match=r"."), full_disk() if disk == "full" else read_only(tmp_path):
-        write(path, acv)
+        write(path)
     assert contents(tmp_path) == before
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_links_are_replaced_not_followed(tmp_path, acv, writer):
+def test_links_are_replaced_not_followed(tmp_path, writer):
     """A link where the file will be, and links where the parts of a new file might be."""
     name, write = WRITERS[writer]
-    if writer == "generate_concepts":  # it reads the file first, so this link is the user's
-        write = lambda path, acv: answers(path)  # noqa: E731
     kept = tmp_path / "kept"
-    kept.write_bytes(b"{}" if writer == "generate_concepts" else PRECIOUS)
+    kept.write_bytes(b"{}" if writer == "generate_concepts" else PRECIOUS)  # which is read
     before = kept.read_bytes()
     folder = tmp_path / "out"
     folder.mkdir()
     for link in (name, f".{name}.{os.getpid()}.{threading.get_ident()}.partial"):
         (folder / link).symlink_to(kept)
-    write(folder / name, acv)
+    write(folder / name)
     assert kept.read_bytes() == before
     assert not (folder / name).is_symlink()
     assert (folder / name).stat().st_size
@@ -187,83 +144,63 @@ def test_links_are_replaced_not_followed(tmp_path, acv, writer):
 
 
 @pytest.mark.parametrize("writer", [name for name in WRITERS if not name.startswith(("SALFCBM", "generate"))])
-def test_what_is_no_file_is_not_replaced(tmp_path, acv, writer):
+def test_what_is_no_file_is_not_replaced(tmp_path, writer):
     name, write = WRITERS[writer]
     (tmp_path / name).mkdir()
     with pytest.raises((InputError, OSError), match=r"folder|directory"):
-        write(tmp_path / name, acv)
+        write(tmp_path / name)
     (tmp_path / name).rmdir()
     os.mkfifo(tmp_path / name)
     with pytest.raises(InputError, match="is no file"):
-        write(tmp_path / name, acv)
+        write(tmp_path / name)
     assert (tmp_path / name).is_fifo()
 
 
 @pytest.mark.parametrize("writer", ["ConceptExplanation", "report", "save_figure.png"])
-def test_names_as_long_as_a_file_system_takes(tmp_path, acv, writer):
+def test_names_as_long_as_a_file_system_takes(tmp_path, writer):
     name, write = WRITERS[writer]
     suffix = Path(name).suffix
     for stem in ("a" * (255 - len(suffix)), "é" * ((255 - len(suffix)) // 2)):
         path = tmp_path / (stem + suffix)
-        write(path, acv)
+        write(path)
         assert path.stat().st_size
 
 
 class TestReadOnlyResults:
     """What `fit_salf_cbm` has finished is used again from a disk that cannot be written."""
 
-    def fit(self, folder: Path, words: tuple[str, ...] = ("red", "blue"), **options):
-        return fit_salf_cbm(
-            NET, "0", (MORE, torch.tensor([0, 1, 2] * 8)), Colors(), list(words), 3, store_path=folder, grid=2,
-            prompt=DenseRegions((2, 2)), bottleneck={"max_epochs": 2}, presence_cutoff=None,
-            interpretability_cutoff=None, validation_fraction=0.3, **{"lam": 0.01, **options},
-        )  # fmt: skip
-
     def test_it_is_used_and_unchanged(self, tmp_path):
-        first = self.fit(tmp_path)
-        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        first = fitted(tmp_path)
+        before = contents(tmp_path)
         with read_only(tmp_path):
-            assert torch.equal(self.fit(tmp_path).head.weight, first.head.weight)
-            other = self.fit(tmp_path, lam=0.1)
-            assert self.fit(tmp_path, ("blue", "red", "green")).concepts == ["blue", "red", "green"]
+            assert torch.equal(fitted(tmp_path).head.weight, first.head.weight)
+            other = fitted(tmp_path, lam=0.1)
+            assert fitted(tmp_path, ("blue", "red", "green")).concepts == ["blue", "red", "green"]
             with pytest.raises(OSError, match=r"regions-val cannot be written"):
-                self.fit(tmp_path, val_data=(PICTURES, torch.tensor([0, 1, 2] * 4)))
-        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-        assert torch.equal(self.fit(tmp_path, lam=0.1).head.weight, other.head.weight)
+                fitted(tmp_path, val_data=(PICTURES, torch.tensor([0, 1, 2] * 4)))
+        assert contents(tmp_path) == before
+        assert torch.equal(fitted(tmp_path, lam=0.1).head.weight, other.head.weight)
 
     @pytest.mark.parametrize("size", [16, 500, 900])
     def test_a_full_disk(self, tmp_path, size):
         """The first file fails, or one in the middle; afterwards the fit resumes to the same rules."""
-        whole = self.fit(tmp_path / "whole")
+        whole = fitted(tmp_path / "whole")
         with full_disk(size), pytest.raises(OSError, match=r"."):
-            self.fit(tmp_path / "cut")
+            fitted(tmp_path / "cut")
         assert not list((tmp_path / "cut").rglob("*.partial"))
-        assert torch.equal(self.fit(tmp_path / "cut").head.weight, whole.head.weight)
+        assert torch.equal(fitted(tmp_path / "cut").head.weight, whole.head.weight)
 
     def test_a_place_without_results(self, tmp_path):
         with read_only(tmp_path), pytest.raises(OSError, match=r"Read-only|Permission"):
-            self.fit(tmp_path / "new")
+            fitted(tmp_path / "new")
 
     def test_a_folder_that_is_a_link(self, tmp_path):
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "store").mkdir()
         (tmp_path / "store" / "regions-train").symlink_to(tmp_path / "elsewhere")
         with pytest.raises(ArtifactError, match="regions-train is a symbolic link"):
-            self.fit(tmp_path / "store")
+            fitted(tmp_path / "store")
         assert not list((tmp_path / "elsewhere").iterdir())
-
-
-class Colors:
-    logit_scale, logit_bias = 10.0, 0.0
-
-    def encode_image(self, images):
-        return images.mean((2, 3)) + 0.1
-
-    def encode_regions(self, images, grid):
-        return nn.functional.adaptive_avg_pool2d(images, grid).flatten(2).transpose(1, 2) + 0.1
-
-    def encode_text(self, texts):
-        return torch.eye(3)[: len(texts)]
 
 
 class TestLock:

@@ -55,7 +55,7 @@ from captum_concepts.attr.spatial_acv.fit import FitOptions, FittedVectors, fit_
 from captum_concepts.attr.spatial_acv.sweep import LayerSweep, sweep
 from captum_concepts.errors import InputError, InputWarning, LayerError, NotFittedError, listing
 from captum_concepts.explanation import RANKINGS, ConceptExplanation, Selection
-from captum_concepts.images import ImageSource, thumbnails
+from captum_concepts.images import thumbnails
 from captum_concepts.solvers import fit_calibration, truth_table
 
 _FORMAT = "captum_concepts.SpatialACV/2"
@@ -476,7 +476,7 @@ class SpatialACV(LayerAttribution):
         if probability and self.refine is not False:
             raise InputError("a refined map has no probability; pass probability=False, or construct with refine=False")
         inputs = as_inputs(inputs, layers.model)
-        layers = self._stages_too(layers, inputs, additional_forward_args)
+        layers = refinement.with_stages(layers, self.refine, self._stages, inputs, additional_forward_args)
 
         def maps(part: Inputs, extra: Any, _target: None) -> Tensor:
             with torch.no_grad():
@@ -594,7 +594,7 @@ class SpatialACV(LayerAttribution):
         inputs = as_inputs(inputs, layers.model)
         if contributions:
             self._warn_if_linear(layers, inputs, additional_forward_args)
-        layers = self._stages_too(layers, inputs, additional_forward_args)
+        layers = refinement.with_stages(layers, self.refine, self._stages, inputs, additional_forward_args)
 
         def part(images: Inputs, extra: Any, goal: Any) -> tuple[Tensor, ...]:
             rest: list[Tensor] = []
@@ -671,16 +671,16 @@ class SpatialACV(LayerAttribution):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write vectors, statistics and the model's fingerprint as one safetensors file, atomically."""
-        fitted = self._need_fit()
+        fitted, layers = self._need_fit(), self._layers()
         info = {
             "names": fitted.names,
             "rows": fitted.rows,
             "of_input": fitted.of_input,
             "presence": fitted.presence_source,
-            **origin(self._layers()),
+            **origin(layers),
             "settings": {
                 **{name: getattr(self, name) for name in _SETTINGS},
-                "refine": refinement.names(self.refine, self._layers()),
+                "refine": refinement.names(self.refine, layers),
             },
         }
         return save_artifact(path, _FORMAT, info, {n: v for n in _TENSORS if (v := getattr(fitted, n)) is not None})
@@ -728,13 +728,6 @@ class SpatialACV(LayerAttribution):
     def _each(self, run: Callable[[Inputs, Any, Any], Any], inputs: Any, extra: Any, target: Any) -> list[Any]:
         model = find_model(self.forward_func)
         return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
-
-    def _stages_too(self, layers: Layers, inputs: Inputs | ImageSource, extra: Any) -> Layers:
-        """The layer, and the stages of a refinement."""
-        if self.refine is False:
-            return layers
-        first, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), count(inputs))
-        return refinement.with_stages(layers, self.refine, self._stages, first, extra)
 
     def _drawn(self, layers: Layers, seen: SpatialActivations, projected: Tensor, inputs: Inputs, extra: Any) -> Tensor:
         """``(N, K, h, w)``: projections as they are, or refined."""

@@ -15,7 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import parse_json, write_atomically
+from captum_concepts._artifacts import (
+    integer as whole,
+    list_of,
+    mapping_of,
+    number as json_number,
+    parse_json,
+    read_json,
+    table,
+    text,
+    write_atomically,
+)
 from captum_concepts._checks import integer, number
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.explanation import ConceptExplainer
@@ -31,6 +41,32 @@ QUESTIONS = {
 STRATA = ("top", "rest")
 _HERE = Path(__file__).parent
 _SIDE, _BYTES = 224, 24_000
+_KEY = table(
+    {
+        "format": text("captum_concepts.UserStudy/1"),
+        "title": text(),
+        "settings": table(
+            {"models": list_of(text())},
+            {
+                "n_neurons": whole(),
+                "top_fraction": json_number(0, 1),
+                "k": whole(),
+                "seed": whole(-(2**63), 2**64),
+            },
+        ),
+        "neurons": mapping_of(
+            table(
+                {
+                    "model": text(),
+                    "concept": text(),
+                    "label": text(),
+                    "stratum": text(*STRATA),
+                    "images": list_of(whole()),
+                }
+            )
+        ),
+    }
+)
 
 
 class Neuron(NamedTuple):
@@ -114,13 +150,10 @@ class UserStudy:
             ArtifactError: it is damaged or something else.
         """
         try:
-            read = parse_json(Path(key).read_text(encoding="utf-8"))
-            if read["format"] != "captum_concepts.UserStudy/1":
-                raise ValueError(f"its format is {read['format']!r}")
-            neurons = {str(name): Neuron(**one) for name, one in read["neurons"].items()}
-            return cls(neurons, dict(read["settings"]), str(read["title"]))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            read = read_json(key, _KEY, "the key of a user study")
+        except ArtifactError as error:
             raise ArtifactError(f"{key} is not the key of a user study: {error}") from error
+        return cls({name: Neuron(**one) for name, one in read["neurons"].items()}, read["settings"], read["title"])
 
 
 def user_study(

@@ -11,7 +11,6 @@ from test_concept_fusion_fit import fit
 from torch import nn
 
 from captum_concepts import published
-from captum_concepts.activations import Layers
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.errors import InputError, InputWarning, LayerError, NotFittedError, TargetError
 from captum_concepts.images import inputs_for
@@ -733,13 +732,3 @@ def test_images_from_anywhere(tmp_path):
     assert found.image_names == ["0.png", "1.png", "2.png"]
     torch.testing.assert_close(found.maps, expected.maps, equal_nan=True)
     torch.testing.assert_close(cefam.scores(source), cefam.scores(torch.stack(list(source))))
-
-
-def test_layers_are_resolved_once_per_call(monkeypatch):
-    calls = []
-    resolve = Layers.resolve.__func__
-    monkeypatch.setattr(Layers, "resolve", classmethod(lambda cls, *a, **k: calls.append(a) or resolve(cls, *a, **k)))
-    cefam = build("cnn", batch_size=2)
-    calls.clear()
-    cefam.explain(images(7), top_k=2)
-    assert len(calls) == 1

@@ -1,0 +1,30 @@
+"""The processes that torchrun starts: which of them this is, and the group that they form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def processes(device: str) -> Iterator[str]:
+    """Join the process group that torchrun describes, if it does; gives this process' device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
