@@ -27,7 +27,8 @@ fuzz: $(BIN)/.installed
 leaks: $(BIN)/.installed
 	CALLS=1000 $(TEST_ENV) $(BIN)/python -m pytest -s tests/contract/test_model_conditions.py -k piles
 
-# 40 places of each of attr, solvers, metrics and store are changed, one after the other: a test must fail (an hour).
+# 40 places of each of attr, solvers, metrics, store, vlm and concepts are changed, one after the other: a test must
+# fail (about an hour and a half).
 mutation: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet cosmic-ray
 	$(TEST_ENV) $(BIN)/python tools/mutation.py --sample 40
@@ -49,7 +50,7 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Minutes; `bench-full` an hour at most on 2 cores. Both end with benchmarks/results/README.md and its plots.
+# Minutes; `bench-full` about two hours on 2 cores. Both end with benchmarks/results/README.md and its plots.
 bench: $(BIN)/.installed-benchmark
 	$(BIN)/python -m benchmarks.run.suite
 

@@ -116,7 +116,7 @@ def fit_p_cbm(
 
     generator = torch.Generator().manual_seed(seed)
     count = max(1, min(examples, len(pooled) // 4))
-    rows, distances = [], []
+    rows = []
     for column in similarity.T:
         order = column.argsort(descending=True)
         rest = order[count:][torch.randperm(len(order) - count, generator=generator)[:count]]
@@ -124,10 +124,10 @@ def fit_p_cbm(
         machine = LinearSVC(C=strength, max_iter=10_000).fit(x.double().numpy(), y)
         vector = torch.as_tensor(machine.coef_[0]).float()
         rows.append(vector / vector.norm().clamp_min(1e-12))
-        distances.append(rows[-1] @ pooled.T)
-    raw = torch.stack(distances, 1)
+    weight = torch.stack(rows)
+    raw = pooled @ weight.T
     found = cubic_similarity(raw, similarity)
-    return LFCBM(torch.stack(rows), raw.mean(0), raw.std(0).clamp_min(1e-12), list(concepts), found)
+    return LFCBM(weight, raw.mean(0), raw.std(0).clamp_min(1e-12), list(concepts), found)
 
 
 @dataclass

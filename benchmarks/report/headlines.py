@@ -54,14 +54,13 @@ def _fam_quality(r: Record) -> list[Line]:
         ("few-shot, scenes, a vision transformer", "few-shot on scenes, a ViT"),
     ):
         rows = _part(r, title)
-        for method, name in (("FAM", "FAM"), ("FAM, refined", "FAM, `refine=True`")):
-            if method not in rows:
-                continue
-            others = {"captum LayerGradCam of the similarity": "captum LayerGradCam"} if method == "FAM" else {}
-            others |= {} if method == "FAM" else {"activation energy, refined": "refined activation energy"}
-            known = {key: row for key, row in rows.items() if method != "FAM" or "refined" not in key}
-            beside = _beside(known, "nra", {**others, **BLIND})
-            lines.append((f"{name}, {what}, NRA", bracketed(rows[method]["nra"]), beside))
+        for method, name, others in (
+            ("FAM", "FAM", {"captum LayerGradCam of the similarity": "captum LayerGradCam"}),
+            ("FAM, refined", "FAM, `refine=True`", {"activation energy, refined": "refined activation energy"}),
+        ):
+            if method in rows:
+                beside = _beside(rows, "nra", {**others, **BLIND})
+                lines.append((f"{name}, {what}, NRA", bracketed(rows[method]["nra"]), beside))
     return lines
 
 

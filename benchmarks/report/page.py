@@ -31,13 +31,15 @@ START, END = "<!-- benchmark-table -->", "<!-- /benchmark-table -->"
 HEAD = """# What was measured
 
 Made by `python -m benchmarks.report.page` from the JSON files beside it; none of the numbers is typed, and a test
-compares the two. `make bench` runs the short ones (minutes), `make bench-full` all of them (an hour on 2 cores); both
-end with this page. Each part states when, where and with which versions it was recorded; parts are recorded one by one,
-so these differ. A record knows the code it measured: where that has changed when the page is made, it is marked stale.
+compares the two. `make bench` runs the short ones (minutes), `make bench-full` all that `benchmarks/run/suite.py` lists
+(about two hours on 2 cores); both end with this page. Run by hand: SALF-CBM on Caltech-101, by grid and radius, and its
+epoch; the constants of the fused map; of the solver all but the peers; audits. Each part states when, where and with
+which versions it was recorded; parts are recorded one by one, so these differ. A record knows the code it measured:
+where that has changed when the page is made, it is marked stale.
 
 How to read the tables. Brackets are 95 % intervals, bootstrap over images unless a part says otherwise. **NRA** says
 how well a map finds its region without a threshold; its published baseline gives random maps about 0.15, the exact
-one about 0.05 (0 for a constant map; values below are cut off). **Specificity** is NRA less that of the image's other
+one 0.04 to 0.08 (0 for a constant map; values below are cut off). **Specificity** is NRA less that of the image's other
 concepts' maps on the same mask: 0 for any map that knows no concept. *Random*, *centre Gaussian* and
 *activation energy* know none: a map that is not above them has shown nothing, however good it looks. Rows in
 italics are maps made worse on purpose, exchanged between images or made

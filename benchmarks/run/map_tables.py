@@ -72,8 +72,12 @@ class Table:
         return {"title": self.title, "note": self.note, **more, "rows": self.rows}
 
 
-def interval(values: Tensor, groups: Tensor, *, resamples: int = 1000, seed: int = 0) -> list[float | None] | None:
-    """Mean of the defined values and its 95 % bootstrap interval, resampling groups (images); None without values."""
+def interval(
+    values: Tensor, groups: Tensor | None = None, *, resamples: int = 1000, seed: int = 0
+) -> list[float | None] | None:
+    """Mean of the defined values and its 95 % bootstrap interval, resampling groups (images; by default each value is
+    one of its own); None without values."""
+    groups = torch.arange(len(values)) if groups is None else groups
     kept = ~values.isnan()
     if not bool(kept.any()):
         return None

@@ -18,9 +18,9 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.data.scenes import trained
 from benchmarks.peers import maps as peers
 from benchmarks.record import environment, table, write
 from benchmarks.run.map_tables import interval, measure, pairs
@@ -56,22 +56,12 @@ def ground_labels(data: CaptionedScenes, scenes: Scene) -> Tensor:
     return torch.tensor([columns.index(int(g)) for g in scenes.ground])
 
 
-def trained(images: Tensor, labels: Tensor, classes: int, epochs: int) -> nn.Module:
+def trained_on(images: Tensor, labels: Tensor, classes: int, epochs: int) -> nn.Module:
     """The bundled classifier, with another head, trained on."""
     torch.manual_seed(SEED)
     net = demo.load("classifier").requires_grad_(True).train()
     net.fc = nn.Linear(net.fc.in_features, classes)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-    steps = epochs * (len(images) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images))[: len(images) // 64 * 64].split(64):
-            loss = F.cross_entropy(net(images[rows]), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return net.eval().requires_grad_(False)
+    return trained(net, images, labels, epochs, lr=2e-3, weight_decay=0.01).requires_grad_(False)
 
 
 @functools.cache
@@ -99,7 +89,7 @@ def evidence_rows(data: CaptionedScenes, nets: dict[str, Any]) -> list[dict[str,
             shared: dict[str, Any] = {"classes": name, "layer": layer, "accuracy": accuracy}
             if name == "grounds":
                 none = torch.tensor([float(one is None) for one in first])
-                rows.append({**shared, "class": "all", "images": len(first), "nothing claimed": spread(none)})
+                rows.append({**shared, "class": "all", "images": len(first), "nothing claimed": interval(none)})
                 continue
             right = [words[t] for t in truth.tolist()]
             hit = torch.tensor([float(one == word) for one, word in zip(first, right, strict=True)])
@@ -109,15 +99,11 @@ def evidence_rows(data: CaptionedScenes, nets: dict[str, Any]) -> list[dict[str,
                 own = torch.ones(len(hit), dtype=torch.bool) if of == "all" else truth == words.index(of)
                 rows.append({
                     **shared, "class": of, "images": int(own.sum()),
-                    "right texture claimed first": spread(hit[own]),
-                    "another claimed": spread(wrong[own]),
-                    "largest effect is the right one's": spread(most[own]),
+                    "right texture claimed first": interval(hit[own]),
+                    "another claimed": interval(wrong[own]),
+                    "largest effect is the right one's": interval(most[own]),
                 })  # fmt: skip
     return rows
-
-
-def spread(values: Tensor) -> Any:
-    return interval(values, torch.arange(len(values)))
 
 
 def presence_rows(net: nn.Module, data: CaptionedScenes, scenes: Scene) -> list[dict[str, Any]]:
@@ -132,8 +118,8 @@ def presence_rows(net: nn.Module, data: CaptionedScenes, scenes: Scene) -> list[
             other = constant[:, k].reshape(len(truth), -1).mean(1)
             rows.append({
                 "layer": layer, "penalty": lam, "texture": word, "shown": float(truth[:, k].mean()),
-                "Brier score": spread(score), "of the best constant": float(other.mean()),
-                "difference": spread(score - other),
+                "Brier score": interval(score), "of the best constant": float(other.mean()),
+                "difference": interval(score - other),
             })  # fmt: skip
     return rows
 
@@ -175,8 +161,8 @@ def main() -> None:
     scenes = CaptionedScenes(args.images, seed=SEED + 2, size=SIZE).stack()
     labels, asked = texture_labels(data, training), texture_labels(data, scenes)
     one, few = labels >= 0, asked >= 0
-    texture_net = trained(training.image[one], labels[one], len(textures(data)), args.epochs)
-    ground_net = trained(training.image, ground_labels(data, training), len(data.concept_groups["ground"]), 3)
+    texture_net = trained_on(training.image[one], labels[one], len(textures(data)), args.epochs)
+    ground_net = trained_on(training.image, ground_labels(data, training), len(data.concept_groups["ground"]), 3)
     print(f"trained in {time.perf_counter() - start:.0f} s", flush=True)
     nets = {
         "textures": (texture_net, scenes.image[few], asked[few]),

@@ -140,7 +140,7 @@ def main() -> None:
 def row(name: str, found: dict[str, Tensor], truth: Tensor, spent: dict[str, float]) -> dict[str, Any]:
     scores = {f"auroc_{kind}": auroc_interval(value, truth) for kind, value in found.items()}
     first = truth[torch.arange(len(truth)), found["magnitude"].argmax(1)].float()
-    return {"method": name, **scores, "largest_is_own": interval(first, torch.arange(len(truth))), **spent}
+    return {"method": name, **scores, "largest_is_own": interval(first), **spent}
 
 
 def _weights(cav: Any) -> Tensor:

@@ -110,7 +110,7 @@ def _own(module: Any, name: str, member: Any) -> bool:
 def names(page: str) -> str:
     """A table of the documented objects, each with a link to its source and the first paragraph of its docstring."""
     rows = ["| name | what it is |", "| --- | --- |"]
-    for name, thing in documented("\n".join(_DIRECTIVES.findall(page))):
+    for name, thing in dict(documented("\n".join(_DIRECTIVES.findall(page)))).items():
         described = inspect.isclass(thing) or inspect.isroutine(thing) or inspect.ismodule(thing)
         text = (
             (inspect.getdoc(thing) or "").split("\n\n")[0] if described else f"`{textwrap.shorten(repr(thing), 200)}`"

@@ -13,19 +13,24 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.record import environment, table, write
+from benchmarks.data.scenes import crops, trained
+from benchmarks.record import RESULTS, environment, table, write
 from benchmarks.run.ce_fam.scenes import network
-from captum_concepts import ConceptFusionMap, SpatialACV, audit_dataset, demo, fit_salf_cbm
+from benchmarks.run.salf_cbm.scenes import fit
+from captum_concepts import ConceptFusionMap, SpatialACV, audit_dataset, demo
 from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.demo.run import texture_guidance
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.vlm import RegionPrompt
 
@@ -103,21 +108,8 @@ def mark(images: Tensor) -> Tensor:
 def train(known: Split, epochs: int, seed: int) -> nn.Sequential:
     """A small convolutional network; cropped by up to 4 pixels at random, not mirrored."""
     torch.manual_seed(seed)
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-    steps = epochs * (len(known.images) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(known.images)).split(64):
-            if len(rows) < 64:
-                continue
-            dy, dx = torch.randint(-4, 5, (2,)).tolist()
-            loss = F.cross_entropy(model(known.images[rows].roll((dy, dx), (2, 3)) - 0.5), known.labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.requires_grad_(False).eval()
+    shifted = lambda x: x.roll(torch.randint(-4, 5, (2,)).tolist(), (2, 3)) - 0.5  # noqa: E731
+    return trained(network(), known.images, known.labels, epochs, augment=shifted).requires_grad_(False)
 
 
 class Shifted(nn.Module):
@@ -200,15 +192,17 @@ def words(model: nn.Module, layers: list[str], images: int) -> ConceptFusionMap:
 
 
 def vectors(model: nn.Module, layer: str, *, marked: bool) -> SpatialACV:
-    """From crops: of objects, of grounds, and of corners with the mark; each against the others."""
-    from captum_concepts.demo.run import _crops  # what the demo does
+    """From crops of objects and of grounds, tiles of textures, and corners with the mark; each against the others.
 
+    The negatives of :func:`texture_guidance` are for textures alone: they show shapes, colors and grounds.
+    """
     data = CaptionedScenes(300, seed=SEED + 1, size=SIZE)
     known = data.stack()
+    tiles, _ = texture_guidance(data)
     examples = {}
     for t, word in enumerate(data.concepts):
         if word not in data.concept_groups["ground"]:
-            examples[word] = _crops(known, t)
+            examples[word] = tiles[word] if word in tiles else crops(known, t)
             continue
         corners = [(y, x) for y in (0, 40) for x in (0, 40)]
         whole = [
@@ -284,16 +278,14 @@ def resampled(explainer: Any, known: Split, count: int, images: int) -> dict[str
     return {"audits": count, "without_suspects": none, "share": none / count, "found": [one for one in found if one]}
 
 
-def salf(model: nn.Module, layer: str, spurious: float) -> Any:
+def salf(model: nn.Module, spurious: float) -> Any:
     """A SALFCBM of the bundled network."""
     data = CaptionedScenes(400, seed=SEED + 2, size=SIZE, spurious=spurious)
     known = data.stack()
     with tempfile.TemporaryDirectory() as folder:
-        return fit_salf_cbm(
-            model, layer, (known.image, known.label), demo.load("clip"), data.concepts, 6, store_path=folder,
-            prompt=RegionPrompt("circle", (7, 7)), class_names=data.classes, presence_cutoff=None,
-            interpretability_cutoff=None, nonzeros_per_class=10, bottleneck={"max_epochs": 40}, prompt_batch_size=98,
-            batch_size=80,
+        return fit(
+            Path(folder), "scenes", model, known, data.concepts, RegionPrompt("circle", (7, 7)),
+            class_names=data.classes, nonzeros_per_class=10, bottleneck={"max_epochs": 40},
         )  # fmt: skip
 
 
@@ -316,7 +308,7 @@ def case(name: str, args: argparse.Namespace) -> dict[str, Any]:
     entry: dict[str, Any] = {"pairs": own}
     for which, model in zip(("biased", "unbiased"), models, strict=True):
         if method == "salf":
-            explainer = salf(model, "layer4", 0.9 if which == "biased" else 0.0)
+            explainer = salf(model, 0.9 if which == "biased" else 0.0)
         elif method == "sacv":
             explainer = vectors(model, "layer3" if bundled else "net.8", marked=marked)
         else:
@@ -346,10 +338,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     args = parser.parse_args()
-    record: dict[str, Any] = {"arguments": vars(args), "cases": {}}
-    for name in args.cases:
-        record["cases"][name] = case(name, args)
-        record["environment"] = environment("open-clip-torch")
+    path = RESULTS / "audit_shortcuts.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"cases": {}}
+    arguments = {key: value for key, value in vars(args).items() if key != "cases"}
+    for name in args.cases:  # one that is recorded again takes its old place
+        found = case(name, args)
+        record["cases"][name] = {"environment": environment("open-clip-torch"), "arguments": arguments, **found}
         write("audit_shortcuts", record)
     rows = [
         [name, f"{one['biased']['planted_found']} of {one['biased']['planted']}", one["biased"]["precision"],

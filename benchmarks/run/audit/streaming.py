@@ -10,6 +10,7 @@ in the middle and started again, and two processes, must leave the same bytes as
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import signal
@@ -24,10 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.record import environment, table, write
+from benchmarks.record import environment, sources, table, write
 
 SIDE = 24
 METHODS = ["SpatialACV", "SALFCBM", "DiscoveredConcepts", "ConceptFusionMap"]
+#: Sources of all processes that were measured; this one imports none of them.
+MEASURED: dict[str, str] = {}
 
 
 class Spots(Dataset[tuple[Tensor, int]]):
@@ -86,7 +89,7 @@ def explainer(method: str) -> Any:
 
 
 def child(args: argparse.Namespace) -> None:
-    """One audit, or one pass of explain, in this process; prints seconds an image and peak memory in MB."""
+    """One audit, or one pass of explain, in this process; prints seconds an image, peak memory in MB and sources."""
     from captum_concepts import audit_dataset
     from captum_concepts.images import batches, inputs_for
 
@@ -107,7 +110,8 @@ def child(args: argparse.Namespace) -> None:
         audit = audit_dataset(method, data, labels=labels, n_bootstrap=args.bootstrap, store_path=folder / "parts")
         audit.save(Path(args.folder) / f"audit{args.rank}.safetensors")
     spent = (time.process_time() - start) / args.images
-    print("RESULT", spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("RESULT", json.dumps([spent, peak, sources()]), flush=True)
     if args.world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -121,12 +125,14 @@ def start(method: str, what: str, images: int, folder: str, **options: Any) -> s
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[float, float]:
-    """Seconds an image and peak memory."""
+    """Seconds an image and peak memory; what the process imported is added to ``MEASURED``."""
     said, _ = process.communicate()
     line = next((line for line in said.splitlines() if line.startswith("RESULT")), "")
     if process.returncode or not line:
         raise SystemExit(f"a process failed: {said[-2000:]}")
-    return float(line.split()[1]), float(line.split()[2])
+    spent, peak, imported = json.loads(line.removeprefix("RESULT"))
+    MEASURED.update(imported)
+    return spent, peak
 
 
 def same_bytes(images: int) -> dict[str, bool]:
@@ -197,9 +203,7 @@ def main() -> None:
     record["memory"] = memory
     record["same_bytes"] = same_bytes(1500)
     print(record["same_bytes"])
-    from captum_concepts import audit_dataset  # noqa: F401  (what was measured)
-
-    record["environment"] = environment()
+    record["environment"] = {**environment(), "sources": dict(sorted(MEASURED.items()))}
     write("audit_streaming", record)
 
 

@@ -19,8 +19,10 @@ does. "Published training" is the authors' recipe (SGD, published similarity los
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import random
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 from benchmarks.data.photographs import Files, real_models
 from benchmarks.data.published import TOP_1, TOP_4
 from benchmarks.record import RESULTS, environment, table, write
+from benchmarks.report import renderers
 from captum_concepts import demo, published
 from captum_concepts.activations import Layers, gradients_enabled, spatial_activations
 from captum_concepts.attr.concept_fusion import ConceptFusionMap
@@ -178,6 +181,8 @@ def task(
     """Both fits, of the same rows; kept in the cache folder."""
     kind = name.split("_", 1)[0]  # both halves share everything
     folder = args.cache or Path(tempfile.mkdtemp())
+    if not args.cache:  # the rows are read until the end
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rows = folder / f"{kind}-{len(training)}"
     common: dict[str, Any] = {"cache_dir": rows, "crops": args.crops}
     recipe = {**published.CONCEPT_FUSION_FIT["training"], "epochs": args.epochs}
@@ -399,8 +404,7 @@ def main() -> None:
     protocols = {name: protocol for name, (protocol, _) in made.items()}
     generator = torch.Generator().manual_seed(0)
     rows: dict[str, dict[str, list[list[float]]]] = {}
-    compared = {"fused": "fused", "published map, top-1": "published map, top-1", "random": "random"}
-    drops: dict[str, list[list[float]]] = {name: [] for name in compared}
+    drops: dict[str, list[list[float]]] = {name: [] for name in ("fused", "published map, top-1", "random")}
     shown: list[Any] = []
     for image, present in task.images:
         names = list(present)
@@ -435,8 +439,8 @@ def main() -> None:
             into["specificity"].append(own[~own.isnan()].tolist())
             into["epg"].append(epg(value, masks)[0].tolist())
             into["hit_rate"].append((authors > 0.5).float().tolist())
-        for name, of in compared.items():
-            drops[name].append(deleted(task.fused, image, maps[of], columns, generator))
+        for name, dropped in drops.items():
+            dropped.append(deleted(task.fused, image, maps[name], columns, generator))
         if len(shown) < 4 and len(names) > 1:
             one = len(shown) % len(names)  # another concept of the list each time
             shown.append(
@@ -460,29 +464,9 @@ def main() -> None:
 def keep(name: str, record: dict[str, Any]) -> None:
     """Write the record and its page."""
     write(f"concept_regions_{name}", record)
-    report = markdown(name, record)
+    report = "\n".join([f"# Concept regions, {name}", "", str(record["data"]), "", *renderers.regions(record)])
     (RESULTS / f"concept_regions_{name}.md").write_text(report)
     print(report)
-
-
-def markdown(name: str, record: dict[str, Any]) -> str:
-    """The record as a page."""
-
-    def shown(value: Any) -> str:
-        if isinstance(value, list):
-            return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
-        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    rows = [[method, *map(shown, row.values())] for method, row in record["rows"].items()]
-    keys = list(record["words"][0])
-    said = [[shown(row.get(key)) for key in keys] for row in record["words"]]
-    cut = [[method, shown(value)] for method, value in record["deletion"].items()]
-    head = ["method", "protocol", "NRA", "NRA, the authors' grid", "NRA exact", "specificity", "EPG", "hit rate"]
-    return (
-        f"# Concept regions, {name}\n\n{record['data']}\n\n{table(head, rows)}\n\n"
-        f"Drop of the concept's logit when the fifth of the pixels its map ranks highest becomes the mean color:\n\n"
-        f"{table(['region deleted', 'drop'], cut)}\n\nIs the word there?\n\n{table(keys, said)}\n"
-    )
 
 
 def deleted(

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.data.scenes import trained
 from benchmarks.record import RESULTS, environment, table, write
 from captum_concepts.activations import capture
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
@@ -39,23 +39,10 @@ def network() -> nn.Sequential:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Sequential:
+    """The network, from batches that are mirrored at random."""
     torch.manual_seed(seed)
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-    steps = epochs * (len(images) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images)).split(64):
-            if len(rows) < 64:
-                continue
-            x = images[rows]
-            x = x.flip(3) if torch.rand(()) < 0.5 else x
-            loss = F.cross_entropy(model(x - 0.5), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+    mirrored = lambda x: (x.flip(3) if torch.rand(()) < 0.5 else x) - 0.5  # noqa: E731
+    return trained(network(), images, labels, epochs, augment=mirrored)
 
 
 def explainer(model: nn.Module, scenes: Any, words: list[str], **options: Any) -> ConceptFusionMap:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.data.salf_cbm import scenes
-from benchmarks.record import RESULTS, ROOT, environment, write
+from benchmarks.record import RESULTS, ROOT, environment, table, write
+from benchmarks.report.cells import bracketed
 from benchmarks.run.map_tables import interval
 from captum_concepts import ConceptFusionMap, SpatialACV, demo, fit_salf_cbm, metrics, published
 from captum_concepts.datasets import CaptionedScenes
@@ -40,7 +41,7 @@ def row(method: str, option: str, default: str, paper: str, measure: str, ours: 
     found: Row = {"method": method, "option": option, "default": default, "paper": paper, "measure": measure}
     ours, theirs = ours.float(), theirs.float()
     for name, values in (("ours", ours), ("published", theirs), ("difference", ours - theirs)):
-        found[name] = interval(values, torch.arange(len(values)))
+        found[name] = interval(values)
     print({k: [round(x, 3) for x in v] if isinstance(v, list) else v for k, v in found.items()}, flush=True)
     return found
 
@@ -172,20 +173,15 @@ def of_metrics(_train: Any, test: Any, _data: Any) -> list[Row]:
 PARTS = {"ce-fam": ce_fam, "sacv": sacv, "salf-cbm": salf_cbm, "metrics": of_metrics}
 
 
-def cell(value: list[float]) -> str:
-    """Mean and interval."""
-    mean, low, high = (round(v, 2) + 0.0 for v in value)  # no -0.00
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def markdown(record: dict[str, Any]) -> str:
     """The table of the page."""
-    lines = ["| method | option | default | paper | measured | default | paper | difference |", "|" + " --- |" * 8]
+    rows = []
     for part in PARTS:
         for r in record["parts"][part]["tables"][0]["rows"] if part in record["parts"] else ():
-            cells = [r["method"], f"`{r['option']}`", r["default"], r["paper"], r["measure"]]
-            lines.append("| " + " | ".join([*cells, *(cell(r[k]) for k in ("ours", "published", "difference"))]) + " |")
-    return "\n".join(lines) + "\n"
+            values = [bracketed(r[k]) for k in ("ours", "published", "difference")]
+            rows.append([r["method"], f"`{r['option']}`", r["default"], r["paper"], r["measure"], *values])
+    head = ["method", "option", "default", "paper", "measured", "default", "paper", "difference"]
+    return f"{table(head, rows)}\n"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -119,16 +119,16 @@ def concept_explainers(
     column = torch.tensor([unique.index(word) for word in words])
     fit: dict[str, Any] = {"image_size": args.size}
 
-    def cache(name: str) -> Path | None:
-        return None if args.cache is None else args.cache / name
+    def cache(layers: list[str]) -> Path | None:  # both fits have the same rows where they have the same layers
+        return None if args.cache is None else args.cache / "-".join(layers)
 
     recipe = published.CONCEPT_FUSION_FIT
     as_published = ConceptFusionMap(model, own, **published.CONCEPT_FUSION_MAP).fit(
         probe, encoder, unique, **{**recipe, "training": {**recipe["training"], "epochs": args.epochs}},
-        cache_dir=cache("published"), **fit,
+        cache_dir=cache(own), **fit,
     )  # fmt: skip
     fused = ConceptFusionMap(model, args.layers, map_layer="fused").fit(
-        probe, encoder, unique, cache_dir=cache("fused"), **fit
+        probe, encoder, unique, cache_dir=cache(args.layers), **fit
     )
 
     def read_as(cefam: ConceptFusionMap) -> Explainer:
@@ -306,7 +306,7 @@ def _segmentation_row(name: str, counts: Tensor, precision: Tensor) -> Row:
     ends = torch.tensor([0.025, 0.975], dtype=counts.dtype)
     for key, value, others in zip(("pixel_accuracy", "mean_iou"), whole, drawn, strict=True):
         row[key] = [float(value), *torch.quantile(others, ends).tolist()]
-    row["average_precision"] = interval(precision, torch.arange(len(precision)))
+    row["average_precision"] = interval(precision)
     return row
 
 

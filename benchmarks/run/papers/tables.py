@@ -137,7 +137,7 @@ def _effective_row(name: str, seen: Any, labels: tuple[Tensor, Tensor], classes:
 
 
 def _accuracy_row(method: str, head: str, hits: Tensor, name: str, **more: Any) -> Row:
-    return {"method": method, "head": head, **more, name: interval(hits.float(), torch.arange(len(hits)))}
+    return {"method": method, "head": head, **more, name: interval(hits.float())}
 
 
 class _Concepts(nn.Module):
