@@ -427,7 +427,7 @@ COLUMNS += [
         "discover_concepts",
         "any images",
         lambda x, _: discover_concepts(net(), "last", x, n_concepts=2).explain(IMAGES).maps,
-        {**STREAMS, **ANY_SIZE, "doubles": refused("float64")},
+        {**STREAMS, **ANY_SIZE},
     ),
     Column(
         "audit_dataset",

@@ -57,13 +57,19 @@ class Encoder:
 
 
 def steps(call: Callable[[], Any], at: int = -1) -> int:
-    """Run ``call``, raise at one of its steps, and count them."""
+    """Run ``call``, raise at one of its steps, or soon after, and count them.
+
+    Not at a return, whose frame would be missing in the traceback, and not where contextlib handles StopIteration,
+    which Python 3.11 would go on to handle for ever: a signal arrives at neither.
+    """
     count = 0
 
-    def trace(_frame: Any, _event: str, _arg: Any) -> Any:
-        nonlocal count
+    def trace(_frame: Any, event: str, _arg: Any) -> Any:
+        nonlocal count, at
         count += 1
-        if count == at:
+        if count == at and (event == "return" or isinstance(sys.exc_info()[1], StopIteration)):
+            at += 1
+        elif count == at:
             sys.settrace(None)
             raise Interrupt
         return trace
