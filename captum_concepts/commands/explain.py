@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from captum_concepts.commands.image_files import each_image, folder_labels
 from captum_concepts.commands.outputs import check_folder, check_outputs, html
 from captum_concepts.commands.report import facts, open_report, read_index
 from captum_concepts.commands.settings import ExplainerSettings
-from captum_concepts.errors import InputError, printable, shortened
+from captum_concepts.errors import InputError, InputWarning, printable, shortened
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import Photograph, find_images, load_photograph, names_of
 from captum_concepts.images.files import EXPLAINED
@@ -89,7 +90,9 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
             source = loaded.open(list(files.values()))
             for name, image in each_image(source, failed):
                 path = files[name]
-                photograph = load_photograph(path, source.reading)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", InputWarning)  # said when the image was read
+                    photograph = load_photograph(path, source.reading)
                 inputs = loaded.prepare(image[None]).to(settings.device)
                 explanation = explainer.explain(inputs, settings.top_k).to("cpu")
                 entry: dict[str, Any] = {"image": str(path), "seen": [round(v, 1) for v in photograph.seen]}
