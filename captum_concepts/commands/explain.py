@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -88,6 +89,8 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                 stack.push(page)
             progress = stack.enter_context(tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None))
             source = loaded.open(list(files.values()))
+            gc.freeze()  # figures make much garbage, and the collector would walk through all that is loaded for it
+            stack.callback(gc.unfreeze)
             for name, image in each_image(source, failed):
                 path = files[name]
                 with warnings.catch_warnings():
