@@ -219,9 +219,14 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
         for images in (a for a in arguments if isinstance(a, Tensor) and a.ndim == 4 and a.is_floating_point()):
             found = _CHANNELS.search(said)
             if found and int(found[2]) == images.shape[1]:
+                hint = "choose some, as in inputs[:, :3], or move the channels to the front"
+                if images.shape[1] == 1:
+                    hint = f"repeat the channel, as in inputs.expand(-1, {found[1]}, -1, -1)"
+                elif images.shape[1] < int(found[1]):  # files are read as RGB
+                    hint = f"files with more bands: images.inputs_for(model, files, bands=range({found[1]}))"
                 raise InputError(
                     f"inputs of shape {tuple(images.shape)} have {found[2]} channels, (N, C, H, W), where the model "
-                    f"takes {found[1]}; choose some, as in inputs[:, :3], or move the channels to the front"
+                    f"takes {found[1]}; {hint}"
                 ) from error
             parameters = [p for part in parts or () for p in part.parameters(recurse=False) if p.is_floating_point()]
             devices = {p.device for p in parameters}

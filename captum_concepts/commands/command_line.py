@@ -169,6 +169,12 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     parser.add_argument("--weights", help="local .safetensors or .pt file, or 'pretrained' (downloads)")
     parser.add_argument("--num-classes", type=int, help="outputs of the model, if the weights have another number")
     parser.add_argument("--size", type=int, help="side of the input in pixels (default: the model's own)")
+    parser.add_argument(
+        "--resize",
+        choices=("crop", "squash", "pad"),
+        help="how a photograph becomes the square input: crop its center, squash it, or pad it (default: the model's "
+        "own, mostly crop)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
 
@@ -305,7 +311,7 @@ def _report(options: dict[str, Any], as_json: bool) -> Outcome:
         from captum_concepts.images import read_words
 
         names = None if options["classes"] is None else read_words(options["classes"])
-        kept = {key: options[key] for key in ("report", "images", "title", "model", "size", "top_k")}
+        kept = {key: options[key] for key in ("report", "images", "title", "model", "size", "resize", "top_k")}
         made = report_saved(SavedSettings(saved, class_names=names, **kept))
         done = made["explained"]
     unsaved = made.get("unsaved")

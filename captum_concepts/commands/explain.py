@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,9 +25,9 @@ from captum_concepts.commands.image_files import each_image, folder_labels
 from captum_concepts.commands.outputs import check_folder, check_outputs, html
 from captum_concepts.commands.report import facts, open_report, read_index
 from captum_concepts.commands.settings import ExplainerSettings
-from captum_concepts.errors import InputError, printable, shortened
+from captum_concepts.errors import InputError, InputWarning, printable, shortened
 from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.images import find_images, names_of
+from captum_concepts.images import Photograph, find_images, load_photograph, names_of
 from captum_concepts.images.files import EXPLAINED
 from captum_concepts.store import FolderLock
 
@@ -75,7 +77,8 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     failed: list[dict[str, str]] = []
     explainer = build_explainer(settings, loaded, failed)
     summary: dict[str, Any] = {"model": settings.model, "method": explainer.name, "layer": explainer.layer}
-    summary |= {"size": loaded.size, "classes": list(explainer.class_names or []), "explained": [], "failed": failed}
+    summary |= {"size": loaded.size, "resize": loaded.preprocessing.resize}
+    summary |= {"classes": list(explainer.class_names or []), "explained": [], "failed": failed}
     truths = dict(zip(paths, folder_labels(paths, explainer.class_names) or [None] * len(paths), strict=True))
     try:
         with ExitStack() as stack:
@@ -85,22 +88,31 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                 page = open_report(settings, explainer.class_names, facts(settings, loaded, explainer), failed)
                 stack.push(page)
             progress = stack.enter_context(tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None))
-            for name, image in each_image(loaded.open(list(files.values())), failed):
+            source = loaded.open(list(files.values()))
+            gc.freeze()  # figures make much garbage, and the collector would walk through all that is loaded for it
+            stack.callback(gc.unfreeze)
+            for name, image in each_image(source, failed):
                 path = files[name]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", InputWarning)  # said when the image was read
+                    photograph = load_photograph(path, source.reading)
                 inputs = loaded.prepare(image[None]).to(settings.device)
                 explanation = explainer.explain(inputs, settings.top_k).to("cpu")
-                entry = {"image": str(path), **_entry(explanation, explainer.class_names)}
+                entry: dict[str, Any] = {"image": str(path), "seen": [round(v, 1) for v in photograph.seen]}
+                entry |= _entry(explanation, explainer.class_names)
                 if folder is not None:
                     stem = folder.stem(path)
                     entry["picture"] = f"{stem}.png"
-                    _draw(image, explanation, folder.path / entry["picture"], name, explainer)
+                    _draw(photograph, explanation, folder.path / entry["picture"], name, explainer)
                     if settings.save:
                         entry |= {"explanation": f"{stem}.safetensors", "input": f"{stem}.input.png"}
                         explanation.save(folder.path / entry["explanation"])
-                        write_atomically(folder.path / entry["input"], _png(image))
+                        write_atomically(folder.path / entry["input"], _png(photograph.picture))
+                        entry |= {} if photograph.crop is None else {"crop": list(photograph.crop)}
                         entry["significant"] = explainer.significant(explanation)
                 if page is not None:
-                    page.add(image[None], explanation, name, explainer.significant(explanation), truths[path])
+                    flags = explainer.significant(explanation)
+                    page.add(photograph.picture, explanation, name, flags, truths[path], photograph.crop)
                 summary["explained"].append(entry)
                 progress.update()
     except OSError as error:  # a full disk: what was found out is printed
@@ -135,8 +147,8 @@ class PictureFolder:
         self._lock.__enter__()
         try:
             self._earlier = read_index(self.path) if os.path.lexists(self.path / EXPLAINED) else {}
-            for key in ("model", "method", "layer", "size", "classes") if self._earlier else ():
-                if self._earlier[key] != self._summary[key]:
+            for key in ("model", "method", "layer", "size", "resize", "classes") if self._earlier else ():
+                if self._earlier.get(key, self._summary[key]) != self._summary[key]:
                     raise InputError(
                         f"{printable(self.path)} holds explanations of another run ({key}: "
                         f"{shortened(self._earlier[key])}, not {shortened(self._summary[key])}); give another folder"
@@ -196,7 +208,7 @@ def _files(stem: str) -> set[str]:
 
 
 def _png(image: Tensor) -> bytes:
-    """What the model saw, for a report that is made later."""
+    """The photograph as it is drawn, for a report that is made later."""
     from PIL import Image
 
     pixels = (image.clamp(0, 1) * 255).round().byte()
@@ -231,9 +243,9 @@ def _number(value: Tensor) -> float | None:
     return round(number, 6) if math.isfinite(number) else None
 
 
-def _draw(image: Tensor, explanation: ConceptExplanation, path: Path, title: str, explainer: Explainer) -> None:
+def _draw(shown: Photograph, explanation: ConceptExplanation, path: Path, title: str, explainer: Explainer) -> None:
     from captum_concepts.visualization import panel, save_figure
 
-    flags, names = explainer.significant(explanation), explainer.class_names
+    options: dict[str, Any] = {"significant": explainer.significant(explanation), "class_names": explainer.class_names}
     k = len(explanation.concepts)
-    save_figure(panel(explanation, image[None], top_k=k, title=title, class_names=names, significant=flags), path)
+    save_figure(panel(explanation, shown.picture, top_k=k, title=title, crop=shown.crop, **options), path)

@@ -30,6 +30,7 @@ from captum_concepts.commands.models import load_encoder, load_model, to_device
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.images import read_json, read_words
+from captum_concepts.images.pixels import RESIZES
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.vlm import regions_from_dict
 
@@ -63,6 +64,7 @@ _OWN = (
     "weights",
     "layer",
     "size",
+    "resize",
     "num_classes",
     "encoder_weights",
     "val",
@@ -82,6 +84,7 @@ _TYPES = {
     **dict.fromkeys(("weights", "layer", "encoder_weights"), nothing_or(text())),
     **dict.fromkeys(("clean", "skip_unreadable"), nothing_or(flag)),
     "size": nothing_or(integer(1, 4096)),
+    "resize": nothing_or(text(*RESIZES)),
     "num_classes": nothing_or(integer(1, 1_000_000)),
     "templates": nothing_or(either(text(), _WORDS)),
     "filter": nothing_or(
@@ -113,7 +116,7 @@ the configuration is JSON; relative paths are relative to the folder the command
 
 {json.dumps(EXAMPLE, indent=2)}
 
-  model, weights, layer, size, num_classes, encoder, encoder_weights, device: as the options of explain
+  model, weights, layer, size, resize, num_classes, encoder, encoder_weights, device: as the options of explain
   train, val: a folder with one folder of images a class, or demo:scenes:N (the bundled synthetic scenes)
   concepts: a list, a file (one a line, or JSON), or "classes" for "An image of a CLASS"
   templates: texts with {{}} for the concept; clean: true drops near duplicates;
@@ -166,7 +169,11 @@ def fit_arguments(
     """
     skipped: list[dict[str, str]] = []
     loaded = load_model(
-        config["model"], weights=config.get("weights"), size=config.get("size"), num_classes=config.get("num_classes")
+        config["model"],
+        weights=config.get("weights"),
+        size=config.get("size"),
+        resize=config.get("resize"),
+        num_classes=config.get("num_classes"),
     )
     to_device(loaded.model, device)
     encoder = load_encoder(config["encoder"], config.get("encoder_weights"))

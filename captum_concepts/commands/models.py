@@ -68,6 +68,7 @@ def load_model(
     *,
     weights: str | None = None,
     size: int | None = None,
+    resize: str | None = None,
     num_classes: int | None = None,
     random_weights: bool = False,
 ) -> LoadedModel:
@@ -80,6 +81,7 @@ def load_model(
         weights: for torchvision and timm names: a local ``.safetensors`` or ``.pt`` file, or ``"pretrained"``, which
             downloads them.
         size: input side; None takes the model's own, by its library's metadata, or 224.
+        resize: how a photograph becomes that square: ``"crop"``, ``"squash"`` or ``"pad"``; None: the model's own.
         num_classes: outputs of the model, where the weights have another number than the name.
         random_weights: a zoo's model without ``weights`` gets random ones, instead of being refused.
 
@@ -94,6 +96,8 @@ def load_model(
     else:
         loaded = _from_zoo(name, weights, num_classes, random_weights)
     preprocessing = loaded.preprocessing if size is None else replace(loaded.preprocessing, size=checked_size(size))
+    if resize is not None:  # what is squashed or padded is asked for whole
+        preprocessing = replace(preprocessing, resize=resize, crop=preprocessing.crop if resize == "crop" else 1.0)
     loaded = replace(loaded, model=loaded.model.eval().requires_grad_(False), preprocessing=preprocessing)
     if ".py:" in name:
         image = loaded.empty()

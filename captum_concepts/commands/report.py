@@ -33,6 +33,7 @@ from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputErro
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import find_images, load_image
 from captum_concepts.images.files import EXPLAINED
+from captum_concepts.images.pixels import RESIZES
 from captum_concepts.store.manifest import fingerprint_module
 from captum_concepts.visualization import ReportWriter
 
@@ -45,7 +46,7 @@ class SavedSettings:
         explanations: the output folder of ``explain --save``, or a file of ``ConceptExplanation.save``.
         report: the HTML file.
         images: the images of such a file, in its order; of a folder: images outside of it that may be read.
-        title, model, class_names, size: instead of what the folder says.
+        title, model, class_names, size, resize: instead of what the folder says.
         top_k: concepts shown an image.
     """
 
@@ -56,6 +57,7 @@ class SavedSettings:
     model: str | None = None
     class_names: Sequence[str] | None = None
     size: int | None = None
+    resize: str | None = None
     top_k: int = 8
 
 
@@ -70,17 +72,18 @@ class OpenReport:
 
     def add(
         self,
-        image: Tensor,
+        picture: Tensor,
         explanation: ConceptExplanation,
         title: str,
         significant: Any = None,
         label: str | None = None,
+        crop: Any = None,
     ) -> None:
         """One image; maps with NaN are said on stderr and left uncoloured."""
         flags = None if significant is None else torch.tensor(significant)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", InputWarning)
-            self._writer.add(explanation, image, name=title, label=label, significant=flags)
+            self._writer.add(explanation, picture, name=title, label=label, significant=flags, crop=crop)
         for one in said:
             print(f"warning: {title}: {one.message}", file=sys.stderr)
 
@@ -148,9 +151,13 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
         if not entries:
             raise InputError(f"{source / EXPLAINED} names no saved explanations; run 'explain' with --save")
         names = settings.class_names or summary.get("classes") or None
-        shown: dict[str, Any] = {key: summary[key] for key in ("model", "method", "layer", "size") if key in summary}
+        shown: dict[str, Any] = {
+            key: summary[key] for key in ("model", "method", "layer", "size", "resize") if key in summary
+        }
         settings = replace(settings, model=settings.model or str(summary.get("model", "the model")))
-        settings = replace(settings, size=settings.size or shown.get("size"))
+        settings = replace(
+            settings, size=settings.size or shown.get("size"), resize=settings.resize or shown.get("resize")
+        )
     else:
         whole = ConceptExplanation.load(source) if source.is_file() else None
         if whole is None:
@@ -172,27 +179,26 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
                 explanation = entry["explanation"]
                 if isinstance(explanation, str):
                     explanation = ConceptExplanation.load(_inside(source, explanation))
-                image = _pixels(entry, source, paths, settings.size)
-                page.add(
-                    image[None], explanation, printable(Path(entry["image"]).name), entry.get("significant"), truth
-                )
+                picture = _picture(entry, source, paths, settings.size, settings.resize or "crop")
+                name = printable(Path(entry["image"]).name)
+                page.add(picture, explanation, name, entry.get("significant"), truth, entry.get("crop"))
             except (CaptumConceptsError, FileNotFoundError) as error:
                 failed.append({"image": printable(entry["image"]), "reason": str(error)})
         done = len(page)
     return {"report": settings.report, "explained": done, "failed": failed}
 
 
-def _pixels(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size: int | None) -> Tensor:
-    """What the model saw of an image: as it was kept, or read again from where it was."""
+def _picture(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size: int | None, resize: str) -> Tensor:
+    """The photograph as it was kept, or what the model saw of it, read again from where it was."""
     if "input" in entry:
         return load_image(_inside(folder, entry["input"]))
     path, size = Path(entry.get("path", entry["image"])), None if size is None else min(size, 2048)
     named = [one for one in given if one == path or one.resolve() == path.resolve()]
     named = named or [one for one in given if one.name == path.name]
     if len(named) == 1:
-        return load_image(named[0], size)
+        return load_image(named[0], size, resize=resize)
     if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
-        return load_image(path, size)
+        return load_image(path, size, resize=resize)
     raise InputError(f"{printable(path)} is not in {folder}; to have it read, name it: report IMAGE --explanations DIR")
 
 
@@ -208,12 +214,13 @@ _NUMBERS = mapping_of(nothing_or(number()))
 _FIELDS = {
     "path": text(), "picture": text(), "explanation": text(), "input": text(), "top": _NUMBERS, "presence": _NUMBERS,
     "contributions": _NUMBERS, "target": either(integer(), text()), "target_probability": nothing_or(number()),
-    "significant": nothing_or(list_of(flag)),
+    "significant": nothing_or(list_of(flag)), **dict.fromkeys(("seen", "crop"), list_of(number(), length=4)),
 }  # fmt: skip
 _INDEX = table(
     {"explained": list_of(table({"image": text()}, _FIELDS))},
     {
-        "model": text(), "method": text(), "layer": text(), "size": integer(1, 10_000), "classes": list_of(text()),
+        "model": text(), "method": text(), "layer": text(), "size": integer(1, 10_000), "resize": text(*RESIZES),
+        "classes": list_of(text()),
         "failed": list_of(table({"image": text(), "reason": text()})), "begun": mapping_of(text()), "unsaved": text(),
     },
 )  # fmt: skip

@@ -15,6 +15,7 @@ class ModelSettings:
     model: str
     weights: str | None = None
     size: int | None = None
+    resize: str | None = None
     num_classes: int | None = None
     batch_size: int = 8
     device: str = "cpu"
@@ -31,7 +32,9 @@ class ModelSettings:
         Raises:
             InputError: no such model, weights that do not fit it, or no such device.
         """
-        loaded = load_model(self.model, weights=self.weights, size=self.size, num_classes=self.num_classes)
+        loaded = load_model(
+            self.model, weights=self.weights, size=self.size, resize=self.resize, num_classes=self.num_classes
+        )
         to_device(loaded.model, self.device)
         return loaded
 

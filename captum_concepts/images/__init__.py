@@ -3,9 +3,11 @@
 from captum_concepts.images.files import (
     IMAGE_FORMATS,
     IMAGE_SUFFIXES,
+    Photograph,
     class_folders,
     find_images,
     load_image,
+    load_photograph,
     names_of,
     opened_image,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "Batch",
     "ImageSource",
+    "Photograph",
     "Placement",
     "Preprocessing",
     "Reading",
@@ -48,6 +51,7 @@ __all__ = [
     "inputs_for",
     "known_labels",
     "load_image",
+    "load_photograph",
     "names_of",
     "open_images",
     "opened_image",

@@ -7,13 +7,14 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, printable, shortened
-from captum_concepts.images.pixels import Reading
+from captum_concepts.images.pixels import Reading, orientation, placement, turned
 
 #: Files with these endings are images when a folder is searched; a file that is named itself may have any ending.
 IMAGE_SUFFIXES = (
@@ -280,6 +281,69 @@ def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None 
         (torch.Size([3, 16, 16]), 0.5)
     """
     return read_image(path, Reading(size=size, **options))
+
+
+class Photograph(NamedTuple):
+    """A whole photograph to be drawn, and the part of it that a model saw.
+
+    Args:
+        picture: ``(C, h, w)`` in [0, 1], upright; padded like the model's input if that is padded.
+        seen: ``(x0, y0, x1, y1)``, the part that the model saw, in pixels of the upright photograph.
+        crop: the same in pixels of ``picture``, for ``panel(crop=)``; None if the model saw all of it.
+    """
+
+    picture: Tensor
+    seen: tuple[float, float, float, float]
+    crop: tuple[float, float, float, float] | None
+
+
+def load_photograph(path: str | os.PathLike[str], reading: Reading, longest: int = 512) -> Photograph:
+    """The whole photograph of which a model saw what ``reading`` shows it.
+
+    Args:
+        path: the file.
+        reading: how the model's input was read: ``open_images(...).reading``.
+        longest: its longer side in pixels at most; smaller photographs keep their size.
+
+    Raises:
+        InputError: see :func:`load_image`; or ``reading`` has a transform, which does not say what it cuts off.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> path = Path(tempfile.mkdtemp()) / "wide.jpg"
+        >>> Image.new("RGB", (1200, 800)).save(path)
+        >>> photograph = load_photograph(path, Reading(224), longest=600)
+        >>> photograph.picture.shape, photograph.seen, photograph.crop
+        (torch.Size([3, 400, 600]), (200.0, 0.0, 1000.0, 800.0), (100.0, 0.0, 500.0, 400.0))
+    """
+    if reading.transform is not None:
+        raise InputError("a transform does not say which part of the photograph it shows; pass size= and resize=")
+    with opened_image(path) as image:
+        width, height = image.size
+        scale = min(longest / max(width, height), 1.0)
+        drafted = image.draft(None, (round(width * scale), round(height * scale)))  # JPEG: decodes fewer pixels
+        turn = orientation(image)
+        if drafted is None:
+            width, height = image.size  # Pillow has turned TIFF files
+        if turn >= 5:
+            width, height = height, width
+        size = (max(round(height * scale), 1), max(round(width * scale), 1))
+        image.info.setdefault("stored_as", image.format)
+        shown = replace(reading, size=size, resize="squash", crop=1.0, normalize=None)
+        place = placement(height, width, reading.size or size, resize=reading.resize, crop=reading.crop)
+        if reading.size is not None and reading.resize == "pad":
+            # As large as the photograph at this scale, in the shape of the input.
+            factor = max(size[0] / place.height, size[1] / place.width)
+            padded = tuple(max(round(side * factor), 1) for side in reading.size)
+            shown = replace(reading, size=padded, normalize=None)
+        picture = shown.tensor_of(turned(image, turn))
+    whole = (0.0, 0.0, float(width), float(height))
+    seen = whole if reading.size is None else (place.left, place.top, place.right, place.bottom)
+    if all(abs(a - b) < 0.5 for a, b in zip(seen, whole, strict=True)):
+        return Photograph(picture, whole, None)
+    dx, dy = size[1] / width, size[0] / height
+    return Photograph(picture, seen, (seen[0] * dx, seen[1] * dy, seen[2] * dx, seen[3] * dy))
 
 
 def image_bytes(item: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -553,8 +554,9 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 200) 
     number("dpi", dpi, lambda pixels: pixels > 0, "positive")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    # Level 6, the default, takes as long as all the drawing and saves 3 % more.
-    options: dict[str, Any] = {"pil_kwargs": {"compress_level": 4}} if suffix == ".png" else {}
+    # The default takes four times as long, which is as long as all the drawing, and saves 10 %.
+    fast = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+    options: dict[str, Any] = {"pil_kwargs": fast} if suffix == ".png" else {}
     with replacing(path) as file, rc_context(_SETTINGS):
         figure.savefig(file, format=suffix[1:], dpi=dpi, facecolor="white", metadata=_METADATA[suffix], **options)
     return path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +181,21 @@ def test_help_has_examples_and_exit_codes(command):
         [sys.executable, "-m", "captum_concepts", *command, "--help"], capture_output=True, text=True, check=True
     )
     assert "exit codes" in run.stdout
+
+
+def test_the_console_script_is_this_command_line():
+    """Whether or not it is installed: `pip install` makes it from this line."""
+    line = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    module, function = re.search(r'^captum-concepts = "([\w.]+):(\w+)"$', line, re.MULTILINE).groups()
+    assert getattr(importlib.import_module(module), function) is main
+
+
+def test_the_installed_console_script_runs():
+    script = Path(sys.executable).with_name("captum-concepts")
+    if not script.is_file():
+        pytest.skip("the console script is not installed (pip install of this version makes it)")
+    ran = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.split()[0]) == (0, "captum_concepts")
 
 
 def test_version():

@@ -487,6 +487,7 @@ NOT_COLUMNS = {
     "images.read_text": "any text: tests/images/test_image_files.py",
     "images.find_images": "paths alone: tests/images/test_image_files.py",
     "images.load_image": "one file: tests/images/test_image_files.py",
+    "images.load_photograph": "one file: tests/images/test_photographs.py",
     "images.preprocessing_of": "models of all libraries: tests/images/test_preprocessing.py",
     "images.input_channels": "models of all libraries: tests/images/test_preprocessing.py",
     "datasets.*": "folders of a published format: tests/datasets",

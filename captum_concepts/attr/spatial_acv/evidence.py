@@ -49,8 +49,8 @@ class ConceptEvidence:
         return [self.concepts[k] if bool(row[k]) else None for k, row in zip(best, self.decides, strict=True)]
 
     def __repr__(self) -> str:
-        n = len(self.effects)
-        lines = [f"ConceptEvidence({n} image{'s' * (n != 1)}, {len(self.concepts)} concepts)"]
+        n, k = len(self.effects), len(self.concepts)
+        lines = [f"ConceptEvidence({n} image{'s' * (n != 1)}, {k} concept{'s' * (k != 1)})"]
         for i in range(min(n, 5)):
             about = "" if self.target is None else f" [target {int(self.target[i])}]"
             order = self.effects[i].argsort(descending=True).tolist()[:5]

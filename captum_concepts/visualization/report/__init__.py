@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, zip_longest
 from pathlib import Path
 from typing import IO, Any
@@ -345,7 +345,9 @@ class ReportWriter:
                 own = name if n == 1 else f"{name} ({i + 1})"
             card = self._card(picture, one, states, own, label)
             card.region = " ".join(f"M{x0:.6g} {y0:.6g}L{x1:.6g} {y1:.6g}" for x0, y0, x1, y1 in regions[i])
-            card.crop = crops[i]
+            if crops[i] is not None:
+                card.crop = crops[i]
+                card.rows = [replace(row, place=f"{row.place}, of the part that the model saw") for row in card.rows]
             if not len(self) or (self.images_per_page and len(self) % self.images_per_page == 0):
                 self._starts.append(self._cards.tell())
             self._known.note(card, picture, one)
