@@ -130,7 +130,12 @@ def _salf(r: Record) -> list[Line]:
     heads = {(row["model"], row["head"]): row for row in _rows(r, "accuracy on scenes, 21 concepts")}
     few, lines = "sparse, at most 5 a class", []
     if ("SALF-CBM", few) in heads:
-        known = (("LF-CBM", few), ("backbone's features", few), ("backbone, its own head", "as trained"))
+        known = (
+            ("P-CBM", few),
+            ("LF-CBM", few),
+            ("backbone's features", few),
+            ("backbone, its own head", "as trained"),
+        )
         beside = "; ".join(f"{model} {bracketed(heads[model, head]['accuracy'])}" for model, head in known
                            if (model, head) in heads)  # fmt: skip
         own = bracketed(heads["SALF-CBM", few]["accuracy"])
