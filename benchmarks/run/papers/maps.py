@@ -149,7 +149,7 @@ def concept_explainers(
     reads = [peers.activations(model, layer) for layer in own]
     for name, tables in channel_tables(reads, encoder, probe, unique, args.device).items():
         single = [peers.single_channel(read, table) for read, table in zip(reads, tables, strict=True)]
-        layers[name] = [lambda x, target, own=own: own(x.to(args.device), column[target]) for own in single]
+        layers[name] = [lambda x, target, one=one: one(x.to(args.device), column[target]) for one in single]
         found[name] = layers[name][-1]
         protocols[name] = LAST_LAYER
     if len(own) > 1:
