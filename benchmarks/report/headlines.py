@@ -104,7 +104,12 @@ def _words(r: Record) -> list[Line]:
     rows = _part(r, "words, scenes")
     if not rows:
         return []
-    names = {"CLIP-Dissect, single channel": "CLIP-Dissect", "WWW, single channel": "WWW", **BLIND}
+    names = {
+        "CE-FAM, published map, top-1": "published, top-1",
+        "CLIP-Dissect, single channel": "CLIP-Dissect",
+        "WWW, single channel": "WWW",
+        **BLIND,
+    }
     return [
         (f'CE-FAM, `map_layer="fused"`, words on scenes, {what}', bracketed(rows["CE-FAM, fused"][key]),
          _beside(rows, key, names))
