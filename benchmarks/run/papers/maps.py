@@ -147,7 +147,7 @@ def concept_explainers(
     protocols = {"CE-FAM": TOP_1 if len(own) > 1 else LAST_LAYER}
     layers = {"CE-FAM": [read_as(as_published.with_options(map_layer=number)) for number in range(len(own))]}
     reads = [peers.activations(model, layer) for layer in own]
-    for name, tables in channel_tables(reads, encoder, probe, unique, args.device).items():
+    for name, tables in peers.channel_tables(reads, encoder, probe, unique, args.device).items():
         single = [peers.single_channel(read, table) for read, table in zip(reads, tables, strict=True)]
         layers[name] = [lambda x, target, one=one: one(x.to(args.device), column[target]) for one in single]
         found[name] = layers[name][-1]
@@ -160,34 +160,6 @@ def concept_explainers(
     protocols['CE-FAM, map_layer="fused"'] = "no layer to choose; default training"
     bad = worse('CE-FAM, map_layer="fused"', found['CE-FAM, map_layer="fused"'], len(words))
     return {**found, **blind(reads[-1], args.device), **bad}, protocols
-
-
-@torch.no_grad()
-def channel_tables(
-    reads: list[Callable[[Tensor], Tensor]], encoder: Any, probe: Files, words: list[str], device: str
-) -> dict[str, list[Tensor]]:
-    """CLIP-Dissect's and WWW's scores of every channel and word, a table for each layer, from the training images."""
-    pooled: list[list[Tensor]] = [[] for _ in reads]
-    embedded = []
-    for start in range(0, len(probe), 32):
-        x = torch.stack([probe[i] for i in range(start, min(start + 32, len(probe)))]).to(device)
-        for read, into in zip(reads, pooled, strict=True):
-            into.append(read(x).mean((2, 3)).cpu())
-        embedded.append(F.normalize(encoder.encode_image(x), dim=1).float().cpu())
-    channels, images = [torch.cat(parts) for parts in pooled], torch.cat(embedded)
-
-    def cosines(texts: list[str]) -> Tensor:
-        return images @ F.normalize(encoder.encode_text(texts), dim=1).float().cpu().T
-
-    similarity = cosines(words)
-    try:
-        template = cosines(["a photo of a"])[:, 0]
-    except (KeyError, ValueError):  # an image-text model of few words: the mean word takes the template's place
-        template = similarity.mean(1)
-    return {
-        "CLIP-Dissect": [peers.soft_wpmi(own, similarity) for own in channels],
-        "WWW": [peers.adaptive_cosine(own, similarity, template) for own in channels],
-    }
 
 
 def region_rows(
