@@ -105,7 +105,7 @@ def _words(r: Record) -> list[Line]:
     if not rows:
         return []
     names = {
-        "CE-FAM, published map, top-1": "published, top-1",
+        "CE-FAM, published map, top-1": "published map, top-1",
         "CLIP-Dissect, single channel": "CLIP-Dissect",
         "WWW, single channel": "WWW",
         **BLIND,
