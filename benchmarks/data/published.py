@@ -102,8 +102,9 @@ PROTOCOLS: dict[str, tuple[str, str, str]] = {
         f"for each region whichever of four layers has the best NRA against its mask (`{TOP_4}`), and average means "
         f"of {', '.join(AVERAGED)}; a prompt for each category; SGD with the similarity loss on `--train`. Ours beside "
         f'them: the same, the layer of highest relevance (`{TOP_1}`), and `map_layer="fused"` with the default '
-        "training. Two differences remain: training images are not augmented anew in every epoch (four crops of each, "
-        "drawn once), and `--model` is timm's, where the authors take torchvision's second weights of ResNet-50.",
+        f"training. Of a ViT the authors read one encoder layer: `--last-layer` (`{LAST_LAYER}`). Two differences "
+        "remain: training images are not augmented anew in every epoch (`--crops` of each, four by default, drawn "
+        "once), and `--model` is timm's, where the authors take torchvision's second weights of ResNet-50.",
         f"{COMMAND} ce-fam-broden --root broden1_224 --train IMAGENET/train",
     ),
     "ce-fam-imagenet-s": (

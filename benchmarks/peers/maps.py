@@ -155,6 +155,41 @@ def adaptive_cosine(channels: Tensor, similarity: Tensor, template: Tensor, *, t
     return (similarity - template[:, None])[order].mean(0)
 
 
+@torch.no_grad()
+def channel_tables(
+    reads: list[Callable[[Tensor], Tensor]],
+    encoder: Any,
+    probe: Any,
+    words: list[str],
+    device: str,
+) -> dict[str, list[Tensor]]:
+    """CLIP-Dissect's and WWW's scores of every channel and word, ``(C, T)`` for each layer.
+
+    ``probe`` is a tensor of images, or a data set of them.
+    """
+    pooled: list[list[Tensor]] = [[] for _ in reads]
+    embedded = []
+    for start in range(0, len(probe), 32):
+        x = torch.stack([probe[i] for i in range(start, min(start + 32, len(probe)))]).to(device)
+        for read, into in zip(reads, pooled, strict=True):
+            into.append(read(x).mean((2, 3)).cpu())
+        embedded.append(F.normalize(encoder.encode_image(x), dim=1).float().cpu())
+    channels, images = [torch.cat(parts) for parts in pooled], torch.cat(embedded)
+
+    def cosines(texts: list[str]) -> Tensor:
+        return images @ F.normalize(encoder.encode_text(texts), dim=1).float().cpu().T
+
+    similarity = cosines(words)
+    try:
+        template = cosines(["a photo of a"])[:, 0]
+    except (KeyError, ValueError):  # an image-text model of few words: the mean word takes the template's place
+        template = similarity.mean(1)
+    return {
+        "CLIP-Dissect": [soft_wpmi(own, similarity) for own in channels],
+        "WWW": [adaptive_cosine(own, similarity, template) for own in channels],
+    }
+
+
 def single_channel(read: Callable[[Tensor], Tensor], table: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Each word's map is that of the one channel that ``table`` (C, T) gives the highest value."""
     channel = table.argmax(0)

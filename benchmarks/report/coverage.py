@@ -20,6 +20,7 @@ PEERS = {
     "pytorch-grad-cam deep_feature_factorization": ("pytorch-grad-cam deep_feature_factorization",),
     "CLIP-Dissect, single channel": ("CLIP-Dissect, single channel", "single channel (CLIP-Dissect"),
     "WWW, single channel": ("WWW, single channel", "single channel (WWW"),
+    "P-CBM": ("P-CBM",),
     "LF-CBM": ("LF-CBM",),
     "glm_saga": ("glm_saga",),
     "scikit-learn saga": ("scikit-learn saga",),

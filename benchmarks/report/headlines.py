@@ -104,7 +104,12 @@ def _words(r: Record) -> list[Line]:
     rows = _part(r, "words, scenes")
     if not rows:
         return []
-    names = {"CLIP-Dissect, single channel": "CLIP-Dissect", "WWW, single channel": "WWW", **BLIND}
+    names = {
+        "CE-FAM, published map, top-1": "published map, top-1",
+        "CLIP-Dissect, single channel": "CLIP-Dissect",
+        "WWW, single channel": "WWW",
+        **BLIND,
+    }
     return [
         (f'CE-FAM, `map_layer="fused"`, words on scenes, {what}', bracketed(rows["CE-FAM, fused"][key]),
          _beside(rows, key, names))
@@ -130,7 +135,12 @@ def _salf(r: Record) -> list[Line]:
     heads = {(row["model"], row["head"]): row for row in _rows(r, "accuracy on scenes, 21 concepts")}
     few, lines = "sparse, at most 5 a class", []
     if ("SALF-CBM", few) in heads:
-        known = (("LF-CBM", few), ("backbone's features", few), ("backbone, its own head", "as trained"))
+        known = (
+            ("P-CBM", few),
+            ("LF-CBM", few),
+            ("backbone's features", few),
+            ("backbone, its own head", "as trained"),
+        )
         beside = "; ".join(f"{model} {bracketed(heads[model, head]['accuracy'])}" for model, head in known
                            if (model, head) in heads)  # fmt: skip
         own = bracketed(heads["SALF-CBM", few]["accuracy"])

@@ -123,8 +123,10 @@ def concept_location(
 
     Args:
         maps: ``(N, T, h, w)``, resized to ``size``.
-        points: ``(N, T, 2)``: x and y of each concept in pixels; NaN where the image has none, which is left out (the
-            paper does not say how it counts these).
+        points: ``(N, T, 2)``: x and y of each concept in pixels; NaN where the image has none. Such a concept is
+            left out: it is no miss, and the next important one takes its place among the ``k``. This is a choice of
+            this package; :func:`concept_existence` counts whether the important concepts are there. Values compare
+            with others only where those leave the same concepts out.
         size: ``(H, W)`` of the images.
         importance: ``(N, T)``: only the ``k`` most important concepts that have a point count; None: all of them.
         k: the paper's l.

@@ -74,6 +74,16 @@ class TestWhatIsCommitted:
             assert re.search(r"Recorded 20\d\d-\d\d-\d\d on \S+", text), one.title
             assert re.search(r"torch 2\.\d+", text), one.title
 
+    def test_records_that_know_their_code_name_it(self, records):
+        """Nothing is measured without a module of the package."""
+
+        def empty(value) -> bool:
+            if isinstance(value, dict):
+                return value.get("sources", True) == {} or any(map(empty, value.values()))
+            return isinstance(value, list) and any(map(empty, value))
+
+        assert [name for name, record in records.items() if empty(record)] == []
+
     def test_every_peer_has_a_row(self, records):
         found = coverage.whereabouts(records)
         assert [peer for peer, names in found.items() if not names] == []

@@ -11,10 +11,11 @@ from torch import nn
 
 from benchmarks.data import photographs, salf_cbm as salf_cbm_data
 from benchmarks.peers import salf_cbm as salf_cbm_peers
-from benchmarks.run.salf_cbm import maps as salf_cbm_maps, planted as salf_cbm_planted
+from benchmarks.run.salf_cbm import heads as salf_cbm_heads, maps as salf_cbm_maps, planted as salf_cbm_planted
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm import SALFCBM
+from captum_concepts.solvers import fit_elastic_net
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,24 @@ def test_sparse_heads_keep_their_promise():
     dense = salf_cbm_peers.dense_head(x, y, test, num_classes=4)
     assert dense.accuracy > 0.6
     assert dense.accuracy == sum(dense.hits) / 50
+
+
+def test_rows_of_heads_name_their_settings():
+    """NEC=5 counts weights over all classes; a strength is taken as it is, however many weights it leaves."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(300, 20, generator=generator)
+    y = (x[:, :4] * torch.tensor([3.0, 1, 1, 1]) + 0.5 * torch.randn(300, 4, generator=generator)).argmax(1)
+    split = (x[:240], y[:240]), (x[240:], y[240:])
+    rows, found = salf_cbm_heads.heads("a model", *split, 4, [3], effective=5, lam=0.05)
+    assert [row["head"] for row in rows] == ["sparse, at most 3 a class", "dense", "sparse, NEC=5", "sparse, lam=0.05"]
+    assert list(found) == [3, None]
+    effective, strength = rows[2:]
+    assert effective["nonzeros_a_class_mean"] == pytest.approx(5, rel=0.1)
+    by_hand = fit_elastic_net(*split[0], 0.05, alpha=0.99, num_classes=4, standardize=True)
+    right = by_hand.decision_function(split[1][0]).argmax(1) == split[1][1]
+    assert strength["lam"] == 0.05
+    assert strength["accuracy"][0] == pytest.approx(float(right.double().mean()))
+    assert strength["nonzeros_a_class_mean"] == float(by_hand.nonzeros.double().mean())
 
 
 def test_the_peer_learns_linear_concepts_and_maps_pool_to_activations():

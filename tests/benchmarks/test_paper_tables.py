@@ -18,8 +18,8 @@ from benchmarks.data.published import COMMAND, PROTOCOLS, PUBLISHED
 from benchmarks.report import sections
 from benchmarks.run.papers import maps as paper_maps, tables as paper_tables
 from benchmarks.run.papers.inputs import classifier, words_of
-from captum_concepts import demo, published
-from captum_concepts.datasets import CaptionedScenes
+from captum_concepts import ConceptFusionMap, demo, published
+from captum_concepts.datasets import CaptionedScenes, ImageNetS
 
 SIZE = 64
 DEMO = ["--model", "demo:classifier", "--encoder", "demo:clip", "--size", str(SIZE), "--device", "cpu"]
@@ -117,7 +117,15 @@ def test_broden(tmp_path: Path, scenes, train: Path, results: Path):
     assert [rows[name]["protocol"] for name in ("CE-FAM (published)", "CE-FAM", "CE-FAM, best layer")] == [
         "top-4, uses the mask", "top-1", "top-4, uses the mask",
     ]  # fmt: skip
-    assert ours["CE-FAM, best layer"]["nra"][0] >= ours["CE-FAM"]["nra"][0]
+    for name in ("CE-FAM", "CLIP-Dissect", "WWW"):  # the printed rows are of the same protocol
+        assert rows[f"{name}, best layer"]["protocol"] == rows[f"{name} (published)"]["protocol"]
+        assert ours[f"{name}, best layer"]["nra"][0] >= ours[name]["nra"][0]
+    assert ours["CLIP-Dissect"]["protocol"] == "last layer"
+    lines = paper_tables.compared("ce-fam-broden", list(ours.values()))
+    (line,) = [x for x in lines if x.startswith("WWW | top-4, uses the mask | nra, mean of categories | 0.2780 | ")]
+    assert float(line.rsplit(" | ", 1)[1]) == pytest.approx(
+        ours["WWW, best layer"]["nra, mean of categories"][0], abs=1e-4
+    )
     count = sum(
         int(scenes[i].masks[scenes.concepts.index(word), ::2, ::2].any()) for i in range(16) for word in CATEGORY
     )
@@ -138,16 +146,56 @@ class AnyWord:
     """The bundled image-text model for words that it does not know: each stands for one that it does."""
 
     def __init__(self) -> None:
+        self.asked: list[str] = []
         self.model = demo.load("clip")
         self.words = CaptionedScenes(1, seed=0, size=SIZE).concepts
         self.logit_scale, self.logit_bias = float(self.model.logit_scale), 0.0
         self.encode_image = self.model.encode_image
 
     def encode_text(self, texts: list[str]) -> torch.Tensor:
+        self.asked += texts
         return self.model.encode_text([self.words[sum(map(ord, text)) % len(self.words)] for text in texts])
 
 
-def test_imagenet_s(tmp_path: Path, scenes, train: Path, results: Path, monkeypatch):
+@pytest.fixture
+def any_word(monkeypatch) -> AnyWord:
+    encoder = AnyWord()
+    monkeypatch.setattr(paper_maps, "image_text", lambda *_: encoder)
+    return encoder
+
+
+def test_broden_of_a_vision_transformer(tmp_path: Path, scenes, train: Path, any_word, monkeypatch):
+    """The published rows read one encoder layer, the fused one all; a prompt per category; as many crops as asked."""
+    fits: list[tuple[int, dict]] = []
+    fit = ConceptFusionMap.fit
+
+    def remembered(self, *args, **options):
+        fits.append((len(self.layers), options))
+        return fit(self, *args, **options)
+
+    monkeypatch.setattr(ConceptFusionMap, "fit", remembered)
+    write_broden(tmp_path / "broden1_64", scenes, 6)
+    record = paper_tables.main(
+        ["--table", "ce-fam-broden", "--root", str(tmp_path / "broden1_64"), "--train", str(train), *DEMO]
+        + ["--model", "demo:vit", "--layers", *(f"blocks.{i}" for i in range(4)), "--last-layer"]
+        + ["--epochs", "2", "--crops", "2"]
+    )
+    (published_layers, recipe), (fused_layers, default) = fits
+    assert (published_layers, fused_layers) == (1, 4)
+    assert recipe["crops"] == default["crops"] == 2
+    assert recipe["training"] == {**published.CONCEPT_FUSION_FIT["training"], "epochs": 2}
+    assert "training" not in default
+    rows = table_of(record)
+    assert rows["CE-FAM"]["protocol"] == rows["CLIP-Dissect"]["protocol"] == "last layer"
+    assert not [name for name in rows if "best layer" in name]
+    assert 0 < rows["CE-FAM"]["nra"][0] < 1
+    assert set(any_word.asked) == {
+        "a photo of a circle", "a photo of a red object", "a photo of an object on grass",
+        "a photo of a striped object", "a photo of a",
+    }  # fmt: skip
+
+
+def test_imagenet_s(tmp_path: Path, scenes, train: Path, results: Path, any_word):
     """As ImageNet-S: class folders of pictures and of RGB label maps, 1000 ignored, a table of WordNet ids."""
     wnids = ["n02012849", "n01443537", "n03126707"]
     root = tmp_path / "ImageNetS919"
@@ -161,7 +209,6 @@ def test_imagenet_s(tmp_path: Path, scenes, train: Path, results: Path, monkeypa
         ids[:2] = 1000
         save(root / "validation-segmentation" / wnids[own] / f"{name}.png", rgb(ids))
     (tmp_path / "ImageNetS_categories_im919.txt").write_text("\n".join(wnids))
-    monkeypatch.setattr(paper_maps, "image_text", lambda *_: AnyWord())
     record = paper_tables.main(
         ["--table", "ce-fam-imagenet-s", "--root", str(root), "--train", str(train), "--limit", "6"]
         + ["--layers", "layer4", "--epochs", "2", *DEMO]
@@ -172,6 +219,8 @@ def test_imagenet_s(tmp_path: Path, scenes, train: Path, results: Path, monkeypa
     printed = {"method": "CE-FAM (published)", "protocol": "last layer", "epg": 0.138, "nra": 0.273, "hit_rate": 0.193}
     assert rows["CE-FAM (published)"] == printed
     assert rows["CE-FAM"]["protocol"] == "last layer"
+    words = words_of(ImageNetS(root, "validation", size=SIZE).concepts)
+    assert set(any_word.asked) == {"a photo of a", *(f"a photo of a {word}" for word in words)}
     check_page(record, *rows)
 
 

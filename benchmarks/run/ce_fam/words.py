@@ -13,20 +13,14 @@ import argparse
 import time
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from benchmarks.peers import maps as peers
 from benchmarks.record import environment, write
 from benchmarks.run.map_tables import Explainer, measure
 from captum_concepts import ConceptFusionMap, FeatureActivationMap, demo
-from captum_concepts.activations import capture
 from captum_concepts.datasets import CaptionedScenes
 
 SEED = 50_001
 LAYERS = ["layer2", "layer3", "layer4"]
-TEMPLATE = "a photo of a"
 
 
 def main() -> None:
@@ -58,8 +52,9 @@ def main() -> None:
         "CE-FAM, published map, top-1": words_of(again(map_layer="auto")),
         "CE-FAM, published map, branch gradient": words_of(again(map_layer="auto", gradient="branch")),
     }
-    for name, table in single_channels(model, clip, images, words).items():
-        explainers[f"{name}, single channel"] = peers.single_channel(peers.activations(model, "layer4"), table)
+    read = peers.activations(model, "layer4")
+    for name, (channels,) in peers.channel_tables([read], clip, images, words, "cpu").items():
+        explainers[f"{name}, single channel"] = peers.single_channel(read, channels)
     clip_layer = clip.model.visual.trunk.layer4
     bank = clip.encode_text(words)
     for weights in ("contribution", "gradient"):
@@ -71,30 +66,13 @@ def main() -> None:
         f"{len(regions)} regions of {len(words)} words in {args.scenes} held-out scenes. CE-FAM and single channels "
         "explain the bundled classifier, FAM the image tower of the image-text model itself."
     )
-    energy = peers.activations(model, "layer4")
-    made = measure("words, scenes", note, explainers, regions, score=score, energy=energy)
+    made = measure("words, scenes", note, explainers, regions, score=score, energy=read)
     part = {
         "environment": environment("open-clip-torch"),
         "arguments": {**vars(args), "layers": LAYERS, "seed": SEED, "seconds_to_fit": round(fitted, 1)},
         "tables": [made.record()],
     }
     write("concept_words", {"parts": {"scenes": part}})
-
-
-@torch.no_grad()
-def single_channels(model: Any, clip: Any, images: Tensor, words: list[str]) -> dict[str, Tensor]:
-    """``(C, T)`` for each published rule, from the probe images and the image-text model."""
-    pooled, embedded = [], []
-    for part in images.split(100):
-        pooled.append(capture(model, part, ["layer4"]).layers[0].mean((2, 3)))
-        embedded.append(F.normalize(clip.encode_image(part), dim=1))
-    channels, e = torch.cat(pooled), torch.cat(embedded)
-    similarity = e @ F.normalize(clip.encode_text(words), dim=1).T
-    template = e @ F.normalize(clip.encode_text([TEMPLATE]), dim=1)[0]
-    return {
-        "CLIP-Dissect": peers.soft_wpmi(channels, similarity),
-        "WWW": peers.adaptive_cosine(channels, similarity, template),
-    }
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def concept_regions(args: argparse.Namespace) -> list[Row]:
         print("the image-text model does not know the authors' prompts: the words stand alone")
         encoder.texts = {}
     probe = Files(sorted(find_images([args.train]))[: args.train_images], args.size)
-    own = args.layers if broden else args.layers[-1:]  # ImageNet-S: a translator of the last layer alone
+    every = broden and not args.last_layer
+    own = args.layers if every else args.layers[-1:]  # otherwise a translator of the last layer alone
     explainers, protocols = concept_explainers(words, probe, encoder, own, args)
     rows = region_rows(data, explainers, kinds, args.limit)
     return [{"method": row.pop("method"), "protocol": protocols.get(name, ""), **row}
@@ -112,12 +113,12 @@ def concept_explainers(
 
     Returns:
         Explainers, and the protocol of those that have one. Maps ``(T, L, h, w)`` are those of L layers, the best of
-        which counts.
+        which counts, of the peers' single channels as of CE-FAM.
     """
     model = classifier(args.model, args.model_weights, args.device)
     unique = list(dict.fromkeys(words))  # two classes may share their word
     column = torch.tensor([unique.index(word) for word in words])
-    fit: dict[str, Any] = {"image_size": args.size}
+    fit: dict[str, Any] = {"image_size": args.size, "crops": args.crops}
 
     def cache(layers: list[str]) -> Path | None:  # both fits have the same rows where they have the same layers
         return None if args.cache is None else args.cache / "-".join(layers)
@@ -134,53 +135,31 @@ def concept_explainers(
     def read_as(cefam: ConceptFusionMap) -> Explainer:
         return lambda x, target: cefam.attribute(x.to(args.device), target=column[target].tolist())[:, 0]
 
-    each = [as_published.with_options(map_layer=number) for number in range(len(own))]
+    def best(each: list[Explainer]) -> Explainer:
+        def run(x: Tensor, target: Tensor) -> Tensor:
+            maps = [one(x, target)[:, None] for one in each]
+            size = max((m.shape[-2:] for m in maps), key=lambda side: side[0] * side[1])
+            return torch.cat([F.interpolate(m, size, mode="bilinear") for m in maps], 1)
 
-    def layers(x: Tensor, target: Tensor) -> Tensor:
-        maps = [read_as(one)(x, target)[:, None] for one in each]
-        size = max((m.shape[-2:] for m in maps), key=lambda side: side[0] * side[1])
-        return torch.cat([F.interpolate(m, size, mode="bilinear") for m in maps], 1)
+        return run
 
     found = {"CE-FAM": read_as(as_published)}
     protocols = {"CE-FAM": TOP_1 if len(own) > 1 else LAST_LAYER}
+    layers = {"CE-FAM": [read_as(as_published.with_options(map_layer=number)) for number in range(len(own))]}
+    reads = [peers.activations(model, layer) for layer in own]
+    for name, tables in peers.channel_tables(reads, encoder, probe, unique, args.device).items():
+        single = [peers.single_channel(read, table) for read, table in zip(reads, tables, strict=True)]
+        layers[name] = [lambda x, target, one=one: one(x.to(args.device), column[target]) for one in single]
+        found[name] = layers[name][-1]
+        protocols[name] = LAST_LAYER
     if len(own) > 1:
-        found["CE-FAM, best layer"] = layers
-        protocols["CE-FAM, best layer"] = TOP_4
+        for name, each in layers.items():
+            found[f"{name}, best layer"] = best(each)
+            protocols[f"{name}, best layer"] = TOP_4
     found['CE-FAM, map_layer="fused"'] = read_as(fused)
     protocols['CE-FAM, map_layer="fused"'] = "no layer to choose; default training"
-    read = peers.activations(model, args.layers[-1])
-    for name, table in channel_tables(read, encoder, probe, unique, args.device).items():
-        channel = peers.single_channel(read, table)
-        found[name] = lambda x, target, own=channel: own(x.to(args.device), column[target])
-        protocols[name] = LAST_LAYER
     bad = worse('CE-FAM, map_layer="fused"', found['CE-FAM, map_layer="fused"'], len(words))
-    return {**found, **blind(read, args.device), **bad}, protocols
-
-
-@torch.no_grad()
-def channel_tables(
-    read: Callable[[Tensor], Tensor], encoder: Any, probe: Files, words: list[str], device: str
-) -> dict[str, Tensor]:
-    """CLIP-Dissect's and WWW's channel for every word, from the training images as probe."""
-    pooled, embedded = [], []
-    for start in range(0, len(probe), 32):
-        x = torch.stack([probe[i] for i in range(start, min(start + 32, len(probe)))]).to(device)
-        pooled.append(read(x).mean((2, 3)).cpu())
-        embedded.append(F.normalize(encoder.encode_image(x), dim=1).float().cpu())
-    channels, images = torch.cat(pooled), torch.cat(embedded)
-
-    def cosines(texts: list[str]) -> Tensor:
-        return images @ F.normalize(encoder.encode_text(texts), dim=1).float().cpu().T
-
-    similarity = cosines(words)
-    try:
-        template = cosines(["a photo of a"])[:, 0]
-    except (KeyError, ValueError):  # an image-text model of few words: the mean word takes the template's place
-        template = similarity.mean(1)
-    return {
-        "CLIP-Dissect": peers.soft_wpmi(channels, similarity),
-        "WWW": peers.adaptive_cosine(channels, similarity, template),
-    }
+    return {**found, **blind(reads[-1], args.device), **bad}, protocols
 
 
 def region_rows(

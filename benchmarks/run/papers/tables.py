@@ -210,6 +210,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help="ce-fam: folder of images for the translator")
     parser.add_argument("--train-images", type=int, help="ce-fam: at most so many of them")
     parser.add_argument("--epochs", type=int, default=150, help="ce-fam: of the translator, at most")
+    parser.add_argument("--crops", type=int, default=4, help="ce-fam: of each training image, drawn once")
+    parser.add_argument(
+        "--last-layer", action="store_true", help="ce-fam-broden: a translator of the last layer, as published for ViTs"
+    )
     parser.add_argument(
         "--name", choices=published.SALF_CBM_DATA, default="ImageNet", help="salf-accuracy: column and settings"
     )

@@ -7,14 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.salf_cbm import LAMS, Head, dense_head, sparse_head
+from benchmarks.peers.salf_cbm import LAMS, Head, dense_head, scored, sparse_head
 from benchmarks.run.salf_cbm.maps import accuracy_interval
+from captum_concepts.solvers import fit_elastic_net
 
 Split = tuple[Tensor, Tensor]
 
 
 def heads(
-    name: str, train: Split, test: Split, num_classes: int, most: list[int], *, on_average: bool = False
+    name: str,
+    train: Split,
+    test: Split,
+    num_classes: int,
+    most: list[int],
+    *,
+    on_average: bool = False,
+    effective: int | None = None,
+    lam: float | None = None,
 ) -> tuple[list[dict[str, Any]], dict[int | None, Head]]:
     """A row for a sparse head of at most each of ``most`` nonzero weights a class, and one for a dense head.
 
@@ -24,6 +33,8 @@ def heads(
         num_classes: K.
         most: see above.
         on_average: they are means over the classes, see :func:`~salf_cbm_peers.sparse_head`.
+        effective: one more row, of a head with so many effective concepts per class on average (NEC, VLG-CBM).
+        lam: one more row, of a sparse head of this strength.
 
     Returns:
         The rows and the heads, by ``most`` (None: dense).
@@ -33,17 +44,25 @@ def heads(
         lams = 10 if on_average else LAMS  # bisection follows anyway where one point of the path is asked for
         found[count] = sparse_head(*train, test, most=count, num_classes=num_classes, on_average=on_average, lams=lams)
     found[None] = dense_head(*train, test, num_classes=num_classes)
+    how = "about" if on_average else "at most"
+    named = {"dense" if n is None else f"sparse, {how} {n} a class": head for n, head in found.items()}
+    if effective is not None:
+        averaged = sparse_head(*train, test, most=effective, num_classes=num_classes, on_average=True, lams=10)
+        named[f"sparse, NEC={effective}"] = averaged
+    if lam is not None:
+        fit = fit_elastic_net(*train, lam, alpha=0.99, num_classes=num_classes, standardize=True)
+        named[f"sparse, lam={lam:g}"] = scored(fit, test)
     rows = [
         {
             "model": name,
-            "head": "dense" if count is None else f"sparse, {'about' if on_average else 'at most'} {count} a class",
+            "head": kind,
             "inputs": train[0].shape[1],
             "accuracy": accuracy_interval(head.hits),
             "nonzeros_a_class_mean": head.nonzeros_mean,
             "nonzeros_a_class_most": head.nonzeros_most,
             "lam": head.result.lam,
         }
-        for count, head in found.items()
+        for kind, head in named.items()
     ]
     for row in rows:
         print(f"{name}, {row['head']}: {row['accuracy'][0]:.4f} ({row['nonzeros_a_class_mean']:.1f})", flush=True)

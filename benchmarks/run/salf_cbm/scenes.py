@@ -18,7 +18,7 @@ from benchmarks.data.salf_cbm import features, folder, scenes
 from benchmarks.peers.salf_cbm import LFCBM, blind_maps, fit_lf_cbm, fit_p_cbm, grad_cam
 from benchmarks.run.salf_cbm.heads import backbone_row, heads, install
 from benchmarks.run.salf_cbm.maps import bootstrap, score_maps, summary
-from captum_concepts import demo
+from captum_concepts import demo, published
 from captum_concepts.metrics import nra
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.store import RegionEmbeddingStore
@@ -28,6 +28,8 @@ LAYER, CLASSES = "layer4", 6
 #: The paper's prompt: 7 x 7 circles of radius 32 and a line of 2 px on 224 px.
 PROMPT = RegionPrompt("circle", (7, 7), 32, reference_size=224)
 MOST = [5, 10, 30]
+#: Effective concepts per class on average, as later papers compare, and the strength of LF-CBM's command for CUB-200.
+EFFECTIVE, LAM = 5, published.SALF_CBM_DATA["CUB-200"]["lam"]
 MAP_IMAGES = 200
 UNIT = "LF-CBM, activation map of the concept unit"
 
@@ -95,7 +97,8 @@ def accuracy_and_maps(cache: Path, train_images: int, test_images: int, epochs: 
     }
     rows, kept = [backbone_row(outputs, test.label)], {}
     for name, (x, y) in inputs.items():
-        found, kept[name] = heads(name, (x, train.label), (y, test.label), CLASSES, MOST)
+        labelled = (x, train.label), (y, test.label)
+        found, kept[name] = heads(name, *labelled, CLASSES, MOST, effective=EFFECTIVE, lam=LAM)
         rows += found
     install(model, kept["SALF-CBM"][30])
     end_to_end = float((batched(model, test.image).argmax(1) == test.label).double().mean())

@@ -25,19 +25,26 @@ Record = dict[str, Any]
 
 def scenes(args: argparse.Namespace) -> tuple[list[Record], Record]:
     """Accuracy of every head, concept maps, class maps."""
-    from benchmarks.run.salf_cbm.scenes import accuracy_and_maps
+    from benchmarks.run.salf_cbm.scenes import EFFECTIVE, LAM, accuracy_and_maps
 
     found = accuracy_and_maps(args.cache, args.train, args.test, args.epochs)
     of = (
         f"{found['train_images']} training and {found['test_images']} other scenes of 64 px; backbone: the bundled "
         "classifier, layer4; encoder: the bundled CLIP; 7 x 7 circles of radius 32 at 224 px."
     )
+    heads = (
+        "Every model has the same concepts, none dropped, and its heads come from the same solver. P-CBM: concept "
+        "vectors of a support vector machine on the backbone's features, from the images that the encoder scores "
+        "highest; LF-CBM: units trained on the encoder's embedding of the whole image. "
+        f"NEC={EFFECTIVE}: {EFFECTIVE} nonzero weights per class on average (within 10 %), as later papers compare; "
+        f"lam={LAM:g}: the strength of LF-CBM's public command for CUB-200, however many weights it leaves."
+    )
     sides = [
         {"method": name, **{f"NRA exact, {kind}": value for kind, value in row.items()}}
         for name, row in found["nra_exact_by_kind"].items()
     ]
     return [
-        {"title": "accuracy on scenes, 21 concepts", "note": of, "rows": counted(found)},
+        {"title": "accuracy on scenes, 21 concepts", "note": f"{of} {heads}", "rows": counted(found)},
         {
             "title": "maps of the 21 words on scenes",
             "note": "Every concept that is present, against its exact mask. P is what the bottleneck learns from: the "

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from captum_concepts import published
 from captum_concepts._artifacts import save_artifact
 from captum_concepts.activations import Layers
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
@@ -298,6 +299,39 @@ def test_the_published_schedule(patience, seed):
     assert history["lr"] == pytest.approx(expected[:-1])
     assert len(set(history["lr"])) > 2  # it was reduced
     assert stops == [False] * (len(stops) - 1) + [True]
+
+
+def test_the_published_recipe_is_a_plain_loop():
+    """``published.CONCEPT_FUSION_FIT`` on embeddings of CLIP's length: one batch per epoch, in double precision."""
+    recipe = published.CONCEPT_FUSION_FIT
+    g = torch.Generator().manual_seed(3)
+    z, text = torch.rand(80, 5, generator=g), torch.randn(3, 4, generator=g)
+    e = 10 * F.normalize(torch.randn(80, 4, generator=g), dim=1)
+    pairs, hidden = TrainingPairs([(z, e)], [5]), (8, 8)
+    options = {"text": text, "logit_scale": 100.0, "similarity_weight": recipe["similarity_weight"]}
+    start, translator = (ConceptTranslator([5], 4, hidden=hidden) for _ in range(2))
+    fit_translator(start, pairs, **{**recipe["training"], "epochs": 0}, **options)
+    found = fit_translator(translator, pairs, **{**recipe["training"], "epochs": 6}, **options)
+
+    net = start.network.double()
+    z, e, words = z.double(), e.double(), F.normalize(text.double(), dim=1)
+    held = found.held_out
+    rest = torch.tensor([n for n in range(80) if n not in held.tolist()])
+
+    def loss(rows):
+        h = net(z[rows])
+        off = 100 * (F.normalize(h, dim=1) - F.normalize(e[rows], dim=1)) @ words.T
+        return (h - e[rows]).square().mean() + 1e-3 * off.square().mean()
+
+    expected = []
+    for epoch in range(6):
+        grads = torch.autograd.grad(loss(rest), list(net.parameters()))
+        with torch.no_grad():
+            for parameter, grad in zip(net.parameters(), grads, strict=True):
+                parameter -= (0.1 if epoch == 0 else 0.2) * grad
+            expected.append(float(loss(held)))
+    assert found.history["lr"] == [0.1] + [0.2] * 5
+    assert found.history["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_rate_falls_and_the_fit_stops_when_nothing_improves():

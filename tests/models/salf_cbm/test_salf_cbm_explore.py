@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from salf_networks import CONCEPTS, ConvNet, awake, conv_model, pictures, slow_activations, slow_maps, standardised
 from torch.utils.data import DataLoader, TensorDataset
 
+from captum_concepts import published
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError, TargetError
 from captum_concepts.metrics import mean_iou
@@ -178,7 +179,7 @@ def prompted(**options) -> SALFCBM:
 class TestZeroShotSegmentation:
     def test_the_papers_protocol(self):
         model, x = prompted(), pictures()
-        found = model.zero_shot_segmentation(x, "tench")
+        found = model.zero_shot_segmentation(x, "tench", **published.ZERO_SHOT_SEGMENTATION)
         large = F.interpolate(slow_maps(model, x), (32, 24), mode="bilinear", align_corners=False)[:, 1]
         for n in range(4):
             heat = (large[n] - large[n].min()) / (large[n].max() - large[n].min())

@@ -80,7 +80,8 @@ def test_equals_a_brute_force_fit(tmp_path):
     settings = {**published.FIT_SALF_CBM["bottleneck"], "max_epochs": 8, "batch_size": 32, "lr": 1e-2, "patience": 50}
     expected, history = by_brute_force(settings)
     validation = images_and_labels(40, seed=1)
-    model = fit(tmp_path, val_data=validation, bottleneck=settings, feature_dtype=torch.float32, head_tol=1e-6)
+    recipe = {**published.FIT_SALF_CBM, "bottleneck": settings, "interpretability_cutoff": None}
+    model = fit(tmp_path, val_data=validation, feature_dtype=torch.float32, head_tol=1e-6, **recipe)
     assert model.metadata["history"]["val_similarity"] == pytest.approx(history, abs=1e-5)
     for name, value in state(model).items():
         torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
