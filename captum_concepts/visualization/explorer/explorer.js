@@ -298,7 +298,7 @@ function short(value, sign = false) {
 }
 
 const percent = (value) => (value >= 0.9995 && value < 1 ? "> 99.9 %" : value > 0 && value < 0.001 ? "< 0.1 %"
-  : `${Number((100 * value).toPrecision(3))} %`);
+  : `${Number((100 * value).toPrecision(3))} %`).replaceAll(" ", "\u00a0"); // stays on one line
 
 function regionWords(region) {
   if (region === null) return "the whole image";
@@ -450,12 +450,11 @@ function writeConcept(row, data, place, score, how, ends) {
   row.concept = data.rows[place];
   const name = about.concepts[row.concept];
   const pale = Boolean(data.presence && data.presence[place] < about.seen);
-  const signed = ends.lowest < 0;
   say(row.name, name);
   row.detail.hidden = !pale;
   if (pale) say(row.detail, `not seen (presence ${short(data.presence[place])})`);
-  say(row.score, short(score, signed));
-  writeBar(row.bar, score, ends.score, signed);
+  say(row.score, short(score, ends.signed));
+  writeBar(row.bar, score, ends.score, ends.signed);
   row.contribution.hidden = !how;
   if (how) {
     say(row.how, short(how[place], true));
@@ -468,8 +467,8 @@ function writeConcept(row, data, place, score, how, ends) {
 
 function ends(scores, how, rows) {
   const largest = (values) => rows.reduce((a, k) => (Number.isFinite(values[k]) ? Math.max(a, Math.abs(values[k])) : a), 0);
-  const lowest = rows.reduce((a, k) => (scores[k] < a ? scores[k] : a), 0);
-  return { score: largest(scores), how: how ? largest(how) : 0, lowest };
+  const signed = about.editable || rows.some((k) => scores[k] < 0);
+  return { score: largest(scores), how: how ? largest(how) : 0, signed };
 }
 
 function showConcepts() {
@@ -542,7 +541,8 @@ function showEdits(scores) {
   });
   document.body.classList.toggle("edited", edits.length > 0);
   const after = edits.length ? scoresAfter(data, region, edits, scores) : scores;
-  const shown = order(after).slice(0, Math.min(state.rows, 12));
+  const edited = new Set(edits.map((edit) => data.places.get(edit.concept))); // shown wherever they have gone
+  const shown = order(after).filter((row, k) => k < 12 || edited.has(row));
   const limits = ends(after, null, shown);
   fill($("after"), shown, () => conceptRow("region-concept-after"), (row, k) => writeConcept(row, data, k, after[k], null, limits));
   $("after-line").textContent = `In ${regionWords(region)}.`;
