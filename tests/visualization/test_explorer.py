@@ -18,7 +18,15 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 
 import captum_concepts
-from captum_concepts import SALFCBM, ConceptExplanation, FeatureActivationMap, SpatialACV, demo
+from captum_concepts import (
+    SALFCBM,
+    ConceptExplanation,
+    ConceptFusionMap,
+    ConceptTranslator,
+    FeatureActivationMap,
+    SpatialACV,
+    demo,
+)
 from captum_concepts.errors import InputError
 from captum_concepts.visualization import Explorer, explore, report
 
@@ -480,6 +488,21 @@ class TestWithHands:
         page.choose("concept 4")
         assert "Add to concept 4 in" in page.page.inner_text("#edit-line")
 
+    def test_images_are_filtered_by_class_and_concept(self, opened):
+        e = explanation(4, 8, class_names=["x", "y"])
+        page = opened(e, images(4))
+
+        def kept(select: str, value: int) -> list[int]:
+            page.page.select_option(select, str(value))
+            found = [int(one.get_attribute("data-index")) for one in page.page.get_by_test_id("image").all()]
+            page.page.select_option(select, "")
+            return found
+
+        assert kept("#of-class", 1) == [1, 3]
+        strongest = e.scores.topk(5).indices
+        for concept in strongest.unique().tolist():
+            assert kept("#of-concept", concept) == [k for k in range(4) if concept in strongest[k]]
+
     def test_the_focus_stays_in_the_list(self, opened):
         page = opened(salf(), images(2))
         third = page.page.get_by_test_id("concept").nth(2)
@@ -678,12 +701,15 @@ class TestWhatIsGiven:
         expected = (x[0] - x[0].min()) / (x[0].max() - x[0].min())
         assert np.abs(shown / 255 - expected.permute(1, 2, 0).numpy()).max() < 0.01
 
-    @pytest.mark.parametrize("method", ["FAM", "SACV"])
+    @pytest.mark.parametrize("method", ["FAM", "CE-FAM", "SACV"])
     def test_the_methods(self, opened, method, tmp_path):
         model, x = demo.load("classifier"), images(3)
         if method == "FAM":
             model.fc = nn.Identity()
             explainer = FeatureActivationMap(model, "layer4", torch.rand(4, model(x[:1]).shape[1]))
+        elif method == "CE-FAM":
+            translator = ConceptTranslator([model.num_features], 16, hidden=(8, 8)).eval()
+            explainer = ConceptFusionMap(model, ["layer4"], translator, ["a", "b", "c"], torch.randn(3, 16))
         else:
             explainer = SpatialACV(model, "layer3").fit({"a": images(6, seed=3), "b": images(6, seed=4).flip(2)})
         page = opened(explainer, x)

@@ -422,8 +422,8 @@ function bar() {
 }
 
 function writeBar({ element, piece }, value, end, middle) {
-  const length = Number.isFinite(value) && end > 0 ? Math.min(Math.abs(value) / end, 1) * (middle ? 50 : 100) : 0;
-  const [width, left] = [`${length}%`, `${middle ? (value >= 0 ? 50 : 50 - length) : 0}%`];
+  const length = Number.isFinite(value) && end > 0 ? round2(Math.min(Math.abs(value) / end, 1) * (middle ? 50 : 100)) : 0;
+  const [width, left] = [`${length}%`, `${middle ? (value >= 0 ? 50 : round2(50 - length)) : 0}%`];
   put(element, { class: middle ? "bar middle" : "bar" });
   put(piece, { class: value >= 0 ? "for" : "against" });
   if (piece.style.width !== width) piece.style.width = width;
