@@ -132,6 +132,14 @@ class Page:
     def beta(self, value: float) -> None:
         self.page.get_by_test_id("beta").fill(str(value))
 
+    def opacity(self, *points: tuple[float, float]) -> list[int]:
+        """Of the painted map, at points of the image."""
+        return self.page.evaluate(
+            """points => { const c = document.querySelector('#heat'); const pen = c.getContext('2d');
+            return points.map(([x, y]) => pen.getImageData(x * c.width, y * c.height, 1, 1).data[3]) }""",
+            points,
+        )
+
     def region_after(self, model: SALFCBM, x: torch.Tensor) -> dict[str, float]:
         """The scores of the edit's region after it, from ``intervene``."""
         edits = self.run(model=model, images=x)["edits"]
@@ -323,6 +331,7 @@ class TestEqualsPython:
 
     def test_unknown_cells(self, opened):
         e = explanation(1, 2)
+        e.maps[:] = 0.5
         e.maps[0, 0, :, :3] = torch.nan
         page = opened(e, images(1))
         page.drag((0.8, 0.2), (0.95, 0.6))
@@ -330,6 +339,11 @@ class TestEqualsPython:
         page.drag((0.05, 0.2), (0.2, 0.6))
         assert page.listed()["concept 0"] != page.listed()["concept 0"]
         assert "n/a" in page.page.locator("[data-concept='concept 0']").first.inner_text()
+        page.choose("concept 1")
+        assert 0 not in page.opacity((0.1, 0.5), (0.95, 0.5))
+        page.choose("concept 0")
+        unknown, known = page.opacity((0.1, 0.5), (0.95, 0.5))
+        assert unknown == 0 < known
 
 
 def pixel_mask(code: str, kind: str | None = None, grid=(7, 7), size=(SIZE, SIZE)) -> torch.Tensor:
@@ -462,10 +476,7 @@ class TestWithHands:
         maps[..., 0, 3] = 1
         e = ConceptExplanation(["corner"], torch.ones(1, 1), maps)
         page = opened(e, torch.full((1, 3, 32, 64), 0.5))
-        opacity = page.seen.evaluate("""(() => { const c = document.querySelector('#heat');
-            const at = (x, y) => c.getContext('2d').getImageData(x * c.width, y * c.height, 1, 1).data[3];
-            return [at(.95, .05), at(.05, .95)] })()""")
-        assert opacity == [255, 0]
+        assert page.opacity((0.95, 0.05), (0.05, 0.95)) == [255, 0]
 
     def test_wrong_predictions_first_and_filters(self, opened):
         model, x = salf(), images(5)

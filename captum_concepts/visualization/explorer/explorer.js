@@ -310,6 +310,8 @@ function regionWords(region) {
 
 // ----------------------------------------------------------------------------------------------------------- pixels
 
+let sheet = null; // the pixels of the map painted last: new ones for every click would be collected in the midst of one
+
 // A map over an image: bilinear, with the palette's colors and opacities.
 function paint(canvas, data, concept, edits) {
   const row = data.places.get(concept);
@@ -323,8 +325,8 @@ function paint(canvas, data, concept, edits) {
     return;
   }
   const changes = edits.filter((edit) => edit.concept === concept);
-  const pixels = new ImageData(width, height);
-  const [colors, steps] = [pixels.data, palette].map((part) => new Uint32Array(part.buffer));
+  if (sheet?.width !== width || sheet.height !== height) sheet = new ImageData(width, height);
+  const [colors, steps] = [sheet.data, palette].map((part) => new Uint32Array(part.buffer));
   const place = (count, cells) => {
     const first = new Uint16Array(count);
     const over = numbers(count, (p) => {
@@ -351,10 +353,11 @@ function paint(canvas, data, concept, edits) {
       for (const edit of changes) {
         value += edit.beta * at(data, edit.region, Math.min(Math.floor(((x + 0.5) * data.width) / width), data.width - 1), py);
       }
-      if (value === value) colors[y * width + x] = steps[Math.round(Math.min(255, Math.max(0, value * scale + middle)))];
+      const step = Math.round(Math.min(255, Math.max(0, value * scale + middle)));
+      colors[y * width + x] = Number.isNaN(step) ? 0 : steps[step];
     }
   }
-  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  canvas.getContext("2d").putImageData(sheet, 0, 0);
 }
 
 const sizes = new Map(); // of the stages, once laid out: asking for them would lay the page out a second time
@@ -867,8 +870,8 @@ $("stage").addEventListener("pointerdown", (event) => {
   $("stage").setPointerCapture(event.pointerId);
   const data = load(state.image);
   const old = mine().region;
-  const mask = new Uint8Array(data.width * data.height);
-  if (state.tool === "brush" && old?.mask) mask.set(old.mask); // strokes add up
+  const mask = state.tool === "brush" ? new Uint8Array(data.width * data.height) : null;
+  if (mask && old?.mask) mask.set(old.mask); // strokes add up
   gesture = { id: event.pointerId, x: event.clientX, y: event.clientY, start: place(event), last: null, mask, region: old };
   state.cursor = null;
   follow(event);
