@@ -889,8 +889,8 @@ class TestInANotebook:
         page.get_by_test_id("stage").click(position={"x": 40, "y": 60})
         page.get_by_test_id("beta").fill("3")
         probabilities = [float(one.get_attribute("data-after")) for one in page.get_by_test_id("class").all()]
-        said = seen.evaluate("new Promise(done => setTimeout(() => done(window.saved), 100))")
-        explorer.widget().state = said
+        seen.page.wait_for_function("window.saved?.edits['1']")
+        explorer.widget().state = seen.evaluate("window.saved")
         assert explorer.image == 1
         assert list(explorer.region) == ["points"]
         after = model.intervene(x[[1]], explorer.edits, units="std")[1].softmax(1)[0]
