@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ class Watched:
 
     def evaluate(self, expression: str) -> Any:
         return self.page.evaluate(expression)
+
+    def violations(self) -> list[Any]:
+        """What axe-core finds: rules of accessibility, and the elements that break them."""
+        pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed (dev extra)")
+        self.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
+        return self.evaluate("axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html)]))")
 
     @property
     def outside(self) -> list[str]:

@@ -506,7 +506,7 @@ def _rendered(page: _Page, title: str) -> str:
         "classes": page.classes,
         "head": None if page.head is None else _head(page.head),
         "signed": signed,
-        "palette": {"colors": _packed(bytes(colors)), "opacity": _packed(bytes(opacity))},
+        "palette": _packed(bytes(value for k in range(256) for value in (*colors[3 * k : 3 * k + 3], opacity[k]))),
         "tensor": page.given,
         "reader": page.reader,
         "trust": page.trust,

@@ -3,9 +3,23 @@
 
 const $ = (id) => document.getElementById(id);
 const about = JSON.parse($("about").textContent);
-const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+
+// Plain loops: half a million cells per image pass through them.
+function bytes(text) {
+  const letters = atob(text);
+  const found = new Uint8Array(letters.length);
+  for (let k = 0; k < found.length; k++) found[k] = letters.charCodeAt(k);
+  return found;
+}
+
+function numbers(count, value) {
+  const found = new Float64Array(count);
+  for (let k = 0; k < count; k++) found[k] = value(k);
+  return found;
+}
+
 const floats = (text) => (text === null ? null : new Float32Array(bytes(text).buffer));
-const palette = { colors: bytes(about.palette.colors), opacity: bytes(about.palette.opacity) };
+const palette = bytes(about.palette); // red, green, blue and opacity of each step
 const head = about.head && {
   weights: floats(about.head.weights),
   starts: about.head.starts && new Int32Array(bytes(about.head.starts).buffer),
@@ -38,9 +52,10 @@ function load(number) {
     const stored = new Uint16Array(bytes(raw.maps).buffer);
     const cells = across * down;
     const maps = new Float32Array(stored.length);
-    for (let k = 0; k < stored.length; k++) {
-      const row = Math.floor(k / cells);
-      maps[k] = stored[k] === 65535 ? NaN : low[row] + step[row] * stored[k];
+    for (let row = 0; row < low.length; row++) {
+      for (let k = row * cells; k < (row + 1) * cells; k++) {
+        maps[k] = stored[k] === 65535 ? NaN : low[row] + step[row] * stored[k];
+      }
     }
     const rows = raw.rows ?? about.concepts.map((_, k) => k);
     loaded.set(number, {
@@ -57,11 +72,11 @@ function load(number) {
 }
 
 // --------------------------------------------------------------------------------------------------------- regions
-// A region says how much of each pixel belongs to it: rows x columns where it is a box, else a mask of whole pixels.
-// null is the whole image.
+// A region says how much of each pixel belongs to it: rows x columns where it is a box, else a mask of whole pixels and
+// its runs. null is the whole image.
 
 function span(start, stop, count) {
-  return Float64Array.from({ length: count }, (_, p) => Math.max(0, Math.min(p + 1, stop) - Math.max(p, start)));
+  return numbers(count, (p) => Math.max(0, Math.min(p + 1, stop) - Math.max(p, start)));
 }
 
 function boxRegion(data, x0, y0, x1, y1, points = null) {
@@ -78,7 +93,21 @@ function cellRegion(data, x, y) {
   return boxRegion(data, column * dx, row * dy, (column + 1) * dx, (row + 1) * dy, [round2(x), round2(y)]);
 }
 
-const maskRegion = (data, mask) => finish(data, { kind: "mask", mask });
+const maskRegion = (data, mask) => finish(data, { kind: "mask", mask, runs: runs(data, mask) });
+
+// [row, start, stop] of every run of a mask.
+function runs(data, mask) {
+  const found = [];
+  for (let y = 0; y < data.height; y++) {
+    const row = mask.subarray(y * data.width, (y + 1) * data.width);
+    for (let start = row.indexOf(1); start >= 0;) {
+      const end = row.indexOf(0, start);
+      found.push([y, start, end < 0 ? data.width : end]);
+      start = end < 0 ? -1 : row.indexOf(1, end);
+    }
+  }
+  return found;
+}
 
 // Bilinear enlarging is linear: the sum of an enlarged map under a region is the map times these weights of its cells.
 function enlarged(cover, cells) {
@@ -112,15 +141,15 @@ function outer(rows, columns) {
   return product;
 }
 
-function along(data, mask, reduce) {
+function along(data, region, reduce) {
   // Rows of pixels become rows of cells, first across and then down.
   const wide = [];
-  for (let y = 0; y < data.height; y++) {
-    wide.push(reduce(mask.subarray(y * data.width, (y + 1) * data.width), data.across));
+  for (const [y] of region.runs) {
+    wide[y] ??= reduce(region.mask.subarray(y * data.width, (y + 1) * data.width), data.across);
   }
   const result = new Float64Array(data.cells);
   for (let column = 0; column < data.across; column++) {
-    reduce(Float64Array.from(wide, (row) => row[column]), data.down).forEach((value, row) => {
+    reduce(numbers(data.height, (y) => wide[y]?.[column] ?? 0), data.down).forEach((value, row) => {
       result[row * data.across + column] = value;
     });
   }
@@ -130,9 +159,9 @@ function along(data, mask, reduce) {
 function finish(data, region) {
   const sum = (values) => values.reduce((total, value) => total + value, 0);
   if (region.mask) {
-    region.total = sum(region.mask);
-    region.weights = along(data, region.mask, enlarged);
-    region.share = along(data, region.mask, covered);
+    region.total = region.runs.reduce((total, [, start, stop]) => total + stop - start, 0);
+    region.weights = along(data, region, enlarged);
+    region.share = along(data, region, covered);
   } else {
     region.total = sum(region.rows) * sum(region.columns);
     region.weights = outer(enlarged(region.rows, data.down), enlarged(region.columns, data.across));
@@ -153,9 +182,10 @@ function overlap(data, first, second) {
     const dot = (a, b) => a.reduce((total, value, k) => total + value * b[k], 0);
     return dot(first.rows, second.rows) * dot(first.columns, second.columns);
   }
+  const [mask, other] = first.mask ? [first, second] : [second, first];
   let total = 0;
-  for (let y = 0; y < data.height; y++) {
-    for (let x = 0; x < data.width; x++) total += at(data, first, x, y) * at(data, second, x, y);
+  for (const [y, start, stop] of mask.runs) {
+    for (let x = start; x < stop; x++) total += at(data, other, x, y);
   }
   return total;
 }
@@ -171,8 +201,9 @@ function weighted(data, row, weights) {
 
 // What is seen in a region: the mean of each enlarged map; in the whole image: the image's own scores.
 function scoresOf(data, region) {
-  if (region === null) return Float64Array.from(data.scores);
-  return Float64Array.from(data.rows, (_, row) => weighted(data, row, region.weights) / region.total);
+  if (region === null) return data.scores;
+  region.scores ??= numbers(data.rows.length, (row) => weighted(data, row, region.weights) / region.total);
+  return region.scores;
 }
 
 function weightOf(concept, output) {
@@ -186,14 +217,16 @@ function weightOf(concept, output) {
 // The part of each concept's contribution that comes from the region.
 function contributionsOf(data, region) {
   if (!about.editable) return data.contributions;
-  return Float64Array.from(data.rows, (concept, row) => {
+  const part = region ?? data;
+  part.how ??= numbers(data.rows.length, (row) => {
     const seen = region === null ? data.scores[row] : weighted(data, row, region.share) / data.cells;
-    return weightOf(concept, data.target) * seen;
+    return weightOf(data.rows[row], data.target) * seen;
   });
+  return part.how;
 }
 
 function logitsAfter(data, edits) {
-  const logits = Float64Array.from(data.logits);
+  const logits = new Float64Array(data.logits);
   for (const edit of edits) {
     const shift = (edit.beta * area(data, edit.region)) / (data.width * data.height);
     if (head.starts) {
@@ -211,13 +244,13 @@ function logitsAfter(data, edits) {
 function probabilities(logits) {
   if (about.independent) return logits.map((value) => 1 / (1 + Math.exp(-value)));
   const top = logits.reduce((a, b) => Math.max(a, b), -Infinity);
-  const powers = Float64Array.from(logits, (value) => Math.exp(value - top));
+  const powers = logits.map((value) => Math.exp(value - top));
   const total = powers.reduce((a, b) => a + b, 0);
   return powers.map((value) => value / total);
 }
 
 function scoresAfter(data, region, edits, scores) {
-  const after = Float64Array.from(scores);
+  const after = new Float64Array(scores);
   for (const edit of edits) {
     after[data.places.get(edit.concept)] += (edit.beta * overlap(data, region, edit.region)) / area(data, region);
   }
@@ -225,8 +258,8 @@ function scoresAfter(data, region, edits, scores) {
 }
 
 function order(values) {
-  const rank = (value) => (Number.isNaN(value) ? -Infinity : value);
-  return Array.from(values.keys()).sort((a, b) => rank(values[b]) - rank(values[a]) || a - b);
+  const rank = values.map((value) => (Number.isNaN(value) ? -Infinity : value));
+  return Array.from(values.keys()).sort((a, b) => rank[b] - rank[a] || a - b);
 }
 
 // ----------------------------------------------------------------------------------------------------------- state
@@ -265,7 +298,7 @@ function short(value, sign = false) {
 }
 
 const percent = (value) => (value >= 0.9995 && value < 1 ? "> 99.9 %" : value > 0 && value < 0.001 ? "< 0.1 %"
-  : `${Number((100 * value).toPrecision(3))} %`);
+  : `${Number((100 * value).toPrecision(3))} %`).replaceAll(" ", "\u00a0"); // stays on one line
 
 function regionWords(region) {
   if (region === null) return "the whole image";
@@ -277,57 +310,66 @@ function regionWords(region) {
 
 // ----------------------------------------------------------------------------------------------------------- pixels
 
+let sheet = null; // the pixels of the map painted last: new ones for every click would be collected in the midst of one
+
 // A map over an image: bilinear, with the palette's colors and opacities.
 function paint(canvas, data, concept, edits) {
   const row = data.places.get(concept);
   const factor = Math.min(1, 224 / Math.max(data.width, data.height)) * (data.width < 100 && data.height < 100 ? 2 : 1);
   const width = Math.max(1, Math.round(data.width * factor));
   const height = Math.max(1, Math.round(data.height * factor));
-  canvas.width = width;
-  canvas.height = height;
-  if (row === undefined || !state.map) return;
+  if (canvas.width !== width) canvas.width = width; // setting it makes new memory
+  if (canvas.height !== height) canvas.height = height;
+  if (row === undefined || !state.map) {
+    canvas.getContext("2d").clearRect(0, 0, width, height);
+    return;
+  }
   const changes = edits.filter((edit) => edit.concept === concept);
-  const pixels = new ImageData(width, height);
-  const place = (p, count, cells) => {
-    const where = Math.max(0, ((p + 0.5) * cells) / count - 0.5);
-    const first = Math.min(Math.floor(where), cells - 1);
-    return [first, Math.min(first + 1, cells - 1), where - first];
+  if (sheet?.width !== width || sheet.height !== height) sheet = new ImageData(width, height);
+  const [colors, steps] = [sheet.data, palette].map((part) => new Uint32Array(part.buffer));
+  const place = (count, cells) => {
+    const first = new Uint16Array(count);
+    const over = numbers(count, (p) => {
+      const where = Math.max(0, ((p + 0.5) * cells) / count - 0.5);
+      first[p] = Math.min(Math.floor(where), cells - 1);
+      return where - first[p];
+    });
+    return [first, over];
   };
-  const columns = Array.from({ length: width }, (_, x) => place(x, width, data.across));
+  const [left, over] = place(width, data.across);
+  const [top, down] = place(height, data.down);
+  const line = new Float64Array(data.across + 1); // one row of the map between its cells; the last cell twice
+  const [scale, middle] = about.signed ? [127.5 / data.end, 127.5] : [255 / data.end, 0];
   for (let y = 0; y < height; y++) {
-    const [top, bottom, down] = place(y, height, data.down);
-    const upper = row * data.cells + top * data.across;
-    const lower = row * data.cells + bottom * data.across;
+    const upper = row * data.cells + top[y] * data.across;
+    const lower = upper + (top[y] + 1 < data.down ? data.across : 0);
+    for (let j = 0; j < line.length; j++) {
+      const cell = Math.min(j, data.across - 1);
+      line[j] = (1 - down[y]) * data.maps[upper + cell] + down[y] * data.maps[lower + cell];
+    }
+    const py = Math.min(Math.floor(((y + 0.5) * data.height) / height), data.height - 1);
     for (let x = 0; x < width; x++) {
-      const [left, right, over] = columns[x];
-      let value = (1 - down) * ((1 - over) * data.maps[upper + left] + over * data.maps[upper + right])
-        + down * ((1 - over) * data.maps[lower + left] + over * data.maps[lower + right]);
+      let value = (1 - over[x]) * line[left[x]] + over[x] * line[left[x] + 1];
       for (const edit of changes) {
-        const px = Math.min(Math.floor(((x + 0.5) * data.width) / width), data.width - 1);
-        const py = Math.min(Math.floor(((y + 0.5) * data.height) / height), data.height - 1);
-        value += edit.beta * at(data, edit.region, px, py);
+        value += edit.beta * at(data, edit.region, Math.min(Math.floor(((x + 0.5) * data.width) / width), data.width - 1), py);
       }
-      if (Number.isNaN(value)) continue;
-      const share = about.signed ? (value / data.end + 1) / 2 : value / data.end;
-      const color = Math.round(255 * Math.min(1, Math.max(0, share)));
-      const k = 4 * (y * width + x);
-      pixels.data[k] = palette.colors[3 * color];
-      pixels.data[k + 1] = palette.colors[3 * color + 1];
-      pixels.data[k + 2] = palette.colors[3 * color + 2];
-      pixels.data[k + 3] = palette.opacity[color];
+      const step = Math.round(Math.min(255, Math.max(0, value * scale + middle)));
+      colors[y * width + x] = Number.isNaN(step) ? 0 : steps[step];
     }
   }
-  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  canvas.getContext("2d").putImageData(sheet, 0, 0);
 }
 
-function mark(canvas, data, regions, cursor) {
-  const box = canvas.getBoundingClientRect();
+const sizes = new Map(); // of the stages, once laid out: asking for them would lay the page out a second time
+
+function outline(canvas, data, regions, cursor) {
+  const box = sizes.get(canvas.parentElement) ?? { width: 1, height: 1 };
   const dense = window.devicePixelRatio || 1;
   canvas.width = Math.max(1, Math.round(box.width * dense));
   canvas.height = Math.max(1, Math.round(box.height * dense));
   const pen = canvas.getContext("2d");
   pen.scale(canvas.width / data.width, canvas.height / data.height);
-  const unit = data.width / Math.max(box.width, 1);
+  const unit = data.width / box.width;
   const frame = ([x0, y0, x1, y1], color, dash = []) => {
     pen.setLineDash(dash.map((length) => length * unit));
     for (const [width, style] of [[4, "#000"], [2, color]]) {
@@ -342,7 +384,7 @@ function mark(canvas, data, regions, cursor) {
       continue;
     }
     pen.fillStyle = "rgba(255, 217, 47, .5)";
-    for (const [y, start, stop] of runs(data, region.mask)) pen.fillRect(start, y, stop - start, 1);
+    for (const [y, start, stop] of region.runs) pen.fillRect(start, y, stop - start, 1);
   }
   if (cursor) {
     const dx = data.width / data.across;
@@ -351,65 +393,85 @@ function mark(canvas, data, regions, cursor) {
   }
 }
 
-// [row, start, stop] of every run of a mask.
-function runs(data, mask) {
-  const found = [];
-  for (let y = 0; y < data.height; y++) {
-    for (let x = 0; x < data.width; x++) {
-      if (!mask[y * data.width + x]) continue;
-      const start = x;
-      while (x < data.width && mask[y * data.width + x]) x++;
-      found.push([y, start, x]);
-    }
-  }
-  return found;
-}
-
 // ------------------------------------------------------------------------------------------------------------ shown
 
-function bar(value, end, middle) {
-  const piece = make("i", { class: value >= 0 ? "for" : "against" });
-  const length = Number.isFinite(value) && end > 0 ? Math.min(Math.abs(value) / end, 1) * (middle ? 50 : 100) : 0;
-  piece.style.width = `${length}%`;
-  piece.style.left = `${middle ? (value >= 0 ? 50 : 50 - length) : 0}%`;
-  return make("span", { class: middle ? "bar middle" : "bar", "aria-hidden": "true" }, piece);
+// Rows stay in place and only what changed is written: the focus stays where it is, and a click costs little.
+const lists = new Map();
+
+function fill(list, items, create, write) {
+  if (!lists.has(list)) lists.set(list, []);
+  const rows = lists.get(list);
+  while (rows.length > items.length) rows.pop().element.remove();
+  while (rows.length < items.length) {
+    rows.push(create());
+    list.append(rows.at(-1).element);
+  }
+  items.forEach((item, k) => write(rows[k], item));
 }
 
-// Rows of a list: the same number of elements stays in place, so that focus stays where it is.
-function fill(list, items, row) {
-  while (list.children.length > items.length) list.lastElementChild.remove();
-  items.forEach((item, k) => {
-    const old = list.children[k];
-    const focused = old?.contains(document.activeElement);
-    const fresh = row(item, k);
-    if (old) old.replaceWith(fresh);
-    else list.append(fresh);
-    if (focused) fresh.querySelector("button")?.focus();
-  });
+function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
 }
 
-function conceptRow(data, row, score, how, ends, testid) {
-  const name = about.concepts[data.rows[row]];
-  const pale = data.presence && data.presence[row] < about.seen;
-  const signed = ends.lowest < 0;
-  const detail = pale ? [make("small", {}, `not seen (presence ${short(data.presence[row])})`)] : [];
+function put(element, attributes) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (element.getAttribute(name) !== value) element.setAttribute(name, value);
+  }
+}
+
+function bar() {
+  const piece = make("i");
+  return { element: make("span", { class: "bar", "aria-hidden": "true" }, piece), piece };
+}
+
+function writeBar({ element, piece }, value, end, middle) {
+  const length = Number.isFinite(value) && end > 0 ? round2(Math.min(Math.abs(value) / end, 1) * (middle ? 50 : 100)) : 0;
+  const [width, left] = [`${length}%`, `${middle ? (value >= 0 ? 50 : round2(50 - length)) : 0}%`];
+  put(element, { class: middle ? "bar middle" : "bar" });
+  put(piece, { class: value >= 0 ? "for" : "against" });
+  if (piece.style.width !== width) piece.style.width = width;
+  if (piece.style.left !== left) piece.style.left = left;
+}
+
+function conceptRow(testid) {
+  const row = { concept: null, name: make("bdi"), detail: make("small"), score: new Text(), bar: bar(), how: new Text(), howBar: bar() };
+  row.contribution = make("span", { class: "number how" }, row.how, row.howBar.element);
   const parts = [
-    make("span", { class: "name" }, make("bdi", {}, name), ...detail),
-    make("span", { class: "number score" }, short(score, signed), bar(score, ends.score, signed)),
+    make("span", { class: "name" }, row.name, row.detail),
+    make("span", { class: "number score" }, row.score, row.bar.element),
+    row.contribution,
   ];
-  if (how) parts.push(make("span", { class: "number how" }, short(how[row], true), bar(how[row], ends.how, true)));
-  const marks = { "data-testid": testid, "data-concept": name, "data-score": String(score) };
-  if (testid !== "concept") return make("li", { class: "row", ...marks }, ...parts);
-  const pressed = String(data.rows[row] === state.concept);
-  const button = make("button", { type: "button", class: "row", "aria-pressed": pressed, ...marks }, ...parts);
-  button.addEventListener("click", () => choose(data.rows[row]));
-  return make("li", { class: pale ? "pale" : null }, button);
+  if (testid === "concept") {
+    row.marked = make("button", { type: "button", class: "row", "data-testid": testid }, ...parts);
+    row.marked.addEventListener("click", () => choose(row.concept));
+    row.element = make("li", {}, row.marked);
+  } else row.element = row.marked = make("li", { class: "row", "data-testid": testid }, ...parts);
+  return row;
+}
+
+function writeConcept(row, data, place, score, how, ends) {
+  row.concept = data.rows[place];
+  const name = about.concepts[row.concept];
+  const pale = Boolean(data.presence && data.presence[place] < about.seen);
+  say(row.name, name);
+  row.detail.hidden = !pale;
+  if (pale) say(row.detail, `not seen (presence ${short(data.presence[place])})`);
+  say(row.score, short(score, ends.signed));
+  writeBar(row.bar, score, ends.score, ends.signed);
+  row.contribution.hidden = !how;
+  if (how) {
+    say(row.how, short(how[place], true));
+    writeBar(row.howBar, how[place], ends.how, true);
+  }
+  row.element.classList.toggle("pale", pale);
+  put(row.marked, { "data-concept": name, "data-score": String(score) });
+  if (row.marked !== row.element) put(row.marked, { "aria-pressed": String(row.concept === state.concept) });
 }
 
 function ends(scores, how, rows) {
   const largest = (values) => rows.reduce((a, k) => (Number.isFinite(values[k]) ? Math.max(a, Math.abs(values[k])) : a), 0);
-  const lowest = rows.reduce((a, k) => (scores[k] < a ? scores[k] : a), 0);
-  return { score: largest(scores), how: how ? largest(how) : 0, lowest };
+  const signed = about.editable || rows.some((k) => scores[k] < 0);
+  return { score: largest(scores), how: how ? largest(how) : 0, signed };
 }
 
 function showConcepts() {
@@ -423,10 +485,10 @@ function showConcepts() {
   }
   if (!state.chosen || !data.places.has(state.concept)) state.concept = data.rows[ranked[0]] ?? null;
   const wanted = $("find-concept").value.trim().toLowerCase();
-  const found = ranked.filter((row) => about.concepts[data.rows[row]].toLowerCase().includes(wanted));
+  const found = wanted ? ranked.filter((row) => about.concepts[data.rows[row]].toLowerCase().includes(wanted)) : ranked;
   const shown = found.slice(0, state.rows);
   const limits = ends(scores, how, shown);
-  fill($("concepts"), shown, (row) => conceptRow(data, row, scores[row], how, limits, "concept"));
+  fill($("concepts"), shown, () => conceptRow("concept"), (row, k) => writeConcept(row, data, k, scores[k], how, limits));
   $("more-concepts").hidden = found.length <= shown.length;
   $("more-concepts").textContent = `Show more (${found.length - shown.length})`;
   $("region-line").textContent = region === null
@@ -439,10 +501,20 @@ function showConcepts() {
   $("how-head").textContent = how ? `contribution${target}${about.contributionUnit && `, ${about.contributionUnit}`}${whole}` : "";
   $("how-head").hidden = !how;
   document.body.classList.toggle("with-how", Boolean(how));
-  return { data, region, scores, ranked };
+  return scores;
 }
 
-function showEdits(seen = null) {
+function editRow() {
+  const row = { edit: null, beta: new Text(), name: make("bdi"), where: new Text() };
+  const back = make("button", { type: "button", class: "link" }, row.beta, row.name, row.where);
+  back.addEventListener("click", () => { mine().region = row.edit.region; choose(row.edit.concept); });
+  row.drop = make("button", { type: "button", class: "drop" }, "×");
+  row.drop.addEventListener("click", () => { remember(); mine().edits = mine().edits.filter((one) => one !== row.edit); commit(); });
+  row.element = make("li", {}, back, row.drop);
+  return row;
+}
+
+function showEdits(scores) {
   if (!about.editable) return;
   const data = load(state.image);
   const { region, edits } = mine();
@@ -462,30 +534,39 @@ function showEdits(seen = null) {
   $("beta-line").textContent = `Standard deviations of the concept. The region is ${percent(part)} of the image.`;
   $("undo").disabled = !(mine().history.length || mine().pending);
   $("reset").disabled = !edits.length;
-  fill($("edits"), edits, (edit) => {
-    const words = `${short(edit.beta, true)} `;
-    const back = make("button", { type: "button", class: "link" }, words, make("bdi", {}, about.concepts[edit.concept]), ` in ${regionWords(edit.region)}`);
-    back.addEventListener("click", () => { mine().region = edit.region; choose(edit.concept); });
-    const drop = make("button", { type: "button", class: "drop", "aria-label": `Remove the edit of ${about.concepts[edit.concept]}` }, "×");
-    drop.addEventListener("click", () => { remember(); mine().edits = mine().edits.filter((one) => one !== edit); commit(); });
-    return make("li", {}, back, drop);
+  fill($("edits"), edits, editRow, (row, edit) => {
+    row.edit = edit;
+    const concept = about.concepts[edit.concept];
+    say(row.beta, `${short(edit.beta, true)} `);
+    say(row.name, concept);
+    say(row.where, ` in ${regionWords(edit.region)}`);
+    put(row.drop, { "aria-label": `Remove the edit of ${concept}` });
   });
   document.body.classList.toggle("edited", edits.length > 0);
-  const scores = seen?.scores ?? scoresOf(data, region);
-  const after = scoresAfter(data, region, edits, scores);
-  const shown = order(after).slice(0, Math.min(state.rows, 12));
+  const after = edits.length ? scoresAfter(data, region, edits, scores) : scores;
+  const edited = new Set(edits.map((edit) => data.places.get(edit.concept))); // shown wherever they have gone
+  const shown = order(after).filter((row, k) => k < 12 || edited.has(row));
   const limits = ends(after, null, shown);
-  fill($("after"), shown, (row) => conceptRow(data, row, after[row], null, limits, "region-concept-after"));
+  fill($("after"), shown, () => conceptRow("region-concept-after"), (row, k) => writeConcept(row, data, k, after[k], null, limits));
   $("after-line").textContent = `In ${regionWords(region)}.`;
+}
+
+function classRow() {
+  const row = { name: make("bdi"), truth: make("small", {}, "true label"), number: new Text(), before: bar(), after: bar() };
+  row.element = make(
+    "li", { class: "row", "data-testid": "class" },
+    make("span", { class: "name" }, row.name, row.truth),
+    make("span", { class: "number" }, row.number, row.before.element, row.after.element),
+  );
+  return row;
 }
 
 function showClasses() {
   const data = load(state.image);
-  const list = $("classes");
   let before;
   let after;
   if (data.logits) {
-    before = probabilities(Float64Array.from(data.logits));
+    before = probabilities(new Float64Array(data.logits));
     after = mine().edits.length ? probabilities(logitsAfter(data, mine().edits)) : before;
   } else if (data.target !== null && data.probability !== null) {
     before = after = [data.probability];
@@ -502,30 +583,34 @@ function showClasses() {
     $("more-classes").hidden = false;
     shown = shown.filter((k) => kept.has(k));
   } else $("more-classes").hidden = true;
-  fill(list, shown, (k) => {
+  const edited = mine().edits.length > 0;
+  fill($("classes"), shown, classRow, (row, k) => {
     const name = about.classes[data.logits ? k : data.target];
-    const edited = mine().edits.length > 0;
-    const truth = name === label ? [make("small", {}, "true label")] : [];
-    return make(
-      "li", { class: "row", "data-testid": "class", "data-class": name, "data-before": String(before[k]), "data-after": String(after[k]) },
-      make("span", { class: "name" }, make("bdi", {}, name), ...truth),
-      make("span", { class: "number" }, edited ? `${percent(before[k])} → ${percent(after[k])}` : percent(before[k]),
-        bar(before[k], 1, false), ...(edited ? [bar(after[k], 1, false)] : [])),
-    );
+    say(row.name, name);
+    row.truth.hidden = name !== label;
+    say(row.number, edited ? `${percent(before[k])} → ${percent(after[k])}` : percent(before[k]));
+    writeBar(row.before, before[k], 1, false);
+    writeBar(row.after, after[k], 1, false);
+    row.after.element.hidden = !edited;
+    put(row.element, { "data-class": name, "data-before": String(before[k]), "data-after": String(after[k]) });
   });
   $("classes-line").textContent = !data.logits ? "The explained class."
     : mine().edits.length ? "Probability before (gray) and after the edits." : "Probability.";
 }
 
-function showPixels() {
+function showMarks() {
   const data = load(state.image);
   const { region, edits } = mine();
+  outline($("marks"), data, [region], state.cursor);
+  if (edits.length) outline($("marks-after"), data, [region, ...edits.map((edit) => edit.region)], null);
+}
+
+function showPixels() {
+  const data = load(state.image);
+  const { edits } = mine();
   paint($("heat"), data, state.concept, []);
-  mark($("marks"), data, [region], state.cursor);
-  if (edits.length) {
-    paint($("heat-after"), data, state.concept, edits);
-    mark($("marks-after"), data, [region, ...edits.map((edit) => edit.region)], null);
-  }
+  if (edits.length) paint($("heat-after"), data, state.concept, edits);
+  showMarks();
   const low = about.signed ? `≤ ${short(-data.end)}` : "0";
   $("legend-low").textContent = low;
   $("legend-high").textContent = `≥ ${short(data.end)}`;
@@ -560,7 +645,7 @@ function showPython() {
   }
   for (const [one, name] of names) {
     lines.push(`${name} = torch.zeros(${data.height}, ${data.width})`, `for y, start, stop in [`);
-    const parts = runs(data, one.mask).map((run) => `(${run.join(", ")})`);
+    const parts = one.runs.map((run) => `(${run.join(", ")})`);
     for (let k = 0; k < parts.length; k += 6) lines.push(`    ${parts.slice(k, k + 6).join(", ")},`);
     lines.push("]:", `    ${name}[y, start:stop] = 1`);
   }
@@ -589,11 +674,11 @@ function showPython() {
   $("python").textContent = lines.join("\n");
 }
 
-function keywords(data, region) {
+function keywords(region) {
   if (region === null) return {};
   if (region.kind === "points") return { points: region.points };
   if (region.kind === "boxes") return { boxes: region.box.map(round2) };
-  return { mask: runs(data, region.mask) };
+  return { mask: region.runs };
 }
 
 // The notebook hears what was marked and changed.
@@ -602,16 +687,15 @@ function tell() {
   const edits = {};
   for (const [number, one] of own) {
     if (one.edits.length) {
-      edits[number] = one.edits.map((edit) => ({ concept: about.concepts[edit.concept], beta: edit.beta, ...keywords(load(number), edit.region) }));
+      edits[number] = one.edits.map((edit) => ({ concept: about.concepts[edit.concept], beta: edit.beta, ...keywords(edit.region) }));
     }
   }
-  const message = { image: state.image, region: keywords(load(state.image), mine().region), edits };
+  const message = { image: state.image, region: keywords(mine().region), edits };
   window.parent.postMessage({ from: "captum_concepts", state: message }, "*");
 }
 
 function show(announce = "") {
-  const seen = showConcepts();
-  showEdits(seen);
+  showEdits(showConcepts());
   showClasses();
   showPixels();
   showPython();
@@ -631,7 +715,7 @@ function announceRegion() {
 
 function announceClasses() {
   const data = load(state.image);
-  const before = probabilities(Float64Array.from(data.logits));
+  const before = probabilities(new Float64Array(data.logits));
   const after = probabilities(logitsAfter(data, mine().edits));
   const top = order(after)[0];
   return `${about.classes[top]}: ${percent(before[top])} before, ${percent(after[top])} after`;
@@ -646,8 +730,10 @@ function choose(concept) {
 }
 
 function setRegion(region, announce = true) {
+  const known = region === mine().region;
   mine().region = region;
-  show(announce ? announceRegion() : "");
+  if (!known) show();
+  if (announce) $("live").textContent = announceRegion();
 }
 
 function setImage(number) {
@@ -765,12 +851,13 @@ function brush(data, mask, [ax, ay], [bx, by]) {
 function follow(event) {
   const data = load(state.image);
   const here = place(event);
+  if (gesture.last?.join() === here.join()) return;
   if (state.tool === "point") gesture.region = inside(data, here);
   else if (state.tool === "box") {
     const far = Math.hypot(event.clientX - gesture.x, event.clientY - gesture.y) > 3;
     gesture.region = far ? boxOf(data, gesture.start, here) ?? gesture.region : inside(data, gesture.start);
   } else {
-    brush(data, gesture.mask, gesture.last, here);
+    brush(data, gesture.mask, gesture.last ?? here, here);
     gesture.region = maskRegion(data, gesture.mask);
   }
   gesture.last = here;
@@ -783,9 +870,9 @@ $("stage").addEventListener("pointerdown", (event) => {
   $("stage").setPointerCapture(event.pointerId);
   const data = load(state.image);
   const old = mine().region;
-  const mask = new Float64Array(data.width * data.height);
-  if (state.tool === "brush" && old?.mask) mask.set(old.mask); // strokes add up
-  gesture = { id: event.pointerId, x: event.clientX, y: event.clientY, start: place(event), last: place(event), mask, region: old };
+  const mask = state.tool === "brush" ? new Uint8Array(data.width * data.height) : null;
+  if (mask && old?.mask) mask.set(old.mask); // strokes add up
+  gesture = { id: event.pointerId, x: event.clientX, y: event.clientY, start: place(event), last: null, mask, region: old };
   state.cursor = null;
   follow(event);
   setRegion(gesture.region, false);
@@ -828,7 +915,7 @@ $("stage").addEventListener("keydown", (event) => {
     else state.anchor = null;
     state.cursor = [Math.min(Math.max(x + moved[0], 0), data.across - 1), Math.min(Math.max(y + moved[1], 0), data.down - 1)];
     if (!event.shiftKey) {
-      showPixels();
+      showMarks();
       $("live").textContent = `Cell ${state.cursor[0] + 1} of ${data.across}, row ${state.cursor[1] + 1} of ${data.down}`;
       return;
     }
@@ -842,7 +929,7 @@ $("stage").addEventListener("keydown", (event) => {
       setRegion(inside(data, center));
       return;
     }
-    const mask = new Float64Array(data.width * data.height);
+    const mask = new Uint8Array(data.width * data.height);
     if (mine().region?.mask) mask.set(mine().region.mask);
     brush(data, mask, center, center);
     setRegion(maskRegion(data, mask));
@@ -852,7 +939,7 @@ $("stage").addEventListener("keydown", (event) => {
 $("stage").addEventListener("blur", () => {
   if (!state.cursor) return;
   state.cursor = null;
-  showPixels();
+  showMarks();
 });
 
 // The slider: pressing keys in a row is one step of the history.
@@ -931,7 +1018,13 @@ document.addEventListener("keydown", (event) => {
     if (next !== undefined) setImage(next);
   }
 });
-new ResizeObserver(() => showPixels()).observe($("stage"));
+const resized = new ResizeObserver((entries) => {
+  for (const { target, contentRect } of entries) {
+    if (contentRect.width) sizes.set(target, contentRect);
+  }
+  showMarks();
+});
+for (const id of ["stage", "stage-after"]) resized.observe($(id));
 
 // -------------------------------------------------------------------------------------------------------- filmstrip
 
@@ -1017,7 +1110,7 @@ function begin() {
   if (!about.editable) $("edit-title").textContent = "Why concepts cannot be changed here";
   const ramp = $("ramp").getContext("2d");
   const colors = new ImageData(256, 1);
-  for (let k = 0; k < 256; k++) colors.data.set([...palette.colors.subarray(3 * k, 3 * k + 3), 255], 4 * k);
+  colors.data.set(palette.map((value, k) => (k % 4 === 3 ? 255 : value)));
   ramp.putImageData(colors, 0, 0);
   setTool("box");
   const found = frames();
