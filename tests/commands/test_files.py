@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import full_disk, read_only
 from PIL import Image
 from torchvision.utils import save_image
 
@@ -351,6 +352,44 @@ def test_on_a_full_disk_the_result_is_printed(line, writer, printed, space: Path
     said = capsys.readouterr()
     assert printed in said.out
     assert "No space left on device" in said.err
+
+
+FULL_PAGE = [
+    ("report photos --output old.html", "0.png: ", 40_000),
+    ("report photos --output old.html", "", 16),
+    ("explore photos --output old.html", "", 16),
+    ("audit photos --output old.html", "images", 16),
+    ("explain photos --output out --report old.html", "", 16),
+]
+
+
+@pytest.mark.parametrize(("line", "printed", "size"), FULL_PAGE)
+def test_on_a_full_disk_the_old_page_stays(line, printed, size, space: Path, capsys):
+    """Every write beyond some bytes fails, as on a disk without more room."""
+    (space / "old.html").write_text("the only copy")
+    before = contents(space)
+    with full_disk(size):
+        code = main([*line.split(), *MODEL])
+    said = capsys.readouterr()
+    assert code == 2
+    assert printed in said.out
+    assert "error: " in said.err
+    assert "old.html" in said.err or "explanations.json" in said.err
+    assert "Traceback" not in said.err
+    assert contents(space) == before
+
+
+@pytest.mark.parametrize("line", [line for line, _, size in FULL_PAGE if size == 16])
+def test_a_read_only_disk_is_told_before_the_work(line, space: Path, capsys, monkeypatch):
+    from captum_concepts.commands import settings
+
+    (space / "old.html").write_text("the only copy")
+    before = contents(space)
+    monkeypatch.setattr(settings, "load_model", lambda *_, **__: pytest.fail("the work began"))
+    with read_only(space):
+        assert main([*line.split(), *MODEL]) == 2
+    assert "cannot be written: " in capsys.readouterr().err
+    assert contents(space) == before
 
 
 class TestWhatIsPrinted:
