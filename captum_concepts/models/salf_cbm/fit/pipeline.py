@@ -58,12 +58,14 @@ from captum_concepts.store import (
     fingerprint_tensor,
     world,
 )
+from captum_concepts.store.processes import lost_peers_named
 from captum_concepts.vlm import Regions, check_encoder
 
 Transform = Callable[[Tensor], Tensor]
 
 
 @unharming
+@lost_peers_named()
 def fit_salf_cbm(
     backbone: nn.Module,
     layer: Layer,
