@@ -208,13 +208,13 @@ def _demo(options: dict, as_json: bool) -> Outcome:
 
 
 def _explain(options: dict, as_json: bool) -> Outcome:
-    from captum_concepts.commands.explain import ExplainSettings, explain
+    from captum_concepts.commands.explain import ExplainSettings, explain, line_of
 
     report = explain(ExplainSettings(**options))
     if as_json:
         text = json.dumps(report, indent=2)
     else:
-        lines = [_line(entry) for entry in report["explained"]]
+        lines = [line_of(entry) for entry in report["explained"]]
         lines.append(
             f"{len(report['explained'])} explained at layer {report['layer']}, pictures in {options['output']}"
         )
@@ -223,22 +223,6 @@ def _explain(options: dict, as_json: bool) -> Outcome:
         text = "\n".join(lines)
     code = None if report["explained"] else NOT_DONE
     return Outcome(text, report["failed"], "not explained", code, report.get("unsaved"))
-
-
-def _line(entry: dict[str, Any]) -> str:
-    """One image: what is predicted, and its concepts; those that are not seen are said to be."""
-    from captum_concepts.explanation import SEEN, short
-
-    predicted = ""
-    if "target" in entry and entry.get("target_probability") is not None:
-        predicted = f"{entry['target']} {entry['target_probability']:.2f} <- "
-    presence = entry.get("presence", {})
-    words = [
-        f"{name} {'n/a' if score is None else short(score)}"
-        + (" (not seen)" if (presence.get(name) or 1) < SEEN else "")
-        for name, score in entry["top"].items()
-    ]
-    return f"{entry['image']}: {predicted}" + ", ".join(words)
 
 
 def _fit_salf(options: dict, as_json: bool) -> Outcome:

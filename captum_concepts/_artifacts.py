@@ -313,13 +313,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     partial = path.with_name(f".{_short(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
     partial.unlink(missing_ok=True)
     try:
-        with partial.open("xb") as file:  # "x": created here, so it is no link
+        with naming(path), partial.open("xb") as file:  # "x": created here, so it is no link
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file could not be written: of a full disk, the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def leftovers(folder: Path, names: str) -> list[tuple[Path, str]]:

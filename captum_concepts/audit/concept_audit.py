@@ -326,7 +326,8 @@ def audit_dataset(
         transform: from a file or PIL image to the model's input, in place of its own preprocessing.
         batch_size: images per forward pass.
         store_path: a folder in which parts of 256 images are written as they are done: a killed audit resumes there,
-            and processes under ``torchrun`` share the work. None keeps the numbers in memory.
+            and processes under ``torchrun`` share the work, whatever their number was before. None keeps the numbers
+            in memory.
         show_progress: show a bar.
 
     Returns:

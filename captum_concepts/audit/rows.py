@@ -21,6 +21,7 @@ from captum_concepts.attr import batches as attr_batches
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.explanation import ContributionExplainer, Selection
 from captum_concepts.images import ImageSource, batches, digest
+from captum_concepts.store.processes import all_or_none, world
 
 _PART = "captum_concepts.AuditPart/1"
 ARRAYS = {
@@ -174,27 +175,28 @@ def collect_rows(
     """
     from tqdm import tqdm
 
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    if world > 1 and folder is None:
+    rank, size = world()
+    if size > 1 and folder is None:
         raise InputError("several processes need store_path=, a folder that all of them see")
     starts = list(range(0, len(source), part_size))
-    mine = [(k, start) for k, start in enumerate(starts) if k % world == rank]
     made: dict[int, Rows] = {}
-    for k, start in tqdm(mine, desc="audit", unit="part", disable=not show_progress):
-        path = None if folder is None else folder / f"part-{k:06d}.safetensors"
-        stop = min(start + part_size, len(source))
-        if path is not None and path.is_file():
-            ends = [placed(explainer, source[i]) for i in (start, stop - 1)]
-            _read(path, settings | {"start": start}, ends)
-            continue
-        rows = _part(explainer, source.select(range(start, stop)), top_k, batch_size)
-        if path is None:
-            made[k] = rows
-        else:
-            save_artifact(path, _PART, settings | {"start": start}, rows.tensors())
-    if distributed and world > 1:
-        torch.distributed.barrier()
+
+    def compute() -> None:
+        mine = [(k, start) for k, start in enumerate(starts) if k % size == rank]
+        for k, start in tqdm(mine, desc="audit", unit="part", disable=not show_progress):
+            path = None if folder is None else folder / f"part-{k:06d}.safetensors"
+            stop = min(start + part_size, len(source))
+            if path is not None and path.is_file():
+                ends = [placed(explainer, source[i]) for i in (start, stop - 1)]
+                _read(path, settings | {"start": start}, ends)
+                continue
+            rows = _part(explainer, source.select(range(start, stop)), top_k, batch_size)
+            if path is None:
+                made[k] = rows
+            else:
+                save_artifact(path, _PART, settings | {"start": start}, rows.tensors())
+
+    all_or_none(compute)
     if folder is None:
         return Rows.join([made[k] for k in range(len(starts))])
     paths = [folder / f"part-{k:06d}.safetensors" for k in range(len(starts))]

@@ -299,13 +299,14 @@ def _report(options: dict[str, Any], as_json: bool) -> Outcome:
 
     saved = options.pop("explanations")
     if saved is None:
-        from captum_concepts.commands.explain import ExplainSettings, explain
+        from captum_concepts.commands.explain import ExplainSettings, explain, line_of
 
         missing = [what for what, given in (("--model", options["model"]), ("IMAGE", options["images"])) if not given]
         if missing:
             raise InputError(f"give {' and '.join(missing)}, or --explanations PATH")
         made = explain(ExplainSettings(**options))
         done = len(made["explained"])
+        lines = [line_of(entry) for entry in made["explained"]]
     else:
         from captum_concepts.commands.report import SavedSettings, report_saved
         from captum_concepts.images import read_words
@@ -313,9 +314,9 @@ def _report(options: dict[str, Any], as_json: bool) -> Outcome:
         names = None if options["classes"] is None else read_words(options["classes"])
         kept = {key: options[key] for key in ("report", "images", "title", "model", "size", "resize", "top_k")}
         made = report_saved(SavedSettings(saved, class_names=names, **kept))
-        done = made["explained"]
+        done, lines = made["explained"], []
     unsaved = made.get("unsaved")
-    text = f"{done} explained in {options['report']}" if done and not unsaved else ""
+    text = "\n".join(lines) if unsaved else f"{done} explained in {options['report']}" if done else ""
     code = None if done else 2
     return Outcome(json.dumps(made, indent=2) if as_json else text, made["failed"], "not explained", code, unsaved)
 

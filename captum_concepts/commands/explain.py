@@ -26,7 +26,7 @@ from captum_concepts.commands.outputs import check_folder, check_outputs, html
 from captum_concepts.commands.report import facts, open_report, read_index
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.errors import InputError, InputWarning, printable, shortened
-from captum_concepts.explanation import ConceptExplanation
+from captum_concepts.explanation import SEEN, ConceptExplanation, short
 from captum_concepts.images import Photograph, find_images, load_photograph, names_of
 from captum_concepts.images.files import EXPLAINED
 from captum_concepts.store import FolderLock
@@ -235,6 +235,20 @@ def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict
         values = zip(explanation.concepts, explanation.contributions[0], strict=True)
         entry["contributions"] = {c: _number(v) for c, v in values}
     return entry
+
+
+def line_of(entry: dict[str, Any]) -> str:
+    """One image: what is predicted, and its concepts; those that are not seen are said to be."""
+    predicted = ""
+    if "target" in entry and entry.get("target_probability") is not None:
+        predicted = f"{entry['target']} {entry['target_probability']:.2f} <- "
+    presence = entry.get("presence", {})
+    words = [
+        f"{name} {'n/a' if score is None else short(score)}"
+        + (" (not seen)" if (presence.get(name) or 1) < SEEN else "")
+        for name, score in entry["top"].items()
+    ]
+    return f"{entry['image']}: {predicted}" + ", ".join(words)
 
 
 def _number(value: Tensor) -> float | None:

@@ -162,7 +162,7 @@ def evaluate(
     words = Words.of(named, data, concepts)
     if words is None and any(isinstance(metric, w.WordMetric) for metric in measures.values()):
         raise InputError(f"{', '.join(WORD_METRICS)} need ConceptExplainers and the names of the data's concepts")
-    kept: dict[tuple[str, str], list[Samples]] = {(e, k): [] for e in named for k in measures}
+    kept = {(e, k): Samples() for e in named for k in measures}
     _warn_of_raw_images(named, data, transform)
     seen = 0
     for batch in _progress(batches(data, batch_size, device), data, show_progress):
@@ -178,17 +178,16 @@ def evaluate(
                     if maps is None:
                         maps = _maps(one, name, batch, chosen, columns, seen, channels)
                     statistics = _statistics(metric, key, chosen, maps)
-                kept[name, key].append(Samples.of(*statistics))
+                kept[name, key].add(*statistics)
         seen += len(batch)
     for name, one in named.items():
         if isinstance(one, ConceptExplanation) and len(one) != seen:
             raise InputError(f"explainer {name!r} explains {len(one)} examples, but the data contains {seen}")
     if not seen:
         raise InputError("data is empty")
-    joined = {key: Samples.join(parts) for key, parts in kept.items()}
     unmatched = [] if words is None else sorted(words.unmatched)
     return EvaluationTable.summarize(
-        joined, measures, n_bootstrap=n_bootstrap, confidence=confidence, seed=seed, unmatched=unmatched
+        kept, measures, n_bootstrap=n_bootstrap, confidence=confidence, seed=seed, unmatched=unmatched
     )
 
 

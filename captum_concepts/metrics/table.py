@@ -43,23 +43,37 @@ _SAVED = schema.table(
 )
 
 
-@dataclass(frozen=True)
 class Samples:
-    """What one explainer and metric left of every example: sums (n, width), counted and undefined values (n,)."""
+    """What one explainer and metric left of every example: sums (n, width), counted and undefined values (n,).
 
-    total: np.ndarray
-    counted: np.ndarray
-    skipped: np.ndarray
+    Only these numbers are kept: an array object or tensor per image and metric weighs a hundred times as much.
+    """
 
-    @classmethod
-    def of(cls, total: Tensor, counted: Tensor, skipped: Tensor) -> Samples:
-        """From tensors on any device."""
-        return cls(*(x.detach().cpu().double().numpy() for x in (total, counted, skipped)))
+    def __init__(self) -> None:
+        self._kept = bytearray(), bytearray(), bytearray()
 
-    @classmethod
-    def join(cls, parts: Sequence[Samples]) -> Samples:
-        """Of several batches, in order."""
-        return cls(*(np.concatenate([getattr(p, k) for p in parts]) for k in ("total", "counted", "skipped")))
+    def add(self, total: Tensor, counted: Tensor, skipped: Tensor) -> None:
+        """Those of a batch, from tensors on any device."""
+        for kept, values in zip(self._kept, (total, counted, skipped), strict=True):
+            kept += values.detach().cpu().double().numpy().tobytes()
+
+    def __len__(self) -> int:
+        return len(self._kept[1]) // 8
+
+    @property
+    def total(self) -> np.ndarray:
+        """``(n, width)`` float64."""
+        return np.frombuffer(self._kept[0]).reshape(len(self), -1)
+
+    @property
+    def counted(self) -> np.ndarray:
+        """``(n,)`` float64."""
+        return np.frombuffer(self._kept[1])
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """``(n,)`` float64."""
+        return np.frombuffer(self._kept[2])
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,7 @@ class EvaluationTable:
         """Values and percentile intervals from the sums of every example, the same resamples for all rows."""
         number("confidence", confidence, lambda c: 0 < c < 1, "between 0 and 1")
         integer("n_bootstrap", n_bootstrap, 0)
-        n = len(next(iter(samples.values())).counted)
+        n = len(next(iter(samples.values())))
         drawn: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in samples}
         rng = np.random.default_rng(seed)
         for start in range(0, n_bootstrap, 64):

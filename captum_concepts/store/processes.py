@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from captum_concepts._artifacts import Array
 from captum_concepts.errors import CaptumConceptsError
+from captum_concepts.store.manifest import Manifest, check_fingerprint, read_manifest
+from captum_concepts.store.shards import Span, Write, check_unclaimed, fill_shards, shard_sizes
 
 
 def world() -> tuple[int, int]:
@@ -36,16 +43,81 @@ def all_or_none(work: Callable[[], Any]) -> None:
         failure = error
     outcomes: list[str | None] = [None] * size
     try:
-        torch.distributed.all_gather_object(
-            outcomes, None if failure is None else f"{type(failure).__name__}: {failure}"
-        )
-    except RuntimeError as error:  # what the backends raise for a peer that is gone
-        raise failure or CaptumConceptsError(
-            f"process {rank} has done its part, but another of the {size} processes ended without a word ({error}); "
-            "start all of them again: what is written is kept"
-        ) from error
+        with lost_peers_named():
+            torch.distributed.all_gather_object(
+                outcomes, None if failure is None else f"{type(failure).__name__}: {failure}"
+            )
+    except CaptumConceptsError as error:
+        raise failure or error from error.__cause__
     if failure is not None:
         raise failure
     failed = [f"process {r}: {outcome}" for r, outcome in enumerate(outcomes) if outcome is not None]
     if failed:
         raise CaptumConceptsError(f"process {rank} has done its part, but " + "; ".join(failed))
+
+
+@contextmanager
+def lost_peers_named() -> Iterator[None]:
+    """Say in words what the backend says of a process that is gone (killed, out of memory).
+
+    Raises:
+        CaptumConceptsError: another process ended while this one waited for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        rank, size = world()
+        # gloo raises plain RuntimeErrors that begin with the line of its source.
+        if size == 1 or not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
+            raise
+        raise CaptumConceptsError(
+            f"process {rank} waited for another of the {size} processes, which ended without a word; start all of them "
+            f"again, or one alone: what is written is kept ({str(error)[:200]})"
+        ) from error
+
+
+def fill_together(
+    path: Path,
+    made_from: Mapping[str, Any],
+    count: int,
+    compute: Callable[[list[Span], Write], None],
+    *,
+    shard_rows: int,
+    arrays: Mapping[str, Array] | None = None,
+    what: str,
+    alone: bool = False,
+) -> None:
+    """A store of ``count`` rows, of which each process computes every n-th shard, as far as it is not there.
+
+    The files depend neither on the number of processes nor on where an earlier run, of as many or others, was ended.
+
+    Args:
+        path: the folder, made if missing.
+        made_from: what the rows are computed from.
+        count: rows.
+        compute, arrays, what: see :func:`~captum_concepts.store.fill_shards`.
+        shard_rows: rows in one file, where the store is begun here.
+        alone: each process writes the whole store, in a folder of its own.
+
+    Raises:
+        ArtifactError: the folder contains rows of something else, or is being written.
+    """
+    rank, size = (0, 1) if alone else world()
+    wanted = Manifest(json.loads(json.dumps(dict(made_from))), shard_sizes(count, shard_rows))
+
+    def plan() -> None:
+        known = read_manifest(path)
+        if known is not None:
+            check_fingerprint(made_from, known.fingerprint, f"{what} {path}")
+        if rank == 0 and (known is None or known.total != count or known.growing):
+            path.mkdir(parents=True, exist_ok=True)
+            if known is None:
+                check_unclaimed(path)
+            dataclasses.replace(wanted, info={} if known is None else known.info).write(path)
+
+    all_or_none(plan)
+    all_or_none(
+        lambda: fill_shards(
+            path, read_manifest(path) or wanted, compute, arrays=arrays, rank=rank, size=size, what=what
+        )
+    )

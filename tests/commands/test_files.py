@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from disks import full_disk, read_only
 from PIL import Image
 from torchvision.utils import save_image
 
@@ -279,6 +281,49 @@ def test_signals(run: Run, sent: signal.Signals, code: int, space: Path, monkeyp
     assert not [path for path in space.rglob(".*") if path.name.endswith(".partial") or path.name == ".lock"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+@pytest.mark.parametrize("line", ["audit photos --output new.html --store work", "fit-salf --config fit.json"])
+def test_one_of_two_processes_is_killed(line: str, space: Path):
+    """Without torchrun, which ends the others: the survivor says what happened and exits with 2, soon."""
+    for k in range(24):
+        save(k % 8, space / "classes" / "a" / f"more-{k}.png")
+    fit = json.loads((space / "config.json").read_text())
+    del fit["weights"]
+    (space / "fit.json").write_text(json.dumps({**fit, "output": "model", "layer": "layer4"}))
+
+    def run(rank: int) -> None:
+        file = os.open(space / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 2)
+        sys.stderr = os.fdopen(2, "w")
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{space}/meet", rank=rank, world_size=2)
+        os.environ["WORLD_SIZE"] = "2"
+        if rank:
+            read, seen = image_source.read_image, []
+
+            def killed(*arguments: Any) -> Any:
+                seen.append(arguments)
+                if len(seen) == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return read(*arguments)
+
+            image_source.read_image = killed
+        code = main([*line.split(), *([] if "--config" in line else MODEL)])
+        sys.stderr.flush()
+        os._exit(code)
+
+    started = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [2, -signal.SIGKILL]
+    said = (space / "said-0").read_text()
+    assert "another of the 2 processes, which ended without a word; start all of them again, or one alone" in said
+    assert "Traceback" not in said
+    _nothing(space)
+
+
 def test_sigterm_of_a_real_process(space: Path):
     for k in range(8):
         for copy in range(10):
@@ -351,6 +396,44 @@ def test_on_a_full_disk_the_result_is_printed(line, writer, printed, space: Path
     said = capsys.readouterr()
     assert printed in said.out
     assert "No space left on device" in said.err
+
+
+FULL_PAGE = [
+    ("report photos --output old.html", "0.png: ", 40_000),
+    ("report photos --output old.html", "", 16),
+    ("explore photos --output old.html", "", 16),
+    ("audit photos --output old.html", "images", 16),
+    ("explain photos --output out --report old.html", "", 16),
+]
+
+
+@pytest.mark.parametrize(("line", "printed", "size"), FULL_PAGE)
+def test_on_a_full_disk_the_old_page_stays(line, printed, size, space: Path, capsys):
+    """Every write beyond some bytes fails, as on a disk without more room."""
+    (space / "old.html").write_text("the only copy")
+    before = contents(space)
+    with full_disk(size):
+        code = main([*line.split(), *MODEL])
+    said = capsys.readouterr()
+    assert code == 2
+    assert printed in said.out
+    assert "error: " in said.err
+    assert "old.html" in said.err or "explanations.json" in said.err
+    assert "Traceback" not in said.err
+    assert contents(space) == before
+
+
+@pytest.mark.parametrize("line", [line for line, _, size in FULL_PAGE if size == 16])
+def test_a_read_only_disk_is_told_before_the_work(line, space: Path, capsys, monkeypatch):
+    from captum_concepts.commands import settings
+
+    (space / "old.html").write_text("the only copy")
+    before = contents(space)
+    monkeypatch.setattr(settings, "load_model", lambda *_, **__: pytest.fail("the work began"))
+    with read_only(space):
+        assert main([*line.split(), *MODEL]) == 2
+    assert "cannot be written: " in capsys.readouterr().err
+    assert contents(space) == before
 
 
 class TestWhatIsPrinted:

@@ -6,18 +6,18 @@ are written shard by shard are in tests/store.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from disks import full_disk, read_only
 from tiny import (
     PICTURES,
     activation_map,
@@ -36,8 +36,6 @@ from captum_concepts.concepts import Vocabulary, generate_concepts
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store import FolderLock
 from captum_concepts.visualization import panel, report, save_figure
-
-resource = pytest.importorskip("resource", reason="limits of a process are POSIX's")
 
 PRECIOUS = b"the only copy of something" * 10
 
@@ -70,37 +68,6 @@ WRITERS: dict[str, tuple[str, Callable[..., object]]] = {
         for suffix in (".png", ".svg", ".pdf")
     },
 }
-
-
-@contextlib.contextmanager
-def full_disk(size: int = 16) -> Iterator[None]:
-    """No file can be longer than ``size`` bytes: what a write of more raises is as for a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextlib.contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """A folder that cannot be written, also by root."""
-    if os.geteuid():
-        folder.chmod(0o555)
-        try:
-            yield
-        finally:
-            folder.chmod(0o755)
-        return
-    mount = ["mount", "--bind", str(folder), str(folder)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("root may write everywhere, and no read-only disk can be mounted")
-    try:
-        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -202,6 +202,29 @@ def test_not_a_regular_file(tmp_path: Path):
         load_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
+def test_damaged_files_leave_the_others(form: str, tmp_path: Path):
+    """Cut short or changed anywhere: read, or named with a reason, and the next one is read."""
+    file = io.BytesIO()
+    tile().save(file, form)
+    whole, rng = file.getvalue(), np.random.default_rng(0)
+    (tmp_path / "whole.bin").write_bytes(whole)
+    for k in range(40):
+        changed = bytearray(whole)
+        for place in rng.integers(0, len(whole), 1 + k % 5):
+            changed[place] = rng.integers(256)
+        (tmp_path / f"{k:02d}.bin").write_bytes(changed if k % 2 else whole[: len(whole) * k // 40])
+    files = sorted(str(path) for path in tmp_path.iterdir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about damage that does not matter
+        source = open_images(files, skip_broken=True, labels=False)
+        read = list(source)
+    assert len(read) + len(source.skipped) == 41
+    assert len(source.skipped) >= 10
+    assert all(Path(entry["image"]).name in entry["reason"] for entry in source.skipped)
+    assert torch.equal(read[-1], load_image(tmp_path / "whole.bin"))
+
+
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_of_several_frames_the_first_is_read_and_it_is_said(form: str, tmp_path: Path):
     frames = [Image.new("RGB", (32, 24), color) for color in ("red", "lime", "blue")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,18 @@ class TestFolders:
         (root / "bird").symlink_to(root / "dog")
         assert len(find_images(root)) == 4 - 1  # the folder behind a link counts once
         assert list(class_folders(root)) == ["bird", "cat", "dog"]
+
+    def test_a_folder_that_cannot_be_opened_is_said(self, root: Path, monkeypatch: pytest.MonkeyPatch):
+        scan = os.scandir
+
+        def closed(path: str) -> object:  # also for root, who may open all
+            if Path(path) == root / "cat":
+                raise PermissionError(13, "Permission denied", str(path))
+            return scan(path)
+
+        monkeypatch.setattr(os, "scandir", closed)
+        with pytest.warns(InputWarning, match=r"are passed over: .*Permission denied.*cat"):
+            assert names_of(find_images(root), root) == ["dog/1.png"]
 
     def test_nothing_there(self, tmp_path: Path):
         with pytest.raises(InputError, match="no image"):

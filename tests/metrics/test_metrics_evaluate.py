@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import math
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -236,6 +238,31 @@ def test_examples_of_several_sizes_and_a_progress_bar(capsys):
     table = metrics.evaluate(lambda x: x.mean(1), data, ["nra"], n_bootstrap=0, show_progress=True)
     assert table.rows[0]["examples"] == 4
     assert "evaluate" in capsys.readouterr().err
+
+
+def test_of_an_example_only_numbers_are_kept():
+    """Of an image 24 bytes per explainer and metric, not the 700 of an array object, and no tensor."""
+    found = {}
+
+    def data():
+        for i in range(401):
+            if i in (100, 400):
+                gc.collect()
+                tensors = sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+                found[i] = (tensors, tracemalloc.get_traced_memory()[0])
+            # Every other one has another shape, so that each is a batch of its own.
+            yield torch.rand(3, 8 + i % 2, 8), torch.eye(8 + i % 2, 8).bool()
+
+    explainers = {"mean": lambda x: x.mean(1), "inverse": lambda x: -x.mean(1)}
+    tracemalloc.start()
+    try:
+        table = metrics.evaluate(explainers, data(), ["nra", "hit_rate"], n_bootstrap=0)
+    finally:
+        tracemalloc.stop()
+    assert table.row("mean", "nra")["examples"] == 401
+    tensors, size = found[400][0] - found[100][0], found[400][1] - found[100][1]
+    assert tensors < 300  # not one per image: other threads of the process may make or drop a few
+    assert size < 300 * 2 * 2 * 150
 
 
 class Colors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +133,14 @@ def test_fingerprints():
     assert "lambda" in fingerprint_callable(lambda x: x)
     assert fingerprint_callable(a) == fingerprint_module(a)
     assert fingerprint_callable(a.forward) == f"forward:{fingerprint_module(a)}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux which files are mapped")
+def test_rows_are_mapped_so_processes_share_them(tmp_path):
+    with ShardWriter(tmp_path, {}, shard_rows=1000) as writer:
+        writer.append({"x": torch.rand(1000, 64)})
+    reader = ShardReader(tmp_path)
+    place = reader._shards[0].tensors["x"].data_ptr()
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    (found,) = [m for m in maps if int(m[0].split("-")[0], 16) <= place < int(m[0].split("-")[1], 16)]
+    assert found[-1] == str(tmp_path / "shard-00000.safetensors")

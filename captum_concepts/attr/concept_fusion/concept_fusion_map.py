@@ -456,7 +456,8 @@ class ConceptFusionMap(LayerAttribution):
             memory_budget: bytes of cached rows above which they go to disk.
             show_progress: progress bars.
 
-        Under ``torchrun`` every process reads its part of the images, and all take the same steps.
+        Under ``torchrun`` every process reads its part of the images, and all take the same steps. A cache has the same
+        bytes whatever number of processes wrote it, so one process resumes what several began.
 
         Returns:
             This map, fitted.

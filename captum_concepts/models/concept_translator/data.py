@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from captum_concepts import images as reader
-from captum_concepts._artifacts import Array, check_json, integer as integer_from, list_of, own_folder, table
+from captum_concepts._artifacts import Array, check_json, integer as integer_from, list_of, table
 from captum_concepts._checks import finite_images, integer
 from captum_concepts.activations import Layers, evaluation_mode, find_model
 from captum_concepts.errors import InputError
 from captum_concepts.store.manifest import fingerprint_callable
+from captum_concepts.store.processes import all_or_none, fill_together, lost_peers_named, world
 from captum_concepts.store.shards import ShardReader, ShardWriter
 
-_SHARD_ROWS = 512  # what a killed run loses at most
+_SHARD_ROWS = 256  # what a killed run loses at most, and processes share out
 _INFO = table({}, {"in_channels": list_of(integer_from(1, 2**24), least=1, most=10_000)})
 _PROBES = 4  # images by whose transformed pixels a transform is recognized
 #: Random crops: fraction of the image's area, and the largest ratio of its sides.
@@ -89,13 +90,7 @@ class TrainingPairs:
         return torch.cat(z)[back].float(), torch.cat(e)[back].float()
 
 
-def world() -> tuple[int, int]:
-    """``(rank, number of processes)``; ``(0, 1)`` outside ``torch.distributed``."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
+@lost_peers_named()
 def collect_pairs(
     layers: Layers,
     encoder: Any,
@@ -132,64 +127,89 @@ def collect_pairs(
     views = 1 + integer("crops", crops, least=0)
     source, model_transform = _opened(layers, images, image_size, model_transform)
     rank, size = world()
-    first, count = 0, None if source.streamed else len(source)
-    if size > 1:
-        if count is None:
-            raise InputError("a stream of images cannot be shared by several processes; pass a data set with a length")
-        first, last = rank * count // size, (rank + 1) * count // size
-        count = last - first
-        whole, source = source, source.select(range(first, last))
-    read = _Pairs(layers, encoder, model_transform, encoder_transform, views, seed, first)
-    writer: ShardWriter | None = None
-    folder: Path | None = None
-    rows = max(1, _SHARD_ROWS // views) * views
+    if size > 1 and source.streamed:
+        raise InputError("a stream of images cannot be shared by several processes; pass a data set with a length")
+    read = _Pairs(layers, encoder, model_transform, encoder_transform, views, seed)
+    parts: list[tuple[Tensor, Tensor] | ShardReader]
     if cache_dir is not None:
-        folder = Path(cache_dir)
-        if size > 1:
-            folder = own_folder(folder / f"part-{rank:03d}-of-{size:03d}")
-        writer = ShardWriter(folder, read.origin(source if size == 1 else whole), shard_rows=rows)
-    done = writer.rows // views if writer is not None else 0
-    kept: list[tuple[Tensor, Tensor]] = []
-    held = 0
-    channels: tuple[int, ...] = ()
-    if writer is not None:
-        channels = tuple(check_json(writer.info, _INFO, f"the info in {folder}").get("in_channels", ()))
-    if writer is None or not writer.complete:
-        for z, e, channels in _progress(read(source, done, batch_size), count, show_progress):
-            held += (z.numel() + e.numel()) * 4
-            if writer is None and held > memory_budget:
-                folder = Path(_temporary())
-                writer = ShardWriter(folder, {}, shard_rows=rows)
-                for old in kept:
-                    writer.append({"pooled": old[0], "embedding": old[1]})
-                kept = []
-            if writer is None:
-                kept.append((z, e))
-            else:
-                writer.info["in_channels"] = list(channels)
-                writer.append({"pooled": z, "embedding": e})
-    if writer is not None and folder is not None:
-        writer.finish()
-        arrays = {"pooled": Array("float", ("N", sum(channels))), "embedding": Array("float", ("N", None))}
-        parts: list[Any] = [ShardReader(folder, arrays=arrays)] if writer.rows else []
+        parts, channels = _cached(read, source, Path(cache_dir), batch_size, show_progress)
+    elif size == 1:
+        parts, channels = _kept(read, source, None, batch_size, memory_budget, show_progress)
     else:
-        parts = [(torch.cat([z for z, _ in kept]), torch.cat([e for _, e in kept]))] if kept else []
-    if size > 1:
+        share = range(rank * len(source) // size, (rank + 1) * len(source) // size)
         gathered: list[Any] = [None] * size
-        torch.distributed.all_gather_object(gathered, (folder if cache_dir else None, parts, channels))
-        parts = [
-            ShardReader(place) if place is not None else part
-            for place, mine, _ in gathered
-            for part in (mine or [None])
-            if place is not None or part is not None
-        ]
-        channels = next((c for _, _, c in gathered if c), ())
+
+        def gather() -> None:
+            gathered[rank] = _kept(read, source, share, batch_size, memory_budget, show_progress)
+
+        all_or_none(gather)
+        torch.distributed.all_gather_object(gathered, gathered[rank])
+        parts = [part for mine, _ in gathered for part in mine]
+        channels = next((c for _, c in gathered if c), ())
     if not parts or not channels:
         raise InputError("there is no image to fit a translator on")
     pairs = TrainingPairs(parts, channels, views=views)
     if pairs.images == 1:
         raise InputError("there is one image, and a translator cannot be fitted to it; pass some hundred")
     return pairs
+
+
+def _cached(
+    read: _Pairs, source: reader.ImageSource, folder: Path, batch_size: int, show: bool
+) -> tuple[list[Any], tuple[int, ...]]:
+    """The rows in ``folder``, of which each process computes its part of what is not there; and the channels.
+
+    Batches begin anew with each file, so the files do not depend on how many processes wrote them.
+    """
+    made_from = read.origin(source)
+
+    def compute(spans: list[tuple[int, int]], write: Any) -> None:
+        count = sum(end - start for start, end in spans) // read.views
+        for start, end in _progress(spans, count, show):
+            rows = list(read(source, range(start // read.views, end // read.views), batch_size))
+            tensors = {"pooled": torch.cat([z for z, _, _ in rows]), "embedding": torch.cat([e for _, e, _ in rows])}
+            write(tensors, {"in_channels": list(rows[0][2])})
+
+    fill_together(
+        folder,
+        made_from,
+        len(source) * read.views,
+        compute,
+        shard_rows=max(1, _SHARD_ROWS // read.views) * read.views,
+        what="the cache at",
+    )
+    if not len(source):
+        return [], ()
+    found = ShardReader(folder)
+    info = check_json({**found.info, **found.notes[0]}, _INFO, f"the info in {folder}")  # earlier versions: in info
+    channels = tuple(info.get("in_channels", ()))
+    arrays = {"pooled": Array("float", ("N", sum(channels))), "embedding": Array("float", ("N", None))}
+    return [ShardReader(folder, arrays=arrays)], channels
+
+
+def _kept(
+    read: _Pairs, source: reader.ImageSource, share: range | None, batch_size: int, budget: int, show: bool
+) -> tuple[list[Any], tuple[int, ...]]:
+    """The rows of some images in memory, or in a temporary folder if they are more than ``budget`` bytes."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    writer: ShardWriter | None = None
+    held = 0
+    channels: tuple[int, ...] = ()
+    count = len(share) if share is not None else None if source.streamed else len(source)
+    for z, e, found in _progress(read(source, share, batch_size), count, show):
+        channels = found
+        held += (z.numel() + e.numel()) * 4
+        kept.append((z, e))
+        if writer is None and held > budget:
+            writer = ShardWriter(_temporary(), {}, shard_rows=_SHARD_ROWS)
+        if writer is not None:
+            for pooled, embedding in kept:
+                writer.append({"pooled": pooled, "embedding": embedding})
+            kept = []
+    if writer is not None:
+        writer.finish()
+        return [ShardReader(writer.path)], channels
+    return [(torch.cat([z for z, _ in kept]), torch.cat([e for _, e in kept]))] if kept else [], channels
 
 
 def _opened(
@@ -242,9 +262,8 @@ class _Pairs:
         encoder_transform: Transform | None,
         views: int,
         seed: int,
-        first: int,
     ) -> None:
-        self.layers, self.encoder, self.views, self.seed, self.first = layers, encoder, views, seed, first
+        self.layers, self.encoder, self.views, self.seed = layers, encoder, views, seed
         self.model_transform, self.encoder_transform = model_transform, encoder_transform
         parameter = next(layers.model.parameters(), None) if layers.model is not None else None
         self.device = None if parameter is None else parameter.device
@@ -267,12 +286,13 @@ class _Pairs:
         }
 
     def __call__(
-        self, source: reader.ImageSource, done: int, batch_size: int
+        self, source: reader.ImageSource, share: range | None, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]:
-        """``(z, e, in_channels)`` of the images from number ``done`` on."""
-        number = self.first + done
-        left = source.select(range(done, len(source))) if done else source
-        for batch in reader.batches(left, max(1, batch_size // self.views)):
+        """``(z, e, in_channels)`` of a run of the images, or of all of them."""
+        number = 0 if share is None else share.start
+        for batch in reader.batches(
+            source if share is None else source.select(share), max(1, batch_size // self.views)
+        ):
             z, e, channels = self._pair(self._with_crops(batch.images, number))
             finite_images(z, batch.names, "the classifier's activation")
             finite_images(e, batch.names, "the encoder's embedding")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from captum_concepts._checks import finite_images, integer, number, one_of
 from captum_concepts._undo import unharming
 from captum_concepts.errors import ConvergenceWarning, InputError, did_you_mean
-from captum_concepts.models.concept_translator.data import TrainingPairs, world
+from captum_concepts.models.concept_translator.data import TrainingPairs
 from captum_concepts.models.concept_translator.network import ConceptTranslator
+from captum_concepts.store.processes import lost_peers_named, world
 
 _ROWS = 1024  # rows of one validation or statistics step
 _PATIENCE = 10  # epochs without a lower validation loss after which the fit ends
@@ -118,6 +119,7 @@ class FitResult:
 
 
 @unharming
+@lost_peers_named()
 def fit_translator(
     translator: ConceptTranslator,
     pairs: TrainingPairs,

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count, zip_longest
 from pathlib import Path
@@ -21,7 +22,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from captum_concepts import __version__
-from captum_concepts._artifacts import replacing
+from captum_concepts._artifacts import naming, replacing
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
@@ -351,7 +352,8 @@ class ReportWriter:
             if not len(self) or (self.images_per_page and len(self) % self.images_per_page == 0):
                 self._starts.append(self._cards.tell())
             self._known.note(card, picture, one)
-            self._cards.write(template("report/card.html").render(card=card, index=len(self)).encode())
+            with naming(self.path):
+                self._cards.write(template("report/card.html").render(card=card, index=len(self)).encode())
 
     def fix_scheme(self, explanations: Iterable[ConceptExplanation]) -> None:
         """Take the diverging color scheme from here on if negative values matter in any map of ``explanations``."""
@@ -407,8 +409,9 @@ class ReportWriter:
             "pages": pages,
             "links": links,
         }
-        ends = [*self._starts[1:], self._cards.seek(0, os.SEEK_END)]
         try:
+            with naming(self.path):
+                ends = [*self._starts[1:], self._cards.seek(0, os.SEEK_END)]
             for page, path in reversed(list(zip(pages, paths, strict=True))):  # the first last: it leads to the others
                 before, after = template("report/page.html").render(**shown, page=page).split(_MARK)
                 start = self._starts[page.number] if self._starts else 0
@@ -433,7 +436,8 @@ class ReportWriter:
     def discard(self) -> None:
         """Give up: no file is written, and an older one stays."""
         if self._cards is not None:
-            self._cards.close()
+            with suppress(OSError):  # a full disk has no room for what was still to be written either
+                self._cards.close()
             self._cards = None
 
     def _card(self, picture: Tensor, shown: ConceptExplanation, states: list[str], name: str, label: Any) -> Card:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import warnings
@@ -21,18 +20,8 @@ from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.models.salf_cbm.fit.data import LabeledImages, Transform
 from captum_concepts.models.salf_cbm.fit.steps import digest, first_decides, progress, say
-from captum_concepts.store import (
-    Manifest,
-    ShardReader,
-    all_or_none,
-    check_fingerprint,
-    check_unclaimed,
-    fill_shards,
-    missing_shards,
-    read_manifest,
-    shard_sizes,
-    world,
-)
+from captum_concepts.store import ShardReader, default_shard_rows, missing_shards, read_manifest
+from captum_concepts.store.processes import fill_together
 
 #: float16's smallest normal number: below it digits are lost.
 _SMALLEST = 2.0**-14
@@ -180,7 +169,7 @@ def cache_features(
     Args:
         path: the folder.
         source: where the features come from.
-        made_from: see :class:`~captum_concepts.store.ShardWriter`.
+        made_from: what the features are computed from.
         dtype: ``torch.float16`` or ``torch.float32``.
         shard_rows: images in one file; None chooses.
         show_progress: show a bar.
@@ -191,27 +180,15 @@ def cache_features(
     """
     if dtype not in (torch.float16, torch.float32):
         raise InputError(f"feature_dtype={dtype} must be torch.float16 or torch.float32")
-    rank, size = world()
     count = len(source)
-    rows = shard_rows or min(max(count // 200, 32), 1024)
-    wanted = Manifest(json.loads(json.dumps(dict(made_from))), shard_sizes(count, rows), {"images": count})
-
-    def plan() -> None:
-        known = read_manifest(path)
-        if known is not None:
-            check_fingerprint(made_from, known.fingerprint, f"the features at {path}")
-        if rank == 0 and (known is None or known.total != count or known.growing):
-            path.mkdir(parents=True, exist_ok=True)
-            if known is None:
-                check_unclaimed(path)
-            wanted.write(path)
-
-    def write() -> None:
-        compute = functools.partial(_fill, source, dtype, show_progress)
-        fill_shards(path, read_manifest(path) or wanted, compute, rank=rank, size=size, what="the features at")
-
-    all_or_none(plan)
-    all_or_none(write)
+    fill_together(
+        path,
+        made_from,
+        count,
+        functools.partial(_fill, source, dtype, show_progress),
+        shard_rows=shard_rows or default_shard_rows(count),
+        what="the features at",
+    )
     return CachedFeatures(path, made_from)
 
 

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import either, flag, list_of, number as a_number, own_folder, table
+from captum_concepts._artifacts import Array, either, flag, list_of, number as a_number, own_folder, table
 from captum_concepts._checks import number, one_of
 from captum_concepts.activations import full_precision
 from captum_concepts.errors import InputError, InputWarning, shortened
 from captum_concepts.models.salf_cbm.fit.features import GridFeatures
 from captum_concepts.models.salf_cbm.fit.objective import ahead
-from captum_concepts.models.salf_cbm.fit.steps import all_reduce, digest, progress, say, share_of
+from captum_concepts.models.salf_cbm.fit.steps import all_reduce, digest, first_decides, progress, say, share_of
 from captum_concepts.solvers import ElasticNetResult, elastic_net_path, fit_elastic_net
-from captum_concepts.store import ShardReader, ShardWriter, all_or_none, read_manifest, world
+from captum_concepts.store import ShardReader, default_shard_rows, missing_shards, read_manifest, world
+from captum_concepts.store.processes import fill_together
 
 if TYPE_CHECKING:
     from captum_concepts.models.salf_cbm.salf_cbm import SALFCBM
@@ -55,14 +56,15 @@ class Activations:
 
     def __init__(self, path: Path, made_from: Mapping[str, Any]) -> None:
         self._reader = ShardReader(path, made_from, verify_on_read=True)
+        self._share = share_of(len(self._reader))
         self.concepts: int = self._reader.row_shape("activations")[0]
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self._share)
 
     def __iter__(self) -> Iterator[Tensor]:
         return ahead(
-            lambda start: self._reader.rows("activations", range(start, min(start + _ROWS, len(self)))),
+            lambda start: self._reader.rows("activations", self._share[start : start + _ROWS]),
             range(0, len(self), _ROWS),
         )
 
@@ -88,45 +90,51 @@ def compute_activations(
 ) -> Activations:
     """Pool the features and apply the bottleneck: the mean of a concept map is the map of the mean feature.
 
-    Written shard by shard under ``root``, by each process its own images; goes on after a kill.
+    Written shard by shard under ``root`` by all processes; goes on after a kill, with any number of them.
 
     Args:
         root: where the folder ``NAME-DIGEST`` lies.
         name: see above.
         features: of all images.
         weight: ``(M, D)``.
-        made_from: see :class:`~captum_concepts.store.ShardWriter`.
+        made_from: what the activations are computed from.
         batch_size: images read at a time.
-        scratch: where the folder is written if it is not finished under ``root``; None: there.
+        scratch: where each process writes the folder if it is not finished under ``root``; None: there.
         show_progress: show a bar.
     """
-    rank, size = world()
 
-    def place(at: Path) -> Path:
-        folder = own_folder(at / f"{name}-{digest(made_from)}")
-        return own_folder(folder / f"part-{rank:05d}-of-{size:05d}") if size > 1 else folder
+    def finished(folder: Path) -> bool:
+        known = read_manifest(folder)
+        return known is not None and not known.growing and not missing_shards(folder, known)
 
-    folder = place(root)
-    if scratch not in (None, root) and ((known := read_manifest(folder)) is None or known.growing):
-        folder = place(scratch)
-    share = share_of(len(features))
+    folder = own_folder(root / f"{name}-{digest(made_from)}")
+    done = first_decides(finished(folder))
+    alone = not done and scratch not in (None, root)
+    if alone and scratch is not None:
+        folder = own_folder(scratch / folder.name)
+    say(f"{name}: taken from an earlier run" if done else f"{name}: computing")
 
-    def write() -> None:
-        whole = read_manifest(folder)
-        if whole is not None and not whole.growing:
-            say(f"{name}: taken from an earlier run")
-            return
-        say(f"{name}: computing")
-        writer = ShardWriter(folder, made_from, shard_rows=_ROWS)
-        mine = torch.tensor(share, dtype=torch.long)[writer.rows :]
-        with torch.no_grad(), progress(len(mine), "concept activations", "image", show_progress) as advance:
-            for part in (part for span in mine.split(_ROWS) for part in span.split(batch_size)):
-                pooled = features.rows(part.numpy()).to(weight.device).float().mean(1)
-                writer.append({"activations": pooled @ weight.T})
-                advance(len(part))
-        writer.finish()
+    def compute(spans: list[tuple[int, int]], write: Any) -> None:
+        total = sum(end - start for start, end in spans)
+        with torch.no_grad(), progress(total, "concept activations", "image", show_progress) as advance:
+            for span in spans:
+                parts = []
+                for rows in torch.arange(*span).split(batch_size):
+                    pooled = features.rows(rows.numpy()).to(weight.device).float().mean(1)
+                    parts.append((pooled @ weight.T).cpu())
+                    advance(len(rows))
+                write({"activations": torch.cat(parts)}, {})
 
-    all_or_none(write)
+    fill_together(
+        folder,
+        made_from,
+        len(features),
+        compute,
+        shard_rows=default_shard_rows(len(features)),
+        arrays={"activations": Array("float", ("N", len(weight)))},
+        what="the activations at",
+        alone=alone,
+    )
     return Activations(folder, made_from)
 
 

@@ -58,12 +58,14 @@ from captum_concepts.store import (
     fingerprint_tensor,
     world,
 )
+from captum_concepts.store.processes import lost_peers_named
 from captum_concepts.vlm import Regions, check_encoder
 
 Transform = Callable[[Tensor], Tensor]
 
 
 @unharming
+@lost_peers_named()
 def fit_salf_cbm(
     backbone: nn.Module,
     layer: Layer,
@@ -120,7 +122,8 @@ def fit_salf_cbm(
 
     Under ``torch.distributed`` (``torchrun``; all processes call this with the same arguments and see one file system)
     each process embeds its share and computes its share of every batch; all return the model that one process would
-    have returned.
+    have returned. Any number of processes resumes what others began: embeddings and features have the same bytes, the
+    bottleneck (whose gradients are summed over processes) agrees to rounding.
 
     Args:
         backbone: the network; it takes ``model_transform`` of the images.
