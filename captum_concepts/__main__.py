@@ -237,4 +237,9 @@ def _fit_salf(options: dict, as_json: bool) -> Outcome:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # gloo's threads sometimes abort while Python is taken down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended)
+    sys.exit(ended)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from captum_concepts.store.processes import lost_peers_named
+
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
@@ -21,6 +23,8 @@ def processes(device: str) -> Iterator[str]:
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device
+        with lost_peers_named():  # torchrun stops the others where one ends badly: nobody leaves before all are done
+            torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 

@@ -30,6 +30,11 @@ from captum_concepts.models.salf_cbm.fit import bottleneck
 from captum_concepts.store import RegionEmbeddingStore, shards
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed processes are forks")
+#: Forks of a process that has only imported the package: one of pytest's own, with its threads, can wait for ever.
+FORKS = get_context("forkserver") if hasattr(os, "fork") else get_context()
+FORKS.set_forkserver_preload(
+    ["torch", "captum_concepts.attr", "captum_concepts.audit", "captum_concepts.models.salf_cbm.fit"]
+)
 
 
 class Pictures(Dataset):
@@ -83,36 +88,32 @@ class Resumed:
     (alone, and as the second of two)."""
 
     run: Callable[[Path], bytes]
-    writer: tuple[Any, str]
+    writer: str
     part: tuple[int, int]
 
 
-SHARD, PART, EPOCH = (shards, "write_shard"), (rows, "save_artifact"), (bottleneck._State, "finish_epoch")
+WRITERS = {
+    "shard": (shards, "write_shard"),
+    "part": (rows, "save_artifact"),
+    "epoch": (bottleneck._State, "finish_epoch"),
+}
 RESUMED = {
-    "store": Resumed(stored, SHARD, (4, 2)),
-    "extension": Resumed(extended, SHARD, (5, 3)),
-    "fit-salf, presence": Resumed(salf, SHARD, (4, 2)),
-    "fit-salf, regions": Resumed(salf, SHARD, (8, 4)),
-    "fit-salf, features": Resumed(salf, SHARD, (12, 6)),
-    "fit-salf, bottleneck": Resumed(salf, EPOCH, (3, 3)),
-    "fit-salf, activations": Resumed(salf, SHARD, (16, 8)),
-    "audit": Resumed(audited, PART, (2, 1)),
-    "translator": Resumed(fused, SHARD, (4, 2)),
+    "store": Resumed(stored, "shard", (4, 2)),
+    "extension": Resumed(extended, "shard", (5, 3)),
+    "fit-salf, presence": Resumed(salf, "shard", (4, 2)),
+    "fit-salf, regions": Resumed(salf, "shard", (8, 4)),
+    "fit-salf, features": Resumed(salf, "shard", (12, 6)),
+    "fit-salf, bottleneck": Resumed(salf, "epoch", (3, 3)),
+    "fit-salf, activations": Resumed(salf, "shard", (16, 8)),
+    "audit": Resumed(audited, "part", (2, 1)),
+    "translator": Resumed(fused, "shard", (4, 2)),
 }
 #: What is summed over several processes is rounded otherwise, so these have other last digits than of one.
 SUMMED = "(bottleneck|activations|head).*"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_steps():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairs, "_SHARD_ROWS", 14)
-        patch.setattr(bottleneck, "CHECKPOINT_SECONDS", 0)
-        yield
-
-
 @pytest.fixture(scope="module")
-def undisturbed(small_steps, tmp_path_factory) -> Callable[[Any], tuple[Path, bytes]]:
+def undisturbed(tmp_path_factory) -> Callable[[Any], tuple[Path, bytes]]:
     """The folder and the result of a run of one process, by its call."""
 
     @functools.cache
@@ -128,8 +129,9 @@ def undisturbed(small_steps, tmp_path_factory) -> Callable[[Any], tuple[Path, by
 def process(run: Callable[[Path], bytes], folder: Path, rank: int, size: int, killed: Any, said: Path) -> None:
     """A process, of a group unless it is alone; killed in the n-th call of something."""
     torch.set_num_threads(1)
+    pairs._SHARD_ROWS, bottleneck.CHECKPOINT_SECONDS = 14, 0  # many steps of a small problem
     if killed is not None:
-        owner, name, last = killed
+        (owner, name), last = WRITERS[killed[0]], killed[1]
         function, calls = getattr(owner, name), []
 
         def counted(*arguments: Any) -> Any:
@@ -154,9 +156,8 @@ def process(run: Callable[[Path], bytes], folder: Path, rank: int, size: int, ki
 def processes(run: Callable[[Path], bytes], folder: Path, size: int, killed: Any = None) -> list[tuple[int, bytes]]:
     """Exit codes, and what was said or made, of ``size`` processes; the last is the one that is killed."""
     said = folder.with_name(f"{folder.name}-{size}-{killed is None}")
-    context = get_context("fork")
     started = [
-        context.Process(target=process, args=(run, folder, r, size, killed if r == size - 1 else None, said))
+        FORKS.Process(target=process, args=(run, folder, r, size, killed if r == size - 1 else None, said))
         for r in range(size)
     ]
     for one in started:
@@ -182,7 +183,7 @@ def contents(folder: Path, leave_out: str = "nothing") -> dict[str, bytes]:
 def test_one_process_goes_on_with_what_two_left(undisturbed, tmp_path, name):
     case = RESUMED[name]
     whole, expected = undisturbed(case.run)
-    (survived, said), (killed, _) = processes(case.run, tmp_path / "folder", 2, (*case.writer, case.part[1]))
+    (survived, said), (killed, _) = processes(case.run, tmp_path / "folder", 2, (case.writer, case.part[1]))
     assert killed == -signal.SIGKILL
     assert survived == 2
     assert b"another of the 2 processes, which ended without a word" in said
@@ -202,7 +203,7 @@ def test_one_process_goes_on_with_what_two_left(undisturbed, tmp_path, name):
 def test_two_processes_go_on_with_what_one_left(undisturbed, tmp_path, name):
     case = RESUMED[name]
     whole, expected = undisturbed(case.run)
-    ((killed, _),) = processes(case.run, tmp_path / "folder", 1, (*case.writer, case.part[0]))
+    ((killed, _),) = processes(case.run, tmp_path / "folder", 1, (case.writer, case.part[0]))
     assert killed == -signal.SIGKILL
     assert contents(tmp_path / "folder")
     first, second = processes(case.run, tmp_path / "folder", 2)
