@@ -236,10 +236,17 @@ def _fit_salf(options: dict, as_json: bool) -> Outcome:
     return Outcome(json.dumps(report, indent=2) if as_json else text, code=code)
 
 
-if __name__ == "__main__":
-    ended = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # gloo's threads sometimes abort while Python is taken down
+def run() -> None:
+    """The program: :func:`main`, and its exit code."""
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Threads of gloo may still hold tensors, and abort while Python is taken down (pytorch/pytorch#190489), and
+        # torchrun would then stop the others and call all of it a failure.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(ended)
-    sys.exit(ended)
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

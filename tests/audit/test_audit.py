@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from several import ending_at_once
 from torch import Tensor, nn
 
 from captum_concepts import (
@@ -521,6 +522,7 @@ class TestComparison:
             compare_audits(one, audited(2.5, n=40, class_names=["a", "c"]))
 
 
+@ending_at_once
 def _audited_by_two(rank: int, folder: str) -> None:
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
-from captum_concepts.__main__ import main
+from captum_concepts.__main__ import main, run
 from captum_concepts.commands.models import load_model, without_head
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.errors import InputError
@@ -187,7 +187,7 @@ def test_the_console_script_is_this_command_line():
     """Whether or not it is installed: `pip install` makes it from this line."""
     line = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     module, function = re.search(r'^captum-concepts = "([\w.]+):(\w+)"$', line, re.MULTILINE).groups()
-    assert getattr(importlib.import_module(module), function) is main
+    assert getattr(importlib.import_module(module), function) is run
 
 
 def test_the_installed_console_script_runs():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ import pytest
 import torch
 from disks import full_disk, read_only
 from PIL import Image
+from several import FORKS
 from torchvision.utils import save_image
 
 from captum_concepts import ConceptExplanation
@@ -282,6 +282,29 @@ def test_signals(run: Run, sent: signal.Signals, code: int, space: Path, monkeyp
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+def _one_of_two(rank: int, line: str, space: Path) -> None:
+    """A command in one of two processes; the second is killed when it reads its third image."""
+    file = os.open(space / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 2)
+    sys.stderr = os.fdopen(2, "w")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{space}/meet", rank=rank, world_size=2)
+    os.environ["WORLD_SIZE"] = "2"
+    if rank:
+        read, seen = image_source.read_image, []
+
+        def killed(*arguments: Any) -> Any:
+            seen.append(arguments)
+            if len(seen) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return read(*arguments)
+
+        image_source.read_image = killed
+    code = main([*line.split(), *([] if "--config" in line else MODEL)])
+    sys.stderr.flush()
+    os._exit(code)
+
+
 @pytest.mark.parametrize("line", ["audit photos --output new.html --store work", "fit-salf --config fit.json"])
 def test_one_of_two_processes_is_killed(line: str, space: Path):
     """Without torchrun, which ends the others: the survivor says what happened and exits with 2, soon."""
@@ -290,29 +313,7 @@ def test_one_of_two_processes_is_killed(line: str, space: Path):
     fit = json.loads((space / "config.json").read_text())
     del fit["weights"]
     (space / "fit.json").write_text(json.dumps({**fit, "output": "model", "layer": "layer4"}))
-
-    def run(rank: int) -> None:
-        file = os.open(space / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 2)
-        sys.stderr = os.fdopen(2, "w")
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{space}/meet", rank=rank, world_size=2)
-        os.environ["WORLD_SIZE"] = "2"
-        if rank:
-            read, seen = image_source.read_image, []
-
-            def killed(*arguments: Any) -> Any:
-                seen.append(arguments)
-                if len(seen) == 3:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return read(*arguments)
-
-            image_source.read_image = killed
-        code = main([*line.split(), *([] if "--config" in line else MODEL)])
-        sys.stderr.flush()
-        os._exit(code)
-
-    started = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+    started = [FORKS.Process(target=_one_of_two, args=(rank, line, space)) for rank in range(2)]
     for process in started:
         process.start()
     for process in started:

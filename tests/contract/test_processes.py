@@ -11,13 +11,13 @@ import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, save
+from several import FORKS
 from tiny import DENSE, NET, Colors, network, spatial_acv
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -30,11 +30,6 @@ from captum_concepts.models.salf_cbm.fit import bottleneck
 from captum_concepts.store import RegionEmbeddingStore, shards
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed processes are forks")
-#: Forks of a process that has only imported the package: one of pytest's own, with its threads, can wait for ever.
-FORKS = get_context("forkserver") if hasattr(os, "fork") else get_context()
-FORKS.set_forkserver_preload(
-    ["torch", "captum_concepts.attr", "captum_concepts.audit", "captum_concepts.models.salf_cbm.fit"]
-)
 
 
 class Pictures(Dataset):
@@ -150,7 +145,7 @@ def process(run: Callable[[Path], bytes], folder: Path, rank: int, size: int, ki
         said.with_name(f"{said.name}-{rank}").write_text(str(error))
         os._exit(2)
     said.with_name(f"{said.name}-{rank}").write_bytes(result)
-    os._exit(0)  # gloo's threads sometimes abort while a process is torn down
+    os._exit(0)  # see several.ending_at_once
 
 
 def processes(run: Callable[[Path], bytes], folder: Path, size: int, killed: Any = None) -> list[tuple[int, bytes]]:

@@ -179,7 +179,7 @@ def test_two_processes_agree_with_one(tmp_path: Path):
                     out += [int(metric.counted), int(metric.skipped)]
             torch.save(out, f"{folder}/rank{rank}.pt")
             dist.barrier()
-            os._exit(0)  # what was computed is saved; gloo's threads sometimes abort while a process is torn down
+            os._exit(0)  # gloo's threads sometimes abort: see several.ending_at_once
             """
         )
     )

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from several import ending_at_once
 from solver_reference import problem
 
 from captum_concepts.errors import InputError
@@ -35,6 +36,7 @@ def solve(x, y, s, group):
     }
 
 
+@ending_at_once
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

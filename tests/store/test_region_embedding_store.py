@@ -935,7 +935,7 @@ class TestSeveralProcesses:
     def test_two_gloo_processes(self, tmp_path):
         build(tmp_path / "one")
         code = (
-            "import sys, torch, torch.distributed as dist\n"
+            "import os, sys, torch, torch.distributed as dist\n"
             f"sys.path[:0] = {IMPORTS!r}\n"
             "torch.set_num_threads(1)\n"
             "from test_region_embedding_store import TinyEncoder, build, pictures\n"
@@ -949,7 +949,8 @@ class TestSeveralProcesses:
             "    build(folder + '/bad', pictures(19) if rank else [])\n"
             "except Exception as error:\n"
             "    print(type(error).__name__, error)\n"
-            "dist.destroy_process_group()\n"
+            "sys.stdout.flush()\n"
+            "os._exit(0)\n"  # gloo's threads sometimes abort: see several.ending_at_once
         )
         runs = [
             subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], stdout=-1, stderr=-1, text=True)

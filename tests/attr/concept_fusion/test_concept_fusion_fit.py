@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
+from several import ending_at_once
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -373,6 +374,7 @@ def test_save_and_load(tmp_path):
     assert ConceptFusionMap.load(empty.save(tmp_path / "empty"), classifier()).concepts is None
 
 
+@ending_at_once
 def _process(rank, size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from salf_networks import CONCEPTS, ConvNet, conv_model, pictures, token_model
+from several import ending_at_once
 from torch.nn.parallel import DistributedDataParallel
 
 from captum_concepts.activations import capture
@@ -99,6 +100,7 @@ def test_compiled_before_any_image_was_seen():
     torch.testing.assert_close(logits, model(pictures()))
 
 
+@ending_at_once
 def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from salf_tiny import fit, images_and_labels, state
+from several import ending_at_once
 
 from captum_concepts.errors import CaptumConceptsError
 from captum_concepts.store.lock import FolderLock
@@ -37,6 +38,7 @@ def run(folder: Path) -> None:
         save_file(found, folder / f"{name}-{rank}.safetensors")
 
 
+@ending_at_once
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
