@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import write_atomically
-from captum_concepts.commands.explainers import Explainer, build_explainer, new_explainer
+from captum_concepts.commands.explainers import build_explainer, new_explainer
 from captum_concepts.commands.image_files import each_image, folder_labels
 from captum_concepts.commands.outputs import check_folder, check_outputs, html
 from captum_concepts.commands.report import facts, open_report, read_index
@@ -100,18 +100,18 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                 explanation = explainer.explain(inputs, settings.top_k).to("cpu")
                 entry: dict[str, Any] = {"image": str(path), "seen": [round(v, 1) for v in photograph.seen]}
                 entry |= _entry(explanation, explainer.class_names)
+                flags = explainer.significant(explanation)
                 if folder is not None:
                     stem = folder.stem(path)
                     entry["picture"] = f"{stem}.png"
-                    _draw(photograph, explanation, folder.path / entry["picture"], name, explainer)
+                    _draw(photograph, explanation, folder.path / entry["picture"], name, flags, explainer.class_names)
                     if settings.save:
                         entry |= {"explanation": f"{stem}.safetensors", "input": f"{stem}.input.png"}
                         explanation.save(folder.path / entry["explanation"])
                         write_atomically(folder.path / entry["input"], _png(photograph.picture))
                         entry |= {} if photograph.crop is None else {"crop": list(photograph.crop)}
-                        entry["significant"] = explainer.significant(explanation)
+                        entry["significant"] = flags
                 if page is not None:
-                    flags = explainer.significant(explanation)
                     page.add(photograph.picture, explanation, name, flags, truths[path], photograph.crop)
                 summary["explained"].append(entry)
                 progress.update()
@@ -257,9 +257,13 @@ def _number(value: Tensor) -> float | None:
     return round(number, 6) if math.isfinite(number) else None
 
 
-def _draw(shown: Photograph, explanation: ConceptExplanation, path: Path, title: str, explainer: Explainer) -> None:
+def _draw(
+    shown: Photograph, explanation: ConceptExplanation, path: Path, title: str, flags: Any, names: Sequence[str] | None
+) -> None:
     from captum_concepts.visualization import panel, save_figure
 
-    options: dict[str, Any] = {"significant": explainer.significant(explanation), "class_names": explainer.class_names}
     k = len(explanation.concepts)
-    save_figure(panel(explanation, shown.picture, top_k=k, title=title, crop=shown.crop, **options), path)
+    figure = panel(
+        explanation, shown.picture, top_k=k, title=title, crop=shown.crop, significant=flags, class_names=names
+    )
+    save_figure(figure, path)

@@ -281,7 +281,6 @@ def test_signals(run: Run, sent: signal.Signals, code: int, space: Path, monkeyp
     assert not [path for path in space.rglob(".*") if path.name.endswith(".partial") or path.name == ".lock"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
 def _one_of_two(rank: int, line: str, space: Path) -> None:
     """A command in one of two processes; the second is killed when it reads its third image."""
     file = os.open(space / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
@@ -305,6 +304,7 @@ def _one_of_two(rank: int, line: str, space: Path) -> None:
     os._exit(code)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
 @pytest.mark.parametrize("line", ["audit photos --output new.html --store work", "fit-salf --config fit.json"])
 def test_one_of_two_processes_is_killed(line: str, space: Path):
     """Without torchrun, which ends the others: the survivor says what happened and exits with 2, soon."""
