@@ -79,6 +79,9 @@ def _report(model: Any, config: Mapping[str, Any], skipped: list[dict[str, str]]
         "validation_similarity": found["validation_similarity"],
         "accuracy": found["accuracy"],
         "head": found["head"],
+        "trust": model.trust,
+        "support": found["support"],
+        "advice": found["advice"],
         "rules": {
             name: [[concept, round(weight, 4)] for concept, weight in model.decision_rules(k)[:5]]
             for k, name in enumerate(rules)
@@ -100,6 +103,8 @@ def report_text(report: Mapping[str, Any]) -> str:
         f"- validation similarity: {sum(similarity) / len(similarity):.3f} on average, "
         f"{min(similarity):.3f} to {max(similarity):.3f}",
         f"- head: {report['head']['nonzeros_per_class']:.3g} weights a class, lam {report['head']['lam']:.3g}",
+        f"- trust: {report['trust']}",
+        *(["", "What to change:", "", *(f"- {line}" for line in report["advice"])] if report["advice"] else []),
         "",
         "Strongest rules of each class:",
         "",

@@ -18,6 +18,8 @@ from captum_concepts.vlm import RegionPrompt
 WHOLE = RegionPrompt("crop", 1, 112, reference_size=224)
 #: The published filters compare the mean similarity of so many images with their cutoff.
 TOP_IMAGES = 5
+#: Least presence of a concept for CLIP ViT-B/16.
+PUBLISHED_CUTOFF = 0.25
 
 
 def concept_presence(
