@@ -79,6 +79,9 @@ def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | N
 def interpretable_concepts(vocabulary: Vocabulary, similarity: Tensor, cutoff: float | None) -> Vocabulary:
     """The concepts whose validation similarity is at least ``cutoff`` (LF-CBM drops those below 0.45); None keeps all.
 
+    LF-CBM's cutoff belongs to the similarity of activations of whole images, not of maps cell by cell, which are much
+    harder to follow.
+
     Raises:
         InputError: none does; says how high the highest comes.
     """

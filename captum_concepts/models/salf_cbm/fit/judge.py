@@ -25,13 +25,15 @@ EVERYDAY = (
     "table", "telephone", "toaster", "toothbrush", "towel", "train", "truck", "umbrella", "vase", "violin",
     "wallet",
 )  # fmt: skip
+#: A concept is in the images if it is more present than this fraction of the everyday words.
+EVERYDAY_LEVEL = 0.75
 #: From so many words on, groups of words are compared: fewer say little about a group.
 ENOUGH = 20
 #: Images that are looked at first: a twentieth, but at least and at most so many.
 _FEWEST, _MOST_FIRST = 40, 256
 #: Images, and positive rules of each class, that a model is judged by; a rule is supported from this AUROC on.
 _MOST, _RULES, _SUPPORTED = 2000, 3, 0.6
-#: Mean validation similarity below which maps follow the encoder loosely: LF-CBM's cutoff for a single concept.
+#: Mean validation similarity below which activations follow the encoder loosely: LF-CBM's cutoff for a single concept.
 _LOOSE = 0.45
 
 
@@ -150,7 +152,7 @@ def judged(
 
 def advice(metadata: Mapping[str, Any]) -> list[str]:
     """What to change where rules cannot be believed; empty where nothing was found."""
-    similarity = list(metadata["validation_similarity"].values())
+    similarity = list(metadata["pooled_similarity"].values())
     mean, support = sum(similarity) / len(similarity), metadata["support"]
     found = []
     if metadata["unreached_cutoff"] is not None:
@@ -161,8 +163,8 @@ def advice(metadata: Mapping[str, Any]) -> list[str]:
         )
     elif mean < _LOOSE:
         found.append(
-            f"Validation similarity averages {mean:.2f}: the maps follow the encoder loosely. Use more images, another "
-            "layer, or an interpretability_cutoff."
+            f"Validation similarity averages {mean:.2f}: activations follow the encoder loosely. Use more images, "
+            "another layer, or an interpretability_cutoff."
         )
     if doubtful := support["doubtful"]:
         first = ", ".join(f"{name}: {concept} ({value:.2f})" for name, concept, value in doubtful[:4])

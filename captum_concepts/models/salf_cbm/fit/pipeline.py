@@ -42,8 +42,15 @@ from captum_concepts.models.salf_cbm.fit.filters import (
     present_concepts,
 )
 from captum_concepts.models.salf_cbm.fit.head import HEAD_NOTES, HeadFit, accuracy, compute_activations, fit_head
-from captum_concepts.models.salf_cbm.fit.judge import advice, check_words, everyday_texts, first_images, judged
-from captum_concepts.models.salf_cbm.fit.objective import Samples
+from captum_concepts.models.salf_cbm.fit.judge import (
+    EVERYDAY_LEVEL,
+    advice,
+    check_words,
+    everyday_texts,
+    first_images,
+    judged,
+)
+from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation
 from captum_concepts.models.salf_cbm.fit.options import (
     FitOptions,
     checked_options,
@@ -64,7 +71,7 @@ from captum_concepts.store import (
     world,
 )
 from captum_concepts.store.processes import lost_peers_named
-from captum_concepts.vlm import Regions, check_encoder
+from captum_concepts.vlm import RegionPrompt, Regions, check_encoder
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -163,13 +170,13 @@ def fit_salf_cbm(
         encoder_transform: from a batch of images to the RGB images in [0, 1] that the encoder sees. None: images of
             one channel are repeated, images of three are taken as they are; others need it.
         presence_cutoff: least mean of a concept's five highest similarities among the training images as they are,
-            unmarked, as published. "auto": the median of that of everyday words (apple, armchair, ...), because the
-            scale is the encoder's own; if the encoder knows no such words, 0.25, which belongs to CLIP ViT-B/16. With
-            20 concepts or more "auto" also refuses, after a few percent of the images, words that fit them no better
-            than everyday words. None leaves this filter out. It costs one pass of the encoder per image and comes
-            first.
-        interpretability_cutoff: least validation similarity of a concept (LF-CBM's 0.45); None leaves it out. If no
-            concept reaches it, all are kept, with a warning.
+            unmarked, as published. "auto": what three quarters of everyday words (apple, armchair, ...) do not exceed,
+            because the scale is the encoder's own; if the encoder knows no such words, 0.25, which belongs to CLIP
+            ViT-B/16. With 20 concepts or more "auto" also refuses, after a few percent of the images, words that fit
+            them no better than everyday words. None leaves this filter out. It costs one pass of the encoder per image
+            and comes first.
+        interpretability_cutoff: least validation similarity of a concept's activations, the means of its maps (LF-CBM's
+            0.45); None leaves it out. If no concept reaches it, all are kept, with a warning.
         validation_fraction: see ``val_data``.
         train_backbone: train a copy of the backbone together with the bottleneck, on features computed on the fly, its
             batch statistics fixed; otherwise the backbone is frozen.
@@ -184,9 +191,10 @@ def fit_salf_cbm(
 
     Returns:
         A :class:`~captum_concepts.SALFCBM` in evaluation mode. Its ``metadata`` records what it was trained on, which
-        concepts were dropped and why, the validation similarity of each one kept, the accuracies, and the history of
-        the training (``metadata["history"]``, lists to plot). ``print(model)`` and ``metadata["advice"]`` say how far
-        its rules can be believed and what to change.
+        concepts were dropped and why, the validation similarity of each one kept (of its maps cell by cell, and as
+        ``"pooled_similarity"`` of their means), the accuracies, and the history of the training
+        (``metadata["history"]``, lists to plot). ``print(model)`` and ``metadata["advice"]`` say how far its rules can
+        be believed and what to change.
 
     Raises:
         InputError: unusable data or settings, before the long steps if possible; no concept is present.
@@ -323,16 +331,16 @@ class FitRun:
         for split in self.splits:
             self._features(split)
         fit, made_from = self._bottleneck(steps)
-        similarity, cutoff = fit.validation_similarity.cpu(), self.options.interpretability_cutoff
-        unreached = None if cutoff is None or float(similarity.max()) >= cutoff else cutoff
-        if unreached is not None:
+        similarity, cutoff = self._pooled_similarity(fit.weight), self.options.interpretability_cutoff
+        unreached = cutoff is not None and float(similarity.max()) < cutoff
+        if unreached:
             warnings.warn(
                 f"no concept's validation similarity reaches interpretability_cutoff={cutoff:g} (the best has "
                 f"{float(similarity.max()):.3g}): all are kept, and their names can hardly be believed",
                 InputWarning,
                 stacklevel=2,
             )
-        kept = interpretable_concepts(vocabulary, similarity, cutoff if unreached is None else None)
+        kept = interpretable_concepts(vocabulary, similarity, None if unreached else cutoff)
         chosen = torch.tensor(columns_of(kept, vocabulary))
         weight = fit.weight[chosen.to(fit.weight.device)].contiguous()
         head, accuracies = self._head(steps, weight, made_from)
@@ -343,10 +351,16 @@ class FitRun:
             model.head.bias.copy_(head.bias)
         model.set_standardization(head.mean, head.std)
         model.metadata.update(self._metadata(kept, fit, chosen, head, accuracies))
-        model.metadata["unreached_cutoff"] = unreached
+        model.metadata["pooled_similarity"] = dict(zip(kept, similarity[chosen].tolist(), strict=True))
+        model.metadata["unreached_cutoff"] = cutoff if unreached else None
         model.metadata.update(self._judged(kept, weight, head.weight, self.text[chosen.to(self.text.device)]))
         model.metadata["advice"] = advice(model.metadata)
         return model.eval()
+
+    def _pooled_similarity(self, weight: Tensor) -> Tensor:
+        held_out = self.splits[-1].samples(self.rows[1])
+        with evaluation_mode(self.backbone):
+            return Validation(held_out, self.text).pooled(weight).cpu()
 
     def _judged(self, kept: Vocabulary, weight: Tensor, head: Tensor, text: Tensor) -> dict[str, Any]:
         train = self.splits[0]
@@ -388,6 +402,10 @@ class FitRun:
         )
 
     def _embed(self, split: Split) -> None:
+        prompt = self.options.prompt
+        if read_manifest(self.path / f"regions-{split.name}") is None and isinstance(prompt, RegionPrompt):
+            fewer = "regions_per_image draws fewer, DenseRegions needs one"
+            say(f"regions-{split.name}: {len(prompt)} passes of the encoder for each image ({fewer})")
         split.regions = self._store("regions", split, self.options.prompt)
         split.regions.similarity(self.text)  # refuses a text of another width
         split.made_from = _origin(split.regions)
@@ -397,7 +415,7 @@ class FitRun:
         if cutoff is None:
             return self.vocabulary
         train, m, texts, known = self.splits[0], len(self.text), self.text, None
-        if cutoff == "auto":
+        if isinstance(cutoff, str):  # "auto"
             known, cutoff = everyday_texts(self.vocabulary, self.encoder), PUBLISHED_CUTOFF
             if known is not None:
                 texts = torch.cat([self.text, known.to(self.device)])
@@ -411,7 +429,7 @@ class FitRun:
             notes=table({}),
         ).tensors["presence"]
         if known is not None:
-            cutoff = float(presence[m:].median())
+            cutoff = float(presence[m:].quantile(EVERYDAY_LEVEL))
         kept = present_concepts(self.vocabulary, presence[:m], cutoff)
         self.text = self.text[torch.tensor(columns_of(kept, self.vocabulary), device=self.text.device)]
         return kept
