@@ -6,8 +6,9 @@ matplotlib.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from captum_concepts import _lazy
 
 __version__ = "0.1.0"
 
@@ -47,15 +48,7 @@ if TYPE_CHECKING:
     from captum_concepts.visualization.explorer import explore as explore
 
 
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+__getattr__ = _lazy.getter(__name__, {**_NAMES, **dict(zip(_ROOMS, _ROOMS, strict=True))})
 
 
 def __dir__() -> list[str]:

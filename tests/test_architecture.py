@@ -15,7 +15,7 @@ NAME = "captum_concepts"
 #: Rooms from the ground up; a room may import those of earlier rows only, never one of its own row.
 ROWS = [
     ["errors"],
-    ["_checks", "_artifacts", "_memory", "_undo", "published"],
+    ["_checks", "_lazy", "_artifacts", "_memory", "_undo", "published"],
     ["explanation", "_captum", "images"],
     ["targets", "activations", "solvers", "metrics", "visualization", "datasets", "testing"],
     ["vlm", "concepts"],
