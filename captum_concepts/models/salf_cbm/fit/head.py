@@ -367,6 +367,5 @@ def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALF
         slope, offset = model.presence_slope.cpu(), model.presence_offset.cpu()
         new.set_presence(slope * fit.std / std, offset + slope * (fit.mean - mean) / std)
     new.metadata["head"] = {**fit.notes, "refitted": len(labels)}
-    for measured in ("accuracy", "support", "advice"):
-        new.metadata.pop(measured, None)
+    new.metadata.pop("accuracy", None)
     return new

@@ -118,6 +118,9 @@ def test_reliability_and_support(tmp_path):
     )
     assert "on 24 held-out images" in model.trust
     assert f"supports {model.metadata['support']['supported']} of the" in repr(model)
+    assert "supports" not in model.without(model.concepts[0]).trust  # these are other rules
+    model.metadata["support"] = "foreign"
+    assert "supports" not in model.trust
     lots = torch.randint(0, 3, (240,), generator=torch.Generator().manual_seed(1))
     worse = fit(tmp_path, (x, lots), lam=1e-3)
     assert worse.metadata["support"]["supported"] < worse.metadata["support"]["rules"]
