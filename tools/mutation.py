@@ -166,10 +166,12 @@ def tests_for(module: str, line: int, covered: dict, budget: float) -> list[str]
     """Tests that run the statement around the line, quickest first; those of the module where it runs at import."""
     source = (ROOT / PACKAGE / f"{module}.py").read_text()
     around = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt) and n.lineno <= line <= n.end_lineno]
-    inner = max(around, key=lambda n: (n.lineno, -n.end_lineno))
+    # None: a decorator at the module's level.
+    inner = max(around, key=lambda n: (n.lineno, -n.end_lineno), default=None)
     body = getattr(inner, "body", None)
-    last = max(body[0].lineno - 1, inner.lineno) if body else inner.end_lineno  # the head of a block, not the block
-    found = {t for n in range(inner.lineno, last + 1) for t in covered["lines"].get(f"{module}.py:{n}", [])}
+    last = line if inner is None else max(body[0].lineno - 1, inner.lineno) if body else inner.end_lineno
+    first = line if inner is None else inner.lineno  # with a body: the head of a block, not the block
+    found = {t for n in range(first, last + 1) for t in covered["lines"].get(f"{module}.py:{n}", [])}
     if not found or isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
         found = {test for test in covered["seconds"] if test.split("::")[0] in tests_of(module)}
     chosen, spent = [], 0.0

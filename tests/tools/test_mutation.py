@@ -49,3 +49,10 @@ def test_the_tests_of_a_line_come_quickest_first_and_within_the_budget():
     covered["seconds"] = {"quick": 1.0, "middle": 2.0, "slow": 50.0, "other": 0.1}
     assert mutation.tests_for("solvers/penalty", at, covered, 100.0) == ["quick", "middle", "slow"]
     assert mutation.tests_for("solvers/penalty", at, covered, 10.0) == ["quick", "middle"]
+
+
+def test_the_tests_of_a_decorator_are_those_of_its_module():
+    lines = (ROOT / "captum_concepts/vlm/region_prompt.py").read_text().splitlines()
+    at = next(n for n, line in enumerate(lines, 1) if line.startswith("@dataclass"))
+    name = "tests/vlm/test_region_prompt.py::test_it_is_a_value"
+    assert mutation.tests_for("vlm/region_prompt", at, {"lines": {}, "seconds": {name: 1.0}}, 10.0) == [name]
