@@ -1,10 +1,11 @@
 """Mutation check: does a test fail where the code says something else?
 
-``python tools/mutation.py --sample 40 --seed 0`` (`make mutation`, about an hour and a half; needs cosmic-ray) draws
-that many places of each of the six rooms, or of those named, with cosmic-ray's operators, changes one after the other
-in a copy of the checkout, and runs the tests that reach the changed line. Results go to ``build/mutation/ROOM.json``,
-with the difference of every mutant that no test noticed. A second run tries only those again: write the test, delete
-``ROOM_coverage.json``, run again, until each survivor is killed or shown to mean the same.
+``python tools/mutation.py --sample 40 --seed 0`` (`make mutation`, hours; needs cosmic-ray) draws that many places of
+each room, or of those named, with cosmic-ray's operators, changes one after the other in a copy of the checkout, and
+runs the tests that reach the changed line, of the folder of ``tests/`` that mirrors the module's. Results go to
+``build/mutation/ROOM.json``, with the difference of every mutant that no test noticed. A second run tries only those
+again: write the test, delete ``ROOM_coverage.json``, run again, until each survivor is killed or shown to mean the
+same.
 
 The heavy libraries are imported once and each mutant gets a forked process, so a mutant costs its tests only.
 """
@@ -15,7 +16,6 @@ import argparse
 import ast
 import contextlib
 import difflib
-import fnmatch
 import json
 import os
 import random
@@ -32,46 +32,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "captum_concepts"
-ROOMS = ("attr", "solvers", "metrics", "store", "vlm", "concepts")
-#: Patterns of modules and the tests that are about them, quickest first. The first pattern that fits counts.
-TESTS = {
-    "attr/feature_activation_map": ["feature_activation_map", "model_conditions"],
-    "attr/concept_fusion/fit": ["concept_fusion_fit", "concept_fusion_map", "concept_fusion_local"],
-    "attr/*concept_*": ["concept_fusion_map", "concept_fusion_local", "concept_fusion_regions", "concept_fusion_fit"],
-    "attr/*": ["spatial_acv_fit", "spatial_acv", "out_of_memory", "model_conditions"],
-    "solvers/*": [
-        *("solver_metric", "quasi_newton", "elastic_net", "elastic_net_certificate"),
-        *("elastic_net_edge_cases", "elastic_net_path", "solver_rows", "solver_distributed"),
-    ],
-    "metrics/streaming*": ["metrics_streaming"],
-    "metrics/_batches": ["metrics_evaluate", "metrics_baselines"],
-    "metrics/evaluation": ["metrics_evaluate"],
-    "metrics/table": ["metrics_evaluate"],
-    "metrics/_randomize": ["metrics_sanity"],
-    "metrics/sanity": ["metrics_sanity"],
-    "metrics/_scoring": ["metrics_perturbation", "out_of_memory"],
-    "metrics/perturbation": ["metrics_perturbation"],
-    "metrics/baselines": ["metrics_baselines"],
-    "metrics/segmentation": ["metrics_segmentation"],
-    "metrics/energy": ["metrics_energy"],
-    "metrics/*": ["metrics_region", "metrics_energy", "metrics_segmentation", "metrics_streaming"],
-    "images/text": ["files"],
-    "images/files": ["files", "source"],
-    "images/pixels": ["files", "source", "properties"],
-    "images/preprocessing": ["preprocessing"],
-    "images/*": ["source", "properties", "files"],
-    "datasets/cub": ["parts"],
-    "datasets/coco_parts": ["parts"],
-    "datasets/scenes": ["scenes"],
-    "datasets/*": ["folders", "parts", "scenes"],
-    "store/shards": ["shards", "region_embedding_store", "hostile_files"],
-    "store/manifest": ["shards", "region_embedding_store", "hostile_files"],
-    "store/*": ["region_embedding_store", "shards", "dense_regions", "out_of_memory", "loader_workers"],
-    "vlm/region_prompt": ["region_prompt"],
-    "vlm/_drawing": ["region_prompt"],
-    "vlm/batching": ["batching"],
-    "vlm/*": ["dense_regions", "hugging_face", "open_clip_encoder"],
-    "concepts/*": ["vocabulary"],
+TESTS = ROOT / "tests"
+ROOMS = (
+    *("images", "activations", "solvers", "metrics", "visualization", "datasets", "vlm", "concepts", "store"),
+    *("models", "attr", "audit", "demo", "commands"),
+)
+#: Tests of a room that lie in no folder of its own, because they ask the same of all methods.
+SHARED = {
+    "attr": ["contract/test_model_conditions.py", "contract/test_out_of_memory.py"],
+    "store": ["contract/test_hostile_files.py", "contract/test_loader_workers.py", "contract/test_out_of_memory.py"],
 }
 #: Operators that make no mutant worth a look.
 LEFT_OUT = ("core/RemoveDecorator", "core/VariableReplacer", "core/VariableInserter")
@@ -81,13 +50,16 @@ MEMORY = 12 << 30  # a mutant that asks for more is ended by the system, not the
 
 def tests_of(module: str) -> list[str]:
     """Files of the tests of ``room/module``, and the doctests of the module itself."""
-    names = next(names for pattern, names in TESTS.items() if fnmatch.fnmatch(module, pattern))
-    found = [str(path.relative_to(ROOT)) for name in names for path in sorted(ROOT.glob(f"tests/**/test_{name}.py"))]
-    return [f"{PACKAGE}/{module}.py", *found]
+    folder = (TESTS / module).parent
+    while not folder.is_dir():
+        folder = folder.parent
+    found = [*sorted(folder.rglob("test_*.py")), *(TESTS / name for name in SHARED.get(module.split("/")[0], ()))]
+    return [f"{PACKAGE}/{module}.py", *(str(path.relative_to(ROOT)) for path in found)]
 
 
 def modules_of(room: str) -> list[str]:
-    return [f"{room}/{path.stem}" for path in sorted((ROOT / PACKAGE / room).glob("*.py")) if path.stem != "__init__"]
+    paths = sorted((ROOT / PACKAGE / room).rglob("*.py"))
+    return [str(path.relative_to(ROOT / PACKAGE).with_suffix("")) for path in paths if path.stem != "__init__"]
 
 
 def meaningless(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -194,10 +166,12 @@ def tests_for(module: str, line: int, covered: dict, budget: float) -> list[str]
     """Tests that run the statement around the line, quickest first; those of the module where it runs at import."""
     source = (ROOT / PACKAGE / f"{module}.py").read_text()
     around = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt) and n.lineno <= line <= n.end_lineno]
-    inner = max(around, key=lambda n: (n.lineno, -n.end_lineno))
+    # None: a decorator at the module's level.
+    inner = max(around, key=lambda n: (n.lineno, -n.end_lineno), default=None)
     body = getattr(inner, "body", None)
-    last = max(body[0].lineno - 1, inner.lineno) if body else inner.end_lineno  # the head of a block, not the block
-    found = {t for n in range(inner.lineno, last + 1) for t in covered["lines"].get(f"{module}.py:{n}", [])}
+    last = line if inner is None else max(body[0].lineno - 1, inner.lineno) if body else inner.end_lineno
+    first = line if inner is None else inner.lineno  # with a body: the head of a block, not the block
+    found = {t for n in range(first, last + 1) for t in covered["lines"].get(f"{module}.py:{n}", [])}
     if not found or isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
         found = {test for test in covered["seconds"] if test.split("::")[0] in tests_of(module)}
     chosen, spent = [], 0.0

@@ -77,7 +77,7 @@ JOBS = [
     Job("metrics_peers", "--maps 8 --repeats 3", "", "metrics", minutes=1),
     Job("fam", "--repeats 5", "", "fam.cost", minutes=2),
     Job("fam_quality", f"--images 24 --parts {SCENES}", f"--images 60 --parts {SCENES}", "fam.quality", minutes=2),
-    Job("fam_photos", None, f"--images 20 --data {DATA} --parts {PHOTOS}", "fam.quality", 5, "fam_quality"),
+    Job("fam_photos", None, f"--data {DATA} --parts {PHOTOS}", "fam.quality", 50, "fam_quality"),
     Job("tcav", "--images 6 --scenes 10", "--images 15 --scenes 30", minutes=1),
     Job("sacv_scenes", "--images 40 --train 1200 --epochs 4", "", minutes=3),
     Job("spatial_acv", None, f"{DATA} --parts cost mobilenet_v2 squeezenet1_0", minutes=9),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import math
 import os
@@ -209,13 +208,10 @@ def _files(stem: str) -> set[str]:
 
 def _png(image: Tensor) -> bytes:
     """The photograph as it is drawn, for a report that is made later."""
-    from PIL import Image
+    from captum_concepts.visualization.raster import png
 
     pixels = (image.clamp(0, 1) * 255).round().byte()
-    shown = Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).contiguous().numpy())
-    file = io.BytesIO()
-    shown.save(file, "PNG")
-    return file.getvalue()
+    return png((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).contiguous().numpy())
 
 
 def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict[str, Any]:
@@ -260,10 +256,8 @@ def _number(value: Tensor) -> float | None:
 def _draw(
     shown: Photograph, explanation: ConceptExplanation, path: Path, title: str, flags: Any, names: Sequence[str] | None
 ) -> None:
-    from captum_concepts.visualization import panel, save_figure
+    from captum_concepts.visualization import panel_image, save_figure
 
     k = len(explanation.concepts)
-    figure = panel(
-        explanation, shown.picture, top_k=k, title=title, crop=shown.crop, significant=flags, class_names=names
-    )
-    save_figure(figure, path)
+    options = {"top_k": k, "title": title, "crop": shown.crop, "significant": flags, "class_names": names}
+    save_figure(panel_image(explanation, shown.picture, **options), path)

@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import math
-import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,6 +33,7 @@ from captum_concepts._checks import integer as checked_integer
 from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode, find_model
 from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.store.channel import Channel, Failure, Stop
 from captum_concepts.store.lock import FolderLock
 from captum_concepts.store.manifest import Manifest, check_fingerprint, fingerprint_callable, read_manifest
 from captum_concepts.store.shards import (
@@ -373,10 +373,6 @@ class _Batch(NamedTuple):
     drawn: bool
 
 
-class _Failure(NamedTuple):
-    error: BaseException
-
-
 #: Takes the rows of one span, in order: ``{"embedding": (rows, h*w, D), "digest": (rows,)}`` and the largest rounding
 #: error of an embedding (Euclidean).
 Consumer = Callable[[dict[str, Tensor], float], None]
@@ -391,40 +387,39 @@ def embed_spans(
     begin anew with each span, so the result of a span depends neither on where a run began nor on who else works: the
     same calls give the same bits.
     """
-    stop = threading.Event()
-    batches: queue.Queue[Any] = queue.Queue(maxsize=2)
-    results: queue.Queue[Any] = queue.Queue(maxsize=8)
+    stop = Stop()
+    batches, results = Channel(2, stop), Channel(8, stop)
     device = device_of(source.encoder)
 
     def load() -> None:
         try:
             with torch.no_grad():
                 for batch in _batches(source, spans, batch_size, draw=device.type == "cpu"):
-                    if not _put(batches, batch, stop):
+                    if not batches.put(batch):
                         return
-            _put(batches, None, stop)
+            batches.put(None)
         except BaseException as error:
-            _put(batches, _Failure(error), stop)
+            batches.put(Failure(error))
 
     failures: list[BaseException] = []
 
     def write() -> None:
         try:
             with torch.no_grad():
-                _write(results, spans, len(source.regions), source.dtype, consume, stop)
+                _write(results, spans, len(source.regions), source.dtype, consume)
         except BaseException as error:
             failures.append(error)
-            stop.set()
+            stop.is_set = True
 
     threads = [threading.Thread(target=task, daemon=True, name=task.__name__) for task in (load, write)]
     for thread in threads:
         thread.start()
     try:
-        _encode(batches, results, source, device, stop, _bar(spans, show))
+        _encode(batches, results, source, device, _bar(spans, show))
     finally:  # also after an error: what is computed is written before the error leaves
-        _put(results, None, stop)
+        results.put(None)
         threads[1].join()
-        stop.set()
+        stop.is_set = True
         for thread in threads:
             thread.join()
     if failures:
@@ -457,11 +452,10 @@ def _batches(source: Source, spans: Sequence[Span], size: int, *, draw: bool) ->
 
 @torch.no_grad()
 def _encode(
-    batches: queue.Queue[Any],
-    results: queue.Queue[Any],
+    batches: Channel,
+    results: Channel,
     source: Source,
     device: torch.device,
-    stop: threading.Event,
     progress: Any,
 ) -> None:
     waiting: tuple[Tensor, list[int]] | None = None
@@ -469,8 +463,8 @@ def _encode(
     encoder, regions = source.encoder, source.regions
     with evaluation_mode(module_of(encoder)), progress as bar:
         try:
-            while (batch := _get(batches, stop)) is not None:
-                if isinstance(batch, _Failure):
+            while (batch := batches.get()) is not None:
+                if isinstance(batch, Failure):
                     raise batch.error
                 images = batch.images if device.type == "cpu" else batch.images.to(device, non_blocking=True)
 
@@ -487,13 +481,13 @@ def _encode(
                 every = torch.arange(len(batch.cells))
                 embedding = torch.cat(halving(embed, every, lambda views: views.chunk(2)))
                 if waiting is not None:  # one batch late: an accelerator gets work before its last result is awaited
-                    _put(results, (waiting[0].cpu(), waiting[1]), stop)
+                    results.put((waiting[0].cpu(), waiting[1]))
                 waiting = embedding, batch.digests
                 if bar is not None:
                     bar.update(len(batch.digests))
         finally:
             if waiting is not None:
-                _put(results, (waiting[0].cpu(), waiting[1]), stop)
+                results.put((waiting[0].cpu(), waiting[1]))
 
 
 def check_embedding(embedding: Any, count: int) -> Tensor:
@@ -505,12 +499,11 @@ def check_embedding(embedding: Any, count: int) -> Tensor:
 
 
 def _write(
-    results: queue.Queue[Any],
+    results: Channel,
     spans: Sequence[Span],
     cells: int,
     dtype: torch.dtype,
     consume: Consumer,
-    stop: threading.Event,
 ) -> None:
     for start, end in spans:
         wanted, rounding = (end - start) * cells, 0.0
@@ -518,7 +511,7 @@ def _write(
         digests: list[int] = []
         done = 0
         while done < wanted:
-            found = _get(results, stop)
+            found = results.get()
             if found is None:
                 return
             raw, new = found
@@ -577,25 +570,6 @@ def explained(path: Path, manifest: Manifest | int | None) -> Iterator[None]:
             "images are safe in it; make room or give the right to write, then make the same call again to resume",
             error.filename,
         ) from error
-
-
-def _put(target: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
-    while not stop.is_set():
-        try:
-            target.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False
-
-
-def _get(source: queue.Queue[Any], stop: threading.Event) -> Any:
-    while not stop.is_set():
-        try:
-            return source.get(timeout=0.1)
-        except queue.Empty:
-            continue
-    return None
 
 
 def _bar(spans: Sequence[Span], show: bool) -> Any:

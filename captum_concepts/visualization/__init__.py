@@ -5,7 +5,7 @@ from captum_concepts.visualization.figures import legend, most_activating, sanke
 from captum_concepts.visualization.inputs import strongest_images
 from captum_concepts.visualization.notebook import show
 from captum_concepts.visualization.overlay import as_image, overlay, upsample
-from captum_concepts.visualization.panels import heatmap_figure, panel, save_figure
+from captum_concepts.visualization.panels import heatmap_figure, panel, panel_image, save_figure
 from captum_concepts.visualization.report import ReportWriter, report
 from captum_concepts.visualization.scale import ColorScale, value_range
 from captum_concepts.visualization.user_study import UserStudy, score_user_study, user_study
@@ -22,6 +22,7 @@ __all__ = [
     "most_activating",
     "overlay",
     "panel",
+    "panel_image",
     "report",
     "sankey",
     "save_figure",

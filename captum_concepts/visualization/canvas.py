@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_concepts.errors import InputWarning
 from captum_concepts.explanation import short
 from captum_concepts.visualization.overlay import gray
 from captum_concepts.visualization.scale import ColorScale
@@ -42,15 +44,60 @@ class Fitted:
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
     """The width of one line, in inches, with the font of the user's settings."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
     if not text:
         return 0.0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # drawing says so, once is enough
-        width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)
-    return float(width) / 72 * 1.03  # hinting on screen makes letters a little wider
+    return float(font_of(text, 100, weight).getlength(text)) / 100 * size / 72 * 1.03  # hinting widens letters a little
+
+
+def font_of(text: str, pixels: int, weight: str = "normal", *, warn: bool = False) -> Any:
+    """Pillow's font for ``text``: of matplotlib's ``font.family`` the first that has most of its characters.
+
+    Pillow measures and draws a line in a tenth of matplotlib's time.
+
+    Warns:
+        InputWarning: no font has all of them, and ``warn``.
+    """
+    from matplotlib import rcParams
+
+    settings: Any = rcParams
+    file, *others = _font_files(weight, *(tuple(settings[f"font.{kind}"]) for kind in _KINDS))
+    if not text.isascii():
+        file = max((file, *others), key=lambda file: sum(ord(c) in _characters(file) for c in text))
+        missing = "".join(sorted({c for c in text if c.isprintable() and ord(c) not in _characters(file)}))
+        if warn and missing:
+            message = f"no font of matplotlib's rcParams['font.family'] has {missing!r}; drawn as boxes"
+            warnings.warn(f"{message}. Name a font that has them there", InputWarning, stacklevel=2)
+    return _font(file, pixels)
+
+
+_KINDS = ("family", "sans-serif", "serif", "monospace", "cursive", "fantasy")
+
+
+@lru_cache(maxsize=16)
+def _font_files(weight: str, families: Sequence[str], *_: Sequence[str]) -> tuple[str, ...]:
+    from matplotlib.font_manager import FontProperties, findfont
+
+    found = []
+    for family in families:
+        try:
+            found.append(findfont(FontProperties(family=family, weight=weight), fallback_to_default=False))
+        except ValueError:  # there is no such font here
+            continue
+    return tuple(found) or (findfont(FontProperties(family="DejaVu Sans", weight=weight)),)
+
+
+@lru_cache(maxsize=16)
+def _characters(file: str) -> frozenset[int]:
+    from matplotlib.font_manager import get_font
+
+    return frozenset(get_font(file).get_charmap())
+
+
+@lru_cache(maxsize=64)
+def _font(file: str, pixels: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.truetype(str(file), pixels, index=getattr(file, "face_index", 0))
 
 
 def fit(
@@ -133,16 +180,18 @@ POSITIVE, NEGATIVE, ABSENT = "#b2182b", "#2166ac", "#c4c4c4"
 MARK = "#ffd92f"
 #: States of a concept that is drawn pale.
 NOT_ENCODED, NOT_SEEN = "not encoded here", "not seen"
-BAR_WIDTH, BAR_GAP, _TICK_GAP = 0.08, 0.06, 0.07
+BAR_WIDTH, BAR_GAP, _TICK_GAP, _TICK = 0.08, 0.06, 0.07, 2 / 72
 #: Width of the axis of contributions.
 BARS = 1.1
 #: Least height of a color bar: room for its three numbers.
 SHORTEST = 0.55
-_PIXELS = 400  # per inch: as fine as print needs, and bounded for large photographs
 
 
 class Canvas:
     """A figure of ``width`` x ``height`` inches."""
+
+    #: Pixels per inch of images: as fine as print needs, and bounded for large photographs.
+    density: float = 400
 
     def __init__(self, width: float, height: float) -> None:
         from matplotlib.figure import Figure
@@ -178,7 +227,7 @@ class Canvas:
         pixels: Tensor,
         label: str,
         size: tuple[int, int] | None = None,
-    ) -> Axes:
+    ) -> Any:
         """An image; with ``size`` (its H, W before it was resized for print) as the coordinates of its axes."""
         axes = self.axes(x, y, width, height, label=label)
         array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
@@ -187,7 +236,7 @@ class Canvas:
         axes.set_axis_off()
         return axes
 
-    def outline(self, axes: Axes, lines: Sequence[tuple[float, float, float, float]], color: str = MARK) -> None:
+    def outline(self, axes: Any, lines: Sequence[tuple[float, float, float, float]], color: str = MARK) -> None:
         """Lines over an image that stay visible on any background."""
         from matplotlib.collections import LineCollection
 
@@ -197,24 +246,54 @@ class Canvas:
                 LineCollection(ends, colors=own, linewidths=width, capstyle="projecting"), autolim=False
             )
 
+    def stroke(self, x0: float, y0: float, x1: float, y1: float, color: str = FAINT, points: float = 0.5) -> None:
+        """A straight line."""
+        from matplotlib.lines import Line2D
+
+        xs, ys = (x0 / self.width, x1 / self.width), (1 - y0 / self.height, 1 - y1 / self.height)
+        self.figure.add_artist(Line2D(xs, ys, color=color, linewidth=points, linestyle="-", marker="", snap=True))
+
+    def gradient(self, x: float, y: float, height: float, scale: ColorScale) -> None:
+        """The colors of a color bar."""
+        axes = self.axes(x, y, BAR_WIDTH, height, label="colorbar")
+        edges = torch.linspace(scale.low, scale.high, 257).numpy()
+        values = ((edges[1:] + edges[:-1]) / 2)[:, None]
+        axes.pcolormesh([0, 1], edges, values, cmap=scale.colormap(), vmin=scale.low, vmax=scale.high)
+        axes.set_ylim(scale.low, scale.high)
+        axes.set_axis_off()
+
+    def rows(self, x: float, y: float, width: float, height: float, bound: float, count: int) -> Any:
+        """A place for ``count`` bars, one below the other, from ``-bound`` to ``bound``."""
+        axes = self.axes(x, y, width, height, label="contributions", facecolor="none")
+        axes.set(xlim=(-bound, bound), ylim=(count - 0.5, -0.5))
+        axes.set_axis_off()
+        return axes
+
+    def bar(self, axes: Any, k: int, value: float, thickness: float, color: str, alpha: float | None) -> None:
+        """The bar of row k of :meth:`rows`, from zero."""
+        from matplotlib.patches import Rectangle
+
+        place = (0.0, k - thickness / 2)
+        axes.add_patch(Rectangle(place, value, thickness, facecolor=color, alpha=alpha, linewidth=0))
+
     def colorbar(self, x: float, y: float, height: float, scale: ColorScale, label: str = "") -> None:
         """A vertical bar with both end values, the middle where there is room, and what the values are."""
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-
-        axes = self.axes(x, y, BAR_WIDTH, height, label="colorbar")
-        mappable = ScalarMappable(Normalize(scale.low, scale.high), scale.colormap())
-        bar = self.figure.colorbar(mappable, cax=axes)
-        bar.outline.set_linewidth(0.5)
-        bar.outline.set_edgecolor(FAINT)
+        self.gradient(x, y, height, scale)
+        end = x + BAR_WIDTH
+        for line in (
+            (x, y, end, y),
+            (x, y + height, end, y + height),
+            (x, y, x, y + height),
+            (end, y, end, y + height),
+        ):
+            self.stroke(*line)
         ticks, labels, factor = ticks_of(scale, height)
-        bar.set_ticks(ticks, labels=labels)
-        bar.minorticks_off()
-        axes.tick_params(which="major", length=2, pad=2, width=0.5, color=FAINT, labelcolor=INK, labelsize=TICK)
-        plain_ticks(axes.get_yticklabels())
-        if len(labels) > 1:  # the end labels stay within the height of the bar
-            axes.get_yticklabels()[0].set_verticalalignment("bottom")
-            axes.get_yticklabels()[-1].set_verticalalignment("top")
+        for value, text in zip(ticks, labels, strict=True):
+            at = y + height * (scale.high - value) / (scale.high - scale.low)
+            self.stroke(end, at, end + _TICK, at)
+            # The end labels stay within the height of the bar.
+            side = "center" if value not in (scale.low, scale.high) else "bottom" if value == scale.low else "top"
+            self.text(end + 2 * _TICK, at, Fitted(text, TICK), ha="left", va=side)
         words = _beside(label, factor, height)
         shift = BAR_WIDTH + _TICK_GAP + max(text_width(t, TICK) for t in labels) + 0.04
         self.text(x + shift, y + height / 2, words, rotation=90, ha="left", va="center")
@@ -232,40 +311,24 @@ class Canvas:
     ) -> None:
         """Signed bars from a common zero, the first on top, with a symmetric axis of ``bound`` below; pale and gray
         where the state is not empty."""
-        axes = self.axes(x, y, width, height, label="contributions", facecolor="none")
-        places = list(range(len(values)))
-        colors = [POSITIVE if v >= 0 else NEGATIVE for v in values]
-        colors = [ABSENT if state == NOT_ENCODED else color for color, state in zip(colors, states, strict=True)]
-        thickness = min(0.62, 0.2 * len(values) / height)
-        drawn = [v if math.isfinite(v) else 0.0 for v in values]
-        bars = axes.barh(places, drawn, height=thickness, color=colors, linewidth=0)
-        for bar, state in zip(bars, states, strict=True):
-            bar.set_alpha(0.45 if state == NOT_SEEN else None)
-        axes.axvline(0, color=INK, linewidth=0.7)
-        axes.set_xlim(-bound, bound)
-        axes.set_ylim(len(values) - 0.5, -0.5)
-        axes.set_yticks([])
-        ticks = [-bound, 0.0, bound]
-        texts, factor = tick_texts(ticks)
-        axes.set_xticks(ticks, texts)
-        axes.minorticks_off()
-        axes.tick_params(axis="x", length=2, pad=2, width=0.5, color=FAINT, labelcolor=INK, labelsize=TICK)
-        plain_ticks(axes.get_xticklabels())
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set(linewidth=0.5, color=FAINT)
-        pitch = height / len(values)
-        for k, label in enumerate(labels):
-            color = FAINT if states[k] else INK
+        axes = self.rows(x, y, width, height, bound, len(values))
+        thickness, pitch = min(0.62, 0.2 * len(values) / height), height / len(values)
+        for k, (label, value, state) in enumerate(zip(labels, values, states, strict=True)):
+            color = ABSENT if state == NOT_ENCODED else POSITIVE if value >= 0 else NEGATIVE
+            drawn = value if math.isfinite(value) else 0.0
+            self.bar(axes, k, drawn, thickness, color, 0.45 if state == NOT_SEEN else None)
+            color = FAINT if state else INK
             self.text(x - 0.06, y + (k + 0.5) * pitch, label, ha="right", va="center", color=color)
+        self.stroke(x + width / 2, y, x + width / 2, y + height, INK, 0.7)
+        self.stroke(x, y + height, x + width, y + height)
+        ends = (-bound, 0.0, bound)
+        texts, factor = tick_texts(ends)
+        for k, text in enumerate(texts):
+            at = x + k * width / 2
+            self.stroke(at, y + height, at, y + height + _TICK)
+            self.text(at, y + height + 2 * _TICK, Fitted(text, TICK), va="top")
         if factor:
             self.text(x + width, y + height + axis_space(bound), Fitted(factor, TICK))
-
-
-def plain_ticks(labels: Sequence[Any]) -> None:
-    """Numbers are text, whatever the user's settings."""
-    for label in labels:
-        label.set(parse_math=False, usetex=False)
 
 
 def ticks_of(scale: ColorScale, height: float) -> tuple[list[float], list[str], str]:
@@ -296,11 +359,11 @@ def colorbar_space(scale: ColorScale, height: float, label: str) -> float:
     return space + (DETAIL * 1.3 / 72 + 0.04 if label or factor else 0.0)
 
 
-def at_print_size(picture: Tensor, inches: float) -> Tensor:
+def at_print_size(picture: Tensor, inches: float, density: float = Canvas.density) -> Tensor:
     """A picture with enough pixels for print and no more: small ones in whole blocks, so that they stay sharp and the
     map over them is smooth; large ones antialiased."""
     _, height, width = picture.shape
-    target = max(round(inches * _PIXELS), 1)
+    target = max(round(inches * density), 1)
     longest = max(height, width)
     if longest > target:
         size = (max(round(height * target / longest), 1), max(round(width * target / longest), 1))

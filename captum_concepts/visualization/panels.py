@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import replacing
+from captum_concepts._artifacts import replacing, write_atomically
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, SEEN, ConceptExplanation
@@ -41,11 +44,13 @@ from captum_concepts.visualization.canvas import (
     text_width,
 )
 from captum_concepts.visualization.overlay import ALPHA, as_heatmap, as_image, as_images, blend
+from captum_concepts.visualization.raster import Raster, png
 from captum_concepts.visualization.regions import Box, frame, outlines, per_image
 from captum_concepts.visualization.scale import ColorScale, schemes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 SCALES = {
     "map": "each map has its own color scale",
@@ -125,6 +130,40 @@ def panel(
         >>> e = ConceptExplanation(["sand", "grass"], torch.rand(1, 2), torch.rand(1, 2, 7, 7), torch.randn(1, 2))
         >>> figure = panel(e, torch.rand(1, 3, 32, 32), title="what, where, how much")
     """
+    return _panel(Canvas, **locals()).figure
+
+
+def panel_image(explanation: ConceptExplanation, images: Any, *, dpi: float = 200, **options: Any) -> Image:
+    """What :func:`panel` shows, as a PIL image: drawn about ten times as fast, for many images.
+
+    Args:
+        explanation, images, options: as for :func:`panel`.
+        dpi: pixels per inch.
+
+    Returns:
+        A PIL image, to be written by :func:`save_figure` or shown.
+
+    Raises:
+        InputError: see :func:`panel`; or a ``dpi`` that is not positive.
+
+    Example:
+        >>> e = ConceptExplanation(["sand", "grass"], torch.rand(1, 2), torch.rand(1, 2, 7, 7))
+        >>> panel_image(e, torch.rand(1, 3, 32, 32), dpi=100).mode
+        'RGB'
+    """
+    number("dpi", dpi, lambda pixels: pixels > 0, "positive")
+    given = signature(panel).bind(explanation, images, **options)
+    given.apply_defaults()
+    return _panel(partial(Raster, dpi=dpi), **given.arguments).image
+
+
+def _panel(
+    surface: Callable[[float, float], Any], explanation: Any, images: Any, top_k: int | None, rank_by: str | None,
+    title: str | None, class_names: Any, image_names: Sequence[str] | None, significant: Any, points: Any, boxes: Any,
+    mask: Any, crop: Any, scale: str, map_label: str, cell_size: float, alpha: float, cmap: Any, signed: bool | str,
+    mode: str,
+) -> Any:  # fmt: skip
+    """The canvas that ``surface`` makes for a width and a height, with :func:`panel` on it."""
     explanation = check_explanation("panel", explanation, images)
     n, t = len(explanation), len(explanation.concepts)
     if not n or not t:
@@ -148,11 +187,11 @@ def panel(
         cell = Cell(pictures[i], regions[i], crops[i], "input" if names is None else str(names[i]))
         rows.append(make_row(one, states, cell, class_names, cell_size))
     if any(row.unknown for row in rows):
-        warnings.warn("maps contain NaN or infinite values; they are left uncolored", InputWarning, stacklevel=2)
+        warnings.warn("maps contain NaN or infinite values; they are left uncolored", InputWarning, stacklevel=3)
     _share_scales(rows, scale, signed, cmap)
     hidden = max(int(explanation.selected.sum(1).max()) - limit, 0)
     note = _note(explanation, rows, scale, map_label, hidden)
-    return _draw(rows, scale, title, note, map_label, cell_size, {"alpha": alpha, "mode": mode})
+    return _draw(surface, rows, scale, title, note, map_label, cell_size, {"alpha": alpha, "mode": mode})
 
 
 def check_explanation(function: str, explanation: Any, images: Any) -> ConceptExplanation:
@@ -415,42 +454,43 @@ class _Columns:
 
 
 def _draw(
-    rows: Sequence[Row], shared: str, title: str | None, note: str, label: str, cell: float, style: dict[str, Any]
-) -> Figure:
-    """A figure as large as its rows, with a title above and a note below them."""
+    surface: Callable[[float, float], Any], rows: Sequence[Row], shared: str, title: str | None, note: str, label: str,
+    cell: float, style: dict[str, Any],
+) -> Any:  # fmt: skip
+    """A canvas as large as its rows, with a title above and a note below them."""
     columns = _Columns.measure(rows, shared == "map", label, cell)
     head = fit(title, columns.width - 2 * _MARGIN, TITLE, lines=4, weight="bold") if title else Fitted("", TITLE)
     foot = fit(note, columns.width - 2 * _MARGIN, DETAIL, lines=6)
     heights = [row.head + _ABOVE + row.body + row.axis for row in rows]
     y = _MARGIN + (head.height + _ROW_GAP if title else 0.0)
     bottom = y + sum(heights) + _ROW_GAP * (len(rows) - 1)
-    canvas = Canvas(columns.width, bottom + (_FOOT_GAP + foot.height if note else 0.0) + _MARGIN)
+    canvas = surface(columns.width, bottom + (_FOOT_GAP + foot.height if note else 0.0) + _MARGIN)
     canvas.text(columns.width / 2, _MARGIN, head, va="top", fontweight="bold")
     canvas.text(_MARGIN, canvas.height - _MARGIN, foot, ha="left", color=FAINT)
     for row, height in zip(rows, heights, strict=True):
         _draw_row(canvas, columns, row, y, shared == "map", label, style)
         y += height + _ROW_GAP
-    return canvas.figure
+    return canvas
 
 
 def _draw_row(
-    canvas: Canvas, columns: _Columns, row: Row, top: float, per_map: bool, label: str, style: dict[str, Any]
+    canvas: Any, columns: _Columns, row: Row, top: float, per_map: bool, label: str, style: dict[str, Any]
 ) -> None:
     y, cell, size = top + row.head + _ABOVE, columns.cell, (row.cell.picture.shape[1], row.cell.picture.shape[2])
     indent = (cell - row.width) / 2
-    picture = at_print_size(row.cell.picture, max(row.width, row.height))
+    picture = at_print_size(row.cell.picture, max(row.width, row.height), canvas.density)
     canvas.caption(_MARGIN + cell / 2, y - _ABOVE, row.input_caption)
     axes = canvas.picture(_MARGIN + indent, y, row.width, row.height, picture, "input", size)
     if row.cell.crop is not None:
         canvas.outline(axes, frame(row.cell.crop), "white")
     canvas.outline(axes, row.cell.region)
-    last = len(row.states) - 1
+    last, pale = len(row.states) - 1, faded(picture)
     for j, (name, state, scale) in enumerate(zip(row.shown.concepts, row.states, row.scales, strict=True)):
         x = columns.first + j * columns.step
         canvas.caption(x + cell / 2, y - _ABOVE, row.captions[j], faint=bool(state))
-        pixels = faded(picture)
+        pixels = pale
         if state != NOT_ENCODED:
-            pixels = _covered(picture, row.shown.maps[0, j].float(), scale, row.cell.crop, size, style)
+            pixels = _covered(picture, pale, row.shown.maps[0, j].float(), scale, row.cell.crop, size, style)
             pixels = torch.lerp(torch.ones_like(pixels), pixels, 0.45) if state else pixels
         axes = canvas.picture(x + indent, y, row.width, row.height, pixels, name, size)
         if row.cell.crop is not None:
@@ -463,15 +503,16 @@ def _draw_row(
 
 
 def _covered(
-    picture: Tensor, heatmap: Tensor, scale: ColorScale, crop: Box | None, size: tuple[int, int], style: dict[str, Any]
-) -> Tensor:
-    """The map over the part of the picture that it covers."""
+    picture: Tensor, pale: Tensor, heatmap: Tensor, scale: ColorScale, crop: Box | None, size: tuple[int, int],
+    style: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The map over the part of the picture that it covers; the rest of it pale."""
     if crop is None:
         return blend(picture, heatmap, scale, **style)
     dy, dx = picture.shape[1] / size[0], picture.shape[2] / size[1]
     x0, x1 = round(crop[0] * dx), max(round(crop[2] * dx), round(crop[0] * dx) + 1)
     y0, y1 = round(crop[1] * dy), max(round(crop[3] * dy), round(crop[1] * dy) + 1)
-    pixels = faded(picture)
+    pixels = pale.clone()
     pixels[:, y0:y1, x0:x1] = blend(picture[:, y0:y1, x0:x1], heatmap, scale, **style)
     return pixels
 
@@ -530,19 +571,21 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 200) -> Path:
+def save_figure(figure: Figure | Image, path: str | os.PathLike[str], dpi: float = 200) -> Path:
     """Write a figure as PNG, PDF or SVG (by suffix), atomically, at the size it was made.
 
     Args:
-        figure: of :func:`panel`, :func:`heatmap_figure` or any other matplotlib figure.
+        figure: of :func:`panel`, :func:`heatmap_figure` or any other matplotlib figure; or, as PNG, of
+            :func:`panel_image`.
         path: an existing file is replaced.
-        dpi: pixels per inch; in PDF and SVG only images have pixels, text and lines are drawn as such.
+        dpi: pixels per inch; in PDF and SVG only images have pixels, text and lines are drawn as such. An image has
+            its own.
 
     Returns:
         The path written.
 
     Raises:
-        InputError: another suffix, or a ``dpi`` that is not positive.
+        InputError: another suffix (of an image: than .png), or a ``dpi`` that is not positive.
         FileNotFoundError: the folder does not exist.
     """
     from matplotlib import rc_context
@@ -554,6 +597,11 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: float = 200) 
     number("dpi", dpi, lambda pixels: pixels > 0, "positive")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+    if not hasattr(figure, "savefig"):
+        if suffix != ".png":
+            raise InputError(f"an image is written as .png, got {path.name!r}; pass the figure of panel()")
+        write_atomically(path, png(np.asarray(figure)))
+        return path
     # The default takes four times as long, which is as long as all the drawing, and saves 10 %.
     fast = {"compress_level": 1, "compress_type": zlib.Z_RLE}
     options: dict[str, Any] = {"pil_kwargs": fast} if suffix == ".png" else {}

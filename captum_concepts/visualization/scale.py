@@ -108,7 +108,9 @@ class ColorScale:
 
     def colors(self, values: Tensor) -> Tensor:
         """The colors ``(3, ...)`` in [0, 1] of finite values of any shape."""
-        return torch.from_numpy(self.colormap()(self.fraction(values).numpy())[..., :3]).movedim(-1, 0).float()
+        colors = self.colormap()
+        table = torch.from_numpy(colors(range(colors.N))[:, :3]).float()
+        return table[(self.fraction(values) * colors.N).long().clamp(max=colors.N - 1)].movedim(-1, 0)
 
     def opacity(self, values: Tensor, alpha: float) -> Tensor:
         """How much of the color covers an image: nothing at zero (at ``low`` if not signed), ``alpha`` from half of the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -196,7 +197,8 @@ class TestAudit:
         more = ["--save", str(tmp_path / "both.safetensors"), "--store", str(tmp_path / "parts")]
         program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*program, "-m", "captum_concepts", *audit(folder, tmp_path, "biased", *more)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # torchrun says 1: sums round otherwise
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
         assert done.stdout.count("ConceptAudit(") == 1, done.stderr
         assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
         assert (tmp_path / "audit.html").read_bytes() == page

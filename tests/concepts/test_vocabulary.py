@@ -245,6 +245,10 @@ class TestFilters:
         top = torch.cat([torch.full((5, 1), 0.3), torch.zeros(5, 1)])
         assert drop_absent(["x"], top)[0] == ["x"]  # the mean of five
         assert drop_absent(["x"], top[1:])[0] == []
+        more = torch.cat([top[:5], torch.zeros(5, 1)]).repeat(1, 2) * torch.tensor([1.0, 0.9])
+        assert list(Vocabulary(["x", "y"]).present_in(more)) == ["x", "y"]  # .27 for the five, .225 for six
+        with pytest.raises(InputError):
+            Vocabulary(["x", "y"]).present_in(more, k=6)
 
     def test_a_limit_at_the_value_itself_drops(self):
         exact = lambda first, second: torch.full((len(first), len(second)), 0.5)  # noqa: E731
@@ -389,6 +393,13 @@ class TestSimilarity:
 
 
 class TestVocabulary:
+    def test_texts_and_nothing_else(self):
+        with pytest.raises(InputError, match="concepts must be texts, got 3"):
+            Vocabulary(["sky", 3, "sea"])
+        for classes in ("zebra", 3, ["zebra", 3]):
+            with pytest.raises(InputError, match="classes must be a list of names, got "):
+                Vocabulary.from_classes(classes)
+
     def test_a_sequence(self):
         vocabulary = Vocabulary(["red", "blue"])
         assert (len(vocabulary), vocabulary[1], "red" in vocabulary, vocabulary.index("blue")) == (2, "blue", True, 1)

@@ -509,6 +509,7 @@ NOT_COLUMNS = {
     "visualization.explore": "explore",
     "visualization.show": "as panel",
     "visualization.legend": "as panel",
+    "visualization.panel_image": "as panel",
     "visualization.overlay": "as as_image",
     "visualization.heatmap_figure": "as as_image",
     "visualization.most_activating": "reads images as explore does",

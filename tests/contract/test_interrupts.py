@@ -6,9 +6,12 @@ An interrupt is raised at a random line, call or return of what runs, also insid
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import random
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +34,7 @@ from captum_concepts import (
     fit_salf_cbm,
 )
 from captum_concepts.metrics import insertion, parameter_randomization
+from captum_concepts.store.channel import Channel, Stop
 from captum_concepts.vlm import RegionPrompt
 
 #: Of each call below: about a thousand in all.
@@ -223,6 +227,21 @@ def check_interrupts(model: nn.Module, call: Callable[[], Any], rng: random.Rand
         assert torch.equal(output(model), expected), f"step {at}\n{place}"
         assert not differences(before, state(model)), f"step {at}: {differences(before, state(model))}\n{place}"
     return total
+
+
+def test_a_channel_that_was_interrupted_gives_and_takes():
+    def use(channel: Channel) -> None:
+        channel.put(1)
+        channel.get()
+
+    for at in range(1, steps(lambda: use(Channel(2, Stop()))) + 1):
+        channel = Channel(2, Stop())
+        with contextlib.suppress(Interrupt):
+            steps(functools.partial(use, channel), at)
+        other = threading.Thread(target=use, args=(channel,), daemon=True)
+        other.start()
+        other.join(30)
+        assert not other.is_alive(), f"step {at}"
 
 
 def test_a_fit_of_a_bottleneck_that_is_interrupted(tmp_path):

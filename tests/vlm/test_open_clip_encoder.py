@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from captum_concepts.errors import ArtifactError, InputError, InputWarning
-from captum_concepts.vlm import ImageTextEncoder, OpenCLIPEncoder
+from captum_concepts.vlm import ImageTextEncoder, OpenCLIPEncoder, build_tower, tower_names
 from captum_concepts.vlm._preprocessing import check_preprocess, resize_and_normalize
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
@@ -368,3 +368,12 @@ class TestLongTexts:
         with pytest.warns(InputWarning) as said:
             encoder.encode_text(texts)
         assert len(str(said[0].message)) <= 600
+
+
+@pytest.mark.parametrize(
+    ("name", "others"), [("RN50", {"RN101", "RN50x4"}), ("ViT-B-32", {"ViT-B-32-256", "ViT-B-16"})]
+)
+def test_a_tower_is_found_by_what_it_is(name, others):
+    found = set(tower_names(build_tower(name)))
+    assert name in found
+    assert found & others == set()

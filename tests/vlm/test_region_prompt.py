@@ -241,6 +241,13 @@ def test_agrees_with_the_circles_the_demo_model_was_trained_with():
         assert torch.allclose(prompt.draw(x)[:, k], expected, atol=1e-5)
 
 
+def test_a_named_color_is_that_color():
+    for name, letters in {"red": "r", "green": "g", "blue": "b", "yellow": "rg", "white": "rgb", "black": ""}.items():
+        ring = RegionPrompt("circle", 1, 6, width=2, color=name).draw(torch.full((1, 3, 32, 32), 0.5))[0, 0]
+        inside = (ring - 0.5).abs().sum(0).flatten().argmax()  # a pixel that the line covers whole
+        assert ring.flatten(1)[:, inside].tolist() == [float(letter in letters) for letter in "rgb"]
+
+
 def test_it_is_a_value():
     prompt = RegionPrompt("crop", (2, 3), 5, placement="inset", color="blue", width=1.5, reference_size=100)
     assert RegionPrompt.from_dict(prompt.as_dict()) == prompt

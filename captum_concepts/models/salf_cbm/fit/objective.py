@@ -7,9 +7,8 @@ mean is subtracted from small differences, and means over several processes cost
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from captum_concepts.models.cubic_similarity import CubicSums, similarity_and_gr
 from captum_concepts.models.salf_cbm.fit.features import GridFeatures, LiveFeatures
 from captum_concepts.models.salf_cbm.fit.steps import all_reduce, share_of
 from captum_concepts.store import world
+from captum_concepts.store.channel import Channel, Failure, Stop
 
 #: Numbers in one part of q and of p; some four such tensors live at a time.
 PART = 1 << 21
@@ -56,18 +56,38 @@ def ahead(function: Callable[[_Item], _Value], items: Iterable[_Item], depth: in
     >>> list(ahead(lambda x: x * x, [1, 2, 3]))
     [1, 4, 9]
     """
-    waiting: deque[Future[_Value]] = deque()
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    stop = Stop()
+    given, made = Channel(depth + 1, stop), Channel(depth + 1, stop)
+
+    def work() -> None:
+        while (one := given.get()) is not None:
+            try:
+                made.put(function(*one))
+            except BaseException as error:
+                made.put(Failure(error))
+
+    def first() -> _Value:
+        value = made.get()
+        if isinstance(value, Failure):
+            raise value.error
+        return value
+
+    thread = threading.Thread(target=work, daemon=True, name="ahead")
+    thread.start()
+    waiting = 0
+    try:
+        for item in items:
+            given.put((item,))
+            waiting += 1
+            if waiting > depth:
+                waiting -= 1
+                yield first()
+        given.put(None)
+        for _ in range(waiting):
+            yield first()
+    finally:
+        stop.is_set = True
+        thread.join()
 
 
 def cells_of(count: int, numbers_each: int) -> Iterator[slice]:

@@ -1,0 +1,143 @@
+"""What :class:`Canvas` draws, as pixels: by Pillow, without a matplotlib figure, in a tenth of its time."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captum_concepts.visualization.canvas import BAR_WIDTH, FAINT, INK, MARK, Canvas, Fitted, font_of
+from captum_concepts.visualization.scale import ColorScale
+
+#: Of a line of text, in parts of its size: above the baseline, below it, and from one baseline to the next.
+_ABOVE, _BELOW, _PITCH = 0.82, 0.31, 1.15
+
+
+class Area(NamedTuple):
+    """A rectangle in pixels, and the coordinates of its left, top, right and bottom."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    span: tuple[float, float, float, float]
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """A point of these coordinates in pixels."""
+        x0, y0, x1, y1 = self.span
+        across, down = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return self.left + across * (self.right - self.left), self.top + down * (self.bottom - self.top)
+
+
+class Raster(Canvas):
+    """An image of ``width`` x ``height`` inches, ``dpi`` pixels each."""
+
+    def __init__(self, width: float, height: float, dpi: float) -> None:
+        from PIL import Image, ImageDraw
+
+        self.width, self.height, self.density = width, height, dpi
+        self.image = Image.new("RGB", (max(int(width * dpi), 1), max(int(height * dpi), 1)), "white")
+        self._draw = ImageDraw.Draw(self.image)
+
+    def text(self, x: float, y: float, fitted: Fitted, **options: Any) -> None:
+        """As :meth:`Canvas.text`; ``rotation`` is 0 or 90, for one line."""
+        from PIL import Image, ImageDraw
+
+        lines, size = fitted.text.split("\n"), fitted.size * self.density / 72
+        color, weight = options.get("color", INK), options.get("fontweight", "normal")
+        fonts = [font_of(line, max(round(size), 1), weight, warn=True) for line in lines]
+        x, y = x * self.density, y * self.density
+        if options.get("rotation"):
+            mask = Image.new("L", (round(fonts[0].getlength(lines[0])) + 1, round(size * (_ABOVE + _BELOW)) + 1))
+            ImageDraw.Draw(mask).text((0, round(size * _ABOVE)), lines[0], 255, fonts[0], anchor="ls")
+            mask = mask.transpose(Image.Transpose.ROTATE_90)
+            self.image.paste(color, (round(x), round(y - mask.height / 2)), mask)
+            return
+        height = size * (_ABOVE + _BELOW + _PITCH * (len(lines) - 1))
+        top = y - height * {"top": 0.0, "center": 0.5, "bottom": 1.0}[options.get("va", "bottom")] + size * _ABOVE
+        anchor = {"left": "ls", "center": "ms", "right": "rs"}[options.get("ha", "center")]
+        for k, (line, font) in enumerate(zip(lines, fonts, strict=True)):
+            self._draw.text((round(x), round(top + k * size * _PITCH)), line, color, font, anchor=anchor)
+
+    def picture(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        pixels: Tensor,
+        label: str,  # noqa: ARG002
+        size: tuple[int, int] | None = None,
+    ) -> Area:
+        """As :meth:`Canvas.picture`; an image that has its place's pixels is drawn as it is."""
+        from PIL import Image
+
+        rows, columns = (pixels.shape[1], pixels.shape[2]) if size is None else size
+        area = self._area(x, y, width, height, (0, 0, columns, rows))
+        colors = (pixels * 255).round_().clamp_(0, 255).byte()
+        image = Image.fromarray(colors.permute(1, 2, 0).contiguous().numpy())
+        self.image.paste(image.resize((area.right - area.left, area.bottom - area.top)), (area.left, area.top))
+        return area
+
+    def outline(self, axes: Area, lines: Sequence[tuple[float, float, float, float]], color: str = MARK) -> None:
+        """As :meth:`Canvas.outline`; the lines are level or upright."""
+        for points, own in ((2.6, "black"), (1.3, color)):
+            for x0, y0, x1, y1 in lines:
+                self._fill(axes, x0, y0, x1, y1, own, points)
+
+    def stroke(self, x0: float, y0: float, x1: float, y1: float, color: str = FAINT, points: float = 0.5) -> None:
+        """As :meth:`Canvas.stroke`; level or upright."""
+        x0, y0, x1, y1 = (v * self.density for v in (x0, y0, x1, y1))
+        wide = max(round(points * self.density / 72), 1)
+        left, top = round(x0 - wide / 2), round(y0 - wide / 2)
+        right, bottom = (left + wide - 1, round(y1) - 1) if x0 == x1 else (round(x1) - 1, top + wide - 1)
+        self._draw.rectangle((left, top, max(left, right), max(top, bottom)), fill=color)
+
+    def gradient(self, x: float, y: float, height: float, scale: ColorScale) -> None:
+        """As :meth:`Canvas.gradient`."""
+        values = torch.linspace(scale.high, scale.low, max(round(height * self.density), 2))
+        self.picture(x, y, BAR_WIDTH, height, scale.colors(values)[:, :, None], "colorbar")
+
+    def rows(self, x: float, y: float, width: float, height: float, bound: float, count: int) -> Area:
+        """As :meth:`Canvas.rows`."""
+        return self._area(x, y, width, height, (-bound, -0.5, bound, count - 0.5))
+
+    def bar(self, axes: Area, k: int, value: float, thickness: float, color: str, alpha: float | None) -> None:
+        """As :meth:`Canvas.bar`, on white."""
+        from PIL import ImageColor
+
+        pale = tuple(round(255 - (alpha or 1.0) * (255 - part)) for part in ImageColor.getrgb(color))
+        self._fill(axes, 0.0, k - thickness / 2, value, k + thickness / 2, pale)
+
+    def _area(self, x: float, y: float, width: float, height: float, span: tuple[float, float, float, float]) -> Area:
+        left, top = round(x * self.density), round(y * self.density)
+        wide, high = max(round(width * self.density), 1), max(round(height * self.density), 1)
+        return Area(left, top, left + wide, top + high, span)
+
+    def _fill(self, area: Area, x0: float, y0: float, x1: float, y1: float, color: Any, points: float = 0.0) -> None:
+        """A rectangle from one point of an area to another, wider by half a line of ``points`` on each side."""
+        half = points * self.density / 144
+        (left, top), (right, bottom) = area.at(min(x0, x1), min(y0, y1)), area.at(max(x0, x1), max(y0, y1))
+        left, top = max(round(left - half), area.left), max(round(top - half), area.top)
+        right, bottom = min(round(right + half), area.right) - 1, min(round(bottom + half), area.bottom) - 1
+        if left <= right and top <= bottom:
+            self._draw.rectangle((left, top, right, bottom), fill=color)
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    """``(H, W)`` or ``(H, W, 3)`` uint8 as a PNG file, in half of the time of Pillow, which tries five filters for
+    each row: here each row less the one above."""
+    height, width = pixels.shape[:2]
+    lines = pixels.reshape(height, -1)
+    filtered = np.full((height, 1 + lines.shape[1]), 2, np.uint8)  # 2: the number of that filter
+    filtered[:, 1:] = lines
+    filtered[1:, 1:] -= lines[:-1]
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2 * (pixels.ndim == 3), 0, 0, 0])
+    made = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(filtered.data, 1)), (b"IEND", b"")):
+        made += len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    return made
