@@ -109,8 +109,9 @@ class ColorScale:
     def colors(self, values: Tensor) -> Tensor:
         """The colors ``(3, ...)`` in [0, 1] of finite values of any shape."""
         colors = self.colormap()
-        table = torch.from_numpy(colors(range(colors.N))[:, :3]).float()
-        return table[(self.fraction(values) * colors.N).long().clamp(max=colors.N - 1)].movedim(-1, 0)
+        table = torch.from_numpy(colors(range(colors.N))[:, :3].T).float()
+        index = (self.fraction(values) * colors.N).int().clamp(max=colors.N - 1)
+        return table.index_select(1, index.flatten()).reshape(3, *values.shape)
 
     def opacity(self, values: Tensor, alpha: float) -> Tensor:
         """How much of the color covers an image: nothing at zero (at ``low`` if not signed), ``alpha`` from half of the
