@@ -12,7 +12,7 @@ they are left out, which the end of the output says, and the page keeps what was
 process of its own and writes its own record, so one that fails takes nothing with it. Where there is a GPU, scripts use
 it and their records say so.
 
-Run by hand, in no run of this: ``audit.*``, ``salf_cbm.epoch``, ``salf_cbm.tables grid caltech``, ``ce_fam.regions
+Run by hand, in no run of this: ``audit.*``, ``salf_cbm.epoch``, ``salf_cbm.tables grid prompts caltech``, ``ce_fam.regions
 --sensitivity``, what ``solver`` has besides ``peers``, and the papers' tables.
 """
 
