@@ -12,8 +12,8 @@ they are left out, which the end of the output says, and the page keeps what was
 process of its own and writes its own record, so one that fails takes nothing with it. Where there is a GPU, scripts use
 it and their records say so.
 
-Run by hand, in no run of this: ``audit.*``, ``salf_cbm.epoch``, ``salf_cbm.tables grid prompts caltech``, ``ce_fam.regions
---sensitivity``, what ``solver`` has besides ``peers``, and the papers' tables.
+Run by hand, in no run of this: ``audit.*``, ``salf_cbm.epoch``, ``salf_cbm.tables grid prompts caltech``,
+``ce_fam.regions --sensitivity``, what ``solver`` has besides ``peers``, and the papers' tables.
 """
 
 from __future__ import annotations

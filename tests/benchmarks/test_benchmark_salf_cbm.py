@@ -11,18 +11,11 @@ from torch import nn
 
 from benchmarks.data import photographs, salf_cbm as salf_cbm_data
 from benchmarks.peers import salf_cbm as salf_cbm_peers
-from benchmarks.run.salf_cbm import (
-    heads as salf_cbm_heads,
-    maps as salf_cbm_maps,
-    planted as salf_cbm_planted,
-    prompts as salf_cbm_prompts,
-)
-from captum_concepts import demo
+from benchmarks.run.salf_cbm import heads as salf_cbm_heads, maps as salf_cbm_maps, planted as salf_cbm_planted
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm import SALFCBM
 from captum_concepts.solvers import fit_elastic_net
-from captum_concepts.vlm import RegionPrompt
 
 
 @pytest.fixture(scope="module")
@@ -187,30 +180,3 @@ def test_no_photograph_is_on_both_sides_of_the_split(tmp_path):
     assert salf_cbm_data.caltech(tmp_path, 4, 2, seed=0)[1] == files
     assert salf_cbm_data.caltech(tmp_path, 4, 2, seed=1)[1] != files
     assert photographs.Files(files["train"], 4)[0].shape == (3, 4, 4)
-
-
-def test_passes_of_the_encoder_are_counted_as_they_are():
-    class Counting(salf_cbm_prompts.Plain):
-        seen = 0
-
-        def encode_image(self, images):
-            self.seen += len(images)
-            return super().encode_image(images)
-
-        def encode_text(self, texts):
-            return super().encode_text(texts)
-
-    class Dense(Counting):
-        def encode_regions(self, images, grid):
-            self.seen += len(images)
-            return self.encoder.encode_regions(images, grid)
-
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    for name, (dense, regions, passes) in salf_cbm_prompts.PROMPTS.items():
-        encoder = (Dense if dense else Counting)(demo.load("clip"))
-        if isinstance(regions, RegionPrompt):
-            assert len(regions) == passes
-            continue
-        with torch.no_grad():
-            assert regions.encode(encoder, images).shape == (2, 49, 128), name
-        assert encoder.seen == 2 * passes, name
