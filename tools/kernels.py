@@ -36,10 +36,13 @@ SETTINGS: dict[str, dict[str, str]] = {
     "ATen AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "oneDNN AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
     "oneDNN SSE4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
-    "2 threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
-    "4 threads": {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"},
+    "2 threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
+    "4 threads": {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4", "OMP_WAIT_POLICY": "PASSIVE"},
 }
-"""Names and variables; every setting but the last two has one thread, "plain" nothing else."""
+"""Names and variables; every setting but the last two has one thread, "plain" nothing else.
+
+A thread that waits sleeps: with more of them than cores, those that spin would keep the others from their work.
+"""
 
 
 @dataclass(frozen=True)

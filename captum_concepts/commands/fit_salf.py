@@ -77,8 +77,12 @@ def _report(model: Any, config: Mapping[str, Any], skipped: list[dict[str, str]]
         "store": str(config["store"]),
         "concepts": {"kept": len(model.concepts), "started": vocabulary["started"], "dropped": vocabulary["counts"]},
         "validation_similarity": found["validation_similarity"],
+        "pooled_similarity": found["pooled_similarity"],
         "accuracy": found["accuracy"],
         "head": found["head"],
+        "trust": model.trust,
+        "support": found["support"],
+        "advice": found["advice"],
         "rules": {
             name: [[concept, round(weight, 4)] for concept, weight in model.decision_rules(k)[:5]]
             for k, name in enumerate(rules)
@@ -92,14 +96,17 @@ def report_text(report: Mapping[str, Any]) -> str:
     kept, scores = report["concepts"], report["accuracy"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in kept["dropped"].items()) or "none"
     validation = "not measured (no val)" if scores["validation"] is None else f"{scores['validation']:.1%}"
-    similarity = list(report["validation_similarity"].values())
+    similarity = list(report["pooled_similarity"].values())
+    of_maps = list(report["validation_similarity"].values())
     lines = [
         "# SALF-CBM",
         f"- accuracy: {scores['train']:.1%} on training images, {validation} on validation images",
         f"- concepts: {kept['kept']} of {kept['started']} kept; dropped: {dropped}",
         f"- validation similarity: {sum(similarity) / len(similarity):.3f} on average, "
-        f"{min(similarity):.3f} to {max(similarity):.3f}",
+        f"{min(similarity):.3f} to {max(similarity):.3f}; of the maps, cell by cell, {sum(of_maps) / len(of_maps):.3f}",
         f"- head: {report['head']['nonzeros_per_class']:.3g} weights a class, lam {report['head']['lam']:.3g}",
+        f"- trust: {report['trust']}",
+        *(["", "What to change:", "", *(f"- {line}" for line in report["advice"])] if report["advice"] else []),
         "",
         "Strongest rules of each class:",
         "",

@@ -125,6 +125,7 @@ the configuration is JSON; relative paths are relative to the folder the command
   classes: a file of class names, in the order of the folders
   prompt: {{"kind": "circle", "crop" or "blur", "grid": 7, "radius": 32, ...}} (RegionPrompt), or one encoder pass per
           image: {{"kind": "dense", "grid": 7}} (DenseRegions)
+  regions_per_image: 11 draws the prompt of 11 cells of each image only, where they differ most from the rest of it
   skip_unreadable: true looks at every image first and leaves out what cannot be read
   within_hours: what the dry run works the number of machines out for (default: 24)
   and of fit_salf_cbm: {options}

@@ -92,7 +92,8 @@ class Source:
     Args:
         images: the images; None where a store is only compared with an encoder.
         encoder: see :class:`~captum_concepts.vlm.ImageTextEncoder`.
-        regions: see :class:`~captum_concepts.vlm.RegionPrompt` and :class:`~captum_concepts.vlm.DenseRegions`.
+        regions: see :class:`~captum_concepts.vlm.RegionPrompt`, :class:`~captum_concepts.vlm.DenseRegions` and
+            ``AdaptiveRegions`` beside it.
         shape: of an image.
         dtype: of the stored embeddings.
     """
@@ -105,7 +106,7 @@ class Source:
 
     def __post_init__(self) -> None:
         check_encoder(self.encoder)
-        if not isinstance(self.regions, (RegionPrompt, DenseRegions)):
+        if not isinstance(self.regions, Regions):
             raise InputError(f"prompt must be a RegionPrompt or DenseRegions, got {type(self.regions).__name__}")
         if isinstance(self.regions, DenseRegions) and not callable(getattr(self.encoder, "encode_regions", None)):
             raise InputError(
@@ -469,7 +470,7 @@ def _encode(
                 images = batch.images if device.type == "cpu" else batch.images.to(device, non_blocking=True)
 
                 def embed(views: Tensor, batch: _Batch = batch, images: Tensor = images) -> Tensor:
-                    if isinstance(regions, DenseRegions):
+                    if not isinstance(regions, RegionPrompt):
                         shown = images if len(views) == len(images) else images[views.to(images.device)]
                         return regions.encode(encoder, shown).detach().float().flatten(0, 1)
                     if batch.drawn:

@@ -1,4 +1,5 @@
-"""`DenseRegions`: embeddings of all grid cells from one forward pass, instead of one per visual prompt.
+"""`DenseRegions`: embeddings of all grid cells from one forward pass, instead of one per visual prompt; and
+`AdaptiveRegions`, which draws the prompts of some cells and takes that pass for the others.
 
 The idea is MaskCLIP's: a tower that pools its positions by attention already computes, for each position, what it would
 contribute to the embedding. Here that is *what the tower's own pooling returns for a feature map that contains the
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts._checks import one_of
+from captum_concepts._checks import integer, one_of
 from captum_concepts.activations import hooked
 from captum_concepts.errors import InputError, listing
 from captum_concepts.vlm.region_prompt import RegionPrompt, check_grid
@@ -107,12 +108,92 @@ class DenseRegions:
         return found
 
 
+@dataclass(frozen=True)
+class AdaptiveRegions:
+    """Visual prompts of the cells that differ most from the rest of their image; the other cells share one pass.
+
+    Most cells of a photograph show background, whose prompts say nearly the same. One pass gives each cell a first
+    embedding: that of :class:`DenseRegions` where the encoder has them, otherwise that of the whole image. The
+    ``regions_per_image`` cells whose first embedding is farthest from the mean of their image (without dense regions:
+    whose mean color is farthest from the image's median color) are then drawn and embedded. The other cells keep their
+    first embedding, shifted by the mean difference of the two in the drawn cells.
+
+    Args:
+        prompt: how a cell is drawn, and the grid.
+        regions_per_image: cells of each image that are drawn; the encoder makes one pass more.
+
+    Raises:
+        InputError: not a :class:`RegionPrompt`, or not a whole number from 1 to its number of cells.
+
+    Example:
+        >>> from captum_concepts import demo
+        >>> regions = AdaptiveRegions(RegionPrompt("circle", (4, 4)), 3)
+        >>> regions.encode(demo.load("clip"), torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 16, 128])
+    """
+
+    prompt: RegionPrompt
+    regions_per_image: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, RegionPrompt):
+            raise InputError(
+                f"regions_per_image chooses among the cells of a RegionPrompt, not of {type(self.prompt).__name__}"
+            )
+        integer("regions_per_image", self.regions_per_image, 1, len(self.prompt))
+
+    @property
+    def kind(self) -> str:
+        """ "adaptive"."""
+        return "adaptive"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the prompt."""
+        return self.prompt.grid
+
+    def __len__(self) -> int:
+        """Number of cells, h*w."""
+        return len(self.prompt)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The arguments, as JSON keeps them; :func:`regions_from_dict` reads them back."""
+        return {"kind": self.kind, "regions_per_image": self.regions_per_image, "prompt": self.prompt.as_dict()}
+
+    def encode(self, encoder: Any, images: Tensor) -> Tensor:
+        """The embeddings of all cells, from ``regions_per_image + 1`` calls of the encoder with one view per image.
+
+        Returns:
+            ``(N, h*w, D)``, cells row by row; those of drawn cells have unit length.
+        """
+        first, differs = self._first(encoder, images)
+        rows = torch.arange(len(images), device=images.device)
+        chosen = differs.topk(self.regions_per_image, dim=1).indices.sort(dim=1).values
+        views = (self.prompt.draw_cells(images, rows, cells) for cells in chosen.to(images.device).unbind(1))
+        drawn = F.normalize(torch.stack([encoder.encode_image(view).float() for view in views], 1), dim=2)
+        where = chosen.to(drawn.device)[:, :, None].expand_as(drawn)
+        shift = (drawn - first.gather(1, where)).mean(1, keepdim=True)
+        return (first + shift).scatter(1, where, drawn)
+
+    def _first(self, encoder: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings ``(N, h*w, D)`` from one pass, and ``(N, h*w)`` how much a cell differs from its image."""
+        try:
+            first = F.normalize(DenseRegions(self.grid).encode(encoder, images).float(), dim=2)
+            return first, (first - first.mean(1, keepdim=True)).norm(dim=2)
+        except InputError:  # no encode_regions, or not for its tower
+            pass
+        whole = F.normalize(encoder.encode_image(images).float(), dim=1)
+        colors = resized(images.float(), self.grid).flatten(2)
+        differs = (colors - colors.median(2, keepdim=True).values).norm(dim=1)
+        return whole[:, None].expand(-1, len(self), -1), differs
+
+
 #: How regions are shown to an encoder.
-Regions = RegionPrompt | DenseRegions
+Regions = RegionPrompt | DenseRegions | AdaptiveRegions
 
 
 def regions_from_dict(values: Any, *, complete: bool = True) -> Regions:
-    """The :class:`RegionPrompt` or :class:`DenseRegions` that ``as_dict`` described.
+    """The :class:`RegionPrompt`, :class:`DenseRegions` or :class:`AdaptiveRegions` that ``as_dict`` described.
 
     Args:
         values: the settings by name; ``"kind": "dense"`` for :class:`DenseRegions`.
@@ -129,6 +210,10 @@ def regions_from_dict(values: Any, *, complete: bool = True) -> Regions:
         if not set(values) <= known or (complete and set(values) != known):
             raise InputError(f"DenseRegions has the settings {sorted(known)}, got {listing(map(str, values))}")
         return DenseRegions(**{key: value for key, value in values.items() if key != "kind"})
+    if isinstance(values, Mapping) and values.get("kind") == "adaptive":
+        if set(values) != {"kind", "regions_per_image", "prompt"}:
+            raise InputError(f"AdaptiveRegions has prompt and regions_per_image, got {listing(map(str, values))}")
+        return AdaptiveRegions(RegionPrompt.from_dict(values["prompt"], complete=complete), values["regions_per_image"])
     return RegionPrompt.from_dict(values, complete=complete)
 
 

@@ -21,7 +21,7 @@ from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.metrics import concept_specificity, nra
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import DenseRegions, OpenCLIPEncoder, RegionPrompt, regions_from_dict
-from captum_concepts.vlm.dense import resized, without_outliers
+from captum_concepts.vlm.dense import AdaptiveRegions, resized, without_outliers
 
 TEXT = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
 TIMM = {"timm_proj": "linear", "timm_pool": "avg"}
@@ -413,6 +413,97 @@ class TestStore:
             RegionEmbeddingStore.build(tmp_path, pictures(3, 8), Plain(), DenseRegions(2))
         with pytest.raises(InputError, match=r"must return \(3, 4, D\), got \(3, 3\)"):
             RegionEmbeddingStore.build(tmp_path, pictures(3, 8), Wrong(), DenseRegions(2), batch_size=3)
+
+
+class TestAdaptiveRegions:
+    PROMPT = RegionPrompt("circle", (3, 4), 14)
+
+    @pytest.mark.parametrize("dense", [True, False])
+    def test_by_hand(self, dense):
+        """One image and one cell after another."""
+        model, x = demo.load("clip"), pictures(3, 64)
+        x[0, :, :16] = 1.0
+
+        class Plain:
+            encode_image = staticmethod(model.encode_image)
+
+        with torch.no_grad():
+            found = AdaptiveRegions(self.PROMPT, 5).encode(model if dense else Plain(), x)
+            for image, cells in zip(x, found, strict=True):
+                if dense:
+                    first = F.normalize(model.encode_regions(image[None], (3, 4))[0], dim=1)
+                    differs = [(cell - first.mean(0)).norm() for cell in first]
+                else:
+                    first = F.normalize(model.encode_image(image[None]), dim=1).repeat(12, 1)
+                    colors = F.adaptive_avg_pool2d(image, (3, 4)).flatten(1).T
+                    differs = [(color - colors.median(0).values).norm() for color in colors]
+                chosen = sorted(range(12), key=lambda i: -differs[i])[:5]
+                drawn = {
+                    i: F.normalize(model.encode_image(self.PROMPT.draw(image[None])[0, i : i + 1])[0], dim=0)
+                    for i in chosen
+                }
+                shift = sum(drawn[i] - first[i] for i in chosen) / 5
+                expected = torch.stack([drawn.get(i, first[i] + shift) for i in range(12)])
+                torch.testing.assert_close(cells, expected, rtol=0, atol=1e-4)
+
+    def test_all_cells_are_the_prompt_itself(self):
+        model, x = demo.load("clip"), pictures(2, 64)
+        with torch.no_grad():
+            expected = F.normalize(model.encode_image(self.PROMPT.draw(x).flatten(0, 1)), dim=1).unflatten(0, (2, 12))
+            found = AdaptiveRegions(self.PROMPT, 12).encode(model, x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+    def test_settings(self):
+        regions = AdaptiveRegions(self.PROMPT, 5)
+        assert regions_from_dict(json.loads(json.dumps(regions.as_dict()))) == regions
+        assert (len(regions), regions.grid, regions.kind) == (12, (3, 4), "adaptive")
+        for count in (0, 13, 2.5, True):
+            with pytest.raises(InputError, match="regions_per_image"):
+                AdaptiveRegions(self.PROMPT, count)
+        with pytest.raises(InputError, match="of a RegionPrompt, not of DenseRegions"):
+            AdaptiveRegions(DenseRegions(3), 2)
+        with pytest.raises(InputError, match="has prompt and regions_per_image"):
+            regions_from_dict({**regions.as_dict(), "cells": 3})
+
+    def test_a_store_resumes_to_the_same_bytes(self, tmp_path):
+        x, model, regions = pictures(11, 64), demo.load("clip"), AdaptiveRegions(self.PROMPT, 4)
+        options = {"batch_size": 3, "shard_rows": 4}
+        RegionEmbeddingStore.build(tmp_path, x, model, regions, **options)
+        shards = sorted(tmp_path.glob("shard-*"))
+        before = [shard.read_bytes() for shard in shards]
+        shards[1].unlink()
+        shards[2].write_bytes(before[2][:-1] + bytes([before[2][-1] ^ 1]))
+        store = RegionEmbeddingStore.build(tmp_path, x, model, regions, **options)
+        assert [shard.read_bytes() for shard in shards] == before
+        assert store.prompt == regions
+        assert RegionEmbeddingStore.repair(tmp_path, x, model) == []
+        with torch.no_grad():
+            expected = F.normalize(regions.encode(model, x), dim=2)
+        torch.testing.assert_close(store.embeddings(slice(None)).float(), expected, rtol=0, atol=1e-3)
+        with pytest.raises(ArtifactError, match="regions_per_image is 4, not 5"):
+            RegionEmbeddingStore.build(tmp_path, x, model, AdaptiveRegions(self.PROMPT, 5), **options)
+
+    def test_a_quarter_of_the_passes_keeps_the_maps(self):
+        """On scenes: nearly as good as all circles, better than dense regions alone."""
+        data = CaptionedScenes(12, seed=9, size=64)
+        scenes, model = data.stack(), demo.load("clip")
+        text = F.normalize(model.encode_text(list(data.concepts)), dim=1)
+        circles = RegionPrompt("circle", (7, 7), 32, reference_size=224)
+
+        def quality(cells):
+            maps = (F.normalize(cells, dim=2) @ text.T).transpose(1, 2).unflatten(2, (7, 7))
+            return [
+                float(nra(maps, scenes.masks, baseline="exact")[scenes.presence].nanmean()),
+                float(concept_specificity(maps, scenes.masks)[scenes.presence].nanmean()),
+            ]
+
+        with torch.no_grad():
+            all_ = quality(model.encode_image(circles.draw(scenes.image).flatten(0, 1)).unflatten(0, (12, 49)))
+            few = quality(AdaptiveRegions(circles, 11).encode(model, scenes.image))
+            dense = quality(DenseRegions(7).encode(model, scenes.image))
+        assert few[0] > 0.9 * all_[0]
+        assert few[0] > dense[0] + 0.05
+        assert few[1] > 0.85 * all_[1]
 
 
 def test_open_clip_is_imported_when_needed_only():

@@ -194,7 +194,8 @@ def words(model: nn.Module, layers: list[str], images: int) -> ConceptFusionMap:
 def vectors(model: nn.Module, layer: str, *, marked: bool) -> SpatialACV:
     """From crops of objects and of grounds, tiles of textures, and corners with the mark; each against the others.
 
-    The negatives of :func:`texture_guidance` are for textures alone: they show shapes, colors and grounds.
+    The negatives of :func:`texture_guidance` are for textures alone: they show shapes, colors and grounds. What was
+    learned from crops is too low for a whole image of which the concept is a small part, so presence is calibrated.
     """
     data = CaptionedScenes(300, seed=SEED + 1, size=SIZE)
     known = data.stack()
@@ -213,12 +214,17 @@ def vectors(model: nn.Module, layer: str, *, marked: bool) -> SpatialACV:
         ]
         examples[word] = F.interpolate(torch.stack(whole[:40]), (32, 32), mode="bilinear")
     if not marked:
-        return SpatialACV(model, layer, batch_size=100).fit(examples)
+        return calibrated(SpatialACV(model, layer, batch_size=100).fit(examples), marked=False)
     # Corners with the mark; images like those to be explained, without it, tell what it is not.
     corners = F.interpolate(mark(known.image)[:60, :, -12:, -12:], (16, 16), mode="bilinear")
-    return SpatialACV(model, layer, batch_size=100).fit(
-        {word: examples[word] for word in data.concept_groups["ground"]} | {"mark": corners}, known.image[60:]
-    )
+    examples = {word: examples[word] for word in data.concept_groups["ground"]} | {"mark": corners}
+    return calibrated(SpatialACV(model, layer, batch_size=100).fit(examples, known.image[60:]), marked=True)
+
+
+def calibrated(acv: SpatialACV, *, marked: bool) -> SpatialACV:
+    """By 100 labeled scenes."""
+    known = split(100, SEED + 13, marked=marked)
+    return acv.calibrate(known.images, known.presence[:, [known.concepts.index(word) for word in acv.concepts]].bool())
 
 
 def pairs_of(audit: Any) -> list[list[Any]]:

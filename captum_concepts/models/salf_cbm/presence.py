@@ -101,7 +101,7 @@ def reliabilities(activations: Tensor, verdicts: Tensor, names: Sequence[str]) -
         if k in (0, n):
             measured[name] = {"agreement": None, "low": None, "high": None, "positives": k, "images": n}
             continue
-        auc = _auroc(activations[:, j].double(), verdicts[:, j])
+        auc = auroc(activations[:, j].double(), verdicts[:, j])
         q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
         spread = math.sqrt(max(0.0, auc * (1 - auc) + (k - 1) * (q1 - auc**2) + (n - k - 1) * (q2 - auc**2)))
         half = 1.96 * spread / math.sqrt(k * (n - k))
@@ -110,7 +110,7 @@ def reliabilities(activations: Tensor, verdicts: Tensor, names: Sequence[str]) -
     return measured
 
 
-def _auroc(values: Tensor, positive: Tensor) -> float:
+def auroc(values: Tensor, positive: Tensor) -> float:
     """Area under the ROC curve by ranks, ties counted half."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
@@ -133,14 +133,26 @@ def trust_line(reliability: Mapping[str, Reliability], metadata: Mapping[str, An
     images = next(iter(known.values())).images
     chance = sorted((name for name, one in known.items() if one.low <= 0.5), key=lambda name: known[name].agreement)
     judge = metadata.get("reliability_source", "the vision-language model")
-    grade = "low" if middle < 0.7 or len(chance) > len(known) / 2 else "medium" if middle < 0.85 else "high"
+    rules, supported = _support(metadata)
+    weak = middle < 0.7 or len(chance) > len(known) / 2 or 2 * supported < rules
+    grade = "low" if weak else "medium" if middle < 0.85 else "high"
     line = (
         f"{grade}: on {images} held-out images the concepts rank images as {judge} does with a median AUROC of "
         f"{middle:.2f} (chance 0.50)"
     )
+    if rules:
+        line += f"; the vision-language model supports {supported} of the {rules} strongest rules"
     if chance:
         line += f"; no better than chance: {len(chance)} of {len(known)} ({listing(chance, 3)})"
     return line
+
+
+def _support(metadata: Mapping[str, Any]) -> tuple[int, int]:
+    """Strongest rules, and how many of them the encoder supports; 0 where that is not known."""
+    found = metadata.get("support")
+    values = [found.get(key) for key in ("rules", "supported")] if isinstance(found, Mapping) else [0, 0]
+    rules, supported = (value if isinstance(value, int) else 0 for value in values)
+    return rules, supported
 
 
 def verdicts_of(labels: Any, concepts: Sequence[str], n: int) -> tuple[list[int], Tensor]:

@@ -655,6 +655,8 @@ class SALFCBM(
         new = type(self)(self.backbone, self.layer, concepts, **options)
         new = new.to(device=self.concept_mean.device, dtype=self.concept_mean.dtype)
         new._reading = self._reading
+        for judged in ("support", "advice"):  # of the rules as they were
+            new.metadata.pop(judged, None)
         *first, last = self._convolutions()
         *new_first, new_last = new._convolutions()
         for one, other in zip(first, new_first, strict=True):

@@ -18,6 +18,8 @@ from captum_concepts.vlm import RegionPrompt
 WHOLE = RegionPrompt("crop", 1, 112, reference_size=224)
 #: The published filters compare the mean similarity of so many images with their cutoff.
 TOP_IMAGES = 5
+#: Least presence of a concept for CLIP ViT-B/16.
+PUBLISHED_CUTOFF = 0.25
 
 
 def concept_presence(
@@ -76,6 +78,9 @@ def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | N
 
 def interpretable_concepts(vocabulary: Vocabulary, similarity: Tensor, cutoff: float | None) -> Vocabulary:
     """The concepts whose validation similarity is at least ``cutoff`` (LF-CBM drops those below 0.45); None keeps all.
+
+    LF-CBM's cutoff belongs to the similarity of activations of whole images, not of maps cell by cell, which are much
+    harder to follow.
 
     Raises:
         InputError: none does; says how high the highest comes.

@@ -197,6 +197,19 @@ class Validation:
         spread = (all_reduce(total) / (len(self.samples.rows) * len(features_mean))).sqrt()
         return torch.where(spread > 0, spread, 1.0)
 
+    @torch.no_grad()
+    def pooled(self, weight: Tensor) -> Tensor:
+        """``(M,)`` similarity of the maps' means over the cells, which are what a head sees and what LF-CBM filters
+        by."""
+        device = self.text.device
+        parts = [[v.to(device).float().mean(1) for v in part] for part in self.samples.batches(self.parts)]
+        f, e = (torch.cat(part) for part in zip(*parts, strict=True))
+        f, e = (without_mean(v, all_reduce(v.sum(0)) / len(self.samples.rows)) for v in (f, e))
+        sums = CubicSums((len(self.text),), device)
+        for own, seen in zip(f.split(4096), e.split(4096), strict=True):
+            sums.add(own @ weight.T, seen @ self.text.T, dim=0)
+        return sums.similarity(all_reduce)
+
     def _mean_rows(self) -> tuple[Tensor, Tensor]:
         """Mean features ``(h*w, D)`` and embeddings ``(h*w, E)``."""
         count, d, e = self.samples.shape

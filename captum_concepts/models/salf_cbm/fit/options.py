@@ -17,6 +17,7 @@ from captum_concepts.models.salf_cbm.fit.head import check_class_weights, check_
 from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
 from captum_concepts.store import fingerprint_callable, fingerprint_tensor
 from captum_concepts.vlm import RegionPrompt
+from captum_concepts.vlm.dense import AdaptiveRegions
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class FitOptions:
     class_names: list[str] | None
     model_transform: Transform | None
     encoder_transform: Transform | None
-    presence_cutoff: float | None
+    presence_cutoff: float | str | None
     interpretability_cutoff: float | None
     validation_fraction: float
     train_backbone: bool
@@ -73,7 +74,7 @@ def checked_options(given: Mapping[str, Any], vocabulary: Vocabulary) -> FitOpti
     if given["prompt_batch_size"] is not None:
         integer("prompt_batch_size", given["prompt_batch_size"])
     for name in ("presence_cutoff", "interpretability_cutoff"):
-        if given[name] is not None:
+        if given[name] is not None and (name, given[name]) != ("presence_cutoff", "auto"):
             number(name, given[name], lambda _: True, "a number, or None for no such filter")
     bottleneck = given["bottleneck"]
     settings = bottleneck if isinstance(bottleneck, BottleneckSettings) else _settings(bottleneck or {})
@@ -81,7 +82,7 @@ def checked_options(given: Mapping[str, Any], vocabulary: Vocabulary) -> FitOpti
     if names is not None and len(names) != given["num_classes"]:
         raise InputError(f"{len(names)} class_names for num_classes={given['num_classes']}")
     own: dict[str, Any] = {
-        "prompt": _prompt(given["grid"], given["prompt"]),
+        "prompt": _prompt(given["grid"], given["prompt"], given["regions_per_image"]),
         "class_names": None if names is None else list(names),
         "bottleneck": replace(settings, seed=given["seed"]),
         "class_weights": _numbers(given["class_weights"]),
@@ -138,7 +139,9 @@ def _settings(values: Mapping[str, Any]) -> BottleneckSettings:
         raise InputError(f"bottleneck={dict(values)!r} has an unknown setting ({error}); there are {known}") from None
 
 
-def _prompt(grid: int | Sequence[int] | None, prompt: Any) -> Any:
+def _prompt(grid: int | Sequence[int] | None, prompt: Any, regions_per_image: int | None) -> Any:
+    if regions_per_image is not None:
+        return AdaptiveRegions(_prompt(grid, prompt, None), regions_per_image)
     if prompt is None:
         return RegionPrompt("circle", (7, 7) if grid is None else grid)
     if not all(hasattr(prompt, name) for name in ("grid", "as_dict", "__len__")):

@@ -7,6 +7,7 @@ import errno
 import inspect
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -15,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from captum_concepts._artifacts import Array, list_of, number, own_folder, table
 from captum_concepts._undo import unharming
 from captum_concepts.activations import Layer, evaluation_mode, layer_name
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.errors import InputError
+from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 from captum_concepts.models.salf_cbm.fit.bottleneck import (
     PROGRESS_NOTES,
     RESULT_NOTES,
@@ -31,6 +33,7 @@ from captum_concepts.models.salf_cbm.fit.bottleneck import (
 from captum_concepts.models.salf_cbm.fit.data import FEWEST, LabeledImages, labeled_images
 from captum_concepts.models.salf_cbm.fit.features import GridFeatures, LiveFeatures, open_features
 from captum_concepts.models.salf_cbm.fit.filters import (
+    PUBLISHED_CUTOFF,
     TOP_IMAGES,
     WHOLE,
     columns_of,
@@ -39,7 +42,15 @@ from captum_concepts.models.salf_cbm.fit.filters import (
     present_concepts,
 )
 from captum_concepts.models.salf_cbm.fit.head import HEAD_NOTES, HeadFit, accuracy, compute_activations, fit_head
-from captum_concepts.models.salf_cbm.fit.objective import Samples
+from captum_concepts.models.salf_cbm.fit.judge import (
+    EVERYDAY_LEVEL,
+    advice,
+    check_words,
+    everyday_texts,
+    first_images,
+    judged,
+)
+from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation
 from captum_concepts.models.salf_cbm.fit.options import (
     FitOptions,
     checked_options,
@@ -56,10 +67,11 @@ from captum_concepts.store import (
     all_or_none,
     fingerprint_module,
     fingerprint_tensor,
+    read_manifest,
     world,
 )
 from captum_concepts.store.processes import lost_peers_named
-from captum_concepts.vlm import Regions, check_encoder
+from captum_concepts.vlm import RegionPrompt, Regions, check_encoder
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -84,6 +96,7 @@ def fit_salf_cbm(
     head_tol: float = 1e-4,
     grid: int | Sequence[int] | None = None,
     prompt: Regions | None = None,
+    regions_per_image: int | None = None,
     cls_token: bool = False,
     layout: str = "auto",
     prefix_tokens: int | None = None,
@@ -91,7 +104,7 @@ def fit_salf_cbm(
     multi_label: bool | None = None,
     model_transform: Transform | None = None,
     encoder_transform: Transform | None = None,
-    presence_cutoff: float | None = 0.25,
+    presence_cutoff: float | str | None = "auto",
     interpretability_cutoff: float | None = 0.45,
     validation_fraction: float = 0.1,
     train_backbone: bool = False,
@@ -144,6 +157,9 @@ def fit_salf_cbm(
         grid: rows and columns; None takes the prompt's, or 7 x 7.
         prompt: how regions are shown to the encoder, a :class:`~captum_concepts.vlm.RegionPrompt` or
             ``DenseRegions``; None takes ``RegionPrompt("circle", grid)``.
+        regions_per_image: draw the prompt of only so many cells of each image, those that differ most from the rest of
+            it, and estimate the others from one pass more (``vlm.dense.AdaptiveRegions``). A quarter of the cells keeps
+            nearly all of the maps' quality. None draws all.
         cls_token: join a ViT's CLS token to every patch token.
         layout, prefix_tokens: how the layer's output is read, see :class:`~captum_concepts.FeatureActivationMap`.
         class_names: names of the classes; None takes those of the data if they fit.
@@ -154,9 +170,13 @@ def fit_salf_cbm(
         encoder_transform: from a batch of images to the RGB images in [0, 1] that the encoder sees. None: images of
             one channel are repeated, images of three are taken as they are; others need it.
         presence_cutoff: least mean of a concept's five highest similarities among the training images as they are,
-            unmarked, as published. 0.25 belongs to CLIP ViT-B/16; None leaves this filter out. It costs one pass of the
-            encoder per image and comes first.
-        interpretability_cutoff: least validation similarity of a concept (LF-CBM's 0.45); None leaves it out.
+            unmarked, as published. "auto": what three quarters of everyday words (apple, armchair, ...) do not exceed,
+            because the scale is the encoder's own; if the encoder knows no such words, 0.25, which belongs to CLIP
+            ViT-B/16. With 20 concepts or more "auto" also refuses, after a few percent of the images, words that fit
+            them no better than everyday words. None leaves this filter out. It costs one pass of the encoder per image
+            and comes first.
+        interpretability_cutoff: least validation similarity of a concept's activations, the means of its maps (LF-CBM's
+            0.45); None leaves it out. If no concept reaches it, all are kept, with a warning.
         validation_fraction: see ``val_data``.
         train_backbone: train a copy of the backbone together with the bottleneck, on features computed on the fly, its
             batch statistics fixed; otherwise the backbone is frozen.
@@ -171,11 +191,13 @@ def fit_salf_cbm(
 
     Returns:
         A :class:`~captum_concepts.SALFCBM` in evaluation mode. Its ``metadata`` records what it was trained on, which
-        concepts were dropped and why, the validation similarity of each one kept, the accuracies, and the history of
-        the training (``metadata["history"]``, lists to plot).
+        concepts were dropped and why, the validation similarity of each one kept (of its maps cell by cell, and as
+        ``"pooled_similarity"`` of their means), the accuracies, and the history of the training
+        (``metadata["history"]``, lists to plot). ``print(model)`` and ``metadata["advice"]`` say how far its rules can
+        be believed and what to change.
 
     Raises:
-        InputError: unusable data or settings, before the long steps if possible; no concept left.
+        InputError: unusable data or settings, before the long steps if possible; no concept is present.
         ArtifactError: ``store_path`` holds the regions of something else, is damaged, or is in use.
 
     Example:
@@ -309,7 +331,16 @@ class FitRun:
         for split in self.splits:
             self._features(split)
         fit, made_from = self._bottleneck(steps)
-        kept = interpretable_concepts(vocabulary, fit.validation_similarity.cpu(), self.options.interpretability_cutoff)
+        similarity, cutoff = self._pooled_similarity(fit.weight), self.options.interpretability_cutoff
+        unreached = cutoff is not None and float(similarity.max()) < cutoff
+        if unreached:
+            warnings.warn(
+                f"no concept's validation similarity reaches interpretability_cutoff={cutoff:g} (the best has "
+                f"{float(similarity.max()):.3g}): all are kept, and their names can hardly be believed",
+                InputWarning,
+                stacklevel=2,
+            )
+        kept = interpretable_concepts(vocabulary, similarity, None if unreached else cutoff)
         chosen = torch.tensor(columns_of(kept, vocabulary))
         weight = fit.weight[chosen.to(fit.weight.device)].contiguous()
         head, accuracies = self._head(steps, weight, made_from)
@@ -320,7 +351,23 @@ class FitRun:
             model.head.bias.copy_(head.bias)
         model.set_standardization(head.mean, head.std)
         model.metadata.update(self._metadata(kept, fit, chosen, head, accuracies))
+        model.metadata["pooled_similarity"] = dict(zip(kept, similarity[chosen].tolist(), strict=True))
+        model.metadata["unreached_cutoff"] = cutoff if unreached else None
+        model.metadata.update(self._judged(kept, weight, head.weight, self.text[chosen.to(self.text.device)]))
+        model.metadata["advice"] = advice(model.metadata)
         return model.eval()
+
+    def _pooled_similarity(self, weight: Tensor) -> Tensor:
+        held_out = self.splits[-1].samples(self.rows[1])
+        with evaluation_mode(self.backbone):
+            return Validation(held_out, self.text).pooled(weight).cpu()
+
+    def _judged(self, kept: Vocabulary, weight: Tensor, head: Tensor, text: Tensor) -> dict[str, Any]:
+        train = self.splits[0]
+        classes = self.class_names or [f"class {k}" for k in range(self.num_classes)]
+        held_out = self.splits[-1].samples(self.rows[1])
+        with torch.no_grad(), evaluation_mode(self.backbone):
+            return judged(held_out, train.regions, train.images.labels, list(kept), classes, weight, head, text)
 
     def _model(self, vocabulary: Vocabulary) -> SALFCBM:
         o = self.options
@@ -342,11 +389,11 @@ class FitRun:
         parameter = next(self.backbone.parameters(), None)
         return model if parameter is None else model.to(parameter.device)
 
-    def _store(self, name: str, split: Split, prompt: Any) -> RegionEmbeddingStore:
+    def _store(self, name: str, split: Split, prompt: Any, images: Any = None) -> RegionEmbeddingStore:
         o = self.options
         return RegionEmbeddingStore.build(
             own_folder(self.path / f"{name}-{split.name}"),
-            split.images.shown,
+            split.images.shown if images is None else images,
             self.encoder,
             prompt,
             batch_size=o.prompt_batch_size,
@@ -355,6 +402,10 @@ class FitRun:
         )
 
     def _embed(self, split: Split) -> None:
+        prompt = self.options.prompt
+        if read_manifest(self.path / f"regions-{split.name}") is None and isinstance(prompt, RegionPrompt):
+            fewer = "regions_per_image draws fewer, DenseRegions needs one"
+            say(f"regions-{split.name}: {len(prompt)} passes of the encoder for each image ({fewer})")
         split.regions = self._store("regions", split, self.options.prompt)
         split.regions.similarity(self.text)  # refuses a text of another width
         split.made_from = _origin(split.regions)
@@ -363,17 +414,39 @@ class FitRun:
         cutoff = self.options.presence_cutoff
         if cutoff is None:
             return self.vocabulary
-        images = self._store("images", self.splits[0], WHOLE)
+        train, m, texts, known = self.splits[0], len(self.text), self.text, None
+        if isinstance(cutoff, str):  # "auto"
+            known, cutoff = everyday_texts(self.vocabulary, self.encoder), PUBLISHED_CUTOFF
+            if known is not None:
+                texts = torch.cat([self.text, known.to(self.device)])
+        self._look_first(train, texts, cutoff if known is None else None)
+        images = self._store("images", train, WHOLE)
         presence = steps.run(
             "presence",
-            {**_origin(images), "text": fingerprint_tensor(self.text.cpu()), "k": TOP_IMAGES},
-            lambda: StepResult({"presence": concept_presence(images, self.text).cpu()}, {}),
-            arrays={"presence": Array("float", (len(self.text),))},
+            {**_origin(images), "text": fingerprint_tensor(texts.cpu()), "k": TOP_IMAGES},
+            lambda: StepResult({"presence": concept_presence(images, texts).cpu()}, {}),
+            arrays={"presence": Array("float", (len(texts),))},
             notes=table({}),
-        )
-        kept = present_concepts(self.vocabulary, presence.tensors["presence"], cutoff)
+        ).tensors["presence"]
+        if known is not None:
+            cutoff = float(presence[m:].quantile(EVERYDAY_LEVEL))
+        kept = present_concepts(self.vocabulary, presence[:m], cutoff)
         self.text = self.text[torch.tensor(columns_of(kept, self.vocabulary), device=self.text.device)]
         return kept
+
+    def _look_first(self, train: Split, texts: Tensor, cutoff: Any) -> None:
+        """Refuse, after a few percent of the images, words that do not fit them."""
+        rows = first_images(len(train.images))
+        if not rows or first_decides(read_manifest(self.path / "images-train") is not None):
+            return
+        try:
+            store = self._store("first", train, WHOLE, Subset(train.images.shown, rows))
+        except CaptumConceptsError:  # the pass over all images says it with the right number
+            return
+        m, k = len(self.text), max(1, round(TOP_IMAGES * len(rows) / len(train.images)))
+        presence = concept_presence(store, texts, k=k).cpu()
+        say(check_words(self.vocabulary, presence[:m], presence[m:], len(rows)))
+        present_concepts(self.vocabulary, presence[:m], cutoff)
 
     def _features(self, split: Split) -> None:
         o = self.options

@@ -150,7 +150,7 @@ def _time_encoder(run: FitRun) -> tuple[float, float, int]:
         width = encoder.encode_image(image).shape[1]
         several = image.expand(_TRIAL_IMAGES, -1, -1, -1)
         if not isinstance(prompt, RegionPrompt):
-            dense = _timed(lambda: encoder.encode_regions(several, prompt.grid), device) / _TRIAL_IMAGES
+            dense = _timed(lambda: prompt.encode(encoder, several), device) / _TRIAL_IMAGES
             return dense, _timed(lambda: encoder.encode_image(several), device) / _TRIAL_IMAGES, width
         batch = min(run.options.prompt_batch_size or 64, 4 * len(prompt))
         cells = torch.arange(batch, device=device) % len(prompt)

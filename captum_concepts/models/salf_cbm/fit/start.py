@@ -15,7 +15,7 @@ from captum_concepts.store import world
 #: Images that the second moments are taken from: enough for 2,048 channels at 49 places each.
 MOST_IMAGES = 20_000
 #: Strengths of the ridge penalty that are tried, on features of unit variance.
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Moments(NamedTuple):

@@ -127,8 +127,14 @@ def test_no_concept_is_present(tmp_path):
 
 
 def test_no_concept_is_interpretable(tmp_path):
-    with pytest.raises(InputError, match=r"has a validation similarity of 0\.\d+, below interpretability_cutoff=1\.1"):
-        fit(tmp_path, interpretability_cutoff=1.1)
+    """The long work is done by then: the model is returned, and says that it cannot be believed."""
+    with pytest.warns(
+        InputWarning, match=r"reaches interpretability_cutoff=1\.1 \(the best has 0\.\d+\): all are kept"
+    ):
+        model = fit(tmp_path, interpretability_cutoff=1.1)
+    assert model.concepts == list(WORDS)
+    assert "reached interpretability_cutoff=1.1" in model.metadata["advice"][0]
+    assert fit(tmp_path, interpretability_cutoff=0.1).metadata["advice"] == []
 
 
 def test_nan_features_name_the_image(tmp_path):
