@@ -215,3 +215,51 @@ def truth(record: Record) -> list[str]:
         for setting, values in record[name]["contributions"].items()
     ]  # fmt: skip
     return [*lines, "### contributions of a planted background", "", plain_table(body), ""]
+
+
+def shortcuts(record: Record) -> list[str]:
+    """audit_shortcuts: what was planted, what was suspected, and how often nothing where there is nothing."""
+    body, found = [], []
+    for name, case in record["cases"].items():
+        biased, fair = case["biased"], case["resampled"]
+        body.append([
+            name, f"{biased['planted_found']} of {biased['planted']}", cell(biased["precision"]),
+            cell(biased["precision_by_exact_presence"]), number(biased["accuracy"]),
+            number(case["unbiased"]["accuracy"]), f"{fair['without_suspects']} of {fair['audits']}",
+        ])  # fmt: skip
+        planted = set(case["pairs"].items())
+        for row in biased["suspects"]:
+            mark = "planted" if (row[0], row[1]) in planted else "not planted"
+            found.append([name, row[0], row[1], number(row[2]), number(row[3]), cell(row[4]), mark])
+    head = ["case", "planted pairs suspected ↑", "precision ↑", "precision by exact presence ↑", "accuracy, biased",
+            "accuracy, unbiased", "unbiased: audits without suspects ↑"]  # fmt: skip
+    pairs = ["case", "class", "concept", "effect", "p (Holm)", "confirmed by ablation", ""]
+    lines = [table(head, body), "", "Suspects of the biased networks:", "", table(pairs, found), ""]
+    return [
+        *lines,
+        *(line for name, case in record["cases"].items() for line in (f"{name}: {circumstances(case)}", "")),
+    ]
+
+
+def removal(record: Record) -> list[str]:
+    """audit_removal: accuracy before and after suspects, and planted pairs, are taken away."""
+    body = [["nothing", "", bracketed(record["before"]["independent"]), "", "", "",
+             bracketed(record["before"]["planted"])]]  # fmt: skip
+    keys: list[str] = []
+    for name, entry in record["after"].items():
+        keys = list(entry["independent"])
+        body.append(
+            [*name.split(", "), *(bracketed(entry["independent"][k]) for k in keys), bracketed(entry["planted"])]
+        )
+    head = ["removed", "how", *(words(k) for k in keys), "accuracy, planted grounds"]
+    return [table(head, body), ""]
+
+
+def discovery(record: Record) -> list[str]:
+    """audit_discovery: the share of encoded concepts that are found, method by method."""
+    rows = [
+        {"method": name.rsplit(", ", 1)[0], "seed": name.rsplit(" ", 1)[1],
+         **{k: v for k, v in entry.items() if not isinstance(v, dict)}}
+        for name, entry in record["methods"].items()
+    ]  # fmt: skip
+    return [plain_table(rows, "method"), ""]

@@ -98,6 +98,28 @@ TOPICS = (
     Topic("salf_cbm", "SALFCBM"),
     Topic("salf_epoch", "SALFCBM: an epoch of the bottleneck"),
     Topic("explain_command", "`explain` on a folder of photographs"),
+    Topic(
+        "audit_shortcuts",
+        "Audits: planted shortcuts",
+        "Networks trained on scenes with a planted shortcut, audited on scenes without it, and their counterparts "
+        "without one. Precision by exact presence also counts pairs that the same audit finds when it is told which "
+        "concepts each image shows. Of the unbiased networks, audits of resampled images should find nothing.",
+        show.shortcuts,
+    ),
+    Topic(
+        "audit_removal",
+        "Audits: removing the suspects",
+        "A SALFCBM of the biased classifier; the oracle removes the planted pairs. Independent grounds unless said.",
+        show.removal,
+    ),
+    Topic(
+        "audit_discovery",
+        "Audits: discovery without words",
+        "Of the concepts that a linear probe tells on other scenes (encoded), the share that the score of one factor "
+        "tells with the same AUROC; `named`: the share whose best factor has the right word first.",
+        show.discovery,
+    ),
+    Topic("audit_streaming", "Audits: memory and cost of many images"),
     Topic("region_store", "RegionEmbeddingStore"),
     Topic("solver", "Elastic-net solver", "Objectives are computed by one function in float64.", show.solver),
     Topic("nra", "NRA: speed", render=show.nra_speed),

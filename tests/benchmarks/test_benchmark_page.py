@@ -149,6 +149,40 @@ class TestAnyRecords:
         )
         assert headlines.open_questions({}) == ""
 
+    def test_audits_name_what_was_planted_and_what_was_not(self):
+        half = [0.5, 0.4, 0.6]
+        found = {
+            "planted_found": 1,
+            "planted": 2,
+            "precision": 0.5,
+            "precision_by_exact_presence": 1.0,
+            "accuracy": 0.6,
+        }
+        case = {
+            "pairs": {"cat": "sofa", "dog": "lead"},
+            "environment": {"date": "2026-01-01", "machine": "any"},
+            "biased": {**found, "suspects": [["cat", "sofa", 0.2, 0.003, True], ["cat", "lead", 0.1, 0.04, None]]},
+            "unbiased": {"accuracy": 0.9},
+            "resampled": {"without_suspects": 39, "audits": 40},
+        }
+        entry = {"independent": {"accuracy": half, "right_broken": [0.1, 0.0, 0.2]}, "planted": half}
+        records = {
+            "audit_shortcuts": {"cases": {"pets": case}},
+            "audit_removal": {"before": {"independent": half, "planted": half}, "after": {"suspects, pairs": entry}},
+            "audit_discovery": {
+                "methods": {"NMF, seed 3": {"encoded": 4, "found_at_0.9": 0.25, "auroc": {"a": [1, 1]}}}
+            },
+        }
+        text = {one.title: "\n".join(one.lines) for one in sections.sections(records, [])}
+        shortcuts, removal, found = (text[f"Audits: {of}"] for of in (
+            "planted shortcuts", "removing the suspects", "discovery without words",
+        ))  # fmt: skip
+        assert "| pets | 1 of 2 | 0.5 | 1 | 0.6 | 0.9 | 39 of 40 |" in shortcuts
+        assert "| pets | cat | sofa | 0.2 | 0.003 | True | planted |" in shortcuts
+        assert "| pets | cat | lead | 0.1 | 0.04 |  | not planted |" in shortcuts
+        assert "| suspects | pairs | 0.50 [0.40, 0.60] | 0.10 [0.00, 0.20] | 0.50 [0.40, 0.60] |" in removal
+        assert "| NMF | 3 | 4 | 0.25 |" in found
+
     def test_no_record_gives_a_table_without_rows(self):
         assert headlines.headlines({}).count("\n") == 1
         assert coverage.worse_on_purpose({}) == ""
