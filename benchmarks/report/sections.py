@@ -97,6 +97,7 @@ TOPICS = (
     Topic("ce_fam", "ConceptFusionMap: cost", "ResNet-50, one image, in bare forward passes."),
     Topic("salf_cbm", "SALFCBM"),
     Topic("salf_epoch", "SALFCBM: an epoch of the bottleneck"),
+    Topic("explain_command", "`explain` on a folder of photographs"),
     Topic(
         "audit_shortcuts",
         "Audits: planted shortcuts",

@@ -95,6 +95,7 @@ JOBS = [
         minutes=9,
     ),
     Job("defaults", None, "", "papers.defaults", minutes=5),
+    Job("explain_command", None, DATA, minutes=4),
     Job("region_store", None, "--images 4 --repeats 3", minutes=2),
     Job("solver", "--only peers", "", minutes=8),
 ]
