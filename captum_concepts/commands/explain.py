@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import math
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -83,7 +83,6 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     try:
         with ExitStack() as stack:
             folder = None if out is None else stack.enter_context(PictureFolder(out, summary, paths))
-            writing = stack.enter_context(_Writing(summary["explained"]))
             page = None
             if settings.report is not None:
                 page = open_report(settings, explainer.class_names, facts(settings, loaded, explainer), failed)
@@ -105,7 +104,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                 if folder is not None:
                     stem = folder.stem(path)
                     entry["picture"] = f"{stem}.png"
-                    drawn = _draw(photograph, explanation, name, flags, explainer.class_names)
+                    _draw(photograph, explanation, folder.path / entry["picture"], name, flags, explainer.class_names)
                     if settings.save:
                         entry |= {"explanation": f"{stem}.safetensors", "input": f"{stem}.input.png"}
                         explanation.save(folder.path / entry["explanation"])
@@ -114,10 +113,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                         entry["significant"] = flags
                 if page is not None:
                     page.add(photograph.picture, explanation, name, flags, truths[path], photograph.crop)
-                if folder is None:
-                    summary["explained"].append(entry)
-                else:
-                    writing.start(entry, drawn, folder.path / entry["picture"])
+                summary["explained"].append(entry)
                 progress.update()
     except OSError as error:  # a full disk: what was found out is printed
         if not summary["explained"]:
@@ -213,10 +209,13 @@ def _files(stem: str) -> set[str]:
 
 def _png(image: Tensor) -> bytes:
     """The photograph as it is drawn, for a report that is made later."""
-    from captum_concepts.visualization.raster import png
+    from PIL import Image
 
     pixels = (image.clamp(0, 1) * 255).round().byte()
-    return png((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).contiguous().numpy())
+    shown = Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).contiguous().numpy())
+    file = io.BytesIO()
+    shown.save(file, "PNG")
+    return file.getvalue()
 
 
 def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict[str, Any]:
@@ -258,43 +257,13 @@ def _number(value: Tensor) -> float | None:
     return round(number, 6) if math.isfinite(number) else None
 
 
-class _Writing:
-    """Writes a picture while the next image is explained; ``done`` lists an image once its picture is there."""
-
-    def __init__(self, done: list[dict[str, Any]]) -> None:
-        self._done = done
-        self._pool = ThreadPoolExecutor(1)
-        self._entry: dict[str, Any] = {}
-
-    def start(self, entry: dict[str, Any], drawn: Any, path: Path) -> None:
-        """Begin, after the picture before is written; raises what went wrong with that one."""
-        from captum_concepts.visualization import save_figure
-
-        self._finish()
-        self._written, self._entry = self._pool.submit(save_figure, drawn, path), entry
-
-    def _finish(self) -> None:
-        entry, self._entry = self._entry, {}
-        if entry:
-            self._written.result()
-            self._done.append(entry)
-
-    def __enter__(self) -> _Writing:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self._finish()
-        finally:
-            self._pool.shutdown()
-
-
 def _draw(
-    shown: Photograph, explanation: ConceptExplanation, title: str, flags: Any, names: Sequence[str] | None
-) -> Any:
-    from captum_concepts.visualization import panel_image
+    shown: Photograph, explanation: ConceptExplanation, path: Path, title: str, flags: Any, names: Sequence[str] | None
+) -> None:
+    from captum_concepts.visualization import panel_image, save_figure
 
     k = len(explanation.concepts)
-    return panel_image(
+    image = panel_image(
         explanation, shown.picture, top_k=k, title=title, crop=shown.crop, significant=flags, class_names=names
     )
+    save_figure(image, path)

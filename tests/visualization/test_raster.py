@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
-import time
 
 import numpy as np
 import pytest
@@ -12,13 +10,11 @@ import torch
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from captum_concepts import ConceptExplanation
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.visualization import panel, panel_image, save_figure
 from captum_concepts.visualization.canvas import font_of, text_width
-from captum_concepts.visualization.raster import png
 
 NAMES = ["stripes", "a concept with a name that has to be wrapped", "grass"]
 
@@ -106,14 +102,6 @@ def test_saved_as_png_only_and_always_the_same(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3), (7, 1, 3), (1, 9, 3), (40, 31, 3), (5, 6)])
-def test_png_is_what_pillow_reads(shape: tuple[int, ...]):
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    with Image.open(io.BytesIO(png(pixels))) as image:
-        assert image.mode == ("RGB" if len(shape) == 3 else "L")
-        assert np.array_equal(np.asarray(image), pixels)
-
-
 def test_the_font_is_that_of_the_settings_and_has_the_letters():
     assert "DejaVu" in font_of("stripes", 12).path
     with rc_context({"font.family": ["cmr10", "no such font", "DejaVu Sans"]}):
@@ -147,15 +135,3 @@ def test_no_figure_is_made_and_nothing_is_kept(monkeypatch):
         gc.collect()
         counts.append(len(gc.get_objects()))
     assert counts[-1] <= counts[1]
-
-
-def test_faster_than_the_figure(tmp_path):
-    """About six times; the test asks for two, whatever else runs."""
-    e, image, seconds = explanation(), ramp(300, 400), []
-    for draw in (panel_image, panel):
-        save_figure(draw(e, image), tmp_path / "a.png")
-        began = time.process_time()
-        for _ in range(3):
-            save_figure(draw(e, image), tmp_path / "a.png")
-        seconds.append(time.process_time() - began)
-    assert 2 * seconds[0] < seconds[1]
