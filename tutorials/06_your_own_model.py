@@ -19,12 +19,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from captum_concepts import FeatureActivationMap, SpatialACV
+from captum_concepts import FeatureActivationMap, SpatialACV, demo, fit_salf_cbm
 from captum_concepts.activations.survey import suggest_layer, suggest_stages, survey_layers
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.errors import LayerError
 from captum_concepts.metrics import center_gaussian, nra
 from captum_concepts.visualization import heatmap_figure, overlay
+from captum_concepts.vlm import DenseRegions
 
 _ = torch.manual_seed(0)
 
@@ -233,6 +234,50 @@ for k in range(4):
 for each in axes[:-1]:
     each.set_axis_off()
 _ = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(-high, high), "RdBu_r"), cax=axes[-1], label="contribution")
+
+# %% [markdown]
+# ## One channel, four channels, and several labels at once
+#
+# A concept bottleneck needs two views of an image: the backbone's, with as many channels as your sensor has, and the
+# encoder's, which is RGB. `encoder_transform` makes the second from what is stored; one channel is repeated without it.
+# Labels `(N, L)` of 0 and 1 say which classes an image has, so it may have none or several: each class gets a head of its
+# own. Here the backbone is the bundled classifier with a wider or narrower first layer, and the classes are shapes.
+
+
+# %%
+def backbone(channels: int) -> nn.Module:
+    """The bundled classifier for another number of channels; yours was trained on them."""
+    network = demo.load("classifier")
+    first = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    weight = network.conv1.weight.detach()
+    first.weight = nn.Parameter(weight.sum(1, keepdim=True) if channels == 1 else F.pad(weight, (0, 0, 0, 0, 0, 1)))
+    network.conv1 = first
+    return network.eval()
+
+
+data = CaptionedScenes(300, seed=12, size=64)
+scenes = data.stack()
+shapes = ["circle", "square", "triangle", "star"]
+labels = scenes.presence[:, [data.concepts.index(shape) for shape in shapes]].float()
+infrared = scenes.image.mean(1, keepdim=True)  # stands for a fourth band
+inputs = {1: infrared, 4: torch.cat([scenes.image, infrared], 1)}
+for channels, images in inputs.items():
+    model = fit_salf_cbm(
+        backbone(channels),
+        "layer4",
+        (images[:240], labels[:240]),
+        demo.load("clip"),
+        data.concepts,
+        len(shapes),
+        store_path=f"salf-{channels}",
+        val_data=(images[240:], labels[240:]),
+        class_names=shapes,
+        prompt=DenseRegions(7),
+        encoder_transform=None if channels == 1 else lambda stored: stored[:, :3],
+    )
+    print(f"{channels} channels, {model.metadata['accuracy']['validation']:.0%} of all decisions right on new scenes")
+    print("  star:", ", ".join(f"{concept} {weight:+.2f}" for concept, weight in model.decision_rules("star", 3)))
+    print(" ", model.trust)
 
 # %% [markdown]
 # ## Remember

@@ -89,7 +89,7 @@ class Replay(nn.Module):
         self.layers = nn.ModuleDict({name: nn.Identity() for name in names})
 
     def forward(self, numbers: Tensor) -> Tensor:
-        rows = numbers.flatten().long()
+        rows = numbers[:, 0].flatten().long()  # the reader makes RGB of one channel
         for name, layer in self.layers.items():
             layer(self.features[name][rows])
         return numbers

@@ -158,8 +158,9 @@ def fit_salf_cbm(
         prompt: how regions are shown to the encoder, a :class:`~captum_concepts.vlm.RegionPrompt` or
             ``DenseRegions``; None takes ``RegionPrompt("circle", grid)``.
         regions_per_image: draw the prompt of only so many cells of each image, those that differ most from the rest of
-            it, and estimate the others from one pass more (``vlm.dense.AdaptiveRegions``). A quarter of the cells keeps
-            nearly all of the maps' quality. None draws all.
+            it, and estimate the others from one pass more (``vlm.dense.AdaptiveRegions``). On scenes a quarter of the
+            cells gives .98 of the NRA of all where the encoder has dense regions, but .70 where it has none. None draws
+            all.
         cls_token: join a ViT's CLS token to every patch token.
         layout, prefix_tokens: how the layer's output is read, see :class:`~captum_concepts.FeatureActivationMap`.
         class_names: names of the classes; None takes those of the data if they fit.
