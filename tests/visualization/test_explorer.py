@@ -214,7 +214,7 @@ class TestEqualsPython:
         after = model.head(activations.float()).softmax(0)
         for k, (name, (shown_before, shown_after)) in enumerate(sorted(page.classes().items())):
             assert name == model.class_names[k]
-            # A millionth: the logits are sums over thousands of concepts, and a tiny probability carries their rounding.
+            # A millionth: the logits are sums over thousands of concepts, and a tiny probability has their rounding.
             assert shown_before == pytest.approx(float(before[k]), rel=1e-3, abs=1e-6)
             assert shown_after == pytest.approx(float(after[k]), rel=1e-3, abs=1e-6)
             assert shown_after == pytest.approx(float(ran["probabilities"][0, k]), rel=1e-3, abs=1e-6)
