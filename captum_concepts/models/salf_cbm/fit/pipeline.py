@@ -74,6 +74,8 @@ from captum_concepts.store.processes import lost_peers_named
 from captum_concepts.vlm import RegionPrompt, Regions, check_encoder
 
 Transform = Callable[[Tensor], Tensor]
+#: Means over each image are compared from so many held-out images on: those of fewer follow anything or nothing.
+_FEWEST_HELD_OUT = 20
 
 
 @unharming
@@ -104,7 +106,7 @@ def fit_salf_cbm(
     multi_label: bool | None = None,
     model_transform: Transform | None = None,
     encoder_transform: Transform | None = None,
-    presence_cutoff: float | str | None = "auto",
+    presence_cutoff: float | str | None = 0.25,
     interpretability_cutoff: float | None = 0.45,
     validation_fraction: float = 0.1,
     train_backbone: bool = False,
@@ -171,13 +173,14 @@ def fit_salf_cbm(
         encoder_transform: from a batch of images to the RGB images in [0, 1] that the encoder sees. None: images of
             one channel are repeated, images of three are taken as they are; others need it.
         presence_cutoff: least mean of a concept's five highest similarities among the training images as they are,
-            unmarked, as published. "auto": what three quarters of everyday words (apple, armchair, ...) do not exceed,
-            because the scale is the encoder's own; if the encoder knows no such words, 0.25, which belongs to CLIP
-            ViT-B/16. With 20 concepts or more "auto" also refuses, after a few percent of the images, words that fit
-            them no better than everyday words. None leaves this filter out. It costs one pass of the encoder per image
-            and comes first.
+            unmarked, as published; 0.25 belongs to CLIP ViT-B/16. "auto": what three quarters of everyday words (apple,
+            armchair, ...) do not exceed, because the scale is the encoder's own; it may drop concepts that few images
+            show. With 20 concepts or more "auto" also refuses, after a few percent of the images, words that fit them
+            no better than everyday words. None leaves this filter out. It costs one pass of the encoder per image and
+            comes first.
         interpretability_cutoff: least validation similarity of a concept's activations, the means of its maps (LF-CBM's
-            0.45); None leaves it out. If no concept reaches it, all are kept, with a warning.
+            0.45); with fewer than 20 held-out images, of its maps. None leaves it out. If no concept reaches it, all
+            are kept, with a warning.
         validation_fraction: see ``val_data``.
         train_backbone: train a copy of the backbone together with the bottleneck, on features computed on the fly, its
             batch statistics fixed; otherwise the backbone is frozen.
@@ -332,7 +335,8 @@ class FitRun:
         for split in self.splits:
             self._features(split)
         fit, made_from = self._bottleneck(steps)
-        similarity, cutoff = self._pooled_similarity(fit.weight), self.options.interpretability_cutoff
+        pooled, cutoff = self._pooled_similarity(fit.weight), self.options.interpretability_cutoff
+        similarity = fit.validation_similarity.cpu() if len(self.rows[1]) < _FEWEST_HELD_OUT else pooled
         unreached = cutoff is not None and float(similarity.max()) < cutoff
         if unreached:
             warnings.warn(
@@ -352,7 +356,7 @@ class FitRun:
             model.head.bias.copy_(head.bias)
         model.set_standardization(head.mean, head.std)
         model.metadata.update(self._metadata(kept, fit, chosen, head, accuracies))
-        model.metadata["pooled_similarity"] = dict(zip(kept, similarity[chosen].tolist(), strict=True))
+        model.metadata["pooled_similarity"] = dict(zip(kept, pooled[chosen].tolist(), strict=True))
         model.metadata["unreached_cutoff"] = cutoff if unreached else None
         model.metadata.update(self._judged(kept, weight, head.weight, self.text[chosen.to(self.text.device)]))
         model.metadata["advice"] = advice(model.metadata)
