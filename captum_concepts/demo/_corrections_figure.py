@@ -19,7 +19,7 @@ from captum_concepts.visualization.canvas import (
     NEGATIVE,
     POSITIVE,
     TITLE,
-    Canvas,
+    FigureCanvas,
     Fitted,
     at_print_size,
     fit,
@@ -52,7 +52,7 @@ def corrections_figure(model: SALFCBM, found: Sequence[Correction], title: str, 
     rules_height = 0.2 + _RULES * _PITCH
     rows_top = rules_top + 0.24 + rules_height + 0.24
     row = 0.36 + _CELL + 0.2
-    canvas = Canvas(width, rows_top + row * len(found) + foot.height + _MARGIN)
+    canvas = FigureCanvas(width, rows_top + row * len(found) + foot.height + _MARGIN)
     canvas.text(width / 2, _MARGIN, head, va="top", fontweight="bold")
     canvas.text(_MARGIN, canvas.height - _MARGIN, foot, ha="left", color=FAINT)
     _rules(canvas, model, names, rules_top, width)
@@ -61,7 +61,7 @@ def corrections_figure(model: SALFCBM, found: Sequence[Correction], title: str, 
     return canvas.figure
 
 
-def _rules(canvas: Canvas, model: SALFCBM, names: list[str], top: float, width: float) -> None:
+def _rules(canvas: FigureCanvas, model: SALFCBM, names: list[str], top: float, width: float) -> None:
     canvas.text(_MARGIN, top, Fitted("What each class goes by: the largest weights of its sparse rule", NAME),
                 ha="left", va="top", fontweight="bold")  # fmt: skip
     rules = [model.decision_rules(c, _RULES) for c in range(len(names))]
@@ -77,10 +77,10 @@ def _rules(canvas: Canvas, model: SALFCBM, names: list[str], top: float, width: 
               [POSITIVE if w > 0 else NEGATIVE for _, w in rule])  # fmt: skip
 
 
-def _correction(canvas: Canvas, c: Correction, names: list[str], columns: list[float], y: float) -> None:
+def _correction(canvas: FigureCanvas, c: Correction, names: list[str], columns: list[float], y: float) -> None:
     middle = [columns[0] + _CELL / 2, *(x + _CELL / 2 for x in columns[2:4])]
     picture = at_print_size(c.image, _CELL)
-    axes = canvas.picture(columns[0], y, _CELL, _CELL, picture, "input", (c.image.shape[-2], c.image.shape[-1]))
+    axes = canvas.picture((columns[0], y, _CELL, _CELL), picture, "input", (c.image.shape[-2], c.image.shape[-1]))
     canvas.outline(axes, frame(c.box))
     _caption(canvas, middle[0], y, f"called {c.called}", f"in truth: {c.truth}", _CELL)
     _caption(canvas, columns[1] + _BAR / 2 - 0.2, y, "seen in the box", "standard deviations", _BAR + 0.9)
@@ -92,7 +92,7 @@ def _correction(canvas: Canvas, c: Correction, names: list[str], columns: list[f
     _caption(canvas, middle[1], y, f"“{c.concept}” before", "concept map", _CELL)
     _caption(canvas, middle[2], y, f"“{c.concept}” after", f"{number(c.beta, sign=True)} in the box", _CELL)
     for x, heat in ((columns[2], c.map_before), (columns[3], c.map_after)):
-        canvas.picture(x, y, _CELL, _CELL, blend(picture, heat, scale), c.concept)
+        canvas.picture((x, y, _CELL, _CELL), blend(picture, heat, scale), c.concept)
     canvas.colorbar(columns[3] + _CELL + BAR_GAP, y, _CELL, scale)
     _caption(canvas, columns[4] + 0.35, y, "class", "grey before, coloured after the edit", 2.4)
     pitch = _CELL / len(names)
@@ -101,7 +101,7 @@ def _correction(canvas: Canvas, c: Correction, names: list[str], columns: list[f
         colour = _TRUE if name == c.truth else INK
         canvas.text(columns[4] - 0.06, y + (k + 0.5) * pitch, Fitted(name, DETAIL), ha="right", va="center",
                     fontweight=bold, color=colour)  # fmt: skip
-    shown = canvas.axes(columns[4], y, 1.15, _CELL, label="classes", facecolor="none")
+    shown = canvas.axes((columns[4], y, 1.15, _CELL), label="classes", facecolor="none")
     places = list(range(len(names)))
     shown.barh([p - 0.19 for p in places], c.before.tolist(), height=0.34, color=ABSENT, linewidth=0)
     after = [_TRUE if name == c.truth else _AFTER for name in names]
@@ -115,16 +115,16 @@ def _correction(canvas: Canvas, c: Correction, names: list[str], columns: list[f
                             va="center", color=FAINT if offset < 0 else INK)  # fmt: skip
 
 
-def _caption(canvas: Canvas, x: float, y: float, first: str, second: str, width: float) -> None:
+def _caption(canvas: FigureCanvas, x: float, y: float, first: str, second: str, width: float) -> None:
     canvas.caption(x, y - 0.04, [fit(first, width, NAME, lines=1, weight="bold"), fit(second, width, DETAIL, lines=1)])
 
 
 def _bars(
-    canvas: Canvas, x: float, y: float, width: float, items: Sequence[tuple[str, float]], limits: tuple[float, float],
-    colours: Sequence[str], *, values: bool = False, pitch: float = _PITCH, bold: str = "",
+    canvas: FigureCanvas, x: float, y: float, width: float, items: Sequence[tuple[str, float]],
+    limits: tuple[float, float], colours: Sequence[str], *, values: bool = False, pitch: float = _PITCH, bold: str = "",
 ) -> None:  # fmt: skip
     """Named bars, the first on top; with ``values`` the number stands behind each."""
-    axes = canvas.axes(x, y, width, pitch * len(items), label="bars", facecolor="none")
+    axes = canvas.axes((x, y, width, pitch * len(items)), label="bars", facecolor="none")
     axes.barh(list(range(len(items))), [v for _, v in items], height=0.62, color=list(colours), linewidth=0)
     axes.axvline(0, color=INK, linewidth=0.7)
     _plain(axes, limits, len(items))

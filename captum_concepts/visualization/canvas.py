@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -187,29 +188,45 @@ BARS = 1.1
 SHORTEST = 0.55
 
 
-class Canvas:
-    """A figure of ``width`` x ``height`` inches."""
+#: Left, top, width and height of something, in inches.
+Place = tuple[float, float, float, float]
 
+
+class Canvas(ABC):
+    """What figures are drawn on, ``width`` x ``height`` inches; the origin is the top left corner."""
+
+    width: float
+    height: float
     #: Pixels per inch of images: as fine as print needs, and bounded for large photographs.
     density: float = 400
 
-    def __init__(self, width: float, height: float) -> None:
-        from matplotlib.figure import Figure
-
-        self.width, self.height = width, height
-        self.figure: Figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-        self.figure.set_layout_engine("none")  # whatever the user's settings: places are fixed here
-
-    def axes(self, x: float, y: float, width: float, height: float, **options: Any) -> Axes:
-        """Axes whose top left corner is at ``(x, y)``."""
-        bottom = self.height - y - height
-        box = (x / self.width, bottom / self.height, width / self.width, height / self.height)
-        return self.figure.add_axes(box, **options)
-
+    @abstractmethod
     def text(self, x: float, y: float, fitted: Fitted, **options: Any) -> None:
         """Text whose bottom (``va="bottom"``, the default) or top is at y."""
-        style: dict[str, Any] = {"color": INK, "ha": "center", "va": "bottom", **PLAIN, **options}
-        self.figure.text(x / self.width, 1 - y / self.height, fitted.text, fontsize=fitted.size, **style)
+
+    @abstractmethod
+    def picture(self, place: Place, pixels: Tensor, label: str, size: tuple[int, int] | None = None) -> Any:
+        """An image; with ``size`` (its H, W before it was resized for print) as the coordinates of its axes."""
+
+    @abstractmethod
+    def outline(self, axes: Any, lines: Sequence[tuple[float, float, float, float]], color: str = MARK) -> None:
+        """Lines over an image that stay visible on any background."""
+
+    @abstractmethod
+    def stroke(self, x0: float, y0: float, x1: float, y1: float, color: str = FAINT, points: float = 0.5) -> None:
+        """A straight line."""
+
+    @abstractmethod
+    def gradient(self, x: float, y: float, height: float, scale: ColorScale) -> None:
+        """The colors of a color bar."""
+
+    @abstractmethod
+    def rows(self, place: Place, bound: float, count: int) -> Any:
+        """A place for ``count`` bars, one below the other, from ``-bound`` to ``bound``."""
+
+    @abstractmethod
+    def bar(self, axes: Any, k: int, value: float, thickness: float, color: str, alpha: float | None) -> None:
+        """The bar of row k of :meth:`rows`, from zero."""
 
     def caption(self, x: float, y: float, parts: Sequence[Fitted], *, faint: bool = False) -> None:
         """A bold line and lines below it, centered, that end at y."""
@@ -217,64 +234,6 @@ class Canvas:
             color = FAINT if faint or k else INK
             self.text(x, y, part, color=color, fontweight="normal" if k else "bold")
             y -= part.height
-
-    def picture(
-        self,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        pixels: Tensor,
-        label: str,
-        size: tuple[int, int] | None = None,
-    ) -> Any:
-        """An image; with ``size`` (its H, W before it was resized for print) as the coordinates of its axes."""
-        axes = self.axes(x, y, width, height, label=label)
-        array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        extent = None if size is None else (0, size[1], size[0], 0)
-        axes.imshow(array, interpolation="antialiased", aspect="auto", extent=extent)
-        axes.set_axis_off()
-        return axes
-
-    def outline(self, axes: Any, lines: Sequence[tuple[float, float, float, float]], color: str = MARK) -> None:
-        """Lines over an image that stay visible on any background."""
-        from matplotlib.collections import LineCollection
-
-        ends = [[(x0, y0), (x1, y1)] for x0, y0, x1, y1 in lines]
-        for width, own in ((2.6, "black"), (1.3, color)):
-            axes.add_collection(
-                LineCollection(ends, colors=own, linewidths=width, capstyle="projecting"), autolim=False
-            )
-
-    def stroke(self, x0: float, y0: float, x1: float, y1: float, color: str = FAINT, points: float = 0.5) -> None:
-        """A straight line."""
-        from matplotlib.lines import Line2D
-
-        xs, ys = (x0 / self.width, x1 / self.width), (1 - y0 / self.height, 1 - y1 / self.height)
-        self.figure.add_artist(Line2D(xs, ys, color=color, linewidth=points, linestyle="-", marker="", snap=True))
-
-    def gradient(self, x: float, y: float, height: float, scale: ColorScale) -> None:
-        """The colors of a color bar."""
-        axes = self.axes(x, y, BAR_WIDTH, height, label="colorbar")
-        edges = torch.linspace(scale.low, scale.high, 257).numpy()
-        values = ((edges[1:] + edges[:-1]) / 2)[:, None]
-        axes.pcolormesh([0, 1], edges, values, cmap=scale.colormap(), vmin=scale.low, vmax=scale.high)
-        axes.set_ylim(scale.low, scale.high)
-        axes.set_axis_off()
-
-    def rows(self, x: float, y: float, width: float, height: float, bound: float, count: int) -> Any:
-        """A place for ``count`` bars, one below the other, from ``-bound`` to ``bound``."""
-        axes = self.axes(x, y, width, height, label="contributions", facecolor="none")
-        axes.set(xlim=(-bound, bound), ylim=(count - 0.5, -0.5))
-        axes.set_axis_off()
-        return axes
-
-    def bar(self, axes: Any, k: int, value: float, thickness: float, color: str, alpha: float | None) -> None:
-        """The bar of row k of :meth:`rows`, from zero."""
-        from matplotlib.patches import Rectangle
-
-        place = (0.0, k - thickness / 2)
-        axes.add_patch(Rectangle(place, value, thickness, facecolor=color, alpha=alpha, linewidth=0))
 
     def colorbar(self, x: float, y: float, height: float, scale: ColorScale, label: str = "") -> None:
         """A vertical bar with both end values, the middle where there is room, and what the values are."""
@@ -311,7 +270,7 @@ class Canvas:
     ) -> None:
         """Signed bars from a common zero, the first on top, with a symmetric axis of ``bound`` below; pale and gray
         where the state is not empty."""
-        axes = self.rows(x, y, width, height, bound, len(values))
+        axes = self.rows((x, y, width, height), bound, len(values))
         thickness, pitch = min(0.62, 0.2 * len(values) / height), height / len(values)
         for k, (label, value, state) in enumerate(zip(labels, values, states, strict=True)):
             color = ABSENT if state == NOT_ENCODED else POSITIVE if value >= 0 else NEGATIVE
@@ -329,6 +288,71 @@ class Canvas:
             self.text(at, y + height + 2 * _TICK, Fitted(text, TICK), va="top")
         if factor:
             self.text(x + width, y + height + axis_space(bound), Fitted(factor, TICK))
+
+
+class FigureCanvas(Canvas):
+    """A matplotlib figure."""
+
+    def __init__(self, width: float, height: float) -> None:
+        from matplotlib.figure import Figure
+
+        self.width, self.height = width, height
+        self.figure: Figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+        self.figure.set_layout_engine("none")  # whatever the user's settings: places are fixed here
+
+    def axes(self, place: Place, **options: Any) -> Axes:
+        """Matplotlib's axes, at ``place``."""
+        x, y, width, height = place
+        bottom = self.height - y - height
+        box = (x / self.width, bottom / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box, **options)
+
+    def text(self, x: float, y: float, fitted: Fitted, **options: Any) -> None:
+        style: dict[str, Any] = {"color": INK, "ha": "center", "va": "bottom", **PLAIN, **options}
+        self.figure.text(x / self.width, 1 - y / self.height, fitted.text, fontsize=fitted.size, **style)
+
+    def picture(self, place: Place, pixels: Tensor, label: str, size: tuple[int, int] | None = None) -> Any:
+        axes = self.axes(place, label=label)
+        array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        extent = None if size is None else (0, size[1], size[0], 0)
+        axes.imshow(array, interpolation="antialiased", aspect="auto", extent=extent)
+        axes.set_axis_off()
+        return axes
+
+    def outline(self, axes: Any, lines: Sequence[tuple[float, float, float, float]], color: str = MARK) -> None:
+        from matplotlib.collections import LineCollection
+
+        ends = [[(x0, y0), (x1, y1)] for x0, y0, x1, y1 in lines]
+        for width, own in ((2.6, "black"), (1.3, color)):
+            axes.add_collection(
+                LineCollection(ends, colors=own, linewidths=width, capstyle="projecting"), autolim=False
+            )
+
+    def stroke(self, x0: float, y0: float, x1: float, y1: float, color: str = FAINT, points: float = 0.5) -> None:
+        from matplotlib.lines import Line2D
+
+        xs, ys = (x0 / self.width, x1 / self.width), (1 - y0 / self.height, 1 - y1 / self.height)
+        self.figure.add_artist(Line2D(xs, ys, color=color, linewidth=points, linestyle="-", marker="", snap=True))
+
+    def gradient(self, x: float, y: float, height: float, scale: ColorScale) -> None:
+        axes = self.axes((x, y, BAR_WIDTH, height), label="colorbar")
+        edges = torch.linspace(scale.low, scale.high, 257).numpy()
+        values = ((edges[1:] + edges[:-1]) / 2)[:, None]
+        axes.pcolormesh([0, 1], edges, values, cmap=scale.colormap(), vmin=scale.low, vmax=scale.high)
+        axes.set_ylim(scale.low, scale.high)
+        axes.set_axis_off()
+
+    def rows(self, place: Place, bound: float, count: int) -> Any:
+        axes = self.axes(place, label="contributions", facecolor="none")
+        axes.set(xlim=(-bound, bound), ylim=(count - 0.5, -0.5))
+        axes.set_axis_off()
+        return axes
+
+    def bar(self, axes: Any, k: int, value: float, thickness: float, color: str, alpha: float | None) -> None:
+        from matplotlib.patches import Rectangle
+
+        place = (0.0, k - thickness / 2)
+        axes.add_patch(Rectangle(place, value, thickness, facecolor=color, alpha=alpha, linewidth=0))
 
 
 def ticks_of(scale: ColorScale, height: float) -> tuple[list[float], list[str], str]:

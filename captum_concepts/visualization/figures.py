@@ -21,7 +21,7 @@ from captum_concepts.visualization.canvas import (
     NEGATIVE,
     POSITIVE,
     TITLE,
-    Canvas,
+    FigureCanvas,
     Fitted,
     at_print_size,
     fit,
@@ -120,7 +120,7 @@ def legend(
     pitch = (NAME + DETAIL) * LEADING / 72 + 0.06
     heights = [max(size[1], pitch * len(own)) + 0.24 for size, own in zip(sizes, lines, strict=True)]
     top = _MARGIN + (head.height + 0.1 if title else 0.0)
-    canvas = Canvas(width, top + sum(heights) + _GAP * n + foot.height + _MARGIN)
+    canvas = FigureCanvas(width, top + sum(heights) + _GAP * n + foot.height + _MARGIN)
     canvas.text(width / 2, _MARGIN, head, va="top", fontweight="bold")
     canvas.text(_MARGIN, canvas.height - _MARGIN, foot, ha="left", color=FAINT)
     for i, (one, states) in enumerate(rows):
@@ -130,18 +130,17 @@ def legend(
         heading += f", target: {target}" if target is not None else ""
         canvas.text(_MARGIN + cell_size / 2, y - 0.04, fit(heading, cell_size, NAME, lines=1, weight="bold"))
         indent = (cell_size - wide) / 2
-        canvas.picture(_MARGIN + indent, y, wide, high, large[i], "input")
+        canvas.picture((_MARGIN + indent, y, wide, high), large[i], "input")
         winner, strength = segments[i]
         colored = _colored(large[i], winner, strength)
-        axes = canvas.picture(_MARGIN + cell_size + _GAP + indent, y, wide, high, colored, "legend")
+        axes = canvas.picture((_MARGIN + cell_size + _GAP + indent, y, wide, high), colored, "legend")
         for j in range(len(states)):
             axes.add_collection(_border(winner == j, COLORS[j]), autolim=False)
         x = _MARGIN + 2 * cell_size + 2 * _GAP
         for j, (name, detail) in enumerate(lines[i]):
             area = float((winner == j).float().mean())
-            patch = canvas.axes(
-                x, y + j * pitch + 0.02, 0.14, 0.14, label="patch", facecolor=COLORS[j] if area else "none"
-            )
+            place, color = (x, y + j * pitch + 0.02, 0.14, 0.14), COLORS[j] if area else "none"
+            patch = canvas.axes(place, label="patch", facecolor=color)
             patch.set(xticks=[], yticks=[])
             for spine in patch.spines.values():
                 spine.set(linewidth=0.6, color=FAINT)
@@ -243,11 +242,11 @@ def sankey(
     foot = fit(f"width of a band: weight; up to {top_k} concepts per class; red supports, blue opposes the class",
                width - 2 * _MARGIN, DETAIL, lines=3)  # fmt: skip
     top = _MARGIN + (head.height + 0.12 if title else 0.0)
-    canvas = Canvas(width, top + body + 0.12 + foot.height + _MARGIN)
+    canvas = FigureCanvas(width, top + body + 0.12 + foot.height + _MARGIN)
     canvas.text(width / 2, _MARGIN, head, va="top", fontweight="bold")
     canvas.text(_MARGIN, canvas.height - _MARGIN, foot, ha="left", color=FAINT)
     x0, x1 = _MARGIN + labels[0], width - _MARGIN - labels[1]
-    axes = canvas.axes(x0, top, x1 - x0, body, label="bands", facecolor="none")
+    axes = canvas.axes((x0, top, x1 - x0, body), label="bands", facecolor="none")
     axes.set(xlim=(0, x1 - x0), ylim=(body, 0))
     axes.set_axis_off()
     left = _stacked(concepts, totals, scale, body)
@@ -373,7 +372,7 @@ def most_activating(
                width - 2 * _MARGIN, DETAIL, lines=3)  # fmt: skip
     heights = [max([picture_size(one.picture, cell_size)[1] for one in own] or [0.3]) + 0.22 for own in best]
     top = _MARGIN + (head.height + 0.08 if title else 0.0)
-    canvas = Canvas(width, top + sum(heights) + 0.1 + foot.height + _MARGIN)
+    canvas = FigureCanvas(width, top + sum(heights) + 0.1 + foot.height + _MARGIN)
     canvas.text(width / 2, _MARGIN, head, va="top", fontweight="bold")
     canvas.text(_MARGIN, canvas.height - _MARGIN, foot, ha="left", color=FAINT)
     for column, own, height in zip(columns, best, heights, strict=True):
@@ -385,7 +384,7 @@ def most_activating(
             x = _MARGIN + label + 0.12 + j * (cell_size + 0.06) + (cell_size - wide) / 2
             large = at_print_size(picture, max(wide, high))
             mask = _strong(explainer.concept_maps(one.inputs, [column])[0, 0], (large.shape[1], large.shape[2]))
-            axes = canvas.picture(x, top + 0.2, wide, high, large * torch.where(mask, 1.0, 0.4), names[column])
+            axes = canvas.picture((x, top + 0.2, wide, high), large * torch.where(mask, 1.0, 0.4), names[column])
             canvas.outline(axes, [(a - 0.5, b - 0.5, c - 0.5, d - 0.5) for a, b, c, d in edges(mask)])
             canvas.text(x + wide / 2, top + 0.18, Fitted(in_words(one.score), DETAIL), color=FAINT)
         top += height

@@ -31,6 +31,7 @@ from captum_concepts.visualization.canvas import (
     SHORTEST,
     TITLE,
     Canvas,
+    FigureCanvas,
     Fitted,
     at_print_size,
     axis_space,
@@ -129,7 +130,7 @@ def panel(
         >>> e = ConceptExplanation(["sand", "grass"], torch.rand(1, 2), torch.rand(1, 2, 7, 7), torch.randn(1, 2))
         >>> figure = panel(e, torch.rand(1, 3, 32, 32), title="what, where, how much")
     """
-    return _panel(Canvas, **locals()).figure
+    return _panel(FigureCanvas, **locals()).figure
 
 
 def panel_image(explanation: ConceptExplanation, images: Any, *, dpi: float = 200, **options: Any) -> Image:
@@ -473,13 +474,13 @@ def _draw(
 
 
 def _draw_row(
-    canvas: Any, columns: _Columns, row: Row, top: float, per_map: bool, label: str, style: dict[str, Any]
+    canvas: Canvas, columns: _Columns, row: Row, top: float, per_map: bool, label: str, style: dict[str, Any]
 ) -> None:
     y, cell, size = top + row.head + _ABOVE, columns.cell, (row.cell.picture.shape[1], row.cell.picture.shape[2])
     indent = (cell - row.width) / 2
     picture = at_print_size(row.cell.picture, max(row.width, row.height), canvas.density)
     canvas.caption(_MARGIN + cell / 2, y - _ABOVE, row.input_caption)
-    axes = canvas.picture(_MARGIN + indent, y, row.width, row.height, picture, "input", size)
+    axes = canvas.picture((_MARGIN + indent, y, row.width, row.height), picture, "input", size)
     if row.cell.crop is not None:
         canvas.outline(axes, frame(row.cell.crop), "white")
     canvas.outline(axes, row.cell.region)
@@ -491,7 +492,7 @@ def _draw_row(
         if state != NOT_ENCODED:
             pixels = _covered(picture, pale, row.shown.maps[0, j].float(), scale, row.cell.crop, size, style)
             pixels = torch.lerp(torch.ones_like(pixels), pixels, 0.45) if state else pixels
-        axes = canvas.picture(x + indent, y, row.width, row.height, pixels, name, size)
+        axes = canvas.picture((x + indent, y, row.width, row.height), pixels, name, size)
         if row.cell.crop is not None:
             canvas.outline(axes, frame(row.cell.crop), "white")
         if state != NOT_ENCODED if per_map else j == last and any(row.encoded):
@@ -551,11 +552,11 @@ def heatmap_figure(
     head = fit(title, shown_width, TITLE, lines=4) if title else Fitted("", TITLE)
     full = shown_width + BAR_GAP + colorbar_space(scale, bar, label) + 2 * _MARGIN
     top = _MARGIN + head.height + (_ABOVE if title else 0.0)
-    canvas = Canvas(full, top + bar + _MARGIN)
+    canvas = FigureCanvas(full, top + bar + _MARGIN)
     canvas.text(_MARGIN + shown_width / 2, _MARGIN, head, va="top")
     picture = at_print_size(picture, max(shown_width, height))
     pixels = blend(picture, heatmap, scale, alpha=alpha, mode=mode)
-    canvas.picture(_MARGIN, top, shown_width, height, pixels, "map")
+    canvas.picture((_MARGIN, top, shown_width, height), pixels, "map")
     canvas.colorbar(_MARGIN + shown_width + BAR_GAP, top, bar, scale, label)
     return canvas.figure
 

@@ -1,4 +1,4 @@
-"""What :class:`Canvas` draws, as pixels: by Pillow, without a matplotlib figure, in a tenth of its time."""
+"""What :class:`FigureCanvas` draws, as pixels: by Pillow, without a matplotlib figure, in a tenth of its time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from captum_concepts.visualization.canvas import BAR_WIDTH, FAINT, INK, MARK, Canvas, Fitted, font_of
+from captum_concepts.visualization.canvas import BAR_WIDTH, FAINT, INK, MARK, Canvas, Fitted, Place, font_of
 from captum_concepts.visualization.scale import ColorScale
 
 #: Of a line of text, in parts of its size: above the baseline, below it, and from one baseline to the next.
@@ -61,21 +61,12 @@ class Raster(Canvas):
         for k, (line, font) in enumerate(zip(lines, fonts, strict=True)):
             self._draw.text((round(x), round(top + k * size * _PITCH)), line, color, font, anchor=anchor)
 
-    def picture(
-        self,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        pixels: Tensor,
-        label: str,  # noqa: ARG002
-        size: tuple[int, int] | None = None,
-    ) -> Area:
+    def picture(self, place: Place, pixels: Tensor, label: str, size: tuple[int, int] | None = None) -> Area:  # noqa: ARG002
         """As :meth:`Canvas.picture`; an image that has its place's pixels is drawn as it is."""
         from PIL import Image
 
         rows, columns = (pixels.shape[1], pixels.shape[2]) if size is None else size
-        area = self._area(x, y, width, height, (0, 0, columns, rows))
+        area = self._area(place, (0, 0, columns, rows))
         colors = (pixels * 255).round_().clamp_(0, 255).byte()
         image = Image.fromarray(colors.permute(1, 2, 0).contiguous().numpy())
         self.image.paste(image.resize((area.right - area.left, area.bottom - area.top)), (area.left, area.top))
@@ -98,11 +89,11 @@ class Raster(Canvas):
     def gradient(self, x: float, y: float, height: float, scale: ColorScale) -> None:
         """As :meth:`Canvas.gradient`."""
         values = torch.linspace(scale.high, scale.low, max(round(height * self.density), 2))
-        self.picture(x, y, BAR_WIDTH, height, scale.colors(values)[:, :, None], "colorbar")
+        self.picture((x, y, BAR_WIDTH, height), scale.colors(values)[:, :, None], "colorbar")
 
-    def rows(self, x: float, y: float, width: float, height: float, bound: float, count: int) -> Area:
+    def rows(self, place: Place, bound: float, count: int) -> Area:
         """As :meth:`Canvas.rows`."""
-        return self._area(x, y, width, height, (-bound, -0.5, bound, count - 0.5))
+        return self._area(place, (-bound, -0.5, bound, count - 0.5))
 
     def bar(self, axes: Area, k: int, value: float, thickness: float, color: str, alpha: float | None) -> None:
         """As :meth:`Canvas.bar`, on white."""
@@ -111,7 +102,8 @@ class Raster(Canvas):
         pale = tuple(round(255 - (alpha or 1.0) * (255 - part)) for part in ImageColor.getrgb(color))
         self._fill(axes, 0.0, k - thickness / 2, value, k + thickness / 2, pale)
 
-    def _area(self, x: float, y: float, width: float, height: float, span: tuple[float, float, float, float]) -> Area:
+    def _area(self, place: Place, span: tuple[float, float, float, float]) -> Area:
+        x, y, width, height = place
         left, top = round(x * self.density), round(y * self.density)
         wide, high = max(round(width * self.density), 1), max(round(height * self.density), 1)
         return Area(left, top, left + wide, top + high, span)

@@ -161,15 +161,14 @@ def test_nothing_readable_exits_with_2(model_file, photos, tmp_path, capsys):
 def test_an_interrupt_leaves_whole_files(model_file, photos, tmp_path, monkeypatch, capsys):
     from captum_concepts.commands import explain
 
-    draw, drawn = explain._draw, []
+    drawn = []
 
-    def interrupted(*arguments):
+    def draw(*arguments):
         if drawn:
             raise KeyboardInterrupt
         drawn.append(arguments)
-        return draw(*arguments)
 
-    monkeypatch.setattr(explain, "_draw", interrupted)
+    monkeypatch.setattr(explain, "_draw", draw)
     assert (
         main(["explain", str(photos), "--model", model_file, "--output", str(tmp_path / "out"), "--size", "64"]) == 130
     )

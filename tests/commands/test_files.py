@@ -204,11 +204,11 @@ class TestTwoRuns:
 
         draw, drawn = explain._draw, []
 
-        def dies(*arguments: Any) -> Any:
+        def dies(*arguments: Any) -> None:
             drawn.append(arguments)
             if len(drawn) == 2:
                 raise SystemExit(9)
-            return draw(*arguments)
+            draw(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(explain, "_draw", dies)
@@ -371,7 +371,7 @@ def test_what_nobody_foresaw_has_its_own_code(space: Path, monkeypatch, capsys):
 
 
 FULL = [
-    ("explain photos --output out", "captum_concepts.visualization.save_figure", "0.png: "),
+    ("explain photos --output out", "captum_concepts.commands.explain._draw", "0.png: "),
     ("evaluate masks --classes names.html --output new.md", "captum_concepts.metrics.table.write_atomically", "| nra"),
     ("audit photos --output new.html --save new.safetensors", "captum_concepts.audit.ConceptAudit.save", "images"),
     ("fit-concepts --concepts classes --n-random 0 --output new.safetensors",
@@ -381,14 +381,14 @@ FULL = [
 
 @pytest.mark.parametrize(("line", "writer", "printed"), FULL)
 def test_on_a_full_disk_the_result_is_printed(line, writer, printed, space: Path, monkeypatch, capsys):
-    from captum_concepts.visualization import save_figure
+    from captum_concepts.commands import explain
 
-    calls: list[Any] = []
+    draw, calls = explain._draw, []
 
     def full(*arguments: Any, **_: Any) -> None:
         calls.append(arguments)
         if "explain" in line and len(calls) == 1:
-            save_figure(*arguments)
+            draw(*arguments)
         else:
             raise OSError(28, "No space left on device", "new")
 

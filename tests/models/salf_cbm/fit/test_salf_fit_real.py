@@ -42,7 +42,6 @@ def test_three_classes_of_caltech(real, shared_data, tmp_path):
         store_path=tmp_path,
         val_data=(images[held_out], labels[held_out]),
         prompt=RegionPrompt("crop", 2, 48),
-        presence_cutoff=0.25,
         interpretability_cutoff=0.1,
         bottleneck={"max_epochs": 20},
     )
