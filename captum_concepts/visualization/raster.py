@@ -1,4 +1,4 @@
-"""What :class:`FigureCanvas` draws, as pixels: by Pillow, without a matplotlib figure, in a tenth of its time."""
+"""What :class:`FigureCanvas` draws, as pixels: by Pillow, without a matplotlib figure, which takes much longer."""
 
 from __future__ import annotations
 
