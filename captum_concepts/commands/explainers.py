@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from captum_concepts._captum import output_tensor
 from captum_concepts.activations import Layers
 from captum_concepts.activations.survey import suggest_layer, suggest_stages
+from captum_concepts.attr.concept_fusion.ablation import class_link, class_log_probability
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.attr.feature_activation_map import FeatureActivationMap
 from captum_concepts.attr.saved import kind_of, load
@@ -34,6 +35,7 @@ class Explainer:
         layer: for the report.
         class_names: what a target index means, or None.
         model, looks_at: a model and a layer whose activations show where anything is seen at all.
+        predicts: the outputs of ``model`` are those classes.
     """
 
     method: Any
@@ -41,6 +43,7 @@ class Explainer:
     class_names: Sequence[str] | None
     model: nn.Module
     looks_at: str
+    predicts: bool = True
 
     @property
     def name(self) -> str:
@@ -53,10 +56,22 @@ class Explainer:
         return list(self.method.concepts)
 
     def explain(self, inputs: Tensor, top_k: int) -> ConceptExplanation:
-        """What, where and how much, with the names of the classes."""
+        """What, where and how much, with the names of the classes, and the model's probability of the target."""
         made: ConceptExplanation = self.method.explain(inputs, top_k=top_k)
-        names = None if self.class_names is None or made.target is None else list(self.class_names)
-        return replace(made, class_names=names)
+        if self.class_names is None or made.target is None:
+            return made
+        if made.target_probability is None and self.predicts:
+            chance = self._probability(inputs, made.target).to(made.scores.device)
+            made = replace(made, target_probability=chance if bool(chance.isfinite().all()) else None)
+        return replace(made, class_names=list(self.class_names))
+
+    def _probability(self, inputs: Tensor, classes: Tensor) -> Tensor:
+        """``(N,)`` of ``classes``, by the model's last softmax or sigmoid, or the softmax of its logits."""
+        seen = Layers.resolve(self.model, self.looks_at).capture(inputs, logits=True)
+        output = output_tensor(seen.output)
+        link = class_link("auto", output, seen.final)
+        each = zip(output.split(1), classes.tolist(), strict=True)
+        return torch.cat([class_log_probability(one, target, link).exp() for one, target in each])
 
     def significant(self, explanation: ConceptExplanation) -> list[bool] | None:
         """For the concepts of ``explanation`` whether the layer encodes them, where that was tested."""
@@ -128,7 +143,7 @@ def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor,
         model, layer, similarity=settings.similarity, batch_size=settings.batch_size,
         normalize="l1",  # not "minmax": the maps of an image share one colour scale
     ).fit(torch.stack(examples), names)  # fmt: skip
-    return Explainer(fam, layer, fam.concepts, model, layer)
+    return Explainer(fam, layer, fam.concepts, model, layer, predicts=False)
 
 
 def _saved(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
