@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import box_convert, box_iou
 
 from captum_concepts._captum import output_tensor
 from captum_concepts._checks import one_of
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, shortened
 
 __all__ = ["Box", "SemanticSegmentation"]
 
@@ -33,10 +35,10 @@ class SemanticSegmentation(nn.Module):
             object (torchvision, Hugging Face) or ``seg_logits`` (mmseg), or as its only tensor.
         region: ``"predicted"``: the pixels where the class is the highest (a class that no pixel has scores 0 and
             depends on nothing); ``"all"`` pixels; or a bool mask ``(H, W)`` of what is asked about, resized to
-            the logits, the same for every image.
+            the logits, the same for every image, with the images' aspect ratio.
 
     Raises:
-        InputError: ``region`` is something else; the output is not such logits.
+        InputError: ``region`` is something else or of another aspect ratio; the output is not such logits.
         TargetError: the output holds no tensor, or several without a known name.
 
     Example:
@@ -45,8 +47,10 @@ class SemanticSegmentation(nn.Module):
         torch.Size([2, 4])
     """
 
-    def __init__(self, model: nn.Module, region: str | Tensor = "predicted") -> None:
+    def __init__(self, model: nn.Module, region: str | Tensor | np.ndarray = "predicted") -> None:
         super().__init__()
+        if isinstance(region, np.ndarray):
+            region = torch.as_tensor(region)
         if isinstance(region, Tensor):
             if region.ndim != 2 or region.dtype != torch.bool or not region.any():
                 raise InputError(
@@ -63,18 +67,21 @@ class SemanticSegmentation(nn.Module):
         """``(N, L)`` scores."""
         output = self.model(*inputs)
         logits = output_tensor(output[0] if type(output) in (tuple, list) and output else output)
-        if logits.ndim != 4:
+        if logits.ndim != 4 or not logits.is_floating_point():
             raise InputError(
-                f"the model returns no logits (N, L, h, w), but {tuple(logits.shape)}; wrap it in a module"
+                f"the model returns no logits (N, L, h, w), but {tuple(logits.shape)} {logits.dtype}; wrap it in a "
+                "module that does"
             )
+        logits = _at_least_single(logits)  # a sum over pixels is beyond the largest number of half precision
         if self.region == "all":
             return logits.mean((2, 3))
         if self.region == "mask":
+            mask = self.get_buffer("mask")
+            _check_aspect(mask.shape[-2:], _image_size(inputs))
             # A pixel of the logits belongs to the region by the part of it that does: a small region is never lost.
-            part = nn.functional.interpolate(self.get_buffer("mask"), logits.shape[-2:], mode="area")
+            part = F.interpolate(mask, logits.shape[-2:], mode="area").to(logits)
         else:
             part = torch.zeros_like(logits).scatter_(1, logits.detach().argmax(1, keepdim=True), 1)
-        part = part.to(logits.dtype)
         return (logits * part).sum((2, 3)) / part.sum((2, 3)).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
@@ -84,17 +91,23 @@ class Box(nn.Module):
     .. math:: s_k = \max_j \; \mathrm{IoU}(b_k, \hat b_j) \; \hat p_j(l_k)
 
     over the detections :math:`j`: the similarity of D-RISE (Petsiuk et al., CVPR 2021) with the label's own
-    probability. It is differentiable in boxes and probabilities, in [0, 1], and 0 where nothing like it is detected.
+    probability. It is differentiable in boxes and probabilities, in [0, 1], and 0 where nothing like it is detected. It
+    is computed as the sigmoid of its log odds, so that contributions of ``ConceptFusionMap`` are relative changes of
+    the score itself, not of its softmax over the boxes.
 
     Args:
         model: a torchvision detector (a list of ``{"boxes", "labels", "scores"}``), or one whose output has
-            ``pred_logits`` or ``logits`` ``(N, Q, L + 1)``, the last class being "no object", and ``pred_boxes``
-            ``(N, Q, 4)`` as center, width and height in shares of the image (DETR, its relatives, Hugging Face's).
-        boxes: ``(K, 4)`` corners ``x0, y0, x1, y1`` in pixels of the input.
+            ``pred_logits`` or ``logits`` ``(N, Q, L)`` and ``pred_boxes`` ``(N, Q, 4)`` as center, width and height in
+            shares of the image (DETR, its relatives, Hugging Face's).
+        boxes: ``(K, 4)`` corners ``x0, y0, x1, y1`` in pixels of the input; at most one pixel beyond its border.
         labels: K class indices, or None: the box's most probable class.
+        no_object: whether the last of the L logits is "no object", so that probabilities are the softmax (DETR, YOLOS),
+            or all are classes, each with a sigmoid (Deformable, Conditional and RT-DETR). None: as ``num_labels`` of
+            the model's ``config`` says (Hugging Face's); True for a model without one.
 
     Raises:
-        InputError: boxes or labels of another shape; a box without area; the output holds no detections.
+        InputError: boxes or labels of another shape; a box without area, outside of the image or in fractions of it; a
+            label that the model does not have; the output holds no detections.
 
     Note:
         torchvision's detectors resize and pad images before the backbone, so that a layer's grid covers the padded
@@ -112,52 +125,148 @@ class Box(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, boxes: Tensor | Sequence[Sequence[float]], labels: Tensor | Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        boxes: Tensor | Sequence[Sequence[float]],
+        labels: Tensor | Sequence[int] | None = None,
+        *,
+        no_object: bool | None = None,
     ) -> None:
         super().__init__()
-        corners = torch.as_tensor(boxes, dtype=torch.float32)
+        corners = _numbers("boxes", boxes, "(K, 4) corners x0, y0, x1, y1 in pixels").float()
         if corners.ndim != 2 or corners.shape[1] != 4 or not len(corners) or not corners.isfinite().all():
-            raise InputError(f"boxes must be (K, 4) corners x0, y0, x1, y1 in pixels, got {tuple(corners.shape)}")
+            raise InputError(
+                f"boxes must be (K, 4) corners x0, y0, x1, y1 in pixels, finite and at least one box, got "
+                f"{shortened(corners.tolist())}"
+            )
         if not (corners[:, 2:] > corners[:, :2]).all():
             raise InputError("boxes must have x1 > x0 and y1 > y0: corners x0, y0, x1, y1 in pixels")
-        wanted = None if labels is None else torch.as_tensor(labels)
-        if wanted is not None and (wanted.shape != corners.shape[:1] or wanted.dtype.is_floating_point):
-            raise InputError(f"labels must be {len(corners)} class indices, one per box, got {tuple(wanted.shape)}")
+        wanted = None if labels is None else _numbers("labels", labels, "class indices, one per box")
+        if wanted is not None and (
+            wanted.shape != corners.shape[:1]
+            or wanted.dtype.is_floating_point
+            or wanted.dtype == torch.bool
+            or bool((wanted < 0).any())
+        ):
+            raise InputError(
+                f"labels must be {len(corners)} class indices of 0 or more, one per box, got {shortened(labels)}"
+            )
+        one_of("no_object", no_object, (None, True, False))
         self.model = model
+        self.no_object = no_object
         self.register_buffer("boxes", corners, persistent=False)
-        self.register_buffer("labels", wanted, persistent=False)
+        self.register_buffer("labels", None if wanted is None else wanted.long(), persistent=False)
 
     def forward(self, *inputs: Any) -> Tensor:
         """``(N, K)`` scores."""
+        size = _image_size(inputs)
+        if size is not None:
+            self._check_boxes(size)
         output = self.model(*inputs)
-        if isinstance(output, (list, tuple)) and output and all(_has(one, _DETECTION) for one in output):
-            return torch.stack([self._listed(one) for one in output])
+        if isinstance(output, (list, tuple)) and all(_has(one, _DETECTION) for one in output):
+            score = [self._listed(one) for one in output]
+            return _as_probability(torch.stack(score) if score else self.get_buffer("boxes").new_zeros(0, self._k))
         for logits, boxes in _QUERIES:
             if _has(output, (logits, boxes)):
-                return self._queried(_get(output, logits), _get(output, boxes), inputs[0].shape[-2:])
+                if size is None:
+                    raise InputError("a detector with 'pred_boxes' needs images (N, C, H, W) as its first input")
+                return _as_probability(self._queried(_get(output, logits), _get(output, boxes), size))
         raise InputError(
             "the model returns no detections: expected a list of {'boxes', 'labels', 'scores'} as torchvision's, or "
             "'pred_logits' (or 'logits') and 'pred_boxes' as DETR's. Is the detector in evaluation mode?"
         )
 
+    @property
+    def _k(self) -> int:
+        return len(self.get_buffer("boxes"))
+
+    def _check_boxes(self, size: tuple[int, int]) -> None:
+        height, width = size
+        boxes = self.get_buffer("boxes")
+        beyond = torch.cat([-boxes, boxes - boxes.new_tensor([width, height] * 2)], 1).amax(1) > 1
+        if bool(beyond.any()):
+            raise InputError(
+                f"box {tuple(boxes[beyond][0].tolist())} reaches outside of the image, which is {width} wide and "
+                f"{height} high; boxes are in pixels of the images that the model gets"
+            )
+        if bool((boxes <= 1).all()) and max(size) > 1:
+            raise InputError(
+                f"boxes {shortened(boxes.tolist())} look like fractions of the image; they are pixels: multiply x by "
+                f"{width} and y by {height}"
+            )
+
     def _listed(self, found: Any) -> Tensor:
         boxes, labels, scores = (_get(found, name) for name in _DETECTION)
         if not len(boxes):
-            return self.get_buffer("boxes").new_zeros(len(self.get_buffer("boxes")))
+            # Zero, but still a result of the model: an image without detections is explained alone as in a batch.
+            return self.get_buffer("boxes").new_zeros(self._k) + boxes.sum() + scores.sum()
         similar = box_iou(self.get_buffer("boxes"), boxes) * scores
         if self.labels is not None:
             similar = similar * (labels == self.get_buffer("labels")[:, None])
         return similar.max(1).values
 
-    def _queried(self, logits: Tensor, boxes: Tensor, size: torch.Size) -> Tensor:
+    def _queried(self, logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        logits, boxes = _at_least_single(logits), _at_least_single(boxes)
         corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([size[1], size[0]] * 2)
-        similar = torch.stack([box_iou(self.get_buffer("boxes"), found) for found in corners])
-        chances = logits.softmax(-1)[..., :-1]
+        n, queries = corners.shape[:2]
+        similar = box_iou(self.get_buffer("boxes"), corners.flatten(0, 1)).unflatten(1, (n, queries)).transpose(0, 1)
+        chances = logits.softmax(-1)[..., :-1] if self._has_no_object(logits.shape[-1]) else logits.sigmoid()
         if self.labels is None:
             chance = chances.max(-1).values[:, None]
         else:
-            chance = chances[..., self.get_buffer("labels")].transpose(1, 2)
+            wanted = self.get_buffer("labels")
+            if int(wanted.max()) >= chances.shape[-1]:
+                raise InputError(
+                    f"label {int(wanted.max())} is not among the {chances.shape[-1]} classes that the model returns"
+                )
+            chance = chances[..., wanted].transpose(1, 2)
         return (similar * chance).max(-1).values
+
+    def _has_no_object(self, columns: int) -> bool:
+        classes = getattr(getattr(self.model, "config", None), "num_labels", None)
+        if self.no_object is not None or classes is None:
+            return self.no_object is not False
+        if columns not in (classes, classes + 1):
+            raise InputError(
+                f"the model returns {columns} logits per box, but its config has num_labels={classes}; pass no_object="
+                "True if the last one is 'no object', or False if all are classes"
+            )
+        return columns == classes + 1
+
+
+def _as_probability(score: Tensor) -> Tensor:
+    """``score`` as the sigmoid of its log odds, which methods find by themselves (``class_probability="auto"``)."""
+    score = _at_least_single(score)
+    limits = torch.finfo(score.dtype)
+    odds = score.clamp(limits.tiny, 1 - limits.eps).logit()
+    return odds.masked_fill(score <= 0, -torch.inf).sigmoid()
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    return values if values.element_size() >= 4 else values.float()
+
+
+def _numbers(name: str, values: Any, allowed: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be {allowed}, got {shortened(values)}") from error
+
+
+def _image_size(inputs: Sequence[Any]) -> tuple[int, int] | None:
+    """``(H, W)`` of the images, if they are one tensor."""
+    first = inputs[0] if inputs else None
+    return (first.shape[2], first.shape[3]) if isinstance(first, Tensor) and first.ndim == 4 else None
+
+
+def _check_aspect(mask: Sequence[int], image: tuple[int, int] | None) -> None:
+    if image is None:
+        return
+    (h, w), (height, width) = mask, image
+    if max(abs(h - height * w / width), abs(w - width * h / height)) > 1:
+        raise InputError(
+            f"region is a mask of {h} x {w} pixels, which is no resized version of images of {height} x {width}"
+        )
 
 
 def _get(output: Any, name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -11,7 +12,7 @@ from torch import nn
 
 from captum_concepts import ConceptFusionMap, ConceptTranslator, FeatureActivationMap, SpatialACV
 from captum_concepts.activations import Layers
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.targets import Box, SemanticSegmentation
 
 
@@ -62,8 +63,9 @@ def test_what_is_no_segmentation_is_refused():
         SemanticSegmentation(Pixels(), "everything")
     with pytest.raises(InputError, match="a pixel that is True"):
         SemanticSegmentation(Pixels(), torch.zeros(4, 4, dtype=torch.bool))
-    with pytest.raises(InputError, match=r"no logits \(N, L, h, w\)"):
-        SemanticSegmentation(nn.Flatten())(torch.rand(1, 3, 4, 4))
+    for net in (nn.Flatten(), Pixels(lambda y: y.argmax(1, keepdim=True))):
+        with pytest.raises(InputError, match=r"no logits \(N, L, h, w\)"):
+            SemanticSegmentation(net)(torch.rand(1, 3, 4, 4))
 
 
 class Detections(nn.Module):
@@ -90,13 +92,13 @@ def test_no_detection_scores_zero():
 
 
 def test_queries_of_detr():
-    class Queries(nn.Module):
+    class Fixed(nn.Module):
         def forward(self, x):
             logits = torch.tensor([[[5.0, 0, 0], [0, 0, 5]]]).expand(len(x), -1, -1)
             return {"pred_logits": logits, "pred_boxes": torch.tensor([[[0.25, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]])}
 
     chance = torch.tensor([5.0, 0, 0]).softmax(0)[0]
-    found = Box(Queries(), [[0, 0, 8, 8]], [0])(torch.rand(1, 3, 8, 16))  # 8 high, 16 wide: the left half
+    found = Box(Fixed(), [[0, 0, 8, 8]], [0])(torch.rand(1, 3, 8, 16))  # 8 high, 16 wide: the left half
     assert torch.allclose(found, chance[None, None])
 
 
@@ -108,11 +110,128 @@ def test_queries_of_detr():
         ([[0, 0, 4, float("nan")]], None, r"\(K, 4\)"),
         ([[0, 0, 4, 4]], [1, 2], "one per box"),
         ([[0, 0, 4, 4]], [0.5], "class indices"),
+        ([[0, 0, 4, 4]], [-1], "of 0 or more"),
+        ([[0, 0, 4, 4]], [True], "of 0 or more"),
+        ([[0, 0, 4, 4]], ["person"], "class indices"),
+        ([], [], "at least one box"),
+        ([[0, 0, 4, 4], [1, 2, 3]], None, r"\(K, 4\)"),
+        ("box", None, r"\(K, 4\)"),
+        (None, None, r"\(K, 4\)"),
     ],
 )
 def test_boxes_and_labels_are_checked(boxes, labels, message):
     with pytest.raises(InputError, match=message):
         Box(nn.Identity(), boxes, labels)
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ([0.1, 0.1, 0.5, 0.9], "multiply x by 12 and y by 8"),
+        ([4, 4, 14, 8], "12 wide and 8 high"),
+        ([4, -3, 9, 8], "12 wide"),
+    ],
+)
+def test_boxes_are_in_pixels_of_the_image(box, message):
+    """In fractions, or of the original photograph, they would score next to nothing, unsaid."""
+    net = Detections([[0.0, 0, 4, 4]], [1], [0.5])
+    with pytest.raises(InputError, match=message):
+        Box(net, [box], [1])(torch.rand(1, 3, 8, 12))
+    assert Box(net, [[-1, 0, 4, 9]], [1])(torch.rand(1, 3, 8, 12)).item() > 0  # detectors round outwards
+
+
+class Queries(nn.Module):
+    """A detector of two boxes of each image, with the outputs of DETR."""
+
+    def __init__(self, classes=2, outputs=3, config=True):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 2 * outputs)
+        if config:
+            self.config = type("Config", (), {"num_labels": classes})()
+
+    def forward(self, x):
+        logits = self.head(self.layer(x).relu().mean((2, 3))).unflatten(1, (2, -1))
+        boxes = torch.tensor([[0.25, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]).expand(len(x), -1, -1)
+        return {"logits": logits, "pred_boxes": boxes}
+
+
+def test_detectors_without_a_no_object_class_have_sigmoids():
+    """Deformable, Conditional and RT-DETR have the outputs of DETR, but no column for "no object"."""
+    torch.manual_seed(0)
+    x, whole = torch.rand(2, 3, 8, 16), [[0, 0, 16, 8]]
+    softmax, sigmoid, unknown = Queries(2, 3), Queries(3, 3), Queries(config=False)
+    sigmoid.load_state_dict(softmax.state_dict())
+    unknown.load_state_dict(softmax.state_dict())
+    logits = softmax(x)["logits"][..., 1].detach(), softmax(x)["logits"].detach().softmax(-1)[..., 1]
+    iou = torch.tensor([0.5, 1.0])
+    by_sigmoid, by_softmax = (logits[0].sigmoid() * iou).amax(1), (logits[1] * iou).amax(1)
+    assert torch.allclose(Box(softmax, whole, [1])(x)[:, 0], by_softmax)
+    assert torch.allclose(Box(unknown, whole, [1])(x)[:, 0], by_softmax)
+    assert torch.allclose(Box(sigmoid, whole, [1])(x)[:, 0], by_sigmoid)
+    assert torch.allclose(Box(unknown, whole, [1], no_object=False)(x)[:, 0], by_sigmoid)
+    assert Box(sigmoid, whole, [2])(x).shape == (2, 1)  # its last class is a class
+    with pytest.raises(InputError, match="label 2 is not among the 2 classes"):
+        Box(softmax, whole, [2])(x)
+    with pytest.raises(InputError, match="3 logits per box, but its config has num_labels=5; pass no_object="):
+        Box(Queries(5, 3), whole, [1])(x)
+
+
+def test_contributions_change_the_score_itself():
+    """Not its softmax over the boxes, which would call a score of .01 beside another of .01 a probability of .5."""
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 8, 16)
+    for boxes in ([[0, 0, 16, 8]], [[0, 0, 16, 8], [0, 0, 4, 4]]):
+        model = Box(Queries(), boxes, [1] * len(boxes))
+        words = ConceptFusionMap(model, ["model.layer"], ConceptTranslator([4], 4), ["a", "b"], torch.randn(2, 4))
+        found = words.explain(x, target=0)
+        assert torch.allclose(found.target_probability, model(x)[:, 0].detach(), atol=1e-6)
+
+
+class Bright(nn.Module):
+    """A list of detections: one box in each image that is bright enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 1, 1)
+        nn.init.constant_(self.layer.weight, 0.3)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x):
+        score = self.layer(x).mean((1, 2, 3))
+        found = score > 0.1
+        boxes = torch.tensor([[0.0, 0, 4, 4]])
+        return [
+            {"boxes": boxes[: int(yes)], "labels": torch.ones(int(yes)).long(), "scores": score[i : i + int(yes)]}
+            for i, yes in enumerate(found)
+        ]
+
+
+def test_an_image_without_detections_says_the_same_alone_as_in_a_batch():
+    x = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8) * 0.5])
+    model = Box(Bright(), [[0, 0, 4, 4]], [1])
+    assert torch.allclose(model(x), torch.tensor([[0.0], [0.45]]))
+    shades = torch.linspace(0, 0.2, 4)[:, None, None, None]
+    acv = SpatialACV(model, "model.layer").fit({"bright": x[1:] + shades}, x[:1] + shades)
+    together = acv.attribute(x, target=0)
+    with pytest.warns(InputWarning, match="gradient at layer 'model.layer' is zero"):
+        alone = acv.attribute(x[:1], target=0)
+    assert torch.equal(alone, together[:1])
+    assert together[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("region", ["all", "predicted", torch.ones(300, 300, dtype=torch.bool)])
+def test_half_precision_counts_every_pixel(region):
+    """A sum over 90,000 pixels is beyond the largest number of half precision."""
+    x = torch.ones(1, 3, 300, 300)
+    score = SemanticSegmentation(Pixels().half(), region)(x.half())
+    assert torch.allclose(score, SemanticSegmentation(Pixels(), region)(x), atol=1e-3)
+
+
+def test_a_mask_of_another_aspect_ratio_is_refused():
+    mask = np.ones((16, 16), dtype=bool)
+    assert SemanticSegmentation(Pixels(), mask)(red_left()).shape == (1, 2)
+    with pytest.raises(InputError, match="16 x 16 pixels, which is no resized version of images of 8 x 4"):
+        SemanticSegmentation(Pixels(), mask)(red_left()[..., :4])
 
 
 def test_what_is_no_detector_is_refused():

@@ -9,11 +9,11 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
@@ -82,7 +82,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     truths = dict(zip(paths, folder_labels(paths, explainer.class_names) or [None] * len(paths), strict=True))
     try:
         with ExitStack() as stack:
-            folder = None if out is None else stack.enter_context(PictureFolder(out, summary, paths))
+            folder = None if out is None else stack.enter_context(PictureFolder(out, summary, _placed(paths, settings)))
             page = None
             if settings.report is not None:
                 page = open_report(settings, explainer.class_names, facts(settings, loaded, explainer), failed)
@@ -125,20 +125,20 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
 class PictureFolder:
     """The output folder: its index lists all that is there, of earlier runs as well; nothing else is overwritten.
 
-    The index is there from the beginning, with the names of the pictures to come: so a run that was killed leaves
-    nothing that the next one does not know.
+    Sub-folders of the images are sub-folders of it. The index is there from the beginning, with the names of the
+    pictures to come: so a run that was killed leaves nothing that the next one does not know.
 
     Args:
         path: the folder.
         summary: of this run; its list ``"explained"`` grows.
-        images: of this run.
+        images: of this run, and their sub-folder.
 
     Raises:
         InputError: the folder holds explanations of another model or method, or an index that is none.
         ArtifactError: another process is writing into it.
     """
 
-    def __init__(self, path: Path, summary: dict[str, Any], images: Sequence[Path]) -> None:
+    def __init__(self, path: Path, summary: dict[str, Any], images: Mapping[Path, PurePosixPath]) -> None:
         self.path = path
         self._summary, self._images = summary, images
         self._lock = FolderLock(path, "the output folder")
@@ -167,22 +167,31 @@ class PictureFolder:
             self._lock.__exit__(None, None, None)
 
     def stem(self, image: Path) -> str:
-        """Of the files about an image."""
+        """Of the files about an image, below the folder; its sub-folder is there."""
+        (self.path / self._stems[image]).parent.mkdir(parents=True, exist_ok=True)
         return self._stems[image]
 
     def _named(self) -> dict[Path, str]:
         """One name for each image: the one it had before, or a new one that no file in the folder has."""
-        known = {_place(entry): Path(entry["picture"]).stem for entry in self._earlier.get("explained", [])}
+        known = {_place(entry): entry["picture"].removesuffix(".png") for entry in self._earlier.get("explained", [])}
         known = {**self._earlier.get("begun", {}), **known}
         used = {stem.casefold() for stem in known.values()}
-        there = {name.casefold() for name in os.listdir(self.path)}  # noqa: PTH208
+        there: dict[PurePosixPath, set[str]] = {}
         named: dict[Path, str] = {}
-        for path in dict.fromkeys(self._images):
+        for path, folder in self._images.items():
             stem = known.get(str(path.absolute()))
             if stem is None:
-                short = printable(path.stem).encode()[:200].decode(errors="ignore")  # a name may have 255 bytes
-                candidates = (short if k == 1 else f"{short}-{k}" for k in count(1))
-                stem = next(c for c in candidates if c.casefold() not in used and not _files(c.casefold()) & there)
+                if folder not in there:
+                    own = self.path / folder
+                    there[folder] = {name.casefold() for name in os.listdir(own)} if own.is_dir() else set()  # noqa: PTH208
+                name = _file_name(path.stem)
+                candidates = (name if k == 1 else f"{name}-{k}" for k in count(1))
+                stem = next(
+                    str(folder / candidate)
+                    for candidate in candidates
+                    if str(folder / candidate).casefold() not in used
+                    and not _files(candidate.casefold()) & there[folder]
+                )
                 used.add(stem.casefold())
             named[path] = stem
         return named
@@ -196,6 +205,22 @@ class PictureFolder:
         lost = [one for one in self._earlier.get("failed", []) if _place(one) not in again]
         index = {**self._summary, "explained": [*kept, *done], "failed": [*lost, *failed], **begun}
         write_atomically(self.path / EXPLAINED, json.dumps(index, indent=2) + "\n")
+
+
+def _placed(paths: Sequence[Path], settings: ExplainSettings) -> dict[Path, PurePosixPath]:
+    """The folder of each image below the folder that was asked for."""
+    roots = [Path(given) for given in settings.images if os.path.isdir(given)]  # noqa: PTH112
+    placed = {}
+    for path in paths:
+        parents = [path.parent.relative_to(root) for root in roots if path.is_relative_to(root)]
+        folder = min(parents, key=lambda parent: len(parent.parts), default=Path())
+        placed[path] = PurePosixPath(*map(_file_name, folder.parts))
+    return placed
+
+
+def _file_name(name: str) -> str:
+    """That can be printed, and leaves room for endings: a name may have 255 bytes."""
+    return printable(name).encode()[:200].decode(errors="ignore")
 
 
 def _place(entry: dict[str, Any]) -> str:

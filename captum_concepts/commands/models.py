@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts.activations import capture, input_errors
-from captum_concepts.errors import InputError, did_you_mean
+from captum_concepts.errors import InputError, InputWarning, did_you_mean
 from captum_concepts.images import (
     ImageSource,
     Preprocessing,
@@ -92,6 +93,13 @@ def load_model(
         loaded = _bundled(name.removeprefix("demo:"))
     elif ".py:" in name:
         model = _from_python(name)
+        if size is None and preprocessing_of(model) is None:
+            warnings.warn(
+                f"the model of {name} does not say the size of its input, so images are read at 224 x 224 pixels; "
+                "give --size if it was trained on another",
+                InputWarning,
+                stacklevel=2,
+            )
         loaded = LoadedModel(model, _preprocessing(model))
     else:
         loaded = _from_zoo(name, weights, num_classes, random_weights)

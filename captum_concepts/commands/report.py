@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import (
+    Unfit,
     either,
     flag,
     integer,
@@ -31,7 +32,7 @@ from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.commands.outputs import check_outputs, html
 from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, InputWarning, printable, shortened
 from captum_concepts.explanation import ConceptExplanation
-from captum_concepts.images import find_images, load_image
+from captum_concepts.images import find_images, load_image, names_of
 from captum_concepts.images.files import EXPLAINED
 from captum_concepts.images.pixels import RESIZES
 from captum_concepts.store.manifest import fingerprint_module
@@ -174,13 +175,14 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
     prints = {} if source.is_dir() else {"Fingerprints": {"explanations file": _digest(source)}}
     with open_report(settings, names, {"Settings": shown, **prints}, failed) as page:
         truths = folder_labels([Path(entry["image"]) for entry in entries], names) or [None] * len(entries)
-        for entry, truth in zip(tqdm(entries, unit="image", file=sys.stderr, disable=None), truths, strict=True):
+        shown_names = names_of([Path(entry["image"]) for entry in entries])
+        progress = tqdm(entries, unit="image", file=sys.stderr, disable=None)
+        for entry, name, truth in zip(progress, shown_names, truths, strict=True):
             try:
                 explanation = entry["explanation"]
                 if isinstance(explanation, str):
                     explanation = ConceptExplanation.load(_inside(source, explanation))
                 picture = _picture(entry, source, paths, settings.size, settings.resize or "crop")
-                name = printable(Path(entry["image"]).name)
                 page.add(picture, explanation, name, entry.get("significant"), truth, entry.get("crop"))
             except (CaptumConceptsError, FileNotFoundError) as error:
                 failed.append({"image": printable(entry["image"]), "reason": str(error)})
@@ -203,16 +205,24 @@ def _picture(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder itself."""
+    """A file in the folder or a folder of it."""
     file = folder / name
-    if Path(name).name != name or file.is_symlink():
+    if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{folder / EXPLAINED} names {shortened(name)}, which is no file of its folder")
     return file
 
 
+def _below(value: Any, where: str) -> str:
+    """The name of a file in the folder or a folder of it."""
+    name = text()(value, where)
+    if not name or name.startswith("/") or {".", "..", ""} & set(name.split("/")):
+        raise Unfit(where, value, "a file of its folder")
+    return name
+
+
 _NUMBERS = mapping_of(nothing_or(number()))
 _FIELDS = {
-    "path": text(), "picture": text(), "explanation": text(), "input": text(), "top": _NUMBERS, "presence": _NUMBERS,
+    "path": text(), "picture": _below, "explanation": _below, "input": _below, "top": _NUMBERS, "presence": _NUMBERS,
     "contributions": _NUMBERS, "target": either(integer(), text()), "target_probability": nothing_or(number()),
     "significant": nothing_or(list_of(flag)), **dict.fromkeys(("seen", "crop"), list_of(number(), length=4)),
 }  # fmt: skip
@@ -221,7 +231,7 @@ _INDEX = table(
     {
         "model": text(), "method": text(), "layer": text(), "size": integer(1, 10_000), "resize": text(*RESIZES),
         "classes": list_of(text()),
-        "failed": list_of(table({"image": text(), "reason": text()})), "begun": mapping_of(text()), "unsaved": text(),
+        "failed": list_of(table({"image": text(), "reason": text()})), "begun": mapping_of(_below), "unsaved": text(),
     },
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from captum_concepts.__main__ import main, run
 from captum_concepts.commands.models import load_model, without_head
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.images import load_image
 
 MODEL = """
@@ -75,10 +76,34 @@ def test_explains_what_it_can_and_names_the_rest(model_file, photos, tmp_path, c
     assert "broken.jpg" in said.err
     report = json.loads((out / "explanations.json").read_text())
     assert [Path(e["image"]).name for e in report["failed"]] == ["broken.jpg"]
-    assert sorted(p.name for p in out.iterdir()) == ["a-2.png", "a.png", "b.png", "explanations.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png", "explanations.json", "more"]
+    assert [p.name for p in (out / "more").iterdir()] == ["a.png"]
     for entry in report["explained"]:
         assert load_image(out / entry["picture"]).shape[2] > 300
         assert len(entry["top"]) == 3
+
+
+@pytest.mark.parametrize("last", ["nn.Identity()", "nn.Softmax(1)", "nn.Sigmoid()"])
+def test_the_predicted_class_has_its_probability(last: str, photos, tmp_path, capsys):
+    (photos / "broken.jpg").unlink()
+    (tmp_path / "own.py").write_text(MODEL.replace("nn.Linear(8, 4),", f"nn.Linear(8, 4), {last},"))
+    loaded = load_model(f"{tmp_path / 'own.py'}:build", size=64)
+    out = str(tmp_path / "out")
+    main(["explain", str(photos), "--model", f"{tmp_path / 'own.py'}:build", "--size", "64", "--output", out, "--json"])
+    entries = json.loads(capsys.readouterr().out)["explained"]
+    for entry, image in zip(entries, loaded.open(photos), strict=True):
+        output = loaded.model(loaded.prepare(image[None]))[0]
+        chance = output.softmax(0) if last == "nn.Identity()" else output
+        assert entry["target"] == f"output {int(output.argmax())}"
+        assert entry["target_probability"] == pytest.approx(float(chance.max()), rel=1e-4)
+
+
+def test_an_assumed_size_is_said(model_file: str, photos):
+    with pytest.warns(InputWarning, match=r"does not say .* read at 224 x 224 pixels; give --size"):
+        load_model(model_file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_model(model_file, size=64).size == 64
 
 
 def test_references_are_the_class_folders(model_file, photos, references, tmp_path, capsys):
@@ -154,7 +179,7 @@ def test_bad_settings_exit_with_2_and_say_why(arguments, message, model_file, ph
 
 def test_nothing_readable_exits_with_2(model_file, photos, tmp_path, capsys):
     arguments = ["explain", str(photos / "broken.jpg"), "--model", model_file, "--output", str(tmp_path / "out")]
-    assert main(arguments) == 2
+    assert main([*arguments, "--size", "64"]) == 2
     assert "none of the 1 images can be read" in capsys.readouterr().err
 
 
@@ -220,6 +245,8 @@ def test_real_network_and_photographs(shared_data, tmp_path, capsys):
             str(tmp_path / "photos"),
             "--model",
             f"{shared_data / 'real_models.py'}:mobilenet_v2",
+            "--size",
+            "224",
             "--json",
             "--references",
             str(tmp_path / "classes"),
@@ -327,10 +354,8 @@ class TestWhatIsRead:
             "    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),"
             " nn.Linear(4, 2))\n"
         )
-        out = tmp_path / "out"
-        assert (
-            main(["explain", str(photos / "b.png"), "--model", f"{tmp_path}/gray.py:build", "--output", str(out)]) == 0
-        )
+        arguments = ["--model", f"{tmp_path}/gray.py:build", "--size", "64", "--output", str(tmp_path / "out")]
+        assert main(["explain", str(photos / "b.png"), *arguments]) == 0
 
     def test_names_junk_and_words(self, model_file, photos, tmp_path, capsys):
         import shutil
@@ -343,7 +368,9 @@ class TestWhatIsRead:
         (tmp_path / "classes.txt").write_bytes("café\r\nzebra\r\nox\r\ncat".encode("cp1252"))
         page = tmp_path / "page.html"
         arguments = ["explain", str(tmp_path / "in"), "--model", model_file, "--output", str(tmp_path / "out")]
-        assert main([*arguments, "--classes", str(tmp_path / "classes.txt"), "--report", str(page)]) == 0
+        assert (
+            main([*arguments, "--size", "64", "--classes", str(tmp_path / "classes.txt"), "--report", str(page)]) == 0
+        )
         found = json.loads((tmp_path / "out" / "explanations.json").read_text())
         assert found["classes"] == ["café", "zebra", "ox", "cat"]
         assert found["failed"] == []
@@ -351,5 +378,6 @@ class TestWhatIsRead:
         assert "b/same.png" in page.read_text()
 
     def test_broken_files_are_said_once(self, model_file, photos, tmp_path, capsys):
-        assert main(["explain", str(photos), "--model", model_file, "--output", str(tmp_path / "out")]) == 1
+        arguments = ["explain", str(photos), "--model", model_file, "--size", "64", "--output", str(tmp_path / "out")]
+        assert main(arguments) == 1
         assert capsys.readouterr().err.count("broken.jpg (") == 1

@@ -56,7 +56,7 @@ def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "salf" / "config.json").write_text("{}")
     (tmp_path / "config.json").write_text(
         json.dumps({"model": "own.py:build", "encoder": "demo:clip", "train": "classes", "concepts": ["red"],
-                    "store": "store", "output": ".", "weights": "w.safetensors"})
+                    "store": "store", "output": ".", "size": 64, "weights": "w.safetensors"})
     )  # fmt: skip
     os.link(tmp_path / "photos" / "0.png", tmp_path / "hard.html")
     (tmp_path / "soft.html").symlink_to("photos/1.png")
@@ -172,6 +172,38 @@ class TestTwoRuns:
         self.explain("0.jpg", "--output", "../out")
         assert explained(space / "out") == {"photos/0.png": "0.png", "photos/1.png": "1.png", "0.jpg": "0-3.png"}
         assert before == ((space / "out" / "0-2.png").read_bytes(), (space / "out" / "0.png").read_bytes())
+
+    def test_sub_folders_are_kept(self, space: Path):
+        save(6, space / "classes" / "a" / "sub" / "2.png")
+        self.explain("classes", "photos/0.png", "--output", "out", "--save")
+        named = {
+            **{f"classes/{name}": name for name in ("a/2.png", "a/3.png", "a/sub/2.png", "b/4.png", "b/5.png")},
+            "photos/0.png": "0.png",
+        }
+        assert explained(space / "out") == named
+        save(7, space / "more" / "a" / "2.png")
+        self.explain("more", "classes", "--output", "out", "--save")
+        assert explained(space / "out") == named | {"more/a/2.png": "a/2-2.png"}
+        assert main(["report", "--explanations", "out", "--output", "page.html"]) == 0
+        page = (space / "page.html").read_text()
+        for name in ("more/a/2.png", "classes/a/2.png", "a/sub/2.png"):  # all called 2.png
+            assert page.count(f"<bdi>{name}</bdi></h2>") == 1
+
+    @pytest.mark.parametrize("key", ["begun", "picture", "explanation", "input"])
+    @pytest.mark.parametrize("name", ["../photos/1", "/tmp/1", "a/../../photos/1", ".."])
+    def test_an_index_cannot_lead_out_of_its_folder(self, key: str, name: str, space: Path):
+        self.explain("photos/0.png", "--output", "out", "--save")
+        file = space / "out" / "explanations.json"
+        index = json.loads(file.read_text())
+        if key == "begun":
+            index["begun"] = {str(space / "photos" / "1.png"): name}
+        else:
+            index["explained"][0][key] = name
+        file.write_text(json.dumps(index))
+        before = contents(space)
+        self.explain("photos", "--output", "out", code=2)
+        assert main(["report", "--explanations", "out", "--output", "page.html"]) == 2
+        assert contents(space) == before
 
     def test_of_another_model_is_refused(self, space: Path, capsys: pytest.CaptureFixture[str]):
         self.explain("photos/0.png", "--output", "out")
@@ -538,7 +570,7 @@ class TestSavedExplanations:
         changed = {key: value and value.replace("{space}", str(folder.parent)) for key, value in changed.items()}
         code, page = self.report(folder, **changed)
         assert (code, page) == (2, "")
-        assert "outside" in (said := capsys.readouterr().err) or "not in" in said or "no file of its folder" in said
+        assert "outside" in (said := capsys.readouterr().err) or "not in" in said or "file of its folder" in said
 
     def test_unless_they_are_asked_for(self, folder: Path):
         assert self.report(folder, "photos", input=None)[0] == 0
