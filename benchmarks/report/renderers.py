@@ -262,4 +262,9 @@ def discovery(record: Record) -> list[str]:
          **{k: v for k, v in entry.items() if not isinstance(v, dict)}}
         for name, entry in record["methods"].items()
     ]  # fmt: skip
-    return [plain_table(rows, "method"), ""]
+    photographs = [
+        {"method": method, "network": network, "seed": seed.rsplit(" ", 1)[1], **entry}
+        for name, entry in record.get("photographs", {}).items()
+        for method, network, seed in [name.split(", ")]
+    ]
+    return [plain_table(rows, "method"), "", *([plain_table(photographs, "method"), ""] if photographs else [])]

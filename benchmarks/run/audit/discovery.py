@@ -1,6 +1,6 @@
-"""How many of the concepts that a layer encodes does a discovery without words find? Needs no data.
+"""How many of the concepts that a layer encodes does a discovery without words find?
 
-    python -m benchmarks.run.audit.discovery [--seeds 0 1 2]
+    python -m benchmarks.run.audit.discovery [--seeds 0 1 2] [--data ../shared/data]
 
 The last stage of the bundled classifier, scenes with 21 known concepts. A concept is encoded if a linear probe on the
 pooled activations tells on other scenes which show it (AUROC at least .9). It is found if the score of one factor does;
@@ -8,6 +8,10 @@ which factor, and which way around, is decided on the scenes of the discovery. B
 scikit-learn's non-negative factorization of the same positions and pytorch-grad-cam's deep feature factorization, with
 as many factors; both are read at other scenes by non-negative least squares. ``named`` is the share of the encoded
 concepts whose best factor has the right one of the 21 words as its name.
+
+With ``--data``, also photographs of COCO with masks and two ImageNet classifiers: per word, the factor whose maps have
+the highest mean NRA in one half of its images is judged by NRA in the other half, and the reverse; the difference to
+deep feature factorization is paired by word. Words need an image in each half.
 """
 
 from __future__ import annotations
@@ -16,17 +20,21 @@ import argparse
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.data.photographs import real_models
 from benchmarks.record import environment, table, write
+from benchmarks.run.ce_fam.regions import regions
 from benchmarks.run.spatial_acv import auroc
 from captum_concepts import demo, discover_concepts
 from captum_concepts.activations import spatial_activations
 from captum_concepts.attr.discovered_concepts import descend
 from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.metrics import nra
 
 LAYER, SIZE, SEED = "layer4", 64, 62_001
 Scores = Callable[[Tensor], Tensor]
@@ -132,11 +140,62 @@ def one(seed: int, images: int, count: int, rows: list[list[Any]], entries: dict
         print(rows[-1], flush=True)
 
 
+def crossed(maps: Tensor, masks: list[dict[str, Tensor]]) -> dict[str, list[float]]:
+    """Word: NRA of the factor chosen in the other half of the word's images, and of the best in all of them."""
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    for i, (shown, there) in enumerate(zip(maps, masks, strict=True)):
+        for word, mask in there.items():
+            found.setdefault(word, ([], []))[i % 2].append(nra(shown[None], mask.expand(1, len(shown), -1, -1))[0])
+    values: dict[str, list[float]] = {}
+    for word, halves in sorted(found.items()):
+        if min(map(len, halves)):
+            first, second = (torch.stack(half) for half in halves)
+            judged = [b[:, int(a.mean(0).argmax())] for a, b in ((first, second), (second, first))]
+            values[word] = [float(torch.cat(judged).mean()), float(torch.cat([first, second]).mean(0).amax())]
+    return values
+
+
+def photographs(data: Path, seeds: list[int], count: int) -> dict[str, Any]:
+    """All networks and methods on the photographs with masks."""
+    from pytorch_grad_cam.feature_factorization.deep_feature_factorization import dff
+
+    real = real_models(data)
+    halves = [regions(data, real.ConSE(), half)[1] for half in (0, 1)]
+    pairs = [item for pair in zip(*halves, strict=False) for item in pair]
+    images, masks = torch.stack([image for image, _ in pairs]), [m for _, m in pairs]
+    entries: dict[str, Any] = {}
+    networks = {
+        "MobileNetV2": (real.mobilenet_v2(), "net.features.18"),
+        "SqueezeNet": (real.squeezenet1_0(), "net.features.12"),
+    }
+    for name, (model, layer) in networks.items():
+        maps = torch.cat([spatial_activations(model, part, [layer]).maps[0].detach() for part in images.split(25)])
+        peer = crossed(torch.as_tensor(dff(maps.numpy().copy(), n_components=count)[1]).float(), masks)
+        results = {("pytorch-grad-cam DFF", 0): peer}
+        for seed in seeds:
+            made = discover_concepts(model, layer, images, n_concepts=count, seed=seed, batch_size=25)
+            results["discover_concepts", seed] = crossed(made.concept_maps(images), masks)
+        for (method, seed), values in results.items():
+            both = torch.tensor([values[word] for word in values])
+            apart = both[:, 0] - torch.tensor([peer[word][0] for word in values])
+            entry = {
+                "words": len(values),
+                "nra": float(both[:, 0].mean()),
+                "nra_chosen_on_the_same_images": float(both[:, 1].mean()),
+                "above_dff": float(apart.mean()),
+                "standard_error": float(apart.std() / len(apart) ** 0.5),
+            }
+            entries[f"{method}, {name}, seed {seed}"] = entry
+            print(method, name, seed, entry, flush=True)
+    return entries
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--count", type=int, default=40, help="factors")
+    parser.add_argument("--data", type=Path, help="folder of photographs")
     args = parser.parse_args()
     rows: list[list[Any]] = []
     entries: dict[str, Any] = {}
@@ -144,8 +203,11 @@ def main() -> None:
         one(seed, args.images, args.count, rows, entries)
     head = ["method", "seed", "encoded", "found at .9", "found at .8", "mean AUROC", "named"]
     print(table(head, rows))
-    packages = ("scikit-learn", "grad-cam")
-    write("audit_discovery", {"arguments": vars(args), "methods": entries, "environment": environment(*packages)})
+    record: dict[str, Any] = {"arguments": {"seeds": args.seeds, "images": args.images, "count": args.count}}
+    record["methods"] = entries
+    if args.data is not None:
+        record["photographs"] = photographs(args.data, args.seeds, args.count)
+    write("audit_discovery", record | {"environment": environment("scikit-learn", "grad-cam")})
 
 
 if __name__ == "__main__":
