@@ -116,8 +116,8 @@ TOPICS = (
         "audit_discovery",
         "Audits: discovery without words",
         "Of the concepts that a linear probe tells on other scenes (encoded), the share that the score of one factor "
-        "tells with the same AUROC; `named`: the share whose best factor has the right word first. On photographs of COCO, "
-        "NRA of the factor that is best for a word in the other half of its images.",
+        "tells with the same AUROC; `named`: the share whose best factor has the right word first. On photographs of "
+        "COCO, NRA of the factor that is best for a word in the other half of its images.",
         show.discovery,
     ),
     Topic("audit_streaming", "Audits: memory and cost of many images"),

@@ -65,7 +65,7 @@ class DiscoveredConcepts(LayerAttribution):
         concepts: K unique names.
         center: ``(C,)`` mean activation; None: 0.
         channel_scales: ``(C,)`` unit of each channel; None: 1.
-        scales: ``(K,)`` mean of each concept's largest similarity over the images of the discovery.
+        scales: ``(K,)`` mean of each concept's squared similarity over the images of the discovery.
         name_scores: ``(K,)`` how well the name fits (correlation of the concept's score with the encoder's similarity
             over the images), NaN where unnamed; or None.
         explained: fraction of the activations' variance in the span of the directions.
@@ -129,7 +129,10 @@ class DiscoveredConcepts(LayerAttribution):
         return self._each(inputs, None, lambda part, _: self._similar(part)[0][:, columns])
 
     def scores(self, inputs: Any) -> Tensor:
-        """``(N, K)``: similarity of the most similar position, relative to the discovery's images (1: as there)."""
+        """``(N, K)``: share of the positions' variation along each concept, relative to the discovery's images.
+
+        The share is the mean squared similarity of the positions; 1 is the average over the discovery's images.
+        """
         return self._each(inputs, None, lambda part, _: self._similar(part)[1])
 
     @layer_attribution
@@ -202,7 +205,7 @@ class DiscoveredConcepts(LayerAttribution):
             layer=Layers.resolve(self.forward_func, self.layer).names[0],
             method=self.get_name(),
             selected=chosen.selected.to(scores.device),
-            score_unit="times the average similarity",
+            score_unit="times the average share",
             contribution_unit="output",
             rank_by=chosen.rank_by,
             pictures=thumbnails(inputs),
@@ -306,7 +309,7 @@ class DiscoveredConcepts(LayerAttribution):
         least = 1e-5 * float((center / units).norm()) + 1e-12  # a difference of rounding is similar to nothing
         similar = along / rows.norm(dim=1, keepdim=True).clamp(min=least)
         scales = self.scales.to(similar).clamp(min=torch.finfo(similar.dtype).tiny)
-        return similar, similar.amax((2, 3)) / scales, along
+        return similar, similar.square().mean((2, 3)) / scales, along
 
     def _contributions(self, inputs: Any, target: Any, extra: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Contributions and concept maps per position, the scores, and the outputs explained."""

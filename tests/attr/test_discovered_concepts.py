@@ -163,6 +163,9 @@ def test_scores_are_one_on_average_however_many_positions_were_sampled():
     for rows in (40_000, 300):
         scores = discover_concepts(Mixer(), "mix", images, n_concepts=3, max_rows=rows).scores(images)
         torch.testing.assert_close(scores.mean(0), torch.ones(3))
+    found = discover_concepts(Mixer(), "mix", images, n_concepts=3)
+    share = found.concept_maps(images).square().mean((2, 3))
+    torch.testing.assert_close(found.scores(images), share / share.mean(0))
 
 
 def test_a_layer_that_never_changes_has_no_concepts():
