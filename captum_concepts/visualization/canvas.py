@@ -64,8 +64,9 @@ def font_of(text: str, pixels: int, weight: str = "normal", *, warn: bool = Fals
     settings: Any = rcParams
     file, *others = _font_files(weight, *(tuple(settings[f"font.{kind}"]) for kind in _KINDS))
     if not text.isascii():
-        file = max((file, *others), key=lambda file: sum(ord(c) in _characters(file) for c in text))
-        missing = "".join(sorted({c for c in text if c.isprintable() and ord(c) not in _characters(file)}))
+        shown = {ord(c) for c in text if c.isprintable()}
+        file = max((file, *others), key=lambda file: len(shown & _characters(file)))
+        missing = "".join(map(chr, sorted(shown - _characters(file))))
         if warn and missing:
             message = f"no font of matplotlib's rcParams['font.family'] has {missing!r}; drawn as boxes"
             warnings.warn(f"{message}. Name a font that has them there", InputWarning, stacklevel=2)
