@@ -141,10 +141,10 @@ for goal, background in enumerate(data.concepts[k] for k in data.planted_grounds
 # audited in the same way. The images of a suspect then show what its number means.
 
 # %%
-found = discover_concepts(model, "layer4", images, n_concepts=12, max_rows=10_000)
+found = discover_concepts(model, "layer4", images, n_concepts=24, max_rows=10_000)
 print(found)
 unnamed = audit_dataset(found, images, class_names=names, top_k=3)
-for suspect in unnamed.suspects()[:4]:
+for suspect in unnamed.suspects()[:6]:
     seen = {data.concepts[data[int(Path(unnamed.image_names[i]).stem)].ground] for i in suspect.images}
     print(
         f"{suspect.class_name:15s} <- {suspect.concept:10s} effect {suspect.effect.value:.2f}; its images show {seen}"
