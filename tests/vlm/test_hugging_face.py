@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_concepts import ConceptFusionMap, discover_concepts, fit_salf_cbm
+from captum_concepts import ConceptFusionMap, FeatureActivationMap, discover_concepts, fit_salf_cbm
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import DenseRegions, ImageTextEncoder, RegionPrompt, check_encoder, from_transformers
@@ -155,6 +155,22 @@ def test_dense_regions_of_attention_pooling(kind):
         handle.remove()
     with pytest.raises(InputError, match="for towers that read a class token"):
         encoder.encode_regions(x, 4, attention="kk")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_layers_of_an_encoder_of_images_that_are_not_square(kind):
+    """Its tokens are the squares of what it sees, not cells of the image; what it cuts off is said."""
+    _, _, encoder = made(kind)
+    fam = FeatureActivationMap(
+        encoder, "model.model.vision_model.encoder.layers.1", encoder.encode_text(["red", "green"])
+    )
+    x = picture(30, 40)[0]
+    if kind == "siglip":  # squashes
+        maps = fam.attribute(x, target=0)
+    else:
+        with pytest.warns(InputWarning, match="the middle of images of 30 x 40 only"):
+            maps = fam.attribute(x, target=0)
+    assert maps.shape[2:] == (4, 4)
 
 
 def test_a_store(tmp_path):
