@@ -157,6 +157,27 @@ def test_dense_regions_of_attention_pooling(kind):
         encoder.encode_regions(x, 4, attention="kk")
 
 
+@pytest.mark.parametrize("kind", ["ChineseCLIP", "AltCLIP"])
+def test_padding_is_not_read(kind):
+    """By text towers like BERT, which read all that is not masked, and whose table of positions may be longer."""
+    torch.manual_seed(0)
+    text = {**TEXT, "max_position_embeddings": 12, "project_dim": 24, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config={**VISION, "image_size": 32}, projection_dim=24
+    )
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for weights in model.text_model.parameters():
+        weights.data.mul_(8 if weights.ndim > 1 else 1)
+    tokenizer, images = Tokenizer(), clip()[1].image_processor
+    tokenizer.pad_token_id, tokenizer.model_max_length = 0, 10
+    encoder = from_transformers(model, SimpleNamespace(image_processor=images, tokenizer=tokenizer))
+    texts = ["red", "a long green stripe"]
+    with torch.no_grad():
+        ids = [tokenizer([text], return_tensors="pt")["input_ids"] for text in texts]
+        expected = torch.cat([pooled(model.get_text_features(input_ids=one)) for one in ids])
+    assert torch.allclose(encoder.encode_text(texts), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_layers_of_an_encoder_of_images_that_are_not_square(kind):
     """Its tokens are the squares of what it sees, not cells of the image; what it cuts off is said."""
