@@ -2,11 +2,12 @@
 
     python -m benchmarks.run.explain_command ../shared/data [--images 60] [--repeats 5]
 
-A real MobileNetV2; photographs as they are (Flickr8k, 500 px) and enlarged to 12 million pixels, as cameras write them.
-In turn, in one process: each photograph read at the model's size and passed through the model; the whole command (three
-maps per image, a PNG of input, maps and scale); and the usual script of pytorch-grad-cam: the map of the predicted
-class over the cropped input, a PNG, and one for each of three classes, without the gradients of the weights, which it
-does not need. Processor time, because it does not depend on what else runs.
+A real MobileNetV2, and a ResNet-50 with random weights, which cost as much as others; photographs as they are
+(Flickr8k) and enlarged to 12 million pixels, as cameras write them. In turn, in one process: each photograph read at
+the model's size and passed through the model; the whole command (three maps per image, a PNG of input, maps and scale);
+and the usual script of pytorch-grad-cam: the map of the predicted class over the cropped input, a PNG, and one for each
+of three classes, without the gradients of the weights, which it does not need. Processor time, because it does not
+depend on what else runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks import record as _record
 from captum_concepts.commands.explain import ExplainSettings, explain
@@ -42,7 +45,8 @@ def grad_cam(loaded: LoadedModel, files: list[Path], folder: Path, classes: int)
     from pytorch_grad_cam.utils.image import show_cam_on_image
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    with GradCAM(loaded.model, [loaded.model.get_submodule("features")]) as cam:
+    layer = "features" if hasattr(loaded.model, "features") else "layer4"
+    with GradCAM(loaded.model, [loaded.model.get_submodule(layer)]) as cam:
         for file, image in zip(files, loaded.open(files), strict=True):
             inputs = loaded.prepare(image[None]).requires_grad_()
             best: list[int | None] = [None]
@@ -55,9 +59,9 @@ def grad_cam(loaded: LoadedModel, files: list[Path], folder: Path, classes: int)
                 Image.fromarray(shown).save(folder / f"{file.stem}-{k}.png")
 
 
-def measure(files: list[Path], weights: Path, repeats: int) -> dict[str, Any]:
+def measure(files: list[Path], model: str, weights: Path, repeats: int) -> dict[str, Any]:
     """Milliseconds of processor time per image, and how many times reading plus forward passes that is."""
-    settings = {"model": "mobilenet_v2", "weights": str(weights), "top_k": TOP}
+    settings = {"model": model, "weights": str(weights), "top_k": TOP}
     loaded = ExplainSettings(images=[], **settings).load()  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
@@ -94,7 +98,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     files = sorted((args.data / "images" / "flickr8k").rglob("*.jpg"))[: args.images]
-    weights = args.data / "models" / "mobilenet_v2_imagenet.safetensors"
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         large = []
@@ -104,11 +107,16 @@ def main() -> None:
                 wide = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
             large.append(Path(folder) / file.name)
             wide.save(large[-1], quality=92)
-        for kind, own in (("500 px", files), ("12 million pixels", large)):
-            for name, found in measure(own, weights, args.repeats).items():
-                rows.append({"photographs": f"{len(own)} of {kind}", "what": name, **found})
+        random = Path(folder) / "resnet50.safetensors"
+        save_file(torchvision.models.resnet50().state_dict(), random)
+        real = args.data / "models" / "mobilenet_v2_imagenet.safetensors"
+        cases = (("mobilenet_v2", real, "500 px", files), ("mobilenet_v2", real, "12 million pixels", large),
+                 ("resnet50", random, "500 px", files))  # fmt: skip
+        for model, weights, kind, own in cases:
+            for name, found in measure(own, model, weights, args.repeats).items():
+                rows.append({"model": model, "photographs": f"{len(own)} of {kind}", "what": name, **found})
                 print(rows[-1], flush=True)
-    setting = "MobileNetV2, one image at a time, processor time"
+    setting = "one image at a time, processor time"
     record = {**_record.environment("grad-cam", "pillow"), "setting": setting, "repeats": args.repeats, "rows": rows}
     print(_record.write("explain_command", record))
 

@@ -1,4 +1,4 @@
-"""Concepts without words: what a layer distinguishes, by non-negative factorization of its activations."""
+"""Concepts without words: what a layer distinguishes, by a sparse dictionary of its equalized activations."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ from captum_concepts.explanation import ConceptExplanation, Selection
 from captum_concepts.images import batches, inputs_for, thumbnails
 from captum_concepts.vlm import check_encoder
 
-_FORMAT = "captum_concepts.DiscoveredConcepts/1"
-_SWEEPS = 100  # of coordinate descent for the weights of a position, at most
-_TOLERANCE = 1e-6  # of the largest weight, by which no weight changes any more
-#: Penalty on the sum of a position's weights, as a share of its activation's length: few concepts at each position.
-SPARSITY = 0.3
-_NAMED_BY = 1000  # images that are shown to the encoder, at most
+_FORMAT = "captum_concepts.DiscoveredConcepts/2"
+_LEAST = 0.01  # of the largest variance: principal components with less are not raised to the others' level
+#: Penalty on a weight, in standard deviations of an equalized component: few concepts at each position.
+SPARSITY = 0.75
+_SEEN = 1000  # images that scale the scores and name the concepts, at most
 UNNAMED = "unnamed"
 
 
@@ -47,32 +46,34 @@ UNNAMED = "unnamed"
 class DiscoveredConcepts(LayerAttribution):
     r"""Concepts that :func:`discover_concepts` found in a layer: where each is, and how much it moves an output.
 
-    The activation of a position is read as a non-negative mixture :math:`A_{ij} \approx \sum_k w_{kij} h_k` of K
-    directions, few of which have a weight: the sum of the weights is penalized while they are chosen. With an output
-    :math:`F_c`,
+    A concept is a direction :math:`h_k` in the layer's channels. With the mean :math:`m` and the unit :math:`u` (about
+    the standard deviation) of each channel over the images of the discovery, :math:`x_{ij} = (A_{ij} - m) / u`,
+    :math:`g_k` the direction :math:`h_k / u` at unit length, and an output :math:`F_c`,
 
     .. math::
-        M_k(i, j) = w_{kij} \qquad S_{k \to c}(i, j) = w_{kij} \, h_k^T \frac{\partial F_c}{\partial A_{ij}}
+        M_k(i, j) = \max\Bigl(\frac{g_k^T x_{ij}}{\lVert x_{ij} \rVert}, 0\Bigr) \qquad
+        S_{k \to c}(i, j) = \max(g_k^T x_{ij}, 0) \; (u \, g_k)^T \frac{\partial F_c}{\partial A_{ij}}
 
-    are the concept maps and the contributions per position: to first order what removing the concept there takes from
-    the output, exactly so if only linear operations follow the layer.
+    are the concept maps and the contributions per position: to first order what removing the part of the activation
+    along the direction takes from the output, exactly so if only linear operations follow the layer. Directions need
+    not be orthogonal, so contributions of several concepts overlap.
 
     Args:
         forward_func: the model, one of its methods, or any callable that returns the outputs to explain.
         layer: the layer, as a module or a dotted name.
-        directions: ``(K, C)``, unit length; ``(K, 2 C)`` for a layer with negative activations, whose positive and
-            negative parts are factorized side by side.
+        directions: ``(K, C)``; scaled to unit length.
         concepts: K unique names.
-        channel_scales: ``(C,)`` or ``(2 C,)`` unit of each channel in which errors count; None: 1.
-        sparsity: penalty on the sum of a position's weights, as a share of its activation's length in these units.
-        scales: ``(K,)`` mean share of each concept over the images of the discovery.
+        center: ``(C,)`` mean activation; None: 0.
+        channel_scales: ``(C,)`` unit of each channel; None: 1.
+        scales: ``(K,)`` mean of each concept's largest similarity over the images of the discovery.
         name_scores: ``(K,)`` how well the name fits (correlation of the concept's score with the encoder's similarity
             over the images), NaN where unnamed; or None.
-        explained: fraction of the activations' energy that the K directions explain.
+        explained: fraction of the activations' variance in the span of the directions.
         layout, prefix_tokens: how the layer is read, as in :class:`~captum_concepts.SpatialACV`.
         batch_size: images per forward pass.
 
-    Reference: deep feature factorization (Collins, Achanta and Suesstrunk, ECCV 2018, arXiv:1806.10206).
+    Reference: the factorization of a layer follows deep feature factorization (Collins, Achanta and Suesstrunk, ECCV
+    2018, arXiv:1806.10206), with signed directions.
     """
 
     #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
@@ -85,8 +86,8 @@ class DiscoveredConcepts(LayerAttribution):
         directions: Tensor,
         concepts: Sequence[str],
         *,
+        center: Tensor | None = None,
         channel_scales: Tensor | None = None,
-        sparsity: float = 0.0,
         scales: Tensor | None = None,
         name_scores: Tensor | None = None,
         explained: float | None = None,
@@ -95,17 +96,20 @@ class DiscoveredConcepts(LayerAttribution):
         batch_size: int = 32,
     ) -> None:
         super().__init__(forward_func, layer)
-        if not isinstance(directions, Tensor) or directions.ndim != 2 or not bool((directions >= 0).all()):
-            raise InputError("directions must be a non-negative tensor (K, C)")
+        if not isinstance(directions, Tensor) or directions.ndim != 2 or not bool(directions.isfinite().all()):
+            raise InputError("directions must be a tensor (K, C) of finite numbers")
         self.directions = full_precision(directions.detach())
         lengths = self.directions.norm(dim=1, keepdim=True)
         if bool(((lengths - 1).abs() > 1e-6).any()):  # saved ones stay as they are, to the bit
             self.directions = F.normalize(self.directions, dim=1)
         self.concepts = unique_names(concepts, "concept", len(directions))
-        self.channel_scales = torch.ones(directions.shape[1]) if channel_scales is None else channel_scales
-        if tuple(self.channel_scales.shape) != (directions.shape[1],) or not bool((self.channel_scales > 0).all()):
-            raise InputError(f"channel_scales must be {directions.shape[1]} positive numbers")
-        self.sparsity = number("sparsity", sparsity, lambda share: 0 <= share < 1, "in [0, 1)")
+        width = directions.shape[1]
+        self.center = torch.zeros(width) if center is None else center
+        if tuple(self.center.shape) != (width,):
+            raise InputError(f"center must be a tensor of {width} numbers")
+        self.channel_scales = torch.ones(width) if channel_scales is None else channel_scales
+        if tuple(self.channel_scales.shape) != (width,) or not bool((self.channel_scales > 0).all()):
+            raise InputError(f"channel_scales must be {width} positive numbers")
         self.scales = torch.ones(len(directions)) if scales is None else scales
         self.name_scores = name_scores
         self.explained = explained
@@ -115,18 +119,18 @@ class DiscoveredConcepts(LayerAttribution):
 
     def __repr__(self) -> str:
         named = sum(not name.startswith(UNNAMED) for name in self.concepts)
-        share = "" if self.explained is None else f", {self.explained:.0%} of the activations' energy"
+        share = "" if self.explained is None else f", {self.explained:.0%} of the activations' variance"
         layer = Layers.resolve(self.forward_func, self.layer).names[0]
         return f"DiscoveredConcepts(layer {layer!r}, {len(self.concepts)} concepts, {named} named{share})"
 
     def concept_maps(self, inputs: Any, concepts: Any = None) -> Tensor:
-        """``(N, K, h, w)``: the weight of each concept at each position, at least 0."""
+        """``(N, K, h, w)``: how similar each position is to each concept, from 0 to 1."""
         columns = name_positions(concepts, self.concepts)
-        return self._each(inputs, None, lambda part, _: self._weights(part)[0][:, columns])
+        return self._each(inputs, None, lambda part, _: self._similar(part)[0][:, columns])
 
     def scores(self, inputs: Any) -> Tensor:
-        """``(N, K)``: mean share of the positions' activations, relative to the discovery's images (1: as there)."""
-        return self._each(inputs, None, lambda part, _: self._weights(part)[1])
+        """``(N, K)``: similarity of the most similar position, relative to the discovery's images (1: as there)."""
+        return self._each(inputs, None, lambda part, _: self._similar(part)[1])
 
     @layer_attribution
     def attribute(
@@ -172,19 +176,19 @@ class DiscoveredConcepts(LayerAttribution):
         n = len(check_images(inputs)[0])
         if rank_by == "contributions" and not contributions:
             raise InputError("rank_by='contributions' needs contributions=True")
-        weights, found, moves, outputs = [], [], [], []
+        similar, found, moves, outputs = [], [], [], []
         for start in range(0, n, self.batch_size):
             rows = slice(start, start + self.batch_size)
             part, goal = take_rows(inputs, rows, n), _cut(target, rows, n)
             if contributions:
-                move, weight, score, output = self._contributions(part, goal)
+                move, place, score, output = self._contributions(part, goal)
                 moves.append(move.sum((2, 3)))
                 outputs.append(output)
             else:
-                weight, score = self._weights(part)
-            weights.append(weight)
+                place, score = self._similar(part)
+            similar.append(place)
             found.append(score)
-        maps, scores = joined(weights), torch.cat(found)
+        maps, scores = joined(similar), torch.cat(found)
         moved = torch.cat(moves) if contributions else None
         values = scores if moved is None or rank_by == "scores" else moved
         chosen = Selection.choose(self.concepts, values, concepts=concepts, top_k=top_k, rank_by=rank_by)
@@ -198,7 +202,7 @@ class DiscoveredConcepts(LayerAttribution):
             layer=Layers.resolve(self.forward_func, self.layer).names[0],
             method=self.get_name(),
             selected=chosen.selected.to(scores.device),
-            score_unit="times the average share",
+            score_unit="times the average similarity",
             contribution_unit="output",
             rank_by=chosen.rank_by,
             pictures=thumbnails(inputs),
@@ -211,11 +215,13 @@ class DiscoveredConcepts(LayerAttribution):
             "layer": Layers.resolve(self.forward_func, self.layer).names[0],
             "layout": self.layout,
             "prefix_tokens": self.prefix_tokens,
-            "sparsity": self.sparsity,
             "explained": self.explained,
             "named": self.name_scores is not None,
         }
-        tensors = {"directions": self.directions, "scales": self.scales, "channel_scales": self.channel_scales}
+        tensors = {
+            "directions": self.directions, "scales": self.scales, "center": self.center,
+            "channel_scales": self.channel_scales,
+        }  # fmt: skip
         if self.name_scores is not None:
             tensors["name_scores"] = self.name_scores
         return save_artifact(path, _FORMAT, info, tensors)
@@ -236,13 +242,13 @@ class DiscoveredConcepts(LayerAttribution):
                 "layer": text(longest=1000),
                 "layout": text(),
                 "prefix_tokens": nothing_or(json_number()),
-                "sparsity": json_number(),
                 "explained": nothing_or(json_number()),
                 "named": flag,
             }
         )
         arrays = {
             "directions": Array("float", ("K", "C")),
+            "center": Array("float", ("C",)),
             "channel_scales": Array("float", ("C",)),
             "scales": Array("float", ("K",)),
             "name_scores": Array("float", ("K",), optional=True),
@@ -262,8 +268,8 @@ class DiscoveredConcepts(LayerAttribution):
                 info["layer"] if layer is None else layer,
                 tensors["directions"],
                 info["concepts"],
+                center=tensors["center"],
                 channel_scales=tensors["channel_scales"],
-                sparsity=info["sparsity"],
                 scales=tensors["scales"],
                 name_scores=tensors.get("name_scores"),
                 explained=info["explained"],
@@ -281,42 +287,40 @@ class DiscoveredConcepts(LayerAttribution):
         return Layers.resolve(self.forward_func, self.layer, layout=self.layout, prefix_tokens=self.prefix_tokens)
 
     @torch.no_grad()
-    def _weights(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        return self._factored(self._layers().run(inputs).maps[0])
+    def _similar(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        return self._read(self._layers().run(inputs).maps[0])[:2]
 
-    def _factored(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """``(N, K, h, w)`` weights of activations ``(N, C, h, w)``, and ``(N, K)`` scores."""
-        rows = full_precision(maps.detach()).permute(0, 2, 3, 1)
-        rows = _nonnegative(rows, self.directions.shape[1])
-        weights, shares = self._of_rows(rows.reshape(-1, rows.shape[-1]))
-        scores = shares.reshape(len(maps), -1, len(self.directions)).mean(1)
-        least = torch.finfo(scores.dtype).tiny
-        weights = weights.reshape(*rows.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
-        return weights, scores / self.scales.to(scores).clamp(min=least)
+    def _unit_directions(self) -> Tensor:
+        """``(K, C)``, in the channels' units."""
+        return F.normalize(self.directions / self.channel_scales.to(self.directions), dim=1)
 
-    def _of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``(R, K)`` weights of the directions, and the same as shares of each row's length, in the channels' units."""
-        units = self.channel_scales.to(rows)
-        scaled, directions = rows / units, self.directions.to(rows) / units
-        lengths = directions.norm(dim=1).clamp(min=1e-12)
-        weights = nonnegative_weights(scaled, directions / lengths[:, None], sparsity=self.sparsity)
-        return weights / lengths, weights / scaled.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    def _read(self, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of activations ``(N, C, h, w)``: the concept maps, ``(N, K)`` scores, and the parts along the directions."""
+        rows = full_precision(maps.detach())
+        if rows.shape[1] != self.directions.shape[1]:
+            raise LayerError(f"the directions have {self.directions.shape[1]} entries, but the layer has "
+                             f"{rows.shape[1]} channels now")  # fmt: skip
+        center, units = self.center.to(rows), self.channel_scales.to(rows)
+        rows = (rows - center[:, None, None]) / units[:, None, None]
+        along = torch.einsum("nchw,kc->nkhw", rows, self._unit_directions().to(rows)).clamp(min=0).contiguous()
+        least = 1e-5 * float((center / units).norm()) + 1e-12  # a difference of rounding is similar to nothing
+        similar = along / rows.norm(dim=1, keepdim=True).clamp(min=least)
+        scales = self.scales.to(similar).clamp(min=torch.finfo(similar.dtype).tiny)
+        return similar, similar.amax((2, 3)) / scales, along
 
     def _contributions(self, inputs: Any, target: Any, extra: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per position, the weights, the scores, and the outputs explained."""
+        """Contributions and concept maps per position, the scores, and the outputs explained."""
         with gradients_enabled():
             seen = self._layers().run(inputs, additional_forward_args=extra, gradient=True)
             output = output_tensor(seen.output)
             goal = output.detach().argmax(1).tolist() if target is None and output.ndim == 2 else target
             gradient = full_precision(seen.gradients(select_output(output, goal))[0].detach())
-        weights, scores = self._factored(seen.maps[0])
-        directions = self.directions.to(gradient)
-        if directions.shape[1] == 2 * gradient.shape[1]:
-            directions = directions[:, : gradient.shape[1]] - directions[:, gradient.shape[1] :]
-        moved = weights * torch.einsum("nchw,kc->nkhw", gradient, directions)
+        similar, scores, along = self._read(seen.maps[0])
+        removed = self._unit_directions().to(gradient) * self.channel_scales.to(gradient)
+        moved = along * torch.einsum("nchw,kc->nkhw", gradient, removed)
         count = output.shape[1] if output.ndim == 2 else 1
-        chosen = target_indices(0 if goal is None else goal, len(weights), count, what="class").to(weights.device)
-        return moved.detach(), weights, scores, chosen
+        chosen = target_indices(0 if goal is None else goal, len(along), count, what="class").to(along.device)
+        return moved.detach(), similar, scores, chosen
 
 
 @unharming
@@ -340,10 +344,12 @@ def discover_concepts(
 ) -> DiscoveredConcepts:
     r"""Find the concepts that a layer distinguishes, without any words, and name them if there are words.
 
-    The activations of a sample of positions of all images are factorized, :math:`A \approx W H` with non-negative W and
-    H, minimizing the squared error and :math:`\lambda \sum W`. Each row of H is a concept. Before, each channel is
-    divided by its standard deviation and each position by its length: what is weak or rare counts as much as what is
-    strong. Memory is ``max_rows`` rows, whatever the number of images.
+    A sample of positions of all images is read. Each channel is divided by its standard deviation, and the
+    ``n_concepts`` leading principal components are raised to equal variance: what is weak counts as much as what is
+    strong. For these z, a dictionary of ``n_concepts`` directions d of either sign, with weights w at least 0,
+    minimizes :math:`\tfrac12 \lVert z - \sum_k w_k d_k \rVert^2 + \lambda \sum_k w_k`: few concepts at a position.
+    The directions that best rebuild the activations from these weights are the concepts. Memory is ``max_rows`` rows,
+    whatever the number of images.
 
     With ``encoder`` and ``words``, each concept is named by the word whose similarity to the images, as the encoder
     sees them, correlates most with the concept's score over the images (at most 1,000 of them). If that correlation is
@@ -356,7 +362,7 @@ def discover_concepts(
         encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`; needs ``words``.
         words: the words to choose names from.
         max_rows: positions in the sample, an equal number from each image.
-        sparsity: :math:`\lambda`, in [0, 1): more of it leaves fewer concepts at a position.
+        sparsity: :math:`\lambda`, in [0, 1), in standard deviations: more of it leaves fewer concepts at a position.
         seed: of the sample and of the factorization's start.
         transform: from a file or PIL image to the model's input, in place of its own preprocessing.
         encoder_transform: from the model's input to the encoder's images; None passes them as they are.
@@ -388,83 +394,68 @@ def discover_concepts(
     rows = _sampled_rows(layers, source, max_rows, batch_size, generator, show_progress)
     if len(rows) < n_concepts:
         raise InputError(f"{len(rows)} positions for {n_concepts} concepts; pass more images or fewer concepts")
-    units = rows.std(0, correction=0)
+    center, units = rows.mean(0), rows.std(0, correction=0)
     units = units + 1e-3 * units.square().mean().sqrt() + 1e-12
-    directions, _ = factorize(F.normalize(rows / units, dim=1), n_concepts, generator, sparsity=sparsity)
-    names = [f"{UNNAMED} {k + 1}" for k in range(n_concepts)]
+    directions, explained = factorize((rows - center) / units, n_concepts, generator, sparsity=sparsity)
     made = DiscoveredConcepts(
-        forward_func, layer, directions * units, names, channel_scales=units, sparsity=sparsity, layout=layout,
-        prefix_tokens=prefix_tokens, batch_size=batch_size,
+        forward_func, layer, directions * units, [f"{UNNAMED} {k + 1}" for k in range(n_concepts)], center=center,
+        channel_scales=units, explained=explained, layout=layout, prefix_tokens=prefix_tokens, batch_size=batch_size,
     )  # fmt: skip
-    weights, shares = made._of_rows(rows)
-    rest = (rows - weights @ made.directions.to(rows)).square().sum()
-    made.explained = float(1 - rest / rows.square().sum().clamp(min=1e-30))
-    made.scales = shares.mean(0).cpu()
-    if encoder is not None and words is not None:
-        chosen = unique_names(words, "word")
-        part = source.select(range(0, len(source), -(-len(source) // _NAMED_BY)))
-        made.concepts, made.name_scores = _names(
-            made, encoder, encoder_transform, chosen, part, batch_size, generator, show_progress
-        )
+    part = source.select(range(0, len(source), -(-len(source) // _SEEN)))
+    scores, embedded = _shown(made, encoder, encoder_transform, part, batch_size, show_progress)
+    made.scales = scores.mean(0)
+    if words is not None:
+        taught = F.normalize(embed_texts(encoder, unique_names(words, "word")), dim=1)
+        made.concepts, made.name_scores = _names(scores, embedded @ taught.T, list(words), generator)
     return made
 
 
-def nonnegative_weights(
-    rows: Tensor, directions: Tensor, start: Tensor | None = None, *, sparsity: float = 0.0
-) -> Tensor:
-    """``(R, K)`` non-negative W that minimizes |rows - W directions|^2, row by row, by coordinate descent.
-
-    With ``sparsity``, ``2 sparsity |row| sum(W)`` is added to choose which weights are not zero; these then minimize
-    the squared error alone.
-
-    >>> nonnegative_weights(torch.tensor([[2.0, 3.0]]), torch.eye(2))
-    tensor([[2., 3.]])
-    >>> nonnegative_weights(torch.tensor([[0.2, 3.0]]), torch.eye(2), sparsity=0.3)
-    tensor([[0., 3.]])
-    """
-    gram, cross = directions @ directions.T, rows @ directions.T
-    weights = torch.zeros_like(cross) if start is None else start.clone()
-    if sparsity:
-        weights = _descended(weights, gram, cross - sparsity * rows.norm(dim=1, keepdim=True), _SWEEPS)
-    return _descended(weights, gram, cross, _SWEEPS, weights > 0 if sparsity else None)
-
-
-def _descended(weights: Tensor, gram: Tensor, cross: Tensor, sweeps: int, free: Tensor | None = None) -> Tensor:
-    """By coordinate descent until no weight changes; those that are not ``free`` stay at zero."""
-    for sweep in range(sweeps):
-        before = weights.clone() if sweep % 4 == 3 else None
-        for k in range(len(gram)):
-            step = (cross[:, k] - weights @ gram[:, k]) / gram[k, k].clamp(min=1e-12)
-            column = (weights[:, k] + step).clamp(min=0)
-            weights[:, k] = column if free is None else column * free[:, k]
-        if before is not None and bool((weights - before).abs().max() <= _TOLERANCE * weights.max()):
-            break
-    return weights
-
-
 def factorize(
-    rows: Tensor, n_concepts: int, generator: torch.Generator, iterations: int = 60, *, sparsity: float = 0.0
+    rows: Tensor, n_concepts: int, generator: torch.Generator, iterations: int = 40, *, sparsity: float = SPARSITY
 ) -> tuple[Tensor, float]:
-    """``(K, C)`` unit directions of a non-negative factorization, and the explained fraction of the energy.
+    """``(K, C)`` unit directions of centered rows, and the fraction of their variance in the directions' span.
 
-    Alternating coordinate descent (HALS) from rows that lie far apart; ``sparsity`` as in :func:`nonnegative_weights`.
+    Alternating coordinate descent (HALS with signed directions) on equalized principal components, from rows that lie
+    far apart.
     """
-    rows = rows.double()
-    penalty = sparsity * rows.norm(dim=1, keepdim=True)
-    directions = rows[_far_apart(rows, n_concepts, generator)].clone()
-    directions = F.normalize(directions + 1e-8, dim=1)
+    variance, axes = torch.linalg.eigh((rows.T @ rows / len(rows)).double())
+    variance, axes = variance[-n_concepts:].clamp(min=0), axes[:, -n_concepts:]
+    raised = (variance + _LEAST * variance[-1] + 1e-24).sqrt()
+    z = rows @ (axes / raised).to(rows)
+    directions = F.normalize(z[_far_apart(z, n_concepts, generator)] + 1e-8, dim=1)
     weights = rows.new_zeros(len(rows), n_concepts)
     for _ in range(iterations):
-        weights = _descended(weights, directions @ directions.T, rows @ directions.T - penalty, 1)
-        gram, cross = weights.T @ weights, weights.T @ rows
+        descend(weights, directions @ directions.T, z @ directions.T - sparsity, 2)
+        gram, cross = weights.T @ weights, weights.T @ z
         for k in range(n_concepts):
-            step = (cross[k] - gram[k] @ directions) / gram[k, k].clamp(min=1e-12)
-            directions[k] = (directions[k] + step).clamp(min=0)
-        norms = directions.norm(dim=1).clamp(min=1e-12)
-        directions, weights = directions / norms[:, None], weights * norms
-    weights = nonnegative_weights(rows, directions, weights, sparsity=sparsity)
-    residual = (rows - weights @ directions).square().sum()
-    return directions.float(), float(1 - residual / rows.square().sum().clamp(min=1e-30))
+            if gram[k, k] <= 0:  # in no use: another row
+                directions[k] = z[int(torch.randint(len(z), (), generator=generator))]
+            else:
+                directions[k] += (cross[k] - gram[k] @ directions) / gram[k, k]
+            directions[k] = F.normalize(directions[k], dim=0)
+    descend(weights, directions @ directions.T, z @ directions.T - sparsity, 20)
+    weights = (weights - weights.mean(0)).double()
+    back = directions.double() @ (axes * raised).T  # where a concept is in no use
+    ridge = 1e-6 * len(rows)
+    gram = weights.T @ weights + ridge * torch.eye(n_concepts, dtype=weights.dtype)
+    made = F.normalize(torch.linalg.solve(gram, weights.T @ rows.double() + ridge * back), dim=1)
+    span = torch.linalg.svd(made, full_matrices=False)
+    span = span.Vh[1e-6 * span.S[0] < span.S].to(rows)
+    explained = (rows @ span.T).square().sum() / rows.square().sum().clamp(min=1e-30)
+    return made.to(rows), min(float(explained), 1.0)
+
+
+def descend(weights: Tensor, gram: Tensor, cross: Tensor, sweeps: int) -> Tensor:
+    """``(R, K)`` weights at least 0, in place: coordinate descent on ``w gram w / 2 - cross w``, row by row.
+
+    >>> descend(torch.zeros(1, 2), torch.eye(2), torch.tensor([[2.0, -3.0]]), 1)
+    tensor([[2., 0.]])
+    """
+    for _ in range(sweeps):
+        for k in range(len(gram)):
+            step = (cross[:, k] - weights @ gram[:, k]) / gram[k, k].clamp(min=1e-12)
+            weights[:, k] = (weights[:, k] + step).clamp(min=0)
+    return weights
 
 
 def _far_apart(rows: Tensor, count: int, generator: torch.Generator) -> list[int]:
@@ -480,20 +471,11 @@ def _far_apart(rows: Tensor, count: int, generator: torch.Generator) -> list[int
     return chosen
 
 
-def _nonnegative(rows: Tensor, width: int) -> Tensor:
-    """Activations as they are factorized: as they are, or their positive and negative parts."""
-    if width == rows.shape[-1]:
-        return rows.clamp(min=0)
-    if width == 2 * rows.shape[-1]:
-        return torch.cat([rows.clamp(min=0), (-rows).clamp(min=0)], -1)
-    raise LayerError(f"the directions have {width} entries, but the layer has {rows.shape[-1]} channels now")
-
-
 @torch.no_grad()
 def _sampled_rows(
     layers: Layers, source: Any, max_rows: int, batch_size: int, generator: torch.Generator, show_progress: bool
 ) -> Tensor:
-    """``(R, C)`` activations of positions, ``(R, 2 C)`` where any is negative."""
+    """``(R, C)`` activations of positions."""
     from tqdm import tqdm
 
     count = len(source)
@@ -507,35 +489,39 @@ def _sampled_rows(
         for image in maps:
             order = torch.randperm(len(image), generator=generator)[:each]
             found.append(image[order])
-    rows = torch.cat(found)[:max_rows] if count <= max_rows else torch.cat(found)
-    return _nonnegative(rows, rows.shape[1] * (2 if bool((rows < 0).any()) else 1))
+    return torch.cat(found)[:max_rows] if count <= max_rows else torch.cat(found)
 
 
 @torch.no_grad()
-def _names(
+def _shown(
     made: DiscoveredConcepts,
     encoder: Any,
     transform: Callable[[Tensor], Tensor] | None,
-    words: list[str],
     source: Any,
     batch_size: int,
-    generator: torch.Generator,
     show_progress: bool,
-) -> tuple[list[str], Tensor]:
-    """The word that goes with each concept, and how well; unique names."""
+) -> tuple[Tensor, Tensor]:
+    """``(N, K)`` scores of images and, with an encoder, their ``(N, D)`` unit embeddings."""
     from tqdm import tqdm
 
     model = find_model(made.forward_func)
-    scores, embedded = [], []
+    scores, embedded = [], [torch.zeros(0)]
     read = batches(source, batch_size)
-    for batch in tqdm(read, desc="names", total=-(-len(source) // batch_size), disable=not show_progress):
+    for batch in tqdm(read, desc="scores", total=-(-len(source) // batch_size), disable=not show_progress):
         images = placed(batch.images, model)
-        scores.append(made._weights(images)[1].cpu())
-        shown = batch.images.to(images.device)  # the encoder has a dtype of its own
-        shown = shown if transform is None else transform(shown)
-        embedded.append(encoder.encode_image(shown).detach().float().cpu())
-    similarity = F.normalize(torch.cat(embedded), dim=1) @ F.normalize(embed_texts(encoder, words), dim=1).T
-    found, taught = (_standardized(table) for table in (torch.cat(scores), similarity))
+        scores.append(made._similar(images)[1].cpu())
+        if encoder is not None:
+            shown = batch.images.to(images.device)  # the encoder has a dtype of its own
+            shown = shown if transform is None else transform(shown)
+            embedded.append(encoder.encode_image(shown).detach().float().cpu())
+    return torch.cat(scores), F.normalize(torch.cat(embedded[1:] or embedded), dim=-1)
+
+
+def _names(
+    scores: Tensor, similarity: Tensor, words: list[str], generator: torch.Generator
+) -> tuple[list[str], Tensor]:
+    """The word that goes with each concept, and how well; unique names."""
+    found, taught = _standardized(scores), _standardized(similarity)
     correlation = found.T @ taught
     shuffled = [found[torch.randperm(len(found), generator=generator)].T @ taught for _ in range(200)]
     least = torch.stack([draw.amax(1) for draw in shuffled]).quantile(0.95, dim=0)

@@ -44,10 +44,11 @@ class Fitted:
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """The width of one line, in inches, with the font of the user's settings."""
-    if not text:
+    """The width on one line, in inches, with the font of the user's settings; line breaks are spaces."""
+    line = " ".join(text.splitlines())
+    if not line:
         return 0.0
-    return float(font_of(text, 100, weight).getlength(text)) / 100 * size / 72 * 1.03  # hinting widens letters a little
+    return float(font_of(line, 100, weight).getlength(line)) / 100 * size / 72 * 1.03  # hinting widens letters a little
 
 
 def font_of(text: str, pixels: int, weight: str = "normal", *, warn: bool = False) -> Any:
@@ -63,8 +64,9 @@ def font_of(text: str, pixels: int, weight: str = "normal", *, warn: bool = Fals
     settings: Any = rcParams
     file, *others = _font_files(weight, *(tuple(settings[f"font.{kind}"]) for kind in _KINDS))
     if not text.isascii():
-        file = max((file, *others), key=lambda file: sum(ord(c) in _characters(file) for c in text))
-        missing = "".join(sorted({c for c in text if c.isprintable() and ord(c) not in _characters(file)}))
+        shown = {ord(c) for c in text if c.isprintable()}
+        file = max((file, *others), key=lambda file: len(shown & _characters(file)))
+        missing = "".join(map(chr, sorted(shown - _characters(file))))
         if warn and missing:
             message = f"no font of matplotlib's rcParams['font.family'] has {missing!r}; drawn as boxes"
             warnings.warn(f"{message}. Name a font that has them there", InputWarning, stacklevel=2)
@@ -109,6 +111,7 @@ def fit(
     Tried in this order: wrapping between words at ``size``, smaller down to ``smallest`` points, breaking inside words,
     and at last an ellipsis.
     """
+    text = " ".join(text.splitlines()) if lines == 1 else text
     sizes = [size - 0.5 * k for k in range(max(1, math.floor((size - smallest) / 0.5) + 1))]
     for break_words in (False, True):
         for points in sizes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -487,6 +488,8 @@ class TestRuns:
         assert html.count("confirmed by ablation") == 2
         assert html.count("data:image/") >= 6
         assert "called" in audited(5.0).report(tmp_path / "plain.html").read_text()
+        bare = replace(audit, settings={})  # a file may lack them
+        assert "Presence: –" in bare.report(tmp_path / "bare.html", images.clamp(0, 1)).read_text()
         with pytest.raises(InputError, match="3 images for an audit of 200"):
             audit.report(tmp_path / "x.html", images[:3].clamp(0, 1))
 

@@ -116,6 +116,17 @@ class TestSankey:
         with pytest.raises(InputError, match="needs a model with decision_rules"):
             sankey(corners())
 
+    @pytest.mark.parametrize("break_", ["\n", "\r\n", "\u2028"])
+    def test_names_of_several_lines(self, break_):
+        rules, name = Rules(), f"cat{break_}and kittens"
+        rules.class_names = (name, "dog", "fish")
+        rules.weights = (((f"soft{break_}fur", 2.0),), (("tail", 1.0),), (("fins", 3.0),))
+        drawn = strings_of(sankey(rules))
+        assert "cat and kittens" in drawn
+        assert "soft fur" in drawn
+        e = replace(corners(), concepts=[f"soft{break_}fur", *corners().concepts[1:]])
+        check_layout(legend(e, torch.rand(len(e.scores), 3, 8, 8)))
+
     def test_in_the_report(self, tmp_path):
         e = corners(target=torch.tensor([2]), class_names=["cat", "dog", "fish"])
         writer = ReportWriter(tmp_path / "r.html")

@@ -25,7 +25,7 @@ from benchmarks.record import environment, table, write
 from benchmarks.run.spatial_acv import auroc
 from captum_concepts import demo, discover_concepts
 from captum_concepts.activations import spatial_activations
-from captum_concepts.attr.discovered_concepts import nonnegative_weights
+from captum_concepts.attr.discovered_concepts import descend
 from captum_concepts.datasets import CaptionedScenes
 
 LAYER, SIZE, SEED = "layer4", 64, 62_001
@@ -53,7 +53,10 @@ def factors(directions: Tensor, model: nn.Module) -> Scores:
     def scores(images: Tensor) -> Tensor:
         maps = activations(model, images).clamp(min=0)
         rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
-        return nonnegative_weights(rows, directions).reshape(len(maps), -1, len(directions)).mean(1)
+        weights = descend(
+            rows.new_zeros(len(rows), len(directions)), directions @ directions.T, rows @ directions.T, 100
+        )
+        return weights.reshape(len(maps), -1, len(directions)).mean(1)
 
     return scores
 

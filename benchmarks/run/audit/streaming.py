@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.record import environment, sources, table, write
+from benchmarks.record import environment, sources, write
 
 SIDE = 24
 METHODS = ["SpatialACV", "SALFCBM", "DiscoveredConcepts", "ConceptFusionMap"]
@@ -167,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--cost-images", type=int, default=1000, help="of the comparison with explain")
+    parser.add_argument("--repeats", type=int, default=3, help="of that comparison")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--child", choices=("explain", "audit"))
     parser.add_argument("--method")
@@ -178,22 +180,23 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    record: dict[str, Any] = {"arguments": {"images": args.images, "cost_images": args.cost_images}, "methods": {}}
-    rows = []
+    arguments = {"images": args.images, "cost_images": args.cost_images, "repeats": args.repeats}
+    record: dict[str, Any] = {"arguments": arguments, "methods": []}
     for name in args.methods:
-        found = {}
-        for what in ("explain", "audit"):
-            with tempfile.TemporaryDirectory() as folder:
-                found[what] = ended(start(name, what, args.cost_images, folder))
+        found: dict[str, list[float]] = {"explain": [], "audit": []}
+        for _ in range(args.repeats):  # in turn: other work on the machine takes its time from both
+            for what, seconds in found.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    seconds.append(ended(start(name, what, args.cost_images, folder))[0])
+        ratios = [audit / explain for explain, audit in zip(*found.values(), strict=True)]
         entry = {
-            "explain_ms": 1000 * found["explain"][0],
-            "audit_ms": 1000 * found["audit"][0],
-            "ratio": found["audit"][0] / found["explain"][0],
+            "method": name,
+            "explain, ms per image": 1000 * statistics.median(found["explain"]),
+            "audit, ms per image": 1000 * statistics.median(found["audit"]),
+            "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
         }
-        record["methods"][name] = entry
-        rows.append([name, *entry.values()])
-        print(rows[-1], flush=True)
-    print(table(["method", "explain, ms an image", "audit, ms an image", "ratio"], rows))
+        record["methods"].append(entry)
+        print(entry, flush=True)
     memory = {}
     for n in (args.images // 10, args.images):
         with tempfile.TemporaryDirectory() as folder:
