@@ -284,7 +284,11 @@ class Layers:
             except (InputError, RuntimeError):
                 continue  # a model of one batch size
             for number, raw in zip(numbers, seen.layers, strict=True):
-                message = self._disorder(self.names[number], full_precision(layouts[number].maps(raw)), cells, grid)
+                try:
+                    maps = full_precision(layouts[number].maps(raw))
+                except RuntimeError:
+                    continue  # another number of tokens for another number of images: windows, not examples
+                message = self._disorder(self.names[number], maps, cells, grid)
                 if message is None:
                     _ordered[self.modules[number]].add((layouts[number], attribute_to_layer_input))
                 else:
