@@ -29,7 +29,7 @@ from captum_concepts.activations.survey import suggest_layer
 from captum_concepts.commands.image_files import labelled_images
 from captum_concepts.commands.models import load_encoder, load_model, to_device
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.errors import InputError, did_you_mean, shortened
+from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.images import read_json, read_words
 from captum_concepts.images.pixels import RESIZES
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
@@ -239,7 +239,7 @@ def _vocabulary(config: Mapping[str, Any], names: list[str], encoder: Any) -> Vo
         made = Vocabulary.from_classes(names)
     elif isinstance(given, str):
         if not is_there(Path(given)):
-            raise InputError(f"no file of concepts at {shortened(given)}; give a file, a list, or 'classes'")
+            raise InputError(f"no file of concepts at {given}; give a file, a list, or 'classes'")
         made = Vocabulary.load(given)
     elif isinstance(given, list):
         made = Vocabulary(given)

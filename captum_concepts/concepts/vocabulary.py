@@ -28,7 +28,7 @@ from captum_concepts.concepts import filters
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts._words import tidy
 from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed_texts, without_embedding
-from captum_concepts.errors import ArtifactError, InputError, did_you_mean, shortened
+from captum_concepts.errors import ArtifactError, InputError, did_you_mean
 from captum_concepts.images import read_text
 
 #: The list of the paper's zero-shot segmentation: one concept per class.
@@ -314,7 +314,7 @@ def _fill(template: str, word: str) -> str:
 
 def _text(path: Path) -> str:
     if not is_there(path):
-        raise FileNotFoundError(f"there is no file of concepts at {shortened(str(path))}")
+        raise FileNotFoundError(f"there is no file of concepts at {path}")
     try:
         return read_text(path)
     except InputError as error:
