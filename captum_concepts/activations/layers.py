@@ -24,7 +24,7 @@ from captum_concepts.activations.capture import (
     require_images,
     tensors_in,
 )
-from captum_concepts.activations.layout import LAYOUTS, Layout, ModelTraits, infer_layout
+from captum_concepts.activations.layout import LAYOUTS, Layout, ModelTraits, infer_layout, pyramid
 from captum_concepts.errors import (
     InputError,
     InputWarning,
@@ -253,14 +253,18 @@ class Layers:
 
         Some models sort tokens into windows (Hiera's mask units, for example), by their scores, or at random. Patches
         of the first image are changed: the tokens that change most by far have to be at or next to that position. It
-        costs one forward pass per grid, once, of a model whose code names such an operation.
+        costs one forward pass per grid, once, of a model whose code names such an operation, or whose tokens are not
+        the patches of the images as they are given (it resizes or crops them itself).
         """
         images = [part for part in (inputs if isinstance(inputs, tuple) else (inputs,)) if part.ndim == 4]
-        if not self.traits.reorders or len(images) != 1:
+        if len(images) != 1:
             return {}
+        size = (images[0].shape[2], images[0].shape[3])
         batch = batch_size(inputs)
         grids: dict[tuple[int, int], list[int]] = {}
         for number, layout in enumerate(layouts):
+            if not self.traits.reorders and self._as_patches(layout, size):
+                continue
             known = _ordered.setdefault(self.modules[number], set())
             if layout.kind != "NCHW" and (layout, attribute_to_layer_input) not in known:
                 grids.setdefault(layout.grid, []).append(number)
@@ -272,18 +276,32 @@ class Layers:
             parts = tuple(_changed(part, cells, grid) if part.ndim == 4 else part for part in parts)
             extra = repeat_rows(take_rows(additional_forward_args, slice(1), batch), len(cells) + 1, 1)
             try:
-                seen = self[numbers].capture(
-                    parts, additional_forward_args=extra, attribute_to_layer_input=attribute_to_layer_input
-                )
+                with warnings.catch_warnings():  # of the changed pixels' range
+                    warnings.simplefilter("ignore", InputWarning)
+                    seen = self[numbers].capture(
+                        parts, additional_forward_args=extra, attribute_to_layer_input=attribute_to_layer_input
+                    )
             except (InputError, RuntimeError):
                 continue  # a model of one batch size
             for number, raw in zip(numbers, seen.layers, strict=True):
-                message = self._disorder(self.names[number], full_precision(layouts[number].maps(raw)), cells, grid)
+                try:
+                    maps = full_precision(layouts[number].maps(raw))
+                except RuntimeError:
+                    continue  # another number of tokens for another number of images: windows, not examples
+                message = self._disorder(self.names[number], maps, cells, grid)
                 if message is None:
                     _ordered[self.modules[number]].add((layouts[number], attribute_to_layer_input))
                 else:
                     wrong[number] = message
         return wrong
+
+    def _as_patches(self, layout: Layout, size: tuple[int, int]) -> bool:
+        """Whether a layout needs no check: no tokens, or the model's own prefix and patches of images of ``size``."""
+        if layout.kind in ("NCHW", "NHWC"):
+            return True
+        prefix = sum(self.traits.prefix_parts) if self.prefix_tokens is None else self.prefix_tokens
+        stride = self.traits.patch_stride
+        return stride is not None and layout.prefix_tokens == prefix and layout.grid in pyramid(size, stride)[0]
 
     def _disorder(self, name: str, maps: Tensor, cells: Sequence[tuple[int, int]], grid: tuple[int, int]) -> str | None:
         """What is wrong with maps of an image and of itself changed at each of ``cells``; None: nothing."""
@@ -292,7 +310,8 @@ class Layers:
             return (
                 f"the tokens of layer {name!r} are not in the order of the image's rows: a change of the image at "
                 f"cell {strays[0][0]} of the {grid[0]} x {grid[1]} grid appears at {strays[0][1]}; choose a layer "
-                "before they are reordered or after that is undone"
+                "before they are reordered or after that is undone. A model that resizes or crops its images itself "
+                "needs images of the size that it works on"
             )
         if self.traits.unrolls and 2 * hits < len(cells):
             return (

@@ -24,7 +24,7 @@ USUAL_PREFIXES = frozenset({0, 1, 2, 4, 5})
 _PREFIX_PARAMETER = re.compile(
     r"(^|\.)(cls|class|dist|distillation|reg|register|storage)_(token|embed|embedding)s?(_\d+)?$"
 )
-_POSITION_PARAMETER = re.compile(r"(^|\.)[a-z_]*pos[a-z]*_(embed|embedding|embeddings)(_\d+)?$")
+_POSITION_PARAMETER = re.compile(r"(^|\.)[a-z_]*pos[a-z]*_(embed|embedding|embeddings)(_\d+)?(\.weight)?$")
 
 
 _REORDERING = re.compile(
@@ -403,10 +403,15 @@ def _attempts(
     if traits.patch_stride is not None:
         first, *halved = pyramid(image_size, traits.patch_stride)
         levels = (first, set().union(*halved))
+        yield 0, first, own[0]
+        whole = _is_whole_sequence(length, sum(parts), traits)
+        side = math.isqrt(max(length - sum(parts), 0))
+        if whole and side > 1:  # the model makes its own square of images of any size
+            yield 1, {(side, side)}, own[0]
         yield from ((level, grids, prefixes) for level, grids in enumerate(levels) for prefixes in own)
         if prefix_tokens is None:
             yield 1, first, set(range(MOST_PREFIX_TOKENS + 1))
-            if not _is_whole_sequence(length, sum(parts), traits):
+            if not whole:
                 return
     anywhere = list(_any_stride(image_size))
     if parts:

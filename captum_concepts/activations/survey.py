@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from captum_concepts.activations.capture import (
 )
 from captum_concepts.activations.layers import Layers, reaches_output, repeat_rows
 from captum_concepts.activations.layout import Layout
-from captum_concepts.errors import InputError, LayerError
+from captum_concepts.errors import InputError, InputWarning, LayerError
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def _agree(
         moved = part.detach().flip(2, 3) + scale.to(part) * torch.randn(part.shape, generator=noise).to(part)
         return torch.cat([part.detach(), moved])
 
-    with gradients_enabled():
+    with gradients_enabled(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # of the noise's range
         result = layers.run(tuple(map(pair, parts)), additional_forward_args=extra, gradient=True, logits=True)
         output = result.output
         values = output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)

@@ -344,13 +344,13 @@ def embedding_of(output: Any) -> Tensor:
 
 
 def normalized(contribution: Tensor, how: str) -> Tensor:
-    """Each example's contributions, normalized; equal contributions get weight 1 by min-max."""
+    """Each example's contributions, normalized; equal contributions get weight 1 by min-max, but 0 if they are 0."""
     if how == "none":
         return contribution
     if how == "l1":
         return contribution / contribution.abs().sum(1, keepdim=True).clamp_min(torch.finfo(contribution.dtype).tiny)
     low, high = contribution.amin(1, keepdim=True), contribution.amax(1, keepdim=True)
-    return torch.where(high > low, (contribution - low) / (high - low), torch.ones_like(contribution))
+    return torch.where(high > low, (contribution - low) / (high - low), (contribution != 0).to(contribution))
 
 
 # ----------------------------------------------------------------------------------------------------------- the method

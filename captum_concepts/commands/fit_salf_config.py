@@ -17,6 +17,7 @@ from captum_concepts._artifacts import (
     either,
     flag,
     integer,
+    is_there,
     list_of,
     mapping_of,
     nothing_or,
@@ -147,10 +148,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: no such file, no JSON object, an entry missing or unknown (the nearest name is offered).
     """
     file = Path(path)
-    if not file.is_file():
+    if not is_there(file):
         raise InputError(f"no configuration at {file}")
     config = read_json(file, dict)
-    missing = [name for name in _REQUIRED if name not in config]
+    missing = [name for name in _REQUIRED if config.get(name) is None]
     if missing:
         raise InputError(f"{file} does not say {', '.join(missing)}; see fit-salf --help for an example")
     known = [*_OWN, *fit_options()]
@@ -237,7 +238,7 @@ def _vocabulary(config: Mapping[str, Any], names: list[str], encoder: Any) -> Vo
     if given == "classes":
         made = Vocabulary.from_classes(names)
     elif isinstance(given, str):
-        if not Path(given).is_file():
+        if not is_there(Path(given)):
             raise InputError(f"no file of concepts at {given}; give a file, a list, or 'classes'")
         made = Vocabulary.load(given)
     elif isinstance(given, list):

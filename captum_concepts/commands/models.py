@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._artifacts import is_there
 from captum_concepts.activations import capture, input_errors
 from captum_concepts.errors import InputError, InputWarning, did_you_mean
 from captum_concepts.images import (
@@ -152,7 +153,7 @@ def _from_python(spec: str) -> nn.Module:
 def _call_python(spec: str) -> Any:
     path, _, function = spec.rpartition(":")
     file = Path(path)
-    if not file.is_file():
+    if not is_there(file):
         raise InputError(f"no file at {path}")
     name = f"_{file.stem}_of_the_user"
     module_spec = importlib.util.spec_from_file_location(name, file.resolve())
@@ -240,7 +241,7 @@ def _preprocessing(model: Any) -> Preprocessing:
 
 
 def _load_weights(model: nn.Module, path: Path, name: str) -> None:
-    if not path.is_file():
+    if not is_there(path):
         raise InputError(f"no weights file at {path}")
     try:
         if path.suffix == ".safetensors":

@@ -195,11 +195,11 @@ def _picture(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size
     if "input" in entry:
         return load_image(_inside(folder, entry["input"]))
     path, size = Path(entry.get("path", entry["image"])), None if size is None else min(size, 2048)
-    named = [one for one in given if one == path or one.resolve() == path.resolve()]
+    named = [one for one in given if one == path or _resolved(one) == _resolved(path)]
     named = named or [one for one in given if one.name == path.name]
     if len(named) == 1:
         return load_image(named[0], size, resize=resize)
-    if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+    if folder.is_dir() and _resolved(path).is_relative_to(folder.resolve()):
         return load_image(path, size, resize=resize)
     raise InputError(f"{printable(path)} is not in {folder}; to have it read, name it: report IMAGE --explanations DIR")
 
@@ -207,15 +207,24 @@ def _picture(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size
 def _inside(folder: Path, name: str) -> Path:
     """A file in the folder or a folder of it."""
     file = folder / name
-    if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
+    if _resolved(file) != folder.resolve() / name:  # by a link, or upwards
         raise ArtifactError(f"{folder / EXPLAINED} names {shortened(name)}, which is no file of its folder")
     return file
+
+
+def _resolved(path: Path) -> Path:
+    """Without links; what is no path at all (too long, with a null byte) is nowhere."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError):
+        return Path()
 
 
 def _below(value: Any, where: str) -> str:
     """The name of a file in the folder or a folder of it."""
     name = text()(value, where)
-    if not name or name.startswith("/") or {".", "..", ""} & set(name.split("/")):
+    parts = name.split("/")
+    if "\0" in name or {".", "..", ""} & set(parts) or any(len(part.encode(errors="replace")) > 255 for part in parts):
         raise Unfit(where, value, "a file of its folder")
     return name
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from captum_concepts._artifacts import (
     check_json,
     integer,
+    is_there,
     list_of,
     mapping_of,
     nothing_or,
@@ -312,7 +313,7 @@ def _fill(template: str, word: str) -> str:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
+    if not is_there(path):
         raise FileNotFoundError(f"there is no file of concepts at {path}")
     try:
         return read_text(path)

@@ -85,8 +85,8 @@ def class_folders(root: str | os.PathLike[str]) -> dict[str, list[Path]]:
         InputError: there are no class folders, or one contains no image.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise InputError(f"no folder at {root}")
+    if not os.path.isdir(root):  # noqa: PTH112 - unlike Path.is_dir, False for a name that is too long
+        raise InputError(f"no folder at {printable(root)}")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not _is_junk(path.name))
     if not folders:
         raise InputError(f"{root} contains no folders; put the images of each class into a folder named like the class")

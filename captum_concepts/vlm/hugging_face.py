@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,8 +52,11 @@ def from_transformers(
             f"processor {type(processor).__name__} must have an image_processor and a tokenizer, as "
             "AutoProcessor.from_pretrained returns it"
         )
-    adapter = _Adapter(model.requires_grad_(False))
-    tokenizer = _Tokenizer(parts[1], int(model.config.text_config.max_position_embeddings))
+    # CLIP reads up to the end of the text, and SigLIP was trained with its padding; others must not read theirs.
+    own = str(getattr(model.config, "model_type", "")).startswith(("clip", "siglip"))
+    adapter = _Adapter(model.requires_grad_(False), None if own else getattr(parts[1], "pad_token_id", None))
+    length = min(model.config.text_config.max_position_embeddings, getattr(parts[1], "model_max_length", math.inf))
+    tokenizer = _Tokenizer(parts[1], int(length))
     preprocess = _preprocessing(parts[0], adapter.patch_size)
     return OpenCLIPEncoder(adapter, tokenizer, preprocess, templates=templates, text_batch_size=text_batch_size)
 
@@ -74,9 +78,9 @@ class _Tokenizer:
 class _Adapter(nn.Module):
     """A model of transformers with the methods of an open_clip model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, padding: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.padding = model, padding
         embeddings = getattr(model.vision_model, "embeddings", None)
         #: Side of a patch for models that take patches of images of any aspect ratio (SigLIP 2, "NaFlex").
         naflex = isinstance(getattr(embeddings, "patch_embedding", None), nn.Linear)
@@ -98,8 +102,8 @@ class _Adapter(nn.Module):
         return _pooled(self.model.get_image_features(**self._inputs(pixels)))
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        # Padding of SigLIP is read like any word, as in its training; CLIP's follows the end of the text, unseen.
-        return _pooled(self.model.get_text_features(input_ids=ids))
+        mask = {} if self.padding is None else {"attention_mask": (ids != self.padding).long()}
+        return _pooled(self.model.get_text_features(input_ids=ids, **mask))
 
     def dense_tower(self, **options: Any) -> Tower:
         return transformers_tower(self.model, self._inputs, **options)

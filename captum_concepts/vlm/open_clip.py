@@ -219,7 +219,23 @@ class OpenCLIPEncoder(nn.Module):
         embedding: Tensor = self.model.encode_image(pixels)
         return embedding.float()
 
-    forward = encode_image
+    def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """:meth:`encode_image`, as explainers of the encoder's own layers call it.
+
+        Warns:
+            InputWarning: the transform cuts parts of the images off, so that maps of a layer do not cover the image.
+        """
+        if isinstance(images, Tensor) and images.ndim == 4 and self.preprocess["resize_mode"] == "shortest":
+            (h, w), (height, width) = self.preprocess["size"], images.shape[2:]
+            if max(abs(height * w - width * h) / w, abs(height * w - width * h) / h) >= 0.02 * max(height, width):
+                warnings.warn(
+                    f"the encoder sees the middle of images of {height} x {width} only, so maps of its layers cover "
+                    f"that alone: cut images to the aspect ratio of {h} x {w} first (images.open_images(..., size=)), "
+                    "or build it with preprocess={'resize_mode': 'squash'}",
+                    InputWarning,
+                    stacklevel=2,
+                )
+        return self.encode_image(images)
 
     def encode_regions(
         self,

@@ -218,3 +218,46 @@ def test_hiera_is_read_where_its_tokens_are_in_order():
     rerolled = model.reroll(last.raw[0], 11).permute(0, 3, 1, 2)  # what the network's own function makes of them
     assert torch.equal(last.maps[0], rerolled)
     assert suggest_layer(model, images) == "blocks.11"
+
+
+class TestModelsThatResizeTheirImages:
+    """Their tokens are a square of their own, whatever the images' aspect ratio: 64 are no 7 x 9 grid and a prefix."""
+
+    @pytest.mark.parametrize("size", [(48, 80), (64, 96), (80, 64), (48, 64), (64, 128), (96, 96)])
+    @pytest.mark.parametrize("prefix", ["class token", "registers", "none"])
+    def test_a_square_of_positions(self, size, prefix):
+        timm = pytest.importorskip("timm")
+        torch.manual_seed(0)
+        options = {
+            "class token": {},
+            "registers": {"reg_tokens": 4, "class_token": False, "global_pool": "avg"},
+            "none": {"class_token": False, "global_pool": "avg"},
+        }[prefix]
+        vit = timm.create_model(
+            "vit_tiny_patch16_224", img_size=64, patch_size=8, depth=2, num_classes=5, **options
+        ).eval()
+        model = nn.Sequential(nn.UpsamplingBilinear2d((64, 64)), vit)
+        layers = Layers.resolve(model, "1.blocks.0")
+        x = torch.rand(1, 3, *size)
+        maps = layers.run(x).maps[0]
+        assert maps.shape[2:] == (8, 8)
+        alone = Layers.resolve(vit, "blocks.0").run(model[0](x)).maps[0]
+        assert torch.equal(maps, alone)
+
+    def test_a_wrong_reading_is_refused(self):
+        """Where no position embedding tells how many tokens there are, the order of the tokens does."""
+
+        class Patches(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.patches, self.block, self.head = nn.Conv2d(3, 8, 8, 8), nn.Identity(), nn.Linear(8, 4)
+
+            def forward(self, x):
+                x = nn.functional.interpolate(x, (64, 64))
+                return self.head(self.block(self.patches(x).flatten(2).transpose(1, 2)).relu().mean(1))
+
+        torch.manual_seed(0)
+        layers = Layers.resolve(Patches(), "block")
+        assert layers.run(torch.rand(1, 3, 64, 64)).maps[0].shape[2:] == (8, 8)
+        with pytest.raises(LayoutError, match="resizes or crops its images itself needs images of the size"):
+            layers.run(torch.rand(1, 3, 48, 80))  # 6 x 10 and four registers

@@ -659,3 +659,13 @@ class TestBadInput:
     def test_explain(self, options, message):
         with pytest.raises(InputError, match=message):
             self.fam().explain(self.images, **options)
+
+
+def test_without_a_gradient_the_map_is_zero_as_the_warning_says():
+    """Not the mean activation, which equal contributions stand for."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3), nn.Threshold(99, 0))
+    with pytest.warns(InputWarning, match="the maps are zero too"):
+        maps = FeatureActivationMap(net, "0", torch.eye(3), similarity="dot").attribute(
+            torch.rand(2, 3, 8, 8), target=0
+        )
+    assert maps.count_nonzero() == 0

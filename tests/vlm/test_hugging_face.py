@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_concepts import ConceptFusionMap, discover_concepts, fit_salf_cbm
+from captum_concepts import ConceptFusionMap, FeatureActivationMap, discover_concepts, fit_salf_cbm
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import DenseRegions, ImageTextEncoder, RegionPrompt, check_encoder, from_transformers
@@ -155,6 +155,43 @@ def test_dense_regions_of_attention_pooling(kind):
         handle.remove()
     with pytest.raises(InputError, match="for towers that read a class token"):
         encoder.encode_regions(x, 4, attention="kk")
+
+
+@pytest.mark.parametrize("kind", ["ChineseCLIP", "AltCLIP"])
+def test_padding_is_not_read(kind):
+    """By text towers like BERT, which read all that is not masked, and whose table of positions may be longer."""
+    torch.manual_seed(0)
+    text = {**TEXT, "max_position_embeddings": 12, "project_dim": 24, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config={**VISION, "image_size": 32}, projection_dim=24
+    )
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for weights in model.text_model.parameters():
+        weights.data.mul_(8 if weights.ndim > 1 else 1)
+    tokenizer, images = Tokenizer(), clip()[1].image_processor
+    tokenizer.pad_token_id, tokenizer.model_max_length = 0, 10
+    encoder = from_transformers(model, SimpleNamespace(image_processor=images, tokenizer=tokenizer))
+    texts = ["red", "a long green stripe"]
+    with torch.no_grad():
+        ids = [tokenizer([text], return_tensors="pt")["input_ids"] for text in texts]
+        expected = torch.cat([pooled(model.get_text_features(input_ids=one)) for one in ids])
+    assert torch.allclose(encoder.encode_text(texts), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_layers_of_an_encoder_of_images_that_are_not_square(kind):
+    """Its tokens are the squares of what it sees, not cells of the image; what it cuts off is said."""
+    _, _, encoder = made(kind)
+    fam = FeatureActivationMap(
+        encoder, "model.model.vision_model.encoder.layers.1", encoder.encode_text(["red", "green"])
+    )
+    x = picture(30, 40)[0]
+    if kind == "siglip":  # squashes
+        maps = fam.attribute(x, target=0)
+    else:
+        with pytest.warns(InputWarning, match="the middle of images of 30 x 40 only"):
+            maps = fam.attribute(x, target=0)
+    assert maps.shape[2:] == (4, 4)
 
 
 def test_a_store(tmp_path):
