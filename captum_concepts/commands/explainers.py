@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ class Explainer:
         layer: for the report.
         class_names: what a target index means, or None.
         model, looks_at: a model and a layer whose activations show where anything is seen at all.
-        probe: an input of ``model``.
-        predicts: the outputs of ``model`` are those classes.
+        link: how the outputs of ``model`` become probabilities of the classes (``ablation.class_link``); None: the
+            method says them itself, or they are no classes.
     """
 
     method: Any
@@ -45,8 +44,7 @@ class Explainer:
     class_names: Sequence[str] | None
     model: nn.Module
     looks_at: str
-    probe: Tensor
-    predicts: bool = True
+    link: str | None = None
 
     @property
     def name(self) -> str:
@@ -59,34 +57,24 @@ class Explainer:
         return list(self.method.concepts)
 
     def explain(self, inputs: Tensor, top_k: int) -> ConceptExplanation:
-        """What, where and how much, with the names of the classes, and the model's probability of the target."""
+        """What, where and how much of one image, with the names of the classes and the target's probability."""
         outputs: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...], __: Any, output: Any) -> None:
             if not outputs and args and isinstance(args[0], Tensor) and torch.equal(args[0], inputs):
                 outputs.append(output_tensor(output).detach())
 
-        with hooked([self.model], keep):  # the forward pass of the method; another would cost as much
+        # The forward pass of the method is heard; another would cost as much.
+        with hooked([] if self.link is None else [self.model], keep):
             made: ConceptExplanation = self.method.explain(inputs, top_k=top_k)
         if self.class_names is None or made.target is None:
             return made
-        if made.target_probability is None and self.predicts:
+        if self.link is not None:
             with torch.no_grad():
                 output = outputs[0] if outputs else output_tensor(self.model(inputs))
-            chance = self._probability(output, made.target).to(made.scores.device)
-            made = replace(made, target_probability=chance if bool(chance.isfinite().all()) else None)
+            chance = class_log_probability(output, int(made.target), self.link).exp().to(made.scores.device)
+            made = replace(made, target_probability=chance if bool(chance.isfinite()) else None)
         return replace(made, class_names=list(self.class_names))
-
-    def _probability(self, output: Tensor, classes: Tensor) -> Tensor:
-        """``(N,)`` of ``classes``, by the model's last softmax or sigmoid, or the softmax of its logits."""
-        link = "none" if self._final is not None else class_link("auto", output, None)
-        each = zip(output.split(1), classes.tolist(), strict=True)
-        return torch.cat([class_log_probability(one, target, link).exp() for one, target in each])
-
-    @cached_property
-    def _final(self) -> str | None:
-        """The softmax or sigmoid that the model ends in."""
-        return Layers.resolve(self.model, self.looks_at).capture(self.probe, logits=True).final
 
     def significant(self, explanation: ConceptExplanation) -> list[bool] | None:
         """For the concepts of ``explanation`` whether the layer encodes them, where that was tested."""
@@ -105,7 +93,7 @@ def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Fa
         kind = kind_of(saved)
         if kind == "SALFCBM":
             salf = load(saved, loaded.model)
-            return Explainer(salf, salf.layer, salf.class_names, loaded.model, salf.layer, probe)
+            return Explainer(salf, salf.layer, salf.class_names, loaded.model, salf.layer)
         if kind != "ConceptFusionMap":
             return _saved(saved, settings, loaded, probe)
     if settings.words is not None or saved is not None:
@@ -139,7 +127,13 @@ def _outputs(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) ->
     layer = settings.layer or suggest_layer(loaded.model, probe)
     bank = torch.eye(outputs.shape[1], device=probe.device)
     fam = FeatureActivationMap(loaded.model, layer, bank, reference_names=names, similarity="dot", weights="gradient")
-    return Explainer(fam, layer, names, loaded.model, layer, probe)
+    return Explainer(fam, layer, names, loaded.model, layer, _link(loaded.model, layer, probe))
+
+
+def _link(model: nn.Module, layer: str, probe: Tensor) -> str:
+    """How the model's outputs become probabilities: by its last softmax or sigmoid they are, else by their softmax."""
+    seen = Layers.resolve(model, layer).capture(probe, logits=True)
+    return "none" if seen.final is not None else class_link("auto", output_tensor(seen.output), None)
 
 
 def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
@@ -158,7 +152,7 @@ def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor,
         model, layer, similarity=settings.similarity, batch_size=settings.batch_size,
         normalize="l1",  # not "minmax": the maps of an image share one colour scale
     ).fit(torch.stack(examples), names)  # fmt: skip
-    return Explainer(fam, layer, fam.concepts, model, layer, probe, predicts=False)
+    return Explainer(fam, layer, fam.concepts, model, layer)
 
 
 def _saved(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
@@ -169,7 +163,7 @@ def _saved(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: 
     with torch.no_grad():
         names = _class_names(settings, loaded, output_tensor(loaded.model(probe)).shape[1])
     layer = Layers.resolve(made.forward_func, made.layer).names[0]
-    return Explainer(made, layer, names, loaded.model, layer, probe)
+    return Explainer(made, layer, names, loaded.model, layer, _link(loaded.model, layer, probe))
 
 
 def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
@@ -194,7 +188,7 @@ def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, fail
         outputs = output_tensor(loaded.model(probe))
     names = _class_names(settings, loaded, outputs.shape[1])
     last = made.layers[-1] if isinstance(made.layers[-1], str) else suggest_layer(loaded.model, probe)
-    return Explainer(made, str(made.map_layer), names, loaded.model, last, probe)
+    return Explainer(made, str(made.map_layer), names, loaded.model, last)
 
 
 def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> ConceptFusionMap:

@@ -28,6 +28,9 @@ from captum_concepts.images import (
     preprocessing_of,
 )
 
+#: Of a model that says nothing about it.
+_ASSUMED = Preprocessing((224, 224))
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -94,14 +97,15 @@ def load_model(
         loaded = _bundled(name.removeprefix("demo:"))
     elif ".py:" in name:
         model = _from_python(name)
-        if size is None and preprocessing_of(model) is None:
+        known = preprocessing_of(model)
+        if size is None and known is None:
             warnings.warn(
                 f"the model of {name} does not say the size of its input, so images are read at 224 x 224 pixels; "
                 "give --size if it was trained on another",
                 InputWarning,
                 stacklevel=2,
             )
-        loaded = LoadedModel(model, _preprocessing(model))
+        loaded = LoadedModel(model, known or _ASSUMED)
     else:
         loaded = _from_zoo(name, weights, num_classes, random_weights)
     preprocessing = loaded.preprocessing if size is None else replace(loaded.preprocessing, size=checked_size(size))
@@ -237,7 +241,7 @@ def _from_zoo(name: str, weights: str | None, num_classes: int | None, random_we
 
 
 def _preprocessing(model: Any) -> Preprocessing:
-    return preprocessing_of(model) or Preprocessing((224, 224))
+    return preprocessing_of(model) or _ASSUMED
 
 
 def _load_weights(model: nn.Module, path: Path, name: str) -> None:
