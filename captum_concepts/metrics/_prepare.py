@@ -219,7 +219,7 @@ def _check_ignore(ignore: Tensor, masks: Tensor) -> Tensor:
     if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
         kind = str(ignore.dtype) if isinstance(ignore, Tensor) else type(ignore).__name__
         raise InputError(f"ignore must be a bool torch.Tensor (True: leave the pixel out), got {kind}")
-    if ignore.ndim == masks.ndim - 1 and ignore.shape == masks[:, 0].shape:
+    if ignore.shape == (len(masks), *masks.shape[2:]):
         ignore = ignore[:, None].expand(masks.shape)
     if ignore.shape != masks.shape:
         raise InputError(f"ignore {tuple(ignore.shape)} does not fit masks {tuple(masks.shape)}")

@@ -324,6 +324,21 @@ class TestConceptExplainers:
         assert "1 concepts of the data are not among the explainers': purple" in table.to_markdown()
         assert metrics.EvaluationTable.from_json(table.to_json()).unmatched == ["purple"]
 
+    @pytest.mark.parametrize("ignored", [(12, 12), (1, 12, 12)])
+    def test_an_image_without_known_concepts_may_have_ignored_pixels(self, ignored):
+        images, masks = colored()
+        metric_names = ["nra", "epg", "iou", "hit_rate", "box_iou"]
+        items = [
+            {"image": images[i], "masks": masks[i, :1], "concepts": [name], "ignore": torch.zeros(ignored).bool()}
+            for i, name in enumerate(("red", "purple"))
+        ]
+        table = metrics.evaluate({"colors": Colors()}, items, metric_names, n_bootstrap=0)
+        alone = metrics.evaluate({"colors": Colors()}, items[:1], metric_names, n_bootstrap=0)
+        assert table.unmatched == ["purple"]
+        for name in metric_names:
+            assert table.row("colors", name)["value"] == alone.row("colors", name)["value"]
+            assert table.row("colors", name)["counted"] == 1
+
     def test_items_name_their_own_masks(self):
         images, masks = colored()
         items = [
