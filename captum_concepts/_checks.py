@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_concepts.errors import InputError, did_you_mean
 
@@ -70,6 +70,22 @@ def one_of(name: str, value: Any, allowed: Sequence[Any], more: str = "") -> Any
     return value
 
 
+def with_weights(what: str, model: Any) -> None:
+    """Refuse a model all of whose weights lie on the meta device; of some, hooks may bring the values.
+
+    Raises:
+        InputError: says how to load them.
+
+    >>> with_weights("the backbone", nn.Linear(2, 2))
+    """
+    weights = list(model.parameters()) if isinstance(model, nn.Module) else []
+    if weights and all(weight.is_meta for weight in weights):
+        raise InputError(
+            f"{what} lies on the meta device, so its weights have no values; load them first, as in "
+            "load_state_dict(weights, assign=True)"
+        )
+
+
 def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
     """``names`` as a list of unique, non-empty strings, ``count`` of them if that is given.
 
@@ -88,7 +104,10 @@ def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
     repeated = sorted(name for name, times in Counter(listed_names).items() if times > 1)
     if repeated:
         more = f" and {len(repeated) - 10} others" if len(repeated) > 10 else ""
-        raise InputError(f"each {what} may be named once; named more than once: {repeated[:10]}{more}")
+        raise InputError(
+            f"each {what} may be named once; named more than once: {repeated[:10]}{more}; leave the others out, "
+            f"or tell them apart, as in {repeated[0] + ' 2'!r}"
+        )
     if count is not None and len(listed_names) != count:
         raise InputError(f"{len(listed_names)} {what} names for {count}; pass one for each")
     return listed_names

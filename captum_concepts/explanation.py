@@ -525,9 +525,10 @@ def _saved_sizes(info: dict[str, Any]) -> dict[str, int]:
 def short(value: float, *, sign: bool = False) -> str:
     """A number for people: three digits, and tiny ones as such.
 
-    >>> short(0.12345), short(8.6e-14), short(-0.25, sign=True), short(-1e-9, sign=True), short(0.0)
+    >>> short(0.12345), short(8.6e-14), short(-0.25, sign=True), short(-1e-9, sign=True), short(-0.0)
     ('0.123', '< 0.001', '-0.25', '-0', '0')
     """
     if 0 < abs(value) < 0.001:
         return ("+0" if value > 0 else "-0") if sign else "< 0.001" if value > 0 else "> -0.001"
+    value += 0.0  # -0.0 becomes 0.0
     return f"{value:+.3g}" if sign else f"{value:.3g}"

@@ -116,7 +116,7 @@ def _read(file: Path, ids: dict[str, int]) -> list[tuple[str, str, tuple[int, in
 def _mask(shape: Any, size: tuple[int, int], source: str) -> Ids:
     """A segmentation as ``(h, w)`` of zeros and ones."""
     height, width = size
-    if not 0 < height * width <= MOST_PIXELS:
+    if height * width > MOST_PIXELS:
         raise InputError(f"{source} claims {height} x {width} pixels")
     try:
         if isinstance(shape, dict):

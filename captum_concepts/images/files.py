@@ -26,6 +26,8 @@ IMAGE_SUFFIXES = (
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 #: Larger files are refused before they are decoded, because a few kilobytes can claim gigabytes of pixels.
 MOST_PIXELS = 100_000_000
+#: So are large images of which a byte of the file would be so many pixels: only an empty picture compresses as far.
+MOST_PIXELS_PER_BYTE, SMALL_PIXELS = 50_000, 10_000_000
 #: `explain` writes this file into its output folder, and such a folder is no place to look for photographs.
 EXPLAINED = "explanations.json"
 
@@ -149,8 +151,8 @@ def opened_image(file: Any, kind: str = "an image", name: str | None = None) -> 
     """The open PIL image of a path, a binary file or a PIL image; decode it inside the ``with``.
 
     Raises:
-        InputError: not an image of :data:`IMAGE_FORMATS`, broken, or more than :data:`MOST_PIXELS` pixels (refused
-            before decoding).
+        InputError: not an image of :data:`IMAGE_FORMATS`, broken, more than :data:`MOST_PIXELS` pixels, or many more
+            than a file of its length can show (refused before decoding).
 
     Warns:
         InputWarning: the file has several frames or pages; the first is read.
@@ -235,8 +237,16 @@ def _check_format(image: Any, name: str) -> None:
 
 
 def _within_limit(image: Any, name: str) -> Any:
-    if image.width * image.height > MOST_PIXELS:
+    pixels = image.width * image.height
+    if pixels > MOST_PIXELS:
         raise InputError(f"{name} claims {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+    file = getattr(image, "fp", None)
+    if pixels > SMALL_PIXELS and file is not None:
+        here = file.tell()
+        length = file.seek(0, os.SEEK_END)
+        file.seek(here)
+        if pixels > length * MOST_PIXELS_PER_BYTE:
+            raise InputError(f"{name} claims {image.width} x {image.height} pixels in a file of {length:,} bytes")
     return image
 
 

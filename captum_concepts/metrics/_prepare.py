@@ -15,6 +15,8 @@ from captum_concepts.errors import InputError, InputWarning
 
 MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
 NAN_POLICIES = ("omit", "raise", "propagate", "zero")
+#: What VOC, ADE20K, Cityscapes and others mark unknown pixels with.
+_VOID = 255
 
 # One 224 x 224 map is 2**15.6 pixels. Larger working sets fall out of the processor's cache, and fresh pages
 # cost more than the arithmetic; an accelerator wants the opposite.
@@ -161,6 +163,9 @@ def prepare(
 
     Raises:
         InputError: anything else.
+
+    Warns:
+        InputWarning: integer masks contain 255 beside other labels, and no ``ignore_index`` was given.
     """
     if mode not in MODES:
         raise InputError(f"mode must be one of {MODES}, got {mode!r}")
@@ -212,7 +217,15 @@ def _regions(masks: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | 
             f"masks contain negative labels (least {int(masks.min())}); if they mark pixels of unknown label, "
             "pass ignore_index="
         )
-    return masks != 0, ignored
+    regions = masks != 0
+    if ignore_index is None and bool((void := masks == _VOID).any()) and bool((regions & ~void).any()):
+        warnings.warn(
+            f"integer masks contain {_VOID} beside other labels: many data sets mark unknown pixels so, but without "
+            f"ignore_index={_VOID} it counts as the region, like every label but 0; bool masks leave no question",
+            InputWarning,
+            stacklevel=4,
+        )
+    return regions, ignored
 
 
 def _check_ignore(ignore: Tensor, masks: Tensor) -> Tensor:

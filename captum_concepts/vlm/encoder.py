@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from captum_concepts._checks import number
+from captum_concepts._checks import number, with_weights
 from captum_concepts.errors import InputError
 
 
@@ -63,13 +63,14 @@ def check_encoder(encoder: Any, *, words: bool = False) -> None:
 
     Raises:
         InputError: names the missing methods; a model of transformers is referred to ``vlm.from_transformers``. Or the
-            logit scale or bias is not a number.
+            logit scale or bias is not a number, or the weights are not loaded.
     """
     if isinstance(encoder, type):
         raise InputError(f"encoder is the class {encoder.__name__}; pass an instance of it, {encoder.__name__}(...)")
     needed = ["encode_image", "encode_text"] if words else ["encode_image"]
     absent = [name for name in needed if not callable(getattr(encoder, name, None))]
     if not absent:
+        with_weights("encoder", getattr(encoder, "model", encoder))
         for name, allowed in (("logit_scale", "a positive number"), ("logit_bias", "a number")):
             value = getattr(encoder, name, None)
             value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

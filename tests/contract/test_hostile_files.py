@@ -764,6 +764,22 @@ def test_a_few_bytes_that_claim_a_huge_image_are_refused_before_they_are_decoded
         read(path)
 
 
+@pytest.mark.parametrize("compression", ["raw", "tiff_deflate", "packbits"])
+def test_a_few_bytes_that_claim_a_large_image_are_refused_too(tmp_path, compression):
+    """Within the limit of pixels, but a file of so many bytes can show nothing."""
+    path = tmp_path / "small.tif"
+    Image.new("RGB", (9, 8)).save(path, compression=compression)
+    data = bytearray(path.read_bytes())
+    first = int.from_bytes(data[4:8], "little")
+    for k in range(int.from_bytes(data[first : first + 2], "little")):
+        entry = first + 2 + 12 * k
+        if int.from_bytes(data[entry : entry + 2], "little") in (257, 278):  # length of the image, rows of a strip
+            data[entry + 2 : entry + 12] = struct.pack("<HII", 4, 1, 4_194_316)
+    path.write_bytes(data)
+    with pytest.raises(CaptumConceptsError, match=r"claims 9 x 4194316 pixels in a file of \d+ bytes"):
+        load_image(path, 64)
+
+
 def test_hdf5_that_claims_a_huge_array_is_refused_before_it_is_allocated(tmp_path):
     h5py = pytest.importorskip("h5py")
     path = tmp_path / "gtsegs_ijcv.mat"

@@ -607,6 +607,11 @@ class TestImageNetSegmentationFolder:
         with pytest.raises(InputError, match="no classes"):
             ImageNetSegmentation(tmp_path, labelled=True)
 
+    def test_missing_folders(self, tmp_path: Path):
+        (tmp_path / "images").mkdir()
+        with pytest.raises(InputError, match=r"(?s)masks.*gtsegs_ijcv\.mat"):
+            ImageNetSegmentation(tmp_path)
+
     def test_missing_file_and_missing_h5py(self, tmp_path: Path, monkeypatch):
         with pytest.raises(InputError, match=r"(?s)calvin-vision\.net.*gtsegs_ijcv\.mat"):
             ImageNetSegmentation(tmp_path / "gtsegs_ijcv.mat")

@@ -69,6 +69,13 @@ class TestCUB:
         assert both.attributes.tolist() == [[False, True], [True, False], [False, True]]
         assert both.certainty.tolist() == [[3, 4], [3, 1], [4, 2]]
 
+    def test_attributes_of_other_images_are_left_out(self, cub: Path):
+        test = CUB(cub)  # images 2 and 3; the first has attributes too
+        assert test.attributes.tolist() == [[True, False], [False, True]]
+        file = cub / "attributes" / "image_attribute_labels.txt"
+        file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+        assert CUB(cub).attributes.tolist() == [[True, False], [False, True]]
+
     def test_the_disks_move_with_the_crop(self, cub: Path):
         item = CUB(cub, size=40)[0]  # columns 5 to 45 remain
         columns = torch.nonzero(item.masks[0])[:, 1].float()

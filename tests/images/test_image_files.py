@@ -212,6 +212,13 @@ class TestFolders:
         assert len(find_images(root)) == 4 - 1  # the folder behind a link counts once
         assert list(class_folders(root)) == ["bird", "cat", "dog"]
 
+    def test_links_to_other_folders_are_followed(self, root: Path):
+        (root.parent / "other").mkdir()
+        (root / "fox").symlink_to(root.parent / "other")
+        count = len(find_images(root))
+        Image.new("RGB", (4, 4)).save(root.parent / "other" / "1.png")
+        assert len(find_images(root)) == count + 1
+
     def test_a_folder_that_cannot_be_opened_is_said(self, root: Path, monkeypatch: pytest.MonkeyPatch):
         scan = os.scandir
 

@@ -38,6 +38,7 @@ SMALL = [
     "swin_v2_t",
     "densenet121",
     "squeezenet1_1",
+    "mobilenet_v2",  # two sets of weights, of one size
 ]
 
 
@@ -104,7 +105,8 @@ class TestHuggingFace:
         white = preprocessing_of(EFFICIENTNET)(torch.ones(3, 2, 2))
         assert torch.allclose(white, torch.ones(3, 2, 2))
         assert torch.allclose(preprocessing_of(EFFICIENTNET)(torch.zeros(3, 2, 2)), -torch.ones(3, 2, 2))
-        assert preprocessing_of({**VIT, "do_normalize": False}).mean == (0.0,)
+        plain = preprocessing_of({**VIT, "do_normalize": False})
+        assert (plain.mean, plain.std) == ((0.0,), (1.0,))
 
     def test_from_the_folder_of_a_model(self, tmp_path):
         class Config:
@@ -162,6 +164,8 @@ class TestInputsForAModel:
         assert torch.equal(torch.stack(list(inputs_for(self.model, list(images), transform=lambda x: x * 0))), images)
         assert inputs_for(self.model, (images * 255).to(torch.uint8))[0].shape == (3, 224, 224)
         assert inputs_for(self.model, (images * 255).to(torch.uint8), size=64)[0].min() < -1
+        gray = (images[:, :1] * 255).to(torch.uint8)
+        assert inputs_for(self.model, gray)[0].shape == (3, 224, 224)
 
     def test_models_that_nothing_is_known_of(self):
         from PIL import Image

@@ -19,7 +19,18 @@ from torch.utils.data import (
 )
 
 from captum_concepts.errors import InputError, InputWarning
-from captum_concepts.images import ImageSource, batches, checked_labels, class_name, digest, fingerprint, open_images
+from captum_concepts.images import (
+    ImageSource,
+    Preprocessing,
+    as_seen,
+    batches,
+    checked_labels,
+    class_name,
+    digest,
+    fingerprint,
+    open_images,
+    thumbnails,
+)
 
 N = 7
 PIXELS = torch.arange(N).view(N, 1, 1, 1).expand(N, 3, 6, 8).contiguous().to(torch.uint8) * 20
@@ -379,6 +390,11 @@ class TestShapes:
         with pytest.raises(InputError, match="more images than the 2 labels"):
             list(batches(Stream(lambda i: IMAGES[i]), 4, labels=[0, 1]))
 
+    def test_a_batch_of_a_stream_with_one_label(self):
+        stream = Stream(lambda i: (IMAGES[i : i + 2], torch.tensor(1)))
+        with pytest.raises(InputError, match="a batch of 2 images has 1 labels"):
+            list(batches(stream, 4))
+
     def test_opened_twice(self):
         source = open_images(IMAGES)
         assert open_images(source) is source
@@ -455,3 +471,15 @@ def test_numbers_of_workers_are_checked_before_any_starts(workers):
     ):
         with pytest.raises(InputError, match="num_workers must be an integer of at least 0 and at most 256"):
             read()
+
+
+class TestPicturesForPeople:
+    def test_thumbnails_are_small(self):
+        small, wide = thumbnails(torch.rand(2, 3, 20, 30)), thumbnails(torch.rand(2, 3, 300, 200))
+        assert [tuple(image.shape) for image in small + wide] == [(3, 20, 30)] * 2 + [(3, 160, 107)] * 2
+
+    def test_only_what_was_normalized_is_undone(self):
+        p = Preprocessing((6, 8), (0.5,) * 3, (0.25,) * 3)
+        dark = torch.full((3, 6, 8), 0.2)
+        assert torch.equal(as_seen(dark, p), dark)
+        assert torch.allclose(as_seen(p(dark), p), dark)

@@ -168,6 +168,19 @@ def test_masks_of_any_kind_and_several_concepts_an_image():
     torch.testing.assert_close(out[:, 1], metrics.nra(-maps, ~masks))
 
 
+def test_255_beside_other_labels_is_pointed_out():
+    maps, masks = random_case(5)
+    labels = masks.int()
+    labels[:, 0] = 255
+    for metric in (metrics.nra, metrics.epg, metrics.mean_iou):
+        with pytest.warns(InputWarning, match="integer masks contain 255 beside other labels"):
+            metric(maps, labels)
+    # Foreground written as 255, and labels of which 255 is known to be none, leave no question.
+    assert torch.equal(metrics.nra(maps, masks.int() * 255), metrics.nra(maps, masks))
+    assert torch.equal(metrics.nra(maps, masks.int() * 254), metrics.nra(maps, masks))
+    metrics.nra(maps, labels, ignore_index=255)
+
+
 def test_ignored_pixels_do_not_exist():
     maps, masks = random_case(5)
     rows = torch.zeros_like(masks)

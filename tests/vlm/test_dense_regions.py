@@ -282,6 +282,11 @@ class TestOutliers:
         torch.testing.assert_close(found[0, 0, 0], tokens[0, 1, :2].mean(0))
         assert found.max() < 2
 
+    def test_with_one_neighbor(self):
+        tokens = torch.ones(1, 1, 6, 2) + 0.01 * torch.rand(1, 1, 6, 2, generator=torch.Generator().manual_seed(0))
+        tokens[0, 0, 5] = 50.0
+        torch.testing.assert_close(without_outliers(tokens)[0, 0, 5], tokens[0, 0, 4])
+
     def test_the_encoder_asks_for_it(self):
         model, x = encoder("vit"), pictures(1, 32)
         block = model.model.visual.transformer.resblocks[-2]

@@ -256,3 +256,11 @@ def test_an_encoder_is_an_instance_with_numbers():
         setattr(encoder, name, value)
         with pytest.raises(InputError, match=f"encoder.{name} must be a"):
             check_encoder(encoder)
+    for value in (10, torch.tensor(10.0), torch.nn.Parameter(torch.tensor([10.0]))):
+        encoder = Encoder()
+        encoder.logit_scale = value
+        check_encoder(encoder)
+    with torch.device("meta"):
+        encoder.model = torch.nn.Linear(2, 2)
+    with pytest.raises(InputError, match=r"encoder lies on the meta device.*load_state_dict"):
+        check_encoder(encoder)

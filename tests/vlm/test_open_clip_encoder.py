@@ -197,6 +197,12 @@ def test_half_precision(tmp_path, precision):
     assert encoder.encode_text(["a"]).dtype == torch.float32
 
 
+def test_half_precision_of_a_tower_without_convolutions(tmp_path):
+    model = write_folder(tmp_path / "m", CLIP)[1]
+    model.visual = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2)).half()
+    assert OpenCLIPEncoder(model, words).image_dtype == torch.float16
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_local_file(tmp_path, tiny_names, suffix):
     torch.manual_seed(1)
@@ -294,8 +300,9 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 )
 def test_wrong_images_are_named(tmp_path, images, message):
     encoder = OpenCLIPEncoder(write_folder(tmp_path / "m", CLIP)[1], words)
-    with pytest.raises(InputError, match=message):
-        encoder.encode_image(images)
+    for call in (encoder.encode_image, encoder):
+        with pytest.raises(InputError, match=message):
+            call(images)
 
 
 def test_wrong_texts_templates_and_preprocessing_are_named(tmp_path):

@@ -254,6 +254,7 @@ def test_it_is_a_value():
     assert pickle.loads(pickle.dumps(prompt)) == prompt
     assert hash(RegionPrompt(grid=7)) == hash(RegionPrompt(grid=(7, 7)))
     assert len(prompt) == 6
+    assert RegionPrompt() == RegionPrompt("circle", (7, 7))
     with pytest.raises(AttributeError):
         prompt.radius = 3
 

@@ -18,12 +18,14 @@ from benchmarks.peers.salf_cbm import CUTOFF, fit_lf_cbm
 from benchmarks.run.salf_cbm.heads import heads
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.models.salf_cbm.fit import (
+    WHOLE,
     BottleneckSettings,
     Samples,
     concept_presence,
     fit_bottleneck,
     present_concepts,
 )
+from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import RegionPrompt
 
 LAYER = "net.features"
@@ -80,8 +82,9 @@ def caltech_101(cache: Path, data: Path, train: int, test: int, seed: int, epoch
     maps_test, _ = seen(cache, "test", encoder.classifier, files["test"])
     prompt, path = PROMPT, folder(cache, "caltech", len(files["train"]), PROMPT)
     store = region_store(path, Files(files["train"], CROP_SIZE), CropEncoder(encoder), prompt, 14)
+    whole_images = RegionEmbeddingStore.build(path / "images-train", Files(files["train"], SIZE), encoder, WHOLE)
     words = vocabulary(names, encoder)
-    presence = concept_presence(store, words.encode(encoder))
+    presence = concept_presence(whole_images, words.encode(encoder))
     words = present_concepts(words, presence, PRESENCE)
     text = words.encode(encoder)
     print(words.report.summary(), flush=True)

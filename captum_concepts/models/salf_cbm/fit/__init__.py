@@ -3,7 +3,12 @@
 from captum_concepts.models.salf_cbm.fit.bottleneck import BottleneckFit, fit_bottleneck
 from captum_concepts.models.salf_cbm.fit.data import LabeledImages, labeled_images
 from captum_concepts.models.salf_cbm.fit.features import CachedFeatures, LiveFeatures, cache_features
-from captum_concepts.models.salf_cbm.fit.filters import concept_presence, interpretable_concepts, present_concepts
+from captum_concepts.models.salf_cbm.fit.filters import (
+    WHOLE,
+    concept_presence,
+    interpretable_concepts,
+    present_concepts,
+)
 from captum_concepts.models.salf_cbm.fit.head import Activations, HeadFit, compute_activations, fit_head, refit_head
 from captum_concepts.models.salf_cbm.fit.objective import Samples
 from captum_concepts.models.salf_cbm.fit.pipeline import fit_salf_cbm
@@ -11,6 +16,7 @@ from captum_concepts.models.salf_cbm.fit.plan import FitPlan, plan_salf_cbm
 from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
 
 __all__ = [
+    "WHOLE",
     "Activations",
     "BottleneckFit",
     "BottleneckSettings",

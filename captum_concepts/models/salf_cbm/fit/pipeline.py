@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from captum_concepts._artifacts import Array, list_of, number, own_folder, table
+from captum_concepts._checks import with_weights
 from captum_concepts._undo import unharming
 from captum_concepts.activations import Layer, evaluation_mode, layer_name
 from captum_concepts.concepts import Vocabulary
@@ -258,6 +259,7 @@ def prepare(given: Mapping[str, Any]) -> FitRun:
             "fit_salf_cbm takes the images before the encoder: fit_salf_cbm(backbone, layer, images, encoder, "
             "concepts, num_classes, store_path=...)"
         )
+    with_weights("backbone", given["backbone"])
     check_encoder(given["encoder"], words=True)
     vocabulary = checked_vocabulary(given["concepts"])
     options = checked_options(given, vocabulary)

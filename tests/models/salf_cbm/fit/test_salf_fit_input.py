@@ -87,6 +87,13 @@ def test_refused_before_an_image_is_embedded(tmp_path, no_encoding, change, mess
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_weights_that_are_not_loaded(tmp_path, no_encoding):
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(InputError, match="backbone lies on the meta device"):
+        fit(tmp_path, network=empty)
+
+
 def test_unknown_layer(tmp_path, no_encoding):
     with pytest.raises(LayerError, match="no layer"):
         fit(tmp_path, network=nn.Sequential(nn.Conv2d(3, 4, 3)))
