@@ -289,7 +289,7 @@ def main() -> None:
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
         )
         for name in names.stdout.decode().splitlines():
-            if name.startswith((PACKAGE, "tests", "pyproject.toml")) and (ROOT / name).is_file():
+            if (ROOT / name).is_file():  # all of them: tests read pages of the documentation
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, copy / name)
         for room in arguments.rooms:
