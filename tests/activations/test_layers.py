@@ -88,6 +88,12 @@ def test_read_layer_stops_after_the_layer(net) -> None:
         read_layer(net, "2", image)
 
 
+def test_a_value_without_a_gradient(net) -> None:
+    result = Layers.resolve(net, "1").run(torch.rand(2, 3, 16, 20), gradient=True)
+    with pytest.raises(LayerError, match="does not depend on layer '1'"):
+        result.gradients(torch.ones(2))
+
+
 def test_the_order_in_which_layers_ran() -> None:
     net = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(4)], nn.Flatten())
     assert Layers.resolve(net, ["2", "3", "0"]).run(torch.rand(1, 3, 4, 5)).order == (2, 0, 1)  # "0", "2", "3"

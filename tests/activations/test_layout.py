@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_concepts.activations import Layout, infer_layout, spatial_activations
+from captum_concepts.activations.layout import ModelTraits
 from captum_concepts.errors import InputError, LayerError, LayoutError
 
 # ---------------------------------------------------------------- the architectures, built small
@@ -507,3 +508,46 @@ def test_maps_lose_nothing_but_the_prefix(kind, prefix) -> None:
     assert torch.equal(restored(layout, maps, output), output)
     value = {"NCHW": (1, 4, 2, 3), "NHWC": (1, 2, 3, 4), "NLC": (1, 11 + prefix, 4), "LNC": (11 + prefix, 1, 4)}[kind]
     assert maps[1, 4, 2, 3] == output[value]
+
+
+def test_norms_over_channels_first_say_so_by_an_attribute() -> None:
+    """transformers' ConvNeXt: one class, and data_format tells which dimension it normalizes."""
+
+    class Norm(nn.LayerNorm):
+        def __init__(self, data_format: str) -> None:
+            super().__init__(6)
+            self.data_format = data_format
+
+    square = torch.empty(2, 6, 6, 6)
+    assert infer_layout(square, 2, (48, 48), module=Norm("channels_first")).kind == "NCHW"
+    assert infer_layout(square, 2, (48, 48), module=Norm("channels_last")).kind == "NHWC"
+
+
+@pytest.mark.parametrize(("grid", "fits"), [((77, 79), False), ((78, 80), True), ((2, 3), True), ((2, 4), False)])
+def test_how_far_a_grid_may_be_from_the_shape_of_the_image(grid, fits) -> None:
+    """A cell, and one more for 80 cells."""
+    maps = torch.empty(2, 300, *grid)
+    if fits:
+        assert infer_layout(maps, 2, (160, 160)).grid == grid
+    else:
+        with pytest.raises(LayoutError, match="fits no grid"):
+            infer_layout(maps, 2, (160, 160))
+
+
+def test_traits_are_read_off_parameters_and_names() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cls_token = nn.Parameter(torch.zeros(8))
+            self.reg_token = nn.Parameter(torch.zeros(4, 8))
+
+    class Shuffled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, torch.randperm(x.shape[1])]
+
+    def traits(model: nn.Module) -> ModelTraits:
+        return ModelTraits.of(dict(model.named_modules()))
+
+    assert traits(Model()).prefix_parts == (1, 4)
+    assert traits(Shuffled()).reorders
+    assert not traits(nn.Sequential(nn.PixelShuffle(2), nn.ChannelShuffle(2))).reorders  # torch's own are known

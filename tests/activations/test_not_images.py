@@ -95,6 +95,13 @@ def test_several_images_have_to_agree():
         layers.run((image, torch.rand(2, 3, 48, 48)))
     assert layers.run(image, additional_forward_args=torch.rand(2, 3, 48, 48)).layouts[0].grid == (4, 9)
 
+    class Turned(TwoImages):
+        def forward(self, other: Tensor, image: Tensor) -> Tensor:
+            return super().forward(image, other)
+
+    turned = Layers.resolve(Turned(), "tokens.block")
+    assert turned.run((torch.rand(2, 3, 16, 16), image)).layouts[0].grid == (4, 9)
+
 
 def test_channels_first_tokens_are_not_taken_for_tokens():
     """A map of 64 channels, flattened: neither 8 x 8 positions nor anything but a question."""

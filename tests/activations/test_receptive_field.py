@@ -127,6 +127,15 @@ def test_strongest_crops_are_the_pixels_behind_the_highest_positions():
         strongest_crops(net, "0", images, torch.zeros(3, 2, 8, 8))
 
 
+def test_crops_of_images_that_are_no_squares():
+    net = nn.Sequential(nn.Conv2d(3, 1, 3, stride=2, padding=1)).eval()
+    images, maps = torch.rand(1, 3, 8, 24), torch.zeros(1, 4, 12)
+    maps[0, 3, 11] = 1.0
+    (crop,) = strongest_crops(net, "0", images, maps, k=1)
+    assert crop.field == ReceptiveField(5, 21, 8, 24)
+    assert torch.equal(crop.image, images[0, :, 5:8, 21:24])
+
+
 def test_the_effective_field_of_equal_weights_is_known():
     """Two 5 x 5 box filters: rows weigh 1 2 3 4 5 4 3 2 1 of 25; the middle 70 % leaves 3 of 25 off either end."""
     net = nn.Sequential(nn.Conv2d(1, 1, 5, bias=False), nn.Conv2d(1, 1, 5, bias=False)).eval()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.peers.salf_cbm import LAMS, Head, dense_head, scored, sparse_head
 from benchmarks.run.salf_cbm.maps import accuracy_interval
+from captum_concepts.models.salf_cbm.fit import fit_head
 from captum_concepts.solvers import fit_elastic_net
 
 Split = tuple[Tensor, Tensor]
@@ -24,6 +25,7 @@ def heads(
     on_average: bool = False,
     effective: int | None = None,
     lam: float | None = None,
+    bottleneck: Tensor | None = None,
 ) -> tuple[list[dict[str, Any]], dict[int | None, Head]]:
     """A row for a sparse head of at most each of ``most`` nonzero weights a class, and one for a dense head.
 
@@ -35,6 +37,7 @@ def heads(
         on_average: they are means over the classes, see :func:`~salf_cbm_peers.sparse_head`.
         effective: one more row, of a head with so many effective concepts per class on average (NEC, VLG-CBM).
         lam: one more row, of a sparse head of this strength.
+        bottleneck: one more row, of a dense head of the library: what made the inputs of the backbone's features.
 
     Returns:
         The rows and the heads, by ``most`` (None: dense).
@@ -64,6 +67,12 @@ def heads(
         }
         for kind, head in named.items()
     ]
+    if bottleneck is not None:
+        own = fit_head(*train, num_classes, head="dense", bottleneck=bottleneck)
+        hits = ((test[0] - own.mean) / own.std @ own.weight.T + own.bias).argmax(1) == test[1]
+        width, fits = train[0].shape[1], {"accuracy": accuracy_interval(hits.tolist()), "lam": own.notes["lam"]}
+        counts = {"nonzeros_a_class_mean": width, "nonzeros_a_class_most": width}
+        rows.append({"model": name, "head": "dense, of the library", "inputs": width, **counts, **fits})
     for row in rows:
         print(f"{name}, {row['head']}: {row['accuracy'][0]:.4f} ({row['nonzeros_a_class_mean']:.1f})", flush=True)
     return rows, found

@@ -272,13 +272,14 @@ class SALFCBM(
         The mean of a 1 x 1 convolution is the convolution of the mean, which costs h*w times less; the maps themselves
         are only computed if somebody watches the bottleneck (Captum's layer attributions).
         """
-        if self._pointwise() is not None and not _watched(self.bottleneck):
+        if self.pointwise is not None and not _watched(self.bottleneck):
             mean = full_precision(features).mean((2, 3), keepdim=True)
             return full_precision(self.bottleneck(mean.to(features.dtype)).flatten(1))
         return full_precision(self.bottleneck(features)).mean((2, 3))
 
-    def _pointwise(self) -> nn.Conv2d | None:
-        """The bottleneck, if it is a 1 x 1 convolution: linear, each position by itself."""
+    @property
+    def pointwise(self) -> nn.Conv2d | None:
+        """The bottleneck, if it is a 1 x 1 convolution: linear, each position by itself; else None."""
         g = self.bottleneck
         if isinstance(g, nn.Conv2d) and g.kernel_size == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0):
             return g
@@ -290,7 +291,7 @@ class SALFCBM(
 
     def _maps_of(self, features: Tensor, columns: Sequence[int]) -> Tensor:
         """The maps of some concepts, differentiable."""
-        linear = self._pointwise()
+        linear = self.pointwise
         if linear is None or len(columns) == len(self.concepts):
             return self.bottleneck(features)[:, columns]
         bias = linear.bias
@@ -1199,7 +1200,7 @@ class SALFCBM(
         index = index.to(features.device)
         with torch.no_grad(), evaluation_mode(self.bottleneck):
             shared = len(index) > 0 and bool((index == index[0]).all())
-            linear = self._pointwise()
+            linear = self.pointwise
             if shared or linear is None:
                 columns = index[0].tolist() if shared else list(range(len(self.concepts)))
                 maps = full_precision(self._maps_of(features, columns))
@@ -1211,7 +1212,7 @@ class SALFCBM(
     def _weighted(self, features: Tensor, weights: Tensor) -> Tensor:
         """``(N, M)``: sums over the grid of the concept maps times ``weights`` (N, h, w)."""
         with torch.no_grad(), evaluation_mode(self.bottleneck):
-            linear = self._pointwise()
+            linear = self.pointwise
             if linear is None or linear.bias is not None:
                 maps = full_precision(self.bottleneck(features))
                 return torch.einsum("nmhw,nhw->nm", maps, weights.to(maps))

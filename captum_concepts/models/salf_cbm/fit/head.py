@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 #: Nonzero weights per class that a sparse head aims at, as LF-CBM does (25 to 35); half of the concepts where that is
 #: less.
 NONZEROS = 30
-#: Strength of a dense head's ridge penalty: enough for a unique optimum.
+#: Strength of a dense head's ridge penalty. On Caltech-101 1e-2 to 1e-6 give the same accuracy within a point.
 DENSE_LAM = 1e-4
+#: Share of a plain ridge in the penalty on features. Without it weights of concepts that mean nearly the same cancel:
+#: of a logit of 1 the sum of the absolute contributions is 4.4 on Caltech-101 (accuracy .90), with it 2.7 (.90), of a
+#: plain ridge 1.6 (.86).
+PLAIN_SHARE = 0.1
 #: Activations of up to so many bytes are held in memory by the solver, more are read from disk in chunks.
 IN_MEMORY = 1 << 30
 _ROWS = 1024
@@ -196,6 +201,7 @@ def fit_head(
     head: str = "sparse",
     alpha: float = 0.99,
     class_weights: str | Sequence[float] | None = None,
+    bottleneck: Tensor | None = None,
     tol: float = 1e-4,
     device: torch.device | str | None = None,
     show_progress: bool = False,
@@ -217,10 +223,15 @@ def fit_head(
         lam: strength. For a sparse head None aims at ``nonzeros_per_class``; for a dense one it is 1e-4.
         nonzeros_per_class: mean number of weights that a class keeps (met within 10 % if possible); None stands for 30,
             or half of the concepts if that is less, or as many as it takes if classes are separated by fewer.
-        head: ``"sparse"``, or ``"dense"``: ridge alone (alpha 0).
+        head: ``"sparse"``, or ``"dense"``: ridge alone (alpha 0), with ``bottleneck`` in its metric.
         alpha: fraction of the absolute values, for a sparse head.
         class_weights: what an image of each class counts: L numbers, or ``"balanced"``, which makes all classes count
             the same. For independent classes it is what an image that has the class counts.
+        bottleneck: ``(M, D)``, what made the activations of the backbone's features. A dense head is then penalized by
+            the weights that the *features* get, :math:`\|W R^{1/2}\|_F^2` with :math:`R \propto A A^\top + (0.1\,
+            \|A\|_2)^2 I` of mean eigenvalue 1, where row m of A is the bottleneck's over the deviation of its
+            activation: concepts are nearly collinear, and a plain ridge keeps what is small among them, which classes
+            differ by, from the head.
         tol: accuracy of the optimum; see :func:`~captum_concepts.solvers.fit_elastic_net`.
         device: where to compute.
         show_progress: show a bar.
@@ -233,9 +244,11 @@ def fit_head(
     """
     width = activations.shape[1] if hasattr(activations, "shape") else next(iter(activations)).shape[1]
     check_head(head, lam, nonzeros_per_class, width)
+    metric = _FeatureMetric(activations, bottleneck) if head == "dense" and bottleneck is not None else None
+    rows = activations if metric is None else metric.rows
     options: dict[str, Any] = {
         "tol": tol,
-        "standardize": True,
+        "standardize": metric is None,
         "device": device,
         "process_group": True if world()[1] > 1 else None,
         "show_progress": show_progress and world()[0] == 0,
@@ -244,12 +257,12 @@ def fit_head(
     weights = _class_weights(class_weights, labels, num_classes)
     if labels.ndim == 1:
         each = None if weights is None else weights[labels.long()]
-        return _head_fit(_solved(activations, labels, how, sample_weight=each, num_classes=num_classes, **options))
+        return _head_fit(_solved(rows, labels, how, sample_weight=each, num_classes=num_classes, **options), metric)
     fits = []
     for k in range(num_classes):
         own = labels[:, k].long()
         each = None if weights is None else torch.where(own > 0, weights[k], torch.ones(()).double())
-        fits.append(_head_fit(_solved(activations, own, how, sample_weight=each, loss="logistic", **options)))
+        fits.append(_head_fit(_solved(rows, own, how, sample_weight=each, loss="logistic", **options), metric))
     notes = {
         "lam": [fit.notes["lam"] for fit in fits],
         "alpha": fits[0].notes["alpha"],
@@ -260,6 +273,39 @@ def fit_head(
     }
     weight, bias = torch.cat([fit.weight for fit in fits]), torch.cat([fit.bias for fit in fits])
     return HeadFit(weight, bias, fits[0].mean, fits[0].std, notes)
+
+
+class _FeatureMetric:
+    """A penalty on the weights that the features get through the concepts, as a plain ridge in other coordinates.
+
+    Args:
+        activations: what :func:`fit_head` takes.
+        bottleneck: ``(M, D)``.
+    """
+
+    def __init__(self, activations: Any, bottleneck: Tensor) -> None:
+        held = isinstance(activations, (Tensor, np.ndarray))
+        self._chunks: Iterable[Any] = [torch.as_tensor(activations)] if held else activations
+        self.mean, self.std = _moments(self._chunks)
+        made = bottleneck.detach().double().cpu() / self.std[:, None]
+        gram = made @ made.T
+        gram += PLAIN_SHARE**2 * torch.linalg.eigvalsh(gram)[-1] * torch.eye(len(gram)).double()
+        values, vectors = torch.linalg.eigh(gram / gram.diagonal().mean())
+        self.basis = vectors / values.sqrt()  # |W R^(1/2)| is |V| where W = V basis^T
+        self.rows: Any = next(iter(self)) if held else self
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (((chunk.detach().double().cpu() - self.mean) / self.std) @ self.basis for chunk in self._chunks)
+
+
+def _moments(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the images of all processes; constant activations have deviation 1."""
+    sums = [torch.cat([chunk.double().sum(0).cpu(), torch.tensor([len(chunk)]).double()]) for chunk in chunks]
+    total = all_reduce(torch.stack(sums).sum(0))
+    mean = total[:-1] / total[-1]
+    squares = all_reduce(torch.stack([(chunk.double().cpu() - mean).square().sum(0) for chunk in chunks]).sum(0))
+    std = (squares / total[-1]).sqrt()
+    return mean, torch.where(std <= 1e-6 * mean.abs().clamp_min(1e-30), 1.0, std)
 
 
 def _solved(
@@ -309,9 +355,7 @@ def _class_weights(weights: str | Sequence[float] | None, labels: Tensor, num_cl
     return torch.as_tensor(weights, dtype=torch.float64)
 
 
-def _head_fit(result: ElasticNetResult) -> HeadFit:
-    if result.feature_mean is None or result.feature_std is None:
-        raise InputError("the head was fitted without standardization")
+def _head_fit(result: ElasticNetResult, metric: _FeatureMetric | None) -> HeadFit:
     notes = {
         "lam": result.lam,
         "alpha": result.alpha,
@@ -320,7 +364,12 @@ def _head_fit(result: ElasticNetResult) -> HeadFit:
         "converged": result.converged,
         "nonzeros_per_class": float(result.nonzeros.double().mean()),
     }
-    tensors = (result.weight, result.bias, result.feature_mean, result.feature_std)
+    if metric is not None:
+        tensors = (result.weight.double().cpu() @ metric.basis.T, result.bias, metric.mean, metric.std)
+    elif result.feature_mean is not None and result.feature_std is not None:
+        tensors = (result.weight, result.bias, result.feature_mean, result.feature_std)
+    else:
+        raise InputError("the head was fitted without standardization")
     weight, bias, mean, std = (value.detach().float().cpu() for value in tensors)
     return HeadFit(weight, bias, mean, std, notes)
 
@@ -359,7 +408,9 @@ def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALF
     pooled = full_precision(model.scores(images)).cpu() * std + mean
     if len(labels) != len(pooled):
         raise InputError(f"{len(labels)} labels for {len(pooled)} images")
-    fit = fit_head(pooled.double(), labels, model.num_classes, **options)
+    linear = model.pointwise
+    weight = None if linear is None else full_precision(linear.weight).flatten(1)
+    fit = fit_head(pooled.double(), labels, model.num_classes, bottleneck=weight, **options)
     new.head.weight.copy_(fit.weight)
     new.head.bias.copy_(fit.bias)
     new.set_standardization(fit.mean, fit.std)

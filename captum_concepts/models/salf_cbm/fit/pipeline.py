@@ -561,6 +561,7 @@ class FitRun:
             **made_from,
             "labels": [fingerprint_tensor(split.images.labels) for split in self.splits],
             "head": [o.head, o.lam, o.nonzeros_per_class, o.alpha, o.head_tol, self.num_classes],
+            **({} if o.head == "sparse" else {"penalty": "features"}),
             **({} if o.class_weights is None else {"class_weights": o.class_weights}),
         }
 
@@ -574,6 +575,7 @@ class FitRun:
                 head=o.head,
                 alpha=o.alpha,
                 class_weights=o.class_weights,
+                bottleneck=weight,
                 tol=o.head_tol,
                 show_progress=o.show_progress,
             )

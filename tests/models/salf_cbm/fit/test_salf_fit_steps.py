@@ -272,6 +272,81 @@ def test_heads_of_classes_that_do_not_exclude_each_other(head):
     assert ((logits > 0) == (y > 0)).float().mean() > 0.8
 
 
+def collinear(n=400, concepts=12, seed=0):
+    """Features, a bottleneck whose concepts mean nearly the same, and classes that differ by the rest."""
+    z = random(n, 8, seed=seed).double()
+    weight = random(concepts, 1, seed=seed + 1) + 0.03 * random(concepts, 8, seed=seed + 2)
+    return z, weight, (z @ random(8, 3, seed=seed + 3).double()).argmax(1)
+
+
+def penalized_by_hand(activations, labels, bottleneck, lam):
+    """Newton's method on the objective as it is written, in the concepts' own weights; the last class's are free."""
+    mean, std = activations.mean(0), activations.std(0, correction=0)
+    c, k = (activations - mean) / std, int(labels.max()) + 1
+    made = bottleneck.double() / std[:, None]
+    r = made @ made.T + (0.1 * torch.linalg.matrix_norm(made, 2)) ** 2 * torch.eye(len(made)).double()
+    r /= r.diagonal().mean()
+
+    def objective(theta):
+        w, b = theta[:-k].view(k, -1), theta[-k:]
+        return F.cross_entropy(c @ w.T + b, labels) + lam / 2 * torch.einsum("km,mn,kn->", w, r, w)
+
+    theta = torch.zeros(k * c.shape[1] + k, dtype=torch.float64)
+    for _ in range(60):
+        slope = torch.autograd.functional.jacobian(objective, theta)
+        curvature = torch.autograd.functional.hessian(objective, theta)
+        theta = theta - torch.linalg.pinv(curvature, hermitian=True, rtol=1e-12) @ slope
+    return theta[:-k].view(k, -1), theta[-k:], float(objective(theta))
+
+
+class TestDenseHead:
+    def test_by_hand(self):
+        z, weight, y = collinear()
+        c = z @ weight.double().T + 2
+        for lam in (0.1, 1e-3):
+            found = fit_head(c, y, 3, head="dense", lam=lam, bottleneck=weight, tol=1e-8)
+            w, b, objective = penalized_by_hand(c, y, weight, lam)
+            assert found.notes["objective"] == pytest.approx(objective, abs=1e-7)
+            torch.testing.assert_close(found.weight.double(), w, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(found.bias - found.bias.mean(), (b - b.mean()).float(), atol=1e-3, rtol=1e-3)
+
+    def test_reaches_what_the_features_tell(self):
+        """A plain ridge of the same strength keeps to what all concepts share."""
+        z, weight, y = collinear()
+        c = z @ weight.double().T
+        right = {}
+        for name, bottleneck in (("plain", None), ("features", weight)):
+            f = fit_head(c, y, 3, head="dense", lam=1e-2, bottleneck=bottleneck)
+            right[name] = float((((c - f.mean) / f.std @ f.weight.double().T + f.bias).argmax(1) == y).float().mean())
+        assert right["features"] > right["plain"] + 0.1
+
+    def test_in_chunks_and_with_a_constant_concept(self):
+        z, weight, y = collinear()
+        weight[3] = 0
+        c = z @ weight.double().T + 1
+        at_once = fit_head(c, y, 3, head="dense", bottleneck=weight, tol=1e-7)
+        in_chunks = fit_head(c.split(70), y, 3, head="dense", bottleneck=weight, tol=1e-7)
+        torch.testing.assert_close(in_chunks.weight, at_once.weight, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(in_chunks.mean, at_once.mean)
+        assert at_once.std[3] == 1
+        torch.testing.assert_close(at_once.weight[:, 3], torch.zeros(3), atol=1e-6, rtol=0)
+
+    def test_of_several_labels_an_image(self):
+        z, weight, y = collinear()
+        several = F.one_hot(y, 3).float()
+        c = z @ weight.double().T
+        found = fit_head(c, several, 3, head="dense", bottleneck=weight)
+        logits = (c - found.mean) / found.std @ found.weight.double().T + found.bias
+        assert ((logits > 0) == (several > 0)).float().mean() > 0.85
+
+    def test_orthogonal_concepts_of_equal_deviation_are_a_plain_ridge(self):
+        z = torch.linalg.qr(random(200, 5).double() - random(200, 5).double().mean(0)).Q * 200**0.5
+        y = (z @ random(5, 3, seed=1).double()).argmax(1)
+        lam = 0.05
+        plain, metric = (fit_head(z, y, 3, head="dense", lam=lam, bottleneck=b, tol=1e-8) for b in (None, torch.eye(5)))
+        torch.testing.assert_close(plain.weight, metric.weight, atol=2e-2, rtol=2e-2)
+
+
 def test_class_weights():
     x = random(300, 4)
     y = (x[:, 0] + 0.8 * random(300, seed=1) > 1.0).long()  # one in six or so
