@@ -32,6 +32,7 @@ from captum_concepts.visualization import (
     value_range,
 )
 from captum_concepts.visualization.canvas import fit, text_width
+from captum_concepts.visualization.pictures import photo
 from captum_concepts.visualization.regions import outlines, per_image
 from captum_concepts.visualization.scale import DIVERGING, SEQUENTIAL
 
@@ -422,6 +423,7 @@ class TestPanel:
         bars = axes_of(figure, "contributions")[0].patches
         top = e.top(3)
         assert [bar.get_width() for bar in bars] == pytest.approx(top.contributions[0].tolist())
+        assert [bar.get_y() + bar.get_height() / 2 for bar in bars] == pytest.approx([0, 1, 2])
         colours = {(bar.get_width() >= 0): bar.get_facecolor() for bar in bars}
         assert colours[True][0] > colours[True][2]
         assert colours[False][2] > colours[False][0]
@@ -444,6 +446,12 @@ class TestPanel:
         figure = panel(e, torch.zeros(1, 3, 30, 30), mode="nearest")
         a, b = (np.asarray(x.images[0].get_array())[0, 0] for x in figure.axes if x.get_label() in ("a", "b"))
         assert (a == b).all()
+
+    @pytest.mark.parametrize("target", [-1, 9])
+    def test_a_target_without_a_name_is_refused(self, target: int):
+        e = dataclasses.replace(explanation(1), target=torch.tensor([target]))
+        with pytest.raises(InputError, match=f"no name for target {target} among 9 class_names"):
+            panel(e, torch.rand(1, 3, 16, 16), class_names=[f"name {k}" for k in range(9)])
 
     def test_target_layer_and_method_are_named(self):
         names = [f"name {k}" for k in range(9)]
@@ -676,3 +684,13 @@ def test_images_are_read_as_everywhere_else(tmp_path):
     for image in (ramp, tmp_path / "xray.png", str(tmp_path / "xray.png")):
         assert as_image(image).shape == (3, 8, 8)
         assert abs(float(as_image(image).mean()) - 0.5) < 0.01
+
+
+def test_photographs_keep_as_many_pixels_as_their_bytes_allow():
+    noise = torch.rand(3, 400, 300, generator=torch.Generator().manual_seed(0))
+    free, bounded = photo(noise, 512, 10**6), photo(noise, 512, 12_000)
+    assert (free.width, free.height) == (300, 400)
+    assert len(bounded.uri) < 12_000 * 4 / 3 + 100
+    larger = photo(noise, bounded.height * 5 // 4 + 1, 10**6)  # a step larger, and as many bytes as the quality takes
+    assert len(larger.uri) > len(bounded.uri)
+    assert bounded.height > 100

@@ -74,8 +74,9 @@ def caltech_101(cache: Path, data: Path, train: int, test: int, seed: int, epoch
     """Sparse and dense heads on the backbone's features, LF-CBM's and SALF-CBM's concepts: the same, none dropped.
 
     The backbone never saw Caltech's labels, so its own head is a dense one on pooled features. "dense, of the library"
-    is ``fit_head(head="dense", bottleneck=)`` as it is; the strength of the other dense heads is chosen on a tenth. Crops are embedded at
-    128 px in bfloat16; LF-CBM gets one embedding of the whole image at 224 px, in full precision.
+    is ``fit_head(head="dense", bottleneck=)`` as it is; the strength of the other dense heads is chosen on a tenth of
+    the training images. Crops are embedded at 128 px in bfloat16; LF-CBM gets one embedding of the whole image at 224
+    px, in full precision.
     """
     names, files, labels = caltech(data, train, test, seed)
     encoder = real_models(data).ConSE()

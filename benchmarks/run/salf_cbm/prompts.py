@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.data.salf_cbm import scenes
+from benchmarks.data.vit_encoder import vit_encoder
 from benchmarks.run.salf_cbm.maps import accuracy_interval, score_maps, summary
 from benchmarks.run.salf_cbm.scenes import CLASSES, LAYER, MAP_IMAGES, PROMPT, batched
 from captum_concepts import demo
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import DenseRegions, RegionPrompt
-from captum_concepts.vlm.dense import AdaptiveRegions
+from captum_concepts.vlm.dense import ATTENTIONS, AdaptiveRegions
 
 #: Circles of a budget: with the pass for the other cells a quarter of the 49.
 BUDGET = 11
@@ -30,6 +31,13 @@ PROMPTS: dict[str, tuple[bool, Any, int]] = {
     f"{BUDGET} circles and dense regions": (True, AdaptiveRegions(PROMPT, BUDGET), BUDGET + 1),
     f"{BUDGET} circles, encoder without dense regions": (False, AdaptiveRegions(PROMPT, BUDGET), BUDGET + 1),
     f"{BUDGET} crops and dense regions": (True, AdaptiveRegions(CROPS, BUDGET), BUDGET + 1),
+}
+#: The same for a vision transformer, whose dense regions can be read in several ways.
+TRANSFORMER: dict[str, tuple[bool, Any, int]] = {
+    **{name: PROMPTS[name] for name in ("circles", "crops")},
+    **{f"dense regions, {kind}": (True, DenseRegions(7, attention=kind), 1) for kind in ATTENTIONS},
+    "dense regions, value, outliers kept": (True, DenseRegions(7, remove_outliers=False), 1),
+    **{name: given for name, given in PROMPTS.items() if isinstance(given[1], AdaptiveRegions)},
 }
 
 
@@ -51,15 +59,32 @@ class Plain(nn.Module):
 
 
 def prompts(cache: Path, train_images: int, test_images: int, epochs: int) -> dict[str, Any]:
+    """Rows of the bundled encoder, and of a vision transformer."""
+    sizes = {"train_images": train_images, "test_images": test_images, "epochs": epochs}
+    rows = compared(cache, demo.load("clip"), PROMPTS, "", **sizes)
+    return {**sizes, "rows": rows, "transformer": compared(cache, vit_encoder(), TRANSFORMER, "vit-", **sizes)}
+
+
+def compared(
+    cache: Path,
+    clip: Any,
+    prompts: dict[str, tuple[bool, Any, int]],
+    prefix: str,
+    *,
+    train_images: int,
+    test_images: int,
+    epochs: int,
+) -> list[dict[str, Any]]:
     """One row per prompt: the same scenes, backbone, words and settings in all; every concept is kept."""
     data, train = scenes("train", train_images)
     _, test = scenes("test", test_images)
     part = slice(0, min(MAP_IMAGES, test_images))
     truth = (test.masks[part], test.presence[part])
-    clip, rows = demo.load("clip"), []
+    rows: list[dict[str, Any]] = []
     text = F.normalize(clip.encode_text(list(data.concepts)), dim=1)
-    for name, (dense, regions, passes) in PROMPTS.items():
-        encoder, path = clip if dense else Plain(clip), cache / f"prompts-{name.replace(' ', '-')}-n{train_images}"
+    for name, (dense, regions, passes) in prompts.items():
+        encoder = clip if dense else Plain(clip)
+        path = cache / f"prompts-{prefix}{name.replace(' ', '-')}-n{train_images}"
         start = time.process_time()
         RegionEmbeddingStore.build(path / "regions-train", train.image, encoder, regions, show_progress=True)
         seconds = time.process_time() - start
@@ -90,7 +115,7 @@ def prompts(cache: Path, train_images: int, test_images: int, epochs: int) -> di
             for who in ("teacher", "student")
             for key in ("nra_exact", "specificity")
         }
-    return {"train_images": train_images, "test_images": test_images, "epochs": epochs, "rows": rows}
+    return rows
 
 
 def _mean(values: dict[str, float]) -> float:

@@ -89,29 +89,38 @@ def prompts(args: argparse.Namespace) -> tuple[list[Record], Record]:
     from benchmarks.run.salf_cbm.prompts import prompts
 
     found = prompts(args.cache, args.prompts_train, args.test, args.epochs)
-    rows = [
-        {
-            "method": row["prompt"],
-            "encoder passes per image": row["passes"],
-            "CPU ms per image": 1000 * row["embedding_seconds_per_image"],
-            "teacher NRA": row["teacher"]["nra_exact"],
-            "teacher specificity": row["teacher"]["specificity"],
-            "student NRA": row["student"]["nra_exact"],
-            "student specificity": row["student"]["specificity"],
-            "accuracy": row["accuracy"],
-            "student NRA, of circles'": row["of_circles"]["student nra_exact"],
-            "student specificity, of circles'": row["of_circles"]["student specificity"],
-        }
-        for row in found["rows"]
-    ]
+    rows, others = ([prompt_row(row) for row in found[name]] for name in ("rows", "transformer"))
     note = (
-        f"{found['train_images']} training scenes of 64 px, 7 x 7 cells, the bundled CLIP (a ConvNet; no ViT tower is "
-        "bundled). Teacher: the encoder's similarities P; student: the concept maps of the model, on the first 200 of "
+        f"{found['train_images']} training scenes of 64 px, 7 x 7 cells, the bundled CLIP (a ConvNet). Teacher: the "
+        "encoder's similarities P; student: the concept maps of the model, on the first 200 of "
         f"{found['test_images']} other scenes; a head of about 10 weights per class. A budget of circles or crops is "
         "spent where cells differ most from their image; the other cells take the dense regions or, without them, the "
         "embedding of the whole image, shifted by the mean difference."
     )
-    return [{"title": "how regions are shown to the encoder", "note": note, "rows": rows}], found
+    transformer = (
+        "The same with a vision transformer that reads a class token (`benchmarks.data.vit_encoder`); value, qq, kk: "
+        "what a position of its last block attends to."
+    )
+    return [
+        {"title": "how regions are shown to the encoder", "note": note, "rows": rows},
+        {"title": "how regions are shown to a vision transformer", "note": transformer, "rows": others},
+    ], found
+
+
+def prompt_row(row: Record) -> Record:
+    """One prompt's line of the tables."""
+    return {
+        "method": row["prompt"],
+        "encoder passes per image": row["passes"],
+        "CPU ms per image": 1000 * row["embedding_seconds_per_image"],
+        "teacher NRA": row["teacher"]["nra_exact"],
+        "teacher specificity": row["teacher"]["specificity"],
+        "student NRA": row["student"]["nra_exact"],
+        "student specificity": row["student"]["specificity"],
+        "accuracy": row["accuracy"],
+        "student NRA, of circles'": row["of_circles"]["student nra_exact"],
+        "student specificity, of circles'": row["of_circles"]["student specificity"],
+    }
 
 
 def planted(args: argparse.Namespace) -> tuple[list[Record], Record]:
