@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def compared(
     for name, (dense, regions, passes) in prompts.items():
         encoder = clip if dense else Plain(clip)
         path = cache / f"prompts-{prefix}{name.replace(' ', '-')}-n{train_images}"
+        shutil.rmtree(path, ignore_errors=True)  # embedding is timed, so nothing is taken from an earlier run
         start = time.process_time()
         RegionEmbeddingStore.build(path / "regions-train", train.image, encoder, regions, show_progress=True)
         seconds = time.process_time() - start
