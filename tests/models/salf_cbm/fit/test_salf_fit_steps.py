@@ -284,7 +284,7 @@ def penalized_by_hand(activations, labels, bottleneck, lam):
     mean, std = activations.mean(0), activations.std(0, correction=0)
     c, k = (activations - mean) / std, int(labels.max()) + 1
     made = bottleneck.double() / std[:, None]
-    r = made @ made.T + (0.1 * torch.linalg.matrix_norm(made, 2)) ** 2 * torch.eye(len(made)).double()
+    r = made @ made.T + (0.03 * torch.linalg.matrix_norm(made, 2)) ** 2 * torch.eye(len(made)).double()
     r /= r.diagonal().mean()
 
     def objective(theta):
