@@ -70,7 +70,9 @@ def vocabulary(classes: list[str], encoder: Any) -> Vocabulary:
     return words.filter(names).filter(known, encoder)
 
 
-def caltech_101(cache: Path, data: Path, train: int, test: int, seed: int, epochs: int) -> dict[str, Any]:
+def caltech_101(
+    cache: Path, data: Path, train: int, test: int, seed: int, epochs: int, cutoff: float = PRESENCE
+) -> dict[str, Any]:
     """Sparse and dense heads on the backbone's features, LF-CBM's and SALF-CBM's concepts: the same, none dropped.
 
     The backbone never saw Caltech's labels, so its own head is a dense one on pooled features. "dense, of the library"
@@ -88,7 +90,7 @@ def caltech_101(cache: Path, data: Path, train: int, test: int, seed: int, epoch
     whole_images = RegionEmbeddingStore.build(path / "images-train", Files(files["train"], SIZE), encoder, WHOLE)
     words = vocabulary(names, encoder)
     presence = concept_presence(whole_images, words.encode(encoder))
-    words = present_concepts(words, presence, PRESENCE)
+    words = present_concepts(words, presence, cutoff)
     text = words.encode(encoder)
     print(words.report.summary(), flush=True)
     order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed))
