@@ -158,7 +158,8 @@ def caltech(args: argparse.Namespace, presence: float | None = None) -> tuple[li
     note = (
         f"{found['classes']} classes, {found['train_images']} training and {found['test_images']} other images, split "
         f"by file; MobileNetV2 (ImageNet) and ConSE, which is built on it, prompted with {found['crops']:,} crops; "
-        f"{found['vocabulary']['kept']} concepts in both models (presence above {cutoff:g}). Mean validation similarity: "
+        f"{found['vocabulary']['kept']} concepts in both models (presence above {cutoff:g}). Mean validation "
+        "similarity: "
         + ", ".join(f"{name} {value:.2f}" for name, value in found["similarity_on_validation"].items())
         + "."
     )

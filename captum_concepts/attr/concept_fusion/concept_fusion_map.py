@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 GRADIENTS = ("total", "branch")
 MAP_LAYERS = ("auto", "fused")
+#: No encoder's scale or bias comes near; beyond, single precision ends.
+_MOST_LOGIT = 1e6
 _RENAMED = {
     "layer": "map_layer=",
     "probability": "link=",
@@ -662,9 +664,10 @@ class ConceptFusionMap(LayerAttribution):
         if self.channel_share is not None:
             number("channel_share", self.channel_share, lambda v: 0 < v <= 1, "in (0, 1], or None")
         if self.logit_scale is not None:
-            number("logit_scale", self.logit_scale, lambda v: v > 0, "positive")
+            number("logit_scale", self.logit_scale, lambda v: 0 < v <= _MOST_LOGIT, f"in (0, {_MOST_LOGIT:g}]")
         if self.logit_bias is not None:
-            number("logit_bias", self.logit_bias, lambda _: True, "a finite number")
+            most = f"from -{_MOST_LOGIT:g} to {_MOST_LOGIT:g}"
+            number("logit_bias", self.logit_bias, lambda v: abs(v) <= _MOST_LOGIT, most)
         text = self.text_embeddings
         if self.translator is None and text is None and self.concepts is not None:
             unique_names(self.concepts, "concept")  # fit encodes them

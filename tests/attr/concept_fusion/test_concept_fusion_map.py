@@ -524,6 +524,8 @@ def test_bad_arguments_are_refused():
         ({"channel_share": 1.5}, "channel_share"),
         ({"batch_size": 0}, "batch_size"),
         ({"logit_scale": 0.0}, "logit_scale"),
+        ({"logit_scale": 1e300}, "logit_scale must be in"),
+        ({"logit_bias": 1e308}, "logit_bias must be from"),
     ):
         with pytest.raises(InputError, match=words):
             make(**changes)
