@@ -17,6 +17,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from captum_concepts import demo
+from captum_concepts._artifacts import write_atomically
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.demo.evaluation import circle_reaction
 from captum_concepts.demo.networks import SIZE, ConvStem
@@ -78,7 +79,7 @@ def main() -> None:
     held_out = circle_reaction(encoder, CaptionedScenes(1000, seed=TEST_SEED, size=SIZE))
     write_tensors({k: v.contiguous() for k, v in state.items()}, FOLDER / "open_clip_model.safetensors")
     record = {"seed": args.seed, "run": run, "held_out": held_out, "log": log}
-    (FOLDER / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_atomically(FOLDER / "record.json", json.dumps(record, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
     print(json.dumps(held_out), flush=True)
 

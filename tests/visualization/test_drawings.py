@@ -38,7 +38,7 @@ def photographs(n: int) -> list[torch.Tensor]:
     """Of several shapes, with a gradient so that each pixel has its own color."""
     sizes = [(40, 60), (60, 40), (32, 32)]
     return [
-        torch.stack([values(1)[0] + torch.linspace(0, 1, w).expand(h, w), torch.linspace(0, 1, h)[:, None].expand(h, w),
+        torch.stack([torch.linspace(0, 1, w).expand(h, w), torch.linspace(0, 1, h)[:, None].expand(h, w),
                      torch.full((h, w), 0.2 * k)]).clamp(0, 1)
         for k, (h, w) in enumerate(sizes[:n])
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from captum_concepts.models.salf_cbm.fit.features import GridFeatures
 from captum_concepts.models.salf_cbm.fit.objective import ahead
 from captum_concepts.models.salf_cbm.fit.steps import all_reduce, digest, first_decides, progress, say, share_of
 from captum_concepts.solvers import ElasticNetResult, elastic_net_path, fit_elastic_net
+from captum_concepts.solvers.elastic_net import open_problem
 from captum_concepts.store import ShardReader, default_shard_rows, missing_shards, read_manifest, world
 from captum_concepts.store.processes import fill_together
 
@@ -245,13 +246,21 @@ def fit_head(
     """
     width = activations.shape[1] if hasattr(activations, "shape") else next(iter(activations)).shape[1]
     check_head(head, lam, nonzeros_per_class, width)
-    metric = _FeatureMetric(activations, bottleneck) if head == "dense" and bottleneck is not None else None
+    where: dict[str, Any] = {"device": device, "process_group": True if world()[1] > 1 else None}
+    metric = None
+    if head == "dense" and bottleneck is not None:
+        kind = {"num_classes": num_classes, "loss": "multinomial"}
+        one = labels
+        if labels.ndim == 2:
+            one, kind = labels[:, 0].long(), {"num_classes": None, "loss": "logistic"}
+        metric = _FeatureMetric(activations, one, bottleneck, **kind, **where)
     rows = activations if metric is None else metric.rows
+    if head == "dense" and lam is None:
+        lam = DENSE_LAM if metric is None else FEATURE_LAM
     options: dict[str, Any] = {
+        **where,
         "tol": tol,
         "standardize": metric is None,
-        "device": device,
-        "process_group": True if world()[1] > 1 else None,
         "show_progress": show_progress and world()[0] == 0,
     }
     how = (lam, nonzeros_per_class, head, alpha, width)
@@ -280,33 +289,32 @@ class _FeatureMetric:
     """A penalty on the weights that the features get through the concepts, as a plain ridge in other coordinates.
 
     Args:
-        activations: what :func:`fit_head` takes.
+        activations, labels: what :func:`fit_head` takes.
         bottleneck: ``(M, D)``.
+        options: of the solver; it tells mean and deviation, and refuses what it cannot fit.
     """
 
-    def __init__(self, activations: Any, bottleneck: Tensor) -> None:
-        held = isinstance(activations, (Tensor, np.ndarray))
-        self._chunks: Iterable[Any] = [torch.as_tensor(activations)] if held else activations
-        self.mean, self.std = _moments(self._chunks)
-        made = bottleneck.detach().double().cpu() / self.std[:, None]
+    def __init__(self, activations: Any, labels: Tensor, bottleneck: Tensor, **options: Any) -> None:
+        stats = open_problem(
+            activations, labels, sample_weight=None, standardize=True, chunk_size=None, **options
+        ).stats
+        assert stats.mean is not None
+        assert stats.std is not None
+        self.mean, self.std = stats.mean.double().cpu(), stats.std.double().cpu()
+        made = bottleneck.detach().double().cpu()
+        if made.ndim != 2 or len(made) != len(self.std):
+            raise InputError(f"bottleneck must be (M, D), M={len(self.std)} concepts, got {tuple(made.shape)}")
+        made = made / self.std[:, None]
         gram = made @ made.T
         gram += PLAIN_SHARE**2 * torch.linalg.eigvalsh(gram)[-1] * torch.eye(len(gram)).double()
         values, vectors = torch.linalg.eigh(gram / gram.diagonal().mean())
         self.basis = vectors / values.sqrt()  # |W R^(1/2)| is |V| where W = V basis^T
+        held = isinstance(activations, (Tensor, np.ndarray))
+        self._chunks: Iterable[Any] = [torch.as_tensor(activations)] if held else activations
         self.rows: Any = next(iter(self)) if held else self
 
     def __iter__(self) -> Iterator[Tensor]:
         return (((chunk.detach().double().cpu() - self.mean) / self.std) @ self.basis for chunk in self._chunks)
-
-
-def _moments(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the images of all processes; constant activations have deviation 1."""
-    sums = [torch.cat([chunk.double().sum(0).cpu(), torch.tensor([len(chunk)]).double()]) for chunk in chunks]
-    total = all_reduce(torch.stack(sums).sum(0))
-    mean = total[:-1] / total[-1]
-    squares = all_reduce(torch.stack([(chunk.double().cpu() - mean).square().sum(0) for chunk in chunks]).sum(0))
-    std = (squares / total[-1]).sqrt()
-    return mean, torch.where(std <= 1e-6 * mean.abs().clamp_min(1e-30), 1.0, std)
 
 
 def _solved(
@@ -316,11 +324,8 @@ def _solved(
     **options: Any,
 ) -> ElasticNetResult:
     lam, nonzeros_per_class, head, alpha, width = how
-    if head == "dense":
-        least = DENSE_LAM if options["standardize"] else FEATURE_LAM
-        return fit_elastic_net(activations, labels, least if lam is None else lam, alpha=0.0, **options)
     if lam is not None:
-        return fit_elastic_net(activations, labels, lam, alpha=alpha, **options)
+        return fit_elastic_net(activations, labels, lam, alpha=0.0 if head == "dense" else alpha, **options)
     wanted = nonzeros_per_class or min(NONZEROS, width / 2)
     with warnings.catch_warnings():
         if nonzeros_per_class is None:  # nobody asked for that number: classes that are easily separated need less

@@ -331,6 +331,16 @@ class TestDenseHead:
         assert at_once.std[3] == 1
         torch.testing.assert_close(at_once.weight[:, 3], torch.zeros(3), atol=1e-6, rtol=0)
 
+    @pytest.mark.parametrize("bottleneck", [None, random(4, 8), random(5, 8)], ids=["none", "another", "its own"])
+    def test_what_cannot_be_fitted_is_refused(self, bottleneck):
+        c, y = random(60, 5), torch.arange(60) % 3
+        if bottleneck is not None and len(bottleneck) == 4:
+            with pytest.raises(InputError, match=r"bottleneck must be \(M, D\), M=5 concepts, got \(4, 8\)"):
+                fit_head(c, y, 3, head="dense", bottleneck=bottleneck)
+        c[7, 2] = torch.nan
+        with pytest.raises(InputError, match="NaN or infinite values in 1 of 5 columns"):
+            fit_head(c, y, 3, head="dense", bottleneck=bottleneck)
+
     def test_of_several_labels_an_image(self):
         z, weight, y = collinear()
         several = F.one_hot(y, 3).float()
