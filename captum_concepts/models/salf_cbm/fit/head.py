@@ -281,8 +281,31 @@ def fit_head(
         "converged": all(fit.notes["converged"] for fit in fits),
         "nonzeros_per_class": sum(fit.notes["nonzeros_per_class"] for fit in fits) / len(fits),
     }
-    weight, bias = torch.cat([fit.weight for fit in fits]), torch.cat([fit.bias for fit in fits])
-    return HeadFit(weight, bias, fits[0].mean, fits[0].std, notes)
+    mean, std = fits[0].mean, fits[0].std
+    if weights is not None and metric is None:  # each class had its own weighted mean and deviation; the model has one
+        kind = {"num_classes": None, "loss": "logistic", "sample_weight": None, "chunk_size": None}
+        mean, std = _mean_and_std(activations, labels[:, 0].long(), **kind, **where)
+    return HeadFit(*_restandardized(fits, mean, std), mean.float(), std.float(), notes)
+
+
+def _mean_and_std(activations: Any, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """``(M,)`` each, as the solver has them, which also refuses what it cannot fit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # of classes without images: the fit itself warns
+        stats = open_problem(activations, labels, standardize=True, **options).stats
+    assert stats.mean is not None
+    assert stats.std is not None
+    return stats.mean.double().cpu(), stats.std.double().cpu()
+
+
+def _restandardized(fits: Sequence[HeadFit], mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """``(L, M)`` weights and ``(L,)`` biases of the same logits, for activations standardized by ``mean`` and ``std``."""
+    weight, bias = [], []
+    for fit in fits:
+        raw = fit.weight.double() / fit.std.double()
+        weight.append(raw * std)
+        bias.append(fit.bias.double() + raw @ (mean.double() - fit.mean.double()))
+    return torch.cat(weight).float(), torch.cat(bias).float()
 
 
 class _FeatureMetric:
@@ -295,12 +318,7 @@ class _FeatureMetric:
     """
 
     def __init__(self, activations: Any, labels: Tensor, bottleneck: Tensor, **options: Any) -> None:
-        stats = open_problem(
-            activations, labels, sample_weight=None, standardize=True, chunk_size=None, **options
-        ).stats
-        assert stats.mean is not None
-        assert stats.std is not None
-        self.mean, self.std = stats.mean.double().cpu(), stats.std.double().cpu()
+        self.mean, self.std = _mean_and_std(activations, labels, sample_weight=None, chunk_size=None, **options)
         made = bottleneck.detach().double().cpu()
         if made.ndim != 2 or len(made) != len(self.std):
             raise InputError(f"bottleneck must be (M, D), M={len(self.std)} concepts, got {tuple(made.shape)}")

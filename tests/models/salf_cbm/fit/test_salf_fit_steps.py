@@ -368,13 +368,23 @@ def test_class_weights():
         (((x - f.mean) / f.std @ f.weight.T + f.bias).argmax(1)[y == 1] == 1).float().mean() for f in (plain, balanced)
     ]
     assert recall[1] > recall[0] + 0.1
-    several = torch.stack([1 - y, y], 1).float()
-    many = fit_head(x, several, 2, head="dense", class_weights="balanced")
-    assert many.notes["converged"]
-    ratio = float((1 - share) / share)
-    weights = torch.where(y == 1, ratio, 1.0).double()
-    alone = fit_elastic_net(x, y, 1e-4, alpha=0.0, loss="logistic", standardize=True, sample_weight=weights)
-    torch.testing.assert_close(many.weight[1:], alone.weight.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_class_weights_of_independent_classes():
+    """Each class is standardized with its own weights; the model has one mean and deviation for all."""
+    x = random(300, 4) * torch.tensor([1.0, 2.0, 5.0, 1.0]) + torch.tensor([0.0, 3.0, -1.0, 0.5])
+    several = torch.stack([x[:, 0] + 0.8 * random(300, seed=1) < 1.0, x[:, 1] + random(300, seed=2) > 6.0], 1).float()
+    for given in ("balanced", [3.0, 0.2]):
+        many = fit_head(x, several, 2, head="dense", class_weights=given)
+        assert many.notes["converged"]
+        torch.testing.assert_close(many.mean, x.mean(0))
+        torch.testing.assert_close(many.std, x.std(0, unbiased=False))
+        logits = (x - many.mean) / many.std @ many.weight.T + many.bias
+        for k, y in enumerate(several.T.long()):
+            ratio = float((1 - y).sum() / y.sum()) if given == "balanced" else given[k]
+            weights = torch.where(y == 1, ratio, 1.0).double()
+            alone = fit_elastic_net(x, y, 1e-4, alpha=0.0, loss="logistic", standardize=True, sample_weight=weights)
+            torch.testing.assert_close(logits[:, k], alone.decision_function(x)[:, 0].float(), atol=1e-3, rtol=1e-3)
 
 
 def test_presence_is_judged_on_images_as_they_are(tmp_path):
