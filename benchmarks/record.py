@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import datetime
-import hashlib
-import io
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGE = "captum_concepts"
+from benchmarks.ran import PACKAGE, digest, functions_that_ran
+
 ROOT = Path(__file__).resolve().parents[1]
 #: Where records go; another folder for a trial that must not replace them.
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results").resolve()
@@ -47,11 +44,24 @@ def environment(*packages: str, device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def sources() -> dict[str, str]:
-    """The package's modules that this process has imported, as ``{file: digest}``: what is measured here.
+def sources(ran: dict[str, list[str] | None] | None = None) -> dict[str, str | dict[str, Any]]:
+    """``{file: {"digest": ..., "ran": names of functions}}`` of the package's modules: what is measured here.
 
-    Messages and lazy tables of names change no measurement: ``errors``, ``_checks`` and ``__init__`` are left out.
+    A file that was imported unwatched (see :mod:`benchmarks.ran`) has the digest of all its code instead. Messages and
+    lazy tables of names change no measurement: ``errors``, ``_checks`` and ``__init__`` are left out.
+
+    Args:
+        ran: of other processes, from :func:`functions`; None: of this one.
     """
+    found: dict[str, str | dict[str, Any]] = {}
+    for file, names in sorted((functions() if ran is None else ran).items()):
+        code = digest((ROOT / file).read_text(encoding="utf-8"), names)
+        found[file] = code if names is None else {"digest": code, "ran": names}
+    return found
+
+
+def functions() -> dict[str, list[str] | None]:
+    """The package's modules that this process has imported, with the functions that ran."""
     found = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
@@ -59,51 +69,35 @@ def sources() -> dict[str, str]:
             continue
         path = Path(file).resolve()
         if path.suffix == ".py" and path.stem not in ("errors", "_checks", "__init__") and ROOT in path.parents:
-            found[path.relative_to(ROOT).as_posix()] = digest(path.read_text(encoding="utf-8"))
-    return dict(sorted(found.items()))
-
-
-def digest(source: str) -> str:
-    """Eight hexadecimal digits of a module's code: comments, docstrings and empty lines do not count."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            match node.body[0]:
-                case ast.Expr(value=ast.Constant(value=str()), lineno=first, end_lineno=int(last)):
-                    lines[first - 1 : last] = [""] * (last - first + 1)
-    code = "\n".join(line.rstrip() for line in lines if line.strip())
-    return hashlib.sha256(code.encode()).hexdigest()[:8]
+            found[path.relative_to(ROOT).as_posix()] = functions_that_ran(file)
+    return found
 
 
 def changed(record: dict[str, Any]) -> list[str] | None:
     """Measured files that are another code now, or gone; None for a record that does not know what it measured."""
-    measured = dict(_measured(record))
+    measured = list(_measured(record))
     if not measured:
         return None
-    found = []
-    for file, known in measured.items():
-        path = ROOT / file
-        if not path.is_file() or known != {digest(path.read_text(encoding="utf-8"))}:
-            found.append(file)
-    return sorted(found)
+    return sorted({file for file, known in measured if not _same(ROOT / file, known)})
 
 
-def _measured(record: Any, known: dict[str, set[str]] | None = None) -> dict[str, set[str]]:
+def _same(path: Path, known: str | dict[str, Any]) -> bool:
+    code, ran = (known, None) if isinstance(known, str) else (known["digest"], known["ran"])
+    return path.is_file() and code == digest(path.read_text(encoding="utf-8"), ran)
+
+
+def _measured(record: Any) -> Iterator[tuple[str, str | dict[str, Any]]]:
     """Files and their digests in all environments of a record; parts that were recorded apart may have several."""
-    known = {} if known is None else known
     if isinstance(record, dict):
-        for file, code in record.get("sources", {}).items() if isinstance(record.get("sources"), dict) else ():
-            known.setdefault(file, set()).add(code)
-        for value in record.values():
-            _measured(value, known)
+        measured = record.get("sources")
+        if isinstance(measured, dict):
+            yield from measured.items()
+        for name, value in record.items():
+            if name != "sources" or not isinstance(value, dict):
+                yield from _measured(value)
     elif isinstance(record, list):
         for value in record:
-            _measured(value, known)
-    return known
+            yield from _measured(value)
 
 
 def _version(package: str) -> str | None:

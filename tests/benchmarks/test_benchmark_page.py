@@ -282,6 +282,51 @@ class TestCode:
         assert digest(code) != digest(code.replace("+ 1", "+ 2"))
         assert digest(code) != digest(code.replace("return x", 'return "x"'))
 
+    def test_only_what_ran_counts(self):
+        code = (
+            "import os\nfrom a import (\n    used,\n    unused,\n)\n\nSIZE = 3\n\n\ndef f(x):\n    return used(x)\n\n\n"
+            "@os.cache\ndef g(x):\n    def inner():\n        return 1\n    return unused(x) + 2\n\n\n"
+            "class A(B):\n    size = 4\n\n    def h(self):\n        return 5\n\n    def k(self):\n        return 6\n"
+        )
+        ran = ["f", "A.h"]
+        same = [
+            ("+ 2", "+ 3"),
+            ("return 6", "return 7"),
+            ("    unused,\n", ""),
+            ("@os.cache\n", ""),
+            ("return 1", "pass"),
+        ]
+        same += [("import os\n", "import os\nimport json\n"), ("class A", "def new():\n    return 1\n\n\nclass A")]
+        for old, new in same:
+            assert digest(code, ran) == digest(code.replace(old, new), ran), old
+            assert digest(code) != digest(code.replace(old, new)), old
+        other = [
+            ("return 5", "return 8"),
+            ("used(x)\n\n\n@", "used(x, 1)\n\n\n@"),
+            ("SIZE = 3", "SIZE = 4"),
+            ("(B)", "(C)"),
+        ]
+        other += [("size = 4", "size = 5"), ("def k", "def __len__"), ("from a", "from b"), ("def f(x)", "def f(x=1)")]
+        for old, new in other:
+            assert digest(code, ran) != digest(code.replace(old, new), ran), old
+        assert digest(code, [*ran, "g"]) != digest(code.replace("return 1", "return 2"), [*ran, "g"])
+
+    def test_a_benchmark_knows_what_it_ran(self):
+        """In a process of its own: here the package was imported before the benchmarks."""
+        program = (
+            "import json, torch, benchmarks\nfrom benchmarks.record import sources\n"
+            "from captum_concepts import metrics\nmap_, mask = torch.rand(1, 1, 4, 4), torch.ones(1, 1, 4, 4).bool()\n"
+            "metrics.nra(map_, mask)\nprint(json.dumps(sources()))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        known = json.loads(done.stdout)
+        region = known["captum_concepts/metrics/region.py"]
+        assert "nra" in region["ran"]
+        assert "region_auc" not in region["ran"]
+        assert changed({"environment": {"sources": known}}) == []
+        region["ran"].remove("nra")
+        assert changed({"environment": {"sources": known}}) == ["captum_concepts/metrics/region.py"]
+
     def test_an_environment_names_the_modules_in_use(self):
         import captum_concepts.metrics.region  # noqa: F401
 

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.record import environment, sources, write
+from benchmarks.record import environment, functions, sources, write
 
 SIDE = 24
 METHODS = ["SpatialACV", "SALFCBM", "DiscoveredConcepts", "ConceptFusionMap"]
 #: Sources of all processes that were measured; this one imports none of them.
-MEASURED: dict[str, str] = {}
+MEASURED: dict[str, list[str] | None] = {}
 
 
 class Spots(Dataset[tuple[Tensor, int]]):
@@ -90,7 +90,7 @@ def explainer(method: str) -> Any:
 
 
 def child(args: argparse.Namespace) -> None:
-    """One audit, or one pass of explain, in this process; prints seconds an image, peak memory in MB and sources."""
+    """One audit, or one pass of explain, in this process; prints seconds an image, peak memory in MB and what ran."""
     from captum_concepts import audit_dataset
     from captum_concepts.images import batches, inputs_for
 
@@ -112,7 +112,7 @@ def child(args: argparse.Namespace) -> None:
         audit.save(Path(args.folder) / f"audit{args.rank}.safetensors")
     spent = (time.process_time() - start) / args.images
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("RESULT", json.dumps([spent, peak, sources()]), flush=True)
+    print("RESULT", json.dumps([spent, peak, functions()]), flush=True)
     if args.world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -126,13 +126,14 @@ def start(method: str, what: str, images: int, folder: str, **options: Any) -> s
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[float, float]:
-    """Seconds an image and peak memory; what the process imported is added to ``MEASURED``."""
+    """Seconds an image and peak memory; what ran in the process is added to ``MEASURED``."""
     said, _ = process.communicate()
     line = next((line for line in said.splitlines() if line.startswith("RESULT")), "")
     if process.returncode or not line:
         raise SystemExit(f"a process failed: {said[-2000:]}")
-    spent, peak, imported = json.loads(line.removeprefix("RESULT"))
-    MEASURED.update(imported)
+    spent, peak, ran = json.loads(line.removeprefix("RESULT"))
+    for file, names in ran.items():
+        MEASURED[file] = sorted({*(MEASURED.get(file) or ()), *names})
     return spent, peak
 
 
@@ -206,7 +207,7 @@ def main() -> None:
     record["memory"] = memory
     record["same_bytes"] = same_bytes(1500)
     print(record["same_bytes"])
-    record["environment"] = {**environment(), "sources": dict(sorted(MEASURED.items()))}
+    record["environment"] = {**environment(), "sources": sources(MEASURED)}
     write("audit_streaming", record)
 
 
