@@ -10,12 +10,13 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from captum_concepts import __version__
 from captum_concepts.commands.command_line import Outcome, add_commands, explainer_options, run_command
-from captum_concepts.errors import CaptumConceptsError, printable
+from captum_concepts.errors import CaptumConceptsError, CaptumConceptsWarning, printable
 
 NOT_DONE, CRASHED, INTERRUPTED, TERMINATED = 2, 70, 130, 143
 EPILOG = """\
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, as_json = options.pop("command"), options.pop("json")
     own = {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}
     try:
-        with _terminable():
+        with _terminable(), _plain_warnings():
             with contextlib.redirect_stdout(sys.stderr):
                 made = own[command](options, as_json) if command in own else run_command(command, options, as_json)
             return _tell(made)
@@ -167,6 +168,23 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """This package's warnings as one line each, without the line of its source that gave them."""
+    before = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        if issubclass(category, CaptumConceptsWarning):
+            return "\n".join(map(printable, f"warning: {message}".split("\n"))) + "\n"
+        return before(message, category, *where, **more)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _tell(made: Outcome) -> int:

@@ -73,7 +73,7 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 5) -> str:
     >>> did_you_mean("qqq", ["layer3"])
     ''
     """
-    near = difflib.get_close_matches(name[:100], list(known), n=limit, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100], list(known), n=limit)
     if not near:
         return ""
     quoted = [f"'{n}'" for n in near]

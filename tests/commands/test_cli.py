@@ -106,6 +106,15 @@ def test_an_assumed_size_is_said(model_file: str, photos):
         assert load_model(model_file, size=64).size == 64
 
 
+def test_a_warning_is_one_line_without_source(model_file: str, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    command = [sys.executable, "-m", "captum_concepts", "explain", str(tmp_path / "a.png"), "--model", model_file]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    assert re.search(r"^warning: the model of .* read at 224 x 224 pixels; give --size .*$", done.stderr, re.MULTILINE)
+    assert "InputWarning" not in done.stderr
+    assert "load_model" not in done.stderr
+
+
 def test_references_are_the_class_folders(model_file, photos, references, tmp_path, capsys):
     (photos / "broken.jpg").unlink()
     Image.new("RGB", (64, 64), "red").save(photos / "b.png")

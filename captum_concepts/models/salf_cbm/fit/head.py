@@ -299,7 +299,7 @@ def _mean_and_std(activations: Any, labels: Tensor, **options: Any) -> tuple[Ten
 
 
 def _restandardized(fits: Sequence[HeadFit], mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """``(L, M)`` weights and ``(L,)`` biases of the same logits, for activations standardized by ``mean`` and ``std``."""
+    """``(L, M)`` weights and ``(L,)`` biases of the same logits of activations standardized by ``mean`` and ``std``."""
     weight, bias = [], []
     for fit in fits:
         raw = fit.weight.double() / fit.std.double()
