@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_concepts._checks import integer
 from captum_concepts.activations import Layers
 from captum_concepts.commands.explainers import Explainer, build_explainer, new_explainer
 from captum_concepts.commands.image_files import Failed
@@ -70,8 +71,8 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     metrics = _metric_names(settings.metrics)
     write = _writer(settings.output)
     check_outputs(vars(settings), {"--output": settings.output, "--explainer": new_explainer(settings)})
-    if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
-        raise InputError("--batch-size and --limit must be at least 1")
+    if settings.limit is not None:
+        integer("--limit", settings.limit, 1)
     loaded = settings.load()
     data, known = open_data(settings, loaded.preprocessing)
     if settings.words is None and settings.encoder is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_concepts._artifacts import write_atomically
+from captum_concepts._checks import integer
 from captum_concepts.commands.explainers import build_explainer, new_explainer
 from captum_concepts.commands.image_files import each_image, folder_labels
 from captum_concepts.commands.outputs import check_folder, check_outputs, html
@@ -69,8 +70,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     page_file = None if settings.report is None else html(named, settings.report)
     paths = find_images(settings.images)
     files = dict(zip(names_of(paths), paths, strict=True))
-    if settings.top_k < 1 or settings.batch_size < 1:
-        raise InputError("--top-k and --batch-size must be at least 1")
+    integer("--top-k", settings.top_k, 1)
     out = None if settings.output is None else check_folder(settings.output, read, paths)
     check_outputs(read, {named: page_file, "--explainer": new_explainer(settings)})
     loaded = settings.load()

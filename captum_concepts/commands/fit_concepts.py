@@ -45,8 +45,6 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
         )
     out = Path(settings.output)
     check_outputs(vars(settings), {"--output": out})
-    if settings.batch_size < 1:
-        raise InputError("--batch-size must be at least 1")
     loaded = settings.load()
     failed: Failed = []
     started = time.monotonic()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from captum_concepts._artifacts import is_there
 from captum_concepts.activations import capture, input_errors
@@ -244,17 +245,23 @@ def _preprocessing(model: Any) -> Preprocessing:
     return preprocessing_of(model) or _ASSUMED
 
 
+#: Where checkpoints of training scripts (Lightning's, timm's, torchvision's) keep the weights beside other things.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
 def _load_weights(model: nn.Module, path: Path, name: str) -> None:
     if not is_there(path):
         raise InputError(f"no weights file at {path}")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state) if isinstance(state, dict) else state
+            for wrapper in _WRAPPERS:
+                state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
+        consume_prefix_in_state_dict_if_present(state, "module.")
         state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
         model.load_state_dict(state)
     except Exception as error:  # every reader has its own family of exceptions; all mean the same here

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from captum_concepts._checks import integer
 from captum_concepts.commands.models import LoadedModel, load_model, to_device
 
 
@@ -30,8 +31,9 @@ class ModelSettings:
         """The model, on its device.
 
         Raises:
-            InputError: no such model, weights that do not fit it, or no such device.
+            InputError: no such model, weights that do not fit it, no such device, or a batch of no image.
         """
+        integer("--batch-size", self.batch_size, 1)
         loaded = load_model(
             self.model, weights=self.weights, size=self.size, resize=self.resize, num_classes=self.num_classes
         )

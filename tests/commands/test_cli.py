@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -16,7 +17,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 
-from captum_concepts.__main__ import main, run
+from captum_concepts.__main__ import main, parser, run
 from captum_concepts.commands.models import load_model, without_head
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.errors import InputError, InputWarning
@@ -104,6 +105,23 @@ def test_an_assumed_size_is_said(model_file: str, photos):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_model(model_file, size=64).size == 64
+
+
+def test_defaults_are_the_same_in_python_and_on_the_command_line():
+    """Each is written twice, because the help must not import torch."""
+    from captum_concepts.commands import evaluate, explain, explore, fit_concepts, list_layers
+
+    commands = next(a.choices for a in parser()._actions if isinstance(a.choices, dict))
+    settings = {
+        "evaluate": evaluate.EvaluateSettings, "explain": explain.ExplainSettings, "models": list_layers.ModelsSettings,
+        "fit-concepts": fit_concepts.FitConceptsSettings, "explore": explore.ExploreSettings,
+        "audit": explore.AuditSettings,
+    }  # fmt: skip
+    for name, kind in settings.items():
+        declared = {action.dest: action.default for action in commands[name]._actions}
+        for field in dataclasses.fields(kind):
+            if field.default is not dataclasses.MISSING:
+                assert declared[field.name] == field.default, f"{name}: {field.name}"
 
 
 def test_a_warning_is_one_line_without_source(model_file: str, tmp_path):

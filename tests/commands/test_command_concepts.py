@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from captum_concepts import ConceptExplanation, SpatialACV, demo
 from captum_concepts.__main__ import main
 from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.errors import InputError
 from captum_concepts.images import load_image
 
 MODEL = ["--model", "demo:classifier"]
@@ -149,6 +151,17 @@ class TestReport:
         assert "2 explained in" in capsys.readouterr().out
         assert [path.name for path in out.parent.iterdir()] == ["r.html"]
 
+    def test_the_page_lists_the_settings_that_were_given(self, words, scenes, tmp_path):
+        out = tmp_path / "r.html"
+        options = ["--explainer", str(words), "--top-k", "2", "--output", str(out)]
+        assert main(["report", str(scenes / "00.png"), *MODEL, *options]) == 0
+        rows = re.findall(r"<tr><th.*?><bdi>(.*?)</bdi></th><td>(.*?)</td></tr>", out.read_text(), flags=re.DOTALL)
+        shown = {name: re.sub("<.*?>", "", value).strip() for name, value in rows}
+        assert {name: shown.get(name) for name in ("explainer", "device", "concepts")} == {
+            "explainer": str(words), "device": "cpu", "concepts": "3",
+        }  # fmt: skip
+        assert "weights" not in shown
+
     def test_of_vectors_marks_what_is_not_encoded(self, vectors, scenes, tmp_path, monkeypatch):
         monkeypatch.setattr(SpatialACV, "significant_", torch.tensor([True, False]))
         out = tmp_path / "r.html"
@@ -265,6 +278,32 @@ class TestEvaluate:
         assert len(found["matched"]) == 21
         assert out.read_text().startswith("explainer,metric,value")
 
+    @pytest.mark.parametrize("name", ["folder", "voc", "broden", "imagenet-s", "coco"])
+    def test_split_area_and_sizes_reach_the_reader(self, name, monkeypatch, capsys):
+        from captum_concepts.commands import evaluate
+
+        asked = []
+
+        def reader(root, **options):
+            asked.append((root, options))
+            raise InputError("was here")
+
+        monkeypatch.setitem(evaluate.FORMATS, name, reader)
+        arguments = ["evaluate", "data", "--format", name, "--min-area", "0.02", *MODEL]
+        assert main(arguments) == 2
+        assert "was here" in capsys.readouterr().err
+        assert asked[0][0] == "data"
+        assert asked[0][1]["min_area"] == 0.02
+        assert tuple(asked[0][1]["size"]) == (64, 64)
+        assert "split" not in asked[0][1]
+        assert main([*arguments, "--split", "train"]) == 2
+        said = capsys.readouterr().err
+        if name == "folder":
+            assert "has no --split" in said
+            assert len(asked) == 1
+        else:
+            assert asked[1][1]["split"] == "train"
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -285,6 +324,28 @@ class TestEvaluate:
         arguments = [a.replace("{classes}", str(tmp_path / "classes.txt")) for a in arguments]
         assert main(["evaluate", *arguments, *MODEL]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "explain {} --output out", "report {} --output r.html", "explore {} --output r.html",
+        "audit {} --output r.html", "evaluate demo:scenes:2", "fit-concepts --concepts {} --output c.safetensors",
+    ],
+)  # fmt: skip
+def test_a_batch_has_an_image(line, scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for size in ("0", "-1"):
+        assert main([*line.format(scenes).split(), *MODEL, "--batch-size", size]) == 2
+        assert f"--batch-size must be an integer of at least 1, got {size}" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("option", ["explain {} --output out --top-k 0", "evaluate demo:scenes:2 --limit 0"])
+def test_numbers_of_at_least_one(option, scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*option.format(scenes).split(), *MODEL]) == 2
+    assert f"{option.split()[-2]} must be an integer of at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["models", "fit-concepts", "evaluate", "report"])

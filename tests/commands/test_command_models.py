@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from safetensors.torch import save_file
 
 from captum_concepts.__main__ import main
 from captum_concepts.activations import capture
@@ -207,3 +209,25 @@ def test_what_it_prints_below_python_goes_to_standard_error(users, capfd):
     printed, told = capfd.readouterr()
     json.loads(printed)
     assert {"written", "printed", "run"} <= set(told.split())
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_of_a_training_script(wrapper, prefix, tmp_path):
+    """As ``torch.save`` keeps them, alone or beside an optimizer, of a plain or a distributed model."""
+    torch.manual_seed(0)
+    trained = torchvision.models.squeezenet1_1(num_classes=3)
+    state = {prefix + key: value for key, value in trained.state_dict().items()}
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "w.pt")
+    loaded = load_model("squeezenet1_1", weights=str(tmp_path / "w.pt"), num_classes=3)
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(loaded.model.eval()(x), trained.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "W.SAFETENSORS"])
+def test_weights_as_safetensors(name, tmp_path):
+    trained = torchvision.models.squeezenet1_1(num_classes=3)
+    save_file(trained.state_dict(), tmp_path / name)
+    loaded = load_model("squeezenet1_1", weights=str(tmp_path / name), num_classes=3)
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(loaded.model.eval()(x), trained.eval()(x))

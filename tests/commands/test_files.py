@@ -114,6 +114,19 @@ def test_an_output_that_is_an_input_is_refused(line: str, space: Path, capsys: p
     assert contents(space) == before
 
 
+@pytest.mark.parametrize(
+    ("line", "reader"),
+    [
+        ("report photos/0.png --output hard.html", "the command"),
+        ("report photos --output names.html --classes names.html", "--classes"),
+        ("fit-concepts --concepts classes --output w.safetensors --weights w.safetensors", "--weights"),
+    ],
+)
+def test_what_reads_the_file_is_named(line: str, reader: str, space: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([*line.split(), *MODEL]) == 2
+    assert f"would replace a file that {reader} reads" in capsys.readouterr().err
+
+
 WRONG = [
     ("report photos --output photos", "is a folder"),
     ("evaluate masks --output pipe.md", "not a regular file"),
