@@ -36,12 +36,14 @@ def functions_that_ran(file: str) -> list[str] | None:
 
 
 def digest(source: str, ran: Collection[str] | None = None) -> str:
-    """Eight hexadecimal digits of a module's code: comments, docstrings and empty lines do not count.
+    """Eight hexadecimal digits of a module's code: comments, docstrings, empty lines and checks do not count.
+
+    A check is an ``if`` that ends in ``raise``, or a call of :mod:`captum_concepts._checks` whose result is not used:
+    where something was measured, it passed.
 
     Args:
         source: the module's text.
-        ran: only these functions count, what stands outside of functions, the names of all methods, and imports that
-            one of these needs; None: everything.
+        ran: only these functions count, what stands outside of functions, and the names of all methods; None: all.
     """
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -54,25 +56,46 @@ def digest(source: str, ran: Collection[str] | None = None) -> str:
             match node.body[0]:
                 case ast.Expr(value=ast.Constant(value=str()), lineno=first, end_lineno=int(last)):
                     lines[first - 1 : last] = [""] * (last - first + 1)
-    if ran is not None:
-        _keep(lines, tree, set(ran))
+    _blank(lines, tree, ran)
     code = "\n".join(line.rstrip() for line in lines if line.strip())
     return hashlib.sha256(code.encode()).hexdigest()[:8]
 
 
-def _keep(lines: list[str], tree: ast.Module, ran: set[str]) -> None:
-    """Blank the functions that did not run and the imports that only they need; of a method its name stays, since a
+def _blank(lines: list[str], tree: ast.Module, ran: Collection[str] | None) -> None:
+    """Without checks, functions that did not run, and imports that only these need. Of a method its name stays, since a
     new one may replace a base's."""
-    unused = {node: name for name, node in _functions(tree) if name not in ran}
-    for node, name in unused.items():
-        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-        _replace(lines, first, node, f"def {name}" if "." in name else "")
-    names = {node.id for node in _nodes(tree, set(unused)) if isinstance(node, ast.Name)}
-    for node in _nodes(tree, set(unused)):
+    dropped: set[ast.AST] = set()
+    for name, function in _functions(tree):
+        if ran is not None and name not in ran:
+            dropped.add(function)
+            first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
+            _replace(lines, first, function, f"def {name}" if "." in name else "")
+    for check in _checks(tree):
+        dropped.add(check)
+        _replace(lines, check.lineno, check, "")
+    names = {node.id for node in _nodes(tree, dropped) if isinstance(node, ast.Name)}
+    for node in _nodes(tree, dropped):
         if isinstance(node, ast.Import | ast.ImportFrom):
             used = [a for a in node.names if (a.asname or a.name).split(".")[0] in names]
             source = "" if isinstance(node, ast.Import) else f"{'.' * node.level}{node.module or ''}."
             _replace(lines, node.lineno, node, " ".join(sorted(f"{source}{a.name}:{a.asname}" for a in used)))
+
+
+def _checks(tree: ast.AST) -> Iterator[ast.stmt]:
+    """Statements that let pass or raise."""
+    known = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == f"{PACKAGE}._checks"
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        match node:
+            case ast.If(test=test, body=[*_, ast.Raise()], orelse=[]):
+                if not any(isinstance(part, ast.NamedExpr) for part in ast.walk(test)):
+                    yield node
+            case ast.Expr(value=ast.Call(func=ast.Name(id=name))) if name in known:
+                yield node
 
 
 def _replace(lines: list[str], first: int, node: ast.stmt, text: str) -> None:

@@ -204,6 +204,11 @@ def _check_first_page(image: Any, kind: str, name: str) -> None:
             f"{name} cannot be read as {kind}: its first page is a preview, as in raw files of cameras; develop it and "
             "save the result as TIFF, PNG or JPEG"
         )
+    # Pillow would leave black what no strip or tile describes.
+    if image.format == "TIFF" and any(
+        max((part[1][2 + axis] for part in image.tile), default=0) < image.tag_v2[256 + axis] for axis in (0, 1)
+    ):
+        raise InputError(f"{name} cannot be read as {kind}: its strips or tiles end before its last row or column")
     # The other pictures of an MPO are the depth or the gains of one photograph.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         warnings.warn(f"{name} has several frames or pages; the first is read", InputWarning, stacklevel=3)

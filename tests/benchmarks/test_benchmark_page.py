@@ -282,6 +282,24 @@ class TestCode:
         assert digest(code) != digest(code.replace("+ 1", "+ 2"))
         assert digest(code) != digest(code.replace("return x", 'return "x"'))
 
+    def test_checks_do_not_count(self):
+        """What was measured has passed them."""
+        head = "from captum_concepts._checks import number\n\n\ndef f(x):\n"
+        plain = f"{head}    return x + 1\n"
+        checks = [
+            "    if x < 0:\n        raise A\n", "    if x < 0:\n        y = str(x)\n        raise ValueError(y)\n",
+            '    number("x", x)\n', "    if x:\n        raise A\n    if not x:\n        raise B\n",
+        ]  # fmt: skip
+        for check in checks:
+            assert digest(plain) == digest(f"{head}{check}    return x + 1\n"), check
+        works = [
+            "    if x < 0:\n        x = 0\n", "    if x < 0:\n        raise A\n    else:\n        x = 3\n",
+            "    x = number(x)\n", "    other(x)\n", "    if (x := g(x)) is None:\n        raise A\n",
+        ]  # fmt: skip
+        for work in works:
+            assert digest(plain) != digest(f"{head}{work}    return x + 1\n"), work
+        assert digest(plain) == digest(plain.replace("import number", "import integer, number"))
+
     def test_only_what_ran_counts(self):
         code = (
             "import os\nfrom a import (\n    used,\n    unused,\n)\n\nSIZE = 3\n\n\ndef f(x):\n    return used(x)\n\n\n"
@@ -299,6 +317,7 @@ class TestCode:
         same += [("import os\n", "import os\nimport json\n"), ("class A", "def new():\n    return 1\n\n\nclass A")]
         for old, new in same:
             assert digest(code, ran) == digest(code.replace(old, new), ran), old
+        for old, new in same[:2] + same[3:5] + same[6:]:
             assert digest(code) != digest(code.replace(old, new)), old
         other = [
             ("return 5", "return 8"),

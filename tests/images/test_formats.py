@@ -234,6 +234,25 @@ def test_of_several_frames_the_first_is_read_and_it_is_said(form: str, tmp_path:
     assert image.mean((1, 2)).tolist() == pytest.approx([1, 0, 0], abs=0.02)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5, 12])
+@pytest.mark.parametrize("compression", ["raw", "packbits", "tiff_deflate"])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_tiff_in_strips_and_tiles_is_whole_or_refused(rows, compression, tiled, tmp_path):
+    """Pillow leaves black what no strip describes: 12 rows in strips of some, then 20 rows claimed for them."""
+    pixels = np.random.default_rng(0).integers(1, 255, (32, 32, 3) if tiled else (12, 9, 3), np.uint8)
+    layout = {322: 16, 323: 16} if tiled else {278: rows}
+    Image.fromarray(pixels).save(tmp_path / "a.tif", compression=compression, tiffinfo=layout)
+    read = load_image(tmp_path / "a.tif")
+    assert torch.equal((read * 255).round().byte().permute(1, 2, 0), torch.from_numpy(pixels))
+    whole = bytearray((tmp_path / "a.tif").read_bytes())
+    at = next(found for kind in (3, 4) if (found := whole.find(struct.pack("<HHI", 257, kind, 1))) >= 0) + 8
+    assert struct.unpack_from("<H", whole, at) == (len(pixels),)
+    struct.pack_into("<H", whole, at, len(pixels) + 20)
+    (tmp_path / "b.tif").write_bytes(whole)
+    with pytest.raises(InputError, match=r"b\.tif cannot be read as an image"):
+        load_image(tmp_path / "b.tif")
+
+
 def test_the_preview_of_a_raw_file_is_not_the_photograph(tmp_path: Path):
     tile().save(tmp_path / "a.tif", tiffinfo={254: 1})
     with pytest.raises(InputError, match="first page is a preview"):
