@@ -40,6 +40,7 @@ ROOMS = (
 #: Tests of a room that lie in no folder of its own, because they ask the same of all methods.
 SHARED = {
     "attr": ["contract/test_model_conditions.py", "contract/test_out_of_memory.py"],
+    "models": ["attr/concept_fusion/test_concept_fusion_fit.py", "contract/test_out_of_memory.py"],
     "commands": ["docs/test_documentation.py"],
     "store": ["contract/test_hostile_files.py", "contract/test_loader_workers.py", "contract/test_out_of_memory.py"],
 }

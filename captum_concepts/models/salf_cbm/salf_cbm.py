@@ -1221,10 +1221,6 @@ class SALFCBM(
             return full_precision(self.bottleneck(pooled.to(features.dtype)[..., None, None]).flatten(1))
 
     def _region(self, inputs: Any, points: Any = None, boxes: Any = None, mask: Any = None) -> Tensor:
-        if not isinstance(inputs, Tensor) or inputs.ndim != 4:
-            raise InputError(
-                f"images must be a batch (N, C, H, W), got {getattr(inputs, 'shape', type(inputs).__name__)}"
-            )
         size = (inputs.shape[-2], inputs.shape[-1])
         return region_mask(inputs.shape[0], size, self.grid, points=points, boxes=boxes, mask=mask)
 

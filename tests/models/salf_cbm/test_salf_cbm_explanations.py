@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from salf_networks import CONCEPTS, conv_model, pictures, slow_activations, slow_maps, token_model
+from salf_networks import CONCEPTS, ConvNet, awake, conv_model, pictures, slow_activations, slow_maps, token_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -13,6 +13,7 @@ from captum_concepts import published
 from captum_concepts.errors import InputError, InputWarning, TargetError
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import Preprocessing
+from captum_concepts.models.salf_cbm import SALFCBM
 
 
 class TestContributions:
@@ -131,6 +132,15 @@ class TestExplain:
 
     def test_more_than_there_are(self):
         assert len(conv_model().explain(pictures(), top_k=50).concepts) == 5
+
+    def test_five_concepts_of_each_image_by_default(self):
+        model = SALFCBM(awake(ConvNet()), "body", list("abcdefgh"), 3).eval()
+        assert model.explain(pictures(2)).scores.shape == (2, 5)
+
+    @pytest.mark.parametrize("images", [pictures(2)[0], pictures(2)[None], [pictures(1)[0]]])
+    def test_a_region_is_asked_of_a_batch(self, images):
+        with pytest.raises(InputError, match=r"images must be a .*\(N, C, H, W\)"):
+            conv_model().explain_region(images, "car", points=(3, 3))
 
     def test_several_classes_of_one_image(self):
         model, x = conv_model(), pictures(1)

@@ -58,6 +58,13 @@ class TestVideo:
         assert len(alive) == 12
         assert most <= 2
 
+    @pytest.mark.parametrize(("size", "passes"), [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (8, [5])])
+    def test_a_batch_is_explained_as_soon_as_it_is_full(self, size, passes):
+        model, seen = conv_model(), []
+        model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        assert len(list(model.explain_video(pictures(5), batch_size=size))) == 5
+        assert seen == passes
+
     def test_frames_are_read_as_they_come(self):
         model, read = conv_model(), []
 

@@ -33,6 +33,14 @@ def saved(tmp_path):
 
 
 class TestRoundTrip:
+    def test_rules_of_either_sign_are_counted(self, tmp_path):
+        model = conv_model()
+        with torch.no_grad():
+            model.head.weight.zero_()
+            model.head.weight[0, 1], model.head.weight[2, 3], model.head.weight[2, 4] = 0.5, -0.25, -1.0
+        model.save_pretrained(tmp_path / "few")
+        assert json.loads((tmp_path / "few" / "config.json").read_text())["nonzeros"] == 3
+
     def test_everything_comes_back(self, saved):
         model, folder = saved
         assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]

@@ -215,4 +215,5 @@ def _duration(seconds: float) -> str:
     for limit, unit, factor in ((100, "s", 1), (6000, "min", 60), (100 * 3600, "h", 3600)):
         if seconds < limit:
             return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds / 86400:,.3g} days"
+    days = seconds / 86400
+    return f"{days:.3g} days" if days < 100 else f"{days:,.0f} days"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from salf_tiny import WORDS, Colours, backbone, fit, images_and_labels
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import ArtifactError, ConvergenceWarning, InputError, InputWarning, LayerError
-from captum_concepts.models.salf_cbm.fit import BottleneckSettings, fit_bottleneck, plan_salf_cbm
+from captum_concepts.models.salf_cbm.fit import BottleneckSettings, FitPlan, fit_bottleneck, plan_salf_cbm
 from captum_concepts.vlm import RegionPrompt
 
 X, Y = images_and_labels()
@@ -242,6 +244,16 @@ def test_a_plan_refuses_the_same(tmp_path, no_encoding):
         plan_salf_cbm(
             backbone(), "1", (X, Y), Colours(), WORDS, 3, store_path=tmp_path, lam=0.1, nonzeros_per_class=2
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(50, "50 s"), (99.9, "99.9 s"), (100, "1.67 min"), (5_994, "99.9 min"), (6_000, "1.67 h"), (358_200, "99.5 h"),
+     (360_000, "4.17 days"), (8_640_000 * 40, "4,000 days")],
+)  # fmt: skip
+def test_a_plan_says_times_in_units_that_are_read(seconds, shown):
+    plan = FitPlan({"train": 96}, 4, 5, 3, 6, 12, {"head": 1}, 10, True, {"head": seconds})
+    assert re.search(rf"^  together +{re.escape(shown)}$", str(plan), re.MULTILINE)
 
 
 def test_a_plan_writes_nothing_and_its_sizes_are_right(tmp_path):

@@ -31,6 +31,8 @@ from captum_concepts.models.salf_cbm.fit import (
 from captum_concepts.models.salf_cbm.fit.filters import WHOLE
 from captum_concepts.models.salf_cbm.fit.objective import Samples, Validation, ahead, batch_similarity
 from captum_concepts.models.salf_cbm.fit.start import gather_moments, least_squares, unit_variance
+from captum_concepts.models.salf_cbm.fit.steps import progress
+from captum_concepts.models.salf_cbm.presence import reliabilities
 from captum_concepts.solvers import fit_elastic_net
 from captum_concepts.store import RegionEmbeddingStore
 
@@ -355,6 +357,23 @@ class TestDenseHead:
         lam = 0.05
         plain, metric = (fit_head(z, y, 3, head="dense", lam=lam, bottleneck=b, tol=1e-8) for b in (None, torch.eye(5)))
         torch.testing.assert_close(plain.weight, metric.weight, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_progress_is_shown_where_it_is_asked_for(show, capsys):
+    with progress(3, "reading", "image", show) as advance:
+        advance(2)
+    assert ("reading" in capsys.readouterr().err) == show
+
+
+def test_intervals_of_agreement_stay_between_0_and_1():
+    """An activation that is small where the concept is: its area is near 0, the interval around it is wide."""
+    seen = torch.tensor([[True], [True], [False], [False], [False]])
+    for sign in (1, -1):
+        found = reliabilities(sign * torch.tensor([[0.0], [2.0], [1.0], [3.0], [4.0]]), seen, ["a"])["a"]
+        assert found["agreement"] == pytest.approx(1 / 6 if sign == 1 else 5 / 6)
+        assert (found["low"], found["high"])[sign < 0] == (0.0 if sign == 1 else 1.0)
+        assert 0 < found["high"] - found["low"] < 1
 
 
 def test_class_weights():
