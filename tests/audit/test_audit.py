@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +35,7 @@ from captum_concepts.audit.statistics import (
 )
 from captum_concepts.errors import ArtifactError, InputError, InputWarning
 from captum_concepts.explanation import Selection
+from captum_concepts.images import open_images
 
 CONCEPTS = ["shape a", "shape b", "grass", "sand", "noise"]
 
@@ -237,6 +239,17 @@ class TestSuspects:
         with pytest.raises(InputError, match="need the true classes"):
             audit.suspects()
 
+    def test_without_labels_it_is_kept_and_compared_too(self, tmp_path):
+        images, labels = scenes(40, 0)
+        options = {"n_bootstrap": 10, "class_names": ["a", "b"]}
+        audit = audit_dataset(Truth(Net(1.0)), images, **options)
+        again = ConceptAudit.load(audit.save(tmp_path / "audit.safetensors"))
+        assert again.labels is None
+        assert json.dumps(again.drivers) == json.dumps(audit.drivers)
+        labeled = audit_dataset(Truth(Net(0.5)), images, labels=labels, **options)
+        for before, after in ((audit, labeled), (labeled, audit)):
+            assert compare_audits(before, after, n_bootstrap=10).accuracy is None
+
 
 class TestNumbers:
     def test_drivers_by_hand(self):
@@ -272,7 +285,10 @@ class TestNumbers:
             present = audit.rows.presence.numpy()[:, t] >= 0.5
             assert row["n"] == wrong.sum()
             assert row["presence_rate"] == pytest.approx(present[wrong].mean())
+            right = (labels == y) & (predicted == y)
+            assert row["expected_rate"] == pytest.approx((present[right].sum() + 0.5) / (right.sum() + 1))
             assert row["lift"] == pytest.approx(row["presence_rate"] / row["expected_rate"])
+        assert {row["true"] for row in audit.errors} == {"a", "b"}
         assert all(0 <= row["p"] <= 1 for row in audit.errors)
 
     def test_scores_are_split_where_presence_is_unknown(self):
@@ -344,6 +360,35 @@ class TestNumbers:
         assert p < 1e-6
         assert partial_effect(0.5 * other[:, 0], seen, other, np.zeros(90, dtype=int))[0] == pytest.approx(0)
         assert partial_effect(values, other[:, 1], ~other[:, 1:], np.zeros(90, dtype=int)) is None
+
+    def test_a_concept_that_others_nearly_determine_has_no_partial_effect(self):
+        rng = np.random.default_rng(0)
+        seen, strata = rng.random(80) < 0.5, np.repeat([0, 1], 40)
+        others = np.column_stack([seen + 1e-7 * rng.random(80), rng.random(80)])
+        assert partial_effect(rng.random(80), seen, others, strata) is None
+
+    def test_p_of_a_partial_effect(self):
+        """Its normal approximation, by a loop over strata and images."""
+        rng = np.random.default_rng(1)
+        seen, other, strata = rng.random(60) < 0.5, rng.random((60, 1)) < 0.5, np.repeat([0, 1, 2], 20)
+        for strength in (0.0, 0.1, -0.1):
+            values = strength * seen + 0.2 * other[:, 0] + rng.random(60)
+            products, squares = [], []
+            for stratum in range(3):
+                here = strata == stratum
+                known = np.column_stack([np.ones(20), other[here]])
+                x, y = (v[here] - known @ np.linalg.pinv(known) @ v[here] for v in (seen.astype(float), values))
+                products += list(x * y)
+                squares += list(x**2)
+            z = sum(products) / math.sqrt(sum(value**2 for value in products))
+            effect, p = partial_effect(values, seen, other, strata)
+            assert effect == pytest.approx(sum(products) / sum(squares))
+            assert p == pytest.approx(1 - 0.5 * (1 + math.erf(z / math.sqrt(2))), abs=1e-12)
+            assert 1e-4 < p < 1 - 1e-4
+
+    def test_one_or_two_values_are_split(self):
+        for values, above in (([], []), ([2.0], [False]), ([2.0, 1.0], [True, False])):
+            assert split_scores(np.array(values))[0].tolist() == above
 
     def test_holm_binomial_and_split(self):
         assert holm([]) == []
@@ -444,6 +489,22 @@ class TestRuns:
                 Truth(Net(2.5)), images, labels=labels, class_names=["a", "b"], n_bootstrap=100, store_path=tmp_path
             )
 
+    def test_what_kernels_make_of_a_number_is_no_other_audit(self, tmp_path):
+        folder = tmp_path / "new" / "parts"
+        audited(2.5, n=20, store_path=folder)
+        part = folder / "part-000000.safetensors"
+        before = part.stat().st_mtime_ns
+        audited(2.5 * (1 + 2e-5), n=20, store_path=folder)  # goes on with the part
+        assert part.stat().st_mtime_ns == before
+        with pytest.raises(ArtifactError, match="different: probe"):
+            audited(2.5 * 1.05, n=20, store_path=folder)
+
+    def test_it_prints_nothing_unless_asked(self, capsys):
+        audited(2.5, n=20)
+        assert capsys.readouterr() == ("", "")
+        audited(2.5, n=20, show_progress=True)
+        assert "audit: 100%" in capsys.readouterr().err
+
     def test_results_do_not_depend_on_batches(self):
         one, other = audited(2.5, n=90, batch_size=90), audited(2.5, n=90, batch_size=7)
         assert one.drivers == other.drivers
@@ -492,6 +553,21 @@ class TestRuns:
         assert "Presence: –" in bare.report(tmp_path / "bare.html", images.clamp(0, 1)).read_text()
         with pytest.raises(InputError, match="3 images for an audit of 200"):
             audit.report(tmp_path / "x.html", images[:3].clamp(0, 1))
+
+    @pytest.mark.parametrize("channels", [1, 2, 4])
+    def test_the_page_of_images_that_are_not_rgb(self, channels, tmp_path):
+        """One and two channels are shown by their first, four by three of them."""
+        images, _ = scenes(200, 0)
+        audit = audited(2.5)
+        shown = images.clamp(0, 1)[:, :1].repeat(1, channels, 3, 3)
+        pages = [
+            re.findall(
+                r"data:image/[^\"]+", audit.report(tmp_path / f"{k}.html", open_images(given, mode="any")).read_text()
+            )
+            for k, given in enumerate((shown, shown[:, :1].expand(-1, 3, -1, -1)))
+        ]
+        assert pages[0] == pages[1]
+        assert len(pages[0]) >= 6
 
 
 class TestComparison:
