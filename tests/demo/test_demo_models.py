@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from captum_concepts import demo
 from captum_concepts.datasets import CaptionedScenes
@@ -229,3 +231,51 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path):
     assert load_file(tmp_path / "b" / "c.safetensors")
     other = fit(tmp_path / "b")
     assert not torch.allclose(other["fc.weight"], resumed["fc.weight"])
+
+
+def test_the_training_loop_is_adamw_with_warm_up_and_cosine(tmp_path, capsys):
+    """Against a plain loop: rates, decay of matrices only, clipped gradients, a seed per step, the log."""
+    from captum_concepts.demo import train as training
+
+    run, seed = {"steps": 130, "batch": 8, "lr": 0.02}, 3
+    goal = torch.randn(4, generator=torch.Generator().manual_seed(1))
+
+    def made() -> nn.Linear:
+        torch.manual_seed(0)
+        return nn.Linear(4, 1)
+
+    def loss_of(model: nn.Linear, seeds: list[int]):
+        def loss(seed: int, batch: int) -> Tensor:
+            seeds.append(seed)
+            x = torch.randn(batch, 4, generator=torch.Generator().manual_seed(seed))
+            return 30 * (model(x)[:, 0] - x @ goal).square().mean()  # large gradients, so that clipping shows
+
+        return loss
+
+    model, seeds = made(), []
+    log = training.fit(model, loss_of(model, seeds), run, tmp_path / "checkpoint", seed, 1000)
+
+    plain, expected, losses = made(), [], []
+    loss = loss_of(plain, expected)
+    groups = [{"params": [plain.weight], "weight_decay": 0.05}, {"params": [plain.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))
+    for step in range(130):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * min((step + 1) / 60, 0.5 + 0.5 * math.cos(math.pi * step / 130))
+        optimizer.zero_grad()
+        value = loss(3 * 1_000_003 + step, 8)
+        value.backward()
+        norm = torch.cat([plain.weight.grad.flatten(), plain.bias.grad]).norm()
+        for parameter in plain.parameters():
+            parameter.grad.mul_(min(1.0, 1.0 / float(norm + 1e-6)))
+        optimizer.step()
+        losses.append(float(value.detach()))
+    assert seeds == expected
+    torch.testing.assert_close(model.weight, plain.weight, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.bias, plain.bias, atol=1e-4, rtol=0)
+    assert [entry["step"] for entry in log] == [50, 100, 130]
+    means = [sum(part) / len(part) for part in (losses[:50], losses[50:100], losses[100:])]
+    assert [entry["loss"] for entry in log] == pytest.approx(means, abs=1e-2)
+    assert not model.training
+    assert not model.weight.requires_grad
+    assert capsys.readouterr().out.count("step ") == 3
