@@ -34,8 +34,9 @@ Made by `python -m benchmarks.report.page` from the JSON files beside it; none o
 compares the two. `make bench` runs the short ones (minutes), `make bench-full` all that `benchmarks/run/suite.py` lists
 (about two hours on 2 cores); both end with this page. Run by hand: SALF-CBM on Caltech-101, by grid and radius, and its
 epoch; the constants of the fused map; of the solver all but the peers; audits. Each part states when, where and with
-which versions it was recorded; parts are recorded one by one, so these differ. A record knows the code it measured:
-where that has changed when the page is made, it is marked stale.
+which versions it was recorded; parts are recorded one by one, so these differ. A record knows the code that ran (older
+ones: the modules that were imported; checks do not count): where that has changed when the page is made, it is marked
+stale.
 
 How to read the tables. Brackets are 95 % intervals, bootstrap over images unless a part says otherwise. **NRA** says
 how well a map finds its region without a threshold; its published baseline gives random maps about 0.15, the exact
