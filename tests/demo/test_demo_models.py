@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -188,6 +189,20 @@ def test_marked_region_decides_what_may_be_named():
     assert (named[marked].sum(1) >= 1).all()
     assert images.min() >= 0
     assert images.max() <= 1
+
+
+def test_training_texts_are_those_of_the_bundled_encoder():
+    """As it was trained: another rule or rate would make another encoder of the same seed."""
+    data = CaptionedScenes(300, seed=3, size=64)
+    rendered = Scenes.render(data)
+    rows = torch.arange(300)
+    _, named = mark(rendered, rows, torch.Generator().manual_seed(0))
+    texts, _ = describe(rendered.things[rows], named, data.concepts, data.concept_groups, random.Random(0))
+    framed = [text for text in texts if re.match("(a photo|an image|a picture|the scene) of ", text)]
+    assert 0.12 < len(framed) / 300 < 0.28
+    assert 0.05 < sum(" and " in text for text in texts) / 300 < 0.3
+    assert 0.02 < sum(text.startswith("on ") for text in texts) / 300 < 0.2
+    assert len(set(texts)) > 150
 
 
 def test_training_goes_on_where_it_was_interrupted(tmp_path):

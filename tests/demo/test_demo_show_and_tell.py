@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from drawings import compare_with_baseline
 
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.demo import show_and_tell
@@ -71,6 +74,25 @@ def test_share_of_cells_by_counting_points():
     inside = ((at >= box[1]) & (at < box[3])).float()[:, None] * ((at >= box[0]) & (at < box[2])).float()
     slow = torch.nn.functional.avg_pool2d(inside[None], (4200 // 5, 4200 // 7))[0]
     assert torch.allclose(show_and_tell.cells_of(box, 64, (5, 7)), slow, atol=2e-3)
+
+
+def test_the_picture_is_drawn_as_before():
+    """Of two corrections that were made up, beside a baseline (``BASELINE=write`` makes it anew)."""
+    weights = {"cat": [("fur", 2.0), ("grass", -0.5)], "dog": [("grass", 1.25), ("a long name of a concept", 0.75)]}
+    rules = SimpleNamespace(
+        class_names=list(weights), concepts=["fur", "grass", "a long name of a concept"],
+        decision_rules=lambda c, top_k: weights[list(weights)[c]][:top_k],
+    )  # fmt: skip
+    ramp = torch.linspace(0, 1, 48).reshape(3, 4, 4)
+    corrections = [
+        show_and_tell.Correction(
+            ramp, "cat", "dog", "cat", (1.0, 0.0, 3.0, 2.0), "fur", [("grass", 2.5), ("fur", 0.5)], beta,
+            torch.tensor([[0.0, 1.0], [2.0, -1.0]]), torch.tensor([[0.0, 3.0], [2.0, -1.0]]), before, before.flip(0),
+        )
+        for beta, before in ((2.0, torch.tensor([0.03, 0.97])), (-1.5, torch.tensor([0.4, 0.6])))
+    ]  # fmt: skip
+    figure = corrections_figure(rules, corrections, "A title", "A note below the picture.")
+    compare_with_baseline(figure, "corrections")
 
 
 def test_no_text_of_the_picture_overlaps_or_is_cut(model, found):
