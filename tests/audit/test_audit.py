@@ -367,6 +367,18 @@ class TestNumbers:
         others = np.column_stack([seen + 1e-7 * rng.random(80), rng.random(80)])
         assert partial_effect(rng.random(80), seen, others, strata) is None
 
+    def test_a_tenth_of_a_concept_must_be_its_own(self):
+        """What is left of its variance beside the others, against all of it."""
+        rng = np.random.default_rng(0)
+        seen = np.arange(400) % 2 == 0
+        for share in (0.05, 0.15):
+            noise = rng.normal(size=400)
+            noise -= noise.mean() + (noise @ (seen - 0.5)) / 100 * (seen - 0.5)
+            noise *= math.sqrt(100 * share / (1 - share) / (noise @ noise))  # so that this share is left
+            other = (seen - 0.5 + noise)[:, None]
+            found = partial_effect(rng.random(400), seen, other, np.zeros(400, dtype=int))
+            assert (found is None) == (share < 0.1)
+
     def test_p_of_a_partial_effect(self):
         """Its normal approximation, by a loop over strata and images."""
         rng = np.random.default_rng(1)

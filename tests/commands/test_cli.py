@@ -109,13 +109,13 @@ def test_an_assumed_size_is_said(model_file: str, photos):
 
 def test_defaults_are_the_same_in_python_and_on_the_command_line():
     """Each is written twice, because the help must not import torch."""
-    from captum_concepts.commands import evaluate, explain, explore, fit_concepts, list_layers
+    from captum_concepts.commands import evaluate, explain, explore, fit_concepts, fit_salf, list_layers
 
     commands = next(a.choices for a in parser()._actions if isinstance(a.choices, dict))
     settings = {
         "evaluate": evaluate.EvaluateSettings, "explain": explain.ExplainSettings, "models": list_layers.ModelsSettings,
         "fit-concepts": fit_concepts.FitConceptsSettings, "explore": explore.ExploreSettings,
-        "audit": explore.AuditSettings,
+        "audit": explore.AuditSettings, "fit-salf": fit_salf.FitSettings,
     }  # fmt: skip
     for name, kind in settings.items():
         declared = {action.dest: action.default for action in commands[name]._actions}

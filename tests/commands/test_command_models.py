@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from captum_concepts.__main__ import main
 from captum_concepts.activations import capture
 from captum_concepts.commands.models import load_model
+from captum_concepts.errors import InputError
 
 
 def run(capsys, *arguments: str) -> dict:
@@ -231,3 +232,18 @@ def test_weights_as_safetensors(name, tmp_path):
     loaded = load_model("squeezenet1_1", weights=str(tmp_path / name), num_classes=3)
     x = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(loaded.model.eval()(x), trained.eval()(x))
+
+
+class Harmful:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_weights_that_are_a_program_are_not_run(tmp_path):
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "epoch": Harmful(tmp_path / "was here")}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="does not hold weights of squeezenet1_1"):
+        load_model("squeezenet1_1", weights=str(tmp_path / "w.pt"))
+    assert not (tmp_path / "was here").exists()

@@ -199,6 +199,7 @@ class TestTwoRuns:
         assert explained(space / "out") == named | {"more/a/2.png": "a/2-2.png"}
         assert main(["report", "--explanations", "out", "--output", "page.html"]) == 0
         page = (space / "page.html").read_text()
+        assert "<title>What demo:classifier saw</title>" in page
         for name in ("more/a/2.png", "classes/a/2.png", "a/sub/2.png"):  # all called 2.png
             assert page.count(f"<bdi>{name}</bdi></h2>") == 1
 

@@ -158,6 +158,7 @@ def test_unreadable_images(config, capsys):
     [
         ({"train": "nowhere"}, "no folder at nowhere"),
         ({"train": "demo:scenes:many"}, "is not demo:scenes:N"),
+        ({"train": "demo:scenes:0"}, "is not demo:scenes:N"),
         ({"val": 3}, "must be a folder"),
         ({"concepts": "nowhere.txt"}, "no file of concepts"),
         ({"concepts": 3}, "a list, a file, or 'classes'"),
