@@ -52,6 +52,7 @@ def drawn(figure: Figure) -> dict[str, list[Any]]:
         for text in owner.texts
         if text.get_text()
     ]
+    found["axes"] = [[axes.get_label(), place(axes.patch), color_of(axes.get_facecolor())] for axes in figure.axes]
     found["patches"] = [
         [type(patch).__name__, place(patch), color_of(patch.get_facecolor())]
         for owner in (figure, *figure.axes)

@@ -68,6 +68,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "panel of one scale": lambda: panel(
         ConceptExplanation(NAMES, values(2, 4), values(2, 4, 5, 6)), photographs(2), scale="panel", cell_size=1.2
     ),
+    "panel of rows": lambda: panel(explained(), photographs(2), scale="row"),
     "legend": lambda: legend(
         explained(3, presence=values(3, 4)), photographs(3), title="Several at once", threshold=0.6
     ),

@@ -32,7 +32,7 @@ from captum_concepts.visualization import (
     value_range,
 )
 from captum_concepts.visualization.canvas import fit, text_width
-from captum_concepts.visualization.pictures import photo
+from captum_concepts.visualization.pictures import map_picture, photo
 from captum_concepts.visualization.regions import outlines, per_image
 from captum_concepts.visualization.scale import DIVERGING, SEQUENTIAL
 
@@ -694,3 +694,24 @@ def test_photographs_keep_as_many_pixels_as_their_bytes_allow():
     larger = photo(noise, bounded.height * 5 // 4 + 1, 10**6)  # a step larger, and as many bytes as the quality takes
     assert len(larger.uri) > len(bounded.uri)
     assert bounded.height > 100
+
+
+def test_an_image_may_be_a_batch_of_one():
+    heat = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+    for channels in (1, 3):
+        image = torch.rand(channels, 8, 10, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(overlay(image[None], heat), overlay(image, heat))
+    with pytest.raises(InputError, match="pass one image at a time"):
+        overlay(torch.rand(2, 3, 8, 10), heat)
+    with pytest.raises(InputError, match="pass one image at a time"):
+        overlay(torch.rand(2, 1, 8, 10), heat)
+
+
+def test_thin_pictures_keep_a_pixel():
+    thin = torch.rand(3, 2, 900)
+    assert (photo(thin, 100).width, photo(thin, 100).height) == (100, 1)
+    turned = photo(thin.transpose(1, 2), 100)
+    assert (turned.width, turned.height) == (1, 100)
+    for heat in (torch.rand(1, 400), torch.rand(400, 1)):
+        made = map_picture(heat, ColorScale.of([heat]), 0.5, "bilinear")
+        assert min(made.width, made.height) >= 1
