@@ -24,8 +24,7 @@ SHUFFLED, OTHER = "maps shuffled between images", "maps of another target"
 #: Not results, but how they came about: shown in one line.
 CIRCUMSTANCES = (
     "environment", "arguments", "seed", "seeds", "date", "python", "machine", "device", "threads", "versions", "torch",
-    "benchmark", "details",
-)  # fmt: skip
+    "benchmark", "details", "sources")  # fmt: skip
 
 
 def is_interval(value: Any) -> bool:

@@ -370,6 +370,10 @@ class TestCode:
         assert text.count(page.MARK) == 2
         assert page.without_marks(text) == page.page(records)
 
+    def test_the_page_shows_no_sources(self, records):
+        assert "captum concepts/" not in page.page(records)
+        assert "digest" not in page.page(records)
+
     def test_the_suite_runs_what_is_stale(self):
         job = suite.Job("nra", "", "")
         sources = environment()["sources"]
