@@ -1,8 +1,8 @@
 """Which functions of the package ran, so that a record belongs to the code it measured and to no other.
 
-``watch`` makes each function of the package note its name as it starts (some 40 ns per call). It must come before the
-package is imported; ``benchmarks/__init__.py`` calls it. What ran in other processes is not seen: they hand it over,
-as ``run/audit/streaming.py`` does.
+``watch`` makes each function of the package note its name as it starts. It must come before the package is imported;
+``benchmarks/__init__.py`` calls it. What ran in other processes is not seen: they hand it over, as
+``run/audit/streaming.py`` does.
 """
 
 from __future__ import annotations

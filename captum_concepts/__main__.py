@@ -177,7 +177,7 @@ def _plain_warnings() -> Iterator[None]:
 
     def plain(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
         if issubclass(category, CaptumConceptsWarning):
-            return "\n".join(map(printable, f"warning: {message}".split("\n"))) + "\n"
+            return _printable_lines(f"warning: {message}\n")
         return before(message, category, *where, **more)
 
     warnings.formatwarning = plain
@@ -204,11 +204,14 @@ def _tell(made: Outcome) -> int:
     return made.exit_code
 
 
+def _printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _say(text: str, file: Any) -> None:
     """Print text that may hold names of files, to a terminal or file of any encoding."""
-    text = "\n".join(map(printable, text.split("\n")))
     encoding = getattr(file, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    print(_printable_lines(text).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def _demo(options: dict, as_json: bool) -> Outcome:

@@ -24,7 +24,8 @@ SHUFFLED, OTHER = "maps shuffled between images", "maps of another target"
 #: Not results, but how they came about: shown in one line.
 CIRCUMSTANCES = (
     "environment", "arguments", "seed", "seeds", "date", "python", "machine", "device", "threads", "versions", "torch",
-    "benchmark", "details", "sources")  # fmt: skip
+    "benchmark", "details", "sources",
+)  # fmt: skip
 
 
 def is_interval(value: Any) -> bool:

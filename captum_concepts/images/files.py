@@ -204,11 +204,6 @@ def _check_first_page(image: Any, kind: str, name: str) -> None:
             f"{name} cannot be read as {kind}: its first page is a preview, as in raw files of cameras; develop it and "
             "save the result as TIFF, PNG or JPEG"
         )
-    # Pillow would leave black what no strip or tile describes.
-    if image.format == "TIFF" and any(
-        max((part[1][2 + axis] for part in image.tile), default=0) < image.tag_v2[256 + axis] for axis in (0, 1)
-    ):
-        raise InputError(f"{name} cannot be read as {kind}: its strips or tiles end before its last row or column")
     # The other pictures of an MPO are the depth or the gains of one photograph.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         warnings.warn(f"{name} has several frames or pages; the first is read", InputWarning, stacklevel=3)
@@ -245,6 +240,13 @@ def _within_limit(image: Any, name: str) -> Any:
     pixels = image.width * image.height
     if pixels > MOST_PIXELS:
         raise InputError(f"{name} claims {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+    # Not decoded yet (a decoded image has no parts): Pillow leaves black what no strip or tile of a TIFF describes.
+    if (
+        image.format == "TIFF"
+        and image.tile
+        and any(max(part[1][i] for part in image.tile) < image.tag_v2[254 + i] for i in (2, 3))
+    ):
+        raise OSError("its strips or tiles end before its last row or column")
     file = getattr(image, "fp", None)
     if pixels > SMALL_PIXELS and file is not None:
         here = file.tell()

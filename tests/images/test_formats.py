@@ -251,6 +251,11 @@ def test_a_tiff_in_strips_and_tiles_is_whole_or_refused(rows, compression, tiled
     (tmp_path / "b.tif").write_bytes(whole)
     with pytest.raises(InputError, match=r"b\.tif cannot be read as an image"):
         load_image(tmp_path / "b.tif")
+    with Image.open(tmp_path / "b.tif") as opened, pytest.raises(InputError, match="cannot be read as an image"):
+        open_images([opened])[0]
+    with Image.open(tmp_path / "a.tif") as opened:
+        assert torch.equal(open_images([opened])[0], read)
+        assert torch.equal(open_images([opened])[0], read)  # decoded by now
 
 
 def test_the_preview_of_a_raw_file_is_not_the_photograph(tmp_path: Path):

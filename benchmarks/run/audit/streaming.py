@@ -30,7 +30,7 @@ from benchmarks.record import environment, functions, sources, write
 
 SIDE = 24
 METHODS = ["SpatialACV", "SALFCBM", "DiscoveredConcepts", "ConceptFusionMap"]
-#: Sources of all processes that were measured; this one imports none of them.
+#: Functions that ran in the processes that were measured; this one imports none of them.
 MEASURED: dict[str, list[str] | None] = {}
 
 
