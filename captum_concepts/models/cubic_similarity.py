@@ -107,6 +107,16 @@ class CubicSums:
         rows[1] += cubed.square().sum(dim)
         rows[2] += other.square().sum(dim)
 
+    def add_resampled(self, q: Tensor, p: Tensor, counts: Tensor) -> None:
+        """As :meth:`add`, of samples ``(n, M)`` each of which counts ``counts`` ``(R, n)`` times in R resamples.
+
+        The sums are of shape ``(R, M)``.
+        """
+        cubed, other = _cubed(q), _cubed(p)
+        self._sums[0] += counts @ (cubed * other)
+        self._sums[1] += counts @ cubed.square()
+        self._sums[2] += counts @ other.square()
+
     def similarity(self, reduce: Reduce | None = None) -> Tensor:
         """The result so far; see :func:`cubic_similarity`."""
         product, q_length, p_length = self._sums if reduce is None else reduce(self._sums.clone())

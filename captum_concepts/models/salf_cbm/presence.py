@@ -16,6 +16,8 @@ from captum_concepts.errors import InputError, listing
 #: Strength of the prior that draws each concept's slope to the slope of all: that many images' worth.
 _PRIOR = 4.0
 _STEPS = 50
+#: Fraction of the strongest rules that the vision-language model has to support for high trust.
+_MOST_RULES = 0.75
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def trust_line(reliability: Mapping[str, Reliability], metadata: Mapping[str, An
     judge = metadata.get("reliability_source", "the vision-language model")
     rules, supported = _support(metadata)
     weak = middle < 0.7 or len(chance) > len(known) / 2 or 2 * supported < rules
-    grade = "low" if weak else "medium" if middle < 0.85 else "high"
+    grade = "low" if weak else "medium" if middle < 0.85 or supported < _MOST_RULES * rules else "high"
     line = (
         f"{grade}: on {images} held-out images the concepts rank images as {judge} does with a median AUROC of "
         f"{middle:.2f} (chance 0.50)"

@@ -76,22 +76,33 @@ def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | N
     return vocabulary.present_in(presence.cpu(), k=TOP_IMAGES, cutoff=cutoff)
 
 
-def interpretable_concepts(vocabulary: Vocabulary, similarity: Tensor, cutoff: float | None) -> Vocabulary:
+def interpretable_concepts(
+    vocabulary: Vocabulary, similarity: Tensor, cutoff: float | None, *, upper: Tensor | None = None
+) -> Vocabulary:
     """The concepts whose validation similarity is at least ``cutoff`` (LF-CBM drops those below 0.45); None keeps all.
 
     LF-CBM's cutoff belongs to the similarity of activations of whole images, not of maps cell by cell, which are much
     harder to follow.
 
+    Args:
+        vocabulary: of M concepts.
+        similarity: ``(M,)``.
+        cutoff: the least.
+        upper: ``(M,)`` upper ends of the similarities' intervals: only concepts that are surely below the cutoff are
+            dropped. None: the similarities themselves decide, as published.
+
     Raises:
         InputError: none does; says how high the highest comes.
     """
     values = similarity.tolist()
-    if len(values) != len(vocabulary):
-        raise InputError(f"{len(values)} similarities for {len(vocabulary)} concepts")
+    ends = values if upper is None else upper.tolist()
+    for given, what in ((values, "similarities"), (ends, "upper ends")):
+        if len(given) != len(vocabulary):
+            raise InputError(f"{len(given)} {what} for {len(vocabulary)} concepts")
     if cutoff is None:
         return vocabulary
     best = max(values)
-    if best < cutoff:
+    if max(ends) < cutoff:
         raise InputError(
             f"no concept is left: the best one, {vocabulary[values.index(best)]!r}, has a validation similarity of "
             f"{best:.3g}, below interpretability_cutoff={cutoff:g}; give a lower cutoff, None for no such filter, "
@@ -99,8 +110,8 @@ def interpretable_concepts(vocabulary: Vocabulary, similarity: Tensor, cutoff: f
         )
     drops = [
         Drop(concept, "low validation similarity", value, cutoff)
-        for concept, value in zip(vocabulary, values, strict=True)
-        if value < cutoff
+        for concept, value, end in zip(vocabulary, values, ends, strict=True)
+        if end < cutoff
     ]
     return vocabulary.without(drops) if drops else vocabulary
 

@@ -75,8 +75,6 @@ from captum_concepts.store.processes import lost_peers_named
 from captum_concepts.vlm import RegionPrompt, Regions, check_encoder
 
 Transform = Callable[[Tensor], Tensor]
-#: Means over each image are compared from so many held-out images on: those of fewer follow anything or nothing.
-_FEWEST_HELD_OUT = 20
 
 
 @unharming
@@ -180,8 +178,9 @@ def fit_salf_cbm(
             no better than everyday words. None leaves this filter out. It costs one pass of the encoder per image and
             comes first.
         interpretability_cutoff: least validation similarity of a concept's activations, the means of its maps (LF-CBM's
-            0.45); with fewer than 20 held-out images, of its maps. None leaves it out. If no concept reaches it, all
-            are kept, with a warning.
+            0.45). Only a concept that is surely below is dropped: one whose 95 % interval (bootstrap over the held-out
+            images) ends below; fewer than 20 images drop none. None leaves this filter out. If no concept reaches it,
+            all are kept, with a warning.
         validation_fraction: see ``val_data``.
         train_backbone: train a copy of the backbone together with the bottleneck, on features computed on the fly, its
             batch statistics fixed; otherwise the backbone is frozen.
@@ -337,17 +336,16 @@ class FitRun:
         for split in self.splits:
             self._features(split)
         fit, made_from = self._bottleneck(steps)
-        pooled, cutoff = self._pooled_similarity(fit.weight), self.options.interpretability_cutoff
-        similarity = fit.validation_similarity.cpu() if len(self.rows[1]) < _FEWEST_HELD_OUT else pooled
-        unreached = cutoff is not None and float(similarity.max()) < cutoff
+        (pooled, upper), cutoff = self._pooled_similarity(fit.weight), self.options.interpretability_cutoff
+        unreached = cutoff is not None and float(upper.max()) < cutoff
         if unreached:
             warnings.warn(
                 f"no concept's validation similarity reaches interpretability_cutoff={cutoff:g} (the best has "
-                f"{float(similarity.max()):.3g}): all are kept, and their names can hardly be believed",
+                f"{float(pooled.max()):.3g}): all are kept, and their names can hardly be believed",
                 InputWarning,
                 stacklevel=2,
             )
-        kept = interpretable_concepts(vocabulary, similarity, None if unreached else cutoff)
+        kept = interpretable_concepts(vocabulary, pooled, None if unreached else cutoff, upper=upper)
         chosen = torch.tensor(columns_of(kept, vocabulary))
         weight = fit.weight[chosen.to(fit.weight.device)].contiguous()
         head, accuracies = self._head(steps, weight, made_from)
@@ -364,10 +362,11 @@ class FitRun:
         model.metadata["advice"] = advice(model.metadata)
         return model.eval()
 
-    def _pooled_similarity(self, weight: Tensor) -> Tensor:
+    def _pooled_similarity(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         held_out = self.splits[-1].samples(self.rows[1])
         with evaluation_mode(self.backbone):
-            return Validation(held_out, self.text).pooled(weight).cpu()
+            similarity, upper = Validation(held_out, self.text).pooled(weight)
+        return similarity.cpu(), upper.cpu()
 
     def _judged(self, kept: Vocabulary, weight: Tensor, head: Tensor, text: Tensor) -> dict[str, Any]:
         train = self.splits[0]

@@ -14,6 +14,7 @@ from captum_concepts.errors import InputError
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm.fit import fit_head, judge
 from captum_concepts.models.salf_cbm.fit.judge import EVERYDAY, check_words, everyday_texts, first_images
+from captum_concepts.models.salf_cbm.presence import Reliability, trust_line
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm.dense import AdaptiveRegions
 
@@ -126,6 +127,17 @@ def test_reliability_and_support(tmp_path):
     assert worse.metadata["support"]["supported"] < worse.metadata["support"]["rules"]
     assert worse.trust.startswith("low: ")
     assert "Add concepts that describe these classes" in " ".join(worse.metadata["advice"])
+
+
+@pytest.mark.parametrize(
+    ("supported", "grade"), [(40, "high"), (30, "high"), (29, "medium"), (20, "medium"), (19, "low")]
+)
+def test_trust_is_no_higher_than_the_rules_deserve(supported, grade):
+    """Concepts that follow the encoder well can still be given to classes that do not show them."""
+    reliability = {"a": Reliability(0.95, 0.9, 1.0, 10, 40)}
+    line = trust_line(reliability, {"support": {"rules": 40, "supported": supported, "doubtful": []}})
+    assert line.startswith(f"{grade}: on 40 held-out images")
+    assert f"supports {supported} of the 40 strongest rules" in line
 
 
 def test_support_by_hand(tmp_path):

@@ -465,6 +465,47 @@ def test_filters_keep_order_and_reasons():
         interpretable_concepts(words, torch.ones(2), 0.45)
 
 
+def test_only_what_is_surely_below_the_cutoff_is_dropped():
+    words = Vocabulary(["a", "b", "c"])
+    similarity, upper = torch.tensor([0.2, 0.3, 0.6]), torch.tensor([0.4, 0.5, 0.7])
+    kept = interpretable_concepts(words, similarity, 0.45, upper=upper)
+    assert list(kept) == ["b", "c"]
+    assert kept.report.drops[0].value == pytest.approx(0.2)
+    with pytest.raises(InputError, match=r"validation similarity of 0\.6, below interpretability_cutoff=0\.8"):
+        interpretable_concepts(words, similarity, 0.8, upper=upper)
+    with pytest.raises(InputError, match="1 upper ends for 3 concepts"):
+        interpretable_concepts(words, similarity, 0.45, upper=upper[:1])
+
+
+@pytest.mark.parametrize("n", [24, 400])
+def test_the_interval_of_a_similarity(n):
+    """Against drawing the images again, with replacement, one resample after another.
+
+    The .95 quantile of 200 draws is the 190th, which lies between the .88 and the .99 quantile of all draws in 999 of
+    1,000 cases.
+    """
+    p = random(n, 2, 1, seed=1)
+    features = torch.cat([p, random(n, 2, 1, seed=2)], 2)
+    weight, text = torch.tensor([[1.0, 0.5], [0.0, 1.0]]), torch.ones(2, 1)
+    samples = Samples(InMemory(features), InMemory(p), torch.arange(n))
+    similarity, upper = Validation(samples, text, batch_size=7).pooled(weight)
+    q, seen = features.mean(1) @ weight.T, p.mean(1) @ text.T
+    torch.testing.assert_close(similarity, cubic_similarity(q, seen), atol=1e-5, rtol=1e-5)
+    q, seen = ((v - v.mean(0)).double() ** 3 for v in (q, seen))
+    draws = torch.randint(n, (5000, n), generator=torch.Generator().manual_seed(3))
+    q, seen = q[draws], seen[draws]
+    drawn = (q * seen).sum(1) / (q.square().sum(1) * seen.square().sum(1)).sqrt()
+    low, high = drawn.quantile(torch.tensor([0.88, 0.99], dtype=torch.float64), dim=0)
+    assert bool(((low < upper) & (upper < high)).all())
+
+
+def test_of_few_images_nothing_is_surely_low():
+    features, embeddings = random(19, 3, 8), random(19, 3, 6, seed=1)
+    samples = Samples(InMemory(features), InMemory(embeddings), torch.arange(19))
+    _, upper = Validation(samples, random(5, 6, seed=3)).pooled(random(5, 8, seed=2))
+    assert torch.equal(upper, torch.ones(5))
+
+
 class Relabelled(torch.utils.data.Dataset):
     """Its list of targets and its items disagree about ``wrong`` of the images."""
 
