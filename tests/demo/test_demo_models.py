@@ -18,6 +18,7 @@ from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.demo.evaluation import accuracy, circle_reaction, ground_reliance
 from captum_concepts.demo.prompting import Scenes, describe, draw_circles, mark, truth
 from captum_concepts.demo.tokenizer import WordTokenizer
+from captum_concepts.demo.train import classifier_loss
 from captum_concepts.errors import InputError
 from captum_concepts.vlm import ImageTextEncoder
 
@@ -189,6 +190,60 @@ def test_marked_region_decides_what_may_be_named():
     assert (named[marked].sum(1) >= 1).all()
     assert images.min() >= 0
     assert images.max() <= 1
+
+
+def coordinates(rendered: Scenes) -> Scenes:
+    """The same scenes with pictures that say where each pixel lies: red its column, green its row, blue constant."""
+    size = rendered.images.shape[-1]
+    column = torch.arange(size).mul(255 // size).expand(size, size)
+    pictures = torch.stack([column, column.T, torch.full((size, size), 128)]).byte()
+    return Scenes(pictures.expand_as(rendered.images), rendered.masks, rendered.boxes, rendered.things, rendered.labels)
+
+
+def places(image: torch.Tensor) -> torch.Tensor:
+    """Columns and rows ``(2, H, W)`` of the picture that an image of :func:`coordinates` shows, whatever its light."""
+    size = image.shape[-1]
+    return image[:2] / image[2].clamp_min(0.1) * 128 / (255 // size)  # a circle has no blue
+
+
+def test_a_crop_shows_what_it_may_name():
+    """Place and size of each crop are read off the picture; then the rule is counted over that square."""
+    rendered = Scenes.render(CaptionedScenes(400, seed=4, size=64))
+    images, named = mark(coordinates(rendered), torch.arange(400), torch.Generator().manual_seed(1))
+    agree, crops = 0, 0
+    pixels = torch.arange(64) + 0.5
+    for i, image in enumerate(images):
+        seen = places(image)
+        zoom = float(seen[1].diff(dim=0).quantile(0.75))  # half of a crop may lie beyond the border
+        if zoom > 0.75:
+            continue  # a circle, a blurred surrounding, or nothing
+        crops += 1
+        x, y = (seen[:, 31:33, 31:33].mean((1, 2)) + 0.5).tolist()
+        square = ((pixels - x).abs() < 32 * zoom) & ((pixels - y).abs() < 32 * zoom)[:, None]
+        shares = (rendered.masks[i] & square).sum((1, 2)) / square.sum()
+        agree += bool(named[i, 3]) == bool(shares.sum() < 0.7)
+        for k in named[i, :3].nonzero().flatten().tolist():
+            assert shares[k] > 0.2 or shares[k] * square.sum() > 0.6 * rendered.masks[i, k].sum()
+    assert crops > 20
+    assert agree >= 0.9 * crops  # half a pixel decides about the others
+
+
+def test_classifiers_are_trained_on_shifted_scenes():
+    rendered = coordinates(Scenes.render(CaptionedScenes(8, seed=4, size=64)))
+    shifts, seen = set(), []
+
+    def model(images):
+        seen.append(images)
+        return torch.zeros(len(images), 6, requires_grad=True)
+
+    loss = classifier_loss(model, rendered)
+    for seed in range(150):
+        loss(seed, 4)
+        for image in seen.pop():
+            column, row = places(image)[:, 32, 32] - 32
+            if places(image)[0, 32, 40] > places(image)[0, 32, 32]:  # not flipped
+                shifts.add((round(float(column)), round(float(row))))
+    assert {x for x, _ in shifts} == {y for _, y in shifts} == set(range(-4, 5))
 
 
 def test_training_texts_are_those_of_the_bundled_encoder():

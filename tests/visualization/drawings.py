@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 BASELINE = Path(__file__).parent / "baseline"
 #: Inches; also of colors and numbers, whose range is 1.
@@ -40,6 +42,10 @@ def drawn(figure: Figure) -> dict[str, list[Any]]:
     def place(artist: Any) -> list[float]:
         return [round(float(v) * inches, 3) for v in artist.get_window_extent().extents]
 
+    def place_of(points: Any, axes: Any) -> list[float]:
+        ends = axes.transData.transform(points) * inches
+        return [round(float(v), 3) for v in (*ends.min(0), *ends.max(0))]
+
     found: dict[str, list[Any]] = {"size": [round(float(v), 3) for v in figure.get_size_inches()]}
 
     def anchor(text: Any) -> list[Any]:  # where it is put, not how far it reaches: that is FreeType's
@@ -66,8 +72,15 @@ def drawn(figure: Figure) -> dict[str, list[Any]]:
     found["lines"] = [
         [place(line), color_of(line.get_color()), float(line.get_linewidth())]
         for owner in (figure, *figure.axes)
-        for line in owner.lines
+        for line in (*owner.lines, *(artist for artist in owner.artists if isinstance(artist, Line2D)))
     ]
+    found["outlines"] = [
+        [len(c.get_paths()), place_of(np.concatenate([path.vertices for path in c.get_paths()]), axes),
+         color_of(c.get_edgecolor()[0])]
+        for axes in figure.axes
+        for c in axes.collections
+        if isinstance(c, LineCollection) and c.get_paths()
+    ]  # fmt: skip
     return found
 
 

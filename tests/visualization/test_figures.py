@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -217,6 +220,19 @@ class TestInANotebook:
         html = corners()._repr_html_()
         assert html.count("<img") == 3
         assert "Map of b: strongest at the lower right" in html
+
+    def test_large_photographs_become_small_and_smooth(self):
+        """Of stripes of one pixel a smaller picture can only show their mean."""
+        stripes = (torch.arange(800) % 2).float().expand(3, 600, 800)
+        html = show(corners(), stripes)._repr_html_()
+        files = [base64.b64decode(uri) for uri in re.findall(r'src="data:image/\w+;base64,([^"]+)"', html)]
+        assert len(files) == 1 + 3
+        for k, file in enumerate(files):
+            picture = Image.open(io.BytesIO(file)).convert("L")
+            assert picture.size == ((224, 168) if k else (336, 252))
+            assert len(file) <= (9_000 if k else 16_000)
+            pixels = np.asarray(picture, dtype=float)
+            assert np.abs(np.diff(pixels[:, 4:-4], axis=1)).mean() < 8
 
     def test_many_images_are_cut_and_said(self):
         e = ConceptExplanation(["a"], torch.rand(12, 1), torch.rand(12, 1, 3, 3))

@@ -9,7 +9,9 @@ import pytest
 import torch
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from captum_concepts import ConceptExplanation
 from captum_concepts.errors import InputError, InputWarning
@@ -47,6 +49,25 @@ def blurred(pixels: np.ndarray, side: int = 12) -> np.ndarray:
     height, width = (pixels.shape[0] // side * side, pixels.shape[1] // side * side)
     cells = pixels[:height, :width].astype(float).reshape(height // side, side, width // side, side, 3)
     return cells.mean((1, 3))
+
+
+def test_every_line_of_the_figure_is_a_line_of_the_picture():
+    dpi = 200
+    figure = panel(explanation(), ramp(90, 120), title="lines")
+    picture = panel_image(explanation(), ramp(90, 120), title="lines", dpi=dpi)
+    pixels = np.asarray(picture.convert("L"), dtype=float)
+    lines = [line for line in figure.artists if isinstance(line, Line2D)]
+    assert len(lines) > 10
+    for line in lines:
+        (x0, x1), (y0, y1) = line.get_data()
+        for share in (0.3, 0.7):  # not where lines meet
+            x = round((x0 + share * (x1 - x0)) * pixels.shape[1])
+            y = round((1 - y0 - share * (y1 - y0)) * pixels.shape[0])
+            # A pixel to either side: lines are one or two pixels wide.
+            across = pixels[y - 3 : y + 4, x] if y0 == y1 else pixels[y, x - 3 : x + 4]
+            gray = 255 * np.dot(to_rgba(line.get_color())[:3], (0.299, 0.587, 0.114))
+            alike = np.flatnonzero(np.abs(across - gray) < 40)
+            assert np.abs(alike - 3).min(initial=9) <= 1, (x, y, across)
 
 
 MASK = torch.zeros(96, 140, dtype=torch.bool)
