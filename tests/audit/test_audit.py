@@ -165,6 +165,24 @@ class TestSuspects:
         audit = audit_dataset(Confused(Net(2.5)), images, labels=labels, class_names=["a", "b"], n_bootstrap=0)
         assert {(s.class_name, s.concept) for s in audit.suspects()} == {("a", "grass"), ("b", "sand")}
 
+    def test_a_second_shortcut_beside_a_stronger_one(self):
+        class Two(Net):
+            """A mark in channel 2, which has nothing to do with the ground, speaks for class 0 as well."""
+
+            def forward(self, x: Tensor) -> Tensor:
+                mark = 1.5 * (x[:, 2].mean((1, 2)) - 0.5)
+                return super().forward(x) + torch.stack([mark, -mark], 1)
+
+        class Reads(Truth):
+            contributions = None  # type: ignore[assignment]
+
+        images, labels = scenes(400, 0)
+        images[:, 2] = (images[:, 2].mean((1, 2)) > 0.5)[:, None, None] * 0.8 + 0.1
+        audit = audit_dataset(Reads(Two(2.5)), images, labels=labels, class_names=["a", "b"], n_bootstrap=0)
+        found = [(s.class_name, s.concept) for s in audit.suspects()]
+        assert set(found) == {("a", "grass"), ("b", "sand"), ("a", "noise")}
+        assert found.index(("a", "grass")) < found.index(("a", "noise"))
+
     def test_what_belongs_to_a_class(self):
         images, labels = scenes(300, 0)
         truth = Truth(Net(2.5))
