@@ -251,8 +251,5 @@ def _vocabulary(config: Mapping[str, Any], names: list[str], encoder: Any) -> Vo
         made = made.clean()
     if config.get("filter"):
         wanted = dict(config["filter"]) if isinstance(config["filter"], dict) else {}
-        try:
-            made = made.filter(names, encoder if wanted.pop("similarity", True) else None, **wanted)
-        except TypeError as error:
-            raise InputError(f"filter {wanted}: {error}") from None
+        made = made.filter(names, encoder if wanted.pop("similarity", True) else None, **wanted)
     return made

@@ -178,8 +178,28 @@ class TestReport:
         capsys.readouterr()
         assert main(["report", "--explanations", str(tmp_path / "out"), "--output", str(again), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["explained"] == 2
-        cards = [path.read_text().split("<article")[1:3] for path in (first, again)]
+        pages = [path.read_text() for path in (first, again)]
+        cards = [page.split("<article")[1:3] for page in pages]
         assert cards[0][0] == cards[1][0]
+        titles = [page.split("<title>")[1].split("</title>")[0] for page in pages]
+        assert titles[0] == titles[1]
+        assert "saw" in titles[0]
+
+    def test_an_image_that_was_not_kept_is_read_at_the_size_that_was_explained(self, words, scenes, tmp_path):
+        out = tmp_path / "out"
+        options = ["--explainer", str(words), "--output", str(out), "--save", "--size", "48", "--resize", "squash"]
+        assert main(["explain", str(scenes / "00.png"), *MODEL, *options]) == 0
+        index = json.loads((out / "explanations.json").read_text())
+        for entry in index["explained"]:
+            del entry["input"]
+        (out / "explanations.json").write_text(json.dumps(index))
+        pages = []
+        for more in ([], ["--size", "32"]):
+            page = tmp_path / "page.html"
+            given = [str(scenes / "00.png"), "--output", str(page), *more]
+            assert main(["report", "--explanations", str(out), *given]) == 0
+            pages.append(re.search(r'viewBox="0 0 (\d+ \d+)"', page.read_text()).group(1))
+        assert pages == ["48 48", "32 32"]
 
     def test_of_one_file_and_its_images(self, scenes, tmp_path, capsys):
         e = ConceptExplanation(["a", "b"], torch.rand(2, 2), torch.rand(2, 2, 4, 4))
