@@ -543,6 +543,28 @@ class TestWhatAStrangerAsks:
         figure = panel(e[0], torch.rand(1, 3, 16, 16))
         assert axes_of(figure, "colorbar")[0].get_ylim()[0] == 0
 
+    def test_negative_values_count_beside_those_of_their_own_scale(self):
+        """A hundredth of the other map below zero: a map of its own shows it, a scale for both does not."""
+        maps = torch.stack([torch.linspace(0, 10, 9), torch.linspace(-0.05, 0.05, 9)]).reshape(1, 2, 3, 3)
+        e = ConceptExplanation(["a", "b"], torch.rand(1, 2), maps)
+        for scale, diverging in (("map", True), ("row", False), ("panel", False)):
+            low, high = axes_of(panel(e, torch.rand(1, 3, 16, 16), scale=scale), "colorbar")[0].get_ylim()
+            assert (low == -high) == diverging, scale
+
+    def test_nothing_is_said_below_a_panel_of_one_plain_map(self):
+        e = ConceptExplanation(["a"], torch.rand(1, 1), torch.rand(1, 1, 3, 3))
+        plain, noted = (panel(one, torch.rand(1, 3, 16, 16)) for one in (e, dataclasses.replace(e, method="FAM")))
+        check_layout(plain)
+        assert 0.1 < noted.get_figheight() - plain.get_figheight() < 0.3
+
+    def test_absence_is_explained_only_where_it_contributes(self):
+        options = {"target": torch.tensor([0]), "score_unit": "standard deviations", "class_names": ["cat"]}
+        maps, score = torch.rand(1, 1, 3, 3), torch.tensor([[-2.0]])
+        for how, said in ((torch.tensor([[0.7]]), True), (torch.tensor([[0.0]]), False), (None, False)):
+            figure = panel(ConceptExplanation(["a"], score, maps, how, **options), torch.rand(1, 3, 16, 16))
+            assert any("its absence supports cat" in text.replace("\n", " ") for text in strings_of(figure)) == said
+            assert any("absence" in text for text in strings_of(figure)) == said
+
     def test_not_seen_is_pale_and_last_and_says_so(self):
         presence = torch.tensor([[0.2, 0.9, 0.4999]])
         e = ConceptExplanation(
