@@ -125,6 +125,9 @@ def test_reliability_and_support(tmp_path):
     lots = torch.randint(0, 3, (240,), generator=torch.Generator().manual_seed(1))
     worse = fit(tmp_path, (x, lots), lam=1e-3)
     assert worse.metadata["support"]["supported"] < worse.metadata["support"]["rules"]
+    found = [value for _, _, value in worse.metadata["support"]["doubtful"]]
+    assert found == sorted(found)
+    assert len(found) > 1
     assert worse.trust.startswith("low: ")
     assert "Add concepts that describe these classes" in " ".join(worse.metadata["advice"])
 
