@@ -38,8 +38,8 @@ def functions_that_ran(file: str) -> list[str] | None:
 def digest(source: str, ran: Collection[str] | None = None) -> str:
     """Eight hexadecimal digits of a module's code: comments, docstrings, empty lines and checks do not count.
 
-    A check is an ``if`` that ends in ``raise``, or a call of :mod:`captum_concepts._checks` whose result is not used:
-    where something was measured, it passed.
+    A check is an ``if`` that ends in ``raise``, a function named ``check_...``, or a call of one or of
+    :mod:`captum_concepts._checks` whose result is not used: where something was measured, it passed.
 
     Args:
         source: the module's text.
@@ -66,7 +66,7 @@ def _blank(lines: list[str], tree: ast.Module, ran: Collection[str] | None) -> N
     new one may replace a base's."""
     dropped: set[ast.AST] = set()
     for name, function in _functions(tree):
-        if ran is not None and name not in ran:
+        if (ran is not None and name not in ran) or name.startswith("check_"):
             dropped.add(function)
             first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
             _replace(lines, first, function, f"def {name}" if "." in name else "")
@@ -94,7 +94,7 @@ def _checks(tree: ast.AST) -> Iterator[ast.stmt]:
             case ast.If(test=test, body=[*_, ast.Raise()], orelse=[]):
                 if not any(isinstance(part, ast.NamedExpr) for part in ast.walk(test)):
                     yield node
-            case ast.Expr(value=ast.Call(func=ast.Name(id=name))) if name in known:
+            case ast.Expr(value=ast.Call(func=ast.Name(id=name))) if name in known or name.startswith("check_"):
                 yield node
 
 

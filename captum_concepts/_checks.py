@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from captum_concepts.errors import InputError, did_you_mean
+from captum_concepts.errors import InputError, InputWarning, did_you_mean
 
 
 def integer(name: str, value: Any, least: int | None = 1, most: int | None = None) -> int:
@@ -87,12 +88,12 @@ def with_weights(what: str, model: Any) -> None:
 
 
 def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
-    """``names`` as a list of unique, non-empty strings, ``count`` of them if that is given.
+    """``names`` as a list of unique, non-empty strings without spaces around them, ``count`` of them if that is given.
 
     Raises:
         InputError: a single string, something else than strings, empty, repeated, or another number.
 
-    >>> unique_names(("sky", "sea"), "concept")
+    >>> unique_names(("sky", "sea\\n"), "concept")
     ['sky', 'sea']
     """
     if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
@@ -101,6 +102,7 @@ def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
     bad = [name for name in listed_names if not isinstance(name, str) or not name.strip()]
     if bad:
         raise InputError(f"{what} names must be non-empty strings, got {bad[:5]!r}")
+    listed_names = [name.strip() for name in listed_names]  # lines of a file end in line breaks
     repeated = sorted(name for name, times in Counter(listed_names).items() if times > 1)
     if repeated:
         more = f" and {len(repeated) - 10} others" if len(repeated) > 10 else ""
@@ -111,6 +113,38 @@ def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
     if count is not None and len(listed_names) != count:
         raise InputError(f"{len(listed_names)} {what} names for {count}; pass one for each")
     return listed_names
+
+
+def warn_of_numbers(labels: Sequence[Any]) -> None:
+    """Warn of labels that are numbers but not 0 to K-1: as a target, a number is a position, not a label.
+
+    >>> warn_of_numbers([0, 1, 2])
+    """
+    numbers = all(hasattr(label, "__index__") for label in labels)
+    if numbers and [int(label) for label in labels] != [*range(len(labels))]:
+        warnings.warn(
+            f"the labels are numbers, but not 0 to {len(labels) - 1}: {', '.join(map(str, labels[:6]))}. An integer "
+            f"target counts the references from 0, so target=0 is label {labels[0]}; pass names, as in "
+            f"target={str(labels[0])!r}, or count the labels from 0",
+            InputWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_batch_statistics(modules: Mapping[str, nn.Module]) -> None:
+    """Warn of a batch norm without running statistics, with which each image's result depends on the others.
+
+    >>> warn_of_batch_statistics({"bn": nn.BatchNorm2d(4)})
+    """
+    for name, module in modules.items():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            warnings.warn(
+                f"{name!r} is a batch norm without running statistics (track_running_stats=False): what the model says "
+                "of an image, and each result here, depends on the other images of its batch and on batch_size",
+                InputWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def name_positions(key: Any, names: Sequence[str], what: str = "concept") -> list[int]:
@@ -171,14 +205,19 @@ def positions(key: Any, n: int, what: str) -> list[int]:
 
 
 def take_rows(value: Any, rows: slice, batch: int) -> Any:
-    """``rows`` of every tensor, also in nested tuples, that has one row for each of ``batch`` examples.
+    """``rows`` of every tensor, also in nested tuples, lists and dictionaries, that has one row for each of ``batch``
+    examples.
 
     >>> import torch
-    >>> take_rows((torch.arange(4), torch.zeros(2)), slice(1, 3), 4)
-    (tensor([1, 2]), tensor([0., 0.]))
+    >>> take_rows((torch.arange(4), {"mean": torch.zeros(2)}), slice(1, 3), 4)
+    (tensor([1, 2]), {'mean': tensor([0., 0.])})
     """
     if isinstance(value, tuple):
         return tuple(take_rows(item, rows, batch) for item in value)
+    if isinstance(value, list):
+        return [take_rows(item, rows, batch) for item in value]
+    if isinstance(value, dict):
+        return {key: take_rows(item, rows, batch) for key, item in value.items()}
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
         return value[rows]
     return value

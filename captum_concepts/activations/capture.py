@@ -246,7 +246,13 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
                 raise InputError(
                     f"the model does not take images of {images.shape[2]} x {images.shape[3]} pixels ({said[:200]}); "
                     "resize them to a size that it takes"
+                    + ("; or the cause is another argument" if len(arguments) > 1 else "")
                 ) from error
+        if "Inference tensors cannot be saved" in said:
+            raise InputError(
+                "the model's weights were made under torch.inference_mode(), so nothing can be differentiated; build "
+                "and load the model outside of it, or pass copy.deepcopy(model)"
+            ) from error
         raise
 
 

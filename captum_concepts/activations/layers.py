@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts._captum import output_tensor
-from captum_concepts._checks import take_rows
+from captum_concepts._checks import take_rows, warn_of_batch_statistics
 from captum_concepts._undo import hooked, unharming
 from captum_concepts.activations.capture import (
     Captured,
@@ -101,6 +102,7 @@ class Layers:
         wanted: list[Any] = [layers] if one else list(layers)  # type: ignore[arg-type]
         model = find_model(forward_func)
         named = None if model is None else dict(model.named_modules(remove_duplicate=False))
+        warn_of_batch_statistics(named or {})
         modules = tuple(_find(model, named or {}, layer) for layer in wanted)
         names = tuple(_name(named or {}, layer) for layer in wanted)
         for name, module in zip(names, modules, strict=True):
@@ -176,6 +178,7 @@ class Layers:
                 additional_forward_args=additional_forward_args,
                 attribute_to_layer_input=attribute_to_layer_input,
             )
+            check_order_of_own_models(self, inputs, layouts, additional_forward_args, attribute_to_layer_input)
         source = _Source(self, inputs, additional_forward_args, attribute_to_layer_input)
         return SpatialActivations(
             result.returned, result.layers, layouts, self.names, result.order, source, result.final
@@ -698,6 +701,73 @@ def _strays(
             strays.append(((i, j), divmod(int(far.argmax()), w)))
         hits += bool(one[near].max() > 1.2 * far.max())
     return strays, hits
+
+
+def check_order_of_own_models(
+    layers: Layers, inputs: Inputs, layouts: Sequence[Layout], additional_forward_args: Any, at_input: bool
+) -> None:
+    """Refuse tokens that look like the patches of the image and lie elsewhere, in models of no library: a class token
+    may stand last, columns may come before rows, the model may resize images to a size with as many patches.
+
+    One cell of the first image is changed at a time, as in :meth:`Layers.misordered`; the greatest change has to be
+    there. It costs one forward pass per layer, once.
+
+    Raises:
+        LayoutError: the tokens of a layer are in another order.
+    """
+    images = [part for part in (inputs if isinstance(inputs, tuple) else (inputs,)) if part.ndim == 4]
+    stride = layers.traits.patch_stride
+    if len(images) != 1 or stride is None:
+        return
+
+    def by_a_library(name: str) -> bool:
+        """What wraps a library's network may resize images, which only shows in the shape of others than squares."""
+        steps = name.split(".") if name else []
+        for depth in range(len(steps) + 1):
+            owner = (layers.named or {}).get(".".join(steps[:depth]))
+            if owner is not None and type(owner).__module__.partition(".")[0] in (
+                "torchvision", "timm", "open_clip", "transformers", "captum_concepts"
+            ):  # fmt: skip
+                embeds = any(isinstance(m, nn.Conv2d) and m.in_channels in (1, 3, 4) for m in owner.modules())
+                return embeds and (depth == 0 or images[0].shape[2] == images[0].shape[3])
+        return False
+
+    for number, (name, module, layout) in enumerate(zip(layers.names, layers.modules, layouts, strict=True)):
+        known = _ordered.setdefault(module, set())
+        if layout.kind not in ("NLC", "LNC") or (layout, at_input) in known or by_a_library(name):
+            continue
+        cells, batch, width = _spread(layout.grid), batch_size(inputs), layout.grid[1]
+        parts = repeat_rows(take_rows(inputs, slice(1), batch), len(cells) + 1, 1)
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        parts = tuple(_changed(part, cells, layout.grid) if part.ndim == 4 else part for part in parts)
+        extra = repeat_rows(take_rows(additional_forward_args, slice(1), batch), len(cells) + 1, 1)
+        try:
+            with warnings.catch_warnings():  # of the changed pixels' range
+                warnings.simplefilter("ignore", InputWarning)
+                seen = layers[number].capture(parts, additional_forward_args=extra, attribute_to_layer_input=at_input)
+            maps = full_precision(layout.maps(seen.layers[0]))
+        except (InputError, RuntimeError):
+            continue  # a model of one batch size
+        change = (maps[1:] - maps[:1]).norm(dim=1)
+        places = [int(one.argmax()) - (i * width + j) for (i, j), one in zip(cells, change, strict=True)]
+        shift, times = Counter(places).most_common(1)[0]
+        if shift and 2 * times >= len(cells):
+            raise LayoutError(
+                f"the tokens of layer {name!r} lie {abs(shift)} place{'s' * (abs(shift) > 1)} "
+                f"{'before' if shift < 0 else 'after'} where they are read, in rows of {width}: its prefix tokens "
+                "(class token, registers) do not stand before the patches, or are of another number. Pass "
+                "prefix_tokens if only their number differs; tokens that stand after the patches or between them "
+                "cannot be read, so choose a layer before they are joined"
+            )
+        strays, _ = _strays(change, cells)
+        if 2 * len(strays) > len(cells):
+            raise LayoutError(
+                f"the tokens of layer {name!r} are not in the order of the image's rows: a change of the image at "
+                f"cell {strays[0][0]} of the {layout.grid[0]} x {width} grid appears at {strays[0][1]}. A model that "
+                "resizes or crops its images itself needs images of the size that it works on; where tokens are "
+                "reordered, choose a layer before that"
+            )
+        known.add((layout, at_input))
 
 
 def repeat_rows(value: Any, count: int, batch: int) -> Any:

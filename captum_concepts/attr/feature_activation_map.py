@@ -26,7 +26,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
-from captum_concepts._checks import finite_images, integer, one_of, unique_names
+from captum_concepts._checks import finite_images, integer, one_of, unique_names, warn_of_numbers
 from captum_concepts._memory import Halving
 from captum_concepts._undo import unharming, watching
 from captum_concepts.activations import (
@@ -613,6 +613,7 @@ class FeatureActivationMap(LayerAttribution):
             counts[label] = counts.get(label, 0) + 1
         ordered = sorted(sums)
         names = source.class_names
+        warn_of_numbers(ordered if names is None else [])
         self.reference_names = [str(label) if names is None else class_name(label, names) for label in ordered]
         self.references = torch.stack([sums[label] / counts[label] for label in ordered])
         self.calibration = None

@@ -141,6 +141,7 @@ class PictureFolder:
     def __init__(self, path: Path, summary: dict[str, Any], images: Mapping[Path, PurePosixPath]) -> None:
         self.path = path
         self._summary, self._images = summary, images
+        path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(path, "the output folder")
 
     def __enter__(self) -> PictureFolder:

@@ -122,7 +122,10 @@ def _outputs(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) ->
     with torch.no_grad():
         outputs = output_tensor(loaded.model(probe))
     if outputs.ndim != 2:
-        raise InputError(f"{settings.model} does not give (N, classes); give --references DIR, one folder a class")
+        raise InputError(
+            f"{settings.model} gives {tuple(outputs.shape)}, not (N, classes). Of a model of boxes, pixels or points, "
+            "explain one number per image, from Python: captum_concepts.targets"
+        )
     names = _class_names(settings, loaded, outputs.shape[1])
     layer = settings.layer or suggest_layer(loaded.model, probe)
     bank = torch.eye(outputs.shape[1], device=probe.device)

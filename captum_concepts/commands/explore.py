@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.commands.outputs import check_outputs, html
 from captum_concepts.commands.processes import is_first, processes
 from captum_concepts.commands.settings import ExplainerSettings
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, printable
 from captum_concepts.images import class_folders, find_images
 
 _COMPARED: dict[str, Callable[[float, float], bool]] = {
@@ -112,13 +113,17 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
     written = {"--output": out, "--save": settings.save, "--explainer": new_explainer(settings)}
     check_outputs(vars(settings), written)
     before = None if settings.against is None else ConceptAudit.load(settings.against)
+    if condition is not None and condition[0] != "suspects" and before is None:
+        raise InputError(f"--fail-on {settings.fail_on!r} compares with an earlier audit; give --against FILE")
     loaded = settings.load()
     failed: Failed = []
     explainer = build_explainer(settings, loaded, failed)
-    try:
-        folders = class_folders(settings.data)
-    except InputError:
-        folders = {}
+    folders = _by_class(settings.data)
+    if condition is not None and not folders:
+        raise InputError(
+            f"--fail-on {settings.fail_on!r} needs the true classes: one folder of images per class in "
+            f"{printable(settings.data)}"
+        )
     names = explainer.class_names
     if (
         folders
@@ -174,9 +179,19 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
     if condition is not None:
         name, compare, number = condition
         if name not in facts:
-            raise InputError(f"--fail-on {settings.fail_on!r}: {name} is not known without --against FILE and labels")
+            raise InputError(f"--fail-on {settings.fail_on!r}: the audit of --against {settings.against} has no labels")
         made["holds"] = bool(compare(facts[name], number))
     return made
+
+
+def _by_class(data: str) -> dict[str, list[Path]]:
+    """Images by class; empty where no folder inside holds images, so that there are no classes."""
+    try:
+        return class_folders(data)
+    except InputError:
+        if os.path.isdir(data) and any(path.parent != Path(data) for path in find_images(data)):  # noqa: PTH112
+            raise  # a class without images: its number would be another's
+        return {}
 
 
 def _condition(text: str) -> tuple[str, Callable[[float, float], bool], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -65,7 +66,7 @@ def html(option: str, output: str) -> Path:
 
 
 def check_folder(output: str | os.PathLike[str], read: Mapping[str, Any], files: list[Path]) -> Path:
-    """A folder for many files, made if need be.
+    """A folder for many files, which can be written or made; it is not made yet.
 
     Args:
         output: the folder.
@@ -84,8 +85,9 @@ def check_folder(output: str | os.PathLike[str], read: Mapping[str, Any], files:
             f"folder, such as {printable(out / 'explained')}"
         )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        _try_to_write(out)
+        if os.path.lexists(out) and not out.is_dir():
+            raise FileExistsError(errno.EEXIST, "it is not a folder")
+        _try_to_write(next(one for one in (out.absolute(), *out.absolute().parents) if one.exists()))
     except OSError as error:
         raise InputError(f"--output {shown} cannot be written: {error.strerror or error}") from error
     return out

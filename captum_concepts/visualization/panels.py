@@ -226,6 +226,7 @@ def crop_boxes(crop: Any, sizes: Sequence[tuple[int, int]]) -> list[Box | None]:
     values = [[one] for one in crop] if single or getattr(crop, "ndim", 1) == 2 else crop
     for (height, width), own in zip(sizes, per_image(values, len(sizes), 4, "crop"), strict=True):
         x0, y0, x1, y1 = own[0]
+        x1, y1 = (min(end, side) if end < side + 1e-6 else end for end, side in ((x1, width), (y1, height)))  # rounded
         if len(own) != 1 or not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise InputError(f"crop must be one box (x0, y0, x1, y1) within the {width} x {height} image, got {own}")
         found.append((x0, y0, x1, y1))

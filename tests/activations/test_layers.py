@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from captum_concepts.activations import Layers, gradients_enabled, read_layer
 from captum_concepts.activations.layers import any_reading
-from captum_concepts.errors import InputError, LayerError
+from captum_concepts.errors import InputError, LayerError, LayoutError
 
 
 @pytest.fixture
@@ -111,3 +112,65 @@ def test_a_reading_of_outputs_whose_sum_is_constant_has_a_gradient(net, last) ->
     expected = torch.tensor(1.0).cos() + 2 * torch.tensor(2.0).cos()
     torch.testing.assert_close(any_reading(values), expected)
     torch.testing.assert_close(any_reading({"a": values, "b": values, "ids": torch.ones(3).long()}), 2 * expected)
+
+
+class OwnTokens(nn.Module):
+    """A vision transformer of the user's own: patches of 16 pixels, and a class token somewhere."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.cls_token = order, nn.Parameter(torch.randn(1, 1, 16))
+        self.patches, self.head = nn.Conv2d(3, 16, 16, 16), nn.Linear(16, 5)
+        self.blocks = nn.Sequential(
+            *(nn.TransformerEncoderLayer(16, 2, 16, 0.0, batch_first=True, norm_first=True) for _ in range(2))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, (192, 192)) if self.order == "resized" else x
+        y = self.patches(x)
+        y = (y.transpose(2, 3) if self.order == "by columns" else y).flatten(2).transpose(1, 2)
+        before = {"last": y.shape[1], "between": y.shape[1] // 2}.get(self.order, 0)
+        y = torch.cat([y[:, :before], self.cls_token.expand(len(y), -1, -1), y[:, before:]], 1)
+        return self.head(self.blocks(y).mean(1))
+
+
+@pytest.mark.parametrize("block", ["blocks.0", "blocks.1"])
+@pytest.mark.parametrize(
+    ("order", "size", "message"),
+    [
+        ("first", (96, 128), None),
+        ("first", (224, 224), None),
+        ("last", (96, 128), "lie 1 place before where they are read, in rows of 8"),
+        ("last", (224, 224), "lie 1 place before"),
+        ("between", (96, 128), "lie 1 place before"),
+        ("by columns", (96, 96), "not in the order of the image's rows"),
+        ("by columns", (96, 128), "not in the order of the image's rows"),
+        ("resized", (192, 192), None),
+        ("resized", (144, 256), "resizes or crops its images itself"),
+    ],
+)
+def test_tokens_of_a_model_of_ones_own_lie_where_they_are_read(order, size, message, block) -> None:
+    """Their number fits in every case, and a wrong reading would be a wrong map."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = OwnTokens(order).eval()
+        images = torch.rand(2, 3, *size)
+        if message is not None:
+            with pytest.raises(LayoutError, match=message):
+                Layers.resolve(model, block).run(images)
+            continue
+        expected = model.blocks[: int(block[-1]) + 1](
+            torch.cat([model.cls_token.expand(2, -1, -1), model.patches(images).flatten(2).transpose(1, 2)], 1)
+        )[:, 1:]
+        grid = size[0] // 16, size[1] // 16
+        found = Layers.resolve(model, block).run(images).maps[0]
+        torch.testing.assert_close(found, expected.transpose(1, 2).unflatten(2, grid))
+
+
+def test_the_order_is_tried_once() -> None:
+    model, runs = OwnTokens("first").eval(), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    layers = Layers.resolve(model, "blocks.0")
+    for _ in range(3):
+        layers.run(torch.rand(2, 3, 96, 96))
+    assert len(runs) == 4

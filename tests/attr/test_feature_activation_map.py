@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -416,6 +419,57 @@ def test_fit_takes_class_means_in_sorted_order():
     for data, given in sources:
         torch.testing.assert_close(fam.fit(data, given).references, expected)
         assert fam.concepts == ["0", "1", "2"]
+
+
+def test_labels_that_are_other_numbers_are_no_targets():
+    """Labels 1 to 3: as a target, 1 is the second of them."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Pool("gap"))
+    images, labels = torch.rand(6, 3, 8, 8), torch.tensor([1, 2, 3, 1, 2, 3])
+    fam = FeatureActivationMap(net, "0")
+    with pytest.warns(InputWarning, match="but not 0 to 2: 1, 2, 3.*target=0 is label 1; pass names"):
+        fam.fit(images, labels)
+    assert fam.reference_names == ["1", "2", "3"]
+    for counted in (labels - 1, ["a", "b", "c"] * 2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fam.fit(images, counted)
+
+
+def test_further_arguments_are_cut_with_the_images():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3), Pool("gap")
+
+        def forward(self, x: Tensor, extra: dict[str, Any], pair: list[Tensor]) -> Tensor:
+            return self.pool(self.conv(x) * extra["scale"][:, None, None, None] * pair[0][:, None, None, None])
+
+    images, scale = torch.rand(5, 3, 8, 8), torch.rand(5) + 0.5
+    extra = ({"scale": scale, "size": 8}, [scale, torch.rand(2)])
+    fam = FeatureActivationMap(Scaled(), "conv", torch.eye(4), similarity="dot")
+    expected = fam.attribute(images, 1, additional_forward_args=extra)
+    fam.batch_size = 2
+    torch.testing.assert_close(fam.attribute(images, 1, additional_forward_args=extra), expected)
+
+
+def test_statistics_of_the_batch_are_warned_of():
+    for norm, warns in (
+        (nn.BatchNorm2d(4, track_running_stats=False), True), (nn.BatchNorm2d(4), False), (nn.InstanceNorm2d(4), False)
+    ):  # fmt: skip
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, Pool("gap")).eval()
+            FeatureActivationMap(net, "0", torch.eye(4)).attribute(torch.rand(2, 3, 8, 8), 1)
+        assert any("'1' is a batch norm without running statistics" in str(w.message) for w in seen) == warns
+
+
+def test_a_model_of_inference_mode_is_named():
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    x = torch.rand(2, 3, 8, 8)
+    with pytest.raises(InputError, match=r"made under torch\.inference_mode\(\).*copy\.deepcopy\(model\)"):
+        FeatureActivationMap(net, "1", torch.eye(4)).attribute(x, 1)
+    assert FeatureActivationMap(copy.deepcopy(net), "1", torch.eye(4)).attribute(x, 1).shape == (2, 1, 6, 6)
 
 
 def test_fit_reads_class_folders(tmp_path):

@@ -288,7 +288,8 @@ class TestCode:
         plain = f"{head}    return x + 1\n"
         checks = [
             "    if x < 0:\n        raise A\n", "    if x < 0:\n        y = str(x)\n        raise ValueError(y)\n",
-            '    number("x", x)\n', "    if x:\n        raise A\n    if not x:\n        raise B\n",
+            '    number("x", x)\n', "    check_order(x)\n",
+            "    if x:\n        raise A\n    if not x:\n        raise B\n",
         ]  # fmt: skip
         for check in checks:
             assert digest(plain) == digest(f"{head}{check}    return x + 1\n"), check
@@ -299,6 +300,8 @@ class TestCode:
         for work in works:
             assert digest(plain) != digest(f"{head}{work}    return x + 1\n"), work
         assert digest(plain) == digest(plain.replace("import number", "import integer, number"))
+        assert digest(plain) == digest(f"{plain}\n\ndef check_order(x):\n    return x\n")
+        assert digest(plain) != digest(f"{plain}\n\ndef order(x):\n    return x\n")
 
     def test_only_what_ran_counts(self):
         code = (

@@ -84,6 +84,30 @@ def test_explains_what_it_can_and_names_the_rest(model_file, photos, tmp_path, c
         assert len(entry["top"]) == 3
 
 
+@pytest.mark.parametrize("size", [(1024, 751), (1000, 371), (799, 887), (603, 1024)])
+def test_no_size_of_a_photograph_is_refused(size: tuple[int, int], model_file, tmp_path):
+    """What the model saw of it ends, rounded, a little beyond the picture that is drawn."""
+    Image.new("RGB", size, "gray").save(tmp_path / "photo.png")
+    line = ["explain", str(tmp_path / "photo.png"), "--model", model_file, "--size", "64"]
+    assert main([*line, "--output", str(tmp_path / "out"), "--report", str(tmp_path / "page.html")]) == 0
+
+
+def test_a_run_that_fails_leaves_no_folder(model_file, photos, tmp_path, capsys):
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    for more in (["--classes", str(tmp_path / "two.txt")], ["--layer", "nowhere"], ["--batch-size", "0"]):
+        out = ["--output", str(tmp_path / "new" / "out")]
+        assert main(["explain", str(photos), "--model", model_file, "--size", "64", *out, *more]) == 2
+        assert not (tmp_path / "new").exists(), more
+
+
+def test_a_model_of_pixels_is_told_what_to_do(photos, tmp_path, capsys):
+    (tmp_path / "pixels.py").write_text("from torch import nn\n\ndef build():\n    return nn.Conv2d(3, 2, 1)\n")
+    line = ["explain", str(photos), "--model", f"{tmp_path / 'pixels.py'}:build", "--output", str(tmp_path / "out")]
+    assert main([*line, "--size", "32"]) == 2
+    assert "gives (1, 2, 32, 32), not (N, classes)" in (said := capsys.readouterr().err)
+    assert "captum_concepts.targets" in said
+
+
 @pytest.mark.parametrize("last", ["nn.Identity()", "nn.Softmax(1)", "nn.Sigmoid()"])
 def test_the_predicted_class_has_its_probability(last: str, photos, tmp_path, capsys):
     (photos / "broken.jpg").unlink()

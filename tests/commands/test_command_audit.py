@@ -151,7 +151,8 @@ class TestAudit:
         [
             (["--fail-on", "suspects are bad"], "is not a condition"),
             (["--fail-on", "suspects>1.2.3"], "is not a number"),
-            (["--fail-on", "gained>0"], "not known without --against"),
+            (["--fail-on", "gained>0"], "give --against FILE"),
+            (["--fail-on", "accuracy_change<0"], "give --against FILE"),
             (["--against", "nowhere.safetensors"], "nowhere.safetensors"),
             (["--alpha", "2"], "alpha must be"),
             (["--top-k", "0"], "top_k must be"),
@@ -160,6 +161,23 @@ class TestAudit:
     def test_what_is_wrong_is_said(self, folder, tmp_path, capsys, more, message):
         assert main(audit(folder, tmp_path, "biased", *more)) == 2
         assert message in capsys.readouterr().err
+
+    def test_a_condition_without_labels_is_refused_before_the_work(self, folder, tmp_path, capsys):
+        """Nothing is suspected where nothing is known; that must not read as "nothing is wrong"."""
+        line = audit(folder, tmp_path, "biased", "--fail-on", "suspects>0")
+        line[1] = str(folder / "val" / CLASSES[0])
+        assert main(line) == 2
+        assert "--fail-on 'suspects>0' needs the true classes" in capsys.readouterr().err
+        assert main(line[:-2]) == 0
+
+    def test_a_class_folder_without_images_is_named(self, folder, tmp_path, capsys):
+        shutil.copytree(folder / "val", tmp_path / "val")
+        (tmp_path / "val" / "zebra").mkdir()
+        line = audit(folder, tmp_path, "biased")
+        line[1] = str(tmp_path / "val")
+        assert main(line) == 2
+        assert "zebra" in capsys.readouterr().err
+        assert not (tmp_path / "audit.html").exists()
 
     def test_names_of_outputs_and_folders(self, folder, tmp_path, capsys):
         """Folders number the outputs, unless a file names them."""

@@ -138,13 +138,21 @@ def test_without_concepts_and_new_words_afterwards():
     assert not torch.equal(weights(fit(similarity_weight=1.0)), weights(cefam))
 
 
+def test_lines_of_a_file_are_words():
+    cefam = fit(concepts=["red\n", " blue "])
+    assert cefam.concepts == ["red", "blue"]
+    assert cefam.with_concepts(["green\n", "red"], Color()).concepts == ["green", "red"]
+
+
 def test_unknown_words_are_named():
     with pytest.raises(InputError, match="purple"):
         fit(concepts=["red", "purple"])
     with pytest.raises(InputError, match="mauve"):
         fit().with_concepts(["mauve"], Color())
     cefam = fit(concepts=None)
-    for bad, words in (([], "empty"), (["red", "red"], "once"), ("red", "list of names")):
+    for bad, words in (
+        ([], "empty"), (["red", "red"], "once"), (["red", " red\n"], "once"), ("red", "list of names")
+    ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             fit(concepts=bad)
         with pytest.raises(InputError, match=words):

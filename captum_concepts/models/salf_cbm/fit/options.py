@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, listing
 from captum_concepts.models.salf_cbm.fit.data import LabeledImages, Transform
 from captum_concepts.models.salf_cbm.fit.head import check_class_weights, check_head
 from captum_concepts.models.salf_cbm.fit.settings import BottleneckSettings
@@ -109,6 +109,12 @@ def checked_vocabulary(concepts: Vocabulary | Sequence[str]) -> Vocabulary:
     if len(set(vocabulary)) != len(vocabulary):
         twice = next(c for i, c in enumerate(vocabulary) if c in vocabulary.concepts[:i])
         raise InputError(f"concept {twice!r} is there twice; Vocabulary(...).clean() removes duplicates")
+    if any(concept != concept.strip() for concept in vocabulary):
+        spaced = [concept for concept in vocabulary if concept != concept.strip()]
+        raise InputError(
+            f"concepts with spaces or line breaks around them: {listing(spaced, 5)}; "
+            "Vocabulary(...).clean() removes them, and duplicates"
+        )
     return vocabulary
 
 

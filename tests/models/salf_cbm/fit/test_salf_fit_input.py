@@ -37,6 +37,7 @@ EARLY = [
     ({"head": "deep"}, "head must be one of 'sparse', 'dense'"),
     ({"words": []}, "there is no concept"),
     ({"words": ["red", "green", "red"]}, "concept 'red' is there twice"),
+    ({"words": ["red\n", "green", "red"]}, r"spaces or line breaks around them: 'red\\n'; Vocabulary"),
     ({"words": "red"}, "list of texts"),
     ({"words": ["red", "mauve"]}, r"no embedding for \['mauve'\]"),
     ({"words": Vocabulary(["red"], templates="a photo of {}")}, "no embedding for"),
