@@ -615,6 +615,7 @@ class TestComparison:
         same = compare_audits(before, before)
         assert same.gained == same.lost == []
         assert all(row["change"] == 0 and row["p"] == 1 for row in same.changes)
+        assert len({change, same}) == 2  # by identity: their tables cannot be hashed
 
     def test_the_order_of_images_does_not_matter(self):
         images, labels = scenes(200, 0)
