@@ -47,8 +47,9 @@ def environment(*packages: str, device: str = "cpu") -> dict[str, Any]:
 def sources(ran: dict[str, list[str] | None] | None = None) -> dict[str, str | dict[str, Any]]:
     """``{file: {"digest": ..., "ran": names of functions}}`` of the package's modules: what is measured here.
 
-    A file that was imported unwatched (see :mod:`benchmarks.ran`) has the digest of all its code instead. Messages and
-    lazy tables of names change no measurement: ``errors``, ``_checks`` and ``__init__`` are left out.
+    A file that was imported unwatched (see :mod:`benchmarks.ran`) has the digest of all its code instead. Messages,
+    lazy tables of names, and how many images are embedded at a time change no result: ``errors``, ``_checks``,
+    ``__init__`` and ``batching`` are left out.
 
     Args:
         ran: of other processes, from :func:`functions`; None: of this one.
@@ -68,7 +69,9 @@ def functions() -> dict[str, list[str] | None]:
         if file is None or name.split(".")[0] != PACKAGE:
             continue
         path = Path(file).resolve()
-        if path.suffix == ".py" and path.stem not in ("errors", "_checks", "__init__") and ROOT in path.parents:
+        if path.suffix != ".py" or ROOT not in path.parents:
+            continue
+        if path.stem not in ("errors", "_checks", "__init__", "batching"):
             found[path.relative_to(ROOT).as_posix()] = functions_that_ran(file)
     return found
 
