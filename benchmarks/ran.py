@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -45,11 +46,7 @@ def digest(source: str, ran: Collection[str] | None = None) -> str:
         source: the module's text.
         ran: only these functions count, what stands outside of functions, and the names of all methods; None: all.
     """
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
+    lines = list(_without_comments(source))
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
@@ -59,6 +56,17 @@ def digest(source: str, ran: Collection[str] | None = None) -> str:
     _blank(lines, tree, ran)
     code = "\n".join(line.rstrip() for line in lines if line.strip())
     return hashlib.sha256(code.encode()).hexdigest()[:8]
+
+
+@functools.cache
+def _without_comments(source: str) -> tuple[str, ...]:
+    """Its lines. A record has dozens of parts, each with the functions that ran in it, and a tokenizer is slow."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return tuple(lines)
 
 
 def _blank(lines: list[str], tree: ast.Module, ran: Collection[str] | None) -> None:

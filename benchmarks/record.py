@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -81,12 +82,15 @@ def changed(record: dict[str, Any]) -> list[str] | None:
     measured = list(_measured(record))
     if not measured:
         return None
-    return sorted({file for file, known in measured if not _same(ROOT / file, known)})
+    known = set()
+    for file, one in measured:
+        known.add((file, one, None) if isinstance(one, str) else (file, one["digest"], tuple(one["ran"])))
+    return sorted({file for file, code, ran in known if code != _digest_now(ROOT / file, ran)})
 
 
-def _same(path: Path, known: str | dict[str, Any]) -> bool:
-    code, ran = (known, None) if isinstance(known, str) else (known["digest"], known["ran"])
-    return path.is_file() and code == digest(path.read_text(encoding="utf-8"), ran)
+@functools.cache
+def _digest_now(path: Path, ran: tuple[str, ...] | None) -> str | None:
+    return digest(path.read_text(encoding="utf-8"), ran) if path.is_file() else None
 
 
 def _measured(record: Any) -> Iterator[tuple[str, str | dict[str, Any]]]:
