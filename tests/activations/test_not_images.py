@@ -198,7 +198,7 @@ def test_shuffled_tokens_are_refused():
             Layers.resolve(model, layer).run(images)
 
 
-def test_the_order_is_checked_once_per_layer_and_never_in_plain_networks():
+def test_the_order_is_checked_once_per_layer_and_never_in_networks_of_a_library():
     torch.manual_seed(0)
     model, images = Windowed().eval(), torch.rand(1, 3, 64, 96)
     sizes: list[int] = []
@@ -208,8 +208,13 @@ def test_the_order_is_checked_once_per_layer_and_never_in_plain_networks():
     assert sizes == [1, 7, 1, 1]
     plain = MetadataFirst().tokens.eval()
     plain.embed.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    Layers.resolve(plain, "block").run(images)
-    assert sizes == [1, 7, 1, 1, 1]
+    for _ in range(2):
+        Layers.resolve(plain, "block").run(images)
+    assert sizes == [1, 7, 1, 1, 1, 7, 1]
+    library = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", img_size=96).eval()
+    library.patch_embed.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    Layers.resolve(library, "blocks.3").run(torch.rand(1, 3, 96, 96))
+    assert sizes == [1, 7, 1, 1, 1, 7, 1, 1]
 
 
 def test_hiera_is_read_where_its_tokens_are_in_order():

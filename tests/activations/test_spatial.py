@@ -94,7 +94,7 @@ def test_the_search_is_not_repeated_inside_itself(images) -> None:
     seen = spatial_activations(model, images, ["more.7"], gradient=True)
     with pytest.raises(LayerError, match=r"use layer 'vit\.blocks\.2\.norm1' instead"):
         seen.gradients(seen.output[:, 1])
-    assert model.forwards < 15
+    assert model.forwards < 25  # two for each of the layers: one tries the order of its tokens
 
 
 def test_gradients_equal_autograd_in_the_layers_own_layout(images) -> None:

@@ -597,7 +597,7 @@ class TestFromOutside:
         assert page.seen.outside == []
         found = page.page.locator("[data-testid=concept] bdi").all_text_contents()
         for name in HOSTILE[:7]:
-            assert name in found
+            assert name.strip() in found
         assert "nul\ufffd and bell\ufffd" in found
         assert page.seen.evaluate("document.title") == HOSTILE[0]
 
@@ -613,7 +613,7 @@ class TestFromOutside:
         while more.is_visible():
             more.click()
         found = page.page.locator("[data-testid=concept] bdi").all_text_contents()
-        expected = [re.sub("[\x00\ud800]", "\ufffd", name) for name in names]
+        expected = [re.sub("[\x00\ud800]", "\ufffd", name.strip()) for name in names]
         assert sorted(found) == sorted(expected)
         assert page.seen.evaluate("document.querySelectorAll('img').length") == 3
         assert page.seen.evaluate("document.scripts.length") == 2 + 1
