@@ -212,14 +212,29 @@ def take_rows(value: Any, rows: slice, batch: int) -> Any:
     >>> take_rows((torch.arange(4), {"mean": torch.zeros(2)}), slice(1, 3), 4)
     (tensor([1, 2]), {'mean': tensor([0., 0.])})
     """
+    return _of_examples(value, batch, lambda all_rows: all_rows[rows])
+
+
+def repeat_rows(value: Any, count: int, batch: int) -> Any:
+    """``count`` copies of each of the rows that :func:`take_rows` would take from.
+
+    >>> import torch
+    >>> repeat_rows((torch.arange(2), {"mean": torch.zeros(3)}), 2, 2)
+    (tensor([0, 0, 1, 1]), {'mean': tensor([0., 0., 0.])})
+    """
+    return _of_examples(value, batch, lambda rows: rows.repeat_interleave(count, 0))
+
+
+def _of_examples(value: Any, batch: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with each tensor of ``batch`` rows changed."""
     if isinstance(value, tuple):
-        return tuple(take_rows(item, rows, batch) for item in value)
+        return tuple(_of_examples(item, batch, change) for item in value)
     if isinstance(value, list):
-        return [take_rows(item, rows, batch) for item in value]
+        return [_of_examples(item, batch, change) for item in value]
     if isinstance(value, dict):
-        return {key: take_rows(item, rows, batch) for key, item in value.items()}
+        return {key: _of_examples(item, batch, change) for key, item in value.items()}
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-        return value[rows]
+        return change(value)
     return value
 
 

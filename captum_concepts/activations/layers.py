@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +23,8 @@ from captum_concepts.activations.capture import (
     require_images,
     tensors_in,
 )
-from captum_concepts.activations.layout import LAYOUTS, Layout, ModelTraits, infer_layout, pyramid
+from captum_concepts.activations.layout import LAYOUTS, Layout, ModelTraits, infer_layout
+from captum_concepts.activations.token_order import check_order
 from captum_concepts.errors import (
     InputError,
     InputWarning,
@@ -172,13 +171,13 @@ class Layers:
             for sample, module, name in zip(samples, self.modules, self.names, strict=True)
         )
         if self.layout == "auto":
-            self.check_order(
+            check_order(
+                self,
                 inputs,
                 layouts,
                 additional_forward_args=additional_forward_args,
                 attribute_to_layer_input=attribute_to_layer_input,
             )
-            check_order_of_own_models(self, inputs, layouts, additional_forward_args, attribute_to_layer_input)
         source = _Source(self, inputs, additional_forward_args, attribute_to_layer_input)
         return SpatialActivations(
             result.returned, result.layers, layouts, self.names, result.order, source, result.final
@@ -221,107 +220,6 @@ class Layers:
         if not readings and failure is not None:
             raise failure
         return readings[0]
-
-    def check_order(
-        self,
-        inputs: Inputs,
-        layouts: Sequence[Layout],
-        *,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-    ) -> None:
-        """Make sure that tokens are in the order of the image's rows, in models that may reorder them.
-
-        See :meth:`misordered`.
-
-        Raises:
-            LayoutError: the tokens of a layer are in another order.
-        """
-        wrong = self.misordered(
-            inputs, layouts, additional_forward_args=additional_forward_args,
-            attribute_to_layer_input=attribute_to_layer_input,
-        )  # fmt: skip
-        if wrong:
-            raise LayoutError(next(iter(wrong.values())))
-
-    def misordered(
-        self,
-        inputs: Inputs,
-        layouts: Sequence[Layout],
-        *,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-    ) -> dict[int, str]:
-        """The layers whose tokens are not in the order of the image's rows, by number, each with what to say of it.
-
-        Some models sort tokens into windows (Hiera's mask units, for example), by their scores, or at random. Patches
-        of the first image are changed: the tokens that change most by far have to be at or next to that position. It
-        costs one forward pass per grid, once, of a model whose code names such an operation, or whose tokens are not
-        the patches of the images as they are given (it resizes or crops them itself).
-        """
-        images = [part for part in (inputs if isinstance(inputs, tuple) else (inputs,)) if part.ndim == 4]
-        if len(images) != 1:
-            return {}
-        size = (images[0].shape[2], images[0].shape[3])
-        batch = batch_size(inputs)
-        grids: dict[tuple[int, int], list[int]] = {}
-        for number, layout in enumerate(layouts):
-            if not self.traits.reorders and self._as_patches(layout, size):
-                continue
-            known = _ordered.setdefault(self.modules[number], set())
-            if layout.kind != "NCHW" and (layout, attribute_to_layer_input) not in known:
-                grids.setdefault(layout.grid, []).append(number)
-        wrong = {}
-        for grid, numbers in grids.items():
-            cells = _spread(grid)
-            parts = repeat_rows(take_rows(inputs, slice(1), batch), len(cells) + 1, 1)
-            parts = parts if isinstance(parts, tuple) else (parts,)
-            parts = tuple(_changed(part, cells, grid) if part.ndim == 4 else part for part in parts)
-            extra = repeat_rows(take_rows(additional_forward_args, slice(1), batch), len(cells) + 1, 1)
-            try:
-                with warnings.catch_warnings():  # of the changed pixels' range
-                    warnings.simplefilter("ignore", InputWarning)
-                    seen = self[numbers].capture(
-                        parts, additional_forward_args=extra, attribute_to_layer_input=attribute_to_layer_input
-                    )
-            except (InputError, RuntimeError):
-                continue  # a model of one batch size
-            for number, raw in zip(numbers, seen.layers, strict=True):
-                try:
-                    maps = full_precision(layouts[number].maps(raw))
-                except RuntimeError:
-                    continue  # another number of tokens for another number of images: windows, not examples
-                message = self._disorder(self.names[number], maps, cells, grid)
-                if message is None:
-                    _ordered[self.modules[number]].add((layouts[number], attribute_to_layer_input))
-                else:
-                    wrong[number] = message
-        return wrong
-
-    def _as_patches(self, layout: Layout, size: tuple[int, int]) -> bool:
-        """Whether a layout needs no check: no tokens, or the model's own prefix and patches of images of ``size``."""
-        if layout.kind in ("NCHW", "NHWC"):
-            return True
-        prefix = sum(self.traits.prefix_parts) if self.prefix_tokens is None else self.prefix_tokens
-        stride = self.traits.patch_stride
-        return stride is not None and layout.prefix_tokens == prefix and layout.grid in pyramid(size, stride)[0]
-
-    def _disorder(self, name: str, maps: Tensor, cells: Sequence[tuple[int, int]], grid: tuple[int, int]) -> str | None:
-        """What is wrong with maps of an image and of itself changed at each of ``cells``; None: nothing."""
-        strays, hits = _strays((maps[1:] - maps[:1]).norm(dim=1), cells)
-        if 2 * len(strays) > len(cells):
-            return (
-                f"the tokens of layer {name!r} are not in the order of the image's rows: a change of the image at "
-                f"cell {strays[0][0]} of the {grid[0]} x {grid[1]} grid appears at {strays[0][1]}; choose a layer "
-                "before they are reordered or after that is undone. A model that resizes or crops its images itself "
-                "needs images of the size that it works on"
-            )
-        if self.traits.unrolls and 2 * hits < len(cells):
-            return (
-                f"the tokens of layer {name!r} may not be in the order of the image's rows, in a model that "
-                "unrolls them: no change of the image appears at one position; choose the block around it"
-            )
-        return None
 
     def capture(
         self,
@@ -660,123 +558,6 @@ class _Source:
             f"beyond {last or name!r} (nothing uses its output, or only after detach(), under no_grad() or in "
             "checkpointing with use_reentrant=True)"
         )
-
-
-# The layouts of a layer that have been found to be in order, and whether they are of its input.
-_ordered: weakref.WeakKeyDictionary[nn.Module, set[tuple[Layout, bool]]] = weakref.WeakKeyDictionary()
-
-
-def _spread(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """Up to six cells of a grid, whose numbers differ between row by row and other usual orders."""
-    h, w = grid
-    cells = [(0, w - 1), (h - 1, 0), (h // 2, w // 3), (h // 3, w // 2), (1 % h, w - 1), (h - 1, 1 % w)]
-    return list(dict.fromkeys(cells))
-
-
-def _changed(images: Tensor, cells: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
-    """Copies of one image; in each but the first, the pixels of one cell are another pattern."""
-    images = images.clone()
-    scale = images[0].float().std().nan_to_num() + 0.1
-    for copy, (i, j) in zip(images[1:], cells, strict=True):
-        rows, columns = (
-            slice(c * side // count, max((c + 1) * side // count, c * side // count + 1))
-            for c, side, count in zip((i, j), copy.shape[1:], grid, strict=True)
-        )
-        copy[:, rows, columns] = copy[:, rows, columns].flip(1, 2) + 2 * scale.to(copy)
-    return images
-
-
-def _strays(
-    change: Tensor, cells: Sequence[tuple[int, int]]
-) -> tuple[list[tuple[tuple[int, int], tuple[int, int]]], int]:
-    """The cells whose change ``(K, h, w)`` appears far from them, with where, and the number of the others."""
-    h, w = change.shape[1:]
-    reach = 1 if min(h, w) > 3 else 0
-    strays, hits = [], 0
-    for (i, j), one in zip(cells, change, strict=True):
-        near = torch.zeros(h, w, dtype=torch.bool, device=one.device)
-        near[max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1] = True
-        far = one.masked_fill(near, 0)
-        if far.max() > 2 * one[near].max() and far.max() > 3 * one.median():
-            strays.append(((i, j), divmod(int(far.argmax()), w)))
-        hits += bool(one[near].max() > 1.2 * far.max())
-    return strays, hits
-
-
-def check_order_of_own_models(
-    layers: Layers, inputs: Inputs, layouts: Sequence[Layout], additional_forward_args: Any, at_input: bool
-) -> None:
-    """Refuse tokens that look like the patches of the image and lie elsewhere, in models of no library: a class token
-    may stand last, columns may come before rows, the model may resize images to a size with as many patches.
-
-    One cell of the first image is changed at a time, as in :meth:`Layers.misordered`; the greatest change has to be
-    there. It costs one forward pass per layer, once.
-
-    Raises:
-        LayoutError: the tokens of a layer are in another order.
-    """
-    images = [part for part in (inputs if isinstance(inputs, tuple) else (inputs,)) if part.ndim == 4]
-    stride = layers.traits.patch_stride
-    if len(images) != 1 or stride is None:
-        return
-
-    def by_a_library(name: str) -> bool:
-        """What wraps a library's network may resize images, which only shows in the shape of others than squares."""
-        steps = name.split(".") if name else []
-        for depth in range(len(steps) + 1):
-            owner = (layers.named or {}).get(".".join(steps[:depth]))
-            if owner is not None and type(owner).__module__.partition(".")[0] in (
-                "torchvision", "timm", "open_clip", "transformers", "captum_concepts"
-            ):  # fmt: skip
-                embeds = any(isinstance(m, nn.Conv2d) and m.in_channels in (1, 3, 4) for m in owner.modules())
-                return embeds and (depth == 0 or images[0].shape[2] == images[0].shape[3])
-        return False
-
-    for number, (name, module, layout) in enumerate(zip(layers.names, layers.modules, layouts, strict=True)):
-        known = _ordered.setdefault(module, set())
-        if layout.kind not in ("NLC", "LNC") or (layout, at_input) in known or by_a_library(name):
-            continue
-        cells, batch, width = _spread(layout.grid), batch_size(inputs), layout.grid[1]
-        parts = repeat_rows(take_rows(inputs, slice(1), batch), len(cells) + 1, 1)
-        parts = parts if isinstance(parts, tuple) else (parts,)
-        parts = tuple(_changed(part, cells, layout.grid) if part.ndim == 4 else part for part in parts)
-        extra = repeat_rows(take_rows(additional_forward_args, slice(1), batch), len(cells) + 1, 1)
-        try:
-            with warnings.catch_warnings():  # of the changed pixels' range
-                warnings.simplefilter("ignore", InputWarning)
-                seen = layers[number].capture(parts, additional_forward_args=extra, attribute_to_layer_input=at_input)
-            maps = full_precision(layout.maps(seen.layers[0]))
-        except (InputError, RuntimeError):
-            continue  # a model of one batch size
-        change = (maps[1:] - maps[:1]).norm(dim=1)
-        places = [int(one.argmax()) - (i * width + j) for (i, j), one in zip(cells, change, strict=True)]
-        shift, times = Counter(places).most_common(1)[0]
-        if shift and times >= 3 and 2 * times >= len(cells):
-            raise LayoutError(
-                f"the tokens of layer {name!r} lie {abs(shift)} place{'s' * (abs(shift) > 1)} "
-                f"{'before' if shift < 0 else 'after'} where they are read, in rows of {width}: its prefix tokens "
-                "(class token, registers) do not stand before the patches, or are of another number. Pass "
-                "prefix_tokens if only their number differs; tokens that stand after the patches or between them "
-                "cannot be read, so choose a layer before they are joined"
-            )
-        strays, _ = _strays(change, cells)
-        if 2 * len(strays) > len(cells):
-            raise LayoutError(
-                f"the tokens of layer {name!r} are not in the order of the image's rows: a change of the image at "
-                f"cell {strays[0][0]} of the {layout.grid[0]} x {width} grid appears at {strays[0][1]}. A model that "
-                "resizes or crops its images itself needs images of the size that it works on; where tokens are "
-                "reordered, choose a layer before that"
-            )
-        known.add((layout, at_input))
-
-
-def repeat_rows(value: Any, count: int, batch: int) -> Any:
-    """``count`` copies of every row of tensors, also in nested tuples, that have one for each of ``batch`` examples."""
-    if isinstance(value, tuple):
-        return tuple(repeat_rows(item, count, batch) for item in value)
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-        return value.repeat_interleave(count, 0)
-    return value
 
 
 def reaches_output(layer: Layers, inputs: Inputs, *, additional_forward_args: Any = None) -> bool:

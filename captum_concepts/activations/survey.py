@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_concepts._checks import take_rows
+from captum_concepts._checks import repeat_rows, take_rows
 from captum_concepts._undo import evaluation_mode, hooked, unharming
 from captum_concepts.activations.capture import (
     Inputs,
@@ -21,8 +21,9 @@ from captum_concepts.activations.capture import (
     gradients_enabled,
     input_errors,
 )
-from captum_concepts.activations.layers import Layers, reaches_output, repeat_rows
+from captum_concepts.activations.layers import Layers, reaches_output
 from captum_concepts.activations.layout import Layout
+from captum_concepts.activations.token_order import misordered
 from captum_concepts.errors import InputError, InputWarning, LayerError
 
 
@@ -234,7 +235,7 @@ def _survey(
     there = replace(
         layers, modules=tuple(module for _, module, _ in read), names=tuple(surveyed.name for surveyed, _, _ in read)
     )
-    wrong = there.misordered(first, [surveyed.layout for surveyed, _, _ in read], additional_forward_args=extra)
+    wrong = misordered(there, first, [surveyed.layout for surveyed, _, _ in read], additional_forward_args=extra)
     yield from (one for number, one in enumerate(read) if number not in wrong)
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts.activations import Layers, gradients_enabled, read_layer
+from captum_concepts import SALFCBM
+from captum_concepts.activations import Layers, gradients_enabled, read_layer, survey_layers
 from captum_concepts.activations.layers import any_reading
 from captum_concepts.errors import InputError, LayerError, LayoutError
 
@@ -158,6 +159,9 @@ def test_tokens_of_a_model_of_ones_own_lie_where_they_are_read(order, size, mess
         if message is not None:
             with pytest.raises(LayoutError, match=message):
                 Layers.resolve(model, block).run(images)
+            assert block not in {layer.name for layer in survey_layers(model, images)}
+            with pytest.raises(LayoutError, match=message):
+                SALFCBM(model, block, ["a"], 2, input_size=size)
             continue
         expected = model.blocks[: int(block[-1]) + 1](
             torch.cat([model.cls_token.expand(2, -1, -1), model.patches(images).flatten(2).transpose(1, 2)], 1)

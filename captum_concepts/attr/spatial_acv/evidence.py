@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from captum_concepts._captum import select_output
+from captum_concepts._checks import repeat_rows
 from captum_concepts.activations import Inputs, Layers, full_precision, gradients_enabled
-from captum_concepts.activations.layers import repeat_rows
 from captum_concepts.attr.batches import count
 from captum_concepts.attr.spatial_acv.fit import FittedVectors
 from captum_concepts.attr.spatial_acv.statistics import t_tail

@@ -22,6 +22,7 @@ from captum_concepts.activations import (
     unwrap,
 )
 from captum_concepts.activations.layout import ModelTraits
+from captum_concepts.activations.token_order import check_order
 from captum_concepts.errors import InputError, LayerError, LayoutError
 from captum_concepts.images import preprocessing_of
 
@@ -131,7 +132,7 @@ def probe(
         reading = reading_of(model, name, output, 1, size, layout, prefix_tokens)
         if name and layout == "auto":
             read = Layout(reading.kind, reading.grid, reading.prefix_tokens)
-            Layers.resolve(model, name).check_order(image, [read])
+            check_order(Layers.resolve(model, name), _noise(image), [read])
         return reading, image
     raise InputError(
         f"the backbone {type(model).__name__} took no empty image of {channels} channels ({str(failure)[:200]}); pass "
@@ -193,6 +194,11 @@ def freeze_unreached(backbone: nn.Module, name: str, image: Tensor) -> None:
     for parameter in free:
         if id(parameter) not in reached:
             parameter.requires_grad_(False)
+
+
+def _noise(like: Tensor) -> Tensor:
+    """The same image for the same size: on an empty one a changed patch is hardly another token."""
+    return torch.rand(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 def _declared(model: Any) -> Iterator[tuple[int, int]]:
