@@ -203,8 +203,7 @@ class Validation:
     def pooled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Similarity of the maps' means over the cells, which are what a head sees and what LF-CBM filters by.
 
-        Cubes leave the similarity to a few images, so of few images it is mostly chance: the same concept can reach
-        0.35 on 60 images and 0.98 on 24 others.
+        Cubes leave the similarity to a few images, so of some dozens it is mostly chance.
 
         Returns:
             ``(M,)`` similarities, and the upper ends of their one-sided 95 % intervals (Poisson bootstrap over images;
