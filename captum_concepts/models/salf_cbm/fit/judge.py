@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.models.salf_cbm.fit.filters import PUBLISHED_CUTOFF
 from captum_concepts.models.salf_cbm.fit.objective import Samples
 from captum_concepts.models.salf_cbm.presence import auroc, reliabilities
 from captum_concepts.store import RegionEmbeddingStore
@@ -54,6 +56,18 @@ def everyday_texts(vocabulary: Vocabulary, encoder: Any) -> Tensor | None:
             continue
         return text if len(text) >= ENOUGH else None
     return None
+
+
+def check_everyday_words(known: Tensor | None) -> None:
+    """Warn where :func:`everyday_texts` found too few words, so that the published cutoff decides."""
+    if known is None:
+        warnings.warn(
+            f"presence_cutoff='auto' compares your concepts with everyday words (apple, armchair, ...), but fewer than "
+            f"{ENOUGH} of them are known to the encoder and not among your concepts; {PUBLISHED_CUTOFF:g} is used, "
+            "which belongs to CLIP ViT-B/16. Give a number on your encoder's scale, or None for no such filter",
+            InputWarning,
+            stacklevel=2,
+        )
 
 
 class Fit(NamedTuple):

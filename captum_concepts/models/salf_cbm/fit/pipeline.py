@@ -46,6 +46,7 @@ from captum_concepts.models.salf_cbm.fit.head import HEAD_NOTES, HeadFit, accura
 from captum_concepts.models.salf_cbm.fit.judge import (
     EVERYDAY_LEVEL,
     advice,
+    check_everyday_words,
     check_words,
     everyday_texts,
     first_images,
@@ -423,6 +424,7 @@ class FitRun:
         train, m, texts, known = self.splits[0], len(self.text), self.text, None
         if isinstance(cutoff, str):  # "auto"
             known, cutoff = everyday_texts(self.vocabulary, self.encoder), PUBLISHED_CUTOFF
+            check_everyday_words(known)
             if known is not None:
                 texts = torch.cat([self.text, known.to(self.device)])
         self._look_first(train, texts, cutoff if known is None else None)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from salf_tiny import PROMPT, WORDS, Colours, fit, images_and_labels
 
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm.fit import fit_head, judge
 from captum_concepts.models.salf_cbm.fit.judge import EVERYDAY, check_words, everyday_texts, first_images
@@ -66,7 +66,8 @@ def test_words_that_fit_are_kept(tmp_path, caplog):
 
 def test_without_everyday_words_the_published_cutoff(tmp_path):
     """An encoder of five words only."""
-    model = fit(tmp_path, presence_cutoff="auto")
+    with pytest.warns(InputWarning, match=r"fewer than 20 of them are known .* 0\.25 is used"):
+        model = fit(tmp_path, presence_cutoff="auto")
     assert model.concepts == WORDS
     assert everyday_texts(Vocabulary(WORDS), Colours()) is None
 
