@@ -307,7 +307,14 @@ class TestNumbers:
             assert row["expected_rate"] == pytest.approx((present[right].sum() + 0.5) / (right.sum() + 1))
             assert row["lift"] == pytest.approx(row["presence_rate"] / row["expected_rate"])
         assert {row["true"] for row in audit.errors} == {"a", "b"}
-        assert all(0 <= row["p"] <= 1 for row in audit.errors)
+        raw = {}
+        for row in audit.errors:
+            k = round(row["presence_rate"] * row["n"])
+            raw[row["true"], row["predicted"], row["concept"]] = binomial_p(k, row["n"], row["expected_rate"])
+        assert dict(zip(raw, holm(list(raw.values())), strict=True)) == pytest.approx(
+            {(row["true"], row["predicted"], row["concept"]): row["p"] for row in audit.errors}
+        )
+        assert any(row["p"] != raw[row["true"], row["predicted"], row["concept"]] for row in audit.errors)
 
     def test_scores_are_split_where_presence_is_unknown(self):
         images, labels = scenes(100, 1)
@@ -315,6 +322,20 @@ class TestNumbers:
         assert audit.settings["presence"] == "scores split in two groups"
         grass = images[:, 1].mean((1, 2)) > 0.5
         assert torch.equal(audit.rows.presence[:, 2] >= 0.5, grass)
+
+    def test_probabilities_close_to_one_are_split_by_their_log_odds(self):
+        class Sure(Truth):
+            def scores(self, inputs: Tensor) -> Tensor:
+                scores = super().scores(inputs)
+                ground = inputs[:, 1].mean((1, 2))
+                odds = torch.where(ground > 0.5, 9.0, 3.0) + inputs[:, 2].mean((1, 2))
+                odds[ground < 0.05] = 1.0  # the one probability of .73 is far from all others, .95 to .9999
+                return torch.cat([scores[:, :2], odds.sigmoid()[:, None], scores[:, 3:]], 1)
+
+        images, labels = scenes(100, 1)
+        images[0, 1] = 0.0
+        audit = audit_dataset(Sure(Net(2.5), presence=False), images, labels=labels, n_bootstrap=10)
+        assert torch.equal(audit.rows.presence[:, 2] >= 0.5, images[:, 1].mean((1, 2)) > 0.5)
 
     def test_the_permutation_test_against_all_permutations(self):
         rng = np.random.default_rng(0)
@@ -584,6 +605,38 @@ class TestRuns:
         with pytest.raises(InputError, match="3 images for an audit of 200"):
             audit.report(tmp_path / "x.html", images[:3].clamp(0, 1))
 
+    def test_the_confusions_of_the_page(self, tmp_path):
+        audit = audited(5.0, n=300)
+        html = audit.report(tmp_path / "audit.html").read_text()
+        table = html[html.index('<table class="confusion">') :].split("</table>")[0]
+        cells = re.findall(r'<td class="(right|wrong|)">(\d*)(.*?)</td>', table)
+        counts = torch.zeros(2, 2, dtype=torch.long)
+        for y, c in zip(audit.labels.tolist(), audit.predicted.tolist(), strict=True):
+            counts[y, c] += 1
+        assert [int(count or 0) for _, count, _ in cells] == counts.flatten().tolist()
+        assert [kind for kind, _, _ in cells] == ["right", "wrong", "wrong", "right"]
+        for place, (true, predicted) in ((1, ("a", "b")), (2, ("b", "a"))):
+            lifted = [
+                row["concept"]
+                for row in audit.errors
+                if (row["true"], row["predicted"]) == (true, predicted) and row["p"] < 0.05
+            ]
+            assert lifted
+            assert re.findall("<bdi>(.*?)</bdi>", cells[place][2]) == lifted[:3]
+
+    @pytest.mark.parametrize(("classes", "shown"), [(3, True), (40, True), (41, False)])
+    def test_more_classes_than_two(self, classes, shown, tmp_path):
+        """A table of confusions is read up to 40 classes."""
+
+        class More(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.nn.functional.pad(super().forward(x), (0, classes - 2), value=-9.0)
+
+        images, labels = scenes(60, 0)
+        audit = audit_dataset(Truth(More(5.0)), images, labels=labels, n_bootstrap=0)
+        assert audit.rows.probabilities.shape == (60, classes)
+        assert ("<h2 id=\"confusion\">" in audit.report(tmp_path / "audit.html").read_text()) is shown
+
     @pytest.mark.parametrize("channels", [1, 2, 4])
     def test_the_page_of_images_that_are_not_rgb(self, channels, tmp_path):
         """One and two channels are shown by their first, four by three of them."""
@@ -622,7 +675,10 @@ class TestComparison:
         options = {"n_bootstrap": 0, "class_names": ["a", "b"]}
         there = audit_dataset(Truth(Net(2.5)), images, labels=labels, **options)
         back = audit_dataset(Truth(Net(2.5)), images.flip(0), labels=labels.flip(0), **options)
-        assert all(row["change"] == pytest.approx(0, abs=1e-6) for row in compare_audits(there, back).changes)
+        change = compare_audits(there, back, n_bootstrap=0)
+        assert all(row["change"] == pytest.approx(0, abs=1e-6) for row in change.changes)
+        with pytest.raises(InputError, match="n_bootstrap must be an integer of at least 0, got -1"):
+            compare_audits(there, back, n_bootstrap=-1)
 
     def test_other_images_classes_or_concepts(self):
         one = audited(2.5, n=40)
@@ -665,4 +721,7 @@ def test_a_model_that_is_no_classifier():
     explainer = Truth(Net(1.0))
     explainer.forward_func = lambda x: x.mean((1, 2, 3))
     with pytest.raises(InputError, match="needs a classifier"):
+        audit_dataset(explainer, IMAGES, labels=LABELS)
+    explainer.forward_func = lambda x: x.mean((1, 2, 3))[:, None]
+    with pytest.raises(InputError, match=r"needs a classifier with outputs \(N, classes\), got \(1, 1\)"):
         audit_dataset(explainer, IMAGES, labels=LABELS)
