@@ -90,7 +90,7 @@ def output_tensor(output: Any) -> Tensor:
             return tensors[key]
     if len(tensors) == 1 or (tensors and named is None):
         first, *others = tensors.values()
-        if any(other.ndim == 2 for other in others):
+        if any(other.ndim == 2 for other in others) or (others and first.ndim > 2):
             warnings.warn(
                 f"the model returns {_described(output, tensors)}; the first tensor is explained. Wrap the model in a "
                 "module that returns one tensor to choose",
@@ -137,6 +137,11 @@ def select_output(output: Any, target: Any) -> Tensor:
     """
     output = output_tensor(output)
     shape = tuple(output.shape)
+    if output.is_complex():
+        raise TargetError(
+            f"the model's output is complex ({output.dtype}), which has no gradient of one value; wrap the model so "
+            "that it returns real numbers, as in output.abs()"
+        )
     _refuse_table(target)
     target = target.tolist() if isinstance(target, (np.ndarray, np.integer)) else target
     try:

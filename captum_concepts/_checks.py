@@ -115,6 +115,23 @@ def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
     return listed_names
 
 
+def warn_of_same_embeddings(names: Sequence[str], text: Tensor) -> None:
+    """Warn of names that the encoder cannot tell apart ("red" and "Red"): each takes a part of the other's probability.
+
+    >>> warn_of_same_embeddings(["sky", "sea"], torch.eye(2))
+    """
+    first: dict[bytes, str] = {}
+    for name, row in zip(names, text.detach().float().cpu().numpy(), strict=True):
+        other = first.setdefault(row.tobytes(), name)
+        if other != name:
+            warnings.warn(
+                f"{other!r} and {name!r} are the same to the encoder, so they share one probability and one map; leave "
+                "one of them out",
+                InputWarning,
+                stacklevel=3,
+            )
+
+
 def warn_of_numbers(labels: Sequence[Any]) -> None:
     """Warn of labels that are numbers but not 0 to K-1: as a target, a number is a position, not a label.
 

@@ -6,20 +6,25 @@ Ctrl-C arrives between any two lines, also inside the ``__exit__`` of a context.
 single interrupt reaches. This is the only file of the package that registers hooks.
 
 Evaluation mode belongs to the model, not to a thread. Calls that overlap in several threads share it, and the last call
-to finish restores it.
+to finish restores it. Filters of warnings belong to the process: :func:`warnings_filtered` adds one of its own and
+takes that one away.
+
+The caller's ``torch.autocast`` is for the caller's models: they run under it (:func:`evaluation_mode`), and what a call
+computes from their activations does not.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 import threading
 import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -31,14 +36,19 @@ Thing = TypeVar("Thing", bound=Callable[..., Any])
 
 
 class _Running(threading.local):
-    """The changes of the outermost call that runs in this thread, to be undone; None outside of one."""
+    """Of the outermost call that runs in this thread: its changes, to be undone (None outside of one), and the device
+    types for which the caller has autocast on."""
 
     changes: list[undone] | None = None
+    autocast: tuple[str, ...] = ()
 
 
 _running = _Running()
-_lock = threading.RLock()
+#: Of what threads share. An interrupt in the exit of a ``with`` leaves it held, and the end of the call frees it.
+lock = threading.RLock()
 _evaluated: dict[nn.Module, set[object]] = {}  # the running calls that hold a training module in evaluation mode
+_filters: set[int] = set()  # the numbers of the filters of warnings that are there now
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 class undone:
@@ -78,10 +88,60 @@ def watching(mode: TorchFunctionMode) -> Iterator[None]:
 
 
 @contextmanager
+def warnings_filtered(
+    action: Any, category: type[Warning] = Warning, message: str = "", module: str = ""
+) -> Iterator[None]:
+    """``warnings.filterwarnings(action, message, category, module)`` inside; calls in other threads may overlap.
+
+    ``warnings.catch_warnings`` puts all filters back as it found them, so of two that overlap one may leave its filter
+    behind for good.
+    """
+    if getattr(sys.flags, "context_aware_warnings", False):  # from Python 3.14 on each thread may have its own filters
+        with warnings.catch_warnings():
+            warnings.filterwarnings(action, message, category, module)
+            yield
+        return
+    with lock:
+        number = next(k for k in itertools.count() if k not in _filters)  # few numbers: patterns are compiled once
+        _filters.add(number)
+    own = f"(?#captum_concepts {number}){message}"  # a comment tells this filter from all others
+    found: list[Any] = [warnings.filters]
+
+    def remove() -> None:
+        with lock:
+            for filters in (*found, warnings.filters):  # whoever is in a catch_warnings has a list of its own
+                for entry in [entry for entry in filters if getattr(entry[1], "pattern", None) == own]:
+                    filters.remove(entry)
+            _filters.discard(number)
+
+    with undone(remove):
+        with lock:
+            warnings.filterwarnings(action, own, category, module)
+        found.append(warnings.filters)
+        yield
+
+
+def _set_autocast(kinds: Iterable[str], enabled: bool) -> None:
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, enabled)
+
+
+@contextmanager
+def _autocast_of_the_caller() -> Iterator[None]:
+    """The autocast that was on when the outermost call began, if it is off by now."""
+    kinds = tuple(kind for kind in _running.autocast if not torch.is_autocast_enabled(kind))
+    with undone(lambda: _set_autocast(kinds, False)):
+        _set_autocast(kinds, True)
+        yield
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[None]:
     """Run ``model`` as in ``eval()``, then restore the training flag of each submodule.
 
     In training mode, batch statistics would mix the examples and every call would change the model's buffers.
+
+    It also runs under the ``torch.autocast`` that is the caller's, as in ``model(images)``.
 
     Args:
         model: the model, or all of its modules where they have been listed already. None: the model is not known (a
@@ -91,7 +151,7 @@ def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[N
     held: list[nn.Module] = []
 
     def hold(modules: Iterable[nn.Module]) -> None:
-        with _lock:
+        with lock:
             for module in modules:
                 calls = _evaluated.get(module, ())
                 if (module.training or calls) and call not in calls:
@@ -100,7 +160,7 @@ def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[N
                     module.training = False
 
     def release() -> None:
-        with _lock:
+        with lock:
             while held:
                 calls = _evaluated.get(held[-1])
                 if calls is not None:
@@ -110,7 +170,7 @@ def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[N
                         _evaluated.pop(held[-1], None)
                 held.pop()
 
-    with undone(release):
+    with undone(release), _autocast_of_the_caller() if _running.autocast else nullcontext():
         if model is None:
             hook = _Hook(lambda module, _args: hold([module]))
             with undone(hook.remove):
@@ -195,7 +255,8 @@ def _unharming(function: Any) -> Any:
         found = _Found()
         try:
             try:
-                _running.changes = found.changes
+                _running.changes, _running.autocast = found.changes, found.autocast
+                _set_autocast(found.autocast, False)
                 result = function(*args, **kwargs)
                 found.ended_well = True
                 return result
@@ -216,6 +277,7 @@ class _Found:
         self.changes: list[undone] = []
         self.ended_well = False
         self.gradients = torch.is_grad_enabled()
+        self.autocast = tuple(kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind))
         self.modes = _get_current_function_mode_stack()
         self.layers = torch._C._functorch.get_dynamic_layer_stack_depth()  # of vmap
         self.filters = warnings.filters
@@ -231,7 +293,8 @@ class _Found:
                 change.undo()
                 change.ended = True
             self.changes.pop()
-        _running.changes = None
+        _running.changes, _running.autocast = None, ()
+        _set_autocast(self.autocast, True)
         if not self.ended_well:
             if torch._C._functorch.get_dynamic_layer_stack_depth() > self.layers:
                 torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.layers)
@@ -245,6 +308,8 @@ class _Found:
                 with warnings.catch_warnings():  # which tells the module that its filters are others
                     pass
         torch._C._set_grad_enabled(self.gradients)
+        while lock._is_owned():  # type: ignore[attr-defined]
+            lock.release()
 
     def _close(self) -> None:
         """Close the generators of torch's contexts that an interrupt found half closed.

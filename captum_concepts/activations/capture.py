@@ -13,7 +13,6 @@ import copy
 import functools
 import re
 import sys
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_concepts._captum import output_tensor
-from captum_concepts._undo import evaluation_mode, hooked, undone, unharming, watching
+from captum_concepts._undo import evaluation_mode, hooked, lock, undone, unharming, watching
 from captum_concepts.errors import (
     CaptumConceptsError,
     InputError,
@@ -38,7 +37,6 @@ from captum_concepts.errors import (
 
 Inputs = Tensor | tuple[Tensor, ...]
 
-_lock = threading.RLock()
 _eager: set[object] = set()  # the running calls that want no compiled graphs
 _stance: list[Any] = []  # torch's, while there are any
 
@@ -94,14 +92,14 @@ def eager_mode() -> Iterator[None]:
     call = object()
 
     def leave() -> None:
-        with _lock:
+        with lock:
             _eager.discard(call)
             if _stance and not _eager:
                 _stance[0].__exit__(None, None, None)
                 _stance.clear()
 
     with undone(leave):
-        with _lock:
+        with lock:
             _eager.add(call)
             if not _stance:
                 _stance.append(torch.compiler.set_stance("force_eager"))
@@ -136,7 +134,7 @@ def capture_modules(
     unique = dict(zip(modules, names, strict=True))
 
     def attempt(enabled_before: bool) -> tuple[Any, str | None, _Recorder]:
-        recorder = _Recorder(unique, substitute or {}, gradient)
+        recorder = _Recorder(unique, substitute or {}, gradient, (arguments, parts or ()))
         activations = _FinalActivations()
         hook = recorder.at_input if attribute_to_layer_input else recorder.at_output
         with (
@@ -330,11 +328,16 @@ def final_activation(output: Tensor) -> str | None:
 
 @dataclass
 class _Recorder:
-    """The hooks of one forward pass and what they have recorded."""
+    """The hooks of one forward pass and what they have recorded.
+
+    Args:
+        kept: arguments of the model and its modules, whose own tensors stay as they are.
+    """
 
     names: Mapping[nn.Module, str]
     replace: Mapping[nn.Module, Callable[[Tensor], Tensor]]
     gradient: bool
+    kept: tuple[Any, Iterable[nn.Module]]
     record: dict[nn.Module, Tensor] = field(default_factory=dict)
     originals: dict[nn.Module, Tensor] = field(default_factory=dict)
     interrupted: bool = False
@@ -342,21 +345,26 @@ class _Recorder:
     def at_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook."""
         tensor, rebuild = first_tensor(output, f"layer {self.names[module]!r} returns")
-        # nn.Identity, or dropout in evaluation mode, returns its input, which others may overwrite.
-        shared = any(_same_memory(tensor, other) for other in tensors_in((args, kwargs)))
-        return rebuild(self._take(module, tensor, shared))
+        # nn.Identity, dropout in evaluation mode and nn.ReLU(inplace=True) return their input, which may go elsewhere.
+        given = list(tensors_in((args, kwargs)))
+        shared = any(_same_memory(tensor, other) for other in given)
+        return rebuild(self._take(module, tensor, shared, any(tensor is other for other in given)))
 
     def at_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any], _output: None) -> Any:
         """Forward pre-hook."""
         name = f"layer {self.names[module]!r} is called with"
         if kwargs and not any(value.is_floating_point() for value in tensors_in(args)):
             tensor, rebuild = first_tensor(kwargs, name)
-            return args, rebuild(self._take(module, tensor, True))
+            return args, rebuild(self._take(module, tensor, True, True))
         tensor, rebuild = first_tensor(args, name)
-        return rebuild(self._take(module, tensor, True)), kwargs
+        return rebuild(self._take(module, tensor, True, True)), kwargs
 
-    def _take(self, module: nn.Module, tensor: Tensor, shared: bool) -> Tensor:
-        """Record ``tensor`` (a copy, where its memory is ``shared``) and return what continues in its place."""
+    def _take(self, module: nn.Module, given: Tensor, shared: bool, is_input: bool) -> Tensor:
+        """Record a tensor (a copy, where its memory is ``shared``) and return what continues in its place.
+
+        What is a layer's input may go elsewhere too, for example along a shortcut, so the tensor itself continues.
+        """
+        tensor = given
         if module in self.record:
             raise LayerError(
                 f"layer {self.names[module]!r} runs more than once in one forward pass, so its activation is not one "
@@ -378,9 +386,27 @@ class _Recorder:
             if not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
             torch.set_grad_enabled(True)
+        first = not self.record
         self.record[module] = tensor
+        if module not in self.replace:
+            if shared and not self.gradient:
+                return given  # what was recorded is a copy
+            if is_input and first and self._link(given, tensor):
+                return given
         # A copy continues, so that an in-place operation after the layer cannot overwrite what was recorded.
         return tensor.clone()
+
+    def _link(self, given: Tensor, recorded: Tensor) -> bool:
+        """Make ``given``, wherever it goes, a copy of what was recorded; False where that is not possible."""
+        arguments, parts = self.kept
+        kept = (*tensors_in(arguments), *(t for m in parts for t in (*m._parameters.values(), *m._buffers.values())))
+        if given.requires_grad or any(_same_memory(given, other) for other in kept if other is not None):
+            return False
+        try:
+            given.copy_(recorded)
+        except RuntimeError:  # a view that was made while gradients were disabled
+            return False
+        return True
 
     def gradients_put_off(self) -> bool:
         """Whether the model itself has disabled gradients again since the first layer."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from captum_concepts._captum import output_tensor
 from captum_concepts._checks import take_rows, warn_of_batch_statistics
-from captum_concepts._undo import hooked, unharming
+from captum_concepts._undo import hooked, unharming, warnings_filtered
 from captum_concepts.activations.capture import (
     Captured,
     Inputs,
@@ -316,9 +317,9 @@ class SpatialActivations:
         """
         if not values.requires_grad:
             return self.gradient_maps([None] * len(self.names))
-        return self.gradient_maps(
-            torch.autograd.grad(values.sum(), self.raw, retain_graph=retain_graph, allow_unused=True)
-        )
+        with gradient_errors(self.names):
+            found = torch.autograd.grad(values.sum(), self.raw, retain_graph=retain_graph, allow_unused=True)
+        return self.gradient_maps(found)
 
     def gradient_maps(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Gradients with respect to :attr:`raw` as maps ``(N, C, h, w)``, never silently zero.
@@ -357,6 +358,24 @@ class SpatialActivations:
                 stacklevel=4,
             )
         return tuple(maps)
+
+
+@contextmanager
+def gradient_errors(names: Sequence[str]) -> Iterator[None]:
+    """A context for a backward pass to the layers of these ``names``: what torch cannot do, in terms of the layers.
+
+    Raises:
+        LayerError: a part of the model after a layer is checkpointed in the way that gives no such gradients.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise LayerError(
+            f"a part of the model after layer {names[0]!r} runs in torch.utils.checkpoint with use_reentrant=True, "
+            "which gives no gradients of a layer; switch checkpointing off or pass use_reentrant=False"
+        ) from error
 
 
 @unharming
@@ -529,8 +548,7 @@ class _Source:
             before, after = ([t.clone() for t in tensors_in(part)] for part in ((args, kwargs), output))
             runs.append((module, before, after))
 
-        with hooked(names, record), gradients_enabled(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with hooked(names, record), gradients_enabled(), warnings_filtered("ignore"):
             (raw,) = (
                 self.layers[self.layers.names.index(name)]
                 .capture(
@@ -563,8 +581,7 @@ class _Source:
 def reaches_output(layer: Layers, inputs: Inputs, *, additional_forward_args: Any = None) -> bool:
     """Whether the positions of one layer influence the model's output, by one forward and backward pass."""
     try:
-        with gradients_enabled(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", InputWarning)
+        with gradients_enabled(), warnings_filtered("ignore", InputWarning):
             result = layer.run(inputs, additional_forward_args=additional_forward_args, gradient=True)
             result = replace(result, source=None)  # the caller is a search already
             return bool(result.gradients(any_reading(result.returned))[0].any())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from captum_concepts._undo import evaluation_mode, hooked, unharming
+from captum_concepts._undo import evaluation_mode, hooked, unharming, warnings_filtered
 from captum_concepts.activations.capture import (
     Inputs,
     check_images,
@@ -97,11 +96,14 @@ def receptive_field(
     image = image if parameter is None else image.to(parameter.device, parameter.dtype)
 
     def is_spoilt(images: Tensor) -> list[bool]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NaN inputs here; oneDNN speaks up when it is switched off
+        with (
+            warnings_filtered("ignore"),  # NaN inputs here; oneDNN speaks up when it is switched off
+            torch.no_grad(),
             # The plain kernels: fast ones (Winograd, FFT) mix neighbouring outputs and would spread the NaN.
-            with torch.no_grad(), torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
-                maps = resolved.run(images).maps[0]
+            torch.backends.cudnn.flags(enabled=False),
+            torch.backends.mkldnn.flags(enabled=False),
+        ):
+            maps = resolved.run(images).maps[0]
         return maps[:, :, row, column].isnan().any(1).tolist()
 
     with torch.no_grad():

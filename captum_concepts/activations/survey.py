@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts._checks import repeat_rows, take_rows
-from captum_concepts._undo import evaluation_mode, hooked, unharming
+from captum_concepts._undo import evaluation_mode, hooked, unharming, warnings_filtered
 from captum_concepts.activations.capture import (
     Inputs,
     batch_size,
@@ -169,11 +168,10 @@ def _agree(
         moved = part.detach().flip(2, 3) + scale.to(part) * torch.randn(part.shape, generator=noise).to(part)
         return torch.cat([part.detach(), moved])
 
-    with gradients_enabled(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)  # of the noise's range
+    with gradients_enabled(), warnings_filtered("ignore", InputWarning):  # of the noise's range
         result = layers.run(tuple(map(pair, parts)), additional_forward_args=extra, gradient=True, logits=True)
         output = result.output
-        values = output.flatten(1) if output.ndim > 1 else output.unsqueeze(1)
+        values = output.flatten(1) if output.ndim > 1 else output.reshape(-1, 1)
         reading = torch.arange(1, values.shape[1] + 1, device=values.device).sqrt().cos()  # the same of both images
         gradients = result.gradients((values.float() * reading).sum(1))
     for raw, gradient in zip(result.raw, gradients, strict=True):

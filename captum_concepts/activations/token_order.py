@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts._checks import repeat_rows, take_rows
+from captum_concepts._undo import warnings_filtered
 from captum_concepts.activations.capture import Inputs, batch_size
 from captum_concepts.activations.layout import Layout, pyramid
 from captum_concepts.errors import InputError, InputWarning, LayoutError
@@ -87,8 +87,7 @@ def misordered(
         parts = tuple(_changed(part, cells, grid) if part.ndim == 4 else part for part in parts)
         extra = repeat_rows(take_rows(additional_forward_args, slice(1), batch), len(cells) + 1, 1)
         try:
-            with warnings.catch_warnings():  # of the changed pixels' range
-                warnings.simplefilter("ignore", InputWarning)
+            with warnings_filtered("ignore", InputWarning):  # of the changed pixels' range
                 seen = layers[numbers].capture(
                     parts, additional_forward_args=extra, attribute_to_layer_input=attribute_to_layer_input
                 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_concepts._checks import take_rows
 from captum_concepts._memory import Halving
 from captum_concepts.activations import Inputs, check_images
+from captum_concepts.activations.capture import batch_size as rows_of
 from captum_concepts.errors import InputError, TargetError, listing
 from captum_concepts.images import ImageSource, batches, inputs_for, open_images
 
@@ -45,7 +46,7 @@ def as_inputs(inputs: Any, model: nn.Module | None) -> Inputs | ImageSource:
 
 def count(inputs: Inputs | ImageSource) -> int:
     """The number of examples."""
-    return len(inputs[0] if isinstance(inputs, tuple) else inputs)
+    return len(inputs) if isinstance(inputs, ImageSource) else rows_of(inputs)
 
 
 def first_example(inputs: Inputs | ImageSource, model: nn.Module | None) -> Inputs:
@@ -139,7 +140,9 @@ def _cut(inputs: Inputs | ImageSource, batch_size: int, model: nn.Module | None)
         for batch in batches(inputs, batch_size):
             yield placed(batch.images, model)
     elif isinstance(inputs, tuple):
-        yield from zip(*(part.split(batch_size) for part in inputs), strict=True)
+        n = count(inputs)  # what has other than N rows belongs to all images
+        for start in range(0, n, batch_size):
+            yield take_rows(inputs, slice(start, start + batch_size), n)
     else:
         yield from inputs.split(batch_size)
 

@@ -28,7 +28,7 @@ from captum_concepts._artifacts import (
 from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
 from captum_concepts._checks import finite_images, integer, one_of, unique_names, warn_of_numbers
 from captum_concepts._memory import Halving
-from captum_concepts._undo import unharming, watching
+from captum_concepts._undo import unharming, warnings_filtered, watching
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -163,30 +163,50 @@ def _rule_of(function: Callable[[Tensor, Tensor], Tensor]) -> SimilarityRule:
 
 
 class _Rows(TorchFunctionMode):
-    """Copies every tensor with one row per example that the model computes from the layer, in order."""
+    """Copies every tensor with one row per example that the model computes from the layer, in order.
+
+    ``eps`` is that of the coarsest numbers among all that it computes from the layer: a model in single precision may
+    round to half precision inside (autocast), and one in half precision may return single.
+    """
 
     def __init__(self, examples: int) -> None:
         super().__init__()
         self.examples = examples
-        self.found: list[Tensor] = []
+        self.found: list[tuple[Tensor, Any]] = []
+        self.eps = 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor) and value.requires_grad and value.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(value.dtype).eps)
                 sizes = [size for size in value.shape if size != 1]
                 if len(sizes) == (1 if self.examples == 1 else 2) and (self.examples == 1 or self.examples in sizes):
-                    self.found.append(value.clone())  # a later operation may overwrite it
+                    self.found.append((value.clone(), value.grad_fn))  # a later operation may overwrite it
         return result
 
-    def like(self, embedding: Tensor) -> list[Tensor]:
-        """Those of the embedding's size, as ``(N, D)``."""
+    def like(self, embedding: Tensor, output: Tensor | None = None) -> list[Tensor]:
+        """Those of the embedding's size, as ``(N, D)``; of these, those that an ``output`` was computed from."""
+        used = None if output is None else _graph(output)
         rows = []
-        for value in self.found:
+        for value, node in self.found:
+            if used is not None and node not in used:
+                continue
             flat = value.squeeze() if self.examples > 1 else value.reshape(1, -1)
             flat = flat.unsqueeze(-1) if flat.ndim == 1 else flat
             rows += [one for one in (flat, flat.T) if one.shape == embedding.shape]
         return rows
+
+
+def _graph(output: Tensor) -> set[Any]:
+    """The operations that a tensor was computed with."""
+    seen, open_ = set(), [output.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_ += [other for other, _ in node.next_functions]
+    return seen
 
 
 @dataclass(frozen=True)
@@ -237,20 +257,24 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
         seen = layers.run(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
     output = embedding_of(seen.output)
     maps, embedding = full_precision(seen.maps[0].detach()), full_precision(output.detach())
-    tolerance = 1e-2 if output.element_size() < 4 else 1e-5 if output.element_size() < 8 else 1e-9
+    eps = max(rows.eps, *(torch.finfo(part.dtype).eps for part in (seen.raw[0], output)))
+    coarse = eps > 1e-5
+    tolerance = 1e-2 if coarse else 1e-5 if eps > 1e-12 else 1e-9
     one = torch.ones_like(embedding[:, :1])
     at_output = _Pass(maps, embedding, seen, output, one, None, one[:, 0] < 0)
     if exact:
         return at_output
-    pooled = _mean_pool_factor(maps, embedding, tolerance, any_length=rule.free_of_length)
-    if pooled is not None and len(layers) == 1:
-        return replace(at_output, pooled=pooled, channelwise=one[:, 0] > 0)
-    found = next((row for row in rows.like(embedding) if _parallel(row, embedding, tolerance)), output)
+    # Within the rounding of half precision, attention that is nearly even looks like a mean; its gradient does not.
+    known = None if coarse else _mean_pool_factor(maps, embedding, tolerance, any_length=rule.free_of_length)
+    if known is not None and len(layers) == 1:
+        return replace(at_output, pooled=known, channelwise=one[:, 0] > 0)
+    like = rows.like(embedding, output if coarse else None)
+    found = next((row for row in like if _parallel(row, embedding, tolerance)), output)
     factor = _factor(embedding, full_precision(found.detach()))
     held = replace(at_output, point=found, factor=factor)
     rescaled = bool((factor - 1).abs().amax() > tolerance)
     if rescaled and not rule.free_of_length:
-        constant = _length_is_constant(at_output, held)[:, None]
+        constant = _length_is_constant(at_output, held, eps)[:, None]
         held = replace(at_output, point=torch.where(constant, (found * factor).to(output), output))
     if not rescaled and rule.free_of_length and _hides_its_norm(at_output):
         warnings.warn(
@@ -261,7 +285,7 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
             stacklevel=3,
         )
     if rule.shares is not None and maps.shape[1] == embedding.shape[1]:
-        held = replace(held, channelwise=_channelwise(held, tolerance))
+        held = replace(held, channelwise=_channelwise(held))
     return held
 
 
@@ -290,9 +314,9 @@ def _mean_pool_factor(maps: Tensor, embedding: Tensor, tolerance: float, *, any_
     return factor if any_length or bool(known.all()) else None
 
 
-def _length_is_constant(at_output: _Pass, held: _Pass) -> Tensor:
-    """``(N,)`` bool: whatever the layer computes, the embedding has this length."""
-    return _influence(at_output, at_output.embedding) <= 1e-3 * _influence(held, held.embedding)
+def _length_is_constant(at_output: _Pass, held: _Pass, eps: float) -> Tensor:
+    """``(N,)`` bool: whatever the layer computes, the embedding has this length, up to the rounding of gradients."""
+    return _influence(at_output, at_output.embedding) <= max(1e-3, 16 * eps) * _influence(held, held.embedding)
 
 
 def _hides_its_norm(run: _Pass) -> bool:
@@ -307,23 +331,22 @@ def _hides_its_norm(run: _Pass) -> bool:
 
 def _influence(run: _Pass, slope: Tensor) -> Tensor:
     """``(N,)``: how much the layer's activations move ``(embedding * slope).sum()``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)  # a gradient of zero is an answer here
+    with warnings_filtered("ignore", InputWarning):  # a gradient of zero is an answer here
         return (run.gradient(slope) * run.maps).abs().sum((1, 2, 3))
 
 
-def _channelwise(run: _Pass, tolerance: float) -> Tensor:
+def _channelwise(run: _Pass) -> Tensor:
     """``(N,)`` bool: dimension k of the embedding depends on channel k alone (mean, maximum, GeM pooling).
 
-    Then, and with probability 1 only then, random weights w of the dimensions multiply the gradient at channel k by
-    :math:`w_k`.
+    Then, and hardly ever else, random signs of the dimensions are the signs of the gradient at the channels. Signs are
+    not rounded, so this holds to the last digit in any precision.
     """
     generator = torch.Generator().manual_seed(0)
-    weights = (torch.rand(run.embedding.shape[1], generator=generator, dtype=torch.float64) + 0.5).to(run.embedding)
+    signs = (torch.randint(2, run.embedding.shape[1:], generator=generator) * 2 - 1).to(run.embedding)
     plain = run.gradient(torch.ones_like(run.embedding))
-    weighted = run.gradient(weights.expand_as(run.embedding))
-    off = (weighted - plain * weights[:, None, None]).abs().amax((1, 2, 3))
-    return off <= 10 * tolerance * plain.abs().amax((1, 2, 3))
+    signed = run.gradient(signs.expand_as(run.embedding))
+    off = (signed - plain * signs[:, None, None]).abs().amax((1, 2, 3))
+    return off <= 1e-4 * plain.abs().amax((1, 2, 3))
 
 
 def embedding_of(output: Any) -> Tensor:

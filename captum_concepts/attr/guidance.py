@@ -28,7 +28,7 @@ def named_sets(given: Any, what: str, read: Read) -> dict[str, ImageSource]:
     """
     listed = isinstance(given, (list, tuple)) and all(isinstance(item, Concept) for item in given)
     if isinstance(given, Mapping):
-        sets = [(str(name), source) for name, source in given.items()]
+        sets = list(given.items())
     elif listed or isinstance(given, Concept):
         sets = [(item.name, item) for item in (given if listed else [given])]
     elif what == "negatives":
@@ -41,8 +41,8 @@ def named_sets(given: Any, what: str, read: Read) -> dict[str, ImageSource]:
         )
     if not sets:
         raise InputError(f"{what} are empty; pass at least one set of images")
-    unique_names([name for name, _ in sets], what.rstrip("s"))
-    return {name: _opened(name, source, read) for name, source in sets}
+    names = unique_names([name for name, _ in sets], what.rstrip("s"))
+    return {name: _opened(name, source, read) for name, (_, source) in zip(names, sets, strict=True)}
 
 
 def _opened(name: str, source: Any, read: Read) -> ImageSource:

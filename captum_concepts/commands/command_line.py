@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from captum_concepts.errors import InputError
+
 _MODEL = "torchvision or timm name, demo:classifier, demo:vit, or FILE.py:FUNCTION"
 
 _MODELS = r"""examples:
@@ -32,7 +34,8 @@ _FIT_CONCEPTS = r"""examples:
 
 """
 _EVALUATE = r"""examples:
-  # your own masks: DIR/images/*.jpg, DIR/masks/*.png (pixel = id), DIR/classes.json {"1": "dog", ...}
+  # your own masks: DIR/images/*.jpg, DIR/masks/*.png (pixel = id), DIR/classes.json {"1": "dog", ...}; pixels of
+  # value 0 are left out of all metrics, unless {"0": "background", ...} says that they show no concept
   python -m captum_concepts evaluate DIR --model resnet50 --weights FILE.safetensors --explainer words.safetensors
   # words of the data set itself, into a table
   python -m captum_concepts evaluate VOC2012/ --format voc --model resnet50 --weights pretrained \
@@ -118,6 +121,11 @@ def add_commands(commands: Any, **shared: Any) -> None:
     measure.add_argument("data", metavar="DATA", help="folder of the data set, or demo:scenes:N")
     measure.add_argument("--format", default="folder", help="folder, voc, broden, imagenet-s, coco (%(default)s)")
     measure.add_argument("--split", help="of the data set, such as val")
+    measure.add_argument(
+        "--unlabelled",
+        choices=("ignore", "background"),
+        help="what pixels of value 0 are, of folder and coco (default: ignore; background if classes.json calls 0 so)",
+    )
     measure.add_argument("--metrics", default="nra,nra_exact,concept_specificity,epg", help="(default: %(default)s)")
     measure.add_argument("--limit", type=int, metavar="N", help="the first N images only")
     measure.add_argument("--min-area", type=float, default=0.0, help="least share of an image a concept must cover")
@@ -243,6 +251,8 @@ def _models(options: dict[str, Any], as_json: bool) -> Outcome:
     from captum_concepts.commands.list_layers import ModelsSettings, find_models, list_layers, table
 
     if options["find"] is not None:
+        if options["model"] is not None:
+            raise InputError("give either MODEL or --find PATTERN")
         names = find_models(options["find"])
         lines = [f"{source}: {', '.join(found)}" for source, found in names.items() if found]
         return Outcome(json.dumps(names, indent=2) if as_json else "\n".join(lines))
@@ -295,8 +305,6 @@ def _audit(options: dict[str, Any], as_json: bool) -> Outcome:
 
 
 def _report(options: dict[str, Any], as_json: bool) -> Outcome:
-    from captum_concepts.errors import InputError
-
     saved = options.pop("explanations")
     if saved is None:
         from captum_concepts.commands.explain import ExplainSettings, explain, line_of
@@ -308,9 +316,14 @@ def _report(options: dict[str, Any], as_json: bool) -> Outcome:
         done = len(made["explained"])
         lines = [line_of(entry) for entry in made["explained"]]
     else:
+        from captum_concepts.commands.explain import ExplainSettings
         from captum_concepts.commands.report import SavedSettings, report_saved
         from captum_concepts.images import read_words
 
+        asked = ExplainSettings(**{**options, "model": options["model"] or ""})
+        fixed = ("layer", "references", "similarity", "explainer", "weights", "num_classes", "words", "encoder",
+                 "encoder_weights", "train", "layers")  # fmt: skip
+        asked.refuse(fixed, "--explanations were made before")
         names = None if options["classes"] is None else read_words(options["classes"])
         kept = {key: options[key] for key in ("report", "images", "title", "model", "size", "resize", "top_k")}
         made = report_saved(SavedSettings(saved, class_names=names, **kept))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from captum_concepts.datasets import (
     PascalVOC,
     SegmentationDataset,
 )
-from captum_concepts.errors import CaptumConceptsError, InputError, did_you_mean
+from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, did_you_mean
 from captum_concepts.images import Preprocessing
 from captum_concepts.metrics import CenterGaussian, RandomMaps, activation_energy, evaluate
 from captum_concepts.metrics.evaluation import METRICS
@@ -48,6 +49,7 @@ class EvaluateSettings(ExplainerSettings):
     data: str
     format: str = "folder"
     split: str | None = None
+    unlabelled: str | None = None
     metrics: str = "nra,nra_exact,concept_specificity,epg"
     limit: int | None = None
     min_area: float = 0.0
@@ -88,7 +90,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
         )
     print(f"{len(matched)} of the {len(known)} concepts of the data set can be explained", file=sys.stderr)
     total = len(data) if settings.limit is None else min(settings.limit, len(data))
-    counts = {"images": 0, "images_without": 0, "regions": 0}
+    counts = {"images": 0, "images_without": 0, "regions": 0, "filled": 0}
     examples = _examples(data, total, columns, explainer.concepts, failed, counts)
     bar = tqdm(examples, total=total, desc="evaluate", unit="image", file=sys.stderr, disable=None)
     try:
@@ -100,6 +102,13 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
         if counts["images"]:
             raise
         raise InputError(f"none of the {total} images shows any of {', '.join(matched[:8])}") from error
+    if counts.pop("filled") == counts["images"] and settings.unlabelled is None:
+        warnings.warn(
+            "each image has one labelled region and nothing beside it: pixels of value 0 count as unlabelled and are "
+            "ignored, so any map lies in the region. If they are background give --unlabelled background",
+            InputWarning,
+            stacklevel=2,
+        )
     summary = {
         "data": settings.data, "model": settings.model, "method": explainer.name, "layer": explainer.layer, **counts,
         "matched": matched, "unmatched": [name for i, name in enumerate(known) if i not in columns], "failed": failed,
@@ -118,6 +127,7 @@ def open_data(settings: EvaluateSettings, preprocessing: Preprocessing) -> tuple
         number = settings.data.removeprefix("demo:scenes:")
         if not number.isdigit() or int(number) < 1:
             raise InputError(f"{settings.data!r} is not demo:scenes:N, N a number of scenes")
+        settings.refuse(("format", "split", "min_area", "unlabelled"), "it goes with a folder of images and masks")
         side = preprocessing.size[0] if preprocessing.size else 224
         scenes = CaptionedScenes(int(number), seed=settings.seed + 1_000_003, size=side)
         return scenes, list(scenes.concepts)
@@ -128,6 +138,12 @@ def open_data(settings: EvaluateSettings, preprocessing: Preprocessing) -> tuple
         if settings.format == "folder":
             raise InputError("a folder of images/ and masks/ has no --split")
         options["split"] = settings.split
+    if settings.unlabelled is not None:
+        if settings.format not in ("folder", "coco"):
+            raise InputError(
+                f"--unlabelled is for --format folder and coco; {settings.format} says what its pixels are"
+            )
+        options["unlabelled"] = settings.unlabelled
     data = FORMATS[settings.format](settings.data, **options)
     return data, list(data.concepts)
 
@@ -177,6 +193,7 @@ def _examples(
             continue
         counts["images"] += 1
         counts["regions"] += len(kept)
+        counts["filled"] += ignore is not None and bool((masks[kept].all(0) | ignore).all())
         names = [explained[columns[rows[k]]] for k in kept]
         yield {"inputs": item.image, "masks": masks[kept], "ignore": ignore, "concepts": names}
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,9 @@ from captum_concepts.explanation import SEEN, ConceptExplanation, short
 from captum_concepts.images import Photograph, find_images, load_photograph, names_of
 from captum_concepts.images.files import EXPLAINED
 from captum_concepts.store import FolderLock
+
+#: Seconds from one writing of the index to the next, at least.
+_NOTED = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
         InputError, LayerError, ArtifactError: nothing can be explained with these settings.
     """
     read = vars(settings)
+    if settings.report is None:
+        settings.refuse(("title",), "it goes with --report")
     named = "--report" if settings.output else "--output"
     page_file = None if settings.report is None else html(named, settings.report)
     paths = find_images(settings.images)
@@ -114,6 +120,8 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                 if page is not None:
                     page.add(photograph.picture, explanation, name, flags, truths[path], photograph.crop)
                 summary["explained"].append(entry)
+                if folder is not None:
+                    folder.note()
                 progress.update()
     except OSError as error:  # a full disk: what was found out is printed
         if not summary["explained"]:
@@ -155,7 +163,9 @@ class PictureFolder:
                         f"{shortened(self._earlier[key])}, not {shortened(self._summary[key])}); give another folder"
                     )
             self._stems = self._named()
-            self._write(begun={str(path.absolute()): self._stems[path] for path in self._images})
+            self._begun = {str(path.absolute()): self._stems[path] for path in self._images}
+            self._write(begun=self._begun)
+            self._next = time.monotonic() + _NOTED
         except BaseException:
             self._lock.__exit__(None, None, None)
             raise
@@ -166,6 +176,14 @@ class PictureFolder:
             self._write()
         finally:
             self._lock.__exit__(None, None, None)
+
+    def note(self) -> None:
+        """Write the index, now and then: a run that is killed leaves what it has explained so far."""
+        begun = time.monotonic()
+        if begun >= self._next:
+            self._write(begun=self._begun)
+            took = time.monotonic() - begun  # more and more, the longer the index is
+            self._next = begun + took + max(_NOTED, 50 * took)
 
     def stem(self, image: Path) -> str:
         """Of the files about an image, below the folder; its sub-folder is there."""
@@ -274,7 +292,7 @@ def line_of(entry: dict[str, Any]) -> str:
         + (" (not seen)" if (presence.get(name) or 1) < SEEN else "")
         for name, score in entry["top"].items()
     ]
-    return f"{entry['image']}: {predicted}" + ", ".join(words)
+    return f"{printable(entry['image'])}: {predicted}" + ", ".join(words)
 
 
 def _number(value: Tensor) -> float | None:

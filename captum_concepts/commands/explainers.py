@@ -93,14 +93,25 @@ def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Fa
         kind = kind_of(saved)
         if kind == "SALFCBM":
             salf = load(saved, loaded.model)
-            return Explainer(salf, salf.layer, salf.class_names, loaded.model, salf.layer)
+            ignored = ("words", *_TRAINED, *_COMPARED, "layer", *(("classes",) if salf.class_names else ()))
+            settings.refuse(ignored, f"the model in {saved} has its own words, classes and layer")
+            names = salf.class_names or _class_names(settings, loaded, salf.num_classes)
+            return Explainer(salf, salf.layer, names, loaded.model, salf.layer)
         if kind != "ConceptFusionMap":
             return _saved(saved, settings, loaded, probe)
     if settings.words is not None or saved is not None:
         return _words(settings, loaded, probe, failed)
+    settings.refuse(_TRAINED, "they go with --words")
     if settings.references is None:
+        settings.refuse(("similarity",), "it goes with --references")
         return _outputs(settings, loaded, probe)
+    settings.refuse(("classes",), "the folders of --references name the classes")
     return _prototypes(settings, loaded, probe, failed)
+
+
+#: What words are trained from, and what prototypes are compared by.
+_TRAINED = ("encoder", "encoder_weights", "train", "layers")
+_COMPARED = ("references", "similarity")
 
 
 def new_explainer(settings: ExplainerSettings) -> str | None:
@@ -160,8 +171,7 @@ def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor,
 
 def _saved(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
     """Concept vectors of ``fit-concepts --concepts``, discovered concepts, or references."""
-    if settings.words is not None:
-        raise InputError(f"the concepts of {file} are fixed; leave --words out")
+    settings.refuse(("words", *_TRAINED, *_COMPARED, "layer"), f"the concepts and the layer of {file} are fixed")
     made = load(file, loaded.model)
     with torch.no_grad():
         names = _class_names(settings, loaded, output_tensor(loaded.model(probe)).shape[1])
@@ -172,7 +182,9 @@ def _saved(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: 
 def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
     """Words the model saw: a translator to an image-text model, read from a file or trained on a folder of images."""
     file = None if settings.explainer is None else Path(settings.explainer)
+    settings.refuse((*_COMPARED, "layer"), "words are read from several layers (--layers), and compared with no images")
     if file is not None and file.is_file():
+        settings.refuse(("train", "layers"), f"{file} is trained")
         made = ConceptFusionMap.load(file, loaded.model)
         if settings.words is not None:
             made = made.with_concepts(word_list(settings.words), encoder_of(settings))
@@ -180,7 +192,8 @@ def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, fail
         if settings.words is None or settings.train is None:
             missing = f"no explainer file at {file}; " if file else ""
             raise InputError(
-                f"{missing}to train one, give --words, --encoder and --train DIR (some thousand such images)"
+                f"{missing}words need a translator: to train one, give --words, --encoder and --train DIR (some "
+                "thousand such images)"
             )
         made = fit_words(settings, loaded, failed)
         if file is not None:
@@ -198,7 +211,8 @@ def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> C
     """CE-FAM trained on the images below ``settings.train``, with the words of ``settings.words``, if any."""
     encoder = encoder_of(settings)
     words = None if settings.words is None else word_list(settings.words)
-    layers = settings.layers.split(",") if settings.layers else suggest_stages(loaded.model, loaded.empty())
+    layers = [name.strip() for name in (settings.layers or "").split(",") if name.strip()]
+    layers = layers or suggest_stages(loaded.model, loaded.empty())
     images = readable(loaded.open(find_images(settings.train or "")), failed, "training images")
     made = ConceptFusionMap(loaded.model, layers, map_layer="fused", batch_size=settings.batch_size)
     return made.fit(images, encoder, words, model_transform=loaded.prepare, show_progress=True)
@@ -218,6 +232,8 @@ def word_list(words: str | Sequence[str]) -> list[str]:
     if os.path.isfile(words):  # noqa: PTH113 - unlike Path.is_file, False for a text that is too long for a name
         return read_words(words)
     found = [word.strip() for word in words.split(",") if word.strip()]
+    if len(found) == 1 and Path(found[0]).suffix.lower() in (".txt", ".csv", ".json", ".md", ".tsv", ".list"):
+        raise InputError(f"no file of words at {found[0]}")
     if not found:
         raise InputError(
             f"--words {shortened(words)} names no word and is no file; give 'stripes, grass, sky' or a file"

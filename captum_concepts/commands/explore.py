@@ -14,7 +14,7 @@ from typing import Any
 from captum_concepts.audit import ConceptAudit, audit_dataset, compare_audits
 from captum_concepts.commands.explainers import build_explainer, new_explainer
 from captum_concepts.commands.image_files import Failed, folder_labels
-from captum_concepts.commands.outputs import check_outputs, html
+from captum_concepts.commands.outputs import artifact, check_outputs, html
 from captum_concepts.commands.processes import is_first, processes
 from captum_concepts.commands.settings import ExplainerSettings
 from captum_concepts.errors import InputError, printable
@@ -112,9 +112,17 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
     condition = None if settings.fail_on is None else _condition(settings.fail_on)
     written = {"--output": out, "--save": settings.save, "--explainer": new_explainer(settings)}
     check_outputs(vars(settings), written)
+    artifact("--save", settings.save)
+    settings.refuse(("references", "similarity"), "an audit is of a classifier's outputs, not of similarities")
     before = None if settings.against is None else ConceptAudit.load(settings.against)
     if condition is not None and condition[0] != "suspects" and before is None:
         raise InputError(f"--fail-on {settings.fail_on!r} compares with an earlier audit; give --against FILE")
+    has_concepts = settings.explainer is not None or settings.words is not None
+    if condition is not None and condition[0] != "accuracy_change" and not has_concepts:
+        raise InputError(
+            f"--fail-on {settings.fail_on!r} needs concepts other than the model's own classes, none of which can be a "
+            "shortcut to another; give --explainer, or --words"
+        )
     loaded = settings.load()
     failed: Failed = []
     explainer = build_explainer(settings, loaded, failed)

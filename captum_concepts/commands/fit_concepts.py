@@ -12,7 +12,7 @@ from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.commands.explainers import fit_words
 from captum_concepts.commands.image_files import Failed, readable
 from captum_concepts.commands.models import LoadedModel
-from captum_concepts.commands.outputs import check_outputs
+from captum_concepts.commands.outputs import artifact, check_outputs
 from captum_concepts.commands.settings import ModelSettings
 from captum_concepts.errors import InputError
 from captum_concepts.images import ImageSource, class_folders, find_images
@@ -45,6 +45,7 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
         )
     out = Path(settings.output)
     check_outputs(vars(settings), {"--output": out})
+    artifact("--output", settings.output)
     loaded = settings.load()
     failed: Failed = []
     started = time.monotonic()
@@ -62,6 +63,7 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
 def _vectors(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed) -> dict[str, Any]:
     if settings.words is not None or settings.layers is not None:
         raise InputError("--words and --layers go with --train; for --concepts DIR give one --layer")
+    settings.refuse(("encoder", "encoder_weights"), "they go with --train")
 
     def files(paths: list[Path], what: str) -> ImageSource:
         return readable(loaded.open(paths, normalize=loaded.preprocessing), failed, what)
@@ -93,6 +95,7 @@ def _vectors(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed)
 def _words(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed) -> dict[str, Any]:
     if settings.negatives is not None or settings.layer is not None:
         raise InputError("--negatives and --layer go with --concepts; for --train DIR give --layers A,B,C")
+    settings.refuse(("n_random", "seed"), "they go with --concepts")
     made = fit_words(settings, loaded, failed)
     history = made.history_ or {}
     last = {name: round(values[-1], 6) for name, values in history.items() if values}

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captum_concepts._artifacts import write_atomically
+from captum_concepts._artifacts import open_safetensors, write_atomically
 from captum_concepts.commands.fit_salf_config import fit_arguments, read_config
 from captum_concepts.commands.outputs import check_outputs
 from captum_concepts.commands.processes import is_first, processes
-from captum_concepts.errors import InputError
+from captum_concepts.errors import ArtifactError, InputError, printable
+from captum_concepts.images import read_json
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm, plan_salf_cbm
 
 #: What is written into the output folder.
@@ -51,6 +52,7 @@ def fit_salf(settings: FitSettings) -> dict[str, Any]:
     if not settings.dry_run:
         files = {f"output, file {name}:": out / name for name in _FILES}
         check_outputs({**config, "config": settings.config}, files, make_folders=False)
+    _check_folders(config, out)
     with processes(str(config.get("device", "cpu"))) as device, _told():
         data, arguments, skipped = fit_arguments(config, device)
         if settings.dry_run:
@@ -66,6 +68,48 @@ def fit_salf(settings: FitSettings) -> dict[str, Any]:
             write_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")
             write_atomically(out / "report.md", report_text(report))
         return {**report, "text": report_text(report), "first": is_first()}
+
+
+def _check_folders(config: Mapping[str, Any], out: Path) -> None:
+    """Nothing of the user's is replaced, and nothing is written among images.
+
+    Raises:
+        InputError: names the folder.
+    """
+    store = Path(str(config["store"]))
+    if _inside(store, out) and _inside(out, store):
+        raise InputError(f"output and store are the same folder, {printable(out)}; give each its own")
+    for name in ("train", "val"):
+        images = Path(str(config.get(name)))
+        for what, folder in (("output", out), ("store", store)):
+            if images.is_dir() and _inside(folder, images):
+                raise InputError(
+                    f"{what} {printable(folder)} lies in the folder of {name}, whose folders are the classes; give "
+                    "another"
+                )
+    there = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
+    if there and not _is_ours(out):
+        raise InputError(
+            f"output {printable(out)} holds a {there[0]} that is not of a SALF-CBM and would be replaced; give another "
+            "folder"
+        )
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a model was saved there; a run that was killed meanwhile may have left its weights only."""
+    try:
+        if (folder / "config.json").exists():
+            found = read_json(folder / "config.json", dict).get("format", "")
+        else:
+            with open_safetensors(folder / "model.safetensors", "a saved model") as opened:
+                found = (opened.metadata() or {}).get("format", "")
+    except (InputError, ArtifactError, FileNotFoundError):
+        return False
+    return str(found).startswith("captum_concepts.SALFCBM")
 
 
 def _report(model: Any, config: Mapping[str, Any], skipped: list[dict[str, str]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts.activations.survey import suggest_layer
-from captum_concepts.commands.image_files import labelled_images
+from captum_concepts.commands.image_files import LabelledImages, labelled_images
 from captum_concepts.commands.models import load_encoder, load_model, to_device
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError, did_you_mean
@@ -194,8 +194,12 @@ def fit_arguments(
     }
     train = opened["train"]
     if "val" in opened and opened["val"].classes != train.classes:
-        different = sorted(set(opened["val"].classes) ^ set(train.classes))
-        raise InputError(f"train and val have different classes: {different[:10]}")
+        val = opened["val"]
+        different = sorted(set(val.classes) ^ set(train.classes))
+        if different:
+            raise InputError(f"train and val have different classes: {different[:10]}")
+        numbers = [train.classes.index(name) for name in val.classes]  # the same in another order
+        opened["val"] = LabelledImages(val.images, train.classes, [numbers[k] for k in val.targets])
     names = read_words(config["classes"]) if "classes" in config else train.classes
     if len(names) != len(train.classes):
         raise InputError(f"{len(names)} names in {config['classes']} for {len(train.classes)} class folders")

@@ -84,20 +84,27 @@ def load_model(
         name: ``demo:classifier`` or ``demo:vit`` (bundled), a torchvision or timm name (``timm/NAME`` where both
             have it), or ``FILE.py:FUNCTION``, where
             the function returns a ``torch.nn.Module`` that takes RGB in [0, 1].
-        weights: for torchvision and timm names: a local ``.safetensors`` or ``.pt`` file, or ``"pretrained"``, which
-            downloads them.
+        weights: a local ``.safetensors`` or ``.pt`` file; for torchvision and timm names also ``"pretrained"``, which
+            downloads them. A bundled model has its own.
         size: input side; None takes the model's own, by its library's metadata, or 224.
         resize: how a photograph becomes that square: ``"crop"``, ``"squash"`` or ``"pad"``; None: the model's own.
-        num_classes: outputs of the model, where the weights have another number than the name.
+        num_classes: outputs of a torchvision or timm model, where the weights have another number than the name.
         random_weights: a zoo's model without ``weights`` gets random ones, instead of being refused.
 
     Raises:
         InputError: unknown name, missing weights, or weights that do not fit.
     """
+    own = name.startswith("demo:") or ".py:" in name
+    if own and num_classes is not None:
+        raise InputError(f"--num-classes is for torchvision and timm names; {name} has the outputs that it has")
+    if own and weights is not None and (name.startswith("demo:") or weights == "pretrained"):
+        raise InputError(f"--weights {weights}: {name} comes with its weights; leave --weights out")
     if name.startswith("demo:"):
         loaded = _bundled(name.removeprefix("demo:"))
     elif ".py:" in name:
         model = _from_python(name)
+        if weights is not None:
+            _load_weights(model, Path(weights), name)
         known = preprocessing_of(model)
         if size is None and known is None:
             warnings.warn(
@@ -232,7 +239,8 @@ def _from_zoo(name: str, weights: str | None, num_classes: int | None, random_we
     if in_torchvision:
         known = torchvision.models.get_model_weights(name).DEFAULT
         model = torchvision.models.get_model(name, weights=known if pretrained else None, **options)
-        loaded = LoadedModel(model, _preprocessing(known), list(known.meta.get("categories", [])))
+        categories = list(known.meta.get("categories", []))
+        loaded = LoadedModel(model, _preprocessing(known), categories if num_classes in (None, len(categories)) else [])
     else:
         model = timm.create_model(name, pretrained=pretrained, **options)
         loaded = LoadedModel(model, _preprocessing(model))

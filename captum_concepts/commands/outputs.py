@@ -30,6 +30,9 @@ def check_outputs(
     Raises:
         InputError: a file is read by the same command, is a folder or device, or its folder cannot be written.
     """
+    empty = [name for name, path in outputs.items() if path is not None and not os.fspath(path)]
+    if empty:
+        raise InputError(f"{empty[0]} is empty; give the name of a file")
     given = [(name, Path(path)) for name, path in outputs.items() if path is not None]
     for name, path in given:
         what = f"{name} {printable(path)}"
@@ -50,6 +53,16 @@ def check_outputs(
             _try_to_write(folder)
         except OSError as error:
             raise InputError(f"{what} cannot be written: {error.strerror or error}") from error
+
+
+def artifact(option: str, output: str | None) -> None:
+    """Refuse a name that says that the file is something else: a folder of images would have one that is none.
+
+    Raises:
+        InputError: it does not end in ``.safetensors``.
+    """
+    if output is not None and Path(output).suffix.lower() != ".safetensors":
+        raise InputError(f"{option} {printable(output)!r} must end in .safetensors")
 
 
 def html(option: str, output: str) -> Path:
@@ -76,6 +89,8 @@ def check_folder(output: str | os.PathLike[str], read: Mapping[str, Any], files:
     Raises:
         InputError: the folder is searched for images, contains one of them, or cannot be written.
     """
+    if not os.fspath(output):
+        raise InputError("--output is empty; give the name of a folder")
     out = Path(output)
     shown = printable(out)
     searched = [path for name in _IMAGES for path in _paths(name, read) if path.is_dir()]

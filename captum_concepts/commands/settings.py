@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from captum_concepts._checks import integer
 from captum_concepts.commands.models import LoadedModel, load_model, to_device
+from captum_concepts.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,17 @@ class ModelSettings:
         )
         to_device(loaded.model, self.device)
         return loaded
+
+    def refuse(self, names: Sequence[str], why: str) -> None:
+        """Options that are ignored would seem to have had their effect.
+
+        Raises:
+            InputError: one of these options is given.
+        """
+        defaults = {field.name: field.default for field in fields(self)}
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
+        if given:
+            raise InputError(f"{', '.join(given)} would have no effect: {why}")
 
 
 @dataclass(frozen=True, kw_only=True)

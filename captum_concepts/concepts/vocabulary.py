@@ -330,8 +330,8 @@ def _read_json(path: Path) -> Any:
 
 def _read(path: Path) -> Iterator[tuple[str, str | None]]:
     if path.suffix.lower() != ".json":
-        lines = _text(path).split("\n")
-        yield from ((line.strip(), None) for line in lines if line.strip() and not line.startswith("#"))
+        lines = (line.strip() for line in _text(path).split("\n"))
+        yield from ((line, None) for line in lines if line and not line.startswith("#"))
         return
     found = _read_json(path)
     groups = found.items() if isinstance(found, dict) else [(None, found)]

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from captum_concepts.datasets.imagenet_segmentation import ImageNetSegmentation
 from captum_concepts.datasets.segmentation import SegmentationDataset
 from captum_concepts.datasets.segmented_image import SegmentedBatch, SegmentedImage, collate_segmented
 from captum_concepts.datasets.trees import inside, paired, require, unlabelled_ids
-from captum_concepts.errors import InputError, did_you_mean
+from captum_concepts.errors import InputError, InputWarning, did_you_mean
 from captum_concepts.images import read_json, read_text
 
 __all__ = [
@@ -70,7 +71,7 @@ class MaskFolder(SegmentationDataset):
     Args:
         root: the folder that holds the three.
         unlabelled: what pixels of value 0 are: ``"ignore"`` leaves them out of metrics, since nobody said what they
-            show; ``"background"`` counts them as showing no concept.
+            show; ``"background"`` counts them as showing no concept. None: background if ``classes.json`` calls 0 so.
         void: further pixel values to ignore, such as 255 for borders.
         options: see :class:`SegmentationDataset`.
 
@@ -94,10 +95,14 @@ class MaskFolder(SegmentationDataset):
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], *, unlabelled: str = "ignore", void: Iterable[int] = (), **options: Any
+        self,
+        root: str | os.PathLike[str],
+        *,
+        unlabelled: str | None = None,
+        void: Iterable[int] = (),
+        **options: Any,
     ) -> None:
         self.root = Path(root)
-        self.void = unlabelled_ids(unlabelled) | frozenset(void)
         where = "your own masks; nothing is downloaded"
         classes = require(self.root / "classes.json", tree=_FOLDER_TREE, where=where)
         for part in ("images", "masks"):
@@ -106,7 +111,16 @@ class MaskFolder(SegmentationDataset):
             names = {int(i): str(name) for i, name in read_json(classes, dict).items()}
         except ValueError:
             raise InputError(f"{classes} must map pixel values to names, as in {{'1': 'person'}}") from None
-        names.pop(0, None)
+        zero = names.pop(0, "unlabelled").strip().casefold().strip("_")
+        if zero not in ("", "background", "ignore", "ignored", "none", "unknown", "unlabeled", "unlabelled", "void"):
+            warnings.warn(
+                f"{classes} calls pixels of value 0 {zero!r}, but 0 is what nobody labelled; the name is left out, "
+                "so number the classes from 1",
+                InputWarning,
+                stacklevel=2,
+            )
+        self.unlabelled = unlabelled or ("background" if zero == "background" else "ignore")
+        self.void = unlabelled_ids(self.unlabelled) | frozenset(void)
         self._files = paired(self.root / "images", self.root / "masks")
         super().__init__(names, **options)
 

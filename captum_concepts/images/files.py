@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from captum_concepts._undo import warnings_filtered
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, printable, shortened
 from captum_concepts.images.pixels import Reading, orientation, placement, turned
 
@@ -161,10 +162,11 @@ def opened_image(file: Any, kind: str = "an image", name: str | None = None) -> 
 
     name = printable(file if isinstance(file, (str, os.PathLike)) else "the image") if name is None else name
     try:
-        with warnings.catch_warnings():
+        with (
             # The limit here is the stated one, and the rest of Pillow's remarks concern metadata.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+            warnings_filtered("ignore", Image.DecompressionBombWarning),
+            warnings_filtered("ignore", UserWarning, module=r"PIL\."),
+        ):
             if isinstance(file, Image.Image):
                 _check_format(file, name)
                 yield _within_limit(file, name)
@@ -172,7 +174,7 @@ def opened_image(file: Any, kind: str = "an image", name: str | None = None) -> 
                 with _open(file, kind, name) as image:
                     _check_first_page(image, kind, name)
                     yield _within_limit(image, name)
-    except (CaptumConceptsError, Warning):
+    except (CaptumConceptsError, Warning, NameError, ImportError):  # the last two: mistakes in code, not in a file
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} claims more than {MOST_PIXELS:,} pixels") from error

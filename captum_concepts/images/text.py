@@ -73,9 +73,9 @@ def read_json(path: str | os.PathLike[str], *kinds: type) -> Any:
 def read_words(path: str | os.PathLike[str]) -> list[str]:
     """Names from a file: concepts, or classes in the order of a model's outputs.
 
-    A text file has one name per line; empty lines are skipped. A JSON file is a list of names, or an object between
-    class indices and names in either direction (``{"0": "tench"}``, ``{"tench": 0}``). A name may also be a list that
-    ends in it, as in ImageNet's ``{"0": ["n01440764", "tench"]}``.
+    A text file has one name per line; empty lines, and those that begin with ``#``, are skipped. A JSON file is a list
+    of names, or an object between class indices and names in either direction (``{"0": "tench"}``, ``{"tench": 0}``).
+    A name may also be a list that ends in it, as in ImageNet's ``{"0": ["n01440764", "tench"]}``.
 
     Raises:
         InputError: the file cannot be read, contains no names, or its indices are not 0, 1, 2, ...
@@ -91,7 +91,8 @@ def read_words(path: str | os.PathLike[str]) -> list[str]:
         value = read_json(path, list, dict)
         words = [_word(item, path) for item in (_in_order(value, path) if isinstance(value, dict) else value)]
     else:
-        words = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+        lines = (line.strip() for line in read_text(path).split("\n"))
+        words = [line for line in lines if line and not line.startswith("#")]
     if not words:
         raise InputError(f"{path} contains no names")
     return words

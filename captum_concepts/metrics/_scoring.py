@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._captum import output_tensor
 from captum_concepts._checks import integer, one_of
 from captum_concepts._memory import Halving
 from captum_concepts._undo import evaluation_mode
@@ -92,6 +93,8 @@ class Scorer:
             chosen = torch.as_tensor(target, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TargetError(f"target must be an int or {n} ints, got {target!r}") from error
+        if chosen.ndim == 2 and chosen.shape[1] == 1:  # Captum's list of 1-tuples
+            chosen = chosen[:, 0]
         if chosen.is_floating_point() or chosen.dtype == torch.bool or chosen.numel() not in (1, n) or chosen.ndim > 1:
             raise TargetError(f"target must be an int or {n} ints, one for each example, got {target!r}")
         return chosen.reshape(-1).long().expand(n)
@@ -105,9 +108,11 @@ class Scorer:
         n = len(self.inputs)
         args = [a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in self.args]
         with evaluation_mode(self.score_fn if isinstance(self.score_fn, nn.Module) else None):
-            out = self.score_fn(images, *args)
-        if not isinstance(out, Tensor):
-            raise InputError(f"score_fn must return a tensor, got {type(out).__name__}")
+            made = self.score_fn(images, *args)
+        try:
+            out = output_tensor(made)
+        except TargetError as error:
+            raise InputError(f"score_fn must return a tensor, or one output that is read as such: {error}") from error
         if out.ndim == 2 and self.target is not None:
             chosen = self.target[rows].to(out.device)
             if bool(((chosen < -out.shape[1]) | (chosen >= out.shape[1])).any()):

@@ -93,7 +93,7 @@ class CubicSums:
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> None:
-        self._sums = torch.zeros(3, *shape, device=device)
+        self._sums = torch.zeros(3, *shape, device=device, dtype=torch.float32)
 
     def add(self, q: Tensor, p: Tensor, *, dim: int, where: slice | None = None) -> None:
         """Add samples along ``dim`` of values that have mean zero over *all* samples; both are overwritten.

@@ -8,6 +8,7 @@ from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
+from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
 from captum_concepts.activations import (
@@ -264,6 +265,83 @@ def test_a_layer_that_hands_its_input_on(images, gradient) -> None:
     torch.testing.assert_close(record.detach(), plain)
     at_input = capture(model, images, ["scale"], gradient=gradient, attribute_to_layer_input=True).layers[0]
     torch.testing.assert_close(at_input.detach(), plain)
+
+
+class Shortcut(nn.Module):
+    """What goes into the layer goes along a shortcut as well; what is done in place is done to both."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.front, self.layer, self.branch = nn.Conv2d(3, 4, 3), layer, nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        y = self.layer(x)
+        if isinstance(self.layer, nn.Identity | nn.Dropout):
+            y += 1  # and so x
+        return self.fc((self.branch(y).tanh() * x).mean((2, 3)))
+
+
+def plainly(model: Shortcut, images: Tensor, at_input: bool) -> tuple[Tensor, Tensor]:
+    """The layer's tensor, and the model's output as a function of it, without an operation in place."""
+    before = model.front(images).detach()
+    handed_on = isinstance(model.layer, nn.Identity | nn.Dropout)
+    start = (before if at_input else model.layer(before.clone())).detach().requires_grad_()
+    y = model.layer(start.clone()) if at_input else start
+    y = y + 1 if handed_on else y
+    x = y if handed_on or getattr(model.layer, "inplace", False) else start if at_input else before
+    return start, model.fc((model.branch(y).tanh() * x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("at_input", [False, True])
+@pytest.mark.parametrize(
+    "layer", [nn.Identity, lambda: nn.Dropout(0.5), lambda: nn.ReLU(inplace=True), nn.ReLU, lambda: nn.Conv2d(4, 4, 1)]
+)
+def test_a_layers_input_goes_elsewhere_too(images, layer, at_input) -> None:
+    """The output is the model's own, and the gradient counts every way to it."""
+    torch.manual_seed(0)
+    model = Shortcut(layer()).eval()
+    start, output = plainly(model, images, at_input)
+    expected = torch.autograd.grad(output[:, 2].sum(), start)[0]
+    torch.testing.assert_close(output, model(images))
+    with gradients_enabled():
+        result = spatial_activations(model, images, "layer", gradient=True, attribute_to_layer_input=at_input)
+        (gradient,) = result.gradients(result.output[:, 2])
+    torch.testing.assert_close(result.output, output)
+    torch.testing.assert_close((result.maps[0], gradient), (start, expected))
+    plain = capture(model, images, "layer", attribute_to_layer_input=at_input)
+    torch.testing.assert_close((plain.output, plain.layers[0]), (output, start))
+    if type(model.layer) in (nn.ReLU, nn.Conv2d) and not getattr(model.layer, "inplace", False):
+        # Captum replaces what is handed on by a copy.
+        captums = LayerGradCam(model, model.layer).attribute(
+            images, target=2, relu_attributions=False, attribute_to_layer_input=at_input
+        )
+        found = (gradient.mean((2, 3), keepdim=True) * start).sum(1, keepdim=True).detach()
+        torch.testing.assert_close(found, captums, rtol=1e-4, atol=1e-6)
+
+
+def test_what_belongs_to_the_user_or_the_model_gets_no_history() -> None:
+    """Images and buffers that go into a layer as they are."""
+
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.rand(1, 3, 8, 8))
+            self.first, self.second, self.conv = nn.Identity(), nn.Identity(), nn.Conv2d(3, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.first(x) * 2 + self.second(self.table)).mean((2, 3))
+
+    model, images = Early().eval(), torch.rand(2, 3, 8, 8)
+    for name in ("first", "second"):
+        for at_input in (False, True):
+            capture(model, images, name, gradient=True, attribute_to_layer_input=at_input)
+            assert images.is_leaf
+            assert model.table.is_leaf
+            assert not images.requires_grad
+            assert not model.table.requires_grad
+    assert images._version == model.table._version == 0
 
 
 # ---------------------------------------------------------------- gradients

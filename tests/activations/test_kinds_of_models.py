@@ -114,6 +114,16 @@ def test_checkpointed_stages(images, reentrant):
         torch.testing.assert_close(gradient(small(in_parts), "stage2.3", images), plain["stage2.3"])
 
 
+class SecondCheckpointed(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(checkpoint(self.stage2, self.stage1(x), use_reentrant=True).mean((2, 3)))
+
+
+def test_a_layer_before_a_checkpointed_stage(images):
+    with pytest.raises(LayerError, match=r"after layer 'stage1' runs in torch\.utils\.checkpoint with use_reentrant"):
+        gradient(SecondCheckpointed().eval(), "stage1", images)
+
+
 def test_a_traced_graph_names_a_part_that_ran(images):
     torch.manual_seed(0)
     model = torchvision.models.resnet18().eval()

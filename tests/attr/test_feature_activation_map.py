@@ -452,6 +452,24 @@ def test_further_arguments_are_cut_with_the_images():
     torch.testing.assert_close(fam.attribute(images, 1, additional_forward_args=extra), expected)
 
 
+def test_inputs_that_belong_to_all_images_are_not_cut():
+    """A table of other than N rows, or of one number, beside the images."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3), Pool("gap")
+
+        def forward(self, table: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+            return self.pool(self.conv(x) + table.sum(0)[:, None, None]) * scale
+
+    inputs = torch.rand(6, 4), torch.rand(5, 3, 8, 8), torch.tensor(2.0)
+    fam = FeatureActivationMap(Shifted(), "conv", torch.eye(4), similarity="dot")
+    expected = fam.scores(inputs), fam.attribute(inputs, 1)
+    fam.batch_size = 3
+    torch.testing.assert_close((fam.scores(inputs), fam.attribute(inputs, 1)), expected)
+
+
 def test_statistics_of_the_batch_are_warned_of():
     for norm, warns in (
         (nn.BatchNorm2d(4, track_running_stats=False), True), (nn.BatchNorm2d(4), False), (nn.InstanceNorm2d(4), False)
@@ -543,6 +561,68 @@ def test_vit_patches_and_prefix_tokens():
     torch.testing.assert_close(result, expected.detach(), rtol=1e-4, atol=1e-5)
     with pytest.raises(LayerError, match=r"use layer 'blocks.1' instead"):
         FeatureActivationMap(vit, "blocks.2", references).attribute(images, target=1)
+
+
+class Halved(nn.Module):
+    """Poolings whose rules FAM tells apart by their values, which half precision rounds."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.Tanh())
+        self.project, self.look = nn.Linear(8, 8), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+    def head(self, a: Tensor, hold: bool = False) -> Tensor:
+        """``hold``: with the norm held, as FAM's formula says."""
+        z = a.mean((2, 3))  # of no use to some
+        kind = self.kind.removesuffix(".float")
+        if kind == "max":
+            z = a.amax((2, 3))
+        elif kind == "attention":  # nearly a mean
+            z = (a.flatten(2) * self.look(a).flatten(2).softmax(-1)).sum(-1)
+        elif kind == "normalized":
+            z = self.project(z)
+        z = z.float() if self.kind.endswith(".float") and z.dtype != torch.float64 else z
+        if kind == "normalized":
+            length = z.norm(dim=1, keepdim=True)
+            z = z / (length.detach() if hold else length)
+        return z
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+@pytest.mark.parametrize(
+    "kind", ["mean", "mean.float", "max", "max.float", "attention", "normalized", "normalized.float"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "autocast"])
+def test_half_precision_follows_the_same_rules(dtype, kind, similarity):
+    """Against double precision with the same rounded weights, images and references."""
+    torch.manual_seed(0)
+    net = Halved(kind).eval()
+    images, references = torch.rand(6, 3, 32, 32), F.normalize(torch.randn(3, 8))
+    if dtype == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            found = FeatureActivationMap(net, "body", references, similarity=similarity, normalize="none").attribute(
+                images, target=1
+            )
+    else:
+        net, images, references = net.to(dtype), images.to(dtype), references.to(dtype)
+        fam = FeatureActivationMap(net, "body", references, similarity=similarity, normalize="none")
+        found = fam.attribute(images, target=1)
+    net, r = copy.deepcopy(net).double(), references.double()[1]
+    maps = net.body(images.double()).detach().requires_grad_()
+    f = net.head(maps, hold=True)
+    if similarity == "euclidean" and kind.startswith(("mean", "max")):
+        weights = -(f - r).square()
+    else:
+        value = (f @ r).sum() if similarity == "dot" else -(f - r).square().sum()
+        weights = (torch.autograd.grad(value, maps)[0] * maps).sum((2, 3))
+    expected = torch.einsum("nc,nchw->nhw", weights, maps).detach()
+    error = (found[:, 0].double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    # A few roundings of each number, whose weights partly cancel: a wrong rule is off by .5 and more.
+    assert error.max() < 16 * torch.finfo(torch.bfloat16 if dtype == "autocast" else dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -195,6 +195,21 @@ def test_weights_from_a_local_file(tmp_path, photos):
         load_model("resnet18", weights=str(tmp_path / "w.safetensors"))
 
 
+def test_weights_and_outputs_of_models_from_outside(tmp_path, model_file, photos, capsys):
+    """An own network takes ``--weights`` as a zoo's does; a number of outputs alone leaves a zoo's names behind."""
+    other = load_model(model_file, size=64).model
+    torch.nn.init.constant_(other[3].bias, 3.0)
+    torch.save(other.state_dict(), tmp_path / "w.pt")
+    loaded = load_model(model_file, weights=str(tmp_path / "w.pt"), size=64).model
+    assert torch.equal(loaded[3].bias, torch.full((4,), 3.0))
+    with pytest.raises(InputError, match="does not hold weights"):
+        load_model("resnet18", weights=str(tmp_path / "w.pt"))
+    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), tmp_path / "three.pt")
+    line = ["explain", str(photos / "a.jpg"), "--model", "resnet18", "--weights", str(tmp_path / "three.pt")]
+    assert main([*line, "--num-classes", "3", "--size", "64", "--output", str(tmp_path / "out")]) == 0
+    assert "output " in capsys.readouterr().out
+
+
 def test_without_head_gives_the_input_of_the_last_linear_layer():
     net = torchvision.models.mobilenet_v2(num_classes=7).eval()
     x = torch.rand(2, 3, 64, 64)
@@ -219,6 +234,15 @@ def test_without_head_gives_the_input_of_the_last_linear_layer():
         (["--model", "{file}:build", "--references", "missing"], "no folder at missing"),
         (["--model", "{file}:build", "--classes", "missing.txt"], "cannot be read"),
         (["--model", "{file}:build", "--top-k", "0"], "at least 1"),
+        (["--model", "{file}:build", "--output", ""], "--output is empty"),
+        (["--model", "{file}:build", "--weights", "missing.pt"], "no weights file at missing.pt"),
+        (["--model", "{file}:build", "--weights", "pretrained"], "comes with its weights"),
+        (["--model", "{file}:build", "--num-classes", "9"], "--num-classes is for torchvision and timm names"),
+        (["--model", "demo:vit", "--weights", "w.pt"], "comes with its weights"),
+        (["--model", "{file}:build", "--encoder", "demo:clip"], "--encoder would have no effect"),
+        (["--model", "{file}:build", "--similarity", "dot"], "--similarity would have no effect"),
+        (["--model", "{file}:build", "--title", "x"], "--title would have no effect"),
+        (["--model", "{file}:build", "--words", "words.csv"], "words need a translator"),
     ],
 )
 def test_bad_settings_exit_with_2_and_say_why(arguments, message, model_file, photos, tmp_path, capsys):

@@ -156,6 +156,10 @@ class TestAudit:
             (["--against", "nowhere.safetensors"], "nowhere.safetensors"),
             (["--alpha", "2"], "alpha must be"),
             (["--top-k", "0"], "top_k must be"),
+            (["--save", "audit.png"], "--save 'audit.png' must end in .safetensors"),
+            (["--references", "classes"], "--references would have no effect"),
+            (["--layer", "0"], "--layer would have no effect"),
+            (["--words", "light"], "--words would have no effect"),
         ],
     )
     def test_what_is_wrong_is_said(self, folder, tmp_path, capsys, more, message):
@@ -169,6 +173,12 @@ class TestAudit:
         assert main(line) == 2
         assert "--fail-on 'suspects>0' needs the true classes" in capsys.readouterr().err
         assert main(line[:-2]) == 0
+
+    def test_the_classes_themselves_are_no_suspects(self, folder, tmp_path, capsys):
+        """Of a model's own outputs no condition on suspects may hold unseen."""
+        line = ["audit", str(folder / "val"), "--model", f"{folder}/net.py:biased", "--size", "32"]
+        assert main([*line, "--output", str(tmp_path / "audit.html"), "--fail-on", "suspects>0"]) == 2
+        assert "give --explainer, or --words" in capsys.readouterr().err
 
     def test_a_class_folder_without_images_is_named(self, folder, tmp_path, capsys):
         shutil.copytree(folder / "val", tmp_path / "val")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from captum_concepts import ConceptExplanation, SpatialACV, demo
 from captum_concepts.__main__ import main
 from captum_concepts.datasets import CaptionedScenes
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.images import load_image
 
 MODEL = ["--model", "demo:classifier"]
@@ -121,6 +122,13 @@ class TestFitConcepts:
             (["--train", "{colours}"], "needs --encoder"),
             (["--train", "missing", "--encoder", "demo:clip"], "no file or folder at missing"),
             (["--concepts", "{colours}", "--output", "{colours}"], "is a folder"),
+            (["--concepts", "{colours}", "--output", "concepts.png"], "must end in .safetensors"),
+            (["--concepts", "{colours}", "--encoder", "demo:clip"], "--encoder would have no effect"),
+            (["--train", "{colours}", "--encoder", "demo:clip", "--seed", "1"], "--seed would have no effect"),
+            (
+                ["--train", "{colours}", "--encoder", "demo:clip", "--words", "words.txt"],
+                "no file of words at words.txt",
+            ),
         ],
     )
     def test_what_is_wrong_is_said(self, more, message, colours, tmp_path, capsys):
@@ -219,6 +227,11 @@ class TestReport:
             (["--explanations", "{tmp}"], "no explanations.json"),
             (["{scenes}/00.png", *MODEL, "--output", "{tmp}"], "is a folder"),
             (["{scenes}/broken.png", *MODEL], "none of the 1 images can be read"),
+            (["--explanations", "{tmp}", "--layer", "layer1"], "--layer would have no effect"),
+            (
+                ["--explanations", "{tmp}", "--weights", "w.pt", "--words", "a"],
+                "--weights, --words would have no effect",
+            ),
         ],
     )
     def test_what_is_wrong_is_said(self, arguments, message, scenes, tmp_path, capsys):
@@ -263,6 +276,32 @@ class TestEvaluate:
         assert rows["centre Gaussian", "concept_specificity"]["value"] in (None, pytest.approx(0, abs=1e-6))
         assert all(row["examples"] == found["images"] <= 11 for row in rows.values())
         assert found["images"] + found["images_without"] + len(found["failed"]) == 12
+
+    def test_object_masks_on_background(self, mask_folder, words, tmp_path, capsys):
+        """Where 0 is ignored any map lies in the one region; the command says so instead of an EPG of 1 for noise."""
+        scenes = CaptionedScenes(12, seed=5, size=64)
+        circle = scenes.concepts.index("circle")
+        for i in (k for k in range(11) if scenes[k].presence[circle]):
+            (tmp_path / "data" / "images").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / "masks").mkdir(exist_ok=True)
+            shutil.copy(mask_folder / "images" / f"{i}.png", tmp_path / "data" / "images")
+            Image.fromarray(scenes[i].masks[circle].byte().numpy()).save(tmp_path / "data" / "masks" / f"{i}.png")
+        names = tmp_path / "data" / "classes.json"
+        names.write_text('{"1": "circle"}')
+        line = [str(tmp_path / "data"), "--explainer", str(words), "--metrics", "epg"]
+        with pytest.warns(InputWarning, match="give --unlabelled background"):
+            rows = self.run(capsys, *line)["rows"]
+        assert rows[-1]["value"] == pytest.approx(1)
+        rows = self.run(capsys, *line, "--unlabelled", "background")["rows"]
+        values = {row["explainer"]: row["value"] for row in rows}
+        assert all(0 < value < 0.9 for value in values.values())
+        assert self.run(capsys, *line, "--unlabelled", "ignore")["rows"][-1]["value"] == pytest.approx(1)
+        names.write_text('{"0": "_background_", "1": "circle"}')
+        assert {row["explainer"]: row["value"] for row in self.run(capsys, *line)["rows"]} == values
+        names.write_text('{"0": "circle", "1": "square"}')
+        with pytest.warns(InputWarning, match="'circle', but 0 is what nobody labelled"):
+            assert main(["evaluate", *line, *MODEL]) == 2
+        assert "no name of the data set (square, ...)" in capsys.readouterr().err
 
     def test_images_that_show_none_of_the_concepts_are_counted(self, words, capsys):
         found = self.run(capsys, "demo:scenes:12", "--explainer", str(words), "--metrics", "nra", "--no-baselines")
@@ -333,6 +372,10 @@ class TestEvaluate:
             (["demo:scenes:2", "--metrics", "deletion"], "measures a score"),
             (["demo:scenes:2", "--format", "x", "--output", "t.xls"], "must end in .csv"),
             (["missing", "--format", "x"], "is none of folder"),
+            (["demo:scenes:2", "--min-area", "0.9"], "--min-area would have no effect"),
+            (["missing", "--format", "voc", "--unlabelled", "ignore"], "--unlabelled is for --format folder and coco"),
+            (["demo:scenes:2", "--similarity", "dot"], "--similarity would have no effect"),
+            (["demo:scenes:2", "--train", "x"], "--train would have no effect"),
             (["demo:scenes:2"], "no name of the data set"),
             (["demo:scenes:1", "--classes", "{classes}"], "none of the 1 images shows"),
         ],

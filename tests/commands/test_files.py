@@ -245,6 +245,29 @@ class TestTwoRuns:
             assert main(["report", "photos", *MODEL, "--output", "page.html"]) == 0
         assert (space / "page.html").read_text().count("<article") == 2
 
+    def test_after_a_kill_what_was_explained_is_in_the_index(self, space: Path, monkeypatch: pytest.MonkeyPatch):
+        """And is shown by ``report``; the run that follows explains the rest as well."""
+        from captum_concepts.commands import explain
+
+        written, drawn = explain.PictureFolder.note, []
+
+        def dies(folder: Any) -> None:
+            written(folder)
+            drawn.append(folder)
+            raise SystemExit(9)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(explain, "_NOTED", 0.0)
+            patch.setattr(explain.PictureFolder, "note", dies)
+            patch.setattr(explain.PictureFolder, "__exit__", lambda self, *_: self._lock.__exit__(None, None, None))
+            with pytest.raises(SystemExit):
+                self.explain("photos", "--output", "out", "--save")
+        assert len(drawn) == 1
+        assert main(["report", "--explanations", "out", "--output", "page.html"]) == 0
+        assert (space / "page.html").read_text().count("<article") == 1
+        self.explain("photos", "--output", "out", "--save")
+        assert len(explained(space / "out")) == 2
+
     def test_after_a_kill_nothing_is_left_over(self, space: Path, monkeypatch: pytest.MonkeyPatch):
         from captum_concepts.commands import explain
 

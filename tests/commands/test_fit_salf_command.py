@@ -21,7 +21,9 @@ from salf_tiny import backbone, images_and_labels
 from torchvision.transforms.functional import to_pil_image
 
 from captum_concepts.__main__ import main
+from captum_concepts.commands import fit_salf_config
 from captum_concepts.commands.fit_salf_config import EXAMPLE, TRIAL, fit_options, read_config
+from captum_concepts.commands.image_files import LabelledImages
 from captum_concepts.errors import InputError
 from captum_concepts.models.salf_cbm import SALFCBM
 
@@ -173,6 +175,12 @@ def test_unreadable_images(config, capsys):
         ({"layer": "9"}, "no layer '9'"),
         ({"output": "own.py"}, "is a file"),
         ({"model": "own.py:encoder"}, "must return a torch.nn.Module"),
+        ({"weights": "nowhere.pt"}, "no weights file at nowhere.pt"),
+        ({"num_classes": 3}, "--num-classes is for torchvision and timm names"),
+        ({"store": "train"}, "store train lies in the folder of train"),
+        ({"store": "val/store"}, "store val/store lies in the folder of val"),
+        ({"output": "train/model"}, "output train/model lies in the folder of train"),
+        ({"store": "./model"}, "output and store are the same folder"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -180,6 +188,35 @@ def test_refused(config, capsys, change, message):
     assert run({**config, **change}) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not Path("model").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors"])
+def test_files_of_something_else_stay(name, config, capsys):
+    Path("project").mkdir()
+    (Path("project") / name).write_text("{}")
+    assert run({**config, "output": "project"}) == 2
+    assert f"holds a {name} that is not of a SALF-CBM" in capsys.readouterr().err
+    assert (Path("project") / name).read_text() == "{}"
+    assert [path.name for path in Path("project").iterdir()] == [name]
+
+
+def test_classes_of_val_in_another_order(config, tmp_path):
+    """As they are where one of the two is not a folder."""
+    x, y = images_and_labels(30, 1)
+    mixed = LabelledImages(list(x), ["b-none", "c-red", "a-green"], [(int(label) + 1) % 3 for label in y])
+    plain = LabelledImages(list(x), ["a-green", "b-none", "c-red"], [(2, 0, 1)[int(label)] for label in y])
+    accuracies = []
+    for k, val in enumerate((mixed, plain)):
+        with pytest.MonkeyPatch.context() as patch:
+            opened = fit_salf_config.labelled_images
+            patch.setattr(
+                fit_salf_config,
+                "labelled_images",
+                lambda source, *a, val=val, opened=opened, **o: val if source == "val" else opened(source, *a, **o),
+            )
+            assert run({**config, "output": f"model{k}", "store": f"store{k}"}) == 0
+        accuracies.append(json.loads(Path(f"model{k}/report.json").read_text())["accuracy"]["validation"])
+    assert accuracies[0] == accuracies[1] > 0.5
 
 
 def test_broken_configurations(config, capsys):

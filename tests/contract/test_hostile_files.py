@@ -271,7 +271,7 @@ def mask_folder(root: Path) -> None:
     for part, draw in (("images", image), ("masks", labels)):
         (root / part).mkdir()
         draw(root / part / "a.png")
-    (root / "classes.json").write_text(json.dumps({str(i): f"class {i}" for i in range(9)}))
+    (root / "classes.json").write_text(json.dumps({str(i): f"class {i}" for i in range(1, 9)}))
 
 
 def panoptic(root: Path) -> None:

@@ -33,6 +33,7 @@ from captum_concepts import (
     discover_concepts,
     fit_salf_cbm,
 )
+from captum_concepts._undo import lock
 from captum_concepts.metrics import insertion, parameter_randomization
 from captum_concepts.store.channel import Channel, Stop
 from captum_concepts.vlm import RegionPrompt
@@ -92,6 +93,8 @@ def state(model: nn.Module) -> dict[str, Any]:
     return {
         "gradients": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "lock": lock._is_owned(),  # other threads would wait for it for ever
         "function modes": _get_current_function_mode_stack(),
         "warnings": list(warnings.filters),
         "training": [module.training for module in model.modules()],

@@ -8,9 +8,11 @@ import os
 import pickle
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from methods import METHODS, Method
 from torch import Tensor, nn
 
 from captum_concepts import SALFCBM
+from captum_concepts._undo import warnings_filtered
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 
 #: Calls of each method in the test for leaks;
@@ -110,6 +113,45 @@ def test_autocast(method, net, images):
     assert correlation(found, expected) > 0.97
 
 
+def test_autocast_is_for_the_model_alone(method, net, images, monkeypatch):
+    """The model runs under the caller's autocast; what is computed from its activations is not rounded to it."""
+    explainer = method.build(net, net.body, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = explainer.attribute(images, target=TARGET)
+        assert torch.is_autocast_enabled("cpu")
+        with pytest.raises(CaptumConceptsError):
+            explainer.attribute(images, target=99)
+        assert torch.is_autocast_enabled("cpu")
+    plain = net.forward
+
+    def forward(*args: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain(*args)
+
+    monkeypatch.setattr(net, "forward", forward)
+    inside = explainer.attribute(images, target=TARGET)
+    assert around.dtype == inside.dtype == torch.float32
+    if not isinstance(explainer, SALFCBM):  # which is the model itself, head and bottleneck included
+        torch.testing.assert_close(around, inside, rtol=0, atol=0)
+
+
+def test_filters_of_warnings_that_overlap():
+    """Of two calls in two threads each takes its own filter away, in whatever order they end."""
+    before = list(warnings.filters)
+    first, second = warnings_filtered("ignore", InputWarning), warnings_filtered("error", InputWarning)
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(InputWarning):
+        warnings.warn("the later one decides", InputWarning, stacklevel=1)
+    first.__exit__(None, None, None)
+    with pytest.raises(InputWarning):
+        warnings.warn("and is still there", InputWarning, stacklevel=1)
+    with warnings.catch_warnings():  # has a list of its own
+        second.__exit__(None, None, None)
+        assert [entry for entry in warnings.filters if "captum_concepts" in str(entry[1])] == []
+    assert warnings.filters == before
+
+
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
 def test_wrapped_models(method, net, images, wrapper):
     expected = method.build(net, net.body, images).attribute(images, target=TARGET)
@@ -193,6 +235,7 @@ def test_two_explainers_in_two_threads(method, net, images):
     """Right, or refused in the package's own words: never another thread's map."""
     explainers = [method.build(net, layer, images) for layer in (net.body, net.stem)]
     expected = [explainer.attribute(images, target=TARGET) for explainer in explainers]
+    filters = list(warnings.filters)
     wrong: list[str] = []
 
     def work(number: int) -> None:
@@ -211,6 +254,7 @@ def test_two_explainers_in_two_threads(method, net, images):
         thread.join()
     assert not wrong
     assert hooks(net) == 0
+    assert warnings.filters == filters
 
 
 FAILURES = ["never", "bad target", "in the layer"]

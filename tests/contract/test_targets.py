@@ -127,6 +127,17 @@ def test_outputs_that_are_no_one_tensor(returned, said):
         select_output(returned, 1)
 
 
+def test_complex_outputs_are_refused():
+    with pytest.raises(TargetError, match=r"the model's output is complex \(torch.complex64\)"):
+        select_output(OUTPUT * 1j, 1)
+
+
+def test_a_list_of_maps_is_pointed_out():
+    """As of timm's ``features_only``."""
+    with pytest.warns(InputWarning, match="the first tensor is explained"):
+        output_tensor([torch.ones(2, 3, 4, 4), torch.ones(2, 5, 2, 2)])
+
+
 def test_a_second_table_of_scores_in_a_tuple_is_pointed_out():
     with pytest.warns(
         InputWarning, match=r"a tuple with the tensors 0 \(2, 12\), 1 \(2, 3\); the first tensor is explained"

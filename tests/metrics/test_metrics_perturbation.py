@@ -47,6 +47,15 @@ def test_average_drop_and_increase_are_the_published_formulas(case):
     assert 0 < sum(rises) < 5  # the case tells the two apart
 
 
+def test_outputs_and_targets_are_read_as_by_the_explainers(case):
+    """A dictionary with logits, and Captum's list of tuples."""
+    net, images, maps = case
+    for function in (metrics.average_drop, metrics.increase_in_confidence, metrics.insertion, metrics.deletion):
+        expected = function(net, images, maps, target=[0, 1, 2, 1, 0])
+        found = function(lambda x: {"logits": net(x)}, images, maps, target=[(0,), (1,), (2,), (1,), (0,)])
+        torch.testing.assert_close(found, expected)
+
+
 def published_curve(net, image, saliency, start, finish, step, target):
     """RISE's evaluation loop: pixels by falling saliency, ``step`` at a time; area by trapezoids."""
     pixels = saliency.numel()

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_concepts._captum import LayerAttribution, layer_attribution, target_indices
-from captum_concepts._checks import finite_images, integer, name_positions, number, one_of, unique_names
+from captum_concepts._checks import (
+    finite_images,
+    integer,
+    name_positions,
+    number,
+    one_of,
+    unique_names,
+    warn_of_same_embeddings,
+)
 from captum_concepts._undo import unharming
 from captum_concepts.activations import Inputs, Layer, Layers, find_model, gradients_enabled
 from captum_concepts.attr.batches import as_inputs, count, image_names, joined
@@ -483,6 +491,8 @@ class ConceptFusionMap(LayerAttribution):
         concepts = self.concepts if concepts is None else concepts
         check_encoder(encoder, words=concepts is not None)
         names, text = (None, None) if concepts is None else encode(concepts, encoder)
+        if names is not None and text is not None:
+            warn_of_same_embeddings(names, text)
         asked: dict[str, Any] = {
             "logit_scale": float(getattr(encoder, "logit_scale", 100.0)),
             "logit_bias": float(getattr(encoder, "logit_bias", 0.0) or 0.0),

@@ -119,7 +119,10 @@ def load(
             try:
                 check_fingerprint({"model": model}, {"model": info["model"] or model}, str(path))
             except ArtifactError as error:
-                raise ArtifactError(f"{error}; load the model and weights it was fitted to, or fit again") from error
+                raise ArtifactError(
+                    f"{error}: class, parameters or dtype differ; load the model and weights it was fitted to, or fit "
+                    "again"
+                ) from error
         chosen: list[Layer] = list(info["layers"] if layers is None else layers)
         try:
             own = Layers.resolve(forward_func, chosen).names

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_concepts._memory import out_of_memory
+from captum_concepts._undo import warnings_filtered
 from captum_concepts.activations import Inputs, Layers, SpatialActivations, full_precision
+from captum_concepts.activations.layers import gradient_errors
 from captum_concepts.errors import InputWarning
 
 # Gradients at once: more than sixteen passes of a ResNet-50, since a batch of sixteen is a fifth faster than one of
@@ -81,7 +83,8 @@ class ConceptPass:
         signed: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         sources = [self.sources[layer] for layer in layers]
         for part in cotangents.split(chunk, 1):
-            gradients = vector_products(self.embedding, sources, part.transpose(0, 1))
+            with gradient_errors(self.seen.names):
+                gradients = vector_products(self.embedding, sources, part.transpose(0, 1))
             for layer, gradient in zip(layers, gradients, strict=True):
                 maps = self.maps[layer]
                 if self.branch:
@@ -152,9 +155,8 @@ def vector_products(output: Tensor, sources: Sequence[Tensor], cotangents: Tenso
     if len(cotangents) > 1:
         together = max(1, _ENTRIES // sum(source.numel() for source in sources))
         try:
-            with warnings.catch_warnings():
-                # A missing batching rule is announced by a warning and then runs slower than the plain loop.
-                warnings.simplefilter("error")
+            # A missing batching rule is announced by a warning and then runs slower than the plain loop.
+            with warnings_filtered("error", UserWarning, "There is a performance drop"):
                 return torch.func.vmap(one, chunk_size=min(together, len(cotangents)))(cotangents)
         except (RuntimeError, NotImplementedError, ValueError, Warning) as error:
             said = out_of_memory(error)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_concepts._checks import unique_names
+from captum_concepts._checks import unique_names, warn_of_same_embeddings
 from captum_concepts.concepts import Vocabulary
 from captum_concepts.errors import InputError
 
@@ -125,3 +125,4 @@ def check_words(concepts: Any, text: Any, width: int | None) -> None:
         )
     if not text.isfinite().all() or not text.any(1).all():
         raise InputError("text_embeddings contain a row that is zero, NaN or infinite, which has no direction")
+    warn_of_same_embeddings(names, text)

@@ -28,7 +28,7 @@ from captum_concepts._artifacts import (
 )
 from captum_concepts._captum import LayerAttribution, layer_attribution, select_output
 from captum_concepts._checks import finite_images, integer, name_positions, number, one_of, take_rows
-from captum_concepts._undo import unharming
+from captum_concepts._undo import unharming, warnings_filtered
 from captum_concepts.activations import (
     LAYOUTS,
     Inputs,
@@ -746,13 +746,12 @@ class SpatialACV(LayerAttribution):
             n = count(inputs)
             part, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), n)
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", InputWarning)
+                with warnings_filtered("ignore", InputWarning):
                     linear = not self._need_fit().of_input and all(
                         followed_by_linear(layers, part, additional_forward_args=extra)
                     )
                     self._linear = self._other_layer(part, extra) if linear else ""
-            except (InputError, RuntimeError, TypeError):
+            except (InputError, RuntimeError, TypeError, AssertionError):
                 return  # what is wrong is said where the gradient is computed
         if self._linear:
             warnings.warn(

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from captum_concepts import images as reader
 from captum_concepts._artifacts import Array, check_json, integer as integer_from, list_of, table
 from captum_concepts._checks import finite_images, integer
-from captum_concepts.activations import Layers, evaluation_mode, find_model
+from captum_concepts.activations import Layers, evaluation_mode, find_model, full_precision
 from captum_concepts.errors import InputError
 from captum_concepts.store.manifest import fingerprint_callable
 from captum_concepts.store.processes import all_or_none, fill_together, lost_peers_named, world
@@ -311,7 +311,11 @@ class _Pairs:
     @torch.no_grad()
     def _pair(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         images = images if self.device is None else images.to(self.device)
-        seen = self.layers.run(images if self.model_transform is None else self.model_transform(images))
+        shown = images if self.model_transform is None else self.model_transform(images)
+        model = self.layers.model
+        like = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
+        read = like is not None and shown.dtype == torch.float32  # as images are read
+        seen = self.layers.run(shown.to(like.dtype) if like is not None and read else shown)
         pooled = [maps.float().mean((2, 3)).cpu() for maps in seen.maps]
         encode = self.encoder.encode_image
         with evaluation_mode(find_model(self.encoder) or find_model(encode)):
@@ -333,8 +337,9 @@ def random_crops(image: Tensor, count: int, generator: torch.Generator) -> list[
         h = min(height, max(1, round(height * (area * aspect) ** 0.5)))
         w = min(width, max(1, round(width * (area / aspect) ** 0.5)))
         top, left = int(draws[2] * (height - h + 1)), int(draws[3] * (width - w + 1))
-        part = image[None, :, top : top + h, left : left + w]
-        crops.append(F.interpolate(part, (height, width), mode="bilinear", align_corners=False, antialias=True)[0])
+        part = full_precision(image[None, :, top : top + h, left : left + w])
+        part = F.interpolate(part, (height, width), mode="bilinear", align_corners=False, antialias=True)
+        crops.append(part[0].to(image.dtype))
     return crops
 
 

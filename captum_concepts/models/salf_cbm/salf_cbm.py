@@ -825,7 +825,7 @@ class SALFCBM(
         """
         columns = name_positions(concepts, self.concepts)
         integer("k", k)
-        best = torch.empty(0, len(columns))
+        best = torch.empty(0, len(columns), dtype=torch.float32)
         where = torch.empty(0, len(columns), dtype=torch.long)
         total = 0
         seen, _ = self._look(data, batch_size=batch_size)

@@ -21,7 +21,7 @@ from captum_concepts._artifacts import save_artifact
 from captum_concepts.activations import Layers
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.errors import ArtifactError, ConvergenceWarning, InputError, NotFittedError
+from captum_concepts.errors import ArtifactError, ConvergenceWarning, InputError, InputWarning, NotFittedError
 from captum_concepts.models import ConceptTranslator
 from captum_concepts.models.concept_translator.data import TrainingPairs, collect_pairs, random_crops
 from captum_concepts.models.concept_translator.fit import fit_translator
@@ -96,6 +96,33 @@ def test_it_learns_what_the_encoder_sees():
     assert h["val_loss"][-1] <= h["val_loss"][0]
     assert h["val_cosine"][0] > 0.9  # the start in closed form
     assert (cefam.logit_scale, cefam.link) == (20.0, "softmax")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_classifier_in_half_precision(dtype):
+    """From images in its own precision, or as they are read; also with crops, which are resized in full precision."""
+    x, options = images(), {"training": {"epochs": 10, "batch_size": 16}, "crops": 2}
+    full = fit(x, **options)
+    for given in (x, x.to(dtype)):
+        half = fit(given, model=classifier().to(dtype), **options)
+        found, expected = half.logits(x[:8].to(dtype)), full.logits(x[:8])
+        assert found.dtype == torch.float32
+        # Ten epochs carry what is rounded on: .98 in bfloat16 here.
+        assert np.corrcoef(found.flatten(), expected.flatten())[0, 1] > 0.95
+
+
+def test_words_that_are_one_to_the_encoder_are_warned_of():
+    """They share what would be the probability of one."""
+
+    class Lower(Color):
+        def encode_text(self, words):
+            return super().encode_text([word.lower() for word in words])
+
+    cefam = fit(encoder=Lower())
+    with pytest.warns(InputWarning, match="'red' and 'Red' are the same to the encoder"):
+        cefam.with_concepts(["red", "green", "Red"], Lower())
+    with pytest.warns(InputWarning, match="'red' and 'Red' are the same to the encoder"):
+        fit(encoder=Lower(), concepts=["red", "green", "Red"])
 
 
 def test_deterministic_and_independent_of_the_global_seed():

@@ -134,7 +134,7 @@ def fit_bottleneck(
     state = _State(settings, train, text, backbone, validate, resume)
     saved = time.monotonic()
     for epoch in _epochs(state, settings, show_progress):
-        total = torch.zeros(len(text), device=text.device)
+        total = torch.zeros(len(text), device=text.device, dtype=torch.float32)
         parts = _batches(train.rows, settings, epoch)
         rank, size = world()
         with nullcontext() if backbone is not None else torch.no_grad():

@@ -73,7 +73,7 @@ class LiveFeatures:
     def rows(self, index: Sequence[int]) -> Tensor:
         """``(n, h*w, D)`` float32 on the model's device; differentiable if gradients are enabled."""
         if not len(index):
-            return torch.empty(0, self.cells, self.dim, device=self.device)
+            return torch.empty(0, self.cells, self.dim, device=self.device, dtype=torch.float32)
         return torch.cat(list(self.batches([int(i) for i in index])))
 
     def batches(self, index: Sequence[int]) -> Iterator[Tensor]:

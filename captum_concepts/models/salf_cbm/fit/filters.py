@@ -45,7 +45,7 @@ def concept_presence(
         )
     share = share_of(len(store))
     similarity = store.similarity(text)
-    best = torch.empty(0, len(text), device=text.device)
+    best = torch.empty(0, len(text), device=text.device, dtype=torch.float32)
     parts = [slice(s, min(s + batch_size, share.stop)) for s in range(share.start, share.stop, batch_size)]
     for p in ahead(similarity.__getitem__, parts, depth=1):
         joined = torch.cat([best, p.flatten(1)])

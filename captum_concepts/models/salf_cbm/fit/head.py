@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from captum_concepts._artifacts import Array, either, flag, list_of, number as a_number, own_folder, table
 from captum_concepts._checks import number, one_of
+from captum_concepts._undo import warnings_filtered
 from captum_concepts.activations import full_precision
 from captum_concepts.errors import InputError, InputWarning, shortened
 from captum_concepts.models.salf_cbm.fit.features import GridFeatures
@@ -290,8 +291,7 @@ def fit_head(
 
 def _mean_and_std(activations: Any, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """``(M,)`` each, as the solver has them, which also refuses what it cannot fit."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)  # of classes without images: the fit itself warns
+    with warnings_filtered("ignore", InputWarning):  # of classes without images: the fit itself warns
         stats = open_problem(activations, labels, standardize=True, **options).stats
     assert stats.mean is not None
     assert stats.std is not None
@@ -345,9 +345,9 @@ def _solved(
     if lam is not None:
         return fit_elastic_net(activations, labels, lam, alpha=0.0 if head == "dense" else alpha, **options)
     wanted = nonzeros_per_class or min(NONZEROS, width / 2)
-    with warnings.catch_warnings():
-        if nonzeros_per_class is None:  # nobody asked for that number: classes that are easily separated need less
-            warnings.filterwarnings("ignore", "no point of the path", InputWarning)
+    # Nobody may have asked for that number: classes that are easily separated need less.
+    unasked = warnings_filtered("ignore", InputWarning, "no point of the path")
+    with unasked if nonzeros_per_class is None else nullcontext():
         path = elastic_net_path(activations, labels, nonzeros_per_class=wanted, alpha=alpha, **options)
     if path.selected is None:
         raise InputError("the elastic-net path is empty")

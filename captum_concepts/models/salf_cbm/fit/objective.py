@@ -101,7 +101,9 @@ def cells_of(count: int, numbers_each: int) -> Iterator[slice]:
 def by_cell(values: Tensor, where: slice, device: torch.device) -> Tensor:
     """``(k, n, D)`` in float32: some cells of ``(n, h*w, D)``."""
     source = values[:, where].to(device).transpose(0, 1)
-    return torch.empty(source.shape, device=device).copy_(source)  # widened and transposed in one pass
+    return torch.empty(source.shape, device=device, dtype=torch.float32).copy_(
+        source
+    )  # widened and transposed in one pass
 
 
 def centered(values: Tensor, total: int) -> Tensor:
@@ -141,9 +143,9 @@ def batch_similarity(
         processes); and the gradient by ``features`` or None.
     """
     count = features.shape[1]
-    mean = torch.zeros(len(weight), device=weight.device)
+    mean = torch.zeros(len(weight), device=weight.device, dtype=torch.float32)
     gradient = torch.zeros_like(weight)
-    by_features = torch.empty(features.shape, device=weight.device) if feature_gradient else None
+    by_features = torch.empty(features.shape, device=weight.device, dtype=torch.float32) if feature_gradient else None
     reduce = all_reduce if world()[1] > 1 else None
     for where in cells_of(count, -(-total // world()[1]) * len(weight)):
         f = centered(by_cell(features, where, weight.device), total)
@@ -191,7 +193,7 @@ class Validation:
         """``(M,)`` standard deviation of each concept map about the mean of its cell; 1 for a constant one."""
         features_mean = (self._mean_rows() if self._means is None or self.changing else self._means)[0]
         device = self.text.device
-        total = torch.zeros(len(weight), device=device)
+        total = torch.zeros(len(weight), device=device, dtype=torch.float32)
         for features, _ in self.samples.batches(self.parts):
             for where in cells_of(features.shape[1], len(features) * len(weight)):
                 f = without_mean(by_cell(features, where, device), features_mean[where, None])
@@ -211,8 +213,10 @@ class Validation:
         """
         device = self.text.device
         n = len(self.samples.rows)
-        counts = torch.poisson(torch.ones(RESAMPLES, n), generator=torch.Generator().manual_seed(0))
-        counts = torch.cat([torch.ones(1, n), counts])[:, torch.tensor(share_of(n))].to(device)
+        counts = torch.poisson(
+            torch.ones(RESAMPLES, n, dtype=torch.float32), generator=torch.Generator().manual_seed(0)
+        )
+        counts = torch.cat([torch.ones(1, n, dtype=torch.float32), counts])[:, torch.tensor(share_of(n))].to(device)
         parts = [[v.to(device).float().mean(1) for v in part] for part in self.samples.batches(self.parts)]
         f, e = (torch.cat(part) for part in zip(*parts, strict=True))
         f, e = (without_mean(v, all_reduce(v.sum(0)) / n) for v in (f, e))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from captum_concepts._artifacts import Array, list_of, number, own_folder, table
-from captum_concepts._checks import with_weights
+from captum_concepts._checks import warn_of_same_embeddings, with_weights
 from captum_concepts._undo import unharming
 from captum_concepts.activations import Layer, evaluation_mode, layer_name
 from captum_concepts.concepts import Vocabulary
@@ -315,6 +315,7 @@ class FitRun:
         self.place: Layer = self.layer if options.train_backbone else layer
         self.vocabulary = vocabulary
         self.text = vocabulary.encode(encoder)  # fails now, not after hours, if a concept has no text
+        warn_of_same_embeddings(list(vocabulary), self.text)
         self.class_names = options.class_names or _fitting(train.class_names, num_classes)
         self.multi_label = train.multi_label
         self.input_size = input_size(train, options.model_transform)

@@ -166,10 +166,12 @@ def _time_step(run: FitRun, embedding_dim: int) -> float:
     few = min(cells, 4)
     generator = torch.Generator().manual_seed(0)
     features, embeddings = (
-        torch.randn(total, few, width, generator=generator).to(run.device) for width in (live.dim, embedding_dim)
+        torch.randn(total, few, width, generator=generator, dtype=torch.float32).to(run.device)
+        for width in (live.dim, embedding_dim)
     )
     weight, text = (
-        torch.randn(len(run.text), width, generator=generator).to(run.device) for width in (live.dim, embedding_dim)
+        torch.randn(len(run.text), width, generator=generator, dtype=torch.float32).to(run.device)
+        for width in (live.dim, embedding_dim)
     )
     with torch.no_grad():
         found = _timed(lambda: batch_similarity(features, embeddings, weight, text, total), run.device)
@@ -178,8 +180,8 @@ def _time_step(run: FitRun, embedding_dim: int) -> float:
 
 def _time_product(run: FitRun) -> float:
     """Seconds an image of the two matrix products of a pass of the head."""
-    x = torch.rand(2048, len(run.text), device=run.device)
-    weight = torch.rand(run.num_classes, len(run.text), device=run.device)
+    x = torch.rand(2048, len(run.text), device=run.device, dtype=torch.float32)
+    weight = torch.rand(run.num_classes, len(run.text), device=run.device, dtype=torch.float32)
     return _timed(lambda: (x @ weight.T).T @ x, run.device) / len(x)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from captum_concepts import published
 from captum_concepts.concepts import Vocabulary
+from captum_concepts.errors import InputWarning
 from captum_concepts.models.cubic_similarity import cubic_similarity
 from captum_concepts.models.salf_cbm.fit import BottleneckSettings
 from captum_concepts.solvers import elastic_net_path, fit_elastic_net
@@ -138,6 +139,27 @@ def test_same_seed_same_bits(tmp_path):
         assert torch.equal(value, state(second)[name]), name
     assert not torch.equal(first.bottleneck.weight, other.bottleneck.weight)
     assert first.metadata == second.metadata
+
+
+def test_the_default_dtype_does_not_matter(tmp_path):
+    expected = fit(tmp_path / "single")
+    torch.set_default_dtype(torch.float64)
+    try:
+        images, labels = images_and_labels()
+        found = fit(tmp_path / "double", (images.float(), labels), network=backbone().float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.bottleneck.weight.dtype == torch.float32
+    assert found.concepts == expected.concepts
+
+
+def test_words_that_are_one_to_the_encoder_are_warned_of(tmp_path):
+    class Lower(Colours):
+        def encode_text(self, texts):
+            return super().encode_text([text.lower() for text in texts])
+
+    with pytest.warns(InputWarning, match="'red' and 'Red' are the same to the encoder"):
+        fit(tmp_path, words=[*WORDS, "Red"], encoder=Lower())
 
 
 def test_global_random_state_is_left_alone(tmp_path):
