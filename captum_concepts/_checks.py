@@ -118,6 +118,7 @@ def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
 def warn_of_same_embeddings(names: Sequence[str], text: Tensor) -> None:
     """Warn of names that the encoder cannot tell apart ("red" and "Red"): each takes a part of the other's probability.
 
+    >>> import torch
     >>> warn_of_same_embeddings(["sky", "sea"], torch.eye(2))
     """
     first: dict[bytes, str] = {}
