@@ -9,8 +9,8 @@ Evaluation mode belongs to the model, not to a thread. Calls that overlap in sev
 to finish restores it. Filters of warnings belong to the process: :func:`warnings_filtered` adds one of its own and
 takes that one away.
 
-The caller's ``torch.autocast`` is for the caller's models: they run under it (:func:`evaluation_mode`), and what a call
-computes from their activations does not.
+The caller's ``torch.autocast`` is for the caller's models and functions: they run under it (:func:`evaluation_mode`,
+:func:`autocast_of_the_caller`), and what a call computes from their activations does not.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import os
 import sys
 import threading
 import traceback
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
@@ -36,11 +38,15 @@ Thing = TypeVar("Thing", bound=Callable[..., Any])
 
 
 class _Running(threading.local):
-    """Of the outermost call that runs in this thread: its changes, to be undone (None outside of one), and the device
-    types for which the caller has autocast on."""
+    """Of the outermost call that runs in this thread: its changes, to be undone (None outside of one); the device types
+    for which the caller has autocast on; whether the caller's own code runs; whether what it returns may be
+    differentiated; tensors that have a history for its duration."""
 
     changes: list[undone] | None = None
     autocast: tuple[str, ...] = ()
+    users: bool = False
+    live: bool = False
+    linked: Sequence[weakref.ref[Tensor]] = ()
 
 
 _running = _Running()
@@ -49,6 +55,16 @@ lock = threading.RLock()
 _evaluated: dict[nn.Module, set[object]] = {}  # the running calls that hold a training module in evaluation mode
 _filters: set[int] = set()  # the numbers of the filters of warnings that are there now
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+_LIVE = "captum_concepts.activations"  # its functions return tensors with their graph
+
+
+def _after_fork() -> None:
+    """The child has one thread, and no call of another goes on in it."""
+    lock._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class undone:
@@ -121,22 +137,60 @@ def warnings_filtered(
         yield
 
 
+def _with_autocast() -> tuple[str, ...]:
+    return tuple(kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind))
+
+
 def _set_autocast(kinds: Iterable[str], enabled: bool) -> None:
     for kind in kinds:
         torch.set_autocast_enabled(kind, enabled)
 
 
 @contextmanager
-def _autocast_of_the_caller() -> Iterator[None]:
-    """The autocast that was on when the outermost call began, if it is off by now."""
-    kinds = tuple(kind for kind in _running.autocast if not torch.is_autocast_enabled(kind))
-    with undone(lambda: _set_autocast(kinds, False)):
-        _set_autocast(kinds, True)
+def autocast_of_the_caller() -> Iterator[None]:
+    """For code of the caller: the autocast that was on when the call began, if it is off by now."""
+    before, kinds = _running.users, _switched_off()
+
+    def leave() -> None:
+        _set_autocast(kinds, False)
+        _running.users = before
+
+    with undone(leave):
+        _to_the_caller(kinds)
         yield
 
 
+def _switched_off() -> tuple[str, ...]:
+    return tuple(kind for kind in _running.autocast if not torch.is_autocast_enabled(kind))
+
+
+def _to_the_caller(kinds: Iterable[str]) -> None:
+    _running.users = _running.changes is not None
+    if _running.autocast:
+        _set_autocast(kinds, True)
+        torch.clear_autocast_cache()  # of weights that may have changed since
+
+
+def without_history_in_the_end(tensor: Tensor) -> None:
+    """Take ``tensor``, if it still exists, out of its graph once the outermost call ends: a model or hook may keep it.
+
+    Not where what the call returns is still to be differentiated.
+    """
+    if _running.changes is not None and not _running.live:
+        _running.linked = [*(one for one in _running.linked if one() is not None), weakref.ref(tensor)]
+
+
+def _without_history(tensor: Tensor | None) -> None:
+    if tensor is None or not tensor.requires_grad:
+        return
+    if tensor.is_leaf:
+        tensor.requires_grad_(False)
+    elif not tensor._is_view():
+        tensor.detach_()
+
+
 @contextmanager
-def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[None]:
+def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None, *, autocast: bool = True) -> Iterator[None]:
     """Run ``model`` as in ``eval()``, then restore the training flag of each submodule.
 
     In training mode, batch statistics would mix the examples and every call would change the model's buffers.
@@ -146,9 +200,12 @@ def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[N
     Args:
         model: the model, or all of its modules where they have been listed already. None: the model is not known (a
             plain function), and every module that this thread calls meanwhile is held in evaluation mode.
+        autocast: False: more than the model runs inside, and the model has an evaluation mode of its own there.
     """
     call = object()
     held: list[nn.Module] = []
+    users = _running.users
+    kinds = _switched_off() if autocast and _running.autocast else ()
 
     def hold(modules: Iterable[nn.Module]) -> None:
         with lock:
@@ -169,8 +226,13 @@ def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None) -> Iterator[N
                         held[-1].training = True
                         _evaluated.pop(held[-1], None)
                 held.pop()
+        _running.users = users
+        if kinds:
+            _set_autocast(kinds, False)
 
-    with undone(release), _autocast_of_the_caller() if _running.autocast else nullcontext():
+    with undone(release):
+        if autocast:
+            _to_the_caller(kinds)
         if model is None:
             hook = _Hook(lambda module, _args: hold([module]))
             with undone(hook.remove):
@@ -248,14 +310,18 @@ def unharming(thing: Thing) -> Thing:
 
 
 def _unharming(function: Any) -> Any:
+    live = function.__module__.startswith(_LIVE)
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _running.changes is not None:
+        if torch.compiler.is_compiling():
             return function(*args, **kwargs)
+        if _running.changes is not None:
+            return _inside(function, args, kwargs) if _running.users else function(*args, **kwargs)
         found = _Found()
         try:
             try:
-                _running.changes, _running.autocast = found.changes, found.autocast
+                _running.changes, _running.autocast, _running.live = found.changes, found.autocast, live
                 _set_autocast(found.autocast, False)
                 result = function(*args, **kwargs)
                 found.ended_well = True
@@ -270,6 +336,20 @@ def _unharming(function: Any) -> Any:
     return call
 
 
+def _inside(function: Any, args: Any, kwargs: Any) -> Any:
+    """Call it from code of the user that is itself called from here: whose autocast is what it is now."""
+    before, kinds = _running.autocast, _with_autocast()
+
+    def leave() -> None:
+        _running.autocast, _running.users = before, True
+        _set_autocast(kinds, True)
+
+    with undone(leave):
+        _running.autocast, _running.users = kinds, False
+        _set_autocast(kinds, False)
+        return function(*args, **kwargs)
+
+
 class _Found:
     """The modes of this thread as a call found them."""
 
@@ -277,7 +357,7 @@ class _Found:
         self.changes: list[undone] = []
         self.ended_well = False
         self.gradients = torch.is_grad_enabled()
-        self.autocast = tuple(kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind))
+        self.autocast = _with_autocast()
         self.modes = _get_current_function_mode_stack()
         self.layers = torch._C._functorch.get_dynamic_layer_stack_depth()  # of vmap
         self.filters = warnings.filters
@@ -293,8 +373,13 @@ class _Found:
                 change.undo()
                 change.ended = True
             self.changes.pop()
-        _running.changes, _running.autocast = None, ()
+        while _running.linked:
+            _without_history(_running.linked[-1]())
+            _running.linked = _running.linked[:-1]
+        _running.changes, _running.autocast, _running.users, _running.live = None, (), False, False
         _set_autocast(self.autocast, True)
+        if self.autocast:
+            torch.clear_autocast_cache()
         if not self.ended_well:
             if torch._C._functorch.get_dynamic_layer_stack_depth() > self.layers:
                 torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.layers)

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_concepts._captum import output_tensor
-from captum_concepts._undo import evaluation_mode, hooked, lock, undone, unharming, watching
+from captum_concepts._undo import (
+    autocast_of_the_caller,
+    evaluation_mode,
+    hooked,
+    lock,
+    undone,
+    unharming,
+    watching,
+    without_history_in_the_end,
+)
 from captum_concepts.errors import (
     CaptumConceptsError,
     InputError,
@@ -131,10 +140,13 @@ def capture_modules(
         substitute: for some of ``modules``.
     """
     arguments = (*check_inputs(inputs), *forward_arguments(additional_forward_args))
+    if gradient:  # they may be a layer's input, and get its history: the caller's tensors must not
+        arguments = tuple(part.detach().clone() if isinstance(part, Tensor) else part for part in arguments)
     unique = dict(zip(modules, names, strict=True))
+    parts = None if parts is None else list(parts)
 
-    def attempt(enabled_before: bool) -> tuple[Any, str | None, _Recorder]:
-        recorder = _Recorder(unique, substitute or {}, gradient, (arguments, parts or ()))
+    def attempt(enabled_before: bool, link: bool = True) -> tuple[Any, str | None, _Recorder]:
+        recorder = _Recorder(unique, substitute or {}, gradient, parts or (), link)
         activations = _FinalActivations()
         hook = recorder.at_input if attribute_to_layer_input else recorder.at_output
         with (
@@ -145,11 +157,20 @@ def capture_modules(
             hooked(unique, hook, at_input=attribute_to_layer_input),
             watching(activations) if logits else nullcontext(),
         ):
-            with input_errors(arguments, parts):
-                output = run(*map(_normal, arguments))
-            output, final = activations.undone(output)
-            if recorder.gradients_put_off() and not _differentiable(output):
-                recorder.interrupted = True
+            try:
+                with input_errors(arguments, parts):
+                    output = run(*map(_normal, arguments))
+            except RuntimeError as error:  # an operation in place on what was linked, or on another view of it
+                linked = recorder.linked and _IN_PLACE.search(str(error)) is not None
+                if not linked:
+                    raise
+            else:
+                linked = False
+                output, final = activations.undone(output)
+                if recorder.gradients_put_off() and not _differentiable(output):
+                    recorder.interrupted = True
+        if linked or any(tensor._version != version for tensor, version in recorder.watched):
+            return attempt(enabled_before, link=False)
         return output, final, recorder
 
     output, final, recorder = attempt(enabled_before=False)
@@ -182,6 +203,8 @@ def capture_modules(
     )
 
 
+#: What torch says of an operation in place that it cannot record.
+_IN_PLACE = re.compile(r"in-?place")
 _CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
 #: What networks say of images of a size that they do not take: torch's layers, torchvision, timm, transformers.
 _SIZE = re.compile(
@@ -331,15 +354,19 @@ class _Recorder:
     """The hooks of one forward pass and what they have recorded.
 
     Args:
-        kept: arguments of the model and its modules, whose own tensors stay as they are.
+        parts: the modules of the model, whose own tensors stay as they are.
+        link: let a layer's input go on as itself, wherever else it goes.
     """
 
     names: Mapping[nn.Module, str]
     replace: Mapping[nn.Module, Callable[[Tensor], Tensor]]
     gradient: bool
-    kept: tuple[Any, Iterable[nn.Module]]
+    parts: Iterable[nn.Module]
+    link: bool
     record: dict[nn.Module, Tensor] = field(default_factory=dict)
     originals: dict[nn.Module, Tensor] = field(default_factory=dict)
+    linked: bool = False
+    watched: list[tuple[Tensor, int]] = field(default_factory=list)
     interrupted: bool = False
 
     def at_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -373,7 +400,10 @@ class _Recorder:
         if self.gradient and not tensor.is_floating_point():
             raise LayerError(f"layer {self.names[module]!r} has no gradient, because it returns {tensor.dtype}")
         self.interrupted = self.interrupted or self.gradients_put_off()
-        if self.gradient and not self.record:
+        first = not self.record
+        if self.gradient and is_input and not first and given.requires_grad and self.link and not self.replace:
+            return self._watch(module, given)
+        if self.gradient and first:
             tensor = tensor.detach()  # what is upstream of the first layer is never differentiated
         if shared:
             tensor = tensor.clone()
@@ -386,27 +416,41 @@ class _Recorder:
             if not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
             torch.set_grad_enabled(True)
-        first = not self.record
         self.record[module] = tensor
         if module not in self.replace:
             if shared and not self.gradient:
                 return given  # what was recorded is a copy
-            if is_input and first and self._link(given, tensor):
-                return given
+            if is_input and first and self._may_link(given):
+                return given if self._link(given, tensor) else self._watch(module, given)
         # A copy continues, so that an in-place operation after the layer cannot overwrite what was recorded.
         return tensor.clone()
 
-    def _link(self, given: Tensor, recorded: Tensor) -> bool:
-        """Make ``given``, wherever it goes, a copy of what was recorded; False where that is not possible."""
-        arguments, parts = self.kept
-        kept = (*tensors_in(arguments), *(t for m in parts for t in (*m._parameters.values(), *m._buffers.values())))
-        if given.requires_grad or any(_same_memory(given, other) for other in kept if other is not None):
+    def _may_link(self, given: Tensor) -> bool:
+        """Whether it was made in this forward pass, without a history."""
+        if not self.link or given.requires_grad or given.is_inference():
             return False
+        own = (t for m in self.parts for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+        return not any(_same_memory(given, other) for other in own)
+
+    def _link(self, given: Tensor, recorded: Tensor) -> bool:
+        """Make ``given``, wherever it goes, a copy of what was recorded; False where torch does not stand that."""
+        self.linked = True
         try:
             given.copy_(recorded)
         except RuntimeError:  # a view that was made while gradients were disabled
             return False
+        without_history_in_the_end(given)
         return True
+
+    def _watch(self, module: nn.Module, given: Tensor) -> Tensor:
+        """Record ``given`` itself, which nothing may change afterwards."""
+        self.linked = True
+        if not given.requires_grad:
+            given.requires_grad_()
+            without_history_in_the_end(given)
+        self.watched.append((given, given._version))
+        self.record[module] = given
+        return given
 
     def gradients_put_off(self) -> bool:
         """Whether the model itself has disabled gradients again since the first layer."""
@@ -437,7 +481,8 @@ def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
     torch.Size([2, 4, 6, 6])
     """
     if name == "":
-        return _tensor_of(model(*args), name)
+        with autocast_of_the_caller():
+            return _tensor_of(model(*args), name)
     layer = model.get_submodule(name)
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
@@ -458,6 +503,7 @@ def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
             eager_mode() if in_place else nullcontext(),
             hooked([layer], hook),
             input_errors(args, [*model.modules()]),
+            autocast_of_the_caller(),
         ):
             model(*args)
     except _ReachedError:
@@ -598,7 +644,10 @@ def _differentiable(output: Any) -> bool:
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.device == other.device and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    try:
+        return one.device == other.device and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError, ValueError):  # sparse, not initialized, of a library of its own
+        return False
 
 
 def first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:

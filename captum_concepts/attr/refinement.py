@@ -108,8 +108,8 @@ def prepare(layers: Layers, seen: SpatialActivations, inputs: Inputs, extra: Any
         plain = layers.run(without_content(inputs), additional_forward_args=extra, attribute_to_layer_input=of_input)
     maps = [full_precision(seen.maps[k].detach()) for k in numbers]
     content = tuple(a - full_precision(plain.maps[k]) for a, k in zip(maps, numbers, strict=True))
-    first = inputs[0] if isinstance(inputs, tuple) else inputs
-    pixels = first if first.ndim == 4 else None
+    parts = inputs if isinstance(inputs, tuple) else (inputs,)
+    pixels = next((part for part in parts if part.ndim == 4), None)
     size = None if pixels is None else (pixels.shape[2], pixels.shape[3])
     grid = regions.fused_grid([(a.shape[2], a.shape[3]) for a in maps], size)
     return Refinement(numbers, content, regions.feature_affinity(content, grid, pixels), grid)

@@ -20,7 +20,7 @@ from captum_concepts import _artifacts as schema
 from captum_concepts._artifacts import Array, open_artifact, save_artifact
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
-from captum_concepts._undo import unharming
+from captum_concepts._undo import autocast_of_the_caller, unharming
 from captum_concepts.audit.rows import ARRAYS, Rows, collect_rows, look, model_of, placed, prepared_folder
 from captum_concepts.audit.statistics import (
     Effect,
@@ -632,6 +632,7 @@ def _confirmed(
     return replace(suspect, contribution=effect, confirmed=bool(effect.low > 0))
 
 
+@autocast_of_the_caller()
 def _maps(suspect: Suspect, explainer: Any, source: ImageSource, batch_size: int) -> Tensor:
     """``(12, h, w)``: where the concept is in the images that are shown."""
     found = [[], []]  # type: list[list[Tensor]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from captum_concepts._artifacts import Array, open_artifact, save_artifact
 from captum_concepts._captum import output_tensor
 from captum_concepts._checks import finite_images
-from captum_concepts._undo import hooked
+from captum_concepts._undo import autocast_of_the_caller, hooked
 from captum_concepts.activations import evaluation_mode, find_model, input_errors
 from captum_concepts.attr import batches as attr_batches
 from captum_concepts.errors import ArtifactError, InputError
@@ -103,6 +103,7 @@ def _probabilities(outputs: Tensor) -> Tensor:
     return outputs if ready else outputs.softmax(1)
 
 
+@autocast_of_the_caller()
 def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
     """What is kept of some images, on the CPU.
 

@@ -184,7 +184,6 @@ def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, fail
     file = None if settings.explainer is None else Path(settings.explainer)
     settings.refuse((*_COMPARED, "layer"), "words are read from several layers (--layers), and compared with no images")
     if file is not None and file.is_file():
-        settings.refuse(("train", "layers"), f"{file} is trained")
         made = ConceptFusionMap.load(file, loaded.model)
         if settings.words is not None:
             made = made.with_concepts(word_list(settings.words), encoder_of(settings))

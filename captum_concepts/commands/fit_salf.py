@@ -87,7 +87,7 @@ def _check_folders(config: Mapping[str, Any], out: Path) -> None:
                     f"{what} {printable(folder)} lies in the folder of {name}, whose folders are the classes; give "
                     "another"
                 )
-    there = [name for name in ("config.json", "model.safetensors", "README.md") if (out / name).exists()]
+    there = [name for name in _FILES if (out / name).exists()]
     if there and not _is_ours(out):
         raise InputError(
             f"output {printable(out)} holds a {there[0]} that is not of a SALF-CBM and would be replaced; give another "

@@ -119,7 +119,8 @@ class MaskFolder(SegmentationDataset):
                 InputWarning,
                 stacklevel=2,
             )
-        self.unlabelled = unlabelled or ("background" if zero == "background" else "ignore")
+        by_name = "background" if zero == "background" else "ignore"
+        self.unlabelled = by_name if unlabelled is None else unlabelled
         self.void = unlabelled_ids(self.unlabelled) | frozenset(void)
         self._files = paired(self.root / "images", self.root / "masks")
         super().__init__(names, **options)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._checks import one_of, unique_names
-from captum_concepts._undo import unharming
+from captum_concepts._undo import autocast_of_the_caller, unharming
 from captum_concepts.errors import InputError, InputWarning, did_you_mean
 from captum_concepts.explanation import ConceptExplainer, ConceptExplanation, ContributionExplainer
 from captum_concepts.images import preprocessing_of
@@ -253,6 +253,7 @@ class Words:
         masks = batch.masks[:, columns]
         return replace(batch, masks=masks, ignore=ignore, concepts=[names[k] for k in columns]), columns
 
+    @autocast_of_the_caller()
     def statistics(self, metric: Any, name: str, explainer: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of a word metric: scores, presence and truth for the vocabulary."""
         if not self.vocabulary or batch.masks is None:
@@ -356,6 +357,7 @@ def _measures(
     return out
 
 
+@autocast_of_the_caller()
 def _maps(
     explainer: Any, name: str, batch: Batch, chosen: Batch, columns: list[int] | None, start: int, channels: str
 ) -> Tensor:

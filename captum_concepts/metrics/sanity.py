@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_concepts._undo import unharming
+from captum_concepts._undo import autocast_of_the_caller, unharming
 from captum_concepts.errors import InputError
 from captum_concepts.metrics._randomize import layer_names, randomize, restored
 
@@ -245,7 +245,8 @@ def _explainer(explain: Explain | Any, target: Any) -> Callable[[Tensor], Tensor
     options = {} if target is None else {"target": target}
 
     def run(inputs: Tensor) -> Tensor:
-        maps = function(inputs, **options)
+        with autocast_of_the_caller():
+            maps = function(inputs, **options)
         if not isinstance(maps, Tensor) or maps.ndim < 2 or len(maps) != len(inputs):
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise InputError(f"explain must return maps ({len(inputs)}, ...), got {got}")

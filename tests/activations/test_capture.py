@@ -11,6 +11,7 @@ import torch
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
+from captum_concepts import FeatureActivationMap
 from captum_concepts.activations import (
     capture,
     find_model,
@@ -319,6 +320,60 @@ def test_a_layers_input_goes_elsewhere_too(images, layer, at_input) -> None:
         )
         found = (gradient.mean((2, 3), keepdim=True) * start).sum(1, keepdim=True).detach()
         torch.testing.assert_close(found, captums, rtol=1e-4, atol=1e-6)
+
+
+class Tokens(nn.Module):
+    """A layer whose input, a view of patches, goes along a shortcut; ``early`` keeps a view from before the layer."""
+
+    def __init__(self, early: bool = False) -> None:
+        super().__init__()
+        self.front, self.norm, self.hand_on = nn.Conv2d(3, 4, 2, 2), nn.LayerNorm(4), nn.Identity()
+        self.fc, self.early = nn.Linear(4, 5), early
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        if self.early:
+            flat = x.flatten(2)
+            return self.fc((self.hand_on(x) * flat.view_as(x)).mean((2, 3)))
+        t = x.flatten(2).transpose(1, 2)
+        return self.fc((self.norm(t).relu() + t).mean(1))
+
+
+def test_tokens_go_along_a_shortcut_too(images) -> None:
+    model = Tokens().eval()
+    tokens = model.front(images).flatten(2).transpose(1, 2).detach().requires_grad_()
+    output = model.fc((model.norm(tokens).relu() + tokens).mean(1))
+    expected = torch.autograd.grad(output[:, 2].sum(), tokens)[0]
+    for names in (["norm"], ["front", "norm"]):  # alone, and beside an earlier layer
+        with gradients_enabled():
+            result = capture(model, images, names, gradient=True, attribute_to_layer_input=True)
+            found = torch.autograd.grad(result.output[:, 2].sum(), result.layers[-1])[0]
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_cannot_be_linked_runs_as_before(images) -> None:
+    """A view from before the layer forbids it, and buffers without memory of their own are no reason to fail."""
+    model = Tokens(early=True).eval()
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.lazy = nn.LazyLinear(2)
+    result = capture(model, images, "hand_on", gradient=True)
+    torch.testing.assert_close(result.output, model(images))
+
+
+def test_what_the_model_keeps_gets_no_history(images) -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.drop, self.fc = nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.front(x)
+            return self.fc(self.drop(self.last).mean((2, 3)))
+
+    model = Keeping().eval()
+    FeatureActivationMap(model, "drop", torch.eye(5)).attribute(images, target=1)
+    assert not model.last.requires_grad
+    assert model.last.is_leaf
 
 
 def test_what_belongs_to_the_user_or_the_model_gets_no_history() -> None:

@@ -625,6 +625,37 @@ def test_half_precision_follows_the_same_rules(dtype, kind, similarity):
     assert error.max() < 16 * torch.finfo(torch.bfloat16 if dtype == "autocast" else dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pair", [(0, 1), (1, 2), (2, 5), (6, 7)])
+def test_two_dimensions_that_mix_are_not_channelwise(pair, dtype):
+    """Whatever random signs they happen to have."""
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(3, 8, 3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.body(x).mean((2, 3))
+            own = z.clone()
+            own[:, pair[0]] = z[:, pair[1]] + 0.5 * z[:, pair[0]]
+            return own
+
+    torch.manual_seed(0)
+    net = Mixing().eval().to(dtype)
+    images, references = torch.rand(3, 3, 32, 32).to(dtype), torch.rand(2, 8).to(dtype)
+    fam = FeatureActivationMap(net, "body", references, similarity="euclidean", normalize="none")
+    found = fam.attribute(images, target=1).double()
+    net, r = net.double(), references.double()[1]
+    maps = net.body(images.double()).detach().requires_grad_()
+    z = maps.mean((2, 3))
+    f = z.clone()
+    f[:, pair[0]] = z[:, pair[1]] + 0.5 * z[:, pair[0]]
+    weights = (torch.autograd.grad(-(f - r).square().sum(), maps)[0] * maps).sum((2, 3))
+    expected = torch.einsum("nc,nchw->nhw", weights, maps)[:, None].detach()
+    assert (found - expected).norm() < 16 * torch.finfo(dtype).eps * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(dtype):
     net, images, references = make("gap", "linear")

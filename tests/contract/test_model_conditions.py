@@ -20,9 +20,10 @@ from hypothesis import given, settings, strategies as st
 from methods import METHODS, Method
 from torch import Tensor, nn
 
-from captum_concepts import SALFCBM
+from captum_concepts import SALFCBM, FeatureActivationMap
 from captum_concepts._undo import warnings_filtered
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
+from captum_concepts.metrics import evaluate, parameter_randomization
 
 #: Calls of each method in the test for leaks;
 #: ``CALLS=1000 pytest -s tests/contract/test_model_conditions.py -k piles`` is the long run.
@@ -133,6 +134,41 @@ def test_autocast_is_for_the_model_alone(method, net, images, monkeypatch):
     assert around.dtype == inside.dtype == torch.float32
     if not isinstance(explainer, SALFCBM):  # which is the model itself, head and bottleneck included
         torch.testing.assert_close(around, inside, rtol=0, atol=0)
+
+
+def test_autocast_of_code_that_is_called_back(net, images):
+    """The user's functions run under the user's autocast, and explainers that they call make it their own again."""
+    heard: list[tuple[torch.dtype, bool]] = []
+    fam = FeatureActivationMap(net, net.body, torch.eye(10))
+
+    def explain(inputs: Tensor, target: Any = None) -> Tensor:
+        heard.append(((inputs.flatten(1) @ torch.ones(inputs[0].numel(), 1)).dtype, torch.is_autocast_enabled("cpu")))
+        with torch.autocast("cpu", enabled=False):
+            return fam.attribute(inputs, target=1)
+
+    plain = explain(images)
+    heard.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        parameter_randomization(explain, net, images)
+        score = torch.ones(4, 16, 12, dtype=torch.bool)
+        table = evaluate({"own": explain}, [{"inputs": images, "masks": score}], ["epg"])
+        found = explain(images)
+    assert set(heard) == {(torch.bfloat16, True)}
+    torch.testing.assert_close(found, plain, rtol=0, atol=0)
+    assert "own" in str(table)
+
+
+def test_weights_that_change_under_autocast(net, images):
+    """Autocast keeps copies of weights in half precision, which must not outlive a change of the weights."""
+    fam = FeatureActivationMap(net, net.body, torch.eye(10))
+    plain = parameter_randomization(fam, net, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(images)
+        under = parameter_randomization(fam, net, images)
+        again = net(images)
+    assert under.passed == plain.passed
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(again, net(images))
 
 
 def test_filters_of_warnings_that_overlap():

@@ -225,8 +225,8 @@ class Part:
         seen = self.seen
         order = list(seen.seen.order)
         grids = [layout.grid for layout in seen.seen.layouts]
-        first = self.inputs[0] if isinstance(self.inputs, tuple) else self.inputs
-        pixels = first if first.ndim == 4 else None
+        shown = self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
+        pixels = next((part for part in shown if part.ndim == 4), None)
         grid = regions.fused_grid(grids, None if pixels is None else (pixels.shape[2], pixels.shape[3]))
         affinity = regions.feature_affinity([seen.maps[number] for number in order], grid, pixels)
         local = read_locally(self.setup.translator, seen.maps, regions.fused_grid(grids), self.bank)

@@ -313,9 +313,10 @@ class _Pairs:
         images = images if self.device is None else images.to(self.device)
         shown = images if self.model_transform is None else self.model_transform(images)
         model = self.layers.model
-        like = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
-        read = like is not None and shown.dtype == torch.float32  # as images are read
-        seen = self.layers.run(shown.to(like.dtype) if like is not None and read else shown)
+        dtypes = [] if model is None else [p.dtype for p in model.parameters() if p.is_floating_point()]
+        if isinstance(shown, Tensor) and shown.dtype == torch.float32 and dtypes and torch.float32 not in dtypes:
+            shown = shown.to(dtypes[0])  # images are read in single precision
+        seen = self.layers.run(shown)
         pooled = [maps.float().mean((2, 3)).cpu() for maps in seen.maps]
         encode = self.encoder.encode_image
         with evaluation_mode(find_model(self.encoder) or find_model(encode)):

@@ -369,7 +369,7 @@ class SALFCBM(
         columns = name_positions(concepts, self.concepts)
         seen, _ = self._look(inputs)
         with torch.no_grad(), evaluation_mode(self.bottleneck):
-            return torch.cat([self._maps_of(one.features, columns) for one in seen])
+            return full_precision(torch.cat([self._maps_of(one.features, columns) for one in seen]))
 
     def contributions(
         self, inputs: Any, target: Any = None, concepts: str | int | Sequence[str | int] | None = None

@@ -366,7 +366,7 @@ class FitRun:
 
     def _pooled_similarity(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         held_out = self.splits[-1].samples(self.rows[1])
-        with evaluation_mode(self.backbone):
+        with evaluation_mode(self.backbone, autocast=False):
             similarity, upper = Validation(held_out, self.text).pooled(weight)
         return similarity.cpu(), upper.cpu()
 
@@ -374,7 +374,7 @@ class FitRun:
         train = self.splits[0]
         classes = self.class_names or [f"class {k}" for k in range(self.num_classes)]
         held_out = self.splits[-1].samples(self.rows[1])
-        with torch.no_grad(), evaluation_mode(self.backbone):
+        with torch.no_grad(), evaluation_mode(self.backbone, autocast=False):
             return judged(held_out, train.regions, train.images.labels, list(kept), classes, weight, head, text)
 
     def _model(self, vocabulary: Vocabulary) -> SALFCBM:
@@ -532,7 +532,7 @@ class FitRun:
             notes = {"history": fit.history, "best_epoch": fit.best_epoch, "stopped": fit.stopped}
             return StepResult(tensors, notes | {"start_similarity": fit.start_similarity})
 
-        with evaluation_mode(self.backbone):
+        with evaluation_mode(self.backbone, autocast=False):
             result = steps.run("bottleneck", made_from, compute, arrays=arrays, notes=RESULT_NOTES)
         steps.remove("bottleneck.progress", made_from)
         trained = {n.removeprefix("backbone."): v for n, v in result.tensors.items() if n.startswith("backbone.")}
