@@ -292,6 +292,12 @@ class _Hook:
                 hooks.pop(key, None)
 
 
+def of_the_model(method: Thing) -> Thing:
+    """A method that is a part of the model's own forward pass, and so runs under autocast like it."""
+    method.of_the_model = True  # type: ignore[attr-defined]
+    return method
+
+
 def unharming(thing: Thing) -> Thing:
     """The same function, or class with its public methods, that leaves modes and hooks as it found them.
 
@@ -311,18 +317,21 @@ def unharming(thing: Thing) -> Thing:
 
 def _unharming(function: Any) -> Any:
     live = function.__module__.startswith(_LIVE)
+    users = getattr(function, "of_the_model", False)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         if _running.changes is not None:
-            return _inside(function, args, kwargs) if _running.users else function(*args, **kwargs)
+            return _inside(function, args, kwargs) if _running.users and not users else function(*args, **kwargs)
         found = _Found()
         try:
             try:
-                _running.changes, _running.autocast, _running.live = found.changes, found.autocast, live
-                _set_autocast(found.autocast, False)
+                _running.changes, _running.autocast = found.changes, found.autocast
+                _running.live, _running.users = live, users
+                if not users:
+                    _set_autocast(found.autocast, False)
                 result = function(*args, **kwargs)
                 found.ended_well = True
                 return result

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import finite_images, integer, name_positions, one_of, unique_names
-from captum_concepts._undo import unharming
+from captum_concepts._undo import of_the_model, unharming
 from captum_concepts.activations import (
     LAYOUTS,
     Layer,
@@ -232,6 +232,7 @@ class SALFCBM(
 
     # ------------------------------------------------------------------------------------------------- the network
 
+    @of_the_model
     def features(self, inputs: Tensor) -> Tensor:
         """``(N, D, h, w)``: the layer's output on the grid; unchanged if it has that grid already.
 
@@ -258,6 +259,7 @@ class SALFCBM(
             maps = torch.cat([maps, cls[:, :, None, None].expand(-1, -1, *self.grid)], 1)  # type: ignore[index]
         return maps
 
+    @of_the_model
     def concept_activations(self, inputs: Tensor) -> Tensor:
         """``(N, M)``: the standardized means of the maps c*, all that the head sees; differentiable."""
         return self._standardize(self._pool(self.features(inputs)))
@@ -1211,14 +1213,16 @@ class SALFCBM(
 
     def _weighted(self, features: Tensor, weights: Tensor) -> Tensor:
         """``(N, M)``: sums over the grid of the concept maps times ``weights`` (N, h, w)."""
-        with torch.no_grad(), evaluation_mode(self.bottleneck):
-            linear = self.pointwise
+        linear = self.pointwise
+        with torch.no_grad():
             if linear is None or linear.bias is not None:
-                maps = full_precision(self.bottleneck(features))
+                with evaluation_mode(self.bottleneck):
+                    maps = full_precision(self.bottleneck(features))
                 return torch.einsum("nmhw,nhw->nm", maps, weights.to(maps))
             wide = full_precision(features)
-            pooled = torch.einsum("ndhw,nhw->nd", wide, weights.to(wide))
-            return full_precision(self.bottleneck(pooled.to(features.dtype)[..., None, None]).flatten(1))
+            pooled = torch.einsum("ndhw,nhw->nd", wide, weights.to(wide)).to(features.dtype)
+            with evaluation_mode(self.bottleneck):
+                return full_precision(self.bottleneck(pooled[..., None, None]).flatten(1))
 
     def _region(self, inputs: Any, points: Any = None, boxes: Any = None, mask: Any = None) -> Tensor:
         size = (inputs.shape[-2], inputs.shape[-1])
