@@ -6,7 +6,7 @@ import math
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -121,16 +121,27 @@ def warn_of_same_embeddings(names: Sequence[str], text: Tensor) -> None:
     >>> import torch
     >>> warn_of_same_embeddings(["sky", "sea"], torch.eye(2))
     """
+    for other, name in same_rows(names, text):
+        warnings.warn(
+            f"{other!r} and {name!r} are the same to the encoder, so they share one probability and one map; leave "
+            "one of them out",
+            InputWarning,
+            stacklevel=3,
+        )
+
+
+def same_rows(names: Sequence[str], rows: Tensor) -> Iterator[tuple[str, str]]:
+    """The name of each row that is an earlier one to the last bit, after the name of the first such.
+
+    >>> import torch
+    >>> list(same_rows(["sky", "sea", "Sky"], torch.eye(2)[[0, 1, 0]]))
+    [('sky', 'Sky')]
+    """
     first: dict[bytes, str] = {}
-    for name, row in zip(names, text.detach().float().cpu().numpy(), strict=True):
+    for name, row in zip(names, rows.detach().float().cpu().numpy(), strict=True):
         other = first.setdefault(row.tobytes(), name)
         if other != name:
-            warnings.warn(
-                f"{other!r} and {name!r} are the same to the encoder, so they share one probability and one map; leave "
-                "one of them out",
-                InputWarning,
-                stacklevel=3,
-            )
+            yield other, name
 
 
 def warn_of_numbers(labels: Sequence[Any]) -> None:

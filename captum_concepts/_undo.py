@@ -149,26 +149,29 @@ def _set_autocast(kinds: Iterable[str], enabled: bool) -> None:
 @contextmanager
 def autocast_of_the_caller() -> Iterator[None]:
     """For code of the caller: the autocast that was on when the call began, if it is off by now."""
-    before, kinds = _running.users, _switched_off()
-
-    def leave() -> None:
-        _set_autocast(kinds, False)
-        _running.users = before
-
+    enter, leave = _autocast_of_the_caller()
     with undone(leave):
-        _to_the_caller(kinds)
+        enter()
         yield
 
 
-def _switched_off() -> tuple[str, ...]:
-    return tuple(kind for kind in _running.autocast if not torch.is_autocast_enabled(kind))
+def _autocast_of_the_caller() -> tuple[Callable[[], None], Callable[[], None]]:
+    """What switches it on, and what undoes that."""
+    users = _running.users
+    kinds = tuple(kind for kind in _running.autocast if not torch.is_autocast_enabled(kind))
 
+    def enter() -> None:
+        _running.users = _running.changes is not None
+        if _running.autocast:
+            _set_autocast(kinds, True)
+            torch.clear_autocast_cache()  # of weights that may have changed since
 
-def _to_the_caller(kinds: Iterable[str]) -> None:
-    _running.users = _running.changes is not None
-    if _running.autocast:
-        _set_autocast(kinds, True)
-        torch.clear_autocast_cache()  # of weights that may have changed since
+    def leave() -> None:
+        if kinds:
+            _set_autocast(kinds, False)
+        _running.users = users
+
+    return enter, leave
 
 
 def without_history_in_the_end(tensor: Tensor) -> None:
@@ -204,8 +207,7 @@ def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None, *, autocast: 
     """
     call = object()
     held: list[nn.Module] = []
-    users = _running.users
-    kinds = _switched_off() if autocast and _running.autocast else ()
+    enter, leave = _autocast_of_the_caller()
 
     def hold(modules: Iterable[nn.Module]) -> None:
         with lock:
@@ -226,13 +228,12 @@ def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None, *, autocast: 
                         held[-1].training = True
                         _evaluated.pop(held[-1], None)
                 held.pop()
-        _running.users = users
-        if kinds:
-            _set_autocast(kinds, False)
+        if autocast:
+            leave()
 
     with undone(release):
         if autocast:
-            _to_the_caller(kinds)
+            enter()
         if model is None:
             hook = _Hook(lambda module, _args: hold([module]))
             with undone(hook.remove):

@@ -573,7 +573,8 @@ def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
         )
     if any(part.layout != torch.strided or part.is_meta for part in parts):
         raise InputError("inputs must be dense tensors with values; got a sparse one, or one on the meta device")
-    images = next((part for part in parts if part.ndim == 4), parts[0])
+    images = images_among(parts)
+    images = parts[0] if images is None else images
     if images.ndim == 0 or images.numel() == 0:
         raise InputError(f"inputs of shape {tuple(images.shape)} contain no example; pass a batch (N, 3, H, W)")
     if not images.is_floating_point():
@@ -586,10 +587,17 @@ def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
     return parts
 
 
+def images_among(inputs: Inputs) -> Tensor | None:
+    """The (first) images ``(N, C, H, W)`` of one or several inputs; None where there are none."""
+    parts = inputs if isinstance(inputs, tuple) else (inputs,)
+    return next((part for part in parts if part.ndim == 4), None)
+
+
 def batch_size(inputs: Inputs) -> int:
     """The number of examples N: that of the images, where there are several inputs."""
-    parts = inputs if isinstance(inputs, tuple) else (inputs,)
-    return next((part for part in parts if part.ndim == 4), parts[0]).shape[0]
+    images = images_among(inputs)
+    first = inputs[0] if isinstance(inputs, tuple) else inputs
+    return (first if images is None else images).shape[0]
 
 
 def forward_arguments(additional_forward_args: Any) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_concepts._checks import take_rows
 from captum_concepts.activations import Inputs, Layer, Layers, SpatialActivations, full_precision
+from captum_concepts.activations.capture import images_among
 from captum_concepts.activations.survey import suggest_stages
 from captum_concepts.attr.batches import count, first_example
 from captum_concepts.attr.concept_fusion import regions
@@ -108,8 +109,7 @@ def prepare(layers: Layers, seen: SpatialActivations, inputs: Inputs, extra: Any
         plain = layers.run(without_content(inputs), additional_forward_args=extra, attribute_to_layer_input=of_input)
     maps = [full_precision(seen.maps[k].detach()) for k in numbers]
     content = tuple(a - full_precision(plain.maps[k]) for a, k in zip(maps, numbers, strict=True))
-    parts = inputs if isinstance(inputs, tuple) else (inputs,)
-    pixels = next((part for part in parts if part.ndim == 4), None)
+    pixels = images_among(inputs)
     size = None if pixels is None else (pixels.shape[2], pixels.shape[3])
     grid = regions.fused_grid([(a.shape[2], a.shape[3]) for a in maps], size)
     return Refinement(numbers, content, regions.feature_affinity(content, grid, pixels), grid)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_concepts._checks import same_rows
 from captum_concepts.errors import InputError, shortened
 
 #: Maps two lists of texts to the matrix of their similarities.
@@ -96,9 +97,7 @@ def embed_texts(encoder: Any, texts: Sequence[str], *, distinct: bool = True) ->
 
 
 def _check_distinct(texts: Sequence[str], embeddings: Tensor) -> None:
-    first: dict[bytes, str] = {}
-    for text, row in zip(texts, embeddings.numpy(), strict=True):
-        other = first.setdefault(row.tobytes(), text)
+    for other, text in same_rows(texts, embeddings):
         if " ".join(other.casefold().split()) != " ".join(text.casefold().split()):
             raise InputError(
                 f"the encoder has one and the same embedding for {shortened(other)} and {shortened(text)}; it cannot "

@@ -30,6 +30,7 @@ from captum_concepts.concepts._words import tidy
 from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed_texts, without_embedding
 from captum_concepts.errors import ArtifactError, InputError, did_you_mean
 from captum_concepts.images import read_text
+from captum_concepts.images.text import names_in
 
 #: The list of the paper's zero-shot segmentation: one concept per class.
 CLASS_TEMPLATE = "An image of a {class}"
@@ -330,8 +331,7 @@ def _read_json(path: Path) -> Any:
 
 def _read(path: Path) -> Iterator[tuple[str, str | None]]:
     if path.suffix.lower() != ".json":
-        lines = (line.strip() for line in _text(path).split("\n"))
-        yield from ((line, None) for line in lines if line and not line.startswith("#"))
+        yield from ((name, None) for name in names_in(_text(path)))
         return
     found = _read_json(path)
     groups = found.items() if isinstance(found, dict) else [(None, found)]

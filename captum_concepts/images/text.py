@@ -91,11 +91,20 @@ def read_words(path: str | os.PathLike[str]) -> list[str]:
         value = read_json(path, list, dict)
         words = [_word(item, path) for item in (_in_order(value, path) if isinstance(value, dict) else value)]
     else:
-        lines = (line.strip() for line in read_text(path).split("\n"))
-        words = [line for line in lines if line and not line.startswith("#")]
+        words = names_in(read_text(path))
     if not words:
         raise InputError(f"{path} contains no names")
     return words
+
+
+def names_in(text: str) -> list[str]:
+    """One name per line, without comments and empty lines.
+
+    >>> names_in("# sky\\nsky\\n\\n sea ")
+    ['sky', 'sea']
+    """
+    lines = (line.strip() for line in text.split("\n"))
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _word(item: Any, path: Path) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import take_rows
 from captum_concepts.activations import Inputs, Layers
+from captum_concepts.activations.capture import images_among
 from captum_concepts.attr.batches import count, in_parts
 from captum_concepts.attr.concept_fusion import ablation, regions
 from captum_concepts.attr.concept_fusion.gradients import ConceptPass, concept_pass
@@ -225,8 +226,7 @@ class Part:
         seen = self.seen
         order = list(seen.seen.order)
         grids = [layout.grid for layout in seen.seen.layouts]
-        shown = self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
-        pixels = next((part for part in shown if part.ndim == 4), None)
+        pixels = images_among(self.inputs)
         grid = regions.fused_grid(grids, None if pixels is None else (pixels.shape[2], pixels.shape[3]))
         affinity = regions.feature_affinity([seen.maps[number] for number in order], grid, pixels)
         local = read_locally(self.setup.translator, seen.maps, regions.fused_grid(grids), self.bank)

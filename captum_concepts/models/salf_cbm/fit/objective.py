@@ -101,9 +101,8 @@ def cells_of(count: int, numbers_each: int) -> Iterator[slice]:
 def by_cell(values: Tensor, where: slice, device: torch.device) -> Tensor:
     """``(k, n, D)`` in float32: some cells of ``(n, h*w, D)``."""
     source = values[:, where].to(device).transpose(0, 1)
-    return torch.empty(source.shape, device=device, dtype=torch.float32).copy_(
-        source
-    )  # widened and transposed in one pass
+    # Widened and transposed in one pass.
+    return torch.empty(source.shape, device=device, dtype=torch.float32).copy_(source)
 
 
 def centered(values: Tensor, total: int) -> Tensor:
