@@ -22,6 +22,11 @@ _CLASSIFIERS: dict[str, type[nn.Module]] = {
 }
 NAMES = (*_CLASSIFIERS, "clip")
 _NUM_CLASSES = 6
+#: What timm's models say of their inputs: files are read at 64 px, and normalized inside.
+_PREPROCESSING = {
+    "architecture": "", "input_size": (3, 64, 64), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_pct": 1.0,
+    "interpolation": "bicubic",
+}  # fmt: skip
 
 
 def build(name: str) -> Any:
@@ -60,6 +65,7 @@ def load(name: str) -> Any:
         return _clip(load_weights=True)
     model = _CLASSIFIERS[name](_NUM_CLASSES)
     model.load_state_dict(load_file(WEIGHTS / f"{name}.safetensors"))
+    model.pretrained_cfg = _PREPROCESSING
     return model.requires_grad_(False).eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from captum_concepts._checks import integer
-from captum_concepts.errors import CaptumConceptsError, InputError, printable
+from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, printable
 from captum_concepts.images.files import find_images, image_bytes, names_of, read_image
 from captum_concepts.images.labels import LABEL_KEYS, checked_labels, known_classes, known_labels, label_of
 from captum_concepts.images.pixels import Reading
@@ -412,6 +413,9 @@ def inputs_for(
     Raises:
         InputError: see :func:`open_images`.
 
+    Warns:
+        InputWarning: images are read though neither the model nor ``size`` says how.
+
     Example:
         >>> import torch
         >>> from PIL import Image
@@ -424,12 +428,30 @@ def inputs_for(
     """
     if isinstance(source, ImageSource):
         return open_images(source, **options)
-    known = preprocessing_of(model) or Preprocessing(None)
+    known = preprocessing_of(model)
+    if known is None and size is None and transform is None and _is_read(source):
+        warnings.warn(
+            f"nothing tells how {type(model).__name__} wants to see images, so they are read at 224 x 224 pixels in "
+            "[0, 1]; pass images.inputs_for(model, images, size=...), or images.inputs_for(images.Preprocessing(...), "
+            "images), in their place",
+            InputWarning,
+            stacklevel=2,
+        )
+    known = known or Preprocessing(None)
     mode = {1: "L", 3: "RGB", None: "RGB"}.get(input_channels(model), "any")
     if transform is not None:
         return open_images(source, mode=mode, transform=transform, normalize=Preprocessing(None), **options)
     size = size or known.size or 224
     return open_images(source, mode=mode, size=size, preprocessing=known, normalize=known, **options)
+
+
+def _is_read(source: Any) -> bool:
+    """Do images have to be read: is it a path, a PIL image, pixels as integers, or some of these?"""
+    if isinstance(source, (list, tuple)):
+        return any(_is_read(one) for one in source[:1])
+    if isinstance(source, Tensor):
+        return not source.is_floating_point()
+    return isinstance(source, (str, os.PathLike, np.ndarray)) or _is_pil(source)
 
 
 def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> ImageSource:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.images import Preprocessing, inputs_for, open_images, preprocessing_of
 
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
@@ -171,8 +171,12 @@ class TestInputsForAModel:
         from PIL import Image
 
         gray = nn.Sequential(nn.Conv2d(1, 2, 3))
-        source = inputs_for(gray, [Image.new("RGB", (10, 20), (255, 255, 255))])
-        assert source[0].shape == (1, 224, 224)
+        for given in ([Image.new("RGB", (10, 20), (255, 255, 255))], torch.full((1, 1, 9, 9), 255).byte()):
+            with pytest.warns(InputWarning, match=r"how Sequential wants .* 224 x 224 pixels in \[0, 1\]; pass .*size="):
+                source = inputs_for(gray, given)
+            assert source[0].shape == (1, 224, 224)
+            assert source[0].unique().tolist() == [1.0]
+        source = inputs_for(gray, torch.ones(1, 1, 9, 9))  # prepared: nothing is read, and nobody warned
         assert source[0].unique().tolist() == [1.0]
         blocks = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 2, 3))
         assert inputs_for(blocks, [Image.new("RGB", (8, 8))], size=8)[0].shape == (3, 8, 8)

@@ -27,7 +27,8 @@ from captum_concepts import (
     SpatialACV,
     demo,
 )
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.images import inputs_for
 from captum_concepts.visualization import Explorer, explore, report
 
 SIZE, CLASSES = 64, 6
@@ -639,7 +640,7 @@ class TestFromOutside:
             file.write_bytes(file.read_bytes() + attack)
         n = len(list(folder.iterdir()))
         model = salf()
-        seen = visit(explore(model, folder).save(tmp_path / "e.html"))
+        seen = visit(explore(model, inputs_for(model, folder, size=64)).save(tmp_path / "e.html"))
         assert seen.page.get_by_test_id("image").count() == n == FUZZ // 10
         stored = re.findall(r"base64,([^\"]*)", (tmp_path / "e.html").read_text())
         assert len(stored) == 2 * n
@@ -699,7 +700,8 @@ class TestWhatIsGiven:
     def test_files_are_read_as_the_model_wants_them(self, opened, tmp_path):
         for k in range(2):
             Image.new("RGB", (80, 60), (120 * k, 60, 30)).save(tmp_path / f"{k}.png")
-        page = opened(salf(), tmp_path)
+        with pytest.warns(InputWarning, match="nothing tells how"):
+            page = opened(salf(), tmp_path)
         assert page.page.get_by_test_id("image").count() == 2
         assert "inputs_for(model.backbone, images)[0][None]" in page.code
         assert page.page.inner_text("#name") == "0.png"

@@ -22,6 +22,7 @@ from torchvision.utils import save_image
 
 from captum_concepts import ConceptExplanation, FeatureActivationMap
 from captum_concepts.errors import InputError
+from captum_concepts.images import inputs_for
 from captum_concepts.visualization import ReportWriter, explore, legend, most_activating, report, sankey, show
 from captum_concepts.visualization.figures import COLORS
 
@@ -184,7 +185,7 @@ class TestMostActivating:
     def test_files(self, tmp_path):
         for k, color in enumerate(("red", "green", "blue")):
             Image.new("RGB", (32, 32), color).save(tmp_path / f"{k}.png")
-        figure = most_activating(Channels(), tmp_path, k=1)
+        figure = most_activating(Channels(), inputs_for(Channels(), tmp_path, size=32), k=1)
         for channel, name in enumerate(Channels.concepts):
             pixels = np.asarray(axes_of(figure, name)[0].images[0].get_array())
             assert pixels.mean((0, 1)).argmax() == channel
@@ -246,6 +247,7 @@ class TestInANotebook:
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
+    @pytest.mark.filterwarnings("ignore:nothing tells how:captum_concepts.errors.InputWarning")
     @pytest.mark.parametrize("given", ["tensor", "normalized", "folder"])
     def test_a_method_gives_its_explanation_the_images(self, tmp_path, given):
         """Each image keeps its own, through every way of taking images and concepts."""

@@ -174,7 +174,7 @@ def contribution_curves(
         LayerError: the output does not depend on the layer.
 
     Warns:
-        InputWarning: the fill leaves the output unchanged, or the class has probability 0.
+        InputWarning: the fill leaves the output unchanged, or the class has probability 0, or NaN.
     """
     channels = pooled.shape[0]
     value = {"layer_mean": pooled.mean().expand(channels), "channel_mean": pooled, "zero": torch.zeros_like(pooled)}
@@ -184,12 +184,13 @@ def contribution_curves(
     masks = cumulative_masks(ranked, channels).flatten(0, 1)
     before = class_log_probability(base, target, link)
     if not before.isfinite().all():
-        warnings.warn(
-            f"the model's probability of class {target} is exactly 0, so a relative change of it is undefined (NaN); "
-            "pass a forward_func that returns the logits before the final softmax or sigmoid",
-            InputWarning,
-            stacklevel=2,
+        why = (
+            f"the model's outputs for class {target} are NaN"
+            if before.isnan().any()
+            else f"the model's probability of class {target} is exactly 0, so a relative change of it is undefined (NaN); "
+            "pass a forward_func that returns the logits before the final softmax or sigmoid"
         )
+        warnings.warn(why, InputWarning, stacklevel=2)
         return torch.full(ranked.shape, torch.nan)
     curves = []
     moved = changed = False

@@ -706,6 +706,16 @@ def test_a_probability_of_zero_has_no_relative_change():
     assert value.isnan().all()
 
 
+def test_an_output_that_is_nan_is_not_called_a_probability_of_zero():
+    class Broken(nn.Module):
+        def forward(self, logits):
+            return logits * torch.nan
+
+    with pytest.warns(InputWarning, match="outputs for class 0 are NaN"), pytest.warns(InputWarning, match="NaN or inf"):
+        value = colors(Broken(), class_probability="softmax").contributions(torch.rand(1, 3, 8, 8), target=0)
+    assert value.isnan().all()
+
+
 @pytest.mark.parametrize("layer", ["auto", -1])
 def test_channel_mean_at_a_pooled_layer_is_zero_with_a_warning(layer):
     cefam = build("cnn", fill="channel_mean", map_layer=layer)
