@@ -187,8 +187,8 @@ def contribution_curves(
         why = (
             f"the model's outputs for class {target} are NaN"
             if before.isnan().any()
-            else f"the model's probability of class {target} is exactly 0, so a relative change of it is undefined (NaN); "
-            "pass a forward_func that returns the logits before the final softmax or sigmoid"
+            else f"the model's probability of class {target} is exactly 0, so a relative change of it is undefined "
+            "(NaN); pass a forward_func that returns the logits before the final softmax or sigmoid"
         )
         warnings.warn(why, InputWarning, stacklevel=2)
         return torch.full(ranked.shape, torch.nan)

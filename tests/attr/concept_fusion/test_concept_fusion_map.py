@@ -711,7 +711,10 @@ def test_an_output_that_is_nan_is_not_called_a_probability_of_zero():
         def forward(self, logits):
             return logits * torch.nan
 
-    with pytest.warns(InputWarning, match="outputs for class 0 are NaN"), pytest.warns(InputWarning, match="NaN or inf"):
+    with (
+        pytest.warns(InputWarning, match="outputs for class 0 are NaN"),
+        pytest.warns(InputWarning, match="NaN or inf"),
+    ):
         value = colors(Broken(), class_probability="softmax").contributions(torch.rand(1, 3, 8, 8), target=0)
     assert value.isnan().all()
 
