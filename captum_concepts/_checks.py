@@ -193,7 +193,9 @@ def name_positions(key: Any, names: Sequence[str], what: str = "concept") -> lis
         for one in keys:
             if isinstance(one, str) and one not in names:
                 known = f" Known: {list(names)[:10]}." if len(names) <= 10 else ""
-                raise InputError(f"{one!r} is not among the {len(names)} {what}s.{did_you_mean(one, names) or known}")
+                raise InputError(
+                    f"{one!r} is not among the {len(names)} {_plural(what)}.{did_you_mean(one, names) or known}"
+                )
             chosen.append(names.index(one) if isinstance(one, str) else positions(one, len(names), what)[0])
     else:
         chosen = positions(keys, len(names), what)
@@ -219,17 +221,17 @@ def positions(key: Any, n: int, what: str) -> list[int]:
         try:
             return list(range(n))[key]
         except (TypeError, ValueError) as error:
-            raise InputError(f"{what} index {key!r} does not fit {n} {what}s: {error}") from error
+            raise InputError(f"{what} index {key!r} does not fit {n} {_plural(what)}: {error}") from error
     keys = key if isinstance(key, list) else [key]
     if isinstance(key, list) and keys and all(isinstance(k, bool) for k in keys):
         if len(keys) != n:
-            raise InputError(f"the mask has {len(keys)} entries for {n} {what}s")
+            raise InputError(f"the mask has {len(keys)} entries for {n} {_plural(what)}")
         return [i for i, chosen in enumerate(keys) if chosen]
     if not all(hasattr(k, "__index__") and not isinstance(k, bool) for k in keys):
-        raise InputError(f"{what}s are selected by an integer, slice, list of integers or mask, got {key!r}")
+        raise InputError(f"{_plural(what)} are selected by an integer, slice, list of integers or mask, got {key!r}")
     indices = [operator.index(k) for k in keys]
     if not all(-n <= i < n for i in indices):
-        raise InputError(f"{what} index {key!r} is out of range for {n} {what}s")
+        raise InputError(f"{what} index {key!r} is out of range for {n} {_plural(what)}")
     return [i % n for i in indices]
 
 
@@ -293,3 +295,7 @@ def finite_images(values: Tensor, images: Sequence[Any], what: str) -> None:
             f"{what} of {named} contains NaN or infinite values; leave the image out, or look for such values in its "
             "pixels or in the model"
         )
+
+
+def _plural(what: str) -> str:
+    return f"{what}es" if what.endswith("s") else f"{what}s"

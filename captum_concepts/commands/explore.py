@@ -51,16 +51,21 @@ def explore_command(settings: ExploreSettings) -> dict[str, Any]:
     failed: Failed = []
     explainer = build_explainer(settings, loaded, failed)
     labels = folder_labels(paths, explainer.class_names)
-    source = loaded.open(paths, labels=False if labels is None else labels)
+    how = loaded.preprocessing
+    source = loaded.open(paths, labels=False if labels is None else labels, normalize=how)
     title = settings.title or f"What {Path(settings.model).name} saw"
     page = explore(
         explainer.method,
         source,
         class_names=explainer.class_names,
         image_names=source.names,
-        transform=lambda images: loaded.prepare(images.to(settings.device)),
         batch_size=settings.batch_size,
         title=title,
+        setup=(
+            f"from captum_concepts.images import Preprocessing, open_images\n\nhow = {how!r}\n"
+            f"images = open_images({list(settings.images)!r}, size={loaded.size}, mode={source.reading.mode!r}, "
+            "preprocessing=how, normalize=how)"
+        ),
     )
     failed += source.skipped
     page.save(out)

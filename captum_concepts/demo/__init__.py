@@ -65,7 +65,7 @@ def load(name: str) -> Any:
         return _clip(load_weights=True)
     model = _CLASSIFIERS[name](_NUM_CLASSES)
     model.load_state_dict(load_file(WEIGHTS / f"{name}.safetensors"))
-    model.pretrained_cfg = _PREPROCESSING
+    model.pretrained_cfg = _PREPROCESSING  # type: ignore[assignment]
     return model.requires_grad_(False).eval()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from captum_concepts._checks import integer, name_positions
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import ConceptExplainer
 from captum_concepts.images import ImageSource, as_seen, batches, inputs_for, open_images
 
@@ -30,6 +33,84 @@ class Shown:
     pictures: list[Tensor]
     names: list[str] | None
     labels: list[int] | list[str] | None
+
+
+@dataclass(frozen=True)
+class TrueClass:
+    """The true class of an image.
+
+    Args:
+        name: what it is called.
+        outputs: of the model; none where no output is called so, several that share the name.
+    """
+
+    name: str
+    outputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, label: Any, class_names: Sequence[str] | Mapping[int, str] | None) -> TrueClass:
+        """The class that an index or a name means.
+
+        Args:
+            label: an index of the model's outputs, or a name.
+            class_names: of the model's outputs, or of some by index; None: "class 0", "class 1", ...
+
+        Raises:
+            InputError: neither a name nor an index, or an index that the model does not have.
+        """
+        listed = class_names is not None and not isinstance(class_names, Mapping)
+        named: dict[int, str] = dict(enumerate(class_names) if listed else class_names or {})  # type: ignore[arg-type]
+        if isinstance(label, str):
+            number = re.fullmatch(r"class (\d+)", label) if class_names is None else None
+            return cls(label, (int(number[1]),) if number else tuple(i for i, name in named.items() if name == label))
+        index = integer("a label, if it is not a name,", label, 0, len(named) - 1 if listed else None)
+        return cls(named.get(index, f"class {index}"), (index,))
+
+    def verdict(self, output: int | None) -> str:
+        """``"right"`` or ``"wrong"``; empty where nothing can be said."""
+        if output is None or not self.outputs:
+            return ""
+        return "right" if output in self.outputs else "wrong"
+
+
+def warn_of_unknown_class(true: TrueClass) -> None:
+    """Say once why labels of this kind judge nothing."""
+    warnings.warn(
+        f"no output of the model is called {true.name!r}, so labels of that kind say of no output whether it is right; "
+        "pass class_names= with the names of the model's outputs, spelled as the labels are, or labels= by index",
+        InputWarning,
+        stacklevel=3,
+    )
+
+
+def each_of(what: str, values: Any) -> list[Any]:
+    """Names or labels as a list.
+
+    Raises:
+        InputError: a single one.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InputError(f"{what} must be a list with one entry per image, got {values!r}")
+    return list(values)
+
+
+def targets_of(target: Any, rows: slice) -> Any:
+    """The targets of some of the images: their own, where each has one."""
+    return target[rows] if _one_each(target) else target
+
+
+def check_targets(target: Any, count: int) -> None:
+    """Refuse another number of targets than images.
+
+    Raises:
+        InputError: see above.
+    """
+    if _one_each(target) and len(target) != count:
+        raise InputError(f"{len(target)} targets for {count} images; pass one for each, or one for all")
+
+
+def _one_each(target: Any) -> bool:
+    return isinstance(target, (list, tuple)) or (isinstance(target, (Tensor, np.ndarray)) and target.ndim > 0)
 
 
 def model_of(explainer: Any) -> Any:

@@ -67,6 +67,13 @@ def test_a_page_of_files(photos, tmp_path, capsys):
     assert set(about["classes"]) == set(SCENES.classes)
     labels = {one["name"]: one["label"] for one in about["images"]}
     assert labels == {f"{i}.png": SCENES.classes[k] for i, k in enumerate(SCENES.labels.tolist())}
+    made: dict = {}
+    exec(about["setup"], made)  # reads them as the command did; the broken one shifts no number
+    assert about["reader"] == "images[images.names.index(FILE)][None]"
+    scenes = SCENES.stack().image
+    for one in about["images"]:
+        read = made["images"][made["images"].names.index(one["file"])]
+        assert torch.allclose(read, scenes[int(Path(one["file"]).stem)], atol=1 / 255)
 
 
 def test_a_saved_model_can_be_edited(photos, salf, tmp_path, capsys):

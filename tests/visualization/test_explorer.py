@@ -751,7 +751,15 @@ class TestWhatIsGiven:
             ({"concepts": ["concept 9"]}, "'concept 9' is not among"),
             ({"class_names": ["a"]}, "1 class names for 6"),
             ({"class_names": "abcdef"}, "class_names must be a list"),
-            ({"target": "no class"}, "'no class' is not among"),
+            ({"target": "no class"}, "'no class' is not the name of a class"),
+            ({"target": 6}, "there are 6 classes"),
+            ({"target": [0]}, "target"),
+            ({"target": [0, 1, 2]}, "3 targets for 2 images"),
+            ({"labels": [0, -1]}, "must be an integer of at least 0 and at most 5, got -1"),
+            ({"labels": [0, 6]}, "at most 5, got 6"),
+            ({"labels": [True, False]}, "got True"),
+            ({"labels": 5}, "labels must be a list"),
+            ({"image_names": "ab"}, "image_names must be a list"),
             ({"batch_size": 0}, "batch_size"),
         ],
     )
@@ -762,9 +770,129 @@ class TestWhatIsGiven:
     def test_two_classes_may_share_a_name(self, opened):
         """As in torchvision's names of ImageNet: two kinds of crane."""
         page = opened(explanation(2), images(2), class_names=["crane", "crane", "sloth"])
-        assert "predicted crane" in page.page.inner_text("#verdict-line")
+        assert page.page.inner_text("#verdict-line") == "explained: crane"
         with pytest.raises(InputError, match="1 class names for at least 2"):
             explore(explanation(2), images(2), class_names=["crane"])
+
+    def test_a_label_by_index_is_one_of_two_classes_of_one_name(self, opened):
+        model, x = salf(), images(1)
+        predicted = int(model(x).argmax(1))
+        names = [f"class {k}" for k in range(CLASSES)]
+        names[predicted] = names[(predicted + 1) % CLASSES] = "crane"
+        page = opened(model, x, class_names=names, labels=[(predicted + 1) % CLASSES])
+        assert page.page.locator("#verdict-line.wrong").inner_text() == "predicted crane; true label crane"
+        assert page.page.locator("[data-testid=class] small:not([hidden])").count() == 1
+        page = opened(model, x, class_names=names, labels=[predicted])
+        assert page.page.locator("#verdict-line.right").count() == 1
+
+    def test_an_explained_class_is_not_called_the_prediction(self, opened):
+        """What a model predicts is known of its own choice of target, and of logits."""
+        model, x = demo.load("classifier"), images(3)
+        model.class_names = None
+        explainer = ConceptFusionMap(
+            model, ["layer4"], ConceptTranslator([model.num_features], 16, hidden=(8, 8)).eval(), ["a", "b", "c"],
+            torch.randn(3, 16),
+        )  # fmt: skip
+        predicted = model(x).argmax(1).tolist()
+        page = opened(explainer, x, labels=predicted)
+        assert page.page.inner_text("#verdict-line").startswith("predicted class")
+        assert "target" not in page.code
+        other = [(k + 1) % 6 for k in predicted]
+        page = opened(explainer, x, target=other, labels=predicted)
+        assert page.page.inner_text("#verdict-line").startswith(f"explained: class {other[0]}")
+        assert "3 whose explained class is not the true label" in page.page.inner_text("#count")
+        assert "wrong" not in page.page.inner_text("main")
+        seen = page.run(explainer=explainer, images=x)["seen"]
+        assert int(seen.target) == other[0]
+        page = opened(explainer.explain(x), x, labels=predicted)
+        assert page.page.inner_text("#verdict-line").startswith("explained: class")
+        model = salf()
+        page = opened(model, x, target=2)
+        assert page.page.inner_text("#verdict-line") == f"predicted class {int(model(x[:1]).argmax())}"
+        assert int(page.run(model=model, images=x)["seen"].target) == 2
+
+    def test_names_of_folders_judge_nothing_where_no_output_is_called_so(self, opened, tmp_path):
+        for k, name in enumerate(("cat", "dog")):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            Image.new("RGB", (SIZE, SIZE), (120 * k, 60, 30)).save(tmp_path / "data" / name / "0.png")
+        model = salf()
+        source = inputs_for(model, tmp_path / "data", size=SIZE)
+        with pytest.warns(InputWarning, match=r"no output of the model is called 'cat'.*pass class_names="):
+            page = opened(model, source)
+        assert "wrong" not in page.page.inner_text("#count")
+        assert page.page.inner_text("#verdict-line").endswith("true label cat")
+        assert page.page.locator("#verdict").is_hidden()
+        page = opened(model, source, class_names=["cat", "dog", "e", "f", "g", "h"])
+        assert page.page.locator("#verdict").is_visible()
+        assert 'images[images.names.index("cat/0.png")][None]' in page.code
+        page.run(model=model, images=source)
+
+    def test_the_code_of_a_transform_is_what_the_page_shows(self, opened, tmp_path):
+        """Regions are marked in pixels of the picture; the code marks them in those of the model's input."""
+        for k in range(2):
+            Image.fromarray((255 * images(2, 50, 90, k)[k].permute(1, 2, 0).numpy()).astype("uint8")).save(
+                tmp_path / f"{k}.png"
+            )
+
+        def transform(x):
+            return F.interpolate(x, (100, 180), mode="bilinear")
+
+        model = salf()
+        page = opened(model, [str(tmp_path / f"{k}.png") for k in range(2)], transform=transform)
+        page.page.keyboard.press("]")
+        names = {"model": model, "images": [str(tmp_path / f"{k}.png") for k in range(2)], "transform": transform}
+        for tool in ("box", "brush"):
+            page.tool(tool)
+            page.drag((0.1, 0.2), (0.6, 0.7))
+            assert "open_images(images)[1][None]" in page.code
+            seen = page.run(**names)["seen"]
+            expected = dict(zip(seen.concepts, seen.scores[0].tolist(), strict=True))
+            for name, value in page.listed().items():
+                assert expected.get(name, value) == pytest.approx(value, abs=0.03)  # another grid of pixels
+
+    def test_a_drag_belongs_to_its_image_and_can_be_given_up(self, opened):
+        page = opened(salf(), images(2))
+        mouse, keys = page.page.mouse, page.page.keyboard
+        page.drag((0.1, 0.1), (0.3, 0.3))
+        first = page.code
+        mouse.move(*page.at(0.5, 0.5))
+        mouse.down()
+        mouse.move(*page.at(0.9, 0.9))
+        keys.press("Escape")
+        assert page.code == first
+        mouse.up()
+        assert page.code == first
+        mouse.down()
+        mouse.move(*page.at(0.6, 0.6))
+        keys.press("]")
+        mouse.up()
+        assert "explain_region" not in page.code
+        assert "images[[1]]" in page.code
+
+    def test_closing_asks_while_there_are_edits(self, opened):
+        page = opened(salf(), images(2))
+        asked = []
+        page.page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+        page.page.reload()
+        assert asked == []
+        page.beta(3)
+        page.page.reload()
+        assert asked == ["beforeunload"]
+
+    def test_outputs_that_are_not_finite(self, opened):
+        model = salf()
+        with torch.no_grad():
+            model.head.bias[2] = torch.nan
+        page = opened(model, images(1))
+        assert "predicted" not in page.page.inner_text("#verdict-line")
+        assert "NaN" not in page.page.inner_text("main")
+
+    def test_a_search_without_a_match_says_so(self, opened):
+        page = opened(salf(), images(1))
+        page.page.fill("#find-concept", "zebra")
+        assert page.page.inner_text("#no-concept") == "No concept matches."
+        page.page.fill("#find-concept", "concept")
+        assert page.page.locator("#no-concept").is_hidden()
 
     def test_exchanged_or_empty(self, tmp_path):
         with pytest.raises(InputError, match="comes first: explore"):

@@ -271,11 +271,12 @@ class TestHostileNames:
     def test_all_places(self, tmp_path):
         layers = tuple(tuple(HOSTILE[:5]) for _ in range(2))
         e = explanation(2, 5, names=HOSTILE[:5], layer=layers)
-        path = report(
-            e, images(), tmp_path / "r.html", title=HOSTILE[0], image_names=HOSTILE[5:7], labels=HOSTILE[:2],
-            class_names=HOSTILE[7:9],
-            settings={HOSTILE[1]: HOSTILE[2], HOSTILE[3]: {HOSTILE[4]: [HOSTILE[9], None, 1.5, True]}},
-        )  # fmt: skip
+        with pytest.warns(InputWarning, match="no output of the model is called"):
+            path = report(
+                e, images(), tmp_path / "r.html", title=HOSTILE[0], image_names=HOSTILE[5:7], labels=HOSTILE[:2],
+                class_names=HOSTILE[7:9],
+                settings={HOSTILE[1]: HOSTILE[2], HOSTILE[3]: {HOSTILE[4]: [HOSTILE[9], None, 1.5, True]}},
+            )  # fmt: skip
         page = read(path)
         assert page.wrong == []
         assert page.open == []

@@ -151,12 +151,31 @@ class TestForm:
         path = tmp_path / download.value.suggested_filename
         download.value.save_as(path)
         assert path.name == "answers-P_7.json"
+        page.reload()  # whoever comes next finds nothing of this
+        assert page.get_by_test_id("participant").input_value() == ""
+        assert page.get_by_test_id("count").inner_text() == "0 of 40 ratings"
         scores = score_user_study(tmp_path / "key.json", [path], n_bootstrap=50)
         means = {(r.model, r.stratum, r.question): r.mean for r in scores.rows}
         assert means["ours", "all", "accuracy"] == means["zero <b>", "top", "accuracy"] == 4
         expected = np.mean([i % 5 + 1 for i, n in enumerate(study.neurons.values()) if n.model == "ours"])
         assert means["ours", "all", "consistency"] == pytest.approx(expected)
         assert (seen.outside, seen.complaints) == ([], [])
+
+    def test_the_next_participant_starts_anew(self, tmp_path, visit):
+        study = made()
+        page = visit(study.save(tmp_path), accept_downloads=True).page
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.get_by_test_id("participant").fill("李 七")
+        page.check(f'input[name="{next(iter(study.neurons))}.accuracy"][value="4"]')
+        page.reload()  # in the midst of it nothing is lost
+        assert page.get_by_test_id("participant").input_value() == "李 七"
+        assert page.get_by_test_id("count").inner_text() == "1 of 40 ratings"
+        with page.expect_download() as download:
+            page.get_by_test_id("save").click()
+        assert download.value.suggested_filename == "answers-李_七.json"
+        page.get_by_test_id("next").click()
+        assert page.get_by_test_id("participant").input_value() == ""
+        assert page.get_by_test_id("count").inner_text() == "0 of 40 ratings"
 
 
 def answer(study: UserStudy, who: str, rate) -> dict:

@@ -22,7 +22,16 @@ from captum_concepts._checks import integer, name_positions
 from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import SEEN, ConceptExplainer, ConceptExplanation
-from captum_concepts.visualization.inputs import reader_of, shown_batches
+from captum_concepts.images import ImageSource
+from captum_concepts.visualization.inputs import (
+    TrueClass,
+    check_targets,
+    each_of,
+    reader_of,
+    shown_batches,
+    targets_of,
+    warn_of_unknown_class,
+)
 from captum_concepts.visualization.overlay import as_images
 from captum_concepts.visualization.pictures import Picture, palette, photo
 from captum_concepts.visualization.scale import ColorScale, schemes
@@ -81,6 +90,7 @@ def explore(
     transform: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 32,
     title: str = "Concept explorer",
+    setup: str = "",
 ) -> Explorer:
     r"""A page on which one marks a region of an image, sees its concepts, edits them, and watches the classes.
 
@@ -102,18 +112,24 @@ def explore(
         image_names: one per image; None: file names where there are any.
         concepts: names or indices of those in the page; None: all of a SALFCBM, the ``top_k`` of each image otherwise.
         labels: the true class of each image, index or name; None: those of class folders or data sets. Wrong
-            predictions are shown first.
+            predictions are shown first; so is, where an explanation or ``target`` does not tell what was predicted,
+            an explained class that is not the true one. A name judges nothing unless an output is called so.
         target: the output whose contributions are shown, or one per image; None: the predicted one.
         top_k: concepts per image by score, for methods without edits. None: all.
         transform: makes the model's inputs from a batch of images in [0, 1].
         batch_size: images per forward pass.
         title: of the page.
+        setup: Python that makes ``images``, for the code of the page; empty: they are called "as passed to explore()".
 
     Returns:
         An :class:`Explorer`, which shows itself in a notebook and is written by ``save``.
 
     Raises:
-        InputError: no image, other numbers of names or labels than images, an unknown concept.
+        InputError: no image, other numbers of names, labels or targets than images, an unknown concept, an index of a
+            class that the model does not have.
+
+    Warns:
+        InputWarning: labels are names that no output bears.
 
     Example:
         >>> e = ConceptExplanation(["sand", "grass"], torch.rand(1, 2), torch.rand(1, 2, 7, 7))
@@ -137,16 +153,25 @@ def explore(
         )
     if not page.images:
         raise InputError("there is no image to explore")
-    page.given = isinstance(images, Tensor)
+    check_targets(target, len(page.images))
+    page.asked, page.setup = target is not None, setup
+    if page.reader:
+        page.reader = _reader(page.reader, images, transform)
     if class_names is not None:
         page.classes = _named_classes(class_names, page)
+        page.complete = True
     for what, values in (("image_names", image_names), ("labels", labels)):
-        listed = None if values is None else list(values)
+        listed = None if values is None else each_of(what, values)
         if listed is not None and len(listed) != len(page.images):
             raise InputError(f"{len(listed)} {what} for {len(page.images)} images; pass one for each")
         for one, value in zip(page.images, listed or (), strict=bool(listed)):
             setattr(one, "name" if what == "image_names" else "label", str(value) if what == "image_names" else value)
-    return Explorer(page, title)
+    for one in page.images:
+        one.true = None if one.label is None else TrueClass.of(one.label, page.classes if page.complete else None)
+    unknown = next((one.true for one in page.images if one.true is not None and not one.true.outputs), None)
+    if unknown is not None and page.classes:
+        warn_of_unknown_class(unknown)
+    return Explorer(page, str(title) if title else "Concept explorer")
 
 
 @dataclass
@@ -159,12 +184,16 @@ class _Image:
     maps: Tensor
     scores: Tensor
     name: str = ""
+    file: str = ""
     label: Any = None
+    true: TrueClass | None = None
+    inputs: tuple[int, int] | None = None
     rows: list[int] | None = None
     contributions: Tensor | None = None
     presence: Tensor | None = None
     logits: Tensor | None = None
     target: int | None = None
+    predicted: int | None = None
     probability: float | None = None
 
     @classmethod
@@ -193,9 +222,23 @@ class _Page:
     map_unit: str = ""
     complete: bool = False
     independent: bool = False
-    given: bool = True
+    asked: bool = False
+    predicts: bool = True
     reader: str = ""
+    setup: str = ""
     trust: str = ""
+
+
+def _reader(reader: str, images: Any, transform: Any) -> str:
+    """Python that reads image K, called FILE, of ``images`` as the model takes it."""
+    if isinstance(images, ImageSource):
+        known = not images.streamed and images.files is not None
+        one = "images[images.names.index(FILE)][None]" if known else "images[K][None]"
+    elif transform is not None:
+        one = "images[[K]]" if isinstance(images, Tensor) else "open_images(images)[K][None]"
+    else:
+        one = "images[[K]]" if isinstance(images, Tensor) else f"{reader}[K][None]"
+    return one if transform is None else f"transform({one})"
 
 
 def _named_classes(names: Any, page: _Page) -> list[str]:
@@ -226,10 +269,8 @@ def _of_editable(model: Any, batches: Iterator[Any], concepts: Any, target: Any)
         why="" if linear else _HEAD,
     )  # fmt: skip
     known, size = reader_of(model)
-    page.reader = (
-        "model.preprocessing, images" if known is getattr(model, "preprocessing", 0) else "model.backbone, images"
-    )
-    page.reader += "" if size is None else f", size={size!r}"
+    own = "model.preprocessing" if known is getattr(model, "preprocessing", 0) else "model.backbone"
+    page.reader = f"inputs_for({own}, images{'' if size is None else f', size={size!r}'})"
     page.trust = _trust(model)
     page.independent = bool(getattr(model, "multi_label", False))
     mean, std = (v.detach().double().cpu()[rows, None, None] for v in (model.concept_mean, model.concept_std))
@@ -240,11 +281,14 @@ def _of_editable(model: Any, batches: Iterator[Any], concepts: Any, target: Any)
         maps, logits = _looked(model, inputs)
         maps = (maps[:, rows] - mean) / std
         targets = _targets(target, logits, start, model)
+        known = logits.isfinite().all(1).tolist()
         presence = _presence(model, inputs, rows)
         for i, picture in enumerate(batch.pictures):
             scores = maps[i].mean((1, 2)).float()
             one = _Image.of(picture, maps[i].float(), scores, logits=logits[i].float(), target=targets[i])
+            one.predicted = int(logits[i].argmax()) if known[i] else None
             one.name = batch.names[i] if batch.names else f"image {start + i}"
+            one.file, one.inputs = one.name, (inputs.shape[-1], inputs.shape[-2])
             one.label = batch.labels[i] if batch.labels else None
             one.presence = None if presence is None else presence[i]
             page.images.append(one)
@@ -285,17 +329,16 @@ def _targets(target: Any, logits: Tensor, start: int, model: Any) -> list[int]:
     n = len(logits)
     if target is None:
         return logits.argmax(1).tolist()
-    several = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
-    own = list(target[start : start + n]) if several else [target] * n
-    names = _class_list(model, logits.shape[1])
-    return [name_positions([one if isinstance(one, str) else int(one)], names, "class")[0] for one in own]
+    from captum_concepts._captum import target_indices  # Captum imports matplotlib's pyplot
+
+    own = targets_of(target, slice(start, start + n))
+    return target_indices(own, n, logits.shape[1], _class_list(model, logits.shape[1]), what="class").tolist()
 
 
 def _of_explainer(explainer: Any, batches: Iterator[Any], concepts: Any, target: Any, top_k: int | None) -> _Page:
     page, start = _Page([], [], why=_OBSERVES), 0
     for batch in batches:
-        several = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
-        own = target[start : start + len(batch.pictures)] if several else target
+        own = targets_of(target, slice(start, start + len(batch.pictures)))
         options = {"top_k": top_k} if concepts is None else {"concepts": concepts}
         explained = explainer.explain(batch.inputs, own, **options).to("cpu")
         _extend(page, explained, batch.pictures, batch.names, batch.labels)
@@ -303,13 +346,14 @@ def _of_explainer(explainer: Any, batches: Iterator[Any], concepts: Any, target:
     if not any(one.target is not None for one in page.images):
         page.classes = []
     own = next((f"explainer.{n}" for n in ("backbone", "forward_func") if hasattr(explainer, n)), "explainer")
-    page.reader, page.trust = f"{own}, images", _trust(explainer)
+    page.reader, page.trust = f"inputs_for({own}, images)", _trust(explainer)
+    page.predicts = target is None
     return page
 
 
 def _of_explanation(explanation: ConceptExplanation, images: Any, concepts: Any) -> _Page:
     pictures = as_images(images, len(explanation))
-    page = _Page([], [], why=_SAVED)
+    page = _Page([], [], why=_SAVED, predicts=False)
     chosen = explanation
     if concepts is not None:
         columns = name_positions(concepts, explanation.concepts, "concept")
@@ -342,7 +386,9 @@ def _extend(
                 contributions=None if one.contributions is None else one.contributions[0].float(),
                 presence=None if one.presence is None else one.presence[0].float(), target=target,
                 probability=None if one.target_probability is None else float(one.target_probability),
-                name=names[i] if names else f"image {len(page.images)}", label=labels[i] if labels else None,
+                predicted=target,
+                name=names[i] if names else f"image {len(page.images)}", file=names[i] if names else "",
+                label=labels[i] if labels else None,
             )
         )  # fmt: skip
 
@@ -507,10 +553,12 @@ def _rendered(page: _Page, title: str) -> str:
         "head": None if page.head is None else _head(page.head),
         "signed": signed,
         "palette": _packed(bytes(value for k in range(256) for value in (*colors[3 * k : 3 * k + 3], opacity[k]))),
-        "tensor": page.given,
+        "asked": page.asked,
+        "predicts": page.predicts,
         "reader": page.reader,
+        "setup": page.setup,
         "trust": page.trust,
-        "images": [_filed(one, own, page) for one, own in zip(page.images, strongest, strict=True)],
+        "images": [_filed(one, own) for one, own in zip(page.images, strongest, strict=True)],
     }
     script, style = asset("explorer/explorer.js"), asset("explorer/explorer.css")
     return template("explorer/explorer.html").render(
@@ -544,16 +592,15 @@ def _cleaned(value: Any) -> Any:
     return clean(value)
 
 
-def _filed(one: _Image, strongest: list[int], page: _Page) -> dict[str, Any]:
+def _filed(one: _Image, strongest: list[int]) -> dict[str, Any]:
     """What the filmstrip needs of an image."""
-    label = one.label
-    if label is not None and not isinstance(label, str):
-        label = page.classes[int(label)] if 0 <= int(label) < len(page.classes) else f"class {int(label)}"
-    predicted = one.target if one.logits is None else int(one.logits.argmax())
     return {
         "name": one.name,
-        "label": label,
-        "predicted": predicted,
+        "file": one.file,
+        "label": None if one.true is None else one.true.name,
+        "true": [] if one.true is None else list(one.true.outputs),
+        "predicted": one.predicted,
+        "verdict": "" if one.true is None else one.true.verdict(one.predicted),
         "thumb": one.thumb.uri,
         "thumbSize": [one.thumb.width, one.thumb.height],
         "strongest": strongest,
@@ -586,6 +633,7 @@ def _loaded(one: _Image) -> dict[str, Any]:
         "picture": one.picture.uri,
         "pixelated": one.picture.pixelated,
         "size": list(one.size),
+        "inputs": None if one.inputs is None else list(one.inputs),
         "grid": [maps.shape[2], maps.shape[1]],
         "rows": one.rows,
         "maps": _packed(stored.tobytes()),

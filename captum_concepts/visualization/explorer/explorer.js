@@ -297,7 +297,7 @@ function short(value, sign = false) {
   return (value < 0 ? "−" : sign ? "+" : "") + text;
 }
 
-const percent = (value) => (value >= 0.9995 && value < 1 ? "> 99.9 %" : value > 0 && value < 0.001 ? "< 0.1 %"
+const percent = (value) => (!Number.isFinite(value) ? "n/a" : value >= 0.9995 && value < 1 ? "> 99.9 %" : value > 0 && value < 0.001 ? "< 0.1 %"
   : `${Number((100 * value).toPrecision(3))} %`).replaceAll(" ", "\u00a0"); // stays on one line
 
 function regionWords(region) {
@@ -489,6 +489,7 @@ function showConcepts() {
   const shown = found.slice(0, state.rows);
   const limits = ends(scores, how, shown);
   fill($("concepts"), shown, () => conceptRow("concept"), (row, k) => writeConcept(row, data, k, scores[k], how, limits));
+  $("no-concept").hidden = found.length > 0;
   $("more-concepts").hidden = found.length <= shown.length;
   $("more-concepts").textContent = `Show more (${found.length - shown.length})`;
   $("region-line").textContent = region === null
@@ -573,21 +574,22 @@ function showClasses() {
   }
   $("classes-panel").hidden = !before;
   if (!before) return;
-  const label = about.images[state.image].label;
+  const { true: outputs } = about.images[state.image];
   let shown = order(before);
   if (!data.logits) shown = [0];
   else if (shown.length > state.classes) {
     const kept = new Set([...shown.slice(0, state.classes / 2), ...order(after).slice(0, state.classes / 4)]);
-    about.classes.forEach((name, k) => { if (name === label) kept.add(k); });
+    outputs.forEach((k) => kept.add(k));
     $("more-classes").textContent = `Show all ${shown.length} classes`;
     $("more-classes").hidden = false;
     shown = shown.filter((k) => kept.has(k));
   } else $("more-classes").hidden = true;
   const edited = mine().edits.length > 0;
   fill($("classes"), shown, classRow, (row, k) => {
-    const name = about.classes[data.logits ? k : data.target];
+    const output = data.logits ? k : data.target;
+    const name = about.classes[output];
     say(row.name, name);
-    row.truth.hidden = name !== label;
+    row.truth.hidden = !outputs.includes(output);
     say(row.number, edited ? `${percent(before[k])} → ${percent(after[k])}` : percent(before[k]));
     writeBar(row.before, before[k], 1, false);
     writeBar(row.after, after[k], 1, false);
@@ -619,10 +621,13 @@ function showPixels() {
     about.signed && about.editable ? "; 0 is its average in the training images" : "");
 }
 
-function literal(region, names) {
+// In pixels of what the model gets, which a transform may have resized.
+function literal(data, region, names) {
   if (region === null) return "";
-  if (region.kind === "points") return `points=(${region.points.join(", ")})`;
-  if (region.kind === "boxes") return `boxes=(${region.box.map(round2).join(", ")})`;
+  const sides = data.inputs ? [data.inputs[0] / data.width, data.inputs[1] / data.height] : [1, 1];
+  const scaled = (values) => values.map((value, k) => round2(value * sides[k % 2])).join(", ");
+  if (region.kind === "points") return `points=(${scaled(region.points)})`;
+  if (region.kind === "boxes") return `boxes=(${scaled(region.box)})`;
   return `mask=${names.get(region)}`;
 }
 
@@ -635,33 +640,41 @@ function showPython() {
   const names = new Map(masks.map((one, k) => [one, masks.length > 1 ? `mask_${k + 1}` : "mask"]));
   if (masks.length) lines.push("import torch");
   if (!about.editable && region) lines.push("from torch.nn.functional import interpolate");
-  if (!about.tensor && about.reader) lines.push("from captum_concepts.images import inputs_for");
-  if (lines.length) lines.push("");
   const saved = about.reader === ""; // an explanation, without what made it
+  const reads = about.reader.match(/inputs_for|open_images/)?.[0];
+  if (reads) lines.push(`from captum_concepts.images import ${reads}`);
+  const resized = about.editable && data.inputs.join() !== [data.width, data.height].join();
+  if (masks.length && resized) lines.push("from torch.nn.functional import interpolate");
+  if (lines.length) lines.push("");
   const given = about.editable ? "model: the SALFCBM" : saved ? "explanation: as passed to explore()" : "explainer: the method";
-  lines.push(`# ${given}${saved ? "" : "; images: as passed to explore()"}`);
+  const passed = about.reader.startsWith("transform(") ? "images, transform" : "images";
+  lines.push(`# ${given}${saved || about.setup ? "" : `; ${passed}: as passed to explore()`}`);
   if (!saved) {
-    lines.push(about.tensor ? `image = images[[${state.image}]]` : `image = inputs_for(${about.reader})[${state.image}][None]`);
+    if (about.setup) lines.push(...about.setup.split("\n"));
+    const name = JSON.stringify(about.images[state.image].file);
+    lines.push(`image = ${about.reader.replace(/\bFILE\b/, () => name).replace(/\bK\b/, state.image)}`);
   }
+  const target = about.asked ? `, target=${data.target}` : "";
   for (const [one, name] of names) {
     lines.push(`${name} = torch.zeros(${data.height}, ${data.width})`, `for y, start, stop in [`);
     const parts = one.runs.map((run) => `(${run.join(", ")})`);
     for (let k = 0; k < parts.length; k += 6) lines.push(`    ${parts.slice(k, k + 6).join(", ")},`);
     lines.push("]:", `    ${name}[y, start:stop] = 1`);
+    if (resized) lines.push(`${name} = interpolate(${name}[None, None], (${data.inputs[1]}, ${data.inputs[0]}), mode="nearest-exact")[0, 0]`);
   }
   if (about.editable) {
-    lines.push(region === null ? "seen = model.explain(image)" : `seen = model.explain_region(image, ${literal(region, names)}, units="std")`);
+    lines.push(region === null ? `seen = model.explain(image${target})` : `seen = model.explain_region(image, ${literal(data, region, names)}, units="std"${target})`);
     if (edits.length) {
       lines.push("edits = [");
       for (const edit of edits) {
-        const where = literal(edit.region, names).replace(/^(\w+)=/, ', "$1": ');
+        const where = literal(data, edit.region, names).replace(/^(\w+)=/, ', "$1": ');
         lines.push(`    {"concept": ${JSON.stringify(about.concepts[edit.concept])}, "beta": ${edit.beta}${where}},`);
       }
       lines.push("]", 'before, after = model.intervene(image, edits, units="std")');
       lines.push(about.independent ? "probabilities = after.sigmoid()" : "probabilities = after.softmax(1)");
     }
   } else if (region === null) {
-    lines.push(saved ? `seen = explanation[${state.image}]` : "seen = explainer.explain(image)");
+    lines.push(saved ? `seen = explanation[${state.image}]` : `seen = explainer.explain(image${target})`);
   } else {
     lines.push(saved ? `maps = explanation[${state.image}].maps` : "maps = explainer.concept_maps(image)");
     lines.push(`large = interpolate(maps.float(), (${data.height}, ${data.width}), mode="bilinear")[0]`);
@@ -737,6 +750,7 @@ function setRegion(region, announce = true) {
 }
 
 function setImage(number) {
+  gesture = null; // what was being marked belongs to the image before
   state.image = number;
   state.cursor = null;
   state.rows = ROWS;
@@ -752,10 +766,10 @@ function setImage(number) {
     stage.style.setProperty("--h", data.height);
   }
   $("name").replaceChildren(make("bdi", {}, filed.name));
-  const predicted = filed.predicted === null ? [] : ["predicted ", make("strong", {}, make("bdi", {}, about.classes[filed.predicted]))];
+  const predicted = filed.predicted === null ? [] : [about.predicts ? "predicted " : "explained: ", make("strong", {}, make("bdi", {}, about.classes[filed.predicted]))];
   const truth = filed.label === null ? [] : [predicted.length ? "; true label " : "true label ", make("strong", {}, make("bdi", {}, filed.label))];
   $("verdict-line").replaceChildren(...predicted, ...truth);
-  $("verdict-line").className = `soft ${verdict(filed)}`;
+  $("verdict-line").className = `soft ${filed.verdict}`;
   for (const button of $("strip").children) {
     const current = Number(button.dataset.index) === number;
     button.setAttribute("aria-pressed", String(current));
@@ -872,7 +886,7 @@ $("stage").addEventListener("pointerdown", (event) => {
   const old = mine().region;
   const mask = state.tool === "brush" ? new Uint8Array(data.width * data.height) : null;
   if (mask && old?.mask) mask.set(old.mask); // strokes add up
-  gesture = { id: event.pointerId, x: event.clientX, y: event.clientY, start: place(event), last: null, mask, region: old };
+  gesture = { id: event.pointerId, x: event.clientX, y: event.clientY, start: place(event), last: null, mask, region: old, old };
   state.cursor = null;
   follow(event);
   setRegion(gesture.region, false);
@@ -1011,12 +1025,20 @@ document.addEventListener("keydown", (event) => {
   if (tools[event.key]) setTool(tools[event.key]);
   else if (event.key === "u") undo();
   else if (event.key === "m") { state.map = !state.map; showPixels(); }
-  else if (event.key === "Escape") setRegion(null);
+  else if (event.key === "Escape") {
+    const before = gesture ? gesture.old : null; // a drag is given up, and what was marked before it stays
+    gesture = null;
+    setRegion(before);
+  }
   else if (event.key === "[" || event.key === "]") {
     const visible = [...$("strip").children].map((one) => Number(one.dataset.index));
     const next = visible[visible.indexOf(state.image) + (event.key === "]" ? 1 : -1)];
     if (next !== undefined) setImage(next);
   }
+});
+// Edits live in the page alone: closing it asks first.
+window.addEventListener("beforeunload", (event) => {
+  if ([...own.values()].some((one) => one.edits.length)) event.preventDefault();
 });
 const resized = new ResizeObserver((entries) => {
   for (const { target, contentRect } of entries) {
@@ -1028,10 +1050,8 @@ for (const id of ["stage", "stage-after"]) resized.observe($(id));
 
 // -------------------------------------------------------------------------------------------------------- filmstrip
 
-function verdict(filed) {
-  if (filed.label === null || filed.predicted === null) return "";
-  return filed.label === about.classes[filed.predicted] ? "right" : "wrong";
-}
+const verdicts = about.predicts ? { wrong: "wrong prediction", right: "right prediction" }
+  : { wrong: "explained class is not the true label", right: "explained class is the true label" };
 
 const watcher = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
@@ -1047,22 +1067,23 @@ function frames() {
   const found = about.images.map((_, k) => k).filter((k) => {
     const filed = about.images[k];
     const words = [filed.name, filed.label ?? "", about.classes[filed.predicted] ?? "", ...filed.strongest.map((c) => about.concepts[c])];
-    return (!kind || verdict(filed) === kind)
-      && (!output || String(filed.predicted) === output || filed.label === about.classes[Number(output)])
+    return (!kind || filed.verdict === kind)
+      && (!output || String(filed.predicted) === output || filed.true.includes(Number(output)))
       && (!concept || filed.strongest.includes(Number(concept)))
       && (!wanted || words.some((word) => word.toLowerCase().includes(wanted)));
   });
-  found.sort((a, b) => (verdict(about.images[b]) === "wrong") - (verdict(about.images[a]) === "wrong") || a - b);
+  const isWrong = (k) => about.images[k].verdict === "wrong";
+  found.sort((a, b) => isWrong(b) - isWrong(a) || a - b);
   $("strip").replaceChildren(...found.map((k) => {
     const filed = about.images[k];
     const picture = make("img", { alt: "", width: filed.thumbSize[0], height: filed.thumbSize[1] });
     if (about.images.length <= LAZY) picture.src = filed.thumb;
-    const said = filed.predicted === null ? [] : [make("small", { class: verdict(filed) }, make("bdi", {}, about.classes[filed.predicted]))];
+    const said = filed.predicted === null ? [] : [make("small", { class: filed.verdict }, make("bdi", {}, about.classes[filed.predicted]))];
     const button = make(
       "button", { type: "button", "data-testid": "image", "data-index": k, "aria-pressed": String(k === state.image) },
       picture, make("span", {}, make("bdi", {}, filed.name)), ...said,
     );
-    if (verdict(filed)) button.append(make("span", { class: "hidden" }, verdict(filed) === "wrong" ? "wrong prediction" : "right prediction"));
+    if (filed.verdict) button.append(make("span", { class: "hidden" }, verdicts[filed.verdict]));
     button.tabIndex = -1;
     button.addEventListener("click", () => setImage(k));
     if (about.images.length > LAZY) watcher.observe(button);
@@ -1070,8 +1091,9 @@ function frames() {
   }));
   const current = [...$("strip").children].find((one) => Number(one.dataset.index) === state.image) ?? $("strip").firstElementChild;
   if (current) current.tabIndex = 0;
-  const wrong = found.filter((k) => verdict(about.images[k]) === "wrong").length;
-  $("count").textContent = `${found.length} of ${about.images.length} images${wrong ? `, ${wrong} wrong, shown first` : ""}`;
+  const wrong = found.filter(isWrong).length;
+  const said = about.predicts ? "wrong" : "whose explained class is not the true label";
+  $("count").textContent = `${found.length} of ${about.images.length} images${wrong ? `, ${wrong} ${said}, shown first` : ""}`;
   return found;
 }
 
@@ -1097,11 +1119,13 @@ function begin() {
   $("method").textContent = [about.method, `${about.images.length} image${about.images.length === 1 ? "" : "s"}`, `${about.concepts.length} concept${about.concepts.length === 1 ? "" : "s"}`].filter(Boolean).join(" · ");
   $("trust").textContent = `Trust: ${about.trust}`;
   $("trust").hidden = !about.trust;
-  const predicted = [...new Set(about.images.map((filed) => filed.predicted).filter((k) => k !== null))].sort((a, b) => a - b);
+  const outputs = [...new Set(about.images.flatMap((filed) => [filed.predicted, ...filed.true]))]
+    .filter((k) => k !== null && k < about.classes.length).sort((a, b) => a - b);
   const strongest = [...new Set(about.images.flatMap((filed) => filed.strongest))];
-  options($("of-class"), about.classes, predicted);
+  options($("of-class"), about.classes, outputs);
   options($("of-concept"), about.concepts, strongest.sort((a, b) => about.concepts[a].localeCompare(about.concepts[b])));
-  $("verdict").closest("label").hidden = !about.images.some(verdict);
+  $("verdict").closest("label").hidden = !about.images.some((filed) => filed.verdict);
+  if (!about.predicts) for (const option of $("verdict").options) option.textContent = verdicts[option.value] ?? "all images";
   document.querySelector(".film").hidden = about.images.length < 2;
   for (const id of ["find", "verdict", "of-class", "of-concept"]) $(id).addEventListener("input", frames);
   $("why").textContent = about.why;

@@ -28,7 +28,15 @@ from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
 from captum_concepts.visualization.canvas import NOT_ENCODED, number as in_words, round_up
 from captum_concepts.visualization.figures import class_rules, sankey
-from captum_concepts.visualization.inputs import shown_batches
+from captum_concepts.visualization.inputs import (
+    TrueClass,
+    check_targets,
+    each_of,
+    shown_batches,
+    source_of,
+    targets_of,
+    warn_of_unknown_class,
+)
 from captum_concepts.visualization.overlay import ALPHA, MODES, as_images, each_image
 from captum_concepts.visualization.panels import absence, check_explanation, class_of, crop_boxes, ordered, significance
 from captum_concepts.visualization.pictures import Picture, figure_uri, gradient, map_picture, photo, place_in_words
@@ -143,6 +151,8 @@ def report(
     rows: Iterable[tuple[Any, Any, dict[str, Any]]]
     if isinstance(source, ConceptExplainer):
         how = {"top_k": top_k, **({} if rank_by is None else {"rank_by": rank_by})}
+        images = source_of(source, images, transform)
+        total = None if images.streamed else len(images)
         rows = _explained(source, images, target, transform, integer("batch_size", batch_size), how)
     else:
         pairs = zip_longest(_examples(source), each_image(images), fillvalue=_NOTHING)
@@ -157,7 +167,8 @@ def report(
         page = explorer.save(writer.path.with_name(f"{writer.path.stem}.explorer.html"))
         writer.explorer = quote(os.fsencode(page.name))
     with writer:
-        names, truths = (None if given is None else iter(given) for given in (image_names, labels))
+        names = None if image_names is None else iter(each_of("image_names", image_names))
+        truths = None if labels is None else iter(each_of("labels", labels))
         for i, (example, picture, found) in enumerate(_progress(rows, total, show_progress)):
             if example is _NOTHING or picture is _NOTHING:
                 raise InputError(f"{'more' if example is _NOTHING else 'fewer'} images than explained examples ({i})")
@@ -196,13 +207,13 @@ def _explained(
     """Explanation, image, name and label of one image after another; a batch is explained when its first is due."""
     start = 0
     for batch in shown_batches(explainer, images, batch_size, transform):
-        several = isinstance(target, (list, tuple)) or (isinstance(target, Tensor) and target.ndim > 0)
-        own = target[start : start + len(batch.pictures)] if several else target
+        own = targets_of(target, slice(start, start + len(batch.pictures)))
         explained = explainer.explain(batch.inputs, own, **how).to("cpu")
         for i, (one, picture) in enumerate(zip(explained, batch.pictures, strict=True)):
             found = {"name": batch.names and batch.names[i], "label": batch.labels[i] if batch.labels else None}
             yield one, picture, found
         start += len(batch.pictures)
+    check_targets(target, start)
 
 
 def _progress(pairs: Iterable[Any], total: int | None, show: bool) -> Iterable[Any]:
@@ -279,6 +290,7 @@ class ReportWriter:
         self._starts: list[int] = []
         self._failed: list[tuple[str, str]] = []
         self._rules: tuple[Any, Any] | None = None
+        self._warned = False  # of labels that no output bears
         self.explorer: str | None = None
         self.trust = ""
 
@@ -470,15 +482,15 @@ class ReportWriter:
                     map_picture(maps[k], own, self.alpha, self.mode) if encoded else None,
                 )
             )
-        truth = None
-        if label is not None:
-            named = isinstance(label, str) or (self.class_names or shown.class_names) is None
-            names = self.class_names or shown.class_names
-            truth = str(label) if named else str(names[int(label)])  # type: ignore[index]
-            truth = f"class {truth}" if named and not isinstance(label, str) else truth
+        true = None if label is None else TrueClass.of(label, self.class_names or shown.class_names)
+        verdict = "" if true is None or shown.target is None else true.verdict(int(shown.target))
+        if true is not None and shown.target is not None and not verdict and not self._warned:
+            self._warned = True
+            warn_of_unknown_class(true)
         sure = None if shown.target_probability is None else in_words(float(shown.target_probability))
         return Card(
-            name, target, sure, truth, photo(picture), rows, tuple(picture.shape[2:0:-1]),
+            name, target, sure, None if true is None else true.name, verdict, photo(picture), rows,
+            tuple(picture.shape[2:0:-1]),
             (in_words(scale.low), in_words(scale.high)), gradient(scale), self.scale == "row",
             shown.score_unit, shown.contribution_unit, in_words(score_end), in_words(how_end),
         )  # fmt: skip
@@ -591,6 +603,7 @@ class Card:
     target: str | None
     probability: str | None
     truth: str | None
+    verdict: str
     picture: Picture
     rows: Sequence[ConceptRow]
     size: tuple[int, ...]
@@ -605,11 +618,6 @@ class Card:
     crop: tuple[float, float, float, float] | None = None
     class_index: int = -1
     concept_indices: list[int] = field(default_factory=list)
-
-    @property
-    def verdict(self) -> str:
-        """Whether the explained class is the true one; empty where either is unknown."""
-        return "" if None in (self.target, self.truth) else "right" if self.target == self.truth else "wrong"
 
     @property
     def marks(self) -> str:

@@ -45,8 +45,24 @@ document.getElementById("save").addEventListener("click", () => {
   const text = JSON.stringify({ study, participant: participant.value.trim(), answers: ratings() }, null, 2);
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  link.download = `answers-${participant.value.trim().replace(/[^\w-]+/g, "_")}.json`;
+  link.download = `answers-${participant.value.trim().replace(/[^\p{L}\p{N}_-]+/gu, "_")}.json`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  forget(); // whoever opens the page next starts anew
 });
+document.getElementById("next").addEventListener("click", () => {
+  if (!confirm("Remove the name and all ratings from this page?")) return;
+  form.reset();
+  participant.value = "";
+  changed();
+  forget();
+  scrollTo(0, 0);
+});
+
+function forget() {
+  try {
+    localStorage.removeItem(place);
+  } catch { /* see above */ }
+}
+
 changed();
