@@ -141,7 +141,8 @@ def fit_salf_cbm(
     bottleneck (whose gradients are summed over processes) agrees to rounding.
 
     Args:
-        backbone: the network; it takes ``model_transform`` of the images.
+        backbone: the network; it takes ``model_transform`` of the images. It becomes ``model.backbone``, frozen and in
+            evaluation mode, unless ``train_backbone``; to train yours further pass ``copy.deepcopy(backbone)``.
         layer: where its features are read, a module or dotted name; NCHW, NHWC or tokens.
         images: labeled images: a data set whose items begin with an image and its label, such as ``ImageFolder`` with
             a transform; a loader of one; ``(images, labels)``; a folder of class folders. Of one size, the same each
