@@ -62,7 +62,8 @@ def value(expression: str) -> str:
                 found = found[int(key)] if isinstance(found, list) else found[key]
         except (KeyError, IndexError, ValueError) as error:
             raise KeyError(f"{name} has no entry {key!r} in {' ; '.join(keys)}") from error
-    return format(found, form)
+    text = format(found, form)
+    return text if text.strip("-0.") else text.removeprefix("-")  # what is rounded to zero has no sign
 
 
 def commands(_: str) -> str:
