@@ -457,7 +457,14 @@ COLUMNS += [
         {"doubles": refused("float64"), **ANY_SIZE},
     ),
     Column(
-        "explore", "any images", lambda x, _: explore(fam(), x).html[-500:], {"doubles": refused("float64"), **ANY_SIZE}
+        "explore",
+        "any images",
+        lambda x, _: explore(fam(), x).html[-500:],
+        {
+            "doubles": refused("float64"),
+            "class folders": Outcome("runs", warns="no output of the model is called 'cat'"),
+            **ANY_SIZE,
+        },
     ),
 ]
 #: Entry points without a column, by pattern, and why.
