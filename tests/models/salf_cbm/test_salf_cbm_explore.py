@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from captum_concepts import published
 from captum_concepts.concepts import Vocabulary
-from captum_concepts.errors import InputError, TargetError
+from captum_concepts.errors import InputError, InputWarning, TargetError
 from captum_concepts.metrics import mean_iou
 from captum_concepts.models.salf_cbm import SALFCBM
 
@@ -164,7 +164,10 @@ class TestMostActivating:
                 model.most_activating(data)
         with pytest.raises(InputError, match="Did you mean 'grass'"):
             model.most_activating(pictures(), "gras")
-        with pytest.raises(InputError, match="no file or folder at folder"):
+        with (
+            pytest.raises(InputError, match="no file or folder at folder"),
+            pytest.warns(InputWarning, match="nothing tells how"),
+        ):
             model.most_activating("folder")
         with pytest.raises(InputError, match="integer of at least 1"):
             model.most_activating(pictures(), k=0)
