@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from captum_concepts.errors import InputError, InputWarning, did_you_mean
@@ -142,6 +143,17 @@ def same_rows(names: Sequence[str], rows: Tensor) -> Iterator[tuple[str, str]]:
         other = first.setdefault(row.tobytes(), name)
         if other != name:
             yield other, name
+
+
+def one_target_each(target: Any) -> bool:
+    """Whether ``target`` has an entry per example; a number, a name, a tuple and a tensor of one entry are for all.
+
+    >>> one_target_each([2, 0]), one_target_each(2), one_target_each((2,))
+    (True, False, False)
+    """
+    if isinstance(target, np.ndarray):
+        return target.ndim > 0
+    return isinstance(target, list) or (isinstance(target, Tensor) and target.ndim > 0 and target.numel() > 1)
 
 
 def warn_of_numbers(labels: Sequence[Any]) -> None:

@@ -23,7 +23,15 @@ from captum_concepts._artifacts import (
     text,
 )
 from captum_concepts._captum import LayerAttribution, layer_attribution, output_tensor, select_output, target_indices
-from captum_concepts._checks import finite_images, integer, name_positions, number, take_rows, unique_names
+from captum_concepts._checks import (
+    finite_images,
+    integer,
+    name_positions,
+    number,
+    one_target_each,
+    take_rows,
+    unique_names,
+)
 from captum_concepts._undo import unharming
 from captum_concepts.activations import check_images, find_model, full_precision, gradients_enabled
 from captum_concepts.activations.layers import Layer, Layers
@@ -548,5 +556,4 @@ def _standardized(table: Tensor) -> Tensor:
 
 
 def _cut(target: Any, rows: slice, n: int) -> Any:
-    several = isinstance(target, list) or (isinstance(target, Tensor) and target.ndim > 0 and target.numel() > 1)
-    return target[rows] if several and len(target) == n else target
+    return target[rows] if one_target_each(target) and len(target) == n else target

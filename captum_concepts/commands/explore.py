@@ -58,7 +58,6 @@ def explore_command(settings: ExploreSettings) -> dict[str, Any]:
         explainer.method,
         source,
         class_names=explainer.class_names,
-        image_names=source.names,
         batch_size=settings.batch_size,
         title=title,
         setup=(

@@ -150,7 +150,8 @@ def _bundled(name: str) -> LoadedModel:
 
     if name not in ("classifier", "vit"):
         raise InputError(f"no bundled model {name!r}; there are demo:classifier and demo:vit")
-    return LoadedModel(demo.load(name), Preprocessing((64, 64)), CaptionedScenes(1, seed=0, size=64).classes)
+    model = demo.load(name)
+    return LoadedModel(model, _preprocessing(model), CaptionedScenes(1, seed=0, size=64).classes)
 
 
 def _from_python(spec: str) -> nn.Module:

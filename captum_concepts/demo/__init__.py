@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from captum_concepts.demo.networks import SmallResNet, SmallViT
+from captum_concepts.demo.networks import SIZE, SmallResNet, SmallViT
 from captum_concepts.demo.tokenizer import WordTokenizer
 from captum_concepts.errors import InputError, did_you_mean
 from captum_concepts.vlm import OpenCLIPEncoder
@@ -22,9 +22,9 @@ _CLASSIFIERS: dict[str, type[nn.Module]] = {
 }
 NAMES = (*_CLASSIFIERS, "clip")
 _NUM_CLASSES = 6
-#: What timm's models say of their inputs: files are read at 64 px, and normalized inside.
+#: What timm's models say of their inputs: files are read in this size, and normalized inside.
 _PREPROCESSING = {
-    "architecture": "", "input_size": (3, 64, 64), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_pct": 1.0,
+    "input_size": (3, SIZE, SIZE), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_pct": 1.0,
     "interpolation": "bicubic",
 }  # fmt: skip
 

@@ -580,6 +580,11 @@ def batches(
     return _batched(opened, batch_size, device, workers)
 
 
+def of_files(source: ImageSource) -> bool:
+    """Whether the images come from files; asking ``source.files`` reads them all where broken ones are skipped."""
+    return not source.streamed and isinstance(source._data, _Files)
+
+
 def _batched(source: ImageSource, batch_size: int, device: Any, workers: int) -> Iterator[Batch]:
     data = source._data
     if isinstance(data, Tensor) and source._index == range(len(data)) and source.reading.transform is None:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts._checks import integer, name_positions
+from captum_concepts._checks import integer, name_positions, one_target_each
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import ConceptExplainer
 from captum_concepts.images import ImageSource, as_seen, batches, inputs_for, open_images
+from captum_concepts.images.source import of_files
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class TrueClass:
         Raises:
             InputError: neither a name nor an index, or an index that the model does not have.
         """
-        listed = class_names is not None and not isinstance(class_names, Mapping)
-        named: dict[int, str] = dict(enumerate(class_names) if listed else class_names or {})  # type: ignore[arg-type]
+        some = class_names is None or isinstance(class_names, Mapping)
+        named = dict(class_names or {}) if isinstance(class_names, Mapping) else dict(enumerate(class_names or ()))
         if isinstance(label, str):
             number = re.fullmatch(r"class (\d+)", label) if class_names is None else None
             return cls(label, (int(number[1]),) if number else tuple(i for i, name in named.items() if name == label))
-        index = integer("a label, if it is not a name,", label, 0, len(named) - 1 if listed else None)
+        index = integer("a label, if it is not a name,", label, 0, None if some else len(named) - 1)
         return cls(named.get(index, f"class {index}"), (index,))
 
     def verdict(self, output: int | None) -> str:
@@ -96,7 +96,7 @@ def each_of(what: str, values: Any) -> list[Any]:
 
 def targets_of(target: Any, rows: slice) -> Any:
     """The targets of some of the images: their own, where each has one."""
-    return target[rows] if _one_each(target) else target
+    return target[rows] if one_target_each(target) else target
 
 
 def check_targets(target: Any, count: int) -> None:
@@ -105,12 +105,8 @@ def check_targets(target: Any, count: int) -> None:
     Raises:
         InputError: see above.
     """
-    if _one_each(target) and len(target) != count:
+    if one_target_each(target) and len(target) != count:
         raise InputError(f"{len(target)} targets for {count} images; pass one for each, or one for all")
-
-
-def _one_each(target: Any) -> bool:
-    return isinstance(target, (list, tuple)) or (isinstance(target, (Tensor, np.ndarray)) and target.ndim > 0)
 
 
 def model_of(explainer: Any) -> Any:
@@ -152,7 +148,7 @@ def shown_batches(
     source = source_of(explainer, images, transform)
     network = model_of(explainer)
     like = next(network.parameters(), None) if isinstance(network, torch.nn.Module) else None
-    named = source.files is not None if not source.streamed else False
+    named = of_files(source)
     for batch in batches(source, batch_size):
         inputs = batch.images if transform is None else transform(batch.images)
         inputs = inputs if like is None else inputs.to(like.device)

@@ -13,6 +13,7 @@ from torchvision.utils import save_image
 from captum_concepts import SALFCBM, demo
 from captum_concepts.__main__ import main
 from captum_concepts.datasets import CaptionedScenes
+from captum_concepts.images.pixels import Reading
 
 SCENES = CaptionedScenes(5, seed=3, size=64)
 
@@ -74,6 +75,14 @@ def test_a_page_of_files(photos, tmp_path, capsys):
     for one in about["images"]:
         read = made["images"][made["images"].names.index(one["file"])]
         assert torch.allclose(read, scenes[int(Path(one["file"]).stem)], atol=1 / 255)
+
+
+def test_no_image_is_read_twice(photos, tmp_path, monkeypatch):
+    read = []
+    upright = Reading.upright
+    monkeypatch.setattr(Reading, "upright", lambda self, image: (read.append(image), upright(self, image))[1])
+    assert main(["explore", str(photos), "--model", "demo:classifier", "--output", str(tmp_path / "e.html")]) == 1
+    assert len(read) == 5
 
 
 def test_a_saved_model_can_be_edited(photos, salf, tmp_path, capsys):

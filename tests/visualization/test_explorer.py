@@ -755,6 +755,7 @@ class TestWhatIsGiven:
             ({"target": 6}, "there are 6 classes"),
             ({"target": [0]}, "target"),
             ({"target": [0, 1, 2]}, "3 targets for 2 images"),
+            ({"target": np.array([0, 1, 2])}, "3 targets for 2 images"),
             ({"labels": [0, -1]}, "must be an integer of at least 0 and at most 5, got -1"),
             ({"labels": [0, 6]}, "at most 5, got 6"),
             ({"labels": [True, False]}, "got True"),
@@ -810,6 +811,11 @@ class TestWhatIsGiven:
         page = opened(model, x, target=2)
         assert page.page.inner_text("#verdict-line") == f"predicted class {int(model(x[:1]).argmax())}"
         assert int(page.run(model=model, images=x)["seen"].target) == 2
+
+    @pytest.mark.parametrize("target", [2, (2,), torch.tensor([2]), np.array(2), "class 2"])
+    def test_one_target_is_for_all_images_of_all_batches(self, target):
+        about = explore(salf(), images(3), target=target, batch_size=2).html
+        assert re.findall(r'"target":(\d)', about) == ["2"] * 3
 
     def test_names_of_folders_judge_nothing_where_no_output_is_called_so(self, opened, tmp_path):
         for k, name in enumerate(("cat", "dog")):

@@ -23,6 +23,7 @@ from captum_concepts._undo import unharming
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import SEEN, ConceptExplainer, ConceptExplanation
 from captum_concepts.images import ImageSource
+from captum_concepts.images.source import of_files
 from captum_concepts.visualization.inputs import (
     TrueClass,
     check_targets,
@@ -41,6 +42,7 @@ from captum_concepts.visualization.templates import asset, clean, template
 _TOP = 40
 #: Concepts by which an image is found: its strongest ones.
 _FOUND_BY = 5
+_TITLE = "Concept explorer"
 _STEPS = 65_534
 _UNKNOWN = 65_535
 _OBSERVES = (
@@ -89,7 +91,7 @@ def explore(
     top_k: int | None = _TOP,
     transform: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 32,
-    title: str = "Concept explorer",
+    title: str = _TITLE,
     setup: str = "",
 ) -> Explorer:
     r"""A page on which one marks a region of an image, sees its concepts, edits them, and watches the classes.
@@ -171,7 +173,7 @@ def explore(
     unknown = next((one.true for one in page.images if one.true is not None and not one.true.outputs), None)
     if unknown is not None and page.classes:
         warn_of_unknown_class(unknown)
-    return Explorer(page, str(title) if title else "Concept explorer")
+    return Explorer(page, title or _TITLE)
 
 
 @dataclass
@@ -232,12 +234,11 @@ class _Page:
 def _reader(reader: str, images: Any, transform: Any) -> str:
     """Python that reads image K, called FILE, of ``images`` as the model takes it."""
     if isinstance(images, ImageSource):
-        known = not images.streamed and images.files is not None
-        one = "images[images.names.index(FILE)][None]" if known else "images[K][None]"
-    elif transform is not None:
-        one = "images[[K]]" if isinstance(images, Tensor) else "open_images(images)[K][None]"
+        one = "images[images.names.index(FILE)][None]" if of_files(images) else "images[K][None]"
+    elif isinstance(images, Tensor):
+        one = "images[[K]]"
     else:
-        one = "images[[K]]" if isinstance(images, Tensor) else f"{reader}[K][None]"
+        one = f"{reader if transform is None else 'open_images(images)'}[K][None]"
     return one if transform is None else f"transform({one})"
 
 
@@ -281,12 +282,12 @@ def _of_editable(model: Any, batches: Iterator[Any], concepts: Any, target: Any)
         maps, logits = _looked(model, inputs)
         maps = (maps[:, rows] - mean) / std
         targets = _targets(target, logits, start, model)
-        known = logits.isfinite().all(1).tolist()
+        finite = logits.isfinite().all(1).tolist()
         presence = _presence(model, inputs, rows)
         for i, picture in enumerate(batch.pictures):
             scores = maps[i].mean((1, 2)).float()
             one = _Image.of(picture, maps[i].float(), scores, logits=logits[i].float(), target=targets[i])
-            one.predicted = int(logits[i].argmax()) if known[i] else None
+            one.predicted = int(logits[i].argmax()) if finite[i] else None
             one.name = batch.names[i] if batch.names else f"image {start + i}"
             one.file, one.inputs = one.name, (inputs.shape[-1], inputs.shape[-2])
             one.label = batch.labels[i] if batch.labels else None

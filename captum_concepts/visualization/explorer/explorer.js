@@ -284,6 +284,10 @@ function mine(number = state.image) {
 }
 
 const sameEdit = (edit) => edit.concept === state.concept && edit.region === mine().region;
+const called = about.predicts
+  ? { of: "predicted ", wrong: "wrong prediction", right: "right prediction", count: "wrong" }
+  : { of: "explained: ", wrong: "explained class is not the true label", right: "explained class is the true label",
+    count: "whose explained class is not the true label" };
 const round2 = (value) => Math.round(value * 100) / 100;
 
 // ---------------------------------------------------------------------------------------------------------- numbers
@@ -624,7 +628,7 @@ function showPixels() {
 // In pixels of what the model gets, which a transform may have resized.
 function literal(data, region, names) {
   if (region === null) return "";
-  const sides = data.inputs ? [data.inputs[0] / data.width, data.inputs[1] / data.height] : [1, 1];
+  const sides = [data.inputs[0] / data.width, data.inputs[1] / data.height];
   const scaled = (values) => values.map((value, k) => round2(value * sides[k % 2])).join(", ");
   if (region.kind === "points") return `points=(${scaled(region.points)})`;
   if (region.kind === "boxes") return `boxes=(${scaled(region.box)})`;
@@ -639,12 +643,11 @@ function showPython() {
   const masks = [...new Set([region, ...edits.map((edit) => edit.region)])].filter((one) => one?.mask);
   const names = new Map(masks.map((one, k) => [one, masks.length > 1 ? `mask_${k + 1}` : "mask"]));
   if (masks.length) lines.push("import torch");
-  if (!about.editable && region) lines.push("from torch.nn.functional import interpolate");
   const saved = about.reader === ""; // an explanation, without what made it
   const reads = about.reader.match(/inputs_for|open_images/)?.[0];
   if (reads) lines.push(`from captum_concepts.images import ${reads}`);
   const resized = about.editable && data.inputs.join() !== [data.width, data.height].join();
-  if (masks.length && resized) lines.push("from torch.nn.functional import interpolate");
+  if (about.editable ? masks.length && resized : region) lines.push("from torch.nn.functional import interpolate");
   if (lines.length) lines.push("");
   const given = about.editable ? "model: the SALFCBM" : saved ? "explanation: as passed to explore()" : "explainer: the method";
   const passed = about.reader.startsWith("transform(") ? "images, transform" : "images";
@@ -766,7 +769,7 @@ function setImage(number) {
     stage.style.setProperty("--h", data.height);
   }
   $("name").replaceChildren(make("bdi", {}, filed.name));
-  const predicted = filed.predicted === null ? [] : [about.predicts ? "predicted " : "explained: ", make("strong", {}, make("bdi", {}, about.classes[filed.predicted]))];
+  const predicted = filed.predicted === null ? [] : [called.of, make("strong", {}, make("bdi", {}, about.classes[filed.predicted]))];
   const truth = filed.label === null ? [] : [predicted.length ? "; true label " : "true label ", make("strong", {}, make("bdi", {}, filed.label))];
   $("verdict-line").replaceChildren(...predicted, ...truth);
   $("verdict-line").className = `soft ${filed.verdict}`;
@@ -1050,9 +1053,6 @@ for (const id of ["stage", "stage-after"]) resized.observe($(id));
 
 // -------------------------------------------------------------------------------------------------------- filmstrip
 
-const verdicts = about.predicts ? { wrong: "wrong prediction", right: "right prediction" }
-  : { wrong: "explained class is not the true label", right: "explained class is the true label" };
-
 const watcher = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     if (!isIntersecting) continue;
@@ -1083,7 +1083,7 @@ function frames() {
       "button", { type: "button", "data-testid": "image", "data-index": k, "aria-pressed": String(k === state.image) },
       picture, make("span", {}, make("bdi", {}, filed.name)), ...said,
     );
-    if (filed.verdict) button.append(make("span", { class: "hidden" }, verdicts[filed.verdict]));
+    if (filed.verdict) button.append(make("span", { class: "hidden" }, called[filed.verdict]));
     button.tabIndex = -1;
     button.addEventListener("click", () => setImage(k));
     if (about.images.length > LAZY) watcher.observe(button);
@@ -1092,8 +1092,7 @@ function frames() {
   const current = [...$("strip").children].find((one) => Number(one.dataset.index) === state.image) ?? $("strip").firstElementChild;
   if (current) current.tabIndex = 0;
   const wrong = found.filter(isWrong).length;
-  const said = about.predicts ? "wrong" : "whose explained class is not the true label";
-  $("count").textContent = `${found.length} of ${about.images.length} images${wrong ? `, ${wrong} ${said}, shown first` : ""}`;
+  $("count").textContent = `${found.length} of ${about.images.length} images${wrong ? `, ${wrong} ${called.count}, shown first` : ""}`;
   return found;
 }
 
@@ -1125,7 +1124,7 @@ function begin() {
   options($("of-class"), about.classes, outputs);
   options($("of-concept"), about.concepts, strongest.sort((a, b) => about.concepts[a].localeCompare(about.concepts[b])));
   $("verdict").closest("label").hidden = !about.images.some((filed) => filed.verdict);
-  if (!about.predicts) for (const option of $("verdict").options) option.textContent = verdicts[option.value] ?? "all images";
+  if (!about.predicts) for (const option of $("verdict").options) option.textContent = called[option.value] ?? "all images";
   document.querySelector(".film").hidden = about.images.length < 2;
   for (const id of ["find", "verdict", "of-class", "of-concept"]) $(id).addEventListener("input", frames);
   $("why").textContent = about.why;

@@ -152,7 +152,7 @@ def report(
     if isinstance(source, ConceptExplainer):
         how = {"top_k": top_k, **({} if rank_by is None else {"rank_by": rank_by})}
         images = source_of(source, images, transform)
-        total = None if images.streamed else len(images)
+        total = None if images.streamed or images.skip_broken else len(images)  # which can be read is not known yet
         rows = _explained(source, images, target, transform, integer("batch_size", batch_size), how)
     else:
         pairs = zip_longest(_examples(source), each_image(images), fillvalue=_NOTHING)
