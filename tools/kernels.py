@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "ATen AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "oneDNN AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
     "oneDNN SSE4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "compatible": {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"},
     "2 threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
     "4 threads": {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4", "OMP_WAIT_POLICY": "PASSIVE"},
 }

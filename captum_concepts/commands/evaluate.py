@@ -32,14 +32,14 @@ from captum_concepts.datasets import (
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, did_you_mean
 from captum_concepts.images import Preprocessing
 from captum_concepts.metrics import CenterGaussian, RandomMaps, activation_energy, evaluate
-from captum_concepts.metrics.evaluation import METRICS
+from captum_concepts.metrics.evaluation import METRICS, WORD_METRICS
 from captum_concepts.metrics.table import EvaluationTable
 
 FORMATS: dict[str, Callable[..., SegmentationDataset]] = {
     "folder": MaskFolder, "voc": PascalVOC, "broden": Broden, "imagenet-s": ImageNetS, "coco": COCOPanoptic,
 }  # fmt: skip
 SCORE_METRICS = ("average_drop", "increase_in_confidence", "insertion", "deletion")
-MASK_METRICS = tuple(name for name in METRICS if name not in SCORE_METRICS)
+MASK_METRICS = tuple(name for name in METRICS if name not in SCORE_METRICS + WORD_METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     print(f"{len(matched)} of the {len(known)} concepts of the data set can be explained", file=sys.stderr)
     total = len(data) if settings.limit is None else min(settings.limit, len(data))
     counts = {"images": 0, "images_without": 0, "regions": 0, "filled": 0}
+    before = len(failed)  # of the images that the explainer was fitted to
     examples = _examples(data, total, columns, explainer.concepts, failed, counts)
     bar = tqdm(examples, total=total, desc="evaluate", unit="image", file=sys.stderr, disable=None)
     try:
@@ -99,7 +100,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
             n_bootstrap=settings.n_bootstrap, seed=settings.seed, device=settings.device,
         )  # fmt: skip
     except InputError as error:
-        if counts["images"]:
+        if counts["images"] or counts["images_without"] + len(failed) - before < total:
             raise
         raise InputError(f"none of the {total} images shows any of {', '.join(matched[:8])}") from error
     if counts.pop("filled") == counts["images"] and settings.unlabelled is None:
@@ -224,6 +225,10 @@ def _metric_names(given: str) -> list[str]:
     for name in names:
         if name in SCORE_METRICS:
             raise InputError(f"{name} measures a score, not a region; call captum_concepts.metrics.{name} from Python")
+        if name in WORD_METRICS:
+            raise InputError(
+                f"{name} asks whether words are right, not where; call captum_concepts.metrics.evaluate from Python"
+            )
         if name not in MASK_METRICS:
             hint = did_you_mean(name, MASK_METRICS)
             raise InputError(f"no metric {name!r}; there are {', '.join(MASK_METRICS)}.{hint}")

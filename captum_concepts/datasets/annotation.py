@@ -59,6 +59,8 @@ def read_ids(path: str | os.PathLike[str], encoding: str = "index") -> Ids:
     if not is_there(path):
         raise InputError(f"no label image at {path}")
     with opened_image(path, "a label image") as file:
+        if file.format == "JPEG":
+            raise InputError(f"{path} is a JPEG, which changes values: ids of pixels need PNG or another exact format")
         mode, pixels = file.mode, np.array(file)
     if encoding == "index":
         if pixels.ndim != 2:

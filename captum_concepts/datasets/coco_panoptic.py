@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,6 @@ class COCOPanoptic(SegmentationDataset):
         **options: Any,
     ) -> None:
         self.root, self.split = Path(root), split
-        self.void = unlabelled_ids(unlabelled)
         if not (things or stuff):
             raise InputError("things=False and stuff=False leave no concept")
         path = self.root / "annotations" / f"panoptic_{split}.json" if annotations is None else Path(annotations)
@@ -93,6 +93,12 @@ class COCOPanoptic(SegmentationDataset):
         what = f"{path}, which must be in COCO's panoptic format,"
         index = check_json(read_json(path, dict), _SCHEMA, what, InputError)
         categories = {c["id"]: (c["name"], bool(c.get("isthing", 1))) for c in index["categories"]}
+        if len(categories) != len(index["categories"]):
+            raise InputError(f"{path} has several categories of one id")
+        # Some count categories from 0, which in the PNG is void: pixels of no segment get an id that no category has.
+        self._nothing = next(i for i in itertools.count() if i not in categories)
+        self.background = frozenset({self._nothing})
+        self.void = self.background if unlabelled_ids(unlabelled) else frozenset()
         files = {image["id"]: image["file_name"] for image in index["images"]}
         if unknown := sorted({str(a["image_id"]) for a in index["annotations"] if a["image_id"] not in files}):
             raise InputError(f"{path} has annotations of the images {unknown[:5]}, which it does not list")
@@ -115,12 +121,12 @@ class COCOPanoptic(SegmentationDataset):
     def _annotation(self, index: int) -> Annotation:
         image, mask, segments = self._items[index]
         path = inside(self._masks, mask, self._json)
-        layer = Layer(_categories(read_ids(path, "rgb"), segments, path, self._json), str(path))
+        layer = Layer(_categories(read_ids(path, "rgb"), segments, self._nothing, path, self._json), str(path))
         return Annotation(inside(self._images, image, self._json), [layer], image)
 
 
-def _categories(ids: Ids, segments: dict[int, int], path: Path, json: Path) -> Ids:
-    """The category of each pixel's segment; 0 stays 0."""
+def _categories(ids: Ids, segments: dict[int, int], nothing: int, path: Path, json: Path) -> Ids:
+    """The category of each pixel's segment; ``nothing`` where there is none, 0."""
     values, where = np.unique(ids, return_inverse=True)
     found = set(values.tolist()) - {0}
     if found != set(segments):
@@ -128,5 +134,5 @@ def _categories(ids: Ids, segments: dict[int, int], path: Path, json: Path) -> I
         raise InputError(
             f"{path} does not fit {json}: segments {extra} are in the PNG only, {missing} in the JSON only"
         )
-    table = np.array([segments.get(value, 0) for value in values.tolist()], dtype=np.int32)
+    table = np.array([segments.get(value, nothing) for value in values.tolist()], dtype=np.int32)
     return np.asarray(table[where].reshape(ids.shape), dtype=np.int32)

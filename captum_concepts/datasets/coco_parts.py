@@ -101,6 +101,8 @@ def _read(file: Path, ids: dict[str, int]) -> list[tuple[str, str, tuple[int, in
     what = f"{file}, which must be in COCO's instance format,"
     found = check_json(read_json(file, dict), _SCHEMA, what, InputError)
     names = {c["id"]: ids.setdefault(c["name"], len(ids) + 1) for c in found["categories"]}
+    if len(names) != len(found["categories"]):
+        raise InputError(f"{file} has several categories of one id")
     segments: dict[Any, list[tuple[int, Any]]] = {image["id"]: [] for image in found["images"]}
     for a in found["annotations"]:
         if a["image_id"] not in segments or a["category_id"] not in names:

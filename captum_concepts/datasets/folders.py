@@ -103,6 +103,8 @@ class MaskFolder(SegmentationDataset):
         **options: Any,
     ) -> None:
         self.root = Path(root)
+        if isinstance(void, int | str):
+            raise InputError(f"void={void!r} must be a list of pixel values, as in void=[255]")
         where = "your own masks; nothing is downloaded"
         classes = require(self.root / "classes.json", tree=_FOLDER_TREE, where=where)
         for part in ("images", "masks"):

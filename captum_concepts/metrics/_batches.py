@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,16 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def of(self, rows: list[int]) -> Batch:
+        """Some of the examples, of a batch with one mask and one name for each."""
+
+        def part(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim and len(value) == len(self):
+                return value[rows]
+            return [value[i] for i in rows] if isinstance(value, list) and len(value) == len(self) else value
+
+        return replace(self, **{entry.name: part(getattr(self, entry.name)) for entry in fields(self)})
 
 
 def batches(data: Iterable[Any], batch_size: int, device: torch.device | str | None) -> Iterator[Batch]:

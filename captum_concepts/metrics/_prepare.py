@@ -204,6 +204,8 @@ def _regions(masks: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | 
         return masks, None
     if masks.is_complex():
         raise InputError(f"masks must be bool, integer or float, got {masks.dtype}")
+    if str(masks.dtype) in ("torch.uint16", "torch.uint32", "torch.uint64"):
+        raise InputError(f"torch does not compare {masks.dtype}; pass masks.long()")
     if masks.is_floating_point():
         if ignore_index is not None:
             raise InputError(f"ignore_index needs integer masks, got {masks.dtype}; give ignore= instead")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_concepts._checks import number, one_of
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._prepare import MODES, check_maps, min_max, resize_maps
+from captum_concepts.metrics._prepare import MODES, _regions, check_maps, min_max, resize_maps
 
 __all__ = ["box_from_map", "box_iou"]
 
@@ -87,7 +87,7 @@ def box_iou(
         NaN.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not fit, negative labels, NaN. Pixels to ignore: :class:`BoxIoU`.
 
     Example:
         >>> heat, mask = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool()
@@ -98,6 +98,7 @@ def box_iou(
     if not isinstance(masks, Tensor) or masks.ndim not in (3, 4):
         what = tuple(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
         raise InputError(f"masks must be (N, H, W) or (N, T, H, W), got {what}")
+    check_labels(masks)
     maps = check_maps(maps)
     lead = masks.shape[:-2]
     if maps.ndim == 4 and masks.ndim == 3 and maps.shape[1] == 1:
@@ -111,6 +112,11 @@ def box_iou(
     overlap = torchvision.ops.box_iou(found.nan_to_num(0).to(true), true.nan_to_num(0)).diagonal()
     undefined = true.isnan().any(1) | ~flat.isfinite().flatten(1).all(1).to(true.device)
     return overlap.nan_to_num(0).masked_fill(undefined, torch.nan).reshape(lead)
+
+
+def check_labels(masks: Tensor) -> None:
+    """What every metric refuses or warns of in masks: NaN, negative labels, 255 beside others."""
+    _regions(masks, None)
 
 
 def _bounds(regions: Tensor) -> Tensor:

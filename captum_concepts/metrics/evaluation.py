@@ -168,16 +168,22 @@ def evaluate(
     for batch in _progress(batches(data, batch_size, device), data, show_progress):
         if transform is not None:
             batch = replace(batch, inputs=transform(batch.inputs))
-        chosen, columns = (batch, None) if words is None else words.known_part(batch)
+        chosen, columns, rows = (batch, None, None) if words is None else words.known_part(batch)
+        asked = batch if rows is None else chosen
+        places = [seen + i for i in (range(len(batch)) if rows is None else rows)]
         for name, one in named.items():
             maps: Tensor | None = None
             for key, metric in measures.items():
                 if isinstance(metric, w.WordMetric):
                     statistics = words.statistics(metric, name, one, batch)  # type: ignore[union-attr]
+                elif not places:
+                    statistics = _without(metric, [], (), len(batch))
                 else:
                     if maps is None:
-                        maps = _maps(one, name, batch, chosen, columns, seen, channels)
+                        maps = _maps(one, name, asked, chosen, columns, places, channels)
                     statistics = _statistics(metric, key, chosen, maps)
+                    if rows is not None:
+                        statistics = _without(metric, rows, statistics, len(batch))
                 kept[name, key].add(*statistics)
         seen += len(batch)
     for name, one in named.items():
@@ -232,16 +238,15 @@ class Words:
             self.unmatched.add(name)
         return known
 
-    def known_part(self, batch: Batch) -> tuple[Batch, list[int] | None]:
-        """The batch with the masks of known names alone, with their names, and which of (N, T, H, W) they are."""
+    def known_part(self, batch: Batch) -> tuple[Batch, list[int] | None, list[int] | None]:
+        """The batch with the masks of known names alone, with their names; which of (N, T, H, W) they are; and, with
+        a name for each example, which examples."""
         if batch.masks is None or (batch.masks.ndim == 3 and batch.concepts is None):
-            return batch, None
+            return batch, None, None
         names = batch.concepts if batch.concepts is not None else self.vocabulary
         if batch.masks.ndim == 3:
-            unknown = [i for i, name in enumerate(names) if not self.knows(name)]
-            masks = batch.masks.clone()
-            masks[unknown] = 0  # nothing to look for: undefined, and counted as such
-            return replace(batch, masks=masks), None
+            rows = [i for i, name in enumerate(names) if self.knows(name)]
+            return (batch, None, None) if len(rows) == len(names) else (batch.of(rows), None, rows)
         if len(names) != batch.masks.shape[1]:
             what = "have no names" if not names else f"do not fit the {len(names)} concepts of the data"
             raise InputError(
@@ -251,7 +256,7 @@ class Words:
         columns = [k for k, name in enumerate(names) if self.knows(name)]
         ignore = batch.ignore[:, columns] if batch.ignore is not None and batch.ignore.ndim == 4 else batch.ignore
         masks = batch.masks[:, columns]
-        return replace(batch, masks=masks, ignore=ignore, concepts=[names[k] for k in columns]), columns
+        return replace(batch, masks=masks, ignore=ignore, concepts=[names[k] for k in columns]), columns, None
 
     @autocast_of_the_caller()
     def statistics(self, metric: Any, name: str, explainer: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,12 +289,14 @@ class Words:
         """``(N, T)`` bool: does the image show the concept?"""
         masks = batch.masks
         assert masks is not None
+        if masks.ndim == 3:
+            raise InputError(
+                f"{', '.join(WORD_METRICS)} need all that an image shows, but each example is one mask; give masks "
+                "(T, H, W) with T names: the readers of datasets themselves, not their pairs() or a collated batch"
+            )
         names = batch.concepts if batch.concepts is not None else self.vocabulary
         shown = masks.flatten(-2).any(-1)
-        if masks.ndim == 3:
-            found = [{name} if bool(yes) else set() for name, yes in zip(names, shown, strict=True)]
-        else:
-            found = [{names[k] for k in row.nonzero().flatten().tolist()} for row in shown]
+        found = [{names[k] for k in row.nonzero().flatten().tolist()} for row in shown]
         return torch.tensor([[word in row for word in known] for row in found], dtype=torch.bool)
 
 
@@ -359,9 +366,10 @@ def _measures(
 
 @autocast_of_the_caller()
 def _maps(
-    explainer: Any, name: str, batch: Batch, chosen: Batch, columns: list[int] | None, start: int, channels: str
+    explainer: Any, name: str, batch: Batch, chosen: Batch, columns: list[int] | None, places: list[int], channels: str
 ) -> Tensor:
-    """The maps for the masks of ``chosen``: ``columns`` of those of ``batch``."""
+    """The maps for the masks of ``chosen``: ``columns`` of those of ``batch``, whose examples are the data's at
+    ``places``."""
     n = len(batch)
     found: Any
     several = batch.masks is not None and batch.masks.ndim == 4
@@ -369,9 +377,9 @@ def _maps(
     if answers and chosen.concepts is not None:
         return _named_maps(explainer, chosen)
     if isinstance(explainer, ConceptExplanation):
-        if start + n > len(explainer):
+        if places[-1] >= len(explainer):
             raise InputError(f"explainer {name!r} explains {len(explainer)} examples, but the data contains more")
-        found = explainer[list(range(start, start + n)), explainer.concepts].to(batch.inputs.device)
+        found = explainer[places, explainer.concepts].to(batch.inputs.device)
     elif answers and getattr(explainer, "target_is_concept", False):
         raise InputError(
             f"explainer {name!r} explains concepts, but the data names none, and a class label is not one; pass items "
@@ -413,17 +421,25 @@ def _named_maps(explainer: ConceptExplainer, batch: Batch) -> Tensor:
     for concept in explainer.concepts:
         for part in (concept, *concept.split(",")):
             own.setdefault(plain_name(part), concept)
-    names = [own.get(plain_name(name)) for name in batch.concepts or ()]
-    wanted = list(dict.fromkeys(name for name in names if name is not None))
+    names = [own[plain_name(name)] for name in batch.concepts or ()]
+    wanted = list(dict.fromkeys(names))
     if not wanted:
-        size = (len(batch), 0, 1, 1) if batch.masks is not None and batch.masks.ndim == 4 else (len(batch), 1, 1)
-        return batch.inputs.new_zeros(size)
+        return batch.inputs.new_zeros((len(batch), 0, 1, 1))
     maps = explainer.concept_maps(batch.inputs, wanted).detach()
+    columns = torch.tensor([wanted.index(name) for name in names], device=maps.device)
     if batch.masks is not None and batch.masks.ndim == 4:
-        return maps[:, [wanted.index(name) for name in names if name is not None]]
-    rows = torch.arange(len(maps), device=maps.device)
-    columns = torch.tensor([0 if name is None else wanted.index(name) for name in names], device=maps.device)
-    return maps[rows, columns]
+        return maps[:, columns]
+    return maps[torch.arange(len(maps), device=maps.device), columns]
+
+
+def _without(
+    metric: ExampleMetric, rows: list[int], statistics: Sequence[Tensor], n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of n examples of which only ``rows`` have values."""
+    total, counted, skipped = torch.zeros(n, metric.width, dtype=torch.float64), torch.zeros(n), torch.zeros(n)
+    for whole, part in zip((total, counted, skipped), statistics, strict=False):
+        whole[rows] = part.to(whole)
+    return total, counted.long(), skipped.long()
 
 
 def _parameters(function: Callable[..., Any]) -> Sequence[str]:

@@ -70,7 +70,8 @@ class ExampleMetric(Metric):
         values = self.per_example(*args, **kwargs)
         if self.width == 1:
             values = values[..., None]
-        rows = values.detach().to(torch.float64).reshape(len(values), -1, self.width)
+        each = values.shape[1:-1].numel()  # -1 has no meaning for a batch of 0
+        rows = values.detach().to(torch.float64).reshape(len(values), each, self.width)
         undefined = rows.isnan().any(-1)
         if self.nan_policy == "raise" and bool(undefined.any()):
             raise InputError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts.metrics._prepare import prepare, resize_maps
 from captum_concepts.metrics.boxes import box_iou
 from captum_concepts.metrics.energy import epg, pointing_game
 from captum_concepts.metrics.region import concept_specificity, nra, region_auc
@@ -195,16 +196,35 @@ class AveragePrecision(_MapMetric):
         return average_precision(maps, masks, classes=self.classes, **self._shared(ignore))
 
 
-class BoxIoU(ExampleMetric):
-    """Mean :func:`captum_concepts.metrics.box_iou` of the box around a map and that around the mask."""
+class BoxIoU(_MapMetric):
+    """Mean :func:`captum_concepts.metrics.box_iou` of the box around a map and that around the mask.
 
-    def __init__(
-        self, *, threshold: float = 0.2, component: str = "largest", mode: str = "bilinear", **kwargs: Any
-    ) -> None:
+    Pixels to ignore belong to neither: the map is at its least there.
+
+    Example:
+        >>> import torch
+        >>> heat, mask = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool()
+        >>> heat[0, :2], mask[0, :2, :2] = 1, True
+        >>> metric = BoxIoU()
+        >>> metric(heat, mask)
+        tensor(0.5000)
+        >>> right = torch.arange(4).expand(1, 4, 4) >= 2
+        >>> metric(heat, mask, right)
+        tensor(1.)
+    """
+
+    def __init__(self, *, threshold: float = 0.2, component: str = "largest", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.threshold = threshold
         self.component = component
-        self.mode = mode
 
-    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        return box_iou(maps, masks, threshold=self.threshold, component=self.component, mode=self.mode)
+    def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
+        pairs = prepare(maps, masks, **self._shared(ignore))
+        heat, regions, ignored = pairs.maps, pairs.masks, pairs.ignore
+        if ignored is not None:
+            height, width = regions.shape[-2:]
+            heat = resize_maps(heat, (height, width), mode=self.mode)
+            least = heat.masked_fill(ignored, torch.inf).flatten(1).amin(1)
+            heat, regions = torch.where(ignored, least[:, None, None], heat), regions & ~ignored
+        values = box_iou(heat, regions, threshold=self.threshold, component=self.component, mode=self.mode)
+        return values.reshape(pairs.shape)

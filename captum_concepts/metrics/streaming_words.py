@@ -9,10 +9,22 @@ import torch
 from torch import Tensor
 
 from captum_concepts._checks import integer
+from captum_concepts.errors import InputError
 from captum_concepts.metrics.bottlenecks import concept_existence
 from captum_concepts.metrics.streaming import ExampleMetric
 
 __all__ = ["ConceptAUROC", "ConceptExistence", "PresenceBrier", "Top1Present", "WordMetric"]
+
+
+def check_truth(values: Tensor, truth: Tensor) -> None:
+    """Refuse anything but values ``(N, T)`` and bool of the same shape: integers would be taken for positions."""
+    for name, given in (("values", values), ("truth", truth)):
+        if not isinstance(given, Tensor):
+            raise InputError(f"{name} must be a torch.Tensor (N, T), got {type(given).__name__}")
+    if truth.dtype != torch.bool:
+        raise InputError(f"truth must be bool (True: the image shows the concept), got {truth.dtype}; pass truth != 0")
+    if values.ndim != 2 or values.shape != truth.shape:
+        raise InputError(f"values and truth must both be (N, T), got {tuple(values.shape)} and {tuple(truth.shape)}")
 
 
 class WordMetric(ExampleMetric):
@@ -37,6 +49,7 @@ class Top1Present(WordMetric):
     """
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
+        check_truth(values, truth)
         if not values.shape[1]:
             return values.new_full((len(values),), torch.nan)
         right = truth.gather(1, values.argmax(1, keepdim=True))[:, 0].float()
@@ -56,6 +69,7 @@ class ConceptAUROC(WordMetric):
     """
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
+        check_truth(values, truth)
         wins = []
         for row, yes in zip(values.double(), truth, strict=True):
             inside, outside = row[yes], row[~yes]
@@ -80,6 +94,7 @@ class PresenceBrier(WordMetric):
     values = "presence"
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
+        check_truth(values, truth)
         return (values - truth.to(values)).square().mean(1)
 
 
@@ -103,6 +118,7 @@ class ConceptExistence(WordMetric):
         self.k = integer("k", k)
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
+        check_truth(values, truth)
         if not values.shape[1]:
             return values.new_full((len(values),), torch.nan)
         return concept_existence(values, truth, k=self.k)

@@ -370,6 +370,7 @@ class TestEvaluate:
             (["missing"], "missing"),
             (["demo:scenes:2", "--metrics", "nar"], "Did you mean 'nra'"),
             (["demo:scenes:2", "--metrics", "deletion"], "measures a score"),
+            (["demo:scenes:2", "--metrics", "top1_present"], "asks whether words are right"),
             (["demo:scenes:2", "--format", "x", "--output", "t.xls"], "must end in .csv"),
             (["missing", "--format", "x"], "is none of folder"),
             (["demo:scenes:2", "--min-area", "0.9"], "--min-area would have no effect"),

@@ -96,6 +96,17 @@ class TestMaskFolder:
         assert (item.ignore.numpy() == (IDS[0] == 0)).all()
         assert (item.label, item.name) == (None, "0.jpg")
 
+    def test_a_jpeg_is_no_mask(self, folder: Path):
+        (folder / "masks" / "0.png").unlink()
+        save(folder / "masks" / "0.jpg", IDS[0].astype(np.uint8))
+        with pytest.raises(InputError, match=r"0\.jpg is a JPEG, which changes values"):
+            MaskFolder(folder)[0]
+
+    @pytest.mark.parametrize("void", [255, "255"])
+    def test_one_value_to_ignore_is_a_list(self, folder: Path, void):
+        with pytest.raises(InputError, match=r"as in void=\[255\]"):
+            MaskFolder(folder, void=void)
+
     def test_a_picture_without_concepts(self, folder: Path):
         item = MaskFolder(folder)[2]
         assert item.masks.shape == (0, H, W)
@@ -775,6 +786,26 @@ class TestCOCOPanoptic:
         assert item.ignore[0].all()
         assert not item.ignore[1:].any()
         assert not COCOPanoptic(panoptic, unlabelled="background")[0].ignore.any()
+
+    @pytest.mark.parametrize("unlabelled", ["ignore", "background"])
+    def test_categories_that_count_from_zero(self, panoptic: Path, unlabelled: str):
+        expected = COCOPanoptic(panoptic, unlabelled=unlabelled)[0]
+        path = panoptic / "annotations" / "panoptic_val2017.json"
+        index = json.loads(path.read_text())
+        new = {1: 0, 18: 1, 193: 2, 200: 3}
+        for category in index["categories"]:
+            category["id"] = new[category["id"]]
+        for segment in index["annotations"][0]["segments_info"]:
+            segment["category_id"] = new[segment["category_id"]]
+        path.write_text(json.dumps(index))
+        item = COCOPanoptic(panoptic, unlabelled=unlabelled)[0]
+        assert item.concepts == expected.concepts
+        assert (item.masks == expected.masks).all()
+        assert (item.ignore == expected.ignore).all()
+        index["categories"][1]["id"] = 0
+        path.write_text(json.dumps(index))
+        with pytest.raises(InputError, match="several categories of one id"):
+            COCOPanoptic(panoptic)
 
     def test_things_and_stuff(self, panoptic: Path):
         assert COCOPanoptic(panoptic, stuff=False)[0].concepts == ("person", "dog")

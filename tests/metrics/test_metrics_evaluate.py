@@ -359,9 +359,48 @@ class TestConceptExplainers:
             metrics.nra(images[i : i + 1, i % 3], masks[i : i + 1, i % 3]).item() for i in range(12) if i % 3 < 2
         ]
         row = table.rows[0]
-        assert (row["counted"], row["skipped"]) == (8, 4)
+        assert (row["counted"], row["skipped"]) == (8, 0)
         assert row["value"] == pytest.approx(sum(expected) / 8, abs=1e-6)
         assert table.unmatched == ["purple"]
+
+    def test_names_that_are_unknown_are_left_out_of_every_metric_of_every_explainer(self):
+        images, masks = colored()
+        names = [self.names[i % 3] for i in range(12)]
+        items = [
+            {"inputs": images[i], "masks": masks[i, i % 3], "concepts": names[i], "target": torch.tensor(i)}
+            for i in range(12)
+        ]
+        known = [i for i in range(12) if i % 3 < 2]
+        seen = []
+
+        def own(maps, region):
+            seen.extend(region.flatten(1).sum(1).tolist())
+            return maps.flatten(1).amax(1)
+
+        whole = ConceptExplanation(["object"], torch.ones(12, 1), images[:, :1])
+        explainers = {
+            "colors": Colors(), "callable": lambda x, target: x[:, 0] + target[:, None, None], "explanation": whole,
+        }  # fmt: skip
+        measures = {"iou": "iou", "drop": "average_drop", "own": own}
+        score = lambda x: x.flatten(1).mean(1)  # noqa: E731
+        for batch_size in (1, 5, 12):  # 1: batches in which no name is known
+            seen.clear()
+            table = metrics.evaluate(explainers, items, measures, n_bootstrap=9, batch_size=batch_size, score_fn=score)
+            alone = metrics.evaluate(
+                explainers | {"explanation": ConceptExplanation(["o"], torch.ones(8, 1), images[known, :1])},
+                [items[i] for i in known], measures, n_bootstrap=9, batch_size=batch_size, score_fn=score,
+            )  # fmt: skip
+            assert table.unmatched == ["purple"]
+            assert min(seen) > 0
+            for row, expected in zip(table.rows, alone.rows, strict=True):
+                assert (row["counted"], row["skipped"], row["examples"]) == (8, 0, 12)
+                assert row["value"] == pytest.approx(expected["value"], abs=1e-6), row
+
+    def test_whether_words_are_right_needs_all_that_an_image_shows(self):
+        images, masks = colored()
+        items = [{"inputs": images[i], "masks": masks[i, 0], "concepts": "red"} for i in range(4)]
+        with pytest.raises(InputError, match="need all that an image shows"):
+            metrics.evaluate(Colors(), items, ["top1_present"], concepts=self.names)
 
     def test_class_labels_never_become_concepts(self):
         images, masks = colored()

@@ -39,6 +39,8 @@ SCORES = {
     metrics.Deletion: metrics.deletion,
 }
 
+WORDS = (metrics.Top1Present, metrics.ConceptAUROC, metrics.PresenceBrier, metrics.ConceptExistence)
+
 
 def case(several: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
@@ -208,3 +210,55 @@ def test_a_collection_does_not_take_two_metrics_for_one_because_both_begin_with_
     together.update(torch.tensor([[[0.0, 2.0, 1.0]]]), mask)  # 0 for both
     together.update(torch.tensor([[[2.0, 2.0, 1.0]]]), mask)  # an NRA of exactly 0.5 is no hit; a shared peak is half
     assert together.compute() == {"HitRate": torch.tensor(0.0), "PointingGame": torch.tensor(0.25)}
+
+
+@pytest.mark.parametrize("kind", [*MAPS, metrics.BoxIoU], ids=lambda kind: kind.__name__)
+def test_a_batch_of_no_examples_changes_nothing(kind):
+    maps, masks = case(kind is metrics.ConceptSpecificity)
+    metric = kind()
+    metric.update(maps, masks)
+    expected = metric.compute()
+    metric.update(maps[:0], masks[:0])
+    assert metric.compute() == expected
+
+
+def test_box_iou_leaves_ignored_pixels_out():
+    generator = torch.Generator().manual_seed(3)
+    maps, masks = torch.rand(20, 9, 7, generator=generator), torch.rand(20, 9, 7, generator=generator) > 0.6
+    ignore = torch.zeros_like(masks)
+    ignore[:, :, 4:] = True
+    expected = metrics.box_iou(maps[:, :, :4], masks[:, :, :4])  # what is left of the pictures
+    metric = metrics.BoxIoU()
+    metric.update(maps, masks, ignore)
+    torch.testing.assert_close(metric.compute(), expected.mean())
+    labels = masks.long().masked_fill(ignore, 255)
+    marked = metrics.BoxIoU(ignore_index=255)
+    marked.update(maps, labels)
+    assert marked.compute() == metric.compute()
+    with pytest.raises(InputError, match="negative labels"):
+        metrics.box_iou(maps, labels.masked_fill(ignore, -1))
+    with pytest.warns(InputWarning, match="255"):
+        metrics.box_iou(maps, labels)
+
+
+@pytest.mark.parametrize("kind", WORDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("values", "truth", "said"),
+    [
+        (torch.rand(2, 4), torch.ones(2, 4).long(), "truth must be bool .* got torch.int64"),
+        (torch.rand(2, 4), torch.ones(2, 4).byte(), "got torch.uint8"),
+        (torch.rand(2, 4), torch.ones(2, 4), "got torch.float32"),
+        (torch.rand(2, 4), torch.ones(4).bool(), r"\(2, 4\) and \(4,\)"),
+        (torch.rand(2, 4), torch.ones(2, 3).bool(), r"\(2, 4\) and \(2, 3\)"),
+        (torch.rand(4), torch.ones(4).bool(), r"must both be \(N, T\)"),
+        (torch.rand(2, 4).numpy(), torch.ones(2, 4).bool(), "values must be a torch.Tensor"),
+    ],
+)
+def test_truth_of_words_is_bool(kind, values, truth, said):
+    with pytest.raises(InputError, match=said):
+        kind().update(values, truth)
+
+
+def test_unsigned_masks_are_refused_in_words():
+    with pytest.raises(InputError, match=r"pass masks\.long\(\)"):
+        metrics.iou(torch.rand(1, 4, 4), torch.ones(1, 4, 4).to(torch.uint16))
