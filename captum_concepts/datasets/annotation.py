@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_concepts._artifacts import is_there
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.images import Reading, opened_image
 from captum_concepts.images.pixels import orientation, turned
 
@@ -90,6 +91,17 @@ def load_pair(annotation: Annotation, reading: Reading) -> tuple[Tensor, list[Id
     return image, [_fit(layer, annotation, stored, turn, reading, image) for layer in annotation.layers]
 
 
+def check_turn(size: Any, stored: Any, turn: int, mask: str, photo: str) -> None:
+    """Warn where the size of a mask does not tell whether it was drawn on the pixels as stored or as shown."""
+    if turn != 1 and size == stored and (turn < 5 or stored[0] == stored[1]):
+        warnings.warn(
+            f"{photo} is shown turned (EXIF orientation {turn}), and {mask} is taken to be drawn on the pixels as they "
+            "are stored; if it was drawn on the picture as shown, save the photograph without that orientation",
+            InputWarning,
+            stacklevel=2,
+        )
+
+
 def _fit(layer: Layer, annotation: Annotation, stored: Any, turn: int, reading: Reading, image: Tensor) -> Ids:
     """A layer of ids in the geometry of its image."""
     from PIL import Image
@@ -98,6 +110,7 @@ def _fit(layer: Layer, annotation: Annotation, stored: Any, turn: int, reading: 
         return np.full(tuple(image.shape[-2:]), layer.ids, dtype=np.int32)
     labels = Image.fromarray(layer.ids)
     upright = stored[::-1] if turn >= 5 else stored
+    check_turn(labels.size, stored, turn, layer.source, annotation.name)
     if labels.size != stored and labels.size == upright:
         turn = 1  # drawn on the turned image
     elif labels.size != stored:

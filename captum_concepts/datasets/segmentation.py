@@ -28,7 +28,8 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
 
     Only the index is read at construction; pictures and masks are read when an item is asked for, in the worker that
     asks. An image is resized with ``interpolation`` and its labels by nearest neighbor, with one and the same
-    geometry; an EXIF rotation turns both.
+    geometry; an EXIF rotation turns both, but for a mask that has the sides of the turned picture. Where the sides do
+    not tell (a square, or upside down), the mask is taken to be drawn on the pixels as stored, with a warning.
 
     Args:
         names: concept name by pixel id. A name that occurs twice gets its id behind it.

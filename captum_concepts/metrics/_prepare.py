@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,9 @@ def resize_maps(maps: Tensor, size: tuple[int, int] | torch.Size, *, mode: str =
     """
     if mode not in MODES:
         raise InputError(f"mode must be one of {MODES}, got {mode!r}")
+    check_size(size)
+    if not isinstance(maps, Tensor):
+        raise InputError(f"maps must be a torch.Tensor (N, h, w), got {type(maps).__name__}")
     if maps.dtype != torch.float64:
         maps = maps.float()
     if tuple(maps.shape[-2:]) == tuple(size):
@@ -126,6 +130,12 @@ def min_max(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor
         values, low, spread = values / 2, low / 2, high / 2 - low / 2
     scaled = (values - low) / spread.masked_fill(constant, 1)
     return scaled.masked_fill(constant, 0), constant[..., 0]
+
+
+def check_size(size: Any) -> None:
+    """Refuse anything but two positive integers."""
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise InputError(f"size must be (H, W), two positive integers, got {size!r}")
 
 
 def check_maps(maps: Tensor, name: str = "maps") -> Tensor:

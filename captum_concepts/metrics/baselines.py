@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError
+from captum_concepts.metrics._prepare import check_size
 
 __all__ = ["CenterGaussian", "RandomMaps", "activation_energy", "center_gaussian"]
 
@@ -21,6 +22,7 @@ def center_gaussian(n: int, size: tuple[int, int], *, sigma: float = 0.25) -> Te
     """
     if not sigma > 0:
         raise InputError(f"sigma must be positive (a share of the image's side), got {sigma}")
+    check_size(size)
     rows, cols = ((torch.arange(s) + 0.5) / s - 0.5 for s in size)
     heat = torch.exp(-(rows[:, None] ** 2 + cols**2) / (2 * sigma**2))
     return heat.expand(n, -1, -1).clone()
@@ -32,8 +34,9 @@ def activation_energy(activations: Tensor) -> Tensor:
     >>> activation_energy(torch.tensor([[[[3.0]], [[4.0]]]]))
     tensor([[[5.]]])
     """
-    if activations.ndim != 4:
-        raise InputError(f"activations must be (N, C, h, w), got {tuple(activations.shape)}")
+    if not isinstance(activations, Tensor) or activations.ndim != 4:
+        got = tuple(activations.shape) if isinstance(activations, Tensor) else type(activations).__name__
+        raise InputError(f"activations must be a torch.Tensor (N, C, h, w), got {got}")
     wide = activations if activations.dtype == torch.float64 else activations.float()
     return torch.linalg.vector_norm(wide, dim=1)
 

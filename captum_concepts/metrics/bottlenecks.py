@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._prepare import MODES, check_maps, resize_maps
+from captum_concepts.metrics._prepare import MODES, check_maps, check_size, resize_maps
 
 __all__ = ["concept_existence", "concept_location", "concept_task_leakage", "interconcept_leakage", "surf"]
 
@@ -152,6 +152,7 @@ def concept_location(
     integer("k", k)
     number("area", area, lambda a: 0 < a <= 1, "in (0, 1]")
     one_of("mode", mode, MODES)
+    check_size(size)
     maps = check_maps(maps)
     if maps.ndim != 4:
         raise InputError(f"maps must be (N, T, h, w), got {tuple(maps.shape)}")

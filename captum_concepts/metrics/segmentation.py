@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._prepare import Chunk, check_nan_policy, min_max, prepare, settle
+from captum_concepts.metrics._prepare import Chunk, check_maps, check_nan_policy, min_max, prepare, settle
 
 __all__ = ["average_precision", "iou", "mean_iou", "pixel_accuracy"]
 
@@ -229,6 +229,7 @@ def segmentation_counts(
         tensor([[1., 2., 2., 3.]])
     """
     check_nan_policy(nan_policy)
+    check_maps(maps)
     if nan_policy == "zero":
         broken = maps.isnan() if _parse(threshold)[0] is False else ~maps.isfinite()
         maps = maps.masked_fill(broken.flatten(-2).any(-1)[..., None, None], 0)

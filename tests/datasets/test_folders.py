@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import sys
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from captum_concepts.datasets import (
     PascalVOC,
     collate_segmented,
 )
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 
 H, W = 24, 32
 
@@ -231,8 +232,21 @@ class TestGeometry:
                 mask = np.asarray(ImageOps.exif_transpose(stored).convert("L")) // 255
         save(tmp_path / "masks" / "a.png", mask)
         (tmp_path / "classes.json").write_text('{"1": "box"}')
-        item = MaskFolder(tmp_path)[0]
+        with nullcontext() if orientation >= 5 else pytest.warns(InputWarning, match=f"EXIF orientation {orientation}"):
+            item = MaskFolder(tmp_path)[0]
         assert torch.equal(item.masks[0], item.image[0] > 0.5)
+
+    @pytest.mark.parametrize("orientation", range(2, 9))
+    def test_a_square_does_not_tell_how_its_mask_was_drawn(self, tmp_path: Path, orientation: int):
+        picture = Image.fromarray(photo(0, 24, 24))
+        exif = picture.getexif()
+        exif[0x0112] = orientation
+        (tmp_path / "images").mkdir()
+        picture.save(tmp_path / "images" / "a.png", exif=exif)
+        save(tmp_path / "masks" / "a.png", rectangle(1, 2, 3, 10, 20)[:24, :24].astype(np.uint8))
+        (tmp_path / "classes.json").write_text('{"1": "box"}')
+        with pytest.warns(InputWarning, match=r"taken to be drawn on the pixels as they are stored"):
+            MaskFolder(tmp_path)[0]
 
     @pytest.mark.parametrize("size", [0, (4, -1), "big", (1, 2, 3), True, 2.5])
     def test_bad_sizes(self, folder: Path, size):

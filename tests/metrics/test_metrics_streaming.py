@@ -262,3 +262,27 @@ def test_truth_of_words_is_bool(kind, values, truth, said):
 def test_unsigned_masks_are_refused_in_words():
     with pytest.raises(InputError, match=r"pass masks\.long\(\)"):
         metrics.iou(torch.rand(1, 4, 4), torch.ones(1, 4, 4).to(torch.uint16))
+
+
+@pytest.mark.parametrize("size", [8, (8,), (8, 0), (8.0, 8), "88", None])
+def test_a_size_is_two_integers(size):
+    maps = torch.rand(2, 4, 4)
+    for call in (
+        lambda: metrics.resize_maps(maps, size),
+        lambda: metrics.box_from_map(maps, size),
+        lambda: metrics.center_gaussian(1, size),
+        lambda: metrics.concept_location(maps[:, None], torch.zeros(2, 1, 2), size),
+    ):
+        with pytest.raises(InputError, match=r"size must be \(H, W\)"):
+            call()
+
+
+def test_arrays_are_named_where_tensors_are_needed():
+    maps = torch.rand(2, 4, 4)
+    for call in (
+        lambda: metrics.mean_iou(maps.numpy(), maps > 0.5, nan_policy="zero"),
+        lambda: metrics.activation_energy(maps[:, None].numpy()),
+        lambda: metrics.resize_maps(maps.numpy(), (2, 2)),
+    ):
+        with pytest.raises(InputError, match=r"must be a torch\.Tensor"):
+            call()
