@@ -99,6 +99,11 @@ TOPICS = (
     Topic("salf_epoch", "SALFCBM: an epoch of the bottleneck"),
     Topic("explain_command", "`explain` on a folder of photographs"),
     Topic(
+        "commands_memory",
+        "Memory of the commands",
+        "Scenes of 64 px; the greatest memory, and the greatest of each tenth of the time.",
+    ),
+    Topic(
         "audit_shortcuts",
         "Audits: planted shortcuts",
         "Networks trained on scenes with a planted shortcut, audited on scenes without it, and their counterparts "

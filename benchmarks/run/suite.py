@@ -96,7 +96,9 @@ JOBS = [
     ),
     Job("defaults", None, "", "papers.defaults", minutes=5),
     Job("explain_command", None, DATA, minutes=4),
+    Job("commands_memory", None, "", minutes=15),
     Job("region_store", None, "--images 4 --repeats 3", minutes=2),
+    Job("store_processes", None, "", minutes=6, records="region_store_processes"),
     Job("solver", "--only peers", "", minutes=8),
 ]
 
