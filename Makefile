@@ -14,8 +14,8 @@ demo: $(BIN)/.installed
 test: $(BIN)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-# The suite under eleven settings of the kernels and threads that a CPU offers, and a table of what each comparison used of
-# its tolerance (hours). ARGS="--numeric": only tests that compare numbers; ARGS='--settings "2 threads"': one setting.
+# The suite under eleven settings of the kernels and threads that a CPU offers, and a table of what each comparison used
+# of its tolerance (hours). ARGS="--numeric": only tests that compare numbers; ARGS='--settings "2 threads"': one setting.
 test-kernels: $(BIN)/.installed
 	$(BIN)/python tools/kernels.py $(ARGS)
 

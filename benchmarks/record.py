@@ -62,6 +62,12 @@ def sources(ran: dict[str, list[str] | None] | None = None) -> dict[str, str | d
     return found
 
 
+def add_functions(ran: dict[str, list[str] | None], more: dict[str, list[str] | None]) -> None:
+    """To ``ran``, what another process handed over."""
+    for file, names in more.items():
+        ran[file] = sorted({*(ran.get(file) or ()), *(names or ())})
+
+
 def functions() -> dict[str, list[str] | None]:
     """The package's modules that this process has imported, with the functions that ran."""
     found = {}

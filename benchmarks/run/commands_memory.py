@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -18,10 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torchvision.utils import save_image
 
-from benchmarks.record import environment, sources, table, write
+from benchmarks.record import add_functions, environment, sources, table, write
 from captum_concepts import ConceptFusionMap, demo
 from captum_concepts.datasets import CaptionedScenes
 
@@ -32,8 +32,8 @@ import benchmarks
 from captum_concepts.__main__ import main
 status = main(sys.argv[1:])
 from benchmarks.record import functions
-status_file = pathlib.Path("/proc/self/status").read_text()  # a child's ru_maxrss counts its parent's memory too
-peak = int(status_file.split("VmHWM:")[1].split()[0]) / 1024
+memory = pathlib.Path("/proc/self/status").read_text()  # a child's ru_maxrss counts its parent's memory too
+peak = int(memory.split("VmHWM:")[1].split()[0]) / 1024
 print("RESULT" + json.dumps([status, peak, functions()]))
 """
 
@@ -50,7 +50,7 @@ def words(path: Path) -> Path:
 
 def resident(process: int) -> float:
     """MB of memory that the process holds now."""
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096 / 2**20
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def run(command: list[str], ran: dict[str, list[str] | None]) -> dict[str, Any]:
@@ -71,8 +71,7 @@ def run(command: list[str], ran: dict[str, list[str] | None]) -> dict[str, Any]:
         status, peak, functions = json.loads(line.removeprefix("RESULT"))
         if status:
             raise SystemExit(f"{' '.join(command)} failed: {errors.read()[-2000:]}")
-    for name, names in functions.items():
-        ran[name] = sorted({*(ran.get(name) or ()), *(names or ())})
+    add_functions(ran, functions)
     tenths = [max(part) for k in range(10) if (part := held[len(held) * k // 10 : len(held) * (k + 1) // 10])]
     return {"seconds": seconds, "peak_mb": peak, "mb_by_tenth": [round(one) for one in tenths]}
 
@@ -99,7 +98,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     record: dict[str, Any] = {"arguments": vars(arguments), "rows": rows}
-    record["environment"] = {**environment(), "threads": torch.get_num_threads(), "sources": sources(ran)}
+    record["environment"] = {**environment(), "sources": sources(ran)}
     print(write("commands_memory", record))
 
 

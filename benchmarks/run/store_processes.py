@@ -32,7 +32,8 @@ PROMPT = RegionPrompt("circle", (7, 7), 32)
 def _share(rank: int, size: int, count: int, folder: str, together: Any, said: Any) -> None:
     """Of one process: seconds of its share of the bare encoder's work and of the store's, and what ran."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     torch.manual_seed(0)  # one encoder
     encoder = vit()
@@ -68,8 +69,7 @@ def measure(size: int, count: int, ran: dict[str, list[str] | None]) -> dict[str
         store = RegionEmbeddingStore.open(Path(folder))
         assert len(store) == count
     for _, functions in found:
-        for file, names in functions.items():
-            ran[file] = sorted({*(ran.get(file) or ()), *(names or ())})
+        _record.add_functions(ran, functions)
     pictures = count * len(PROMPT)
     return {what: pictures / max(seconds[what] for seconds, _ in found) for what in ("bare", "store")}
 

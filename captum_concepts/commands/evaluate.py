@@ -32,7 +32,7 @@ from captum_concepts.datasets import (
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, did_you_mean
 from captum_concepts.images import Preprocessing
 from captum_concepts.metrics import CenterGaussian, RandomMaps, activation_energy, evaluate
-from captum_concepts.metrics.evaluation import METRICS, WORD_METRICS
+from captum_concepts.metrics.evaluation import METRICS, WORD_METRICS, plain_name, spellings
 from captum_concepts.metrics.table import EvaluationTable
 
 FORMATS: dict[str, Callable[..., SegmentationDataset]] = {
@@ -91,18 +91,12 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     print(f"{len(matched)} of the {len(known)} concepts of the data set can be explained", file=sys.stderr)
     total = len(data) if settings.limit is None else min(settings.limit, len(data))
     counts = {"images": 0, "images_without": 0, "regions": 0, "filled": 0}
-    before = len(failed)  # of the images that the explainer was fitted to
     examples = _examples(data, total, columns, explainer.concepts, failed, counts)
     bar = tqdm(examples, total=total, desc="evaluate", unit="image", file=sys.stderr, disable=None)
-    try:
-        table = evaluate(
-            _rows(explainer, loaded, settings.baselines), bar, metrics, batch_size=settings.batch_size,
-            n_bootstrap=settings.n_bootstrap, seed=settings.seed, device=settings.device,
-        )  # fmt: skip
-    except InputError as error:
-        if counts["images"] or counts["images_without"] + len(failed) - before < total:
-            raise
-        raise InputError(f"none of the {total} images shows any of {', '.join(matched[:8])}") from error
+    table = evaluate(
+        _rows(explainer, loaded, settings.baselines), bar, metrics, batch_size=settings.batch_size,
+        n_bootstrap=settings.n_bootstrap, seed=settings.seed, device=settings.device,
+    )  # fmt: skip
     if counts.pop("filled") == counts["images"] and settings.unlabelled is None:
         warnings.warn(
             "each image has one labelled region and nothing beside it: pixels of value 0 count as unlabelled and are "
@@ -157,15 +151,8 @@ def match_names(known: Sequence[str], explained: Sequence[str]) -> dict[int, int
     >>> match_names(["Dog", "traffic light", "sea"], ["n/a", "traffic_light", "dog, domestic dog"])
     {0: 2, 1: 1}
     """
-    columns: dict[str, int] = {}
-    for column, name in enumerate(explained):
-        for part in (name, *name.split(",")):
-            columns.setdefault(_plain(part), column)
-    return {row: columns[_plain(name)] for row, name in enumerate(known) if _plain(name) in columns}
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    own, column = spellings(explained), {name: k for k, name in enumerate(explained)}
+    return {row: column[own[plain]] for row, name in enumerate(known) if (plain := plain_name(name)) in own}
 
 
 def _examples(
@@ -176,7 +163,11 @@ def _examples(
     failed: Failed,
     counts: dict[str, int],
 ) -> Iterator[dict[str, Any]]:
-    """One image with the masks of the concepts it shows; unreadable ones are named and left out."""
+    """One image with the masks of the concepts it shows; unreadable ones are named and left out.
+
+    Raises:
+        InputError: at the end, if no image shows any of the concepts.
+    """
     for i in range(total):
         try:
             item = data[i]
@@ -197,6 +188,9 @@ def _examples(
         counts["filled"] += ignore is not None and bool((masks[kept].all(0) | ignore).all())
         names = [explained[columns[rows[k]]] for k in kept]
         yield {"inputs": item.image, "masks": masks[kept], "ignore": ignore, "concepts": names}
+    if not counts["images"]:
+        shown = [data.concepts[row] for row in columns]
+        raise InputError(f"none of the {total} images shows any of {', '.join(shown[:8])}")
 
 
 def _rows(explainer: Explainer, loaded: LoadedModel, baselines: bool) -> dict[str, Callable[..., Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts._checks import integer
+from captum_concepts._checks import integer, one_target_each
 from captum_concepts.errors import InputError
 from captum_concepts.images import IMAGE_KEYS, Reading, to_tensor
 
@@ -39,9 +39,9 @@ class Batch:
         """Some of the examples, of a batch with one mask and one name for each."""
 
         def part(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim and len(value) == len(self):
-                return value[rows]
-            return [value[i] for i in rows] if isinstance(value, list) and len(value) == len(self) else value
+            if not one_target_each(value) or len(value) != len(self):
+                return value
+            return [value[i] for i in rows] if isinstance(value, list) else value[rows]
 
         return replace(self, **{entry.name: part(getattr(self, entry.name)) for entry in fields(self)})
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +135,11 @@ def min_max(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor
 
 def check_size(size: Any) -> None:
     """Refuse anything but two positive integers."""
-    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+    try:
+        sides = [operator.index(n) for n in size]
+    except TypeError:
+        sides = []
+    if len(sides) != 2 or min(sides) < 1:
         raise InputError(f"size must be (H, W), two positive integers, got {size!r}")
 
 

@@ -224,11 +224,7 @@ class Words:
         for name, one in named.items():
             if one.concepts is None:
                 raise InputError(f"explainer {name!r} has no concepts yet")
-            own: dict[str, str] = {}
-            for concept in one.concepts:
-                for part in (concept, *concept.split(",")):
-                    own.setdefault(plain_name(part), concept)
-            columns[name] = own
+            columns[name] = spellings(one.concepts)
         return cls(unique_names(list(vocabulary), "concept"), columns)
 
     def knows(self, name: str) -> bool:
@@ -307,6 +303,19 @@ def plain_name(name: str) -> str:
     'traffic light'
     """
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def spellings(concepts: Sequence[str]) -> dict[str, str]:
+    """The concept by each plain name of it; a comma separates synonyms, as in ImageNet's class names.
+
+    >>> spellings(["traffic_light", "dog, domestic dog"])["domestic dog"]
+    'dog, domestic dog'
+    """
+    found: dict[str, str] = {}
+    for concept in concepts:
+        for part in (concept, *concept.split(",")):
+            found.setdefault(plain_name(part), concept)
+    return found
 
 
 def _warn_of_raw_images(explainers: Mapping[str, Any], data: Any, transform: Any) -> None:
@@ -417,10 +426,7 @@ def _maps(
 
 def _named_maps(explainer: ConceptExplainer, batch: Batch) -> Tensor:
     """``(N, T, h, w)`` of the T named masks, or ``(N, h, w)`` of the concept named for each image."""
-    own: dict[str, str] = {}
-    for concept in explainer.concepts:
-        for part in (concept, *concept.split(",")):
-            own.setdefault(plain_name(part), concept)
+    own = spellings(explainer.concepts)
     names = [own[plain_name(name)] for name in batch.concepts or ()]
     wanted = list(dict.fromkeys(names))
     if not wanted:

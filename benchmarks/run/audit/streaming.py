@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.record import environment, functions, sources, write
+from benchmarks.record import add_functions, environment, functions, sources, write
 
 SIDE = 24
 METHODS = ["SpatialACV", "SALFCBM", "DiscoveredConcepts", "ConceptFusionMap"]
@@ -132,8 +132,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[float, float]:
     if process.returncode or not line:
         raise SystemExit(f"a process failed: {said[-2000:]}")
     spent, peak, ran = json.loads(line.removeprefix("RESULT"))
-    for file, names in ran.items():
-        MEASURED[file] = sorted({*(MEASURED.get(file) or ()), *names})
+    add_functions(MEASURED, ran)
     return spent, peak
 
 
