@@ -105,6 +105,7 @@ def main() -> None:
                 for i, (name, x) in enumerate(((w, shown[w]), (f"not {w}", absent[w])))
             ]
             sets.append(pair)
+        np.random.seed(0)  # noqa: NPY002 - Captum's classifier draws from the global generator
         method = TCAV(model, [LAYER], save_path=folder)
         cavs = method.compute_cavs(sets)
         fitted = time.perf_counter() - start

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_concepts._checks import number, one_of
 from captum_concepts.errors import InputError
-from captum_concepts.metrics._prepare import MODES, _regions, check_maps, min_max, resize_maps
+from captum_concepts.metrics._prepare import MODES, check_maps, min_max, prepare, resize_maps
 
 __all__ = ["box_from_map", "box_iou"]
 
@@ -71,6 +71,8 @@ def box_iou(
     *,
     threshold: float = 0.2,
     component: str = "largest",
+    ignore: Tensor | None = None,
+    ignore_index: int | None = None,
     mode: str = "bilinear",
 ) -> Tensor:
     """Intersection over union of :func:`box_from_map` and the box around the mask.
@@ -80,14 +82,16 @@ def box_iou(
     Args:
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``; ``(N, T, h, w)`` for masks ``(N, T, H, W)``.
         masks: ``(N, H, W)`` or ``(N, T, H, W)``: a filled box, or any region, whose tightest box is taken.
-        threshold, component, mode: as in :func:`box_from_map`.
+        threshold, component: as in :func:`box_from_map`.
+        ignore, ignore_index, mode: as in :func:`~captum_concepts.metrics.nra`. Ignored pixels belong to neither box:
+            the map is at its least there.
 
     Returns:
         The shape of ``masks`` without its last two. 0 for a map without a box; NaN for an empty mask and for a map with
         NaN.
 
     Raises:
-        InputError: shapes that do not fit, negative labels, NaN. Pixels to ignore: :class:`BoxIoU`.
+        InputError: shapes that do not fit, negative labels, NaN.
 
     Example:
         >>> heat, mask = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool()
@@ -95,28 +99,19 @@ def box_iou(
         >>> box_iou(heat, mask)
         tensor([0.5000])
     """
-    if not isinstance(masks, Tensor) or masks.ndim not in (3, 4):
-        what = tuple(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
-        raise InputError(f"masks must be (N, H, W) or (N, T, H, W), got {what}")
-    check_labels(masks)
-    maps = check_maps(maps)
-    lead = masks.shape[:-2]
-    if maps.ndim == 4 and masks.ndim == 3 and maps.shape[1] == 1:
-        maps = maps[:, 0]
-    if maps.shape[:-2] != lead:
-        raise InputError(f"maps {tuple(maps.shape)} do not fit masks {tuple(masks.shape)}")
-    flat = maps.reshape(-1, *maps.shape[-2:])
-    regions = (masks > 0.5 if masks.is_floating_point() else masks != 0).reshape(-1, *masks.shape[-2:])
-    size = (masks.shape[-2], masks.shape[-1])
-    found, true = box_from_map(flat, size, threshold=threshold, component=component, mode=mode), _bounds(regions)
+    pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
+    heat, regions = pairs.maps, pairs.masks
+    size = (regions.shape[-2], regions.shape[-1])
+    if pairs.ignore is not None:
+        heat = resize_maps(heat, size, mode=mode)
+        least = heat.masked_fill(pairs.ignore, torch.inf).flatten(1).amin(1)
+        heat = torch.where(pairs.ignore, least[:, None, None], heat)
+        regions = regions & ~pairs.ignore
+    found = box_from_map(heat, size, threshold=threshold, component=component, mode=mode)
+    true = _bounds(regions)
     overlap = torchvision.ops.box_iou(found.nan_to_num(0).to(true), true.nan_to_num(0)).diagonal()
-    undefined = true.isnan().any(1) | ~flat.isfinite().flatten(1).all(1).to(true.device)
-    return overlap.nan_to_num(0).masked_fill(undefined, torch.nan).reshape(lead)
-
-
-def check_labels(masks: Tensor) -> None:
-    """What every metric refuses or warns of in masks: NaN, negative labels, 255 beside others."""
-    _regions(masks, None)
+    undefined = true.isnan().any(1) | ~heat.isfinite().flatten(1).all(1)
+    return overlap.nan_to_num(0).masked_fill(undefined, torch.nan).reshape(pairs.shape)
 
 
 def _bounds(regions: Tensor) -> Tensor:

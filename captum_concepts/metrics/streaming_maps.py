@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts.metrics._prepare import prepare, resize_maps
 from captum_concepts.metrics.boxes import box_iou
 from captum_concepts.metrics.energy import epg, pointing_game
 from captum_concepts.metrics.region import concept_specificity, nra, region_auc
@@ -199,8 +198,6 @@ class AveragePrecision(_MapMetric):
 class BoxIoU(_MapMetric):
     """Mean :func:`captum_concepts.metrics.box_iou` of the box around a map and that around the mask.
 
-    Pixels to ignore belong to neither: the map is at its least there.
-
     Example:
         >>> import torch
         >>> heat, mask = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool()
@@ -219,12 +216,5 @@ class BoxIoU(_MapMetric):
         self.component = component
 
     def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:
-        pairs = prepare(maps, masks, **self._shared(ignore))
-        heat, regions, ignored = pairs.maps, pairs.masks, pairs.ignore
-        if ignored is not None:
-            height, width = regions.shape[-2:]
-            heat = resize_maps(heat, (height, width), mode=self.mode)
-            least = heat.masked_fill(ignored, torch.inf).flatten(1).amin(1)
-            heat, regions = torch.where(ignored, least[:, None, None], heat), regions & ~ignored
-        values = box_iou(heat, regions, threshold=self.threshold, component=self.component, mode=self.mode)
-        return values.reshape(pairs.shape)
+        options: dict[str, Any] = {"threshold": self.threshold, "component": self.component}
+        return box_iou(maps, masks, **options, **self._shared(ignore))

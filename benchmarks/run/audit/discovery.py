@@ -7,7 +7,8 @@ pooled activations tells on other scenes which show it (AUROC at least .9). It i
 which factor, and which way around, is decided on the scenes of the discovery. Beside ``discover_concepts`` stand
 scikit-learn's non-negative factorization of the same positions and pytorch-grad-cam's deep feature factorization, with
 as many factors; both are read at other scenes by non-negative least squares. ``named`` is the share of the encoded
-concepts whose best factor has the right one of the 21 words as its name.
+concepts whose best factor has the right one of the 21 words as its name. The directions of linear probes, which are
+told what each scene shows, are read as those of ``discover_concepts`` are: a discovery can hardly expect more.
 
 With ``--data``, also photographs of COCO with masks and two ImageNet classifiers: per word, the factor whose maps have
 the highest mean NRA in one half of its images is judged by NRA in the other half, and the reverse; the difference to
@@ -32,7 +33,7 @@ from benchmarks.run.ce_fam.regions import regions
 from benchmarks.run.spatial_acv import auroc
 from captum_concepts import demo, discover_concepts
 from captum_concepts.activations import spatial_activations
-from captum_concepts.attr.discovered_concepts import descend
+from captum_concepts.attr.discovered_concepts import DiscoveredConcepts, descend
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.metrics import nra
 
@@ -45,13 +46,18 @@ def activations(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([spatial_activations(model, part, [LAYER]).maps[0].detach() for part in images.split(100)])
 
 
+def ridge(rows: Tensor, presence: Tensor) -> Tensor:
+    """``(C, T)`` weights of standardized rows ``(N, C)``."""
+    penalty = 0.1 * len(rows) * torch.eye(rows.shape[1], dtype=rows.dtype)
+    return torch.linalg.solve(rows.T @ rows + penalty, rows.T @ (presence.double() - presence.double().mean(0)))
+
+
 def probed(maps: Tensor, presence: Tensor, other: Tensor, truth: Tensor) -> Tensor:
     """``(T,)`` AUROC on ``other`` of ridge regressions on mean and largest activations."""
     rows = [torch.cat([m.mean((2, 3)), m.amax((2, 3))], 1).double() for m in (maps, other)]
     mean, std = rows[0].mean(0), rows[0].std(0) + 1e-6
     known, new = ((r - mean) / std for r in rows)
-    penalty = 0.1 * len(known) * torch.eye(known.shape[1], dtype=known.dtype)
-    weights = torch.linalg.solve(known.T @ known + penalty, known.T @ (presence.double() - presence.double().mean(0)))
+    weights = ridge(known, presence)
     return torch.tensor([auroc(new @ w, t)[0] for w, t in zip(weights.T, truth.T.bool(), strict=True)])
 
 
@@ -67,6 +73,16 @@ def factors(directions: Tensor, model: nn.Module) -> Scores:
         return weights.reshape(len(maps), -1, len(directions)).mean(1)
 
     return scores
+
+
+def told(model: nn.Module, maps: Tensor, presence: Tensor, concepts: list[str]) -> Scores:
+    """The directions of ridge regressions on mean activations, scored as discovered ones."""
+    pooled = maps.mean((2, 3)).double()
+    spread, unit = pooled.std(0) + 1e-6, maps.std((0, 2, 3))
+    weights = ridge((pooled - pooled.mean(0)) / spread, presence)
+    directions = (weights.T / spread).float() * unit.square()
+    center = maps.mean((0, 2, 3))
+    return DiscoveredConcepts(model, LAYER, directions, concepts, center=center, channel_scales=unit).scores
 
 
 def peers(model: nn.Module, images: Tensor, count: int, seed: int) -> dict[str, Scores]:
@@ -118,6 +134,7 @@ def one(seed: int, images: int, count: int, rows: list[list[Any]], entries: dict
     )
     seconds = time.process_time() - start
     methods: dict[str, Scores] = {"discover_concepts": found.scores, **peers(model, known.image, count, seed)}
+    methods["probes' directions"] = told(model, activations(model, known.image), known.presence, concepts)
     for name, scores in methods.items():
         values, chosen = matched(scores, known, new)
         entry: dict[str, Any] = {
