@@ -228,6 +228,7 @@ def test_box_iou_leaves_ignored_pixels_out():
     ignore = torch.zeros_like(masks)
     ignore[:, :, 4:] = True
     expected = metrics.box_iou(maps[:, :, :4], masks[:, :, :4])  # what is left of the pictures
+    assert torch.equal(metrics.box_iou(maps, masks, ignore=ignore), expected)
     metric = metrics.BoxIoU()
     metric.update(maps, masks, ignore)
     torch.testing.assert_close(metric.compute(), expected.mean())
