@@ -17,7 +17,7 @@ LOCAL = 1.0  # weight of the local reading: one more layer
 FAINT = 0.05
 UNMOVED = 1e-2  # total relevance below which it does not say in which layer a concept lies
 CONTRAST = 0.5  # share of the other likely concepts that is subtracted
-TEMPERATURE = 6.0  # of the softmax that says which are likely: a dozen instead of one
+TEMPERATURE = 3.0  # of the softmax that says which are likely: half a dozen instead of one
 
 
 def published_maps(betas: Sequence[Tensor], maps: Sequence[Tensor], choice: Tensor, grid: tuple[int, int]) -> Tensor:
