@@ -19,7 +19,7 @@ from captum_concepts import images as reader
 from captum_concepts._artifacts import Array, check_json, integer as integer_from, list_of, table
 from captum_concepts._checks import finite_images, integer
 from captum_concepts.activations import Layers, evaluation_mode, find_model, full_precision
-from captum_concepts.errors import InputError
+from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store.manifest import fingerprint_callable
 from captum_concepts.store.processes import all_or_none, fill_together, lost_peers_named, world
 from captum_concepts.store.shards import ShardReader, ShardWriter
@@ -148,10 +148,30 @@ def collect_pairs(
         channels = next((c for _, c in gathered if c), ())
     if not parts or not channels:
         raise InputError("there is no image to fit a translator on")
+    check_cached_rows(parts, read, source, cache_dir)
     pairs = TrainingPairs(parts, channels, views=views)
     if pairs.images == 1:
         raise InputError("there is one image, and a translator cannot be fitted to it; pass some hundred")
     return pairs
+
+
+def check_cached_rows(parts: Sequence[Any], read: _Pairs, source: reader.ImageSource, cache_dir: Any) -> None:
+    """Refuse a cache of a model or encoder with the same weights but other settings, such as another dilation.
+
+    Raises:
+        ArtifactError: the first image's rows differ from the cached ones by more than rounding.
+    """
+    if cache_dir is None:
+        return
+    pooled, embedding, _ = next(iter(read(source, range(1), 1)))
+    for name, now, who in (("pooled", pooled, "classifier"), ("embedding", embedding, "encoder")):
+        then = parts[0].rows(name, [0])[0].float()
+        rounding = 0.05 * float(now[0].norm())  # of another machine, or of half precision in a deep network
+        if now[0].shape != then.shape or float((now[0] - then).norm()) > rounding:
+            raise ArtifactError(
+                f"the cache at {cache_dir} was computed with the same weights but other settings of the {who}, since it "
+                "computes something else now. Pass another cache_dir, or delete that folder"
+            )
 
 
 def _cached(

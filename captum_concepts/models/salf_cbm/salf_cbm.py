@@ -655,10 +655,13 @@ class SALFCBM(
 
     def _copy(self, concepts: Sequence[str], columns: Sequence[int]) -> Self:
         options = {name: getattr(self, name) for name in hub.ARGUMENTS if name not in ("layer", "concepts")}
-        new = type(self)(self.backbone, self.layer, concepts, **options)
-        new = new.to(device=self.concept_mean.device, dtype=self.concept_mean.dtype)
+        # The backbone is shared: neither frozen nor moved here.
+        new = type(self)(self.backbone, self.layer, concepts, **{**options, "freeze_backbone": False})
+        new.freeze_backbone = self.freeze_backbone
+        for part in (new.bottleneck, new.head):
+            part.to(device=self.concept_mean.device, dtype=self.concept_mean.dtype)
         new._reading = self._reading
-        for judged in ("support", "advice"):  # of the rules as they were
+        for judged in ("accuracy", "support", "advice"):  # of the rules as they were
             new.metadata.pop(judged, None)
         *first, last = self._convolutions()
         *new_first, new_last = new._convolutions()
@@ -681,6 +684,8 @@ class SALFCBM(
         mine = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
         if len(mine) != (1 if self.hidden is None else 2) or mine[-1].out_channels != len(self.concepts):
             raise InputError(f"this needs the model's own bottleneck, but it is a {type(self.bottleneck).__name__} now")
+        if mine[-1].kernel_size != (1, 1) or mine[-1].bias is not None:
+            raise InputError(f"this needs the model's own bottleneck, 1 x 1 without a bias, but it is {mine[-1]} now")
         return mine
 
     # ------------------------------------------------------------------------------------------------- presence
@@ -737,8 +742,13 @@ class SALFCBM(
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        for name in PRESENCE:  # a calibrated model's state makes this one calibrated, and the other way round
-            setattr(self, name, torch.zeros_like(self.concept_mean) if prefix + name in state_dict else None)
+        # A calibration belongs to the activations: it comes with their state and goes with that of others.
+        other = any(key.removeprefix(prefix).startswith(("bottleneck.", "concept_")) for key in state_dict)
+        for name in PRESENCE:
+            if prefix + name in state_dict:
+                setattr(self, name, torch.zeros_like(self.concept_mean))
+            elif other:
+                setattr(self, name, None)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @torch.no_grad()
@@ -1079,7 +1089,7 @@ class SALFCBM(
         if target is None:
             return logits.argmax(1)
         if isinstance(target, list) or (hasattr(target, "__getitem__") and getattr(target, "ndim", 0) == 1):
-            target = target[rows] if len(target) != 1 or rows.stop - rows.start == 1 else target
+            target = target if len(target) == 1 else target[rows]
         return target_indices(target, len(logits), self.num_classes, self.class_names or (), what="class").to(
             logits.device
         )

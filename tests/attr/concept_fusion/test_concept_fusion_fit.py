@@ -200,9 +200,9 @@ def test_texts_of_another_model_are_refused():
 def test_cache_resumes_and_refuses(tmp_path):
     encoder = Color()
     first = fit(encoder=encoder, cache_dir=tmp_path, batch_size=16)
-    assert encoder.calls == 4
+    assert encoder.calls == 4 + 1  # and the first image, to compare it with the cache
     again = fit(encoder=encoder, cache_dir=tmp_path, batch_size=16)
-    assert encoder.calls == 4
+    assert encoder.calls == 4 + 2
     assert torch.equal(weights(first), weights(again))
     assert torch.equal(weights(first), weights(fit(batch_size=16)))
     other = classifier()
@@ -229,7 +229,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         fit(encoder=encoder, cache_dir=tmp_path, batch_size=16)
     encoder.calls = 3  # 20 of 64 rows are on disk: the next calls see the other 44
     resumed = fit(encoder=encoder, cache_dir=tmp_path, batch_size=16)
-    assert encoder.calls == 3 + 5
+    assert encoder.calls == 3 + 5 + 1  # and the first image, to compare it with the cache
     assert torch.equal(weights(resumed), weights(fit(cache_dir=tmp_path / "whole", batch_size=16)))
 
 
@@ -476,6 +476,19 @@ def test_a_stale_cache_is_refused(tmp_path, change):
     data = changed.pop("data", x)
     with pytest.raises(ArtifactError, match="does not match"):
         fit(data, cache_dir=tmp_path, **{**given, **changed})
+
+
+@pytest.mark.parametrize("changed", ["classifier", "encoder"])
+def test_a_cache_of_the_same_weights_with_other_settings_is_refused(tmp_path, changed):
+    given = {"model": classifier(), "encoder": Color()}
+    fit(cache_dir=tmp_path, **given)
+    if changed == "classifier":
+        given["model"][0].dilation = (2, 2)
+    else:
+        given["encoder"].encode_image = lambda images: images.amax((2, 3)) - 0.3
+        given["encoder"].encode_image.__qualname__ = Color.encode_image.__qualname__
+    with pytest.raises(ArtifactError, match=f"other settings of the {changed}|does not match"):
+        fit(cache_dir=tmp_path, **given)
 
 
 def test_crops_are_further_rows_of_their_image():

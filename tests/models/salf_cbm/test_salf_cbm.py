@@ -253,6 +253,8 @@ class TestAsModule:
         model.calibrate(pictures(30), torch.rand(30, 5) > 0.5)
         other.load_state_dict(model.state_dict(), strict=True)
         assert torch.equal(other.presence(x), model.presence(x))
+        other.load_state_dict({"head.bias": torch.zeros(3)}, strict=False)
+        assert torch.equal(other.presence(x), model.presence(x))
         other.load_state_dict(conv_model().state_dict(), strict=True)
         assert other.presence_slope is None
 

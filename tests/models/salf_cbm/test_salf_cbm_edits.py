@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from captum_concepts.errors import InputError, TargetError
 from captum_concepts.models.salf_cbm import SALFCBM
-from captum_concepts.models.salf_cbm.fit import refit_head
+from captum_concepts.models.salf_cbm.fit import fit_head, refit_head
 from captum_concepts.models.salf_cbm.presence import fit_presence
 
 
@@ -137,6 +137,36 @@ class TestWithout:
         torch.testing.assert_close(part(x), expected, atol=1e-5, rtol=1e-4)
         assert "grass" not in dict(part.decision_rules("cat"))
 
+    @pytest.mark.parametrize(
+        "copied",
+        [
+            lambda model: model.without("grass"),
+            lambda model: model.select_concepts([0, 1]),
+            lambda model: model.with_edits([{"target": "cat", "concept": 0, "weight": 1.0}]),
+        ],
+        ids=["without", "select_concepts", "with_edits"],
+    )
+    def test_the_shared_backbone_is_left_as_it_is(self, copied):
+        model = conv_model()
+        model.backbone.stem[1].double().requires_grad_(True)  # mixed precision, and a part that the user trains
+        model.backbone.stem[1].train()
+
+        def state():
+            parameters = {n: (p.dtype, p.requires_grad, p.data_ptr()) for n, p in model.backbone.named_parameters()}
+            return parameters, {n: m.training for n, m in model.backbone.named_modules()}
+
+        before = state()
+        new = copied(model)
+        assert state() == before
+        assert new.freeze_backbone
+        assert new.backbone is model.backbone
+
+    def test_a_bottleneck_of_ones_own_is_not_copied_in_part(self):
+        model = conv_model()
+        model.bottleneck = torch.nn.Conv2d(model.feature_dim, len(CONCEPTS), 1)
+        with pytest.raises(InputError, match="without a bias"):
+            model.without("grass")
+
     def test_bad(self):
         with pytest.raises(InputError, match="leaves nothing"):
             conv_model().without(CONCEPTS)
@@ -157,6 +187,17 @@ class TestWithout:
         assert new.metadata["head"]["converged"]
         with pytest.raises(InputError, match="3 labels for 90 images"):
             refit_head(part, x, [0, 1, 0])
+        for columns in (2, 4):
+            with pytest.raises(InputError, match=rf"must be \(N,\) class indices or names, got \(90, {columns}\)"):
+                refit_head(part, x, torch.ones(90, columns))
+            with pytest.raises(InputError, match=rf"\(N, 3\), one column per class, got \(90, {columns}\)"):
+                fit_head(values[:, None], torch.ones(90, columns), 3)
+        named = refit_head(part, x, [model.class_names[int(label)] for label in labels], head="dense")
+        assert torch.equal(named.head.weight, new.head.weight)
+        with pytest.raises(TargetError, match="Did you mean 'car'"):
+            refit_head(part, x, ["cars"] * 90)
+        model.metadata["accuracy"] = {"validation": 0.9}
+        assert "accuracy" not in model.without("grass").metadata
 
 
 def labels_for(model, x, seed=0):

@@ -17,6 +17,19 @@ from captum_concepts.models.salf_cbm import SALFCBM
 
 
 class TestContributions:
+    @pytest.mark.parametrize("last", [1, 2])
+    def test_one_class_for_images_of_several_batches(self, last):
+        model, x = conv_model(), pictures(3 * 2 + last)
+        model.batch_size = 3
+        expected = model.contributions(x, 1)
+        assert torch.equal(model.contributions(x, torch.tensor([1])), expected)
+        explained = [model.explain(x, target) for target in (1, torch.tensor([1]))]
+        assert torch.equal(explained[0].contributions, explained[1].contributions)
+        assert torch.equal(
+            model.explain_region(x, boxes=(0, 0, 8, 8), target=torch.tensor([1])).contributions,
+            model.explain_region(x, boxes=(0, 0, 8, 8), target=1).contributions,
+        )
+
     @pytest.mark.parametrize("target", [1, "car", [1, 0, 2, 1], ["car", "cat", 2, 1], torch.tensor([1, 0, 2, 1]), None])
     def test_weight_times_activation(self, target):
         model, x = conv_model(), pictures()

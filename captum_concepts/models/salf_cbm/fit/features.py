@@ -17,7 +17,7 @@ from captum_concepts._artifacts import own_folder
 from captum_concepts._checks import integer, one_of
 from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode
-from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.errors import ArtifactError, InputError, InputWarning
 from captum_concepts.models.salf_cbm.fit.data import LabeledImages, Transform
 from captum_concepts.models.salf_cbm.fit.steps import digest, first_decides, progress, say
 from captum_concepts.store import ShardReader, default_shard_rows, missing_shards, read_manifest
@@ -128,6 +128,24 @@ class CachedFeatures:
     def rows(self, index: Sequence[int]) -> Tensor:
         """``(n, h*w, D)`` as stored, on the CPU."""
         return self._reader.rows("features", index)
+
+
+def check_first_features(kept: GridFeatures, source: LiveFeatures) -> None:
+    """Refuse a cache of a backbone with the same weights but other settings, such as another dilation.
+
+    Raises:
+        ArtifactError: the first image's features differ from the cached ones by more than rounding.
+    """
+    if not isinstance(kept, CachedFeatures) or not len(kept):
+        return
+    with torch.no_grad():
+        now, then = source.rows([0]).cpu(), kept.rows([0]).float()
+    rounding = 0.05 * float(now.norm()) + _SMALLEST  # of another machine, or of half precision in a deep network
+    if now.shape != then.shape or float((now - then).norm()) > rounding:
+        raise ArtifactError(
+            f"the features at {kept.path} were computed by a backbone with the same weights but other settings, since "
+            "it computes something else now. Pass another store_path, or delete that folder"
+        )
 
 
 def features_bytes(images: int, cells: int, dim: int, dtype: torch.dtype) -> int:

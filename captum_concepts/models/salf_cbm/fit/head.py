@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._artifacts import Array, either, flag, list_of, number as a_number, own_folder, table
+from captum_concepts._captum import target_indices
 from captum_concepts._checks import number, one_of
 from captum_concepts._undo import warnings_filtered
 from captum_concepts.activations import full_precision
@@ -182,6 +183,12 @@ def check_head(head: str, lam: float | None, nonzeros_per_class: float | None, c
         raise InputError(f"nonzeros_per_class={nonzeros_per_class} must lie in (0, {concepts}], the number of concepts")
 
 
+def check_columns(labels: Tensor, num_classes: int) -> None:
+    """Refuse independent labels of another number of classes."""
+    if labels.ndim > 1 and tuple(labels.shape[1:]) != (num_classes,):
+        raise InputError(f"labels must be (N,), or (N, {num_classes}), one column per class, got {tuple(labels.shape)}")
+
+
 def check_class_weights(weights: str | Sequence[float] | None, num_classes: int) -> None:
     """Refuse what is not ``"balanced"``, one positive number per class, or None."""
     if weights is None or isinstance(weights, str):
@@ -229,7 +236,8 @@ def fit_head(
         head: ``"sparse"``, or ``"dense"``: ridge alone (alpha 0), with ``bottleneck`` in its metric.
         alpha: fraction of the absolute values, for a sparse head.
         class_weights: what an image of each class counts: L numbers, or ``"balanced"``, which makes all classes count
-            the same. For independent classes it is what an image that has the class counts.
+            the same. For independent classes it is what an image that has the class counts. The mean and deviation that
+            standardize the activations of a sparse head for exclusive classes are weighted too.
         bottleneck: ``(M, D)``, what made the activations of the backbone's features. A dense head is then penalized by
             the weights that the *features* get, :math:`\|W R^{1/2}\|_F^2` with :math:`R \propto A A^\top + (0.03\,
             \|A\|_2)^2 I` of mean eigenvalue 1, where row m of A is the bottleneck's over the deviation of its
@@ -247,6 +255,7 @@ def fit_head(
     """
     width = activations.shape[1] if hasattr(activations, "shape") else next(iter(activations)).shape[1]
     check_head(head, lam, nonzeros_per_class, width)
+    check_columns(labels, num_classes)
     where: dict[str, Any] = {"device": device, "process_group": True if world()[1] > 1 else None}
     metric = None
     if head == "dense" and bottleneck is not None:
@@ -421,13 +430,21 @@ def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALF
     Args:
         model: a SALFCBM with a linear head.
         images: as for :meth:`~captum_concepts.SALFCBM.explain`.
-        labels: ``(N,)`` class indices, or ``(N, L)`` of 0 and 1.
+        labels: ``(N,)`` class indices or names; ``(N, L)`` of 0 and 1 for a model with ``multi_label=True``.
         options: of :func:`fit_head`: ``lam``, ``nonzeros_per_class``, ``head``, ...
 
     Raises:
-        InputError: another number of labels.
+        InputError: another number of labels, or labels of the other kind.
+        TargetError: no such class.
     """
+    if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
+        labels = target_indices(list(labels), len(labels), model.num_classes, model.class_names or (), what="class")
     labels = torch.as_tensor(labels).cpu()
+    if (labels.ndim == 2) != model.multi_label:
+        wanted = f"(N, {model.num_classes}) of 0 and 1" if model.multi_label else "(N,) class indices or names"
+        raise InputError(
+            f"labels of a model with multi_label={model.multi_label} must be {wanted}, got {tuple(labels.shape)}"
+        )
     new = model.select_concepts(list(range(len(model.concepts))))
     std, mean = (full_precision(v).cpu() for v in (model.concept_std, model.concept_mean))
     pooled = full_precision(model.scores(images)).cpu() * std + mean

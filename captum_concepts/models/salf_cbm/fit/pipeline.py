@@ -32,7 +32,12 @@ from captum_concepts.models.salf_cbm.fit.bottleneck import (
     stored_arrays,
 )
 from captum_concepts.models.salf_cbm.fit.data import FEWEST, LabeledImages, labeled_images
-from captum_concepts.models.salf_cbm.fit.features import GridFeatures, LiveFeatures, open_features
+from captum_concepts.models.salf_cbm.fit.features import (
+    GridFeatures,
+    LiveFeatures,
+    check_first_features,
+    open_features,
+)
 from captum_concepts.models.salf_cbm.fit.filters import (
     PUBLISHED_CUTOFF,
     TOP_IMAGES,
@@ -474,6 +479,7 @@ class FitRun:
             dtype=o.feature_dtype,
             show_progress=o.show_progress,
         )
+        check_first_features(split.features, split.live)
 
     def _features_from(self, split: Split) -> dict[str, Any]:
         o = self.options

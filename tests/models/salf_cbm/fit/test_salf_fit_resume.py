@@ -51,6 +51,14 @@ def test_a_second_call_computes_nothing(tmp_path, monkeypatch, caplog):
     assert sum("taken from an earlier run" in line for line in logged(caplog)) == 5
 
 
+def test_features_of_the_same_weights_with_other_settings_are_refused(tmp_path):
+    fit(tmp_path)
+    other = backbone()
+    other[1] = torch.nn.ReLU()
+    with pytest.raises(ArtifactError, match="other settings"):
+        fit(tmp_path, network=other)
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_interrupted_in_any_epoch(tmp_path, monkeypatch, live):
     options = {"train_backbone": live, "bottleneck": {"init": "random", "max_epochs": 6, "backbone_lr": 1e-3}}
