@@ -169,7 +169,7 @@ def check_cached_rows(parts: Sequence[Any], read: _Pairs, source: reader.ImageSo
         rounding = 0.05 * float(now[0].norm())  # of another machine, or of half precision in a deep network
         if now[0].shape != then.shape or float((now[0] - then).norm()) > rounding:
             raise ArtifactError(
-                f"the cache at {cache_dir} was computed with the same weights but other settings of the {who}, since it "
+                f"the cache at {cache_dir} was computed with the same weights but other settings of the {who}, which "
                 "computes something else now. Pass another cache_dir, or delete that folder"
             )
 
