@@ -1,7 +1,6 @@
-"""captum_concepts: what concept a vision model saw, where, and how much it moved the prediction.
+"""Concept-based attribution: what concepts a vision model detected, where, and how much they changed the prediction.
 
-Names are imported when first used, so ``import captum_concepts`` itself loads neither captum, open_clip nor
-matplotlib.
+Names are imported on first use, so ``import captum_concepts`` itself loads neither captum, open_clip nor matplotlib.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ on from there.
 
 
 class _HelpWithConfiguration(argparse.Action):
-    """Help whose epilog is only put together when it is asked for: it needs half of the package."""
+    """Help option whose epilog is only built on demand, as it imports half of the package."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from captum_concepts.commands.fit_salf_config import help_text
@@ -65,7 +65,7 @@ class _HelpWithConfiguration(argparse.Action):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Argument parser of all commands."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
         prog="python -m captum_concepts",
@@ -116,13 +116,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which schedulers and containers end a process: what is left to do is done as after Ctrl-C."""
+    """SIGTERM, with which schedulers and containers end a process; it is handled like Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code.
+    """Run one command and return the exit code.
 
-    Standard output belongs to the result: whatever a model or a library prints goes to standard error.
+    Standard output is reserved for the result; whatever a model or a library prints goes to standard error.
     """
     options = vars(parser().parse_args(arguments))
     command, as_json = options.pop("command"), options.pop("json")
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with contextlib.redirect_stdout(sys.stderr):
                 made = own[command](options, as_json) if command in own else run_command(command, options, as_json)
             return _tell(made)
-    except (CaptumConceptsError, OSError) as error:  # OSError: a full or read-only disk; what is there is whole
+    except (CaptumConceptsError, OSError) as error:  # OSError: a full or read-only disk; existing files are intact
         _say(f"error: {error}", sys.stderr)
         return NOT_DONE
     except Terminated:
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; the files written so far are whole", sys.stderr)
         return INTERRUPTED
-    except Exception as error:  # Python's own exit code for it is 1, which means something else here
+    except Exception as error:  # Python's exit code 1 has another meaning here
         _say(f"{traceback.format_exc()}error: {type(error).__name__}, a mistake of this package or of the model",
              sys.stderr)  # fmt: skip
         return CRASHED
@@ -149,10 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises :class:`Terminated`, once.
+    """A context in which SIGTERM raises :class:`Terminated`, once.
 
-    Not in one of several processes: it may wait for the others where Python handles no signal. There it ends at once,
-    which loses nothing: every step is written whole.
+    One of several processes is terminated immediately instead, because it may be waiting for the others where Python
+    handles no signals. Nothing is lost, as every step is written atomically.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if not alone or threading.current_thread() is not threading.main_thread():
@@ -172,7 +172,7 @@ def _terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """This package's warnings as one line each, without the line of its source that gave them."""
+    """A context that prints each of this package's warnings as one line, without its source line."""
     before = warnings.formatwarning
 
     def plain(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
@@ -188,11 +188,11 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _tell(made: Outcome) -> int:
-    """Print the result, and what is missing from it; the exit code."""
+    """Print the result and what is missing from it; return the exit code."""
     if made.text:
         try:
             _say(made.text, sys.stdout)
-        except BrokenPipeError:  # nobody reads on, as after `| head`
+        except BrokenPipeError:  # the reader has stopped, as after `| head`
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for entry in made.failed:
@@ -209,7 +209,7 @@ def _printable_lines(text: str) -> str:
 
 
 def _say(text: str, file: Any) -> None:
-    """Print text that may hold names of files, to a terminal or file of any encoding."""
+    """Print text that may contain file names to a terminal or file of any encoding."""
     encoding = getattr(file, "encoding", None) or "utf-8"
     print(_printable_lines(text).encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
@@ -251,18 +251,18 @@ def _fit_salf(options: dict, as_json: bool) -> Outcome:
 
     report = fit_salf(FitSettings(**options))
     code = 1 if report["skipped"] else 0
-    if not report["first"]:  # of several processes one speaks
+    if not report["first"]:  # only one of several processes prints
         return Outcome("", code=code)
     text = report.pop("text")
     return Outcome(json.dumps(report, indent=2) if as_json else text, code=code)
 
 
 def run() -> None:
-    """The program: :func:`main`, and its exit code."""
+    """Run :func:`main` and exit with its code."""
     code = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of gloo may still hold tensors, and abort while Python is taken down (pytorch/pytorch#190489), and
-        # torchrun would then stop the others and call all of it a failure.
+        # Threads of gloo may still hold tensors and abort during Python's shutdown (pytorch/pytorch#190489), after
+        # which torchrun would stop the other processes and report a failure.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,15 +1,15 @@
-"""Files of this package: written atomically, read without trusting them.
+"""Files of this package, which are written atomically and read without trust.
 
-A saved object is one safetensors file: tensors as they are, everything else as JSON in the header. Nothing is
-unpickled. The header names the format, so a foreign file is refused by name. What the JSON and the tensors may be is
-declared as a schema, which is checked before anything is allocated or looped over::
+A saved object is one safetensors file, with tensors unchanged and everything else as JSON in the header. Nothing is
+unpickled. The header names the format, so foreign files are rejected. A schema declares what the JSON and the tensors
+may be, and is checked before anything is allocated or iterated over::
 
     _INFO = table({"concepts": list_of(text()), "layer": text(), "top_k": nothing_or(integer(1, 10_000))})
     _ARRAYS = {"scores": Array("float", ("N", "T")), "target": Array("integer", ("N",), optional=True)}
     with open_artifact(path, FORMAT, "a saved explanation", info=_INFO, arrays=_ARRAYS) as (info, tensors):
         ...
 
-A check is a function ``(value, where) -> value``; :func:`check_json` runs one, :func:`read_json` reads a file with it.
+A check is a function ``(value, where) -> value``; :func:`check_json` applies it to a value, :func:`read_json` to files.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ import torch
 
 from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, did_you_mean, listing, shortened
 
-#: A check of one JSON value: the value as it is used, or :class:`Unfit`.
+#: A check of one JSON value, which returns the value to use or raises :class:`Unfit`.
 Check = Callable[[Any, str], Any]
-#: What a format of older files called the entries and tensors that have another name now: old name -> new name.
+#: Renamed entries and tensors of an older format, as old name -> new name.
 Keys = Mapping[str, str]
 
 _INFO = "info"
 _LARGEST_JSON = 64 << 20
 _DEEPEST = 32
 _LARGEST_SIDE = 2**40
-#: What wrong content raises in code that was written for right content.
+#: Errors that invalid content raises in code written for valid content.
 _BAD_CONTENT = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, OverflowError)
 _DTYPES = {
     "float": ("F64", "F32", "F16", "BF16"),
@@ -49,7 +49,7 @@ _DTYPES = {
 
 
 class Unfit(Exception):
-    """A value that a check does not accept: where it is, and what was wanted."""
+    """A value that a check does not accept, with its location and what was expected."""
 
     def __init__(self, where: str, found: Any, wanted: str) -> None:
         named = f"{where!r} is" if where else "its content is"
@@ -57,7 +57,7 @@ class Unfit(Exception):
 
 
 def integer(low: int = 0, high: int = 2**53) -> Check:
-    """A whole number in [low, high]; no bool, no float."""
+    """Check for an integer in [low, high], not a bool or float."""
 
     def check(value: Any, where: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -68,7 +68,7 @@ def integer(low: int = 0, high: int = 2**53) -> Check:
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Check:
-    """A finite number in [low, high], as float."""
+    """Check for a finite number in [low, high], returned as float."""
 
     def check(value: Any, where: str) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e308:
@@ -81,7 +81,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Check:
 
 
 def text(*allowed: str, longest: int = 10_000, pattern: str | None = None) -> Check:
-    """A string: one of ``allowed`` if any are given, or one that fully matches ``pattern``."""
+    """Check for a string that is one of ``allowed`` if any are given, and fully matches ``pattern``."""
 
     def check(value: Any, where: str) -> str:
         if allowed and value not in allowed:
@@ -96,19 +96,19 @@ def text(*allowed: str, longest: int = 10_000, pattern: str | None = None) -> Ch
 
 
 def flag(value: Any, where: str) -> bool:
-    """``true`` or ``false``."""
+    """Check for ``true`` or ``false``."""
     if not isinstance(value, bool):
         raise Unfit(where, value, "true or false")
     return value
 
 
 def nothing_or(check: Check) -> Check:
-    """``null``, or what ``check`` accepts."""
+    """Check for ``null``, or what ``check`` accepts."""
     return lambda value, where: None if value is None else check(value, where)
 
 
 def either(*checks: Check) -> Check:
-    """What the first fitting of several checks accepts; the message is that of the last."""
+    """Check that the first accepting of several checks decides; errors are those of the last."""
 
     def check(value: Any, where: str) -> Any:
         for one in checks[:-1]:
@@ -122,7 +122,7 @@ def either(*checks: Check) -> Check:
 
 
 def list_of(item: Check, *, length: int | None = None, least: int = 0, most: int = 1_000_000) -> Check:
-    """A list whose items ``item`` accepts, of exactly ``length`` or of ``least`` to ``most`` items."""
+    """Check for a list of exactly ``length``, or of ``least`` to ``most``, items that ``item`` accepts."""
 
     def check(value: Any, where: str) -> list[Any]:
         if not isinstance(value, list):
@@ -137,8 +137,8 @@ def list_of(item: Check, *, length: int | None = None, least: int = 0, most: int
 
 
 def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = None, *, more: bool = False) -> Check:
-    """An object with all of ``fields``, possibly some of ``optional``, and nothing else; with ``more`` other keys are
-    left out of the value."""
+    """Check for an object with all of ``fields``, any of ``optional``, and no other keys; with ``more``, other keys are
+    dropped."""
     known = {**fields, **(optional or {})}
 
     def check(value: Any, where: str) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = No
 
 
 def mapping_of(value: Check, *, most: int = 1_000_000) -> Check:
-    """An object with any keys, whose values ``value`` accepts."""
+    """Check for an object with any keys, whose values ``value`` accepts."""
     one_value = value
 
     def check(value: Any, where: str) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def mapping_of(value: Check, *, most: int = 1_000_000) -> Check:
 
 
 def anything(value: Any, where: str) -> Any:
-    """Any JSON of at most 32 levels: notes that are shown or compared, never computed with."""
+    """Check for any JSON of at most 32 levels, for values that are displayed or compared but not computed with."""
     level, depth = [value], 0
     while level:
         if depth > _DEEPEST:
@@ -185,16 +185,16 @@ def anything(value: Any, where: str) -> Any:
 
 
 def check_json(value: Any, check: Check, what: str, error: type[CaptumConceptsError] = ArtifactError) -> Any:
-    """``value`` as ``check`` accepts it.
+    """``value``, as returned by ``check``.
 
     Args:
         value: JSON.
         check: its schema.
-        what: how messages call it.
-        error: what is raised.
+        what: name of the value in messages.
+        error: class of the error.
 
     Raises:
-        ArtifactError: or ``error``: it does not fit; names the entry, its value and what it must be.
+        ArtifactError: (or ``error``) an entry does not match; the message names it, its value and what it must be.
 
     >>> check_json({"rows": [4, -1]}, table({"rows": list_of(integer(0, 9))}), "the manifest")
     Traceback (most recent call last):
@@ -212,16 +212,16 @@ def check_json(value: Any, check: Check, what: str, error: type[CaptumConceptsEr
 
 
 def read_json(path: str | os.PathLike[str], check: Check, what: str) -> Any:
-    """The content of a JSON file as ``check`` accepts it.
+    """The content of a JSON file, as returned by ``check``.
 
     Args:
         path: the file.
         check: its schema.
-        what: how messages call it, with its article.
+        what: name of the content in messages, with its article.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ArtifactError: unreadable, too large, not JSON in UTF-8, or not of the schema.
+        ArtifactError: the file is unreadable, too large, not JSON in UTF-8, or does not match the schema.
     """
     path = Path(path)
     if not is_there(path):
@@ -239,13 +239,13 @@ def read_json(path: str | os.PathLike[str], check: Check, what: str) -> Any:
 
 @dataclass(frozen=True)
 class Array:
-    """What a stored tensor must be, compared with the header before the tensor is read.
+    """Schema of a stored tensor, compared with the header before the tensor is read.
 
     Args:
-        kind: "float", "integer", "bool", "any", or one dtype as safetensors writes it, such as "F16".
-        dims: one entry per dimension: a size, None for any size, or a letter, which stands for one size in all tensors
+        kind: "float", "integer", "bool", "any", or a dtype as named by safetensors, such as "F16".
+        dims: one entry per dimension: a size, None for any size, or a letter for a size that is the same in all tensors
             of a file. A last entry ``...`` allows any further dimensions.
-        optional: whether it may be missing.
+        optional: whether the tensor may be missing.
     """
 
     kind: str
@@ -253,7 +253,7 @@ class Array:
     optional: bool = False
 
     def fits(self, dtype: str, shape: list[int], sizes: dict[str, int]) -> bool:
-        """Whether a tensor fits; letters that are new enter ``sizes``."""
+        """Whether a tensor matches; new letters are added to ``sizes``."""
         dims = self.dims[:-1] if self.dims and self.dims[-1] is ... else self.dims
         if (self.kind != "any" and dtype not in _DTYPES.get(self.kind, (self.kind,))) or len(shape) < len(dims):
             return False
@@ -267,12 +267,12 @@ def check_arrays(file: Any, arrays: Mapping[str, Array], sizes: Mapping[str, int
     """Compare the header of an open safetensors file with ``arrays``, without reading a tensor.
 
     Args:
-        file: what ``safetensors.safe_open`` returns.
+        file: result of ``safetensors.safe_open``.
         arrays: the tensors by name.
-        sizes: letters whose size is known.
+        sizes: known sizes of letters.
 
     Raises:
-        ValueError: names the tensor that is missing, unexpected, or has another dtype or shape.
+        ValueError: a tensor is missing, unexpected, or has another dtype or shape.
     """
     names, known = set(file.keys()), dict(sizes or {})
     if unknown := sorted(names - set(arrays)):
@@ -293,15 +293,15 @@ def check_arrays(file: Any, arrays: Mapping[str, Array], sizes: Mapping[str, int
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` at the end of the block; an error leaves the old one.
+    """Open a new file that replaces ``path`` at the end of the block; after an error, the old file is unchanged.
 
-    Nothing is written through links: a link called ``path`` is replaced, what it points to is unchanged.
+    Nothing is written through links; a link at ``path`` is replaced, and its target is unchanged.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file, in an existing folder.
 
     Raises:
-        InputError: something is there that is no file (a folder, a device), so it is not replaced.
+        InputError: ``path`` exists but is not a file (a folder, a device), so it is not replaced.
     """
     path = Path(path)
     try:
@@ -313,7 +313,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     partial = path.with_name(f".{_short(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
     partial.unlink(missing_ok=True)
     try:
-        with naming(path), partial.open("xb") as file:  # "x": created here, so it is no link
+        with naming(path), partial.open("xb") as file:  # "x" creates it, so it is not a link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -324,7 +324,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say which file could not be written: of a full disk, the system does not."""
+    """Add the file's name to errors without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -334,23 +334,23 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def leftovers(folder: Path, names: str) -> list[tuple[Path, str]]:
-    """What killed processes left of :func:`replacing` files of ``folder``, with the name of each file; ``names`` is a
-    pattern that these fit."""
+    """Partial files of :func:`replacing` that killed processes left in ``folder``, with the names of the files they
+    were to replace, which match the pattern ``names``."""
     form = re.compile(rf"\.({names})\.\d+\.\d+\.partial")
     found = [(file, form.fullmatch(file.name)) for file in folder.glob(".*.partial")]
     return [(file, match[1]) for file, match in found if match is not None]
 
 
 def _short(name: str) -> str:
-    """What leaves room for more in a file system that takes 255 bytes."""
+    """A name short enough for additions within the limit of 255 bytes."""
     return name if len(os.fsencode(name)) <= 180 else name[:45]
 
 
 def own_folder(path: Path) -> Path:
-    """``path``, a folder that this package makes inside a given one, if it is no link.
+    """``path``, a folder that this package creates inside a given one, if it is not a link.
 
     Raises:
-        ArtifactError: it is a link, which whoever made the outer folder may have pointed anywhere.
+        ArtifactError: it is a link, which could point anywhere.
     """
     if path.is_symlink():
         raise ArtifactError(f"{path} is a symbolic link, and nothing is written through links; replace it by a folder")
@@ -358,7 +358,7 @@ def own_folder(path: Path) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file; a name that no file can have names none."""
+    """Whether the file exists; False for invalid names."""
     try:
         return path.is_file()
     except OSError:
@@ -366,11 +366,11 @@ def is_there(path: Path) -> bool:
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
-    """Write the file atomically: a reader never sees a part of it, and a full disk leaves the old file.
+    """Write the file atomically, so that readers never see a part of it and a full disk leaves the old file.
 
     Args:
         path: see :func:`replacing`.
-        data: bytes, or text that is written as UTF-8 (what has no UTF-8, as in names of files, as an escape).
+        data: bytes, or text that is written as UTF-8 (with escapes for what UTF-8 cannot encode, as in file names).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -383,7 +383,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads`` for text from outside: whatever is wrong with it is a ValueError.
+    """``json.loads`` for untrusted text, which raises a ValueError for any fault.
 
     >>> parse_json("[" * 100_000)
     Traceback (most recent call last):
@@ -397,16 +397,16 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def save_artifact(path: str | os.PathLike[str], kind: str, info: Mapping[str, Any], tensors: Mapping[str, Any]) -> Path:
-    """Write ``tensors`` and the JSON-able ``info`` as one safetensors file of format ``kind``, atomically."""
+    """Write ``tensors`` and ``info`` (JSON) atomically as one safetensors file of format ``kind``; return the path."""
     from safetensors.torch import save
 
-    # Copies, because safetensors refuses tensors that share memory.
+    # safetensors rejects tensors that share memory, so copy.
     whole = {name: v.detach().cpu().clone(memory_format=torch.contiguous_format) for name, v in tensors.items()}
     return write_atomically(path, _ordered(save(whole, metadata={"format": kind, _INFO: json.dumps(info)})))
 
 
 def _ordered(data: bytes) -> bytes:
-    """The same content gives the same bytes: safetensors writes its metadata in an order of chance."""
+    """``data`` with its metadata, which safetensors writes in random order, sorted so that files are deterministic."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     metadata = dict(sorted(header.pop("__metadata__").items()))
@@ -426,24 +426,24 @@ def open_artifact(
     sizes: Callable[[dict[str, Any]], Mapping[str, int]] | None = None,
     device: str = "cpu",
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Read what :func:`save_artifact` wrote: ``(info, tensors)``.
+    """Open a file of :func:`save_artifact` as ``(info, tensors)``.
 
-    The caller turns them into an object inside the ``with`` block: whatever is still wrong with their content is
-    reported as an :class:`~captum_concepts.errors.ArtifactError` that names the file.
+    Build the object inside the ``with`` block, so that any further error in the content is reported as an
+    :class:`~captum_concepts.errors.ArtifactError` that names the file.
 
     Args:
         path: the file.
-        kind: its format; or all formats that are read, each with the table of its keys that are called otherwise now
-            (entries of ``info`` and tensors; empty for the present format).
-        what: how messages call the saved object, with its article: ``"a saved SpatialACV"``.
+        kind: its format, or all readable formats, each with a table of renamed keys (entries of ``info`` and tensors;
+            empty for the current format).
+        what: name of the saved object in messages, with its article, such as ``"a saved SpatialACV"``.
         info: schema of the JSON part, after renaming.
-        arrays: what the tensors must be, after renaming; None for any.
-        sizes: what the JSON part says about letters of ``arrays``: ``lambda info: {"T": len(info["concepts"])}``.
-        device: where the tensors go.
+        arrays: schemas of the tensors, after renaming; None for any.
+        sizes: sizes of letters of ``arrays`` from the JSON part, as in ``lambda info: {"T": len(info["concepts"])}``.
+        device: device of the tensors.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ArtifactError: truncated, corrupt, foreign, or its content makes no such object.
+        ArtifactError: the file is truncated, corrupt, foreign, or its content is invalid.
     """
     path = Path(path)
     kinds = {kind: {}} if isinstance(kind, str) else kind
@@ -467,11 +467,11 @@ def open_artifact(
 
 @contextmanager
 def open_safetensors(path: Path, what: str, device: str = "cpu") -> Iterator[Any]:
-    """``safetensors.safe_open``, whose errors, and those of wrong content in the block, name the file.
+    """``safetensors.safe_open`` whose errors, and those of invalid content in the block, name the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ArtifactError: it is damaged, or its content makes no sense to the block.
+        ArtifactError: the file is damaged, or its content is invalid in the block.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -482,14 +482,14 @@ def open_safetensors(path: Path, what: str, device: str = "cpu") -> Iterator[Any
             yield file
     except ArtifactError:
         raise
-    # Sizes that a hostile header claims end in RuntimeError.
+    # Sizes in a malicious header cause a RuntimeError.
     except (SafetensorError, *_BAD_CONTENT) as error:
         raise ArtifactError(f"{path} cannot be read as {what}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
 class _Renamed:
-    """An open file whose tensors go by other names."""
+    """An open file with renamed tensors."""
 
     file: Any
     names: Mapping[str, str]

@@ -1,7 +1,6 @@
-"""The only file that uses Captum's private names, so that a change there is fixed here.
+"""The only file that uses private names of Captum.
 
-It also reads a model's output as one tensor, and turns what Captum accepts as ``target`` into indices, with errors that
-say what is allowed.
+It also extracts one tensor from a model's output, and converts all forms of ``target`` that Captum accepts to indices.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from captum_concepts.errors import InputError, InputWarning, TargetError, did_yo
 __all__ = ["LayerAttribution", "layer_attribution", "output_tensor", "select_output", "target_indices"]
 
 _ALLOWED = "an int, a 0-d or 1-d integer tensor, a list of ints or of 1-tuples, or a tuple of one int"
-#: What libraries call the tensor that a model exists for: transformers, torchvision's segmentation networks, mmseg.
+#: Names of a model's main output in transformers, torchvision's segmentation networks and mmseg.
 _OUTPUT_KEYS = ("logits", "image_embeds", "pooler_output", "out", "seg_logits")
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -39,10 +38,10 @@ _ELSEWHERE = {
 
 
 def layer_attribution(attribute: Method) -> Method:
-    """``attribute`` that Captum logs, and that understands the keywords of its ``LayerGradCam``.
+    """``attribute`` with Captum's logging and the keywords of its ``LayerGradCam``.
 
-    ``relu_attributions=True`` keeps the positive part of the maps; ``attr_dim_summation=True`` is what a map is anyway:
-    one value per position. Keywords of other attributions are answered with what to do.
+    ``relu_attributions=True`` keeps the positive part of the maps. ``attr_dim_summation=True`` has no effect, as maps
+    have one value per position. Keywords of other attributions raise an error that suggests an alternative.
     """
 
     @functools.wraps(attribute)
@@ -63,17 +62,17 @@ def layer_attribution(attribute: Method) -> Method:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The tensor that a model's output stands for, so that models need no wrapper.
+    """Main tensor of a model's output, so that models need no wrapper.
 
-    A tensor is itself. Of a mapping (transformers' ``ModelOutput``), a dataclass, a named tuple or another object, it
-    is the entry ``logits``, ``image_embeds``, ``pooler_output``, ``out`` or ``seg_logits``, or else the only
-    floating-point tensor; of a tuple or list, the first.
+    A tensor is returned unchanged. From a mapping (``ModelOutput`` of transformers), a dataclass, a named tuple or
+    another object, the result is the entry ``logits``, ``image_embeds``, ``pooler_output``, ``out`` or ``seg_logits``,
+    or else the only floating-point tensor; from a tuple or list, the first floating-point tensor.
 
     Raises:
         TargetError: there is no such tensor, or more than one.
 
     Warns:
-        InputWarning: a tuple has another tensor ``(N, K)``, which may be the one that is meant.
+        InputWarning: a tuple contains another tensor ``(N, K)``, which may be the intended one.
 
     >>> output_tensor({"loss": None, "logits": torch.ones(2, 5)}).shape
     torch.Size([2, 5])
@@ -120,17 +119,17 @@ def _described(output: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def select_output(output: Any, target: Any) -> Tensor:
-    """``output`` of each example at ``target``, as Captum selects it.
+    """``(N,)`` values of ``output`` at ``target``, selected as in Captum.
 
     Args:
-        output: ``(N, ...)`` the model's output, see :func:`output_tensor`.
-        target: int, tuple, 0-d or 1-d tensor, list of ints or of tuples; None where ``output`` is ``(N,)``.
+        output: ``(N, ...)`` output of the model, see :func:`output_tensor`.
+        target: int, tuple, 0-d or 1-d tensor, list of ints or of tuples; None if ``output`` is ``(N,)``.
 
     Returns:
-        ``(N,)`` one value per example.
+        ``(N,)``, one value per example.
 
     Raises:
-        TargetError: it does not fit ``output``.
+        TargetError: ``target`` does not match ``output``.
 
     >>> select_output(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1, 0])
     tensor([2., 3.])
@@ -159,9 +158,9 @@ def select_output(output: Any, target: Any) -> Tensor:
 
 
 def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *, what: str = "concept") -> Tensor:
-    """One index below ``size`` per example, for ``n`` examples, from any form of target Captum accepts.
+    """``(n,)`` indices below ``size``, one per example, from any form of target that Captum accepts.
 
-    Names are accepted wherever an index is, if ``names`` are given.
+    With ``names``, names are accepted wherever indices are.
 
     Raises:
         TargetError: wrong type, length or range.
@@ -214,7 +213,7 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
 
 
 def _refuse_table(target: Any) -> None:
-    """Rows of several entries, such as multi-hot labels, are no indices."""
+    """Raise for rows of several entries, such as multi-hot labels, which are not indices."""
     if isinstance(target, (Tensor, np.ndarray)):
         table = target.ndim > 1 and len(target.flatten()) > 1
         said = f"of shape {tuple(target.shape)}"

@@ -1,4 +1,4 @@
-"""Checks of arguments that every room needs: numbers, options, names, and which rows or columns a key selects."""
+"""Shared checks of arguments: numbers, options, names, and the rows or columns that a key selects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def integer(name: str, value: Any, least: int | None = 1, most: int | None = Non
 
 
 def number(name: str, value: Any, check: Callable[[float], bool], allowed: str) -> float:
-    """``value`` as a finite float for which ``check`` is true; ``allowed`` says in words which those are.
+    """``value`` as a finite float for which ``check`` is true; ``allowed`` describes these numbers in messages.
 
     Raises:
         InputError: it is not such a number.
@@ -57,7 +57,7 @@ def number(name: str, value: Any, check: Callable[[float], bool], allowed: str) 
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any], more: str = "") -> Any:
-    """``value`` if it is one of ``allowed``; ``more`` says in words what else is accepted.
+    """``value`` if it is one of ``allowed``; ``more`` describes in messages what else is accepted.
 
     Raises:
         InputError: it is not.
@@ -73,10 +73,10 @@ def one_of(name: str, value: Any, allowed: Sequence[Any], more: str = "") -> Any
 
 
 def with_weights(what: str, model: Any) -> None:
-    """Refuse a model all of whose weights lie on the meta device; of some, hooks may bring the values.
+    """Raise if all weights of a model are on the meta device; if only some are, hooks may load their values.
 
     Raises:
-        InputError: says how to load them.
+        InputError: all weights are on the meta device.
 
     >>> with_weights("the backbone", nn.Linear(2, 2))
     """
@@ -89,10 +89,10 @@ def with_weights(what: str, model: Any) -> None:
 
 
 def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
-    """``names`` as a list of unique, non-empty strings without spaces around them, ``count`` of them if that is given.
+    """``names`` as a list of unique, non-empty, stripped strings, ``count`` of them if that is given.
 
     Raises:
-        InputError: a single string, something else than strings, empty, repeated, or another number.
+        InputError: a single string, values that are not strings, an empty or repeated name, or another number of names.
 
     >>> unique_names(("sky", "sea\\n"), "concept")
     ['sky', 'sea']
@@ -103,7 +103,7 @@ def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
     bad = [name for name in listed_names if not isinstance(name, str) or not name.strip()]
     if bad:
         raise InputError(f"{what} names must be non-empty strings, got {bad[:5]!r}")
-    listed_names = [name.strip() for name in listed_names]  # lines of a file end in line breaks
+    listed_names = [name.strip() for name in listed_names]  # lines of a file have line breaks
     repeated = sorted(name for name, times in Counter(listed_names).items() if times > 1)
     if repeated:
         more = f" and {len(repeated) - 10} others" if len(repeated) > 10 else ""
@@ -117,7 +117,7 @@ def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
 
 
 def warn_of_same_embeddings(names: Sequence[str], text: Tensor) -> None:
-    """Warn of names that the encoder cannot tell apart ("red" and "Red"): each takes a part of the other's probability.
+    """Warn of names with the same embedding ("red" and "Red"), which share one probability.
 
     >>> import torch
     >>> warn_of_same_embeddings(["sky", "sea"], torch.eye(2))
@@ -132,7 +132,7 @@ def warn_of_same_embeddings(names: Sequence[str], text: Tensor) -> None:
 
 
 def same_rows(names: Sequence[str], rows: Tensor) -> Iterator[tuple[str, str]]:
-    """The name of each row that is an earlier one to the last bit, after the name of the first such.
+    """Pairs of names with identical rows, each with the first name of that row.
 
     >>> import torch
     >>> list(same_rows(["sky", "sea", "Sky"], torch.eye(2)[[0, 1, 0]]))
@@ -146,7 +146,7 @@ def same_rows(names: Sequence[str], rows: Tensor) -> Iterator[tuple[str, str]]:
 
 
 def one_target_each(target: Any) -> bool:
-    """Whether ``target`` has an entry per example; a number, a name, a tuple and a tensor of one entry are for all.
+    """Whether ``target`` has one entry per example; a number, name, tuple or tensor of one entry applies to all.
 
     >>> one_target_each([2, 0]), one_target_each(2), one_target_each((2,))
     (True, False, False)
@@ -157,7 +157,7 @@ def one_target_each(target: Any) -> bool:
 
 
 def warn_of_numbers(labels: Sequence[Any]) -> None:
-    """Warn of labels that are numbers but not 0 to K-1: as a target, a number is a position, not a label.
+    """Warn of labels that are numbers but not 0 to K-1, as a number is an index when used as a target.
 
     >>> warn_of_numbers([0, 1, 2])
     """
@@ -173,7 +173,7 @@ def warn_of_numbers(labels: Sequence[Any]) -> None:
 
 
 def warn_of_batch_statistics(modules: Mapping[str, nn.Module]) -> None:
-    """Warn of a batch norm without running statistics, with which each image's result depends on the others.
+    """Warn of a batch norm without running statistics, because each image's result then depends on the batch.
 
     >>> warn_of_batch_statistics({"bn": nn.BatchNorm2d(4)})
     """
@@ -189,10 +189,10 @@ def warn_of_batch_statistics(modules: Mapping[str, nn.Module]) -> None:
 
 
 def name_positions(key: Any, names: Sequence[str], what: str = "concept") -> list[int]:
-    """Positions among ``names`` that names, indices, a slice or a mask select; None selects all.
+    """Indices in ``names`` that names, indices, a slice or a mask select; None selects all.
 
     Raises:
-        InputError: an unknown name (the nearest are offered), a bad index, nothing, or one twice.
+        InputError: an unknown name (close matches are suggested), an invalid index, an empty or a repeated selection.
 
     >>> name_positions(["sea", 0], ["sky", "sea"])
     [1, 0]
@@ -220,12 +220,12 @@ def name_positions(key: Any, names: Sequence[str], what: str = "concept") -> lis
 
 
 def listed(key: Any) -> Any:
-    """Arrays and tensors as Python lists, the rest as it is."""
+    """Arrays, tensors, tuples and ranges as lists; other values are unchanged."""
     return key.tolist() if hasattr(key, "tolist") else list(key) if isinstance(key, (tuple, range)) else key
 
 
 def positions(key: Any, n: int, what: str) -> list[int]:
-    """Positions among ``n`` that an index, a slice, a list of indices or a mask selects."""
+    """Indices below ``n`` that an index, a slice, a list of indices or a mask selects."""
     key = listed(key)
     if key is ...:
         key = slice(None)
@@ -248,8 +248,7 @@ def positions(key: Any, n: int, what: str) -> list[int]:
 
 
 def take_rows(value: Any, rows: slice, batch: int) -> Any:
-    """``rows`` of every tensor, also in nested tuples, lists and dictionaries, that has one row for each of ``batch``
-    examples.
+    """``value`` with only ``rows`` of every tensor with ``batch`` rows, also in nested tuples, lists and dictionaries.
 
     >>> import torch
     >>> take_rows((torch.arange(4), {"mean": torch.zeros(2)}), slice(1, 3), 4)
@@ -259,7 +258,7 @@ def take_rows(value: Any, rows: slice, batch: int) -> Any:
 
 
 def repeat_rows(value: Any, count: int, batch: int) -> Any:
-    """``count`` copies of each of the rows that :func:`take_rows` would take from.
+    """``value`` with ``count`` copies of each row of the tensors that :func:`take_rows` indexes.
 
     >>> import torch
     >>> repeat_rows((torch.arange(2), {"mean": torch.zeros(3)}), 2, 2)
@@ -282,15 +281,15 @@ def _of_examples(value: Any, batch: int, change: Callable[[Tensor], Tensor]) -> 
 
 
 def finite_images(values: Tensor, images: Sequence[Any], what: str) -> None:
-    """Refuse NaN and infinite numbers, which would spoil everything that is fitted to them.
+    """Raise for NaN and infinite values, which would corrupt everything fitted to them.
 
     Args:
-        values: one row per image, or equally many rows per image.
-        images: number or name of each image.
-        what: how the message calls the numbers.
+        values: the same number of rows for every image.
+        images: index or name of each image.
+        what: name of the values in the message.
 
     Raises:
-        InputError: names the first image.
+        InputError: a value is not finite; the message names the first such image.
 
     >>> import torch
     >>> finite_images(torch.tensor([[1.0], [torch.nan]]), ["a.jpg", "b.jpg"], "the embedding")

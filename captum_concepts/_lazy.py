@@ -1,4 +1,4 @@
-"""Names of a package that are imported when first used: who asks for one thing does not load its neighbors."""
+"""Lazy imports of a package's names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def getter(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``package``: ``{name: module below package}``; the module's own name gives the module."""
+    """The ``__getattr__`` of ``package`` for ``{name: module}``; a module's own name returns the module."""
 
     def __getattr__(name: str) -> Any:
         if name not in names:

@@ -1,4 +1,4 @@
-"""What happens when a device has no memory for a batch: it is halved, once, with a warning."""
+"""Halving of batches that do not fit the device's memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 
 
 class Halving:
-    """Runs a function on one part of a batch after another.
+    """Runs a function on the parts of a batch, in halves once the device runs out of memory.
 
-    The first part for which the device has no memory is run as two halves, with a warning; so is every later one.
-    Where even half a part does not fit, the device's own error comes out.
+    The first part that does not fit and all later ones are run as two halves, with one warning. If half a part does
+    not fit either, the device's error is raised.
 
     Args:
-        option: what the user makes smaller to avoid the failed attempt, for the warning.
+        option: the option that the warning suggests to reduce.
 
     Example:
         >>> halving = Halving("batch_size")
@@ -38,7 +38,7 @@ class Halving:
     def __call__(
         self, run: Callable[[Part], Result], part: Part, split: Callable[[Part], Iterable[Part]]
     ) -> list[Result]:
-        """``run(part)``, or ``run`` of both halves, as a list of one or two."""
+        """A list of ``run(part)``, or of ``run`` on both halves."""
         if not self.halved:
             try:
                 return [run(part)]
@@ -49,7 +49,7 @@ class Halving:
                 if len(halves) < 2:
                     raise
                 said = str(error).split(". ")[0].split("\n")[0]
-            # Outside the except block: while it lasts, the traceback holds on to every tensor of the failed attempt.
+            # Outside the except block, where the traceback would keep every tensor of the failed attempt alive.
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
@@ -64,5 +64,5 @@ class Halving:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had no memory left: CUDA and MPS, and what their libraries raise instead."""
+    """Whether a device or the host ran out of memory, as reported by torch or by a device's libraries."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()

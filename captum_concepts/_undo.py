@@ -1,16 +1,16 @@
-"""What a call changes for its duration (training mode, hooks, gradients) is changed back, whatever interrupts it.
+"""Temporary changes of a call (training mode, hooks, gradients), which are undone whatever interrupts it.
 
-Ctrl-C arrives between any two lines, also inside the ``__exit__`` of a context. So a change is made inside
-:class:`undone`, which notes how to undo it, and public functions and classes that run a user's model are
-:func:`unharming`: once their call ends, whatever has not been undone is, in two ``finally`` blocks, one of which no
-single interrupt reaches. This is the only file of the package that registers hooks.
+Ctrl-C can arrive between any two lines, even inside the ``__exit__`` of a context. Every change is therefore made
+inside :class:`undone`, which records how to undo it, and public functions and classes that run a user's model are
+:func:`unharming`. When their call ends, remaining changes are undone in two ``finally`` blocks, as a single interrupt
+cannot reach both. This is the only file of the package that registers hooks.
 
-Evaluation mode belongs to the model, not to a thread. Calls that overlap in several threads share it, and the last call
-to finish restores it. Filters of warnings belong to the process: :func:`warnings_filtered` adds one of its own and
-takes that one away.
+Evaluation mode belongs to the model, not to a thread. Overlapping calls in several threads share it, and the last call
+to finish restores it. Warning filters belong to the process; :func:`warnings_filtered` adds its own filter and removes
+only that one.
 
-The caller's ``torch.autocast`` is for the caller's models and functions: they run under it (:func:`evaluation_mode`,
-:func:`autocast_of_the_caller`), and what a call computes from their activations does not.
+The caller's ``torch.autocast`` applies to the caller's models and functions (:func:`evaluation_mode`,
+:func:`autocast_of_the_caller`), but not to what a call computes from their activations.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Thing = TypeVar("Thing", bound=Callable[..., Any])
 
 
 class _Running(threading.local):
-    """Of the outermost call that runs in this thread: its changes, to be undone (None outside of one); the device types
-    for which the caller has autocast on; whether the caller's own code runs; whether what it returns may be
-    differentiated; tensors that have a history for its duration."""
+    """State of the outermost call in this thread: its changes to undo (None outside of a call); the device types for
+    which the caller has autocast on; whether the caller's own code is running; whether the result may be
+    differentiated; and tensors that have a history for the duration of the call."""
 
     changes: list[undone] | None = None
     autocast: tuple[str, ...] = ()
@@ -50,16 +50,16 @@ class _Running(threading.local):
 
 
 _running = _Running()
-#: Of what threads share. An interrupt in the exit of a ``with`` leaves it held, and the end of the call frees it.
+#: Guards state shared by threads. An interrupt in the exit of a ``with`` leaves it locked until the end of the call.
 lock = threading.RLock()
-_evaluated: dict[nn.Module, set[object]] = {}  # the running calls that hold a training module in evaluation mode
-_filters: set[int] = set()  # the numbers of the filters of warnings that are there now
+_evaluated: dict[nn.Module, set[object]] = {}  # running calls that keep a training module in evaluation mode
+_filters: set[int] = set()  # numbers of the active warning filters
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 _LIVE = "captum_concepts.activations"  # its functions return tensors with their graph
 
 
 def _after_fork() -> None:
-    """The child has one thread, and no call of another goes on in it."""
+    """Reset the lock in a forked child, which has one thread and no other running calls."""
     lock._at_fork_reinit()  # type: ignore[attr-defined]
 
 
@@ -68,10 +68,10 @@ if hasattr(os, "register_at_fork"):
 
 
 class undone:
-    """A context in which something is changed, by the code inside; ``undo`` changes it back, once the context ends.
+    """A context whose code makes a change, which ``undo`` reverts when the context ends.
 
     Args:
-        undo: may run before the change was made, and more than once.
+        undo: may be called before the change was made, and more than once.
     """
 
     def __init__(self, undo: Callable[[], Any]) -> None:
@@ -82,7 +82,7 @@ class undone:
             _running.changes.append(self)
 
     def __exit__(self, *_: object) -> None:
-        if not self.ended:  # a context that the garbage collector closes late must not undo what others do by then
+        if not self.ended:  # a context that is garbage collected late must not undo changes of later calls
             self.undo()
             self.ended = True
         if _running.changes is not None and self in _running.changes:
@@ -91,7 +91,7 @@ class undone:
 
 @contextmanager
 def watching(mode: TorchFunctionMode) -> Iterator[None]:
-    """``with mode``, of which an interrupt leaves nothing."""
+    """``with mode``, which is removed even after an interrupt."""
     found = _get_current_function_mode_stack()
 
     def leave() -> None:
@@ -107,25 +107,25 @@ def watching(mode: TorchFunctionMode) -> Iterator[None]:
 def warnings_filtered(
     action: Any, category: type[Warning] = Warning, message: str = "", module: str = ""
 ) -> Iterator[None]:
-    """``warnings.filterwarnings(action, message, category, module)`` inside; calls in other threads may overlap.
+    """A context with ``warnings.filterwarnings(action, message, category, module)``, which may overlap in threads.
 
-    ``warnings.catch_warnings`` puts all filters back as it found them, so of two that overlap one may leave its filter
-    behind for good.
+    ``warnings.catch_warnings`` restores all filters on exit, so one of two overlapping contexts may leave its filter
+    behind.
     """
-    if getattr(sys.flags, "context_aware_warnings", False):  # from Python 3.14 on each thread may have its own filters
+    if getattr(sys.flags, "context_aware_warnings", False):  # since Python 3.14, each thread may have its own filters
         with warnings.catch_warnings():
             warnings.filterwarnings(action, message, category, module)
             yield
         return
     with lock:
-        number = next(k for k in itertools.count() if k not in _filters)  # few numbers: patterns are compiled once
+        number = next(k for k in itertools.count() if k not in _filters)  # few numbers, as patterns are compiled once
         _filters.add(number)
-    own = f"(?#captum_concepts {number}){message}"  # a comment tells this filter from all others
+    own = f"(?#captum_concepts {number}){message}"  # the comment identifies this filter
     found: list[Any] = [warnings.filters]
 
     def remove() -> None:
         with lock:
-            for filters in (*found, warnings.filters):  # whoever is in a catch_warnings has a list of its own
+            for filters in (*found, warnings.filters):  # a catch_warnings block has its own list
                 for entry in [entry for entry in filters if getattr(entry[1], "pattern", None) == own]:
                     filters.remove(entry)
             _filters.discard(number)
@@ -148,7 +148,7 @@ def _set_autocast(kinds: Iterable[str], enabled: bool) -> None:
 
 @contextmanager
 def autocast_of_the_caller() -> Iterator[None]:
-    """For code of the caller: the autocast that was on when the call began, if it is off by now."""
+    """A context for the caller's code with the autocast that was on when the call began."""
     enter, leave = _autocast_of_the_caller()
     with undone(leave):
         enter()
@@ -156,7 +156,7 @@ def autocast_of_the_caller() -> Iterator[None]:
 
 
 def _autocast_of_the_caller() -> tuple[Callable[[], None], Callable[[], None]]:
-    """What switches it on, and what undoes that."""
+    """Functions that switch the caller's autocast on, and that undo this."""
     users = _running.users
     kinds = tuple(kind for kind in _running.autocast if not torch.is_autocast_enabled(kind))
 
@@ -164,7 +164,7 @@ def _autocast_of_the_caller() -> tuple[Callable[[], None], Callable[[], None]]:
         _running.users = _running.changes is not None
         if _running.autocast:
             _set_autocast(kinds, True)
-            torch.clear_autocast_cache()  # of weights that may have changed since
+            torch.clear_autocast_cache()  # weights may have changed since
 
     def leave() -> None:
         if kinds:
@@ -175,9 +175,9 @@ def _autocast_of_the_caller() -> tuple[Callable[[], None], Callable[[], None]]:
 
 
 def without_history_in_the_end(tensor: Tensor) -> None:
-    """Take ``tensor``, if it still exists, out of its graph once the outermost call ends: a model or hook may keep it.
+    """Detach ``tensor``, which a model or hook may keep, when the outermost call ends.
 
-    Not where what the call returns is still to be differentiated.
+    Tensors are not detached if the result of the call may be differentiated.
     """
     if _running.changes is not None and not _running.live:
         _running.linked = [*(one for one in _running.linked if one() is not None), weakref.ref(tensor)]
@@ -194,16 +194,15 @@ def _without_history(tensor: Tensor | None) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module | Iterable[nn.Module] | None, *, autocast: bool = True) -> Iterator[None]:
-    """Run ``model`` as in ``eval()``, then restore the training flag of each submodule.
+    """A context in which ``model`` is as in ``eval()``; the training flag of each submodule is then restored.
 
-    In training mode, batch statistics would mix the examples and every call would change the model's buffers.
-
-    It also runs under the ``torch.autocast`` that is the caller's, as in ``model(images)``.
+    In training mode, batch statistics would mix the examples and every call would change the model's buffers. The model
+    also runs under the caller's ``torch.autocast``, as in ``model(images)``.
 
     Args:
-        model: the model, or all of its modules where they have been listed already. None: the model is not known (a
-            plain function), and every module that this thread calls meanwhile is held in evaluation mode.
-        autocast: False: more than the model runs inside, and the model has an evaluation mode of its own there.
+        model: the model, or all of its modules if they are already listed. None: the model is unknown (a plain
+            function), and every module that this thread calls is set to evaluation mode.
+        autocast: False if code other than the model runs inside, in which the model has its own ``evaluation_mode``.
     """
     call = object()
     held: list[nn.Module] = []
@@ -250,9 +249,9 @@ Hook = Callable[[nn.Module, Any, dict[str, Any], Any], Any]
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], hook: Hook, *, at_input: bool = False) -> Iterator[None]:
-    """Call ``hook(module, args, kwargs, output)`` after each of ``modules`` has run in this thread.
+    """A context in which ``hook(module, args, kwargs, output)`` is called after each of ``modules`` in this thread.
 
-    What the hook returns, unless None, replaces the output. With ``at_input`` it is called before the module as
+    The hook's return value, unless None, replaces the output. With ``at_input``, it is called before the module as
     ``hook(module, args, kwargs, None)`` and returns the new ``(args, kwargs)``.
     """
     modules = list(modules)
@@ -263,8 +262,8 @@ def hooked(modules: Iterable[nn.Module], hook: Hook, *, at_input: bool = False) 
                 module.register_forward_pre_hook(one, with_kwargs=True)
             else:
                 if not isinstance(module._forward_hooks, OrderedDict):
-                    # torch 2.6 leaves a plain dict where a hook was added and removed inside a compiled graph, and
-                    # register_forward_hook fails on it.
+                    # torch 2.6 leaves a plain dict after a hook was added and removed inside a compiled graph, on
+                    # which register_forward_hook fails.
                     module._forward_hooks = OrderedDict(module._forward_hooks)
                 module.register_forward_hook(one, with_kwargs=True)
         one.active = True
@@ -272,7 +271,7 @@ def hooked(modules: Iterable[nn.Module], hook: Hook, *, at_input: bool = False) 
 
 
 class _Hook:
-    """A hook of one call in one thread. It does nothing before all are registered and once the call has ended."""
+    """A hook of one call in one thread, inactive until all hooks are registered and after the call has ended."""
 
     def __init__(self, run: Callable[..., Any], modules: Sequence[nn.Module] = ()) -> None:
         self.run, self.modules, self.thread, self.active = run, modules, threading.get_ident(), False
@@ -281,7 +280,7 @@ class _Hook:
         return self.run(*given) if self.active and threading.get_ident() == self.thread else None
 
     def remove(self) -> None:
-        """Wherever it is: an interrupt may have lost torch's handle of it."""
+        """Remove the hook without torch's handle, which an interrupt may have lost."""
         self.active = False
         tables: list[tuple[Any, Any]] = [(torch_module._global_forward_pre_hooks, {})]
         for module in self.modules:
@@ -294,15 +293,15 @@ class _Hook:
 
 
 def of_the_model(method: Thing) -> Thing:
-    """A method that is a part of the model's own forward pass, and so runs under autocast like it."""
+    """Mark a method as part of the model's forward pass, so that it runs under autocast."""
     method.of_the_model = True  # type: ignore[attr-defined]
     return method
 
 
 def unharming(thing: Thing) -> Thing:
-    """The same function, or class with its public methods, that leaves modes and hooks as it found them.
+    """Decorator of a function, or of a class's public methods, that restores modes and hooks after each call.
 
-    ``forward`` and ``train`` of a class stay as they are: they are called by what calls the module.
+    ``forward`` and ``train`` of a class are not decorated, as they run inside calls of the module.
     """
     if not inspect.isclass(thing):
         return _unharming(thing)
@@ -341,13 +340,13 @@ def _unharming(function: Any) -> Any:
         finally:
             found.restore()
 
-    # Captum's wrappers call attribute.__wrapped__, without what log_usage adds.
+    # Captum's wrappers call attribute.__wrapped__, without log_usage.
     call.__wrapped__ = getattr(function, "__wrapped__", function)
     return call
 
 
 def _inside(function: Any, args: Any, kwargs: Any) -> Any:
-    """Call it from code of the user that is itself called from here: whose autocast is what it is now."""
+    """Call ``function`` from the user's code inside another call, with the current autocast as the caller's."""
     before, kinds = _running.autocast, _with_autocast()
 
     def leave() -> None:
@@ -361,7 +360,7 @@ def _inside(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 class _Found:
-    """The modes of this thread as a call found them."""
+    """The modes of this thread when a call began."""
 
     def __init__(self) -> None:
         self.changes: list[undone] = []
@@ -374,7 +373,7 @@ class _Found:
         self.handled = sys.exc_info()[1]
 
     def restore(self) -> None:
-        """Undo what is left of the changes; may run more than once."""
+        """Undo the remaining changes; may run more than once."""
         if not self.ended_well:
             self._close()
         while self.changes:
@@ -400,16 +399,16 @@ class _Found:
                     _push_mode(mode)
             if warnings.filters is not self.filters:
                 warnings.filters = self.filters
-                with warnings.catch_warnings():  # which tells the module that its filters are others
+                with warnings.catch_warnings():  # notifies the module that its filters have changed
                     pass
         torch._C._set_grad_enabled(self.gradients)
         while lock._is_owned():  # type: ignore[attr-defined]
             lock.release()
 
     def _close(self) -> None:
-        """Close the generators of torch's contexts that an interrupt found half closed.
+        """Close the generators of torch's contexts that an interrupt left half closed.
 
-        Their frames live as long as the traceback does, and what they undo in the end would be changed once more.
+        Their frames live as long as the traceback, and would otherwise change modes again when they are closed.
         """
         error, errors = sys.exc_info()[1], []
         while error is not None and error is not self.handled:

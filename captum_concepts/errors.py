@@ -1,7 +1,7 @@
-"""The package's exceptions and warnings: one place, so that users can catch what they mean.
+"""Exceptions and warnings of the package.
 
-Every message names what was given, what is allowed, and what to do. All exceptions derive from
-:class:`CaptumConceptsError`; each also derives from the built-in type that Python programmers expect.
+Every message states what was passed, what is allowed, and what to do. All exceptions derive from
+:class:`CaptumConceptsError` and from the built-in type that Python programmers expect.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-#: The longest message of an exception or a warning of this package, in characters.
+#: Maximum length of an exception's or a warning's message, in characters.
 LONGEST_MESSAGE = 600
 
 
 class CaptumConceptsError(Exception):
-    """Base class of every exception this package raises on purpose; the middle of a long message is left out."""
+    """Base class of all exceptions that this package raises on purpose; long messages are cut in the middle."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(_cut(arg) if isinstance(arg, str) else arg for arg in args))
@@ -28,14 +28,14 @@ class InputError(CaptumConceptsError, ValueError):
 
 
 class TargetError(InputError, AssertionError):
-    """A ``target`` is of the wrong type, length or range.
+    """A ``target`` has the wrong type, length or range.
 
-    It is an ``AssertionError`` as well, because Captum raises that for bad targets and its users catch it.
+    It is also an ``AssertionError``, which Captum raises for bad targets and its users catch.
     """
 
 
 class LayerError(InputError):
-    """A layer is unknown, not reached, called twice, or its positions do not reach the model's output."""
+    """A layer is unknown, not reached or called twice, or its positions do not affect the model's output."""
 
 
 class LayoutError(LayerError):
@@ -43,7 +43,7 @@ class LayoutError(LayerError):
 
 
 class ArtifactError(CaptumConceptsError, ValueError):
-    """A saved file is broken, foreign, or belongs to another model, layer or data set."""
+    """A saved file is damaged, in another format, or belongs to another model, layer or data set."""
 
 
 class NotFittedError(CaptumConceptsError, RuntimeError):
@@ -51,22 +51,22 @@ class NotFittedError(CaptumConceptsError, RuntimeError):
 
 
 class CaptumConceptsWarning(UserWarning):
-    """Base class of every warning this package gives; the middle of a long message is left out."""
+    """Base class of all warnings of this package; long messages are cut in the middle."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(_cut(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class InputWarning(CaptumConceptsWarning):
-    """The input is usable but probably not meant: NaN, infinite or out-of-range values."""
+    """The input is usable but probably unintended, such as NaN, infinite or out-of-range values."""
 
 
 class ConvergenceWarning(CaptumConceptsWarning):
-    """An optimiser stopped before its certificate reached the asked tolerance."""
+    """An optimizer stopped before the duality gap reached the requested tolerance."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 5) -> str:
-    """Return `` Did you mean ...?`` with the nearest of ``known``, or an empty string.
+    """Hint `` Did you mean ...?`` with the closest of ``known``, or an empty string.
 
     >>> did_you_mean("layer5", ["layer3", "layer4", "fc"])
     " Did you mean 'layer4' or 'layer3'?"
@@ -82,7 +82,7 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 5) -> str:
 
 
 def listing(names: Iterable[object], limit: int = 8) -> str:
-    """The first ``limit`` of some names and how many more there are, for a message.
+    """The first ``limit`` names and the number of further ones, for a message.
 
     >>> listing(["a", "b"]), listing(range(1000), 3)
     ("'a', 'b'", '0, 1, 2 and 997 more')
@@ -93,7 +93,7 @@ def listing(names: Iterable[object], limit: int = 8) -> str:
 
 
 def shortened(value: Any, longest: int = 100) -> str:
-    """``repr(value)`` in at most about ``longest`` characters, also of a huge or deep one.
+    """``repr(value)`` in at most about ``longest`` characters, even of huge or deeply nested values.
 
     >>> shortened(list(range(1000))), shortened("x" * 1000, 20)
     ('[0, 1, 2, 3, 4, 5, ...]', "'xxxxxxx...xxxxxxxx'")
@@ -105,8 +105,7 @@ def shortened(value: Any, longest: int = 100) -> str:
 
 
 def printable(text: object) -> str:
-    r"""Text from outside, such as a file's name, as it may be printed: what moves a terminal's cursor or is no
-    character becomes an escape.
+    r"""Untrusted text, such as a file name, made safe to print by escaping control and invalid characters.
 
     >>> printable("a\x1b[31m.png"), printable(b"caf\xe9".decode(errors="surrogateescape"))
     ('a\\x1b[31m.png', 'caf\\xe9')
@@ -115,12 +114,12 @@ def printable(text: object) -> str:
 
 
 def _escape(letter: str) -> str:
-    byte = ord(letter) - 0xDC00  # of a name that is no UTF-8, as Python reads it
+    byte = ord(letter) - 0xDC00  # a surrogate escape, of a name that is not UTF-8
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(letter)[1:-1]
 
 
 def _cut(message: str) -> str:
-    """The start and the end of a message that is too long: they say what is wrong, and what to do."""
+    """A long message without its middle; the start states what is wrong, and the end what to do."""
     if len(message) <= LONGEST_MESSAGE:
         return message
     end = LONGEST_MESSAGE // 3

@@ -1,4 +1,4 @@
-"""`ConceptExplanation`, the value that methods return and everything else reads, and the protocols of those methods."""
+"""`ConceptExplanation`, the result of all methods, and the protocols of explainers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from captum_concepts._checks import integer, listed, name_positions, one_of, pos
 from captum_concepts.errors import InputError, did_you_mean
 
 _FORMAT = "captum_concepts.ConceptExplanation/2"
-#: Format 1 lacks the keys that have a default; those it has go by their present names.
+#: Format 1 lacks the keys that have a default; the others have the same names.
 _READABLE: dict[str, dict[str, str]] = {_FORMAT: {}, "captum_concepts.ConceptExplanation/1": {}}
 _BY_CONCEPT = ("scores", "maps", "contributions", "presence", "selected")
 _BY_IMAGE = ("target", "target_probability")
@@ -54,16 +54,16 @@ SEEN = 0.5
 
 @runtime_checkable
 class ConceptExplainer(Protocol):
-    """What report, evaluate, explore and audit_dataset accept: each of the four methods, or your own."""
+    """Protocol of explainers, the four methods or your own, for report, evaluate, explore and audit_dataset."""
 
     concepts: Any
 
     def scores(self, inputs: Any) -> Tensor:
-        """``(N, T)`` *what*: how strongly each concept is there."""
+        """``(N, T)`` *what*: how strongly each concept is present."""
         ...
 
     def concept_maps(self, inputs: Any, concepts: Any = None) -> Tensor:
-        """``(N, T, h, w)`` *where* each concept is, whatever the class; ``concepts``: names or indices, None: all."""
+        """``(N, T, h, w)`` *where*: class-independent maps of ``concepts`` (names or indices; None: all)."""
         ...
 
     def explain(
@@ -76,27 +76,27 @@ class ConceptExplainer(Protocol):
         rank_by: str = "scores",
         contributions: bool = True,
     ) -> ConceptExplanation:
-        """The ``top_k`` concepts of each image, with ``maps`` equal to :meth:`concept_maps`; None: all of them."""
+        """Explanation of the ``top_k`` concepts of each image (None: all), with the maps of :meth:`concept_maps`."""
         ...
 
 
 @runtime_checkable
 class ContributionExplainer(ConceptExplainer, Protocol):
-    """A :class:`ConceptExplainer` that also tells *how much* each concept moves the output ``target``."""
+    """A :class:`ConceptExplainer` that also reports *how much* each concept changes the output ``target``."""
 
     def contributions(self, inputs: Any, target: Any = None, concepts: Any = None) -> Tensor:
-        """``(N, T)`` signed: how much each concept moves the model's output ``target`` (None: the predicted one)."""
+        """``(N, T)`` signed contributions to the model's output ``target`` (None: the predicted one)."""
         ...
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which concepts an explanation shows: each image's own, so that an image says the same in a batch as alone.
+    """The concepts that an explanation contains, selected per image and therefore independent of the batch.
 
     Args:
-        index: ``(N, k)`` the concepts of each image, as numbers of all T, strongest first.
-        columns: the numbers that occur in ``index``, strongest first: the concepts of the whole explanation.
-        rank_by: what ranked them; empty where the caller named the concepts.
+        index: ``(N, k)`` indices among all T concepts of each image's own, strongest first.
+        columns: the indices that occur in ``index``, strongest first, which are the concepts of the whole explanation.
+        rank_by: the values that ranked them; empty if the caller named the concepts.
 
     >>> chosen = Selection.of(torch.tensor([[0.9, 0.1, 0.5], [0.0, 0.8, 0.1]]), top_k=1)
     >>> chosen.index.tolist(), chosen.columns, chosen.selected.tolist()
@@ -112,7 +112,7 @@ class Selection:
 
     @classmethod
     def of(cls, values: Tensor, top_k: int | None, rank_by: str = "scores") -> Selection:
-        """The ``top_k`` of the ``(N, T)`` values of each image; contributions count by magnitude, NaN last.
+        """The ``top_k`` of the ``(N, T)`` values of each image; contributions rank by magnitude, NaN last.
 
         Raises:
             InputError: ``top_k`` is not a positive integer or None.
@@ -121,7 +121,7 @@ class Selection:
         k = t if top_k is None else min(integer("top_k", top_k), t)
         values = values.detach().float()
         values = values.abs() if rank_by == "contributions" else values
-        # Infinite values rank before and after all finite ones, NaN last of all.
+        # +inf ranks first, -inf after all finite values, and NaN last.
         known = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=torch.finfo(values.dtype).min)
         order = torch.argsort(known, dim=1, descending=True, stable=True)
         index = order[:, :k]
@@ -145,7 +145,7 @@ class Selection:
         top_k: int | None = 5,
         rank_by: str = "scores",
     ) -> Selection:
-        """``concepts`` where the caller names them, else the ``top_k`` of ``values`` (see :meth:`of`)."""
+        """``concepts`` if the caller names them, otherwise the ``top_k`` of ``values`` (see :meth:`of`)."""
         one_of("rank_by", rank_by, RANKINGS)
         if concepts is not None:
             return cls.named(name_positions(concepts, names), len(values))
@@ -153,7 +153,7 @@ class Selection:
 
     @property
     def place(self) -> Tensor:
-        """``(N, k)`` where each entry of ``index`` stands in ``columns``."""
+        """``(N, k)`` position in ``columns`` of each entry of ``index``."""
         size = max(self.columns, default=-1) + 1
         lookup = torch.zeros(size, dtype=torch.long)
         lookup[torch.tensor(self.columns, dtype=torch.long)] = torch.arange(len(self.columns))
@@ -161,7 +161,7 @@ class Selection:
 
     @property
     def selected(self) -> Tensor:
-        """``(N, J)`` bool for the J ``columns``: is the concept one of the image's own?"""
+        """``(N, J)`` bool for the J ``columns``, whether the concept is one of the image's own."""
         flags = torch.zeros(len(self.index), len(self.columns), dtype=torch.bool)
         return flags.scatter_(1, self.place, True) if self.columns else flags
 
@@ -176,34 +176,34 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class ConceptExplanation:
-    r"""What was seen, where, and how much it moved the prediction, for N images and T concepts.
+    r"""Concepts in N images: what was detected, where, and how much each concept changed the prediction.
 
     Args:
-        concepts: the T names, unique; the union of the concepts selected for the images.
+        concepts: the T unique names, the union of the concepts selected for the images.
         scores: ``(N, T)`` *what*, in ``score_unit``.
-        maps: ``(N, T, h, w)`` *where*, in the grid of the explained layer.
-        contributions: ``(N, T)`` *how much* the concept moved the output ``target`` (signed), or None.
+        maps: ``(N, T, h, w)`` *where*, on the grid of the explained layer.
+        contributions: ``(N, T)`` signed, *how much* the concept changed the output ``target``, or None.
         target: ``(N,)`` index of the explained output, or None.
-        layer: the name of the explained layer, or one name for each (image, concept).
+        layer: the name of the explained layer, or one name per (image, concept).
         method: the name of the method.
-        presence: ``(N, T)`` *how sure*: calibrated probability in [0, 1] that the concept is there, or None.
-        selected: ``(N, T)`` bool: the concepts of each image. None: all of them. Maps and contributions of the others
+        presence: ``(N, T)`` *how sure*: calibrated probability in [0, 1] that the concept is present, or None.
+        selected: ``(N, T)`` bool, the concepts of each image; None: all of them. Maps and contributions of the others
             are NaN.
         class_names: names of the model's outputs by index, or None.
         image_names: N names, such as file names, or None.
         target_probability: ``(N,)`` the model's probability of ``target``, or None.
-        score_unit, contribution_unit: what the numbers are, such as ``"probability"`` or ``"logit"``; numbers of
-            different units do not compare.
-        rank_by: what ranked each image's concepts (``"scores"`` or ``"contributions"``); empty where the caller named
-            them. A single image taken out of a batch is sorted by it.
-        pictures: small pictures of the first images, ``(3, h, w)`` in uint8, for notebooks; they are not saved.
+        score_unit, contribution_unit: units such as ``"probability"`` or ``"logit"``; values in different units are not
+            comparable.
+        rank_by: the values that ranked each image's concepts (``"scores"`` or ``"contributions"``); empty if the caller
+            named them. A single image indexed from a batch is sorted by them.
+        pictures: thumbnails of the first images, ``(3, h, w)`` in uint8, for notebooks; they are not saved.
 
-    Tensors are detached at construction and must lie on one device. Instances are immutable: every method returns a
+    Tensors are detached at construction and must be on one device. Instances are immutable, and every method returns a
     new one. Iterating, or an integer index, returns the explanation of one image with its own concepts, strongest
     first.
 
     Raises:
-        InputError: a shape, dtype, device, range or name does not fit the others.
+        InputError: a shape, dtype, device, range or name does not match the others.
 
     Example:
         >>> import torch
@@ -316,15 +316,15 @@ class ConceptExplanation:
         object.__setattr__(self, "layer", tuple(tuple(row) for row in rows))
 
     def __len__(self) -> int:
-        """The number of images N."""
+        """Number of images N."""
         return int(self.scores.shape[0])
 
     def __iter__(self) -> Iterator[ConceptExplanation]:
-        """The explanation of one image after another, each with its own concepts, strongest first."""
+        """Iterate over images, each with its own concepts, strongest first."""
         return (self[i] for i in range(len(self)))
 
     def index(self, concept: str | int) -> int:
-        """The column of a concept, by name or (possibly negative) index."""
+        """Column of a concept, by name or (possibly negative) index."""
         t = len(self.concepts)
         if isinstance(concept, str):
             if concept not in self.concepts:
@@ -336,9 +336,12 @@ class ConceptExplanation:
         return positions(concept, t, "concept")[0]
 
     def __getitem__(self, key: Any) -> ConceptExplanation:
-        """One image with its own concepts: ``e[i]``; images and the union of their concepts: ``e[2:5]``, ``e[mask]``;
-        concepts: ``e["stripes"]``, ``e[["a", "b"]]``; both, selected or not: ``e[i, "stripes"]``. Both dimensions are
-        always kept."""
+        """Explanation of some images or concepts; both dimensions are always kept.
+
+        ``e[i]`` is one image with its own concepts, and ``e[2:5]`` or ``e[mask]`` are images with the union of their
+        concepts. ``e["stripes"]`` or ``e[["a", "b"]]`` are concepts, and ``e[i, "stripes"]`` is a concept of an image,
+        selected or not.
+        """
         if isinstance(key, tuple):
             if len(key) != 2:
                 raise InputError(f"index with [images] or [images, concepts], got {len(key)} parts")
@@ -357,7 +360,7 @@ class ConceptExplanation:
         return dataclasses.replace(self, layer=layer, image_names=names, pictures=pictures, **pick)
 
     def _own(self) -> ConceptExplanation:
-        """Without the concepts that no image selected; those of a single image in the order of its ranking."""
+        """The explanation without concepts that no image selected; those of a single image are ranked."""
         kept = self.selected.any(0).nonzero().flatten().tolist() if len(self) else list(range(len(self.concepts)))
         if len(self) == 1 and self.rank_by and kept:
             values = self.scores if self.rank_by == "scores" or self.contributions is None else self.contributions
@@ -378,10 +381,10 @@ class ConceptExplanation:
         return dataclasses.replace(self, concepts=[self.concepts[j] for j in columns], layer=layer, **pick)
 
     def top(self, k: int, *, by: str = "scores") -> ConceptExplanation:
-        """Each image's own ``k`` leading concepts among those selected, strongest first.
+        """Explanation of each image's top ``k`` selected concepts, strongest first.
 
         Args:
-            k: how many; all of them if there are fewer.
+            k: number of concepts per image; all if there are fewer.
             by: ``"scores"``, or ``"contributions"`` (by absolute value). NaN ranks last.
         """
         integer("k", k)
@@ -400,7 +403,7 @@ class ConceptExplanation:
         return dataclasses.replace(self, **moved)
 
     def class_name(self, target: int) -> str:
-        """The name of an output: of ``class_names``, or ``class 3``.
+        """Name of an output, from ``class_names``, or ``class 3`` without them.
 
         >>> ConceptExplanation(["a"], torch.rand(1, 1), torch.rand(1, 1, 2, 2)).class_name(3)
         'class 3'
@@ -408,7 +411,7 @@ class ConceptExplanation:
         return f"class {target}" if self.class_names is None else self.class_names[target]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """One dictionary for each image and concept of its own, strongest first: the tidy long form.
+        """One dictionary per image and concept of its own, strongest first (tidy long format).
 
         >>> ConceptExplanation(["a"], torch.ones(1, 1), torch.rand(1, 1, 2, 2)).to_records()
         [{'image': 0, 'concept': 'a', 'score': 1.0}]
@@ -442,10 +445,10 @@ class ConceptExplanation:
         return pandas.DataFrame(columns)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file (names and settings as JSON in its header), atomically.
+        """Write one safetensors file atomically, with names and settings as JSON in its header.
 
         Returns:
-            The path written; ``ConceptExplanation.load`` reads it back exactly.
+            The path; ``ConceptExplanation.load`` restores the explanation exactly.
         """
         info = {"concepts": self.concepts, **{name: getattr(self, name) for name in _WORDS}}
         present = {n: v for n in _TENSORS if (v := getattr(self, n)) is not None}
@@ -453,13 +456,13 @@ class ConceptExplanation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> ConceptExplanation:
-        """Read what :meth:`save` wrote.
+        """Explanation from a file written by :meth:`save`.
 
         Raises:
             FileNotFoundError: there is no such file.
             ArtifactError: the file is truncated, corrupt, or not a saved explanation.
         """
-        device = torch.device(device)  # a bad device is no fault of the file
+        device = torch.device(device)  # raises for an invalid device before the file is blamed
         schema: dict[str, Any] = {"info": _SAVED_WORDS, "arrays": _SAVED_TENSORS, "sizes": _saved_sizes}
         with open_artifact(path, _READABLE, "a saved explanation", device=str(device), **schema) as (info, tensors):
             return cls(**info, **tensors)
@@ -474,7 +477,7 @@ class ConceptExplanation:
         return ", ".join(parts)
 
     def _heading(self) -> str:
-        """The image's name and what was predicted, for an explanation of one image."""
+        """Name and prediction of the only image."""
         name = "" if self.image_names is None else f" {self.image_names[0]}"
         if self.target is None:
             return name
@@ -502,7 +505,7 @@ class ConceptExplanation:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        if not _displays:  # the pictures lie above this module, and matplotlib is loaded when something is shown
+        if not _displays:  # imports matplotlib only when something is shown
             importlib.import_module("captum_concepts.visualization.notebook")
         return _displays[-1](self, [*self.pictures, *[None] * (len(self) - len(self.pictures))])
 
@@ -511,9 +514,9 @@ _displays: list[Callable[[ConceptExplanation, Any], str]] = []
 
 
 def show_with(display: Callable[[ConceptExplanation, Any], str]) -> None:
-    """Let notebooks show explanations as ``display(explanation, pictures)``, an HTML text.
+    """Register ``display(explanation, pictures)``, which returns the HTML of an explanation in notebooks.
 
-    The pictures lie above this module in the package's import order, so they register themselves when imported.
+    ``visualization`` imports this module, so it registers its display when it is imported.
     """
     _displays.append(display)
 
@@ -523,7 +526,7 @@ def _saved_sizes(info: dict[str, Any]) -> dict[str, int]:
 
 
 def short(value: float, *, sign: bool = False) -> str:
-    """A number for people: three digits, and tiny ones as such.
+    """A number with three digits; magnitudes below 0.001 are shown as such.
 
     >>> short(0.12345), short(8.6e-14), short(-0.25, sign=True), short(-1e-9, sign=True), short(-0.0)
     ('0.123', '< 0.001', '-0.25', '-0', '0')

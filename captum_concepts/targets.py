@@ -1,7 +1,7 @@
-"""Scores of models that do not classify whole images: wrappers that every explainer and metric takes as its model.
+"""Wrappers of segmentation networks and detectors, which every explainer and metric accepts as a model.
 
-A wrapper is an ``nn.Module`` whose child ``model`` is the user's, so its layers are ``"model.backbone.layer4"``; its
-output is one score per column, and ``target=`` chooses the column.
+A wrapper is an ``nn.Module`` with the user's model as its child ``model``, so layers are named like
+``"model.backbone.layer4"``. Its output has one score per column, and ``target=`` selects the column.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _QUERIES = (("pred_logits", "pred_boxes"), ("logits", "pred_boxes"))
 
 
 class SemanticSegmentation(nn.Module):
-    r"""A segmentation network's logits ``(N, L, h, w)`` as one score per class: their mean over a region.
+    r"""Wrapper of a segmentation network with one score per class, the mean of its logits over a region.
 
     .. math:: s_l = \frac{1}{|R_l|} \sum_{(i, j) \in R_l} y_{l, i, j}
 
     Args:
         model: returns ``(N, L, h, w)`` logits, alone, first in a tuple, under ``out`` or ``logits`` of a mapping or an
             object (torchvision, Hugging Face) or ``seg_logits`` (mmseg), or as its only tensor.
-        region: ``"predicted"``: the pixels where the class is the highest (a class that no pixel has scores 0 and
-            depends on nothing); ``"all"`` pixels; or a bool mask ``(H, W)`` of what is asked about, resized to
-            the logits, the same for every image, with the images' aspect ratio.
+        region: ``"predicted"``: the pixels that are predicted as the class (a class without pixels scores a constant
+            0); ``"all"`` pixels; or a bool mask ``(H, W)`` for all images, which has their aspect ratio and is resized
+            to the logits.
 
     Raises:
-        InputError: ``region`` is something else or of another aspect ratio; the output is not such logits.
-        TargetError: the output holds no tensor, or several without a known name.
+        InputError: an invalid ``region`` or another aspect ratio, or an output that is not such logits.
+        TargetError: the output contains no tensor, or several without a known name.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -72,13 +72,13 @@ class SemanticSegmentation(nn.Module):
                 f"the model returns no logits (N, L, h, w), but {tuple(logits.shape)} {logits.dtype}; wrap it in a "
                 "module that does"
             )
-        logits = _at_least_single(logits)  # a sum over pixels is beyond the largest number of half precision
+        logits = _at_least_single(logits)  # a sum over pixels overflows half precision
         if self.region == "all":
             return logits.mean((2, 3))
         if self.region == "mask":
             mask = self.get_buffer("mask")
             _check_aspect(mask.shape[-2:], _image_size(inputs))
-            # A pixel of the logits belongs to the region by the part of it that does: a small region is never lost.
+            # Pixels of the logits are weighted by how much of them the region covers, so small regions are kept.
             part = F.interpolate(mask, logits.shape[-2:], mode="area").to(logits)
         else:
             part = torch.zeros_like(logits).scatter_(1, logits.detach().argmax(1, keepdim=True), 1)
@@ -86,32 +86,32 @@ class SemanticSegmentation(nn.Module):
 
 
 class Box(nn.Module):
-    r"""A detector as one score per box that is asked about: is there such an object, at that place?
+    r"""Wrapper of a detector with one score per queried box, for whether such an object is detected there.
 
     .. math:: s_k = \max_j \; \mathrm{IoU}(b_k, \hat b_j) \; \hat p_j(l_k)
 
-    over the detections :math:`j`: the similarity of D-RISE (Petsiuk et al., CVPR 2021) with the label's own
-    probability. It is differentiable in boxes and probabilities, in [0, 1], and 0 where nothing like it is detected. It
-    is computed as the sigmoid of its log odds, so that contributions of ``ConceptFusionMap`` are relative changes of
-    the score itself, not of its softmax over the boxes.
+    over the detections :math:`j`, the similarity of D-RISE (Petsiuk et al., CVPR 2021) with the label's own
+    probability. The score lies in [0, 1], is differentiable in boxes and probabilities, and is 0 if nothing similar is
+    detected. It is computed as the sigmoid of its log odds, so that contributions of ``ConceptFusionMap`` are relative
+    changes of the score itself, not of its softmax over the boxes.
 
     Args:
         model: a torchvision detector (a list of ``{"boxes", "labels", "scores"}``), or one whose output has
             ``pred_logits`` or ``logits`` ``(N, Q, L)`` and ``pred_boxes`` ``(N, Q, 4)`` as center, width and height in
-            shares of the image (DETR, its relatives, Hugging Face's).
-        boxes: ``(K, 4)`` corners ``x0, y0, x1, y1`` in pixels of the input; at most one pixel beyond its border.
-        labels: K class indices, or None: the box's most probable class.
+            fractions of the image (DETR and its variants, Hugging Face).
+        boxes: ``(K, 4)`` corners ``x0, y0, x1, y1`` in pixels of the input, at most one pixel beyond its border.
+        labels: K class indices; None: the most probable class of each detection.
         no_object: whether the last of the L logits is "no object", so that probabilities are the softmax (DETR, YOLOS),
-            or all are classes, each with a sigmoid (Deformable, Conditional and RT-DETR). None: as ``num_labels`` of
-            the model's ``config`` says (Hugging Face's); True for a model without one.
+            or all are classes, each with a sigmoid (Deformable, Conditional and RT-DETR). None: inferred from
+            ``num_labels`` of the model's ``config`` (Hugging Face); True without one.
 
     Raises:
-        InputError: boxes or labels of another shape; a box without area, outside of the image or in fractions of it; a
-            label that the model does not have; the output holds no detections.
+        InputError: boxes or labels with another shape; a box without area, outside the image or in fractions of it; a
+            label that the model does not have; an output without detections.
 
     Note:
-        torchvision's detectors resize and pad images before the backbone, so that a layer's grid covers the padded
-        image: at most 31 pixels more at the right and the bottom.
+        Detectors of torchvision resize and pad images before the backbone, so a layer's grid covers the padded image,
+        which has up to 31 more pixels at the right and the bottom.
 
     Example:
         >>> class Detector(nn.Module):
@@ -198,7 +198,7 @@ class Box(nn.Module):
     def _listed(self, found: Any) -> Tensor:
         boxes, labels, scores = (_get(found, name) for name in _DETECTION)
         if not len(boxes):
-            # Zero, but still a result of the model: an image without detections is explained alone as in a batch.
+            # Zero, but connected to the model's graph, so that images without detections can be explained alone.
             return self.get_buffer("boxes").new_zeros(self._k) + boxes.sum() + scores.sum()
         similar = box_iou(self.get_buffer("boxes"), boxes) * scores
         if self.labels is not None:
@@ -235,7 +235,7 @@ class Box(nn.Module):
 
 
 def _as_probability(score: Tensor) -> Tensor:
-    """``score`` as the sigmoid of its log odds, which methods find by themselves (``class_probability="auto"``)."""
+    """``score`` as the sigmoid of its log odds, which methods detect (``class_probability="auto"``)."""
     score = _at_least_single(score)
     limits = torch.finfo(score.dtype)
     odds = score.clamp(limits.tiny, 1 - limits.eps).logit()

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Five minutes from a model to what, where and how much
 #
-# A classifier that was right on 96 % of its validation images is wrong in the field. You know Captum, so you would look
-# at a saliency map. A saliency map says *where* the network looked. It does not say *what* it saw there, nor which of
-# the things it saw moved the prediction.
+# A classifier that was right on 96% of its validation images is wrong in the field. With Captum, you would look at a
+# saliency map. A saliency map shows *where* the network looked. It does not show *what* the network detected there, or
+# which of these concepts changed the prediction.
 #
-# Here we ask for all three, in words that the classifier never had as labels. Everything runs offline: the classifier,
-# an image-text model and the images are bundled.
+# This tutorial answers all three questions with concepts that the classifier never had as labels. Everything runs
+# offline: the classifier, a vision-language model (VLM) and the images are bundled.
 
 # %%
 # %matplotlib inline
@@ -21,14 +21,14 @@ torch.manual_seed(0)
 classifier = demo.load("classifier-spurious")  # a small ResNet: 64 px RGB in [0, 1] -> 6 logits
 
 # %% [markdown]
-# **Your own model instead?** One line: `classifier = torchvision.models.resnet50(weights="DEFAULT").eval()`, or any
-# other `torch.nn.Module` from torchvision, timm or your own code. Layers are named as in `model.named_modules()`.
+# **Your own model** takes one line: `classifier = torchvision.models.resnet50(weights="DEFAULT").eval()`, or any other
+# `torch.nn.Module` from torchvision, timm or your own code. Layer names are those of `model.named_modules()`.
 #
-# ## It is wrong, and the saliency map does not say why
+# ## It is wrong, and a saliency map does not show why
 #
-# The scenes show one to three objects; the class names two properties of one of them, as "red square". In training
-# every class had its usual ground: red circles lay on grass nine times in ten, and so on. In the field the grounds are
-# mixed.
+# Each scene contains one to three objects, and the class names two properties of one of them, for example "red square".
+# In the training data, every class had its usual background (the data set calls it "ground"). Red circles, for example,
+# were on grass nine times out of ten. In the field, the backgrounds are mixed.
 
 # %%
 familiar = CaptionedScenes(200, seed=101, size=64, spurious=0.9).stack()
@@ -41,8 +41,8 @@ for name, scenes in (("usual grounds", familiar), ("mixed grounds", field)):
 # %% [markdown]
 # ## What, where and how much
 #
-# `ConceptFusionMap` (CE-FAM) learns to translate the classifier's layers into the embedding space of an image-text
-# model. It needs images, but no labels and no masks. This is the only thing that is trained, and it takes seconds.
+# `ConceptFusionMap` (CE-FAM) learns to translate the classifier's layers into the embedding space of a VLM. It needs
+# images, but no labels and no masks. Only this translator is trained, which takes seconds.
 
 # %%
 clip = demo.load("clip")  # yours: OpenCLIPEncoder.from_pretrained("ViT-B-32", "openai")
@@ -51,8 +51,9 @@ layers = ["layer1", "layer2", "layer3", "layer4"]
 cefam = ConceptFusionMap(classifier, layers, map_layer="fused", batch_size=100).fit(images, clip, data.concepts)
 
 # %% [markdown]
-# Now explain some of the errors. `target` is the class whose probability is in question: the *true* one, which the
-# classifier missed. Red bars speak for it, blue ones against it.
+# Now explain three of the errors, those in which a background opposes the true class most strongly. `target` is the
+# class whose probability is explained, here the *true* one, which the classifier missed. Red bars support it, and blue
+# bars oppose it.
 
 # %%
 predicted = classifier(field.image).argmax(1)
@@ -75,13 +76,14 @@ panel(
 )
 
 # %% [markdown]
-# The word is *what*, the map is *where*, the bar is *how much*. The ground is among the strongest words against the
-# true class, although no label and no mask ever named it.
+# The concept is *what*, the map is *where*, and the bar is *how much*. In these three scenes, the background opposes
+# the true class more strongly than any other concept, although no label and no mask ever named it.
 #
-# ## Believe it only after you tried it
+# ## Test the explanation
 #
-# An explanation is a prediction: if the ground did it, another ground should repair it. These scenes can be drawn again
-# with the same objects on the ground that the true class was trained with.
+# An explanation makes a prediction. If the background caused the error, another background should correct it. These
+# scenes can be rendered again with the same objects, on the background that was usual for the true class during
+# training.
 
 # %%
 usual = [data.concepts[data.planted_grounds[field.label[i]]] for i in wrong]
@@ -90,8 +92,9 @@ repaired = (classifier(moved).argmax(1) == field.label[wrong]).float().mean()
 print(f"{len(wrong)} errors; on the usual ground of their class {repaired:.0%} of them are right")
 
 # %% [markdown]
-# And over many images, not three: the share of errors in which a ground is the word that speaks most strongly against
-# the true class. By chance it would be the share of grounds among the words.
+# The next number covers all of these errors instead of three. It is the fraction of errors in which the concept that
+# opposes the true class most strongly is a background. By chance, it would be the fraction of backgrounds among the
+# concepts.
 
 # %%
 every = cefam.contributions(field.image[wrong], target=field.label[wrong])
@@ -122,9 +125,9 @@ axes.set(xlabel="contribution to the true class (a dot a word and scene; black: 
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# ## Keep it, and explain a new image
+# ## Save it, and explain a new image
 #
-# The explainer is one safetensors file; nothing is pickled. It refuses to load for another classifier.
+# The explainer is saved as one safetensors file; nothing is pickled. Loading it for another classifier raises an error.
 
 # %%
 cefam.save("words.safetensors")
@@ -140,7 +143,7 @@ assert ConceptExplanation.load("explanation.safetensors").concepts == explanatio
 # %% [markdown]
 # ## Where to go from here
 #
-# - No image-text model at hand, but example images of the concept: [is it the stripes?](03_is_it_the_stripes.ipynb)
-# - A model without a classifier head: [few-shot and retrieval](02_few_shot_and_retrieval.ipynb).
-# - Your own words, more about maps and contributions: [own words](04_own_words.ipynb).
-# - How far to trust a map: [evaluating explanations](07_evaluating_explanations.ipynb).
+# - If you have no VLM but example images of the concept, read [is it the stripes?](03_is_it_the_stripes.ipynb).
+# - If your model has no classifier head, read [few-shot and retrieval](02_few_shot_and_retrieval.ipynb).
+# - For your own list of concepts, and for more about maps and contributions, read [own words](04_own_words.ipynb).
+# - To find out how far to trust a map, read [evaluating explanations](07_evaluating_explanations.ipynb).

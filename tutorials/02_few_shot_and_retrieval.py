@@ -2,11 +2,11 @@
 # # Few-shot classes and retrieval: where does a similarity come from?
 #
 # Grad-CAM needs a class score. Few-shot classifiers, face verification, image search and CLIP have none: they compare
-# embeddings. `FeatureActivationMap` (FAM) is the class activation map of a *similarity*: it splits
-# $s(f, r)$ into what each channel contributes and adds up the channels' maps with these weights.
+# embeddings. `FeatureActivationMap` (FAM) is the class activation map of a *similarity*. It splits $s(f, r)$ into the
+# contribution of each channel, and adds up the channels' maps with these weights.
 #
-# We ask three questions of bundled models: why this class, from five examples? Why does this image fit these words?
-# Why did the search return that image?
+# We ask three questions about bundled models. Why was this class predicted from five examples? Why does this image
+# match this text? Why did the search return that image?
 
 # %%
 # %matplotlib inline
@@ -25,10 +25,11 @@ data = CaptionedScenes(48, seed=11, size=64)
 queries = data.stack()
 
 # %% [markdown]
-# ## Five images a class
+# ## Five images per class
 #
-# The model is an encoder: a network without its head. **Your own:** `encoder = torchvision.models.resnet50(weights=
-# "DEFAULT")`, `encoder.fc = nn.Identity()`; or any callable that gives one embedding an image.
+# The model is an encoder, that is, a network without its head. **Your own** is
+# `encoder = torchvision.models.resnet50(weights="DEFAULT")` with `encoder.fc = nn.Identity()`, or any callable that
+# returns one embedding per image.
 
 # %%
 encoder = demo.load("classifier")
@@ -41,9 +42,9 @@ fam.fit(pool.image[support], [data.classes[k] for k in pool.label[support]])
 print(fam, tuple(fam.references.shape))
 
 # %% [markdown]
-# A prototype is the mean embedding of its class; a query gets the class of the most similar prototype. That is all
-# there is of a classifier, and it works. The second picture is one of its few errors: the map shows which object it
-# took for the class.
+# A prototype is the mean embedding of its class, and each query is assigned the class of the most similar prototype.
+# This classifier has no other parts, and it works. The second row of the figure shows its only error. The map shows
+# which object it mistook for the predicted class.
 
 # %%
 order = [data.classes.index(name) for name in fam.concepts]  # sorted by name
@@ -65,9 +66,10 @@ panel(
 )
 
 # %% [markdown]
-# Is that better than pointing at the middle of the picture? The scenes come with exact masks of the object that makes
-# the class, so we can ask. `nra` is 0 for a map that orders the pixels like chance and 1 for the ideal order; `epg` is
-# the share of the map's energy inside the mask. Every table of maps needs a row that knows nothing.
+# Is that better than pointing at the center of the image? The scenes come with exact masks of the object that defines
+# the class, so we can measure it. `nra` is 0 for a map that orders the pixels no better than chance and 1 for the ideal
+# order. `epg` is the fraction of the map's energy inside the mask. Every table of maps needs a concept-agnostic
+# baseline.
 
 # %%
 table = evaluate(
@@ -79,9 +81,9 @@ table = evaluate(
 table
 
 # %% [markdown]
-# ## Keep it, and explain a new image
+# ## Save it, and explain a new image
 #
-# Nothing was trained: the file contains the prototypes, their names and the options.
+# Nothing was trained, so the file contains only the prototypes, their names and the options.
 
 # %%
 fam.save("prototypes.safetensors")
@@ -91,11 +93,12 @@ print(again.explain(new.image, top_k=3))
 print("truth:", data.classes[new.label[0]])
 
 # %% [markdown]
-# ## Words: an image-text model
+# ## Text: a vision-language model
 #
-# For CLIP the references are texts. **Your own:** `clip = OpenCLIPEncoder.from_pretrained("ViT-B-32", "openai")`. The
-# image tower of the bundled one ends in attention pooling, which no Grad-CAM recipe expects; FAM differentiates
-# through whatever lies between the layer and the embedding, and never below the layer.
+# For CLIP, the references are text embeddings. **Your own** is
+# `clip = OpenCLIPEncoder.from_pretrained("ViT-B-32", "openai")`. The image tower of the bundled VLM ends in attention
+# pooling, which Grad-CAM recipes do not cover. FAM differentiates through whatever lies between the layer and the
+# embedding, and never below the layer.
 
 # %%
 clip = demo.load("clip")
@@ -112,9 +115,9 @@ panel(
 )
 
 # %% [markdown]
-# Read such maps with care. FAM says which positions carry the channels that make the similarity. In a network in which
-# every position has already mixed with its neighbours, that is not always where the thing is. How much it finds here,
-# against the exact masks of all words in all queries:
+# Read such maps with care. FAM shows which positions carry the channels that produce the similarity. In a network in
+# which every position has already mixed with its neighbors, these are not always the positions of the object. The next
+# table measures how much FAM finds here, with the exact masks of all concepts in all queries.
 
 # %%
 every = FeatureActivationMap(clip, layer, clip.encode_text(data.concepts), normalize="l1")
@@ -130,11 +133,12 @@ table = evaluate(
 table
 
 # %% [markdown]
-# `specificity` takes away what the other words' maps would have found as well: 0 for any map that ignores its word.
+# `concept_specificity` subtracts what the maps of the other concepts would have found as well. It is 0 for any map that
+# ignores its concept.
 #
 # ## Retrieval: why did I get this image?
 #
-# A gallery is a bank of image embeddings. Search it with a text, then turn the question round: *where in each result*
+# A gallery is a bank of image embeddings. Search it with a text, then ask the reverse question: *where in each result*
 # does the similarity to the query come from?
 
 # %%
@@ -163,8 +167,9 @@ figure.colorbar(scale, cax=axes[-1], label="weighted activation")
 _ = figure.suptitle(f"found for “{query}”", fontsize=11)
 
 # %% [markdown]
-# Pairs of images work alike: `references` are the embeddings of the second images, and `target=torch.arange(N)` pairs
-# example *i* with reference *i*. Calling it twice, with the roles exchanged, shows both sides of the match.
+# Pairs of images work in the same way. `references` are the embeddings of the second images, and
+# `target=torch.arange(N)` pairs example *i* with reference *i*. A second call with the roles exchanged shows the other
+# side of the match.
 
 # %%
 left, right = queries.image[[0, 4]], queries.image[[2, 9]]
@@ -178,6 +183,8 @@ print(in_left.shape, in_right.shape)
 # %% [markdown]
 # ## Remember
 #
-# - References may be prototypes, texts or gallery items; `similarity` may be `"cosine"`, `"dot"`, `"euclidean"` or your own.
-# - `weights="gradient"` gives maps whose mean is the similarity itself (for mean pooling and a linear head).
-# - On the last blocks of vision transformers, channel weights say little: see [your own model](06_your_own_model.ipynb).
+# - References may be prototypes, texts or gallery items, and `similarity` may be `"cosine"`, `"dot"`, `"euclidean"` or
+#   your own.
+# - `weights="gradient"` returns maps whose mean is the similarity itself (for mean pooling and a linear head).
+# - In the last blocks of vision transformers, channel weights carry little information: see
+#   [your own model](06_your_own_model.ipynb).

@@ -1,11 +1,13 @@
 # %% [markdown]
 # # Is it the stripes?
 #
-# "Is it a zebra because of the stripes?" TCAV answers with one number for a class. `SpatialACV` (SACV) answers for every
-# position of an image: does the layer see stripes *here* (relevance), and would more of them here raise the output
-# (contribution)? And it says when a layer does not encode the concept at all, instead of drawing a map of nothing.
+# "Is it a zebra because of the stripes?" TCAV answers with one number per class. `SpatialACV` (SACV) answers for every
+# position of an image. Its *concept map* (labeled "relevance" in the figures) shows whether the layer sees stripes
+# *here*, and its *conceptual sensitivity* shows whether more stripes here would raise the output. It also reports when
+# a layer does not encode the concept at all, so that you do not interpret a map of nothing.
 #
-# All it needs are guidance images: some that show the concept and nothing else, some that do not.
+# It needs only concept examples (called "guidance images" in the code): some images that show the concept and nothing
+# else, and negative examples that do not show it.
 
 # %%
 # %matplotlib inline
@@ -25,13 +27,15 @@ data = CaptionedScenes(300, seed=31, size=64)
 scenes = data.stack()
 
 # %% [markdown]
-# **Your own model:** `model = torchvision.models.vgg19(weights="DEFAULT").eval()`; **your own images:** a folder for each
-# side, `acv.fit({"striped": "guidance/striped"}, "guidance/other", transform=weights.transforms())`.
+# **Your own model** is `model = torchvision.models.vgg19(weights="DEFAULT").eval()`. **Your own images** are one folder
+# for the concept and one for the negative examples:
+# `acv.fit({"striped": "guidance/striped"}, "guidance/other", transform=weights.transforms())`.
 #
-# ## Guidance images
+# ## Concept examples
 #
-# Patches from the inside of objects, mirrored until they fill a picture. What is not in them cannot be learnt by mistake:
-# no outlines, no ground. Mirrored, not enlarged: a texture at another scale is another texture to a network.
+# The examples are patches from the inside of objects, mirrored until they fill an image. They contain no outlines and
+# no background, so neither can be learned by mistake. The patches are mirrored instead of enlarged, because a network
+# treats a texture at another scale as another texture.
 
 
 # %%
@@ -69,15 +73,17 @@ for row, texture in zip(axes, textures, strict=True):
 _ = figure.suptitle("Guidance images", fontsize=11)
 
 # %% [markdown]
-# Look at them before you fit anything. The plain patches are nearly all red: in these scenes plain circles and squares
-# mostly are. A vector learnt from them is as much *red* as *plain*, so we shall not trust it; stripes and dots come in all
-# colours.
+# Look at the examples before you fit anything. The plain patches are nearly all red, because in these scenes most plain
+# circles and squares are red. A vector learned from them represents *red* as much as *plain*, so we do not rely on it.
+# Stripes and dots come in many colors.
 #
-# ## Which layer knows stripes?
+# ## Which layer encodes stripes?
 #
-# One call fits every layer and compares accuracy on held-out *images* (positions of one image are no independent
-# examples). `n_random` deals the labels anew among whole images and so gives each concept a p-value. As a control we
-# also ask for a concept that does not exist: half of the images of all textures, at random, against the other half.
+# One call fits every layer and compares accuracy on held-out *images* (positions of one image are not independent
+# examples). `n_random` permutes the labels among whole images, which gives each concept a p-value. As a control, we
+# also ask for a concept that does not exist: 30 images drawn at random from all textures. The negative examples are the
+# same for both, namely all images of the other textures and 30 more random draws. Many images of the control are
+# therefore negative examples as well, so its accuracy may fall below 0.5.
 
 # %%
 everything = torch.cat(list(guidance.values()))
@@ -92,8 +98,8 @@ print(sweep.best())
 sweep.plot()
 
 # %% [markdown]
-# Hollow points are *not encoded here*: stripes are there from early on, and the control stays at chance, hollow, at
-# every layer.
+# Hollow points are *not encoded here*. Stripes are encoded from the first of these layers on. The control is hollow and
+# no better than chance at every layer.
 #
 # ## Where are the stripes, and do they matter?
 
@@ -115,9 +121,9 @@ panel(
 )
 
 # %% [markdown]
-# The map is *where the layer sees it*; the bar is the derivative of the class score along the concept, added over all
-# positions. Is it the stripes? Over all scenes, the fraction in which more of a texture raises the class (TCAV's sign count)
-# and the mean effect:
+# The map is *where the layer sees it*. The bar is the contribution: the derivative of the class score along the
+# concept, summed over all positions. Is it the stripes? The next table covers all scenes. It lists the fraction of
+# scenes in which more of a texture raises the class score (TCAV's sign count), and the mean effect.
 
 # %%
 print(f"{'class':16s} {'texture':10s} sign  magnitude")
@@ -127,14 +133,14 @@ for name in ("striped square", "dotted star", "red circle"):
         print(f"{name:16s} {texture:10s} {sign:.2f}  {size:+9.1f}")
 
 # %% [markdown]
-# Stripes for the striped square, dots against it; dots for the dotted star, stripes against it; and for the red circle,
-# where any texture goes, smaller effects. Mind that this is a derivative: where a class is already certain, more of
-# its own concept adds little.
+# Stripes support the striped square, and dots oppose it. Dots support the dotted star, and stripes oppose it. For the
+# red circle, which may have any texture, the effects are smaller. Note that this is a derivative: it describes a small
+# change of the activations, and it can be small for a concept that already determines the class.
 #
-# ## Against the truth
+# ## Compared with the ground truth
 #
-# Scenes have exact masks, so "where" can be checked: the mean relevance of stripes on striped objects, on other objects,
-# and on the ground.
+# The scenes have exact masks, so "where" can be checked. The next numbers are the mean of the concept map of stripes on
+# striped objects, on other objects, and on the background.
 
 # %%
 relevance = F.interpolate(acv.concept_maps(scenes.image, "striped"), (64, 64))[:, 0]
@@ -146,8 +152,8 @@ for name, mask in (("striped objects", striped), ("other objects", objects & ~st
 # %% [markdown]
 # ## What exactly did it see? The strongest patches
 #
-# The receptive field tells which pixels a position depends on; `share=0.9` keeps the part that does most of it. The crops
-# of the strongest positions show what the vector answers to (Fig. 2D of the paper).
+# The receptive field shows which pixels a position depends on, and `share=0.9` keeps the box that carries most of the
+# influence. The crops around the strongest positions show what the vector responds to (Fig. 2D of the paper).
 
 # %%
 maps = acv.concept_maps(scenes.image, "striped")[:, 0]
@@ -160,10 +166,10 @@ for each, crop in zip(axes, crops, strict=True):
 _ = figure.suptitle("Crops around the six positions with the highest relevance for “striped”", fontsize=10)
 
 # %% [markdown]
-# They are all yellow, the colour with the strongest contrast to its dark stripes. Striped things they are, but a relevance
-# is not about the pattern alone.
+# All six objects are striped, and all are yellow, the color with the strongest contrast to its dark stripes. The
+# concept map is therefore not about the pattern alone.
 #
-# ## Keep it, and explain a new image
+# ## Save it, and explain a new image
 
 # %%
 acv.save("textures.safetensors")
@@ -175,8 +181,9 @@ print(again.explain(new.image, target=new.label))
 # %% [markdown]
 # ## Remember
 #
-# - Guidance images should show the concept everywhere: every position becomes an example of it.
-# - The negatives are half of the question. None: *which* of the concepts is it? Images like those to be explained: *is*
-#   it there?
+# - Concept examples should show the concept everywhere, because every position becomes an example of it.
+# - The negative examples are half of the question. Without any, the question is *which* of the concepts a position
+#   shows. With images like those to be explained, it is whether the concept *is* there.
 # - Look at `significant_` before you look at a map.
-# - Inside Captum's own `TCAV`, `SpatialACV` serves as `layer_attr_method`: [beside Captum](08_beside_captum.ipynb).
+# - `SpatialACV` also serves as `layer_attr_method` inside Captum's own `TCAV`: see
+#   [SACV in Captum's TCAV](08_beside_captum.ipynb).

@@ -1,11 +1,13 @@
 # %% [markdown]
 # # Your classifier, your words
 #
-# Which of *your* words did *your* classifier see, where, and how much did each move its prediction? `ConceptFusionMap`
-# (CE-FAM) keeps the three in one-to-one correspondence: one word, one score, one region, one contribution.
+# Which of *your* concepts did *your* classifier detect, where, and how much did each one change the prediction?
+# `ConceptFusionMap` (CE-FAM) keeps the three answers in one-to-one correspondence: each concept has one score, one map
+# and one contribution.
 #
-# It trains a small translator from the classifier's layers to the embedding of an image-text model. The translator
-# needs images of your kind, no labels, no masks, and not even the words: those may come later, and change.
+# It trains a small translator from the classifier's layers to the embedding of a vision-language model (VLM). The
+# translator needs images from your domain, but no labels, no masks, and not even the concepts. You can choose those
+# later, and change them.
 
 # %%
 # %matplotlib inline
@@ -26,14 +28,15 @@ data = CaptionedScenes(32, seed=41, size=64)
 scenes = data.stack()
 
 # %% [markdown]
-# **Your own:** `classifier = torchvision.models.resnet50(weights="DEFAULT").eval()` and
-# `clip = OpenCLIPEncoder.from_pretrained("ViT-B-32", "openai")`; images come as a tensor, a `Dataset`, a `DataLoader` or
-# the path of a folder. Where the two want different preprocessing, `fit` takes `model_transform` and `encoder_transform`.
+# **Your own** models are `classifier = torchvision.models.resnet50(weights="DEFAULT").eval()` and
+# `clip = OpenCLIPEncoder.from_pretrained("ViT-B-32", "openai")`. Pass images as a tensor, a `Dataset`, a `DataLoader`
+# or the path of a folder. If the two models need different preprocessing, pass `model_transform` and
+# `encoder_transform` to `fit`.
 #
-# ## A list of words
+# ## A list of concepts
 #
-# A vocabulary cleans a list and keeps a reason for each word it drops. Here: duplicates, words that are a class's name
-# (they would explain "red circle" by "red circle"), and words that the image-text model does not know.
+# A vocabulary cleans a list and records a reason for each word it drops. Here it drops duplicates, class names (they
+# would explain "red circle" by "red circle"), and words that the VLM does not know.
 
 # %%
 words = ["Circle", "star", "stars", "red", "blue", "striped", "dotted", "plain", "grass", "sand", "brick"]
@@ -44,10 +47,11 @@ for drop in words.report.drops:
     print(f"dropped {drop.concept!r}: {drop.reason}")
 
 # %% [markdown]
-# ## Train the translator, once
+# ## Train the translator once
 #
-# `concepts=None`: it learns to give the image's embedding, whatever the words. `layers` are where it reads; four stages
-# are a good choice, and `captum_concepts.activations.survey.suggest_stages(model, images)` finds them.
+# With `concepts=None`, the translator learns to predict the image embedding, independent of any concepts. It reads the
+# activations of `layers`. Four stages are a good choice, and
+# `captum_concepts.activations.survey.suggest_stages(model, images)` finds them.
 
 # %%
 layers = ["layer1", "layer2", "layer3", "layer4"]
@@ -60,7 +64,8 @@ cefam = translator.with_concepts(words.concepts, clip)
 # %% [markdown]
 # ## What: scores
 #
-# Softmax over the words, as CLIP has it: the words compete. Do they come out where they are true?
+# Scores are a softmax over the concepts, as in CLIP, so the concepts compete. Are the scores higher in images that show
+# the concept?
 
 # %%
 scores = cefam.scores(scenes.image)
@@ -70,11 +75,11 @@ for k, word in enumerate(words.concepts):
     print(f"{word:8s} mean score where it is {there:.2f}, where it is not {not_there:.2f}")
 
 # %% [markdown]
-# ## Where: regions
+# ## Where: maps
 #
-# `map_layer="auto"` is the published map: for each word the most relevant layer, whole channels weighted by one number each.
-# `map_layer="fused"` adds the evidence of all layers and lets it spread over the rest of the thing. Measure before you
-# choose; `explain` works with either.
+# `map_layer="auto"` is the published map: for each concept it selects the most relevant layer, and weights each channel
+# of it with one number. `map_layer="fused"` adds up the evidence of all layers and spreads it over the rest of the
+# object. Measure before you choose; `explain` works with either.
 
 # %%
 published = cefam.with_options(map_layer="auto")
@@ -89,8 +94,8 @@ evaluate(explainers, [(scenes.image, masks)], metrics=["nra", "concept_specifici
 # %% [markdown]
 # ## How much: contributions
 #
-# Channels are taken away from the classifier in the order in which they speak for the word; the contribution is the mean
-# relative drop of the class's probability. Positive: the word supports the class.
+# Channels are ablated from the classifier in the order in which they support the concept. The contribution is the mean
+# relative drop of the class probability. If it is positive, the concept supports the class.
 
 # %%
 shown = [int(torch.nonzero(scenes.label == c)[0]) for c in (0, 1, 5)]
@@ -105,15 +110,16 @@ panel(
 )
 
 # %% [markdown]
-# The printed form holds the same, contributions in brackets:
+# The printed form contains the same information, with contributions in parentheses.
 
 # %%
 print(explanation)
 
 # %% [markdown]
-# ## Change the words
+# ## Change the concepts
 #
-# Nothing is trained again. A word that the encoder does not know is an error that names it, not a random vector.
+# Nothing is trained again. A word that the encoder does not know raises an error that names it, instead of becoming a
+# random vector.
 
 # %%
 objects = translator.with_concepts(data.concept_groups["shape"] + data.concept_groups["texture"], clip)
@@ -126,9 +132,9 @@ except InputError as error:
 # %% [markdown]
 # ## Two classifiers, one question
 #
-# The same question to two networks of one architecture: this one, and one that learnt from scenes in which the ground
-# gave the class away. How much does the ground *under the object* move the true class? The translator is trained for
-# each: it reads the classifier's own layers.
+# We ask the same question of two networks with the same architecture: this one, and one trained on scenes in which the
+# background predicts the class. How much does the background *of the scene* change the probability of the true class?
+# Each network needs its own translator, because the translator reads the classifier's own layers.
 
 # %%
 biased = demo.load("classifier-spurious")
@@ -155,9 +161,10 @@ axes.set(xlabel="contribution of the scene's ground to the true class (black: me
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# `layer=-1` reads the last layer only: in narrow early layers, taking 20 channels away takes nearly everything away.
+# `map_layer=-1` ablates channels of the last layer only, so the two classifiers are compared at the same layer.
+# Otherwise each concept would use its most relevant layer.
 #
-# ## Keep it, and explain a new image
+# ## Save it, and explain a new image
 
 # %%
 cefam.save("words.safetensors")
@@ -169,7 +176,8 @@ print(again.explain(new.image, top_k=4))
 # %% [markdown]
 # ## Remember
 #
-# - The translator can only carry over what the classifier's layers hold. A low held-out cosine means that the words may
-#   be read in vain; check scores on images where you know the answer, as above.
-# - Scores under a softmax depend on which other words are in the list.
-# - A contribution says what happens when those channels are gone. It is about the network, not about the world.
+# - The translator can only use what the classifier's layers encode. If the held-out cosine is low, the scores may mean
+#   nothing. Check them on images for which you know the answer, as above.
+# - Scores under a softmax depend on which other concepts are in the list.
+# - A contribution describes what happens when those channels are ablated. It is a statement about the network, not
+#   about the world.

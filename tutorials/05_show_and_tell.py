@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Show and tell: a classifier that explains itself
 #
-# The other methods explain a model that is there. `SALFCBM` (Show and Tell) *is* the model: the backbone's features become
-# one map for each concept, and a sparse linear layer decides from these maps' means alone. So an explanation is not a
-# guess about the model, it is the model's own arithmetic: you can read its rules, ask what it saw in a region, and change
-# what it saw to see what it would have said.
+# The other methods explain an existing model. `SALFCBM` (Show and Tell) *is* the model. The backbone's features become
+# one map per concept, and a sparse linear layer predicts the class from the means of these maps alone. An explanation
+# is therefore exact: it is the model's own arithmetic. You can read its rules, ask what it saw in a region, and change
+# what it saw to find out what it would have predicted.
 #
-# Concept labels are not needed: an image-text model provides them, looking at each image many times with a red circle
-# drawn round another place.
+# Concept labels are not needed. A vision-language model (VLM) provides them. It looks at each image many times, with a
+# red circle around a different cell each time.
 
 # %%
 # %matplotlib inline
@@ -29,15 +29,15 @@ train = data.stack()
 test = CaptionedScenes(120, seed=52, size=64).stack()
 
 # %% [markdown]
-# **Your own:** `backbone = torchvision.models.resnet50(weights="DEFAULT")`, `layer="layer4"`,
-# `clip = OpenCLIPEncoder.from_pretrained("ViT-B-16", "openai")`, and an `ImageFolder` for the data. On real data the
-# step with the circles is the long one; it resumes after a kill, runs on several machines, and
-# `python -m captum_concepts fit-salf --help` tells how to plan it.
+# **Your own** model is `backbone = torchvision.models.resnet50(weights="DEFAULT")` with `layer="layer4"` and
+# `clip = OpenCLIPEncoder.from_pretrained("ViT-B-16", "openai")`, and the data are an `ImageFolder`. On real data, the
+# step with the circles takes longest. It resumes after it is killed and runs on several machines, and
+# `python -m captum_concepts fit-salf --help` explains how to plan it.
 #
 # ## Look where the circle is
 #
-# A 7 x 7 grid of circles makes 49 pictures of each image. The image-text model describes what is circled: this is where
-# the *where* comes from, without any mask.
+# A 7 x 7 grid of circles makes 49 visual prompts from each image. The VLM describes what is circled. This is how the
+# model learns *where* a concept is, without any mask.
 
 # %%
 prompt = RegionPrompt("circle", (7, 7), 32, reference_size=224)  # the paper's circle, for images of any size
@@ -55,12 +55,13 @@ _ = figure.suptitle("The three words nearest to each circled picture", fontsize=
 # %% [markdown]
 # ## Train
 #
-# One call: embed the circled pictures into a store on disk, drop concepts that the data do not show, train the 1 x 1
-# bottleneck, drop concepts it cannot follow, fit the sparse head. Every step lands in `store_path`; the same call again
-# finds it all there.
+# One call embeds the visual prompts into a store on disk, drops concepts that the data do not show, trains the
+# bottleneck (a 1 x 1 convolution), drops concepts that it cannot follow, and fits the sparse head. Every step is saved
+# in `store_path`, so the same call reuses the results.
 #
-# Which layer? A late one has decided already; an early one still knows what was where. The circled pictures are embedded
-# once, so trying layers costs seconds. `nonzeros_per_class=6`: six concepts a class are all that the model may use.
+# Which layer should you use? Late layers are close to the decision, and early layers still encode what is where. The
+# visual prompts are embedded only once, so trying several layers costs seconds. With `nonzeros_per_class=6`, each class
+# uses six concepts on average.
 
 
 # %%
@@ -97,8 +98,9 @@ for drop in models["layer4"].metadata["vocabulary"]["report"]["drops"]:
     print(f"dropped at layer4: {drop['concept']} ({drop['reason']})")
 
 # %% [markdown]
-# So there is a choice between accuracy and knowing what is where. The last layer has forgotten the grounds, which do not
-# matter for the class: those concepts are dropped, because the bottleneck cannot follow them. We take the middle one.
+# There is a trade-off between accuracy and localization. The last layer no longer encodes the backgrounds, which do not
+# matter for the class, so those concepts are dropped because the bottleneck cannot follow them. We choose the middle
+# layer.
 
 # %%
 model = models["layer3"]
@@ -106,7 +108,7 @@ model = models["layer3"]
 # %% [markdown]
 # ## Read: the rules of a class
 #
-# The head's weights are the rules. They hold for every image.
+# The head's weights are the rules. They apply to every image.
 
 # %%
 for name in data.classes:
@@ -116,7 +118,7 @@ for name in data.classes:
 # %% [markdown]
 # ## One decision: what, where and how much
 #
-# Contributions add up to the logit (plus the head's bias): nothing else goes into it.
+# The contributions and the head's bias add up to the logit. Nothing else enters it.
 
 # %% picture="salf_cbm" alt="Three scenes with the maps of the concepts that decided, and bars of their contributions"
 right = model(test.image).argmax(1) == test.label
@@ -140,9 +142,9 @@ parts = model.contributions(test.image[chosen]).sum(1) + model.head.bias[logits.
 print("largest difference of logit and sum:", f"{(parts - logits.amax(1)).abs().max():.1e}")
 
 # %% [markdown]
-# ## Are the maps where the things are?
+# ## Do the maps show where the objects are?
 #
-# Nobody showed the model a mask. Scenes have exact ones:
+# The model was never trained on a mask. The scenes have exact ones, so we can measure it.
 
 # %%
 columns = [data.concepts.index(concept) for concept in model.concepts]
@@ -160,8 +162,8 @@ evaluate(
 # %% [markdown]
 # ## Ask about a region
 #
-# "Explain anything": a point, a box or a mask, and the answer is what the model saw *there*, strongest first, in standard
-# deviations. One forward pass, no click model.
+# This is "Explain anything": you pass a point, a box or a mask, and the model returns what it saw *there*, strongest
+# first, in standard deviations. It takes one forward pass and no click model.
 
 # %%
 i = int(torch.nonzero((test.objects[:, 1, 0] >= 0) & (test.objects[:, 2, 0] < 0))[2])
@@ -180,9 +182,9 @@ _ = figure.suptitle(f"in truth: {test.caption[i]}", fontsize=10)
 # %% [markdown]
 # ## Intervene
 #
-# What would it have said, had it seen less of one concept in that region, and more of another? Take the first image
-# called "striped square", take the stripes away inside the object's box, and add red: the logits before and after come
-# from one forward pass.
+# What would the model have predicted if it had seen less of one concept in that region, and more of another? Take the
+# first correctly classified "striped square", remove the stripes inside the object's box, and add red. The logits
+# before and after come from one forward pass.
 
 # %%
 j = int(torch.nonzero((test.label == 3) & (model(test.image).argmax(1) == 3))[0])
@@ -217,9 +219,9 @@ axes.spines[["top", "right"]].set_visible(False)
 # %% [markdown]
 # ## Repair: a wrong decision, its reason, an edit that stays
 #
-# `classifier-spurious` is the same network, trained on scenes whose ground gives the class away: wood below nearly every
-# dotted star. A bottleneck that learns from such scenes inherits the shortcut. With `DenseRegions` the image-text model
-# reads all cells from one pass for each image, instead of one picture for each circle.
+# `classifier-spurious` is the same network, trained on scenes in which the background predicts the class: nearly every
+# dotted star is on wood. A bottleneck trained on such scenes inherits the shortcut. With `DenseRegions`, the VLM reads
+# all cells from one pass per image, instead of one visual prompt per cell.
 
 # %%
 shortcut = CaptionedScenes(240, seed=61, size=64, spurious=0.95).stack()
@@ -243,7 +245,8 @@ print(f"accuracy where the ground gives the class away {accuracy(leaning, alike)
 print(f"on any ground {accuracy(leaning, elsewhere):.2f}")
 
 # %% [markdown]
-# **A wrong decision.** A dotted star that is called something else, because of what it stands on.
+# **A wrong decision.** This dotted star is classified as something else because of its background (the code calls it
+# "ground").
 
 # %%
 grounds = [name for name in data.concept_groups["ground"] if name in leaning.concepts]
@@ -264,9 +267,10 @@ print("in the star's box:", leaning.explain_region(image, boxes=box, top_k=4))
 print("rule of dotted star:", [(concept, round(w, 1)) for concept, w in leaning.decision_rules("dotted star", top_k=3)])
 
 # %% [markdown]
-# **The region, and what is missing in it.** The model does see the star. Its rule hardly asks for one: it asks for
-# wood, and there is no wood around this star. So we put some there, everywhere but on the star itself, and the decision
-# turns right, for the wrong reason. That is the proof that it hangs on the ground.
+# **The region, and what is missing in it.** The model does see the star. But the star is not among the three strongest
+# weights of its rule, which asks mainly for wood, and there is no wood around this star. We therefore add some
+# everywhere except on the star itself, and the prediction becomes correct, for the wrong reason. This shows that the
+# decision depends on the background.
 
 # %%
 around = 1 - elsewhere.object_masks[i, :1].float()
@@ -276,10 +280,11 @@ for beta in (0.0, 2.0, 4.0, 6.0):
     print(f"wood {beta:+.0f} around the star: {data.classes[int(probability.argmax())]} {float(probability.max()):.2f}")
 
 # %% [markdown]
-# **An edit that stays.** `with_edits` returns a model with other rules: here the ground counts nothing, for any class.
-# Whether that helps is a question about *other* images. It costs what the shortcut was worth where it holds, and helps
-# where it does not. Rules can forget in this way, but they learn only from images: `refit_head` fits them again, without
-# the grounds, to 120 scenes in which ground and class are independent. Neither can be better than what the backbone sees.
+# **An edit that stays.** `with_edits` returns a model with other rules: here the backgrounds have weight 0 for every
+# class. Evaluate the edit on *other* images. Accuracy falls on the scenes in which the shortcut works, and rises on
+# those in which it does not. Edits can remove a rule, but new rules must be learned from images. `refit_head` fits the
+# rules again, without the backgrounds, to 120 scenes in which background and class are independent. Neither model can
+# use more than the backbone's features contain.
 
 # %%
 edits = [{"target": name, "concept": ground, "weight": 0.0} for name in data.classes for ground in grounds]
@@ -296,13 +301,13 @@ for name, one in {
 print("kept with the model:", repaired.metadata["edits"][0])
 
 # %% [markdown]
-# By hand instead of by code: `explore(leaning, elsewhere.image, labels=elsewhere.label.tolist())` shows the wrong
-# predictions first, and writes the Python of each edit.
+# You can also edit by hand instead of in code: `explore(leaning, elsewhere.image, labels=elsewhere.label.tolist())`
+# shows the wrong predictions first, and writes the Python code of each edit.
 
 # %% [markdown]
 # ## What does a concept really stand for?
 #
-# A name is a promise. The images with the highest activation show whether it is kept.
+# The images with the highest activation show whether a concept's map follows its name.
 
 # %%
 top = model.most_activating(test.image, ["striped", "red"], k=4)
@@ -317,10 +322,10 @@ for row, (concept, found) in zip(axes, top.items(), strict=True):
 _ = figure.suptitle("Highest activations (standard deviations), each map on its own scale", fontsize=10)
 
 # %% [markdown]
-# ## Keep it, and explain a new image
+# ## Save it, and explain a new image
 #
-# A folder with weights, a JSON of settings and a model card, ready for the Hugging Face Hub. The backbone's weights are
-# not stored but recognised: another backbone is refused.
+# The model is saved as a folder with weights, a JSON file of settings and a model card, ready for the Hugging Face Hub.
+# The backbone's weights are not stored, only a fingerprint of them. Loading with another backbone raises an error.
 
 # %%
 model.save_pretrained("show-and-tell")
@@ -332,7 +337,8 @@ print(again.explain(new.image, top_k=4))
 # %% [markdown]
 # ## Remember
 #
-# - The concept list decides what can be said: see [own words](04_own_words.ipynb) for cleaning one.
-# - `nonzeros_per_class` trades accuracy for rules that fit on a line; `head="dense"` shows what the bottleneck itself costs.
-# - An intervention edits maps, not the world. It shows what the decision hangs on.
-# - An edited rule (`with_edits`) stays. Test it on images that were not looked at while editing.
+# - The model can only explain with the concepts in its list. To clean a list, see [own words](04_own_words.ipynb).
+# - `nonzeros_per_class` trades accuracy for rules that fit on one line, and `head="dense"` shows what the bottleneck
+#   itself costs.
+# - An intervention edits maps, not the world. It shows what the decision depends on.
+# - An edited rule (`with_edits`) stays. Test it on images that you did not look at while editing.

@@ -2,13 +2,13 @@
 # # Bring your own model
 #
 # Class activation maps used to need a recipe per architecture: which layer, `reshape_transform` for transformers, a
-# permutation for Swin. Here a layer is a name, and the rest is found out: torchvision, timm, open_clip and Hugging Face
-# networks, convolutions (`NCHW`, `NHWC`) and tokens, square or not.
+# permutation for Swin. Here a layer is a name, and the rest is inferred. This works for torchvision, timm, open_clip
+# and Hugging Face networks, for convolutions (`NCHW`, `NHWC`) and tokens, square or not.
 #
-# **No weights can be downloaded here, so the networks of the first part have random ones**: they show that and how a
-# model is read, and their maps mean nothing. One argument makes them real: `weights="DEFAULT"` (torchvision) or
-# `pretrained=True` (timm). The second part trains two small models of its own, a segmentation network and a one-channel
-# detector, within seconds.
+# **No weights can be downloaded here, so the networks of the first part have random ones.** They show how a model is
+# read, and their maps mean nothing. One argument loads trained weights: `weights="DEFAULT"` (torchvision) or
+# `pretrained=True` (timm). The second part trains two small models of its own within seconds, a segmentation network
+# and a one-channel detector.
 
 # %%
 # %matplotlib inline
@@ -32,8 +32,8 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## Which layers are there?
 #
-# `survey_layers` runs one image and lists every layer with a grid; `suggest_layer` names the last one whose positions
-# reach the output, `suggest_stages` up to four from fine to coarse. The command line has the same:
+# `survey_layers` runs one image and lists every layer with a grid. `suggest_layer` returns the last one whose positions
+# reach the output, and `suggest_stages` returns up to four from fine to coarse. The command line offers the same:
 # `python -m captum_concepts models --help`.
 
 # %%
@@ -55,8 +55,8 @@ for name, model in networks.items():
 # %% [markdown]
 # ## Explain them, all with one line
 #
-# Without references of your own, the outputs are the references: with unit vectors, the dot product and gradient
-# weights, FAM is Grad-CAM without its ReLU.
+# Without references of your own, the outputs are the references. With unit vectors, the dot product and gradient
+# weights, FAM is Grad-CAM without its ReLU, up to a constant factor.
 
 # %%
 for name, model in networks.items():
@@ -64,10 +64,10 @@ for name, model in networks.items():
     print(f"{name:34s} {tuple(fam.attribute(photo, target=3).shape)}")
 
 # %% [markdown]
-# ## A layer that cannot be explained says so
+# ## A layer that cannot be explained raises an error
 #
-# A vision transformer that reads its class token only: the patches of the last block reach nothing. A map of that layer
-# would be all zeros. Other tools draw it; here it is an error that names the layer to use.
+# This vision transformer reads its class token only, so the patches of the last block do not reach the output. A map of
+# that layer would be all zeros. Other tools draw it; here an error names the layer to use.
 
 # %%
 vit = networks["timm vit_tiny_patch16_224"]
@@ -77,7 +77,8 @@ except LayerError as error:
     print(error)
 
 # %% [markdown]
-# Images need not be square, and what is not a `torch.nn.Module` works too: any callable, with the layer as a module.
+# Images need not be square, and the model need not be a `torch.nn.Module`. Any callable works, with the layer passed as
+# a module.
 
 # %%
 resnet = networks["torchvision resnet18"]
@@ -88,8 +89,9 @@ print(tuple(double.attribute(wide, target=[1, 7]).shape), suggest_stages(resnet,
 # %% [markdown]
 # ## A segmentation network
 #
-# It gives an image of scores, not a vector. An explanation needs one number per image: the question you have. Here a
-# small network segments striped objects, and the question is what makes the *area* it calls striped.
+# A segmentation network returns an image of scores, not a vector. An explanation needs one number per image, which you
+# define by your question. Here a small network segments striped objects, and the question is what increases the *area*
+# that it labels striped.
 
 # %%
 data = CaptionedScenes(300, seed=61, size=64)
@@ -157,8 +159,8 @@ for word, sign, p in zip(acv.concepts, scores["sign_count"], acv.p_values_, stri
     print(f"{word:10s} p {p:.0e}   more of it enlarges the striped area in {sign:.0%} of the images")
 
 # %% [markdown]
-# The fitted vectors are kept and used on a new image as ever. A plain function has no fingerprint of its own, so the
-# layer is given again on loading.
+# Save the fitted vectors and use them on a new image, as in the other tutorials. A plain function has no fingerprint of
+# its own, so the layer is passed again on loading.
 
 # %%
 acv.save("segmenter_textures.safetensors")
@@ -174,8 +176,8 @@ heatmap_figure(
 # %% [markdown]
 # ## A medical-like model: one channel, not square, one logit
 #
-# Grey "scans" of 96 x 64 pixels, half of them with a small bright spot among bright bars. The network has one output.
-# FAM takes it with a single reference, the number 1.
+# The images are grayscale "scans" of 96 x 64 pixels, half of them with a small bright spot among bright bars. The
+# network has one output. FAM explains it with a single reference, the number 1.
 
 
 # %%
@@ -239,9 +241,10 @@ _ = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(-high, high), "RdBu_r"),
 # ## One channel, four channels, and several labels at once
 #
 # A concept bottleneck needs two views of an image: the backbone's, with as many channels as your sensor has, and the
-# encoder's, which is RGB. `encoder_transform` makes the second from what is stored; one channel is repeated without it.
-# Labels `(N, L)` of 0 and 1 say which classes an image has, so it may have none or several: each class gets a head of its
-# own. Here the backbone is the bundled classifier with a wider or narrower first layer, and the classes are shapes.
+# encoder's, which is RGB. `encoder_transform` computes the second from the stored image; without it, a single channel
+# is repeated. Labels `(N, L)` of 0 and 1 specify which classes an image has, so it may have none or several, and each
+# class gets its own head. Here the backbone is the bundled classifier with a wider or narrower first layer, and the
+# classes are shapes.
 
 
 # %%
@@ -282,7 +285,7 @@ for channels, images in inputs.items():
 # %% [markdown]
 # ## Remember
 #
-# - `layer` is a module or a dotted name; `layout=` and `prefix_tokens=` are there for the rare layer that can be read in
-#   two ways, and the error that says so shows both.
-# - The model is left as it was found: mode, hooks, `requires_grad`, gradients.
-# - Anything that gives one number, or a row of numbers, for an image can be explained.
+# - `layer` is a module or a dotted name. `layout=` and `prefix_tokens=` are for the rare layer that can be read in two
+#   ways, and the error that reports it shows both.
+# - The model is unchanged afterwards: mode, hooks, `requires_grad`, gradients.
+# - Anything that returns one number, or a row of numbers, per image can be explained.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Is this map any good?
 #
-# A heat map nearly always looks plausible: photographs have their object in the middle, and most maps are brightest
-# there. This tutorial measures maps against exact masks, against maps that know nothing, against the model itself, and
-# against a model with its knowledge taken away.
+# A heat map nearly always looks plausible, because photographs have their object in the center, and most maps are
+# brightest there. This tutorial compares maps with exact masks, with concept-agnostic baselines, with the model itself,
+# and with a model whose weights are randomized.
 
 # %%
 # %matplotlib inline
@@ -35,13 +35,13 @@ data = CaptionedScenes(48, seed=71, size=64)
 scenes = data.stack()
 
 # %% [markdown]
-# **Your own:** any data with masks: `MaskFolder`, `PascalVOC`, `COCOPanoptic`, `ImageNetS`, `Broden` of
+# **Your own** data can be anything with masks: `MaskFolder`, `PascalVOC`, `COCOPanoptic`, `ImageNetS` or `Broden` from
 # `captum_concepts.datasets`, or a `DataLoader` of `(images, masks, target)`.
 #
 # ## Does it find the region?
 #
-# `evaluate` takes anything that makes maps: Captum's attributions, this package's methods, plain functions. The three last
-# rows know nothing about the class. They belong into every table.
+# `evaluate` accepts anything that computes maps: Captum's attributions, this package's methods, plain functions. The
+# last three rows are baselines that do not depend on the class. They belong in every table.
 
 
 # %%
@@ -67,17 +67,18 @@ regions = evaluate(
 regions
 
 # %% [markdown]
-# - **NRA** looks at the order of the pixels at all thresholds at once: 1 is the ideal order. With the published baseline a
-#   random map still gets more than 0; with the exact one (`nra_exact`) a constant map gets 0
-#   and a random one about 0.05, because values below 0 are cut off.
-# - **EPG** is the share of the map's energy inside the mask. It rewards concentrated maps.
-# - **Pointing game**: is the highest value inside?
+# - **NRA** uses the order of the pixels at all thresholds at once, and 1 is the ideal order. With the published
+#   baseline, a random map still scores above 0. With the exact one (`nra_exact`), a constant map scores 0 and a random
+#   one about 0.05, because values below 0 are clipped.
+# - **EPG** is the fraction of the map's energy inside the mask. It rewards concentrated maps.
+# - The **pointing game** checks whether the highest value is inside the mask.
 #
-# Look at the third row. Where the layer is active at all, without any class, is a good map here: one object stands out in
-# these scenes. A table without that row would have sold the others as better than they are.
+# Look at the third row. Activation energy, which shows where the layer is active for any class, is a good map here,
+# because one object stands out in these scenes. Without that row, the table would have made the other maps look better
+# than they are.
 #
-# Intervals overlap, but the examples are the same: compare pairs. If the interval of the difference excludes 0, the
-# difference is more than chance.
+# The intervals overlap, but the examples are the same, so compare pairs. If the interval of the difference excludes 0,
+# the difference is more than chance.
 
 # %%
 for other in ("LayerGradCam", "activation energy", "centre Gaussian"):
@@ -85,7 +86,7 @@ for other in ("LayerGradCam", "activation energy", "centre Gaussian"):
     print(f"NRA of FAM minus {other}: {pair['difference']:+.3f} [{pair['ci_low']:+.3f}, {pair['ci_high']:+.3f}]")
 
 # %% [markdown]
-# The maps of one scene, the one in the middle of FAM's ranking, each on its own colour scale:
+# The next figure shows the maps of one scene, the median of FAM's NRA, each on its own color scale.
 
 # %% alt="One scene and its maps by LayerGradCam, FAM, activation energy, a centre Gaussian and random"
 quality = nra(explainers["FAM"].attribute(scenes.image, target=scenes.label)[:, 0], scenes.object_masks[:, 0])
@@ -106,8 +107,9 @@ for each in axes:
 # %% [markdown]
 # ## Does it find *this* concept, or just objects?
 #
-# With several words an image, a map may score well for each of them without knowing any. Activation energy does: it is
-# one and the same map for all words. *Specificity* takes away what the other words' maps would have found.
+# With several concepts per image, a map may score well for each of them without separating any. Activation energy does,
+# although it is the same map for all concepts. *Specificity* subtracts what the maps of the other concepts would have
+# found.
 
 # %%
 clip = demo.load("clip")
@@ -127,10 +129,11 @@ evaluate(
 )
 
 # %% [markdown]
-# ## Does it move the model?
+# ## Does it change the model's output?
 #
-# Masks say what *we* take for the object. Insertion and deletion ask the model: how fast does the probability rise when
-# the pixels appear in the map's order (higher is better), how fast does it fall when they go (lower is better)?
+# Masks show what *we* consider the object. Insertion and deletion test the model. Insertion measures how fast the
+# probability rises when pixels appear in the map's order (higher is better), and deletion measures how fast it falls
+# when they are removed (lower is better).
 
 
 # %%
@@ -149,12 +152,12 @@ moves = evaluate(
 moves
 
 # %% [markdown]
-# The numbers depend on what takes a pixel's place (`baseline=`), so compare only tables with the same one.
+# The numbers depend on what replaces a pixel (`baseline=`), so compare only tables with the same baseline.
 #
-# ## Does it depend on what the model has learnt?
+# ## Does it depend on what the model has learned?
 #
-# Randomise the weights, from the last layer to the first. A map that stays the same explains edges, not the model. The
-# model is restored afterwards.
+# This test randomizes the weights, from the last layer to the first. A map that stays the same explains edges, not the
+# model. The model is restored afterwards.
 
 
 # %%
@@ -169,10 +172,10 @@ for name, explain in (("LayerGradCam", explainers["LayerGradCam"]), ("FAM", expl
     print(f"{name}: {parameter_randomization(explain, model, scenes.image[:16], target=target, layers=stages)}\n")
 
 # %% [markdown]
-# ## Keep the table
+# ## Save the table
 #
-# Tables write themselves as Markdown, CSV and JSON, whole or not at all; so a report can be made later without running
-# anything again.
+# Tables are written atomically as Markdown, CSV and JSON, so you can produce a report later without running anything
+# again.
 
 # %%
 regions.to_json("regions.json")
@@ -180,7 +183,7 @@ same = EvaluationTable.from_json(Path("regions.json").read_text(encoding="utf-8"
 print(same.row("FAM", "nra"))
 
 # %% [markdown]
-# And the explainer that did best, on a new image:
+# Finally, apply the better of the two methods that depend on the class, FAM, to a new image.
 
 # %%
 new = CaptionedScenes(1, seed=2026, size=64).stack()
@@ -190,11 +193,11 @@ print(tuple(LayerAttribution.interpolate(heat, (64, 64)).shape), "caption:", new
 # %% [markdown]
 # ## Which method, and which number?
 #
-# | You ask | method | look at | against |
+# | your question | method | look at | compare with |
 # | --- | --- | --- | --- |
-# | where does a similarity come from? | FAM | NRA, EPG on the object | centre Gaussian, activation energy |
-# | does this layer know my concept, where? | SACV | held-out accuracy and p-value first, then NRA | random directions, other concepts |
-# | which of my words, where, how much? | CE-FAM | specificity beside NRA; contributions on images you changed | activation energy |
-# | a model that explains itself | SALF-CBM | its accuracy beside the black box; intervention | the backbone with a dense head |
+# | where does a similarity come from? | FAM | NRA, EPG on the object | center Gaussian, activation energy |
+# | does this layer encode my concept, and where? | SACV | held-out accuracy and p-value first, then NRA | random directions, other concepts |
+# | which of my concepts, where, how much? | CE-FAM | specificity next to NRA; contributions on images you changed | activation energy |
+# | a model that explains itself | SALF-CBM | its accuracy compared with the black box; intervention | the backbone with a dense head |
 #
-# One number is none: a table needs its blind rows, an interval, and a second kind of number.
+# One number is not enough: a table needs concept-agnostic baselines, an interval, and a second kind of metric.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Beside Captum: one line each
 #
-# You have a Captum pipeline. The methods here are Captum attributions: `attribute(inputs, target=...)`, a layer, the same
-# targets. So each swap below is one line, and `NoiseTunnel`, `LayerAttribution.interpolate`, `TCAV` and
-# `captum.metrics` work on them.
+# You have a Captum pipeline. The methods here are Captum attributions with `attribute(inputs, target=...)`, a layer,
+# and the same targets. Each replacement below is therefore one line, and `NoiseTunnel`, `LayerAttribution.interpolate`,
+# `TCAV` and `captum.metrics` work on them.
 
 # %%
 # %matplotlib inline
@@ -31,7 +31,8 @@ images, target, masks = scenes.image[:16], scenes.label[:16], scenes.object_mask
 # %% [markdown]
 # ## The pipeline
 #
-# Attribution, enlarged to the image, judged by the mask. It never learns whose attribution it is.
+# The pipeline computes an attribution, resizes it to the image, and evaluates it with the mask. It works with any
+# attribution method.
 
 
 # %%
@@ -57,7 +58,7 @@ report("FAM, gradient weights", second)
 
 # %% [markdown]
 # With unit vectors as references and gradient weights, the two are the same map up to a factor (Grad-CAM takes the mean
-# gradient, FAM the sum; Captum adds a ReLU only if asked):
+# gradient, and FAM the sum; Captum adds a ReLU only on request).
 
 # %%
 ratio = second.flatten(1).norm(dim=1) / first.flatten(1).norm(dim=1)
@@ -65,7 +66,7 @@ cosine = F.cosine_similarity(first.flatten(1), second.flatten(1))
 print(f"ratio {ratio.min():.1f} to {ratio.max():.1f} (positions: {8 * 8}), cosine {cosine.min():.6f}")
 
 # %% [markdown]
-# What FAM adds is everything that is not a class: other references. Prototypes of five images a class, for instance.
+# FAM adds references other than classes, for instance the prototypes of five images per class.
 
 # %%
 encoder = demo.load("classifier")
@@ -77,7 +78,7 @@ report("FAM to class prototypes", pipeline(few_shot))
 # %% [markdown]
 # ## NoiseTunnel
 #
-# Captum's wrapper takes ours as it takes its own.
+# Captum's wrapper works with these methods as it does with Captum's own.
 
 # %%
 noise = {"nt_type": "smoothgrad", "nt_samples": 8, "stdevs": 0.05}
@@ -105,9 +106,9 @@ _ = figure.colorbar(scale, ax=axes[1:], shrink=0.8, label="contribution, each ma
 # %% [markdown]
 # ## TCAV
 #
-# Captum's `TCAV` learns a vector per concept from whole activations and multiplies it with the gradient. The part that
-# makes the gradient is exchangeable: `layer_attr_method`. Here it is ours; the second `TCAV` reads the vectors that the
-# first one saved, and the scores are the same.
+# Captum's `TCAV` learns a vector per concept from whole activations and takes its dot product with the gradient. The
+# method that computes the gradient is exchangeable: `layer_attr_method`. Here it is `SpatialACV`. The second `TCAV`
+# reads the vectors that the first one saved, and the scores are the same.
 
 
 # %%
@@ -145,10 +146,10 @@ with warnings.catch_warnings():
         print(f"{name:14s} sign {[round(float(s), 2) for s in scores['sign_count']]}")
 
 # %% [markdown]
-# ## TCAV with a place
+# ## TCAV with positions
 #
-# The same guidance images, given to `SpatialACV` itself: the score comes with its maps, an accuracy held out by image and
-# a p-value. It takes `captum.concept.Concept` objects as they are.
+# Here the same concept examples are passed to `SpatialACV` itself. The score then comes with maps, an accuracy on
+# held-out images and a p-value. `SpatialACV` accepts `captum.concept.Concept` objects unchanged.
 
 # %%
 acv = SpatialACV(model, "layer3").fit([concepts[0]], [concepts[1]], n_random=20)
@@ -158,7 +159,7 @@ print({word: round(float(sign), 2) for word, sign in zip(acv.concepts, scores["s
 print("maps:", tuple(acv.attribute(queries, target=striped_square).shape))
 
 # %% [markdown]
-# Kept and used on a new image, as with every fitted method here:
+# Like every fitted method here, it can be saved and used on a new image.
 
 # %%
 acv.save("striped.safetensors")
@@ -181,7 +182,7 @@ for name, attribution in (("LayerGradCam", gradcam), ("FAM", fam)):
 # %% [markdown]
 # ## What is different
 #
-# - `layer` may be a name; the layout of transformers is found by itself, and a layer whose positions do not reach the
-#   output is refused instead of explained by zeros.
-# - The model is left as it was found, also after an error.
-# - `explain` gives what, where and how much as one value that saves, loads and prints.
+# - `layer` may be a name. The layout of transformers is inferred, and a layer whose positions do not reach the output
+#   raises an error instead of returning zeros.
+# - The model is unchanged afterwards, also after an error.
+# - `explain` returns what, where and how much as one value that you can save, load and print.

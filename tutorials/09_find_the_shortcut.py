@@ -2,9 +2,9 @@
 # # Find the shortcut
 #
 # You get a classifier and a folder of validation images with one subfolder per class. Almost half of its predictions
-# are wrong. Explanations of single images do not tell why, because a *systematic* error shows only over many images. This
-# notebook starts from nothing but the folder and the model. It ends with the shortcuts in words, each with a test, a
-# causal check and the images that show it, and then checks the next checkpoint.
+# are wrong. Explanations of single images do not show why, because a *systematic* error shows only over many images.
+# This notebook starts from nothing but the folder and the model. It ends with a list of named shortcuts, each with a
+# test, a causal check and the images that show it, and then checks the next checkpoint.
 
 # %%
 # %matplotlib inline
@@ -33,15 +33,15 @@ images = open_images("val", size=64)
 print(f"{len(images)} images in {len(images.class_names)} folders")
 
 # %% [markdown]
-# **Your own:** `model = torchvision.models.resnet50(weights="DEFAULT").eval()` and
-# `images = captum_concepts.images.inputs_for(model, "val")`, which reads the folder at the model's size and normalized as
-# the model expects.
+# **Your own** model is `model = torchvision.models.resnet50(weights="DEFAULT").eval()` with
+# `images = captum_concepts.images.inputs_for(model, "val")`, which reads the folder at the model's size and normalized
+# as the model expects.
 #
-# ## Words for what the model encodes
+# ## Names for what the model encodes
 #
-# `ConceptFusionMap` translates the network's own features into the space of a vision-language model, so that any word can
-# be asked about. It needs images without labels, and those of the folder will do. Ask about all words that could matter:
-# the parts of the class names and whatever else is in such images.
+# `ConceptFusionMap` translates the network's own features into the embedding space of a vision-language model, so that
+# you can ask about any concept. It needs images without labels, and those of the folder are sufficient. Ask about all
+# concepts that could matter: the parts of the class names and whatever else is in such images.
 
 # %%
 clip = demo.load("clip")  # yours: captum_concepts.vlm.OpenCLIPEncoder.from_pretrained("ViT-B-32", pretrained="openai")
@@ -54,18 +54,18 @@ print(cefam)
 # %% [markdown]
 # ## The audit
 #
-# One pass over the folder. With `store_path=`, a killed audit resumes where it was, and processes under `torchrun` share
-# the work.
+# The audit takes one pass over the folder. With `store_path=`, a killed audit resumes where it stopped, and processes
+# under `torchrun` share the work.
 
 # %%
 audit = audit_dataset(cefam, images, class_names=names, top_k=3, store_path="parts")
 print(audit)
 
 # %% [markdown]
-# A *suspect* is a concept whose presence raises a class in images of other classes, and whose absence lowers that class in
-# its own images. Both are measured among images of the same true class, so a concept that is merely frequent in a class
-# is not suspected. The p-value comes from permutations and is adjusted for all pairs that were tested. Concepts in the
-# name of a class are not tested for that class: stripes rightly make a striped circle.
+# A *suspect* is a concept whose presence raises the probability of a class in images of other classes, and whose
+# absence lowers it in the class's own images. Both are measured among images of the same true class, so a concept that
+# is merely frequent in a class is not suspected. The p-value comes from permutations and is adjusted for all pairs that
+# were tested. Concepts in the name of a class are not tested for that class: stripes rightly support a striped circle.
 #
 # The last line lists the concepts that were *not* tested, because the explainer does not tell clearly which images show
 # them. That does not clear them.
@@ -80,13 +80,14 @@ for suspect in audit.suspects():
 # %% [markdown]
 # *Confirmed* is the causal check. In images of other classes that show the concept, the channels that carry it are
 # ablated, and the probability of the class drops on average (the interval is above 0). A suspect that is not confirmed
-# stays a suspect: other channels may carry the concept as well.
+# remains a suspect, because other channels may carry the concept as well.
 #
 # ## The images behind it
 #
-# These images of other classes show the strongest suspect, the most probable ones first. The concept map over each comes
-# from all three layers: a copy of the explainer with `map_layer="fused"` finds whole regions, and `map_layer=-1`, which the
-# audit uses, belongs to the one layer whose channels are ablated and costs less.
+# These images of other classes show the strongest suspect, those with the highest probability of the class first. The
+# concept map over each image comes from all three layers, by a copy of the explainer with `map_layer="fused"`, which
+# finds whole regions. The audit uses `map_layer=-1`, which belongs to the one layer whose channels are ablated and
+# costs less.
 
 # %% alt="Six scenes on brick that are not striped squares, with the map of brick over each"
 strongest = audit.suspects()[0]
@@ -101,8 +102,8 @@ for axis, index, image, where in zip(axes, strongest.images, shown, maps, strict
 _ = figure.suptitle(f"“{strongest.concept}” drives “{strongest.class_name}”", fontsize=10)
 
 # %% [markdown]
-# The whole audit is one HTML page for people without Python, and a set of tables. The concepts that contribute most to
-# wrong predictions:
+# You can write the whole audit as one HTML page for readers without Python, and as a set of tables. The next cell
+# prints the concepts that contribute most to wrong predictions.
 
 # %%
 page = audit.report("audit.html", images, title="What drives the classifier")
@@ -116,9 +117,10 @@ for row in sorted(wrong, key=lambda row: -row["contribution"])[:5]:
 # %% [markdown]
 # ## Is it true?
 #
-# These scenes can be drawn again with the same objects on another background, so here, unlike in a folder of photographs,
-# the answer is known. In the training images of this classifier, each class usually had one background of its own. How
-# often is a scene of another class predicted as that class, as it is and with only the background exchanged?
+# These scenes can be rendered again with the same objects on another background, so here, unlike in a folder of
+# photographs, the answer is known. In the training images of this classifier, each class usually had its own
+# background. How often is a scene of another class predicted as that class, unchanged and with only the background
+# exchanged?
 
 # %%
 suspected = {(suspect.class_name, suspect.concept) for suspect in audit.suspects()}
@@ -132,12 +134,12 @@ for goal, background in enumerate(data.concepts[k] for k in data.planted_grounds
     print(f"predicted {names[goal]:15s} {rates[0]:4.0%} of other scenes, on {background:6s} {rates[1]:4.0%}  {verdict}")
 
 # %% [markdown]
-# Five of the six planted pairs are suspected, and nothing else is. The sixth hardly matters: on snow, no more scenes are
-# predicted as a blue triangle than before.
+# Five of the six planted pairs are suspected, and nothing else is. The sixth hardly matters: on snow, no more scenes
+# are predicted as a blue triangle than before.
 #
-# ## Without any words
+# ## Without any names
 #
-# If no vision-language model knows your domain, `discover_concepts` factorizes what the layer encodes. The result is
+# If no vision-language model covers your domain, `discover_concepts` factorizes what the layer encodes. The result is
 # audited in the same way. The images of a suspect then show what its number means.
 
 # %%
@@ -153,8 +155,8 @@ for suspect in unnamed.suspects()[:6]:
 # %% [markdown]
 # ## The next checkpoint
 #
-# The network was trained again, on scenes whose backgrounds are independent of the class. Is it better, and for the right
-# reason? Two audits of the same images are compared image by image.
+# The network was trained again, on scenes whose backgrounds are independent of the class. Is it better, and for the
+# right reason? `compare_audits` compares two audits of the same images, image by image.
 
 # %%
 repaired = demo.load("classifier")
@@ -165,7 +167,7 @@ print(compare_audits(audit, audit_dataset(again, images, class_names=names, top_
 # %% [markdown]
 # ## Save it, and explain a new image
 #
-# The fitted explainer is a file, and so is the audit.
+# The fitted explainer is saved as one file, and so is the audit.
 
 # %%
 cefam.save("words.safetensors")
@@ -176,7 +178,7 @@ print(ConceptFusionMap.load("words.safetensors", model).explain(new.image, top_k
 print(f"{len(ConceptAudit.load('audit.safetensors').suspects())} suspects in the file")
 
 # %% [markdown]
-# In a pipeline it is one command. Its exit code stops a checkpoint that gains a shortcut:
+# In a pipeline, the audit is one command. Its exit code rejects a checkpoint that gains a shortcut:
 #
 # ```bash
 # python -m captum_concepts audit val/ --model my_model.py:build --explainer words.safetensors \
@@ -187,10 +189,10 @@ print(f"{len(ConceptAudit.load('audit.safetensors').suspects())} suspects in the
 #
 # ## Remember
 #
-# - An audit tests the concepts it is given, or discovers its own. It cannot find what nobody named and the layer does not
-#   separate.
+# - An audit tests the concepts it is given, or discovers its own. It cannot find what nobody named and the layer does
+#   not separate.
 # - A concept must vary *within* classes. If every wolf of the validation set stands in snow, no statistics can separate
 #   the two.
 # - "Not tested" does not mean "innocent". Another layer, or `explainer.calibrate(images, labels)` with some labeled
 #   images, makes more concepts testable.
-# - `SALFCBM.without(concepts)` and `refit_head` remove a suspect from a concept bottleneck instead of training again.
+# - `SALFCBM.without(concepts)` and `refit_head` remove a suspect from a concept bottleneck without training it again.

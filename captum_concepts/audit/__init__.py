@@ -1,4 +1,4 @@
-"""Many explanations, one statement: what drives each class, errors by concept, suspected shortcuts, comparisons."""
+"""Audits of a data set: what drives each class, concepts of errors, suspected shortcuts and comparisons of audits."""
 
 from captum_concepts.audit.comparison import AuditComparison, compare_audits
 from captum_concepts.audit.concept_audit import ConceptAudit, audit_dataset

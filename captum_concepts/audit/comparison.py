@@ -1,4 +1,4 @@
-"""`compare_audits`: two checkpoints, or two dates, on the same images."""
+"""`compare_audits` compares two audits of the same images, such as of two checkpoints."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from captum_concepts.explanation import SEEN
 
 @dataclass(frozen=True, eq=False)
 class AuditComparison:
-    """What changed between two audits of the same images.
+    """Changes between two audits of the same images.
 
     Args:
         accuracy: before and after; None without labels.
-        accuracy_change: after minus before with a paired interval: ``(value, low, high)``, or None.
+        accuracy_change: ``(value, low, high)``, after minus before with a paired interval, or None.
         changes: one dictionary per class and concept: ``class``, ``concept``, ``before``, ``after``, ``change`` of the
-            mean contribution over images for which both audits know it, ``low``, ``high``, ``p`` (Holm-adjusted, from a
-            paired permutation of signs), ``n``. Strongest change first.
-        presence: one dictionary per concept: ``concept``, ``before``, ``after`` rate; NaN where it cannot be told.
-        gained, lost: suspects of the second audit alone, of the first alone.
-        kept: suspects of both, as the second has them.
+            mean contribution over images with a contribution in both audits, ``low``, ``high``, ``p`` (Holm-adjusted,
+            from a paired sign-flip test), ``n``. They are sorted by ``p``, then by the size of the change.
+        presence: one dictionary per concept: ``concept``, ``before``, ``after`` rate; NaN where presence is unclear.
+        gained, lost: suspects of only the second audit, and of only the first.
+        kept: suspects of both audits, as in the second.
     """
 
     accuracy: tuple[float, float] | None
@@ -53,15 +53,15 @@ class AuditComparison:
 def compare_audits(
     before: ConceptAudit, after: ConceptAudit, *, n_bootstrap: int = 1000, seed: int = 0
 ) -> AuditComparison:
-    """What changed from one audit to another of the same images, concepts and classes, image by image.
+    """Paired comparison of two audits of the same images, concepts and classes.
 
     Args:
         before, after: the audits. Images are matched by their pixels; their order may differ.
-        n_bootstrap: resamples of the intervals.
-        seed: of resamples and permutations.
+        n_bootstrap: number of resamples of the intervals.
+        seed: random seed of resamples and permutations.
 
     Raises:
-        InputError: other images, concepts or classes.
+        InputError: the audits differ in images, concepts or classes.
     """
     integer("n_bootstrap", n_bootstrap, 0)
     for what in ("concepts", "class_names"):
@@ -124,13 +124,13 @@ def compare_audits(
 
 
 def _matched(before: ConceptAudit, after: ConceptAudit) -> tuple[Any, Any]:
-    """Positions of the same images in both."""
+    """Indices of the same images in both audits."""
     codes = [[bytes(row) for row in audit.rows.digests.numpy()] for audit in (before, after)]
     places = [{}, {}]  # type: list[dict[tuple[bytes, int], int]]
     for known, listed in zip(places, codes, strict=True):
         count: dict[bytes, int] = {}
         for i, code in enumerate(listed):
-            count[code] = count.get(code, -1) + 1  # the same image twice is matched in order
+            count[code] = count.get(code, -1) + 1  # duplicates are matched in order
             known[code, count[code]] = i
     missing = len(set(places[0]) ^ set(places[1]))
     if missing:
@@ -150,7 +150,7 @@ def _paired(difference: Any, rng: np.random.Generator, n_bootstrap: int) -> tupl
 
 
 def _sign_p(difference: Any, rng: np.random.Generator, flips: int = 10_000) -> float:
-    """Two-sided p of a mean of zero, flipping signs."""
+    """Two-sided p of a zero mean, from random sign flips."""
     observed = abs(difference.mean())
     larger = 0
     for _ in range(0, flips, 1000):

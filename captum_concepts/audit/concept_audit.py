@@ -1,4 +1,4 @@
-"""`audit_dataset`: what drives each class over a data set, which concepts come with errors, and suspected shortcuts."""
+"""`audit_dataset` reports what drives each class of a data set, concepts of errors, and suspected shortcuts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from captum_concepts.images import ImageSource, batches, class_name, inputs_for
 
 _FORMAT = "captum_concepts.ConceptAudit/1"
 KINDS = ("drivers", "errors", "suspects", "images")
-_SHOWN = 6  # images kept for each suspect, on either side
+_SHOWN = 6  # images per suspect, and as many counterexamples
 
 
 _ENTRY = schema.either(schema.nothing_or(schema.flag), schema.number(), schema.text())
@@ -90,23 +90,23 @@ _INFO = schema.table(
 
 @dataclass(frozen=True, eq=False)
 class ConceptAudit:
-    """What an explainer says over a whole data set; made by :func:`audit_dataset`.
+    """Results of an explainer over a whole data set, as returned by :func:`audit_dataset`.
 
     Args:
         class_names: C names of the model's outputs.
         concepts: T names.
         image_names: N names.
-        rows: the numbers of each image.
+        rows: the values of each image.
         labels: ``(N,)`` true classes, or None.
-        drivers: one dictionary per class and concept that occurs: ``class``, ``concept``, ``images`` (predicted as the
-            class), ``presence_rate`` (NaN: :attr:`not_told_apart`), and the mean contribution to the class,
-            ``contribution`` with ``low`` and ``high``, where the prediction is ``right``, ``wrong`` or ``all``.
+        drivers: one dictionary per class, concept and ``where`` (``"right"``, ``"wrong"`` or ``"all"`` predictions):
+            ``class``, ``concept``, ``images`` (predicted as the class), ``presence_rate`` (NaN for concepts in
+            :attr:`not_told_apart`), ``contribution`` (mean, to the class) with ``low`` and ``high``, ``n``.
         errors: one dictionary per confused pair of classes and concept: ``true``, ``predicted``, ``concept``,
             ``presence_rate`` among these errors, ``expected_rate`` among correct images of the true class, ``lift``,
-            ``p`` (one-sided binomial, Holm-adjusted), ``n``. Strongest first.
+            ``p`` (one-sided binomial, Holm-adjusted), ``n``; sorted by ``p``.
         suspected: see :meth:`suspects`; None without labels.
-        settings: how it was made.
-        maps: ``(S, 12, h, w)`` where the concept of each suspect is in its ``images`` and, from the seventh on, its
+        settings: options and provenance of the audit.
+        maps: ``(S, 12, h, w)`` concept maps of each suspect, six for its ``images`` and six for its
             ``counterexamples``; NaN where there are fewer. None without suspects.
 
     Example:
@@ -127,7 +127,7 @@ class ConceptAudit:
     maps: Tensor | None = None
 
     def __len__(self) -> int:
-        """The number of images."""
+        """Number of images."""
         return len(self.rows)
 
     @property
@@ -142,27 +142,27 @@ class ConceptAudit:
 
     @property
     def not_told_apart(self) -> list[str]:
-        """Concepts of which the explainer does not say clearly enough which images show them: their presence is NaN.
+        """Concepts whose presence is unclear in these images, and NaN in ``rows``.
 
-        Presence is clear if it was calibrated, lies on both sides of .5 and is .5 apart on average; or else if the
-        scores (log odds of probabilities) fall into two groups that explain at least .75 of their variance (.64 is a
-        normal distribution's). What a network goes by it encodes clearly; for others, ``explainer.calibrate`` on
-        labeled images or another layer may help.
+        Presence is clear if it was calibrated, lies on both sides of .5 and is .5 apart on average. Otherwise it is
+        clear if the scores (log odds of probabilities) split into two groups that explain at least .75 of their
+        variance (.64 for a normal distribution). Networks usually encode the concepts they use clearly; for others,
+        ``explainer.calibrate`` on labeled images or another layer may help.
         """
         return list(self.settings.get("not_told_apart", []))
 
     def suspects(self) -> list[Suspect]:
-        """Concepts that decide for a class without belonging to it, strongest first.
+        """Concepts that support a class without belonging to it (suspected shortcuts), strongest first.
 
-        A pair is suspected where the concept's presence raises the class's probability in images of *other* classes,
-        and its absence lowers it in images of the class. Both differences are taken within true classes, in which the
-        concept varies (between 5 and 95 % of the images), so that concepts that define a class are not tested, nor are
-        those that ``belongs`` names; both must be at least ``min_effect`` and significant by permutation (the larger p
-        counts), Holm-adjusted over all pairs that vary. Of two concepts that come together, the weaker is a suspect
-        only if both differences are still there at equal presence of all stronger suspects, by linear regression within
-        true classes (or if those determine it, as all grounds but one do the last).
+        A pair is suspected if the concept's presence raises the class's probability in images of *other* classes, and
+        its absence lowers it in images of the class. Both differences are computed within true classes in which the
+        concept varies (between 5 and 95 % of the images), so concepts that define a class are not tested, nor are those
+        in ``belongs``. Both must be at least ``min_effect`` and significant by permutation (the larger p counts),
+        Holm-adjusted over all tested pairs. Of two correlated concepts, the weaker is a suspect only if both
+        differences remain when all stronger suspects are held constant, by linear regression within true classes, or if
+        the stronger suspects determine it, as all backgrounds but one determine the last.
 
-        Concepts that the explainer does not tell apart in these images are not tested, see :attr:`not_told_apart`.
+        Concepts with unclear presence are not tested (see :attr:`not_told_apart`).
 
         Raises:
             InputError: the audit was made without labels.
@@ -172,10 +172,10 @@ class ConceptAudit:
         return list(self.suspected)
 
     def to_records(self, kind: str = "drivers") -> list[dict[str, Any]]:
-        """Tidy long form: one dictionary per row.
+        """One dictionary per row (tidy long format).
 
         Args:
-            kind: ``"drivers"``, ``"errors"``, ``"suspects"``, or ``"images"``: one row per image and present concept.
+            kind: ``"drivers"``, ``"errors"``, ``"suspects"``, or ``"images"`` (one row per image and present concept).
         """
         one_of("kind", kind, KINDS)
         if kind == "drivers":
@@ -210,7 +210,7 @@ class ConceptAudit:
         return pandas.DataFrame(columns)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file, atomically."""
+        """Write one safetensors file atomically and return its path."""
         info = {
             "class_names": self.class_names,
             "concepts": self.concepts,
@@ -226,11 +226,11 @@ class ConceptAudit:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ConceptAudit:
-        """Read what :meth:`save` wrote.
+        """Audit from a file written by :meth:`save`.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ArtifactError: damaged, or not an audit.
+            ArtifactError: the file is damaged, or not an audit.
         """
         arrays = ARRAYS | {
             "labels": Array("integer", ("N",), optional=True),
@@ -261,13 +261,13 @@ class ConceptAudit:
             )
 
     def report(self, path: str | os.PathLike[str], images: Any = None, *, title: str = "Concept audit") -> Path:
-        """One standalone HTML page: suspects with their images, drivers of each class, confusions and their concepts.
+        """Write one standalone HTML page of suspects with images, drivers of each class, and confusions with concepts.
 
         Args:
-            path: an existing file is replaced, atomically.
-            images: the audited images as people see them (RGB in [0, 1]; whatever ``images.open_images`` accepts), in
-                the order of the audit; None leaves the pictures out.
-            title: of the page.
+            path: where to write; an existing file is replaced atomically.
+            images: the audited images for display (RGB in [0, 1], in any form that ``images.open_images`` accepts), in
+                the order of the audit; None for a page without images.
+            title: title of the page.
         """
         from captum_concepts.audit.page import write_page
 
@@ -306,35 +306,34 @@ def audit_dataset(
     store_path: str | os.PathLike[str] | None = None,
     show_progress: bool = False,
 ) -> ConceptAudit:
-    """Explain every image of a data set, and say what drives each class and which concept is a suspected shortcut.
+    """Explain every image of a data set and report what drives each class and which concepts are suspected shortcuts.
 
     Args:
         explainer: one of the methods, or any :class:`~captum_concepts.explanation.ConceptExplainer` of a classifier.
             Contributions and the confirmation by ablation need a ``ContributionExplainer``.
         data: a folder, files, a data set, a loader or tensors, read in order with the model's own preprocessing (see
             ``images.inputs_for``).
-        labels: true classes, as numbers or names; None takes those that come with the data, if any (a data set of your
-            own is read once more for them).
-        class_names: of the outputs; None takes ``explainer.class_names`` or those of the data's folders.
+        labels: true classes, as numbers or names; None: those of the data, if any (a custom data set is then read
+            twice).
+        class_names: names of the outputs; None: ``explainer.class_names`` or those of the data's folders.
         alpha: family-wise error rate of the suspects.
-        min_effect: least change of a class's probability that matters, in [0, 1].
-        belongs: ``{class: concepts}`` that rightly decide for a class and are not suspected; None: those whose words
-            are in the name of the class, as "striped" is in "striped circle".
-        n_bootstrap: resamples of the intervals, over images.
-        seed: of resamples and permutations.
+        min_effect: minimum change of a class's probability, in [0, 1].
+        belongs: ``{class: concepts}`` that legitimately support a class and are not suspected; None: those whose words
+            are in the name of the class, such as "striped" for "striped circle".
+        n_bootstrap: number of resamples of the intervals, over images.
+        seed: random seed of resamples and permutations.
         top_k: concepts per image whose contributions are computed; None: all.
-        transform: from a file or PIL image to the model's input, in place of its own preprocessing.
+        transform: maps a file or PIL image to the model's input, instead of the model's own preprocessing.
         batch_size: images per forward pass.
-        store_path: a folder in which parts of 256 images are written as they are done: a killed audit resumes there,
-            and processes under ``torchrun`` share the work, whatever their number was before. None keeps the numbers
-            in memory.
-        show_progress: show a bar.
+        store_path: a folder for finished parts of 256 images. A killed audit resumes from it, and processes under
+            ``torchrun`` split the work, even if their number has changed. None keeps all values in memory.
+        show_progress: show a progress bar.
 
     Returns:
         A :class:`ConceptAudit`. Memory grows by 4 (C + 3 T) bytes per image.
 
     Raises:
-        InputError: no images, labels that are not classes, an option out of range, a model that is no classifier.
+        InputError: no images, labels that are not classes, an option out of range, or a model that is not a classifier.
         ArtifactError: ``store_path`` contains parts of another audit.
 
     Warns:
@@ -372,7 +371,7 @@ def audit_dataset(
         "images": _digest("\n".join(source.names).encode()),
         "concepts": concepts,
         "top_k": top_k,
-        "probe": [round(value, 6) for value in probe],  # another model or another fit says something else
+        "probe": [round(value, 6) for value in probe],  # differs for another model or another fit
     }
     rows = collect_rows(
         explainer,
@@ -432,9 +431,9 @@ def _digest(data: bytes) -> str:
 
 
 def _told(rows: Rows) -> tuple[Rows, list[bool]]:
-    """With presence as the statistics need it, and of which concepts it is the calibrated one."""
+    """Rows with the presence used in the statistics, and for which concepts it is the calibrated one."""
     scores, presence = rows.scores.double().numpy(), rows.presence.double().numpy()
-    if ((scores >= 0) & (scores <= 1)).all():  # probabilities: what lies close to 0 or 1 is told apart in log odds
+    if ((scores >= 0) & (scores <= 1)).all():  # log odds separate probabilities close to 0 or 1
         scores = np.log(scores.clip(1e-12)) - np.log((1 - scores).clip(1e-12))
     told = [told_apart(*columns) for columns in zip(scores.T, presence.T, strict=True)]
     found = torch.from_numpy(np.stack([column for column, _ in told], 1)).float()
@@ -442,7 +441,7 @@ def _told(rows: Rows) -> tuple[Rows, list[bool]]:
 
 
 def _belonging(given: Any, names: Sequence[str], concepts: Sequence[str]) -> set[tuple[int, int]]:
-    """Pairs (class, concept) that are no suspects."""
+    """Pairs (class, concept) that are never suspects."""
     if given is None:
         words = [[set(re.findall(r"\w+", name.casefold())) for name in of] for of in (names, concepts)]
         return {(c, t) for c, a in enumerate(words[0]) for t, b in enumerate(words[1]) if b and b <= a}
@@ -453,7 +452,7 @@ def _belonging(given: Any, names: Sequence[str], concepts: Sequence[str]) -> set
 
 
 def _true_classes(source: ImageSource, names: Sequence[str]) -> Tensor | None:
-    """``(N,)`` numbers of classes: labels that are names, or belong to folders, are looked up by name."""
+    """``(N,)`` class indices; labels that are names, or belong to folders, are matched by name."""
     labels = source.labels
     if labels is None:
         return None
@@ -510,7 +509,7 @@ def _errors(rows: Rows, true: Tensor, names: Sequence[str], concepts: Sequence[s
         n, base = int(wrong.sum()), int(right.sum())
         for t, concept in enumerate(concepts):
             k = int(present[wrong, t].sum())
-            # One pseudo-image on either side: a rate of 0 in few images is not impossibility.
+            # Half a pseudo-image with the concept and half without keep the rate off 0 and 1.
             expected = (int(present[right, t].sum()) + 0.5) / (base + 1)
             if not k:
                 continue
@@ -594,7 +593,7 @@ def _suspects(
 
 
 def _p(one: dict[str, Any], probabilities: Any, present: Any, labels: Any, rng: Any, permutations: int) -> float:
-    """The larger of the two."""
+    """The larger p of the two differences."""
     if min(one["raises"], one["lowers"]) <= 0:
         return 1.0
     c, t = one["c"], one["t"]
@@ -615,7 +614,7 @@ def _confirmed(
     rng: np.random.Generator,
     batch_size: int,
 ) -> Suspect:
-    """With the concept's contribution to the class, by ablation, in images of other classes that show it."""
+    """The suspect with the contribution, by ablation, of its concept in images of other classes that show it."""
     if not isinstance(explainer, ContributionExplainer):
         return suspect
     c, t = names.index(suspect.class_name), concepts.index(suspect.concept)
@@ -634,7 +633,7 @@ def _confirmed(
 
 @autocast_of_the_caller()
 def _maps(suspect: Suspect, explainer: Any, source: ImageSource, batch_size: int) -> Tensor:
-    """``(12, h, w)``: where the concept is in the images that are shown."""
+    """``(12, h, w)`` concept maps of the suspect's images and counterexamples."""
     found = [[], []]  # type: list[list[Tensor]]
     for side, chosen in zip(found, (suspect.images, suspect.counterexamples), strict=True):
         for part in batches(source.select(chosen), batch_size):
@@ -647,7 +646,7 @@ def _maps(suspect: Suspect, explainer: Any, source: ImageSource, batch_size: int
 
 
 def _check_names(info: Mapping[str, Any]) -> None:
-    """Rows may only name classes, concepts and images that there are."""
+    """Raise a ``ValueError`` if a row names a class, concept or image that is not listed."""
     known = {"class": set(info["class_names"]), "concept": set(info["concepts"])}
     of = {"true": "class", "predicted": "class", "class_name": "class", "class": "class", "concept": "concept"}
     rows = [*info["drivers"], *info["errors"], *(info["suspected"] or ())]
@@ -682,7 +681,7 @@ def _flat(suspect: Suspect) -> dict[str, Any]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: it is None there."""
+    """``value`` with NaN, which JSON lacks, replaced by ``{"nan": True}``."""
     if isinstance(value, float) and value != value:
         return {"nan": True}
     if isinstance(value, dict):

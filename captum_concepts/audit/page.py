@@ -1,4 +1,4 @@
-"""An audit as one HTML page: suspects with their images, what drives each class, confusions and their concepts."""
+"""An audit as one HTML page of suspects with their images, drivers of each class, and confusions with concepts."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _THUMBNAIL = 160  # pixels
 
 
 def write_page(audit: ConceptAudit, path: str | os.PathLike[str], images: Any, title: str) -> Path:
-    """See :meth:`ConceptAudit.report`.
+    """Write the page of :meth:`ConceptAudit.report`.
 
     Raises:
-        InputError: another number of images than were audited.
+        InputError: the number of images differs from that of the audit.
     """
     source = None if images is None else open_images(images)
     if source is not None and len(source) != len(audit):
@@ -84,7 +84,7 @@ def write_page(audit: ConceptAudit, path: str | os.PathLike[str], images: Any, t
 
 
 def _classes(audit: ConceptAudit) -> list[dict[str, Any]]:
-    """The strongest drivers of each class, with bars and intervals as fractions of one scale per class."""
+    """Strongest drivers of each class, with bars and intervals as fractions of one scale per class."""
     found = []
     for name in audit.class_names:
         rows = [row for row in audit.drivers if row["class"] == name and row["where"] == "all"]
@@ -108,7 +108,7 @@ def _classes(audit: ConceptAudit) -> list[dict[str, Any]]:
 
 
 def _confusion(audit: ConceptAudit) -> list[dict[str, Any]]:
-    """True classes by predicted classes, each wrong cell with its most lifted concepts."""
+    """Confusion matrix, true by predicted classes; each error cell has its most significant concepts."""
     if audit.labels is None or len(audit.class_names) > 40:
         return []
     counts = torch.zeros(len(audit.class_names), len(audit.class_names), dtype=torch.long)

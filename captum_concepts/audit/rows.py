@@ -1,4 +1,4 @@
-"""The pass over a data set: a few numbers of every image, written part by part so that a killed audit resumes."""
+"""One pass over a data set that keeps a few values per image, written in parts so that a killed audit can resume."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ ARRAYS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """What is kept of N images, for C classes and T concepts.
+    """Values of N images, for C classes and T concepts.
 
     Args:
         probabilities: ``(N, C)`` of the model.
         scores: ``(N, T)`` of the explainer.
-        presence: ``(N, T)`` in [0, 1]: is the concept there? NaN where that cannot be told.
-        contributions: ``(N, T)`` to the predicted class; NaN for concepts that were not among the image's ``top_k``.
-        digests: ``(N, 16)`` uint8, of the pixels that the model saw.
+        presence: ``(N, T)`` in [0, 1] of the concepts; NaN where it is unclear.
+        contributions: ``(N, T)`` to the predicted class; NaN for concepts that are not among the image's ``top_k``.
+        digests: ``(N, 16)`` uint8 digests of the model's input pixels.
     """
 
     probabilities: Tensor
@@ -55,20 +55,20 @@ class Rows:
         return len(self.probabilities)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name."""
+        """All tensors by name."""
         return {name: getattr(self, name) for name in ARRAYS}
 
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Rows:
-        """Of several parts, in order."""
+        """Concatenated rows of several parts."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ARRAYS))
 
 
 def model_of(explainer: Any) -> Callable[[Tensor], Any]:
-    """What the explainer explains: its ``forward_func``, or itself if it is a classifier.
+    """The explained model, which is ``forward_func``, or the explainer itself if it is a classifier.
 
     Raises:
-        InputError: neither.
+        InputError: the explainer has no ``forward_func`` and is not callable.
     """
     found = getattr(explainer, "forward_func", explainer)
     if not callable(found):
@@ -83,10 +83,10 @@ def placed(explainer: Any, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
-    """``(N, C)``: softmax of the model's outputs, or the outputs themselves where they are probabilities already.
+    """``(N, C)`` softmax of the model's outputs, or the outputs themselves if they are probabilities already.
 
     Raises:
-        InputError: the outputs are not ``(N, C)`` of at least two classes.
+        InputError: the outputs are not ``(N, C)`` with at least two classes.
     """
     function = model_of(explainer)
     model = find_model(function)
@@ -105,10 +105,10 @@ def _probabilities(outputs: Tensor) -> Tensor:
 
 @autocast_of_the_caller()
 def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
-    """What is kept of some images, on the CPU.
+    """Rows of some images, on the CPU.
 
-    A method that explains all concepts at the cost of a few (``explains_all_at_once``) is asked once for everything,
-    and what its model said meanwhile is taken down, so that an audit costs what ``explain`` costs.
+    A method that explains all concepts at the cost of a few (``explains_all_at_once``) is called once, and hooks record
+    the model's outputs meanwhile, so an audit costs no more than ``explain``.
     """
     names = list(explainer.concepts)
     contributions = torch.full((len(inputs), len(names)), torch.nan, dtype=torch.float32)
@@ -146,7 +146,7 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
 
 
 def _presence(explainer: Any, inputs: Tensor) -> Tensor | None:
-    """``(N, T)`` calibrated presence, or None if the explainer does not know it."""
+    """``(N, T)`` calibrated presence, or None if the explainer has none."""
     function = getattr(explainer, "presence", None)
     try:
         found: Tensor | None = function(inputs) if callable(function) else None
@@ -166,10 +166,9 @@ def collect_rows(
     settings: dict[str, Any],
     show_progress: bool,
 ) -> Rows:
-    """The rows of all images; with ``folder``, parts that exist there already are read instead of computed, if their
-    images are still the same.
+    """The rows of all images; parts in ``folder`` are read instead of computed if their images are unchanged.
 
-    Under ``torch.distributed`` rank r computes the parts r, r + n, ...; all ranks read all of them afterwards.
+    Under ``torch.distributed``, rank r computes the parts r, r + n, ..., and all ranks then read all parts.
 
     Raises:
         ArtifactError: ``folder`` contains parts of another audit.
@@ -214,7 +213,7 @@ def _part(explainer: Any, source: ImageSource, top_k: int | None, batch_size: in
 
 
 def _check_images(path: Path, rows: Rows, images: Iterator[tuple[str, Tensor]]) -> None:
-    """Refuse a part of other images, by their pixels: to read them costs little beside explaining them."""
+    """Raise an ``ArtifactError`` if the pixels of the part's images differ."""
     codes = rows.digests.tolist()
     for k, (name, image) in enumerate(images):
         if k >= len(codes) or _code(image).tolist() != codes[k]:
@@ -224,7 +223,6 @@ def _check_images(path: Path, rows: Rows, images: Iterator[tuple[str, Tensor]]) 
 
 
 def _read(path: Path, settings: dict[str, Any]) -> Rows:
-    """A part."""
     with open_artifact(path, _PART, "a part of an audit", arrays=ARRAYS) as (info, tensors):
         settings = json.loads(json.dumps(settings))
         changed = {key for key in {*info, *settings} if not _same(info.get(key), settings.get(key), key)}
@@ -239,14 +237,14 @@ def _code(image: Tensor) -> Tensor:
 
 
 def _same(a: Any, b: Any, key: str) -> bool:
-    """Equal; numbers of the probe within what kernels and threads make of them."""
+    """Whether two settings are equal; the probe is compared within numerical tolerance."""
     if key != "probe" or not isinstance(a, list) or not isinstance(b, list) or len(a) != len(b):
         return bool(a == b)
     return all(abs(x - y) <= 1e-4 + 1e-3 * abs(y) for x, y in zip(a, b, strict=True))
 
 
 def prepared_folder(path: str | os.PathLike[str] | None) -> Path | None:
-    """The folder of the parts, created if needed."""
+    """Folder of the parts, created if needed; None for None."""
     if path is None:
         return None
     folder = Path(path)

@@ -1,4 +1,4 @@
-"""The statistics of an audit: effects within strata, permutation tests, Holm's correction, bootstrap intervals."""
+"""Statistics of an audit: effects within strata, permutation tests, Holm's correction and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-#: A stratum says something about a concept only if the concept really varies in it.
+#: A concept must be present and absent at least this often in a stratum to be tested there.
 LEAST_RATE = 0.05
 LEAST_COUNT = 5
-#: Scores tell images apart if two groups explain more of their variance than they do of a uniform distribution's
-#: (of a normal one's, .64).
+#: Scores separate images if two groups explain at least as much variance as for a uniform distribution (normal: .64).
 SEPARATED = 0.75
-#: Less than this share of a concept's variance that others leave over says nothing about it.
+#: Minimum fraction of a concept's variance that the other concepts leave unexplained.
 _LEFT_OVER = 0.1
 
 
@@ -32,19 +31,19 @@ class Effect:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A concept that decides for a class although it does not belong to it.
+    """A concept that supports a class although it does not belong to it.
 
     Args:
         class_name, concept: the pair.
-        raises: mean change of the class's probability by the concept among images of *other* classes.
-        lowers: mean change by the concept's absence among images of the class itself (positive: absence lowers it).
+        raises: increase of the class's probability with the concept, among images of *other* classes.
+        lowers: decrease of the class's probability without the concept, among images of the class itself.
         effect: the smaller of the two, with an interval over images.
-        p: Holm-adjusted over all pairs that could be tested.
-        contribution: mean contribution of the concept to the class where the concept is present and the class wrong;
-            None if it was not confirmed by ablation (no such images, or an explainer without contributions).
-        confirmed: whether that contribution is positive beyond its interval.
-        images: indices of the images that show it best: of other classes, with the concept, most probable first.
-        counterexamples: images of other classes with the concept, least probable first.
+        p: Holm-adjusted over all tested pairs.
+        contribution: mean contribution of the concept to the class in images of other classes with the concept; None
+            if ablation was not possible (no such images, or an explainer without contributions).
+        confirmed: whether the interval of that contribution is above 0; None if it is None.
+        images: indices of images of other classes with the concept, highest class probability first.
+        counterexamples: indices of images of other classes with the concept, lowest class probability first.
     """
 
     class_name: str
@@ -59,7 +58,7 @@ class Suspect:
     counterexamples: tuple[int, ...]
 
     def sentence(self) -> str:
-        """What a person should read."""
+        """The suspect in one sentence."""
         text = (
             f"{self.concept!r} raises {self.class_name!r} by {self.raises:.2f} in images of other classes, and its "
             f"absence lowers it by {self.lowers:.2f} in its own (p = {self.p:.2g})"
@@ -84,13 +83,13 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def two_groups(seen: NDArray[np.bool_]) -> bool:
-    """Whether a stratum has the concept often enough and lacks it often enough."""
+    """Whether the concept is present and absent often enough in a stratum."""
     n, k = len(seen), int(seen.sum())
     return min(k, n - k) >= LEAST_COUNT and LEAST_RATE <= k / n <= 1 - LEAST_RATE
 
 
 def stratified_difference(values: Array, seen: NDArray[np.bool_], strata: NDArray[np.int64]) -> float:
-    """Mean of ``values`` with the concept minus without it, weighted by the size of the strata.
+    """Mean of ``values`` with the concept minus the mean without it, weighted by the size of the strata.
 
     >>> stratified_difference(np.array([1.0, 0, 3, 1]), np.array([True, False] * 2), np.array([0, 0, 1, 1]))
     1.5
@@ -108,9 +107,9 @@ def permutation_p(
 ) -> float:
     """One-sided p of :func:`stratified_difference` being positive, permuting the concept within strata.
 
-    The normal approximation with the exact variance of the permutations decides where it lies above .05; else the
-    permutations are drawn until 50 are as large, and p is at least 1 / (permutations + 1). Where Bernstein's bound
-    (which drawing without replacement keeps; Hoeffding, 1963) lies below that already, none is drawn.
+    If the normal approximation with the exact variance of the permutations is above .05, it is returned. Otherwise,
+    permutations are drawn until 50 are as large, and p is at least 1 / (permutations + 1). If Bernstein's bound (valid
+    also without replacement; Hoeffding, 1963) is already below that minimum, none are drawn.
     """
     n_total, variance, observed = len(values), 0.0, 0.0
     replaced, largest = 0.0, 0.0  # variance of drawing with replacement, largest single term
@@ -150,9 +149,9 @@ def permutation_p(
 def partial_effect(
     values: Array, seen: NDArray[np.bool_], others: NDArray[np.bool_], strata: NDArray[np.int64]
 ) -> tuple[float, float] | None:
-    """Effect of the concept on ``values`` at equal ``others`` ``(n, K)``, linearly within strata, and its one-sided p.
+    """Effect of the concept on ``values`` given ``others`` ``(n, K)``, linear within strata, and its one-sided p.
 
-    None where the others determine the concept.
+    None if the others determine the concept.
 
     >>> other = np.tile([True, False], 20)
     >>> seen = np.repeat([True, False], 20)
@@ -208,7 +207,7 @@ def resampled_means(values: Array, rng: np.random.Generator, n_bootstrap: int) -
 def resampled_differences(
     values: Array, seen: NDArray[np.bool_], strata: NDArray[np.int64], rng: np.random.Generator, n_bootstrap: int
 ) -> Array:
-    """:func:`stratified_difference` of values drawn again within each stratum, with and without the concept."""
+    """Bootstrapped :func:`stratified_difference`, resampled within each stratum with and without the concept."""
     draws = np.zeros(n_bootstrap)
     for stratum in np.unique(strata):
         here = strata == stratum
@@ -236,9 +235,9 @@ def binomial_p(successes: int, trials: int, rate: float) -> float:
 
 
 def split_scores(scores: Array) -> tuple[NDArray[np.bool_], float]:
-    """Above the threshold that separates the values best into two groups (Otsu), and the share of variance explained.
+    """Which scores are above Otsu's threshold, and the fraction of the variance that the two groups explain.
 
-    For explainers that do not know how sure they are. Values that are all equal lie below.
+    This replaces presence for explainers without calibration. If all values are equal, none is above.
 
     >>> above, separation = split_scores(np.array([0.1, 0.2, 0.9, 0.15]))
     >>> above.tolist(), round(separation, 2)
@@ -257,10 +256,10 @@ def split_scores(scores: Array) -> tuple[NDArray[np.bool_], float]:
 
 
 def told_apart(scores: Array, presence: Array) -> tuple[Array, bool]:
-    """``(N,)`` presence of a concept as an audit needs it (NaN: not clear), and whether it is the calibrated one.
+    """``(N,)`` presence of a concept for an audit (NaN: unclear), and whether it is the calibrated one.
 
-    A calibrated presence that speaks for and against is taken as it is. Where none does (it was not calibrated, or not
-    on images like these), scores that fall into two groups tell which images show more of the concept.
+    A calibrated presence is used if it lies on both sides of .5. Otherwise (without calibration, or calibrated on
+    different images), presence is inferred from scores that split into two groups.
 
     Args:
         scores: ``(N,)`` in any unit.

@@ -1,1 +1,1 @@
-"""What the command line does; `__main__` only parses."""
+"""Implementation of the command line, which `__main__` parses."""

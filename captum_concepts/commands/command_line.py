@@ -1,4 +1,4 @@
-"""Options of the commands, and what they print. Nothing heavy is imported before a command runs."""
+"""Options and output of the commands; nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ _REPORT = r"""examples:
 
 
 def add_commands(commands: Any, **shared: Any) -> None:
-    """Put ``models``, ``fit-concepts``, ``evaluate``, ``report``, ``explore`` and ``audit`` on the command line.
+    """Add ``models``, ``fit-concepts``, ``evaluate``, ``report``, ``explore`` and ``audit`` to the command line.
 
     Args:
-        commands: what ``ArgumentParser.add_subparsers`` returned.
+        commands: result of ``ArgumentParser.add_subparsers``.
         shared: ``formatter_class``, and ``epilog``, which follows the examples.
     """
     epilog = shared.pop("epilog")
@@ -172,7 +172,7 @@ def add_commands(commands: Any, **shared: Any) -> None:
 
 
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Which model, with which weights, on which device."""
+    """Add options for the model, its weights and the device."""
     parser.add_argument("--model", required=required, help=_MODEL)
     parser.add_argument("--weights", help="local .safetensors or .pt file, or 'pretrained' (downloads)")
     parser.add_argument("--num-classes", type=int, help="outputs of the model, if the weights have another number")
@@ -188,7 +188,7 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
 
 
 def word_options(parser: argparse.ArgumentParser) -> Any:
-    """What CE-FAM is trained from."""
+    """Add options for the training of CE-FAM; return their group."""
     words = parser.add_argument_group("words the model saw (CE-FAM)")
     words.add_argument("--words", help="'stripes, grass, sky', or a file with one word a line")
     words.add_argument("--encoder", help="image-text model: demo:clip, an open_clip name, or FILE.py:FUNCTION")
@@ -199,7 +199,7 @@ def word_options(parser: argparse.ArgumentParser) -> Any:
 
 
 def explainer_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Which model is explained, and how."""
+    """Add options for the explained model and the method."""
     model_options(parser, required=required)
     parser.add_argument("--layer", help="dotted name (default: the last layer with a grid that reaches the output)")
     parser.add_argument("--references", metavar="DIR", help="one folder of images a class: explain the similarity")
@@ -214,14 +214,14 @@ def explainer_options(parser: argparse.ArgumentParser, *, required: bool = True)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command has to say: ``text`` is its result, for standard output; all else goes to standard error.
+    """Result of a command; ``text`` goes to standard output, everything else to standard error.
 
     Args:
-        text: JSON or lines for people.
-        failed: images that were left out, and why.
-        left_out: what that means, such as ``"not explained"``.
-        code: exit code, if it is not 0, or 1 where something failed.
-        unsaved: why the result is here only, and not in the file where it should be.
+        text: JSON or human-readable lines.
+        failed: images that were left out, with reasons.
+        left_out: description of these images, such as ``"not explained"``.
+        code: exit code; None: 1 if an image failed, otherwise 0.
+        unsaved: why the result could not be written to its file.
     """
 
     text: str
@@ -232,7 +232,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0, 1 where something was left out, 2 where it could not be written, or ``code``."""
+        """2 if the result could not be written, otherwise ``code``, by default 1 if an image was left out, else 0."""
         if self.unsaved is not None:
             return 2
         return int(bool(self.failed)) if self.code is None else self.code
@@ -296,7 +296,7 @@ def _audit(options: dict[str, Any], as_json: bool) -> Outcome:
 
     made = audit_command(AuditSettings(**options))
     holds = made.get("holds", False)
-    if not made["first"]:  # of several processes one speaks
+    if not made["first"]:  # only one of several processes prints
         return Outcome("", code=3 if holds else int(bool(made["failed"])))
     where = "" if made.get("unsaved") else f"\nwritten to {made['output']}"
     text = made["text"] + where + (f"\n{options['fail_on']}: true" if holds else "")

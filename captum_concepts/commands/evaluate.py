@@ -1,4 +1,4 @@
-"""`evaluate`: how well an explainer finds the concepts of a data set with masks, beside maps that know nothing."""
+"""`evaluate`: maps of an explainer on a data set with concept masks, compared with concept-agnostic baselines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MASK_METRICS = tuple(name for name in METRICS if name not in SCORE_METRICS + WOR
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(ExplainerSettings):
-    """What ``evaluate`` was asked to do; every field is an option of the command line."""
+    """Options of ``evaluate``; every field is an option of the command line."""
 
     data: str
     format: str = "folder"
@@ -60,15 +60,15 @@ class EvaluateSettings(ExplainerSettings):
 
 
 def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[str, Any]]:
-    """Measure the maps of every concept that data set and explainer have in common, by name.
+    """Evaluate the maps of all concepts that data set and explainer have in common, by name.
 
-    All concepts of an image are one example, so that intervals resample images.
+    All concepts of an image form one example, so intervals resample images.
 
     Returns:
         The table, and ``{"data", "images", "matched", "unmatched", "failed", ...}``.
 
     Raises:
-        InputError: no data, an unknown metric or format, no concept in common.
+        InputError: no data, an unknown metric or format, or no concept in common.
     """
     metrics = _metric_names(settings.metrics)
     write = _writer(settings.output)
@@ -78,7 +78,7 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     loaded = settings.load()
     data, known = open_data(settings, loaded.preprocessing)
     if settings.words is None and settings.encoder is not None:
-        settings = replace(settings, words=known)  # the data set's own names
+        settings = replace(settings, words=known)  # the names in the data set
     failed: Failed = []
     explainer = build_explainer(settings, loaded, failed)
     columns = match_names(known, explainer.concepts)
@@ -111,13 +111,13 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     if write is not None:
         try:
             write(table)
-        except OSError as error:  # a full disk: the table is printed
+        except OSError as error:  # a full disk: the table is still printed
             summary["unsaved"] = f"--output {settings.output} cannot be written: {error}"
     return table, summary
 
 
 def open_data(settings: EvaluateSettings, preprocessing: Preprocessing) -> tuple[Any, list[str]]:
-    """The data set, its images cut to the model's size, and the names of its concepts."""
+    """The data set, with images at the model's size, and the names of its concepts."""
     if settings.data.startswith("demo:"):
         number = settings.data.removeprefix("demo:scenes:")
         if not number.isdigit() or int(number) < 1:
@@ -144,9 +144,9 @@ def open_data(settings: EvaluateSettings, preprocessing: Preprocessing) -> tuple
 
 
 def match_names(known: Sequence[str], explained: Sequence[str]) -> dict[int, int]:
-    """For each name of the data set that the explainer has, its column there; case, ``_`` and ``-`` do not count.
+    """Column in the explainer of each name of the data set that it has, ignoring case, ``_`` and ``-``.
 
-    A comma separates synonyms, as in ImageNet's class names.
+    Commas separate synonyms, as in ImageNet's class names.
 
     >>> match_names(["Dog", "traffic light", "sea"], ["n/a", "traffic_light", "dog, domestic dog"])
     {0: 2, 1: 1}
@@ -163,7 +163,7 @@ def _examples(
     failed: Failed,
     counts: dict[str, int],
 ) -> Iterator[dict[str, Any]]:
-    """One image with the masks of the concepts it shows; unreadable ones are named and left out.
+    """Iterate over images with the masks of their concepts; unreadable ones are added to ``failed``.
 
     Raises:
         InputError: at the end, if no image shows any of the concepts.
@@ -194,7 +194,7 @@ def _examples(
 
 
 def _rows(explainer: Explainer, loaded: LoadedModel, baselines: bool) -> dict[str, Callable[..., Tensor]]:
-    """The explainer and, under it, what knows no concept: each gives (N, k, h, w)."""
+    """The explainer, followed by concept-agnostic baselines; each returns maps (N, k, h, w)."""
 
     def maps(inputs: Tensor, concepts: list[str]) -> Tensor:
         return explainer.method.concept_maps(loaded.prepare(inputs), concepts)
@@ -232,7 +232,7 @@ def _metric_names(given: str) -> list[str]:
 
 
 def _writer(output: str | None) -> Callable[[EvaluationTable], Any] | None:
-    """How a table is written, by suffix; asked before the work starts."""
+    """Function that writes a table in the format of the suffix, checked before the evaluation starts."""
     if output is None:
         return None
     path = Path(output)

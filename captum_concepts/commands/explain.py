@@ -1,4 +1,4 @@
-"""`explain`: the user's images, the user's model, one picture an image; and all of them in one HTML report."""
+"""`explain`: explanations of the user's images and model, as one figure per image and one HTML report."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from captum_concepts.images import Photograph, find_images, load_photograph, nam
 from captum_concepts.images.files import EXPLAINED
 from captum_concepts.store import FolderLock
 
-#: Seconds from one writing of the index to the next, at least.
+#: Minimum number of seconds between two writes of the index.
 _NOTED = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainSettings(ExplainerSettings):
-    """What ``explain`` or ``report`` was asked to do; every field is an option of the command line.
+    """Options of ``explain`` and ``report``; every field is an option of the command line.
 
     Args:
-        output: folder for pictures and ``explanations.json``; None writes neither.
+        output: folder for figures and ``explanations.json``; None writes neither.
         report: an HTML file; None writes none.
-        save: keep each explanation as ``NAME.safetensors`` in ``output``.
+        save: whether to save each explanation as ``NAME.safetensors`` in ``output``.
     """
 
     images: Sequence[str]
@@ -56,15 +56,15 @@ class ExplainSettings(ExplainerSettings):
 
 
 def explain(settings: ExplainSettings) -> dict[str, Any]:
-    """Explain every readable image, one after another: pictures, ``explanations.json``, an HTML report.
+    """Explain every readable image and write figures, ``explanations.json`` and an HTML report.
 
-    With ``words`` (or an ``explainer`` that was saved) concepts are explained by CE-FAM, SpatialACV or SALF-CBM; with
-    ``references`` (one folder a class) the model's embedding is compared with the class prototypes by FAM; without
-    either, the model's own outputs are explained by FAM.
+    With ``words`` (or a saved ``explainer``), concepts are explained by CE-FAM, SpatialACV or SALF-CBM. With
+    ``references`` (one folder per class), FAM compares the model's embedding with the class prototypes. Without either,
+    FAM explains the model's own outputs.
 
     Returns:
-        ``{"explained": [...], "failed": [...], ...}``, as written to ``explanations.json``; ``"unsaved"`` says why
-        pictures or the report are missing where the disk did not take them.
+        ``{"explained": [...], "failed": [...], ...}``, as written to ``explanations.json``; ``"unsaved"`` contains the
+        error if figures or the report could not be written.
 
     Raises:
         InputError, LayerError, ArtifactError: nothing can be explained with these settings.
@@ -95,12 +95,12 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                 stack.push(page)
             progress = stack.enter_context(tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None))
             source = loaded.open(list(files.values()))
-            gc.freeze()  # figures make much garbage, and the collector would walk through all that is loaded for it
+            gc.freeze()  # figures create much garbage, for which the collector would traverse all loaded objects
             stack.callback(gc.unfreeze)
             for name, image in each_image(source, failed):
                 path = files[name]
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", InputWarning)  # said when the image was read
+                    warnings.simplefilter("ignore", InputWarning)  # already issued when the image was read
                     photograph = load_photograph(path, source.reading)
                 inputs = loaded.prepare(image[None]).to(settings.device)
                 explanation = explainer.explain(inputs, settings.top_k).to("cpu")
@@ -123,7 +123,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
                 if folder is not None:
                     folder.note()
                 progress.update()
-    except OSError as error:  # a full disk: what was found out is printed
+    except OSError as error:  # a full disk: the results are still printed
         if not summary["explained"]:
             raise
         summary["unsaved"] = f"{error}; the files written so far are whole"
@@ -131,19 +131,19 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
 
 
 class PictureFolder:
-    """The output folder: its index lists all that is there, of earlier runs as well; nothing else is overwritten.
+    """The output folder, whose index lists its files, including those of earlier runs; no other files are overwritten.
 
-    Sub-folders of the images are sub-folders of it. The index is there from the beginning, with the names of the
-    pictures to come: so a run that was killed leaves nothing that the next one does not know.
+    Subfolders of the images are kept. The index is written first, with the names of all figures to come, so that the
+    next run knows every file that a killed run has left.
 
     Args:
         path: the folder.
-        summary: of this run; its list ``"explained"`` grows.
-        images: of this run, and their sub-folder.
+        summary: summary of this run, whose list ``"explained"`` grows.
+        images: images of this run, with their subfolders.
 
     Raises:
-        InputError: the folder holds explanations of another model or method, or an index that is none.
-        ArtifactError: another process is writing into it.
+        InputError: the folder contains explanations of another model or method.
+        ArtifactError: the index is damaged or foreign, or another process is writing into the folder.
     """
 
     def __init__(self, path: Path, summary: dict[str, Any], images: Mapping[Path, PurePosixPath]) -> None:
@@ -178,20 +178,20 @@ class PictureFolder:
             self._lock.__exit__(None, None, None)
 
     def note(self) -> None:
-        """Write the index, now and then: a run that is killed leaves what it has explained so far."""
+        """Write the index from time to time, so that a killed run leaves what it has explained so far."""
         begun = time.monotonic()
         if begun >= self._next:
             self._write(begun=self._begun)
-            took = time.monotonic() - begun  # more and more, the longer the index is
+            took = time.monotonic() - begun  # grows with the index
             self._next = begun + took + max(_NOTED, 50 * took)
 
     def stem(self, image: Path) -> str:
-        """Of the files about an image, below the folder; its sub-folder is there."""
+        """Stem of the files of an image, relative to the folder; creates its subfolder."""
         (self.path / self._stems[image]).parent.mkdir(parents=True, exist_ok=True)
         return self._stems[image]
 
     def _named(self) -> dict[Path, str]:
-        """One name for each image: the one it had before, or a new one that no file in the folder has."""
+        """One name per image, the one from an earlier run, or a new one that no file in the folder has."""
         known = {_place(entry): entry["picture"].removesuffix(".png") for entry in self._earlier.get("explained", [])}
         known = {**self._earlier.get("begun", {}), **known}
         used = {stem.casefold() for stem in known.values()}
@@ -227,7 +227,7 @@ class PictureFolder:
 
 
 def _placed(paths: Sequence[Path], settings: ExplainSettings) -> dict[Path, PurePosixPath]:
-    """The folder of each image below the folder that was asked for."""
+    """Folder of each image, relative to the given folder that contains it."""
     roots = [Path(given) for given in settings.images if os.path.isdir(given)]  # noqa: PTH112
     placed = {}
     for path in paths:
@@ -238,12 +238,12 @@ def _placed(paths: Sequence[Path], settings: ExplainSettings) -> dict[Path, Pure
 
 
 def _file_name(name: str) -> str:
-    """That can be printed, and leaves room for endings: a name may have 255 bytes."""
+    """A printable name that leaves room for suffixes within the limit of 255 bytes."""
     return printable(name).encode()[:200].decode(errors="ignore")
 
 
 def _place(entry: dict[str, Any]) -> str:
-    """Where the image of an entry is or was."""
+    """Path of an entry's image."""
     return str(entry.get("path", Path(entry["image"]).absolute()))
 
 
@@ -252,7 +252,7 @@ def _files(stem: str) -> set[str]:
 
 
 def _png(image: Tensor) -> bytes:
-    """The photograph as it is drawn, for a report that is made later."""
+    """PNG of the displayed photograph, for a later report."""
     from PIL import Image
 
     pixels = (image.clamp(0, 1) * 255).round().byte()
@@ -263,7 +263,7 @@ def _png(image: Tensor) -> bytes:
 
 
 def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict[str, Any]:
-    """One image's line of ``explanations.json``."""
+    """An image's entry in ``explanations.json``."""
     entry: dict[str, Any] = {
         "top": {c: _number(s) for c, s in zip(explanation.concepts, explanation.scores[0], strict=True)}
     }
@@ -282,7 +282,7 @@ def _entry(explanation: ConceptExplanation, names: Sequence[str] | None) -> dict
 
 
 def line_of(entry: dict[str, Any]) -> str:
-    """One image: what is predicted, and its concepts; those that are not seen are said to be."""
+    """Line on one image with its prediction and concepts; those that are not seen are marked."""
     predicted = ""
     if "target" in entry and entry.get("target_probability") is not None:
         predicted = f"{entry['target']} {entry['target_probability']:.2f} <- "
@@ -296,7 +296,7 @@ def line_of(entry: dict[str, Any]) -> str:
 
 
 def _number(value: Tensor) -> float | None:
-    """Six digits; None, which JSON can hold, where it is not finite."""
+    """A number with six decimals, or None, which JSON can represent, if it is not finite."""
     number = float(value)
     return round(number, 6) if math.isfinite(number) else None
 

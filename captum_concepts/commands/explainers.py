@@ -1,4 +1,4 @@
-"""From the options of a command to something that explains an image."""
+"""Explainers from the options of a command."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from captum_concepts.images import class_folders, find_images, read_words
 
 @dataclass(frozen=True)
 class Explainer:
-    """A method ready to explain, with what a page or a table wants to know beside it.
+    """A fitted method, with what pages and tables report in addition.
 
     Args:
         method: the :class:`~captum_concepts.explanation.ConceptExplainer`.
-        layer: for the report.
-        class_names: what a target index means, or None.
-        model, looks_at: a model and a layer whose activations show where anything is seen at all.
-        link: how the outputs of ``model`` become probabilities of the classes (``ablation.class_link``); None: the
-            method says them itself, or they are no classes.
+        layer: name of the layer, for the report.
+        class_names: names of the targets by index, or None.
+        model, looks_at: model and layer of the activation energy, a concept-agnostic baseline.
+        link: how outputs of ``model`` become class probabilities (``ablation.class_link``); None if the method reports
+            them itself, or if the outputs are not classes.
     """
 
     method: Any
@@ -48,23 +48,23 @@ class Explainer:
 
     @property
     def name(self) -> str:
-        """Of the method."""
+        """Name of the method."""
         return str(getattr(self.method, "get_name", lambda: "SALF-CBM")())
 
     @property
     def concepts(self) -> list[str]:
-        """The names that it can explain."""
+        """Names of its concepts."""
         return list(self.method.concepts)
 
     def explain(self, inputs: Tensor, top_k: int) -> ConceptExplanation:
-        """What, where and how much of one image, with the names of the classes and the target's probability."""
+        """Explanation of one image, with class names and the target's probability."""
         outputs: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...], __: Any, output: Any) -> None:
             if not outputs and args and isinstance(args[0], Tensor) and torch.equal(args[0], inputs):
                 outputs.append(output_tensor(output).detach())
 
-        # The forward pass of the method is heard; another would cost as much.
+        # Record the outputs of the method's own forward pass, as another one would cost as much.
         with hooked([] if self.link is None else [self.model], keep):
             made: ConceptExplanation = self.method.explain(inputs, top_k=top_k)
         if self.class_names is None or made.target is None:
@@ -77,7 +77,7 @@ class Explainer:
         return replace(made, class_names=list(self.class_names))
 
     def significant(self, explanation: ConceptExplanation) -> list[bool] | None:
-        """For the concepts of ``explanation`` whether the layer encodes them, where that was tested."""
+        """Whether the layer encodes each concept of ``explanation``; None if that was not tested."""
         flags = getattr(self.method, "significant_", None)
         if flags is None:
             return None
@@ -86,7 +86,7 @@ class Explainer:
 
 
 def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Failed) -> Explainer:
-    """What was saved, or CE-FAM where words are given, or else FAM."""
+    """The saved explainer, CE-FAM if words are given, or else FAM."""
     probe = loaded.empty()
     saved = None if settings.explainer is None else Path(settings.explainer)
     if saved is not None and saved.exists():
@@ -109,13 +109,13 @@ def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Fa
     return _prototypes(settings, loaded, probe, failed)
 
 
-#: What words are trained from, and what prototypes are compared by.
+#: Options for training with words, and for prototypes.
 _TRAINED = ("encoder", "encoder_weights", "train", "layers")
 _COMPARED = ("references", "similarity")
 
 
 def new_explainer(settings: ExplainerSettings) -> str | None:
-    """The file in which words that are trained now will be kept."""
+    """File to which a newly trained explainer will be saved; None if there is none."""
     file = settings.explainer
     return None if file is None or settings.words is None or Path(file).exists() else file
 
@@ -129,7 +129,7 @@ def _class_names(settings: ExplainerSettings, loaded: LoadedModel, outputs: int)
 
 
 def _outputs(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) -> Explainer:
-    """The model's own outputs: FAM with unit vectors as references, which is Grad-CAM without its ReLU."""
+    """FAM of the model's own outputs, with unit vectors as references (Grad-CAM without its ReLU)."""
     with torch.no_grad():
         outputs = output_tensor(loaded.model(probe))
     if outputs.ndim != 2:
@@ -145,13 +145,13 @@ def _outputs(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) ->
 
 
 def _link(model: nn.Module, layer: str, probe: Tensor) -> str:
-    """How the model's outputs become probabilities: by its last softmax or sigmoid they are, else by their softmax."""
+    """How the model's outputs become probabilities; "none" if it ends in a softmax or sigmoid."""
     seen = Layers.resolve(model, layer).capture(probe, logits=True)
     return "none" if seen.final is not None else class_link("auto", output_tensor(seen.output), None)
 
 
 def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
-    """Similarity of the model's embedding to the mean embedding of each class folder."""
+    """FAM with the mean embedding of each class folder as references."""
     model = without_head(loaded.model, probe)
     names: list[str] = []
     examples: list[Tensor] = []
@@ -164,7 +164,7 @@ def _prototypes(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor,
     layer = settings.layer or suggest_layer(model, probe)
     fam = FeatureActivationMap(
         model, layer, similarity=settings.similarity, batch_size=settings.batch_size,
-        normalize="l1",  # not "minmax": the maps of an image share one colour scale
+        normalize="l1",  # not "minmax": the maps of an image share one color scale
     ).fit(torch.stack(examples), names)  # fmt: skip
     return Explainer(fam, layer, fam.concepts, model, layer)
 
@@ -180,7 +180,7 @@ def _saved(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: 
 
 
 def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
-    """Words the model saw: a translator to an image-text model, read from a file or trained on a folder of images."""
+    """CE-FAM with a translator to a VLM that is loaded from a file or trained on a folder of images."""
     file = None if settings.explainer is None else Path(settings.explainer)
     settings.refuse((*_COMPARED, "layer"), "words are read from several layers (--layers), and compared with no images")
     if file is not None and file.is_file():
@@ -207,7 +207,7 @@ def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, fail
 
 
 def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> ConceptFusionMap:
-    """CE-FAM trained on the images below ``settings.train``, with the words of ``settings.words``, if any."""
+    """CE-FAM trained on the images in ``settings.train``, with the words of ``settings.words``, if any."""
     encoder = encoder_of(settings)
     words = None if settings.words is None else word_list(settings.words)
     layers = [name.strip() for name in (settings.layers or "").split(",") if name.strip()]
@@ -218,14 +218,14 @@ def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> C
 
 
 def encoder_of(settings: ModelSettings) -> Any:
-    """The image-text model of ``--encoder``."""
+    """The vision-language model of ``--encoder``."""
     if settings.encoder is None:
         raise InputError("--words needs --encoder: demo:clip, an open_clip name, or FILE.py:FUNCTION")
     return load_encoder(settings.encoder, settings.encoder_weights)
 
 
 def word_list(words: str | Sequence[str]) -> list[str]:
-    """Words of a file, of a text separated by commas, or as they are."""
+    """Words from a file, from comma-separated text, or from a list."""
     if not isinstance(words, str):
         return list(words)
     if os.path.isfile(words):  # noqa: PTH113 - unlike Path.is_file, False for a text that is too long for a name

@@ -1,4 +1,4 @@
-"""`explore` and `audit`: the user's images and model as a page to click on, and as one statement over a data set."""
+"""`explore` and `audit`: an interactive page of the user's images and model, and an audit of a data set."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COMPARED: dict[str, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExploreSettings(ExplainerSettings):
-    """What ``explore`` was asked to do; every field is an option of the command line."""
+    """Options of ``explore``; every field is an option of the command line."""
 
     images: Sequence[str]
     output: str
@@ -35,9 +35,9 @@ class ExploreSettings(ExplainerSettings):
 
 
 def explore_command(settings: ExploreSettings) -> dict[str, Any]:
-    """Write one HTML page on which regions are marked and concepts edited.
+    """Write one interactive HTML page for marking regions and editing concepts.
 
-    Images in folders that are called after the model's classes have a true label: wrong predictions come first.
+    Images in folders named after the model's classes have true labels, by which wrong predictions come first.
 
     Raises:
         InputError, LayerError, ArtifactError: nothing can be explained with these settings.
@@ -73,16 +73,16 @@ def explore_command(settings: ExploreSettings) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSettings(ExplainerSettings):
-    """What ``audit`` was asked to do; every field is an option of the command line.
+    """Options of ``audit``; every field is an option of the command line.
 
     Args:
-        data: a folder, with one folder of images per class where labels are known. Where nothing tells the names of the
-            outputs (``classes``, or the model), the folders number them in order.
+        data: a folder, with one folder of images per class if labels are known. If neither ``classes`` nor the model
+            defines names of the outputs, the folders in sorted order do.
         output: the HTML page.
-        save: also keep the audit as a file, for ``against``.
+        save: file to which the audit is also saved, for ``against``.
         against: a saved audit of the same images to compare with.
         fail_on: a condition on ``suspects``, ``gained`` or ``accuracy_change``, such as ``"suspects>0"``.
-        store: folder in which a killed audit resumes, and by which processes under ``torchrun`` share the work.
+        store: folder from which a killed audit resumes, and with which processes under ``torchrun`` split the work.
     """
 
     data: str
@@ -98,11 +98,11 @@ class AuditSettings(ExplainerSettings):
 
 
 def audit_command(settings: AuditSettings) -> dict[str, Any]:
-    """Audit a folder of images; write the page, and compare with an earlier audit.
+    """Audit a folder of images, write the page, and compare with an earlier audit.
 
     Returns:
-        Counts and suspects, ``"against"`` where compared, ``"holds"``: whether ``fail_on`` is true, and ``"first"``:
-        whether this is the process that writes and speaks.
+        Counts and suspects, ``"against"`` if compared, ``"holds"`` (whether ``fail_on`` is true), and ``"first"``
+        (whether this is the process that writes and prints).
 
     Raises:
         InputError, ArtifactError: nothing can be audited with these settings.
@@ -172,7 +172,7 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
             audit.save(settings.save)
         if is_first():
             audit.report(out, shown, title=f"What drives {Path(settings.model).name}")
-    except OSError as error:  # a full disk: what was found out is printed
+    except OSError as error:  # a full disk: the results are still printed
         unsaved = str(error)
     suspects = [] if audit.suspected is None else audit.to_records("suspects")
     made: dict[str, Any] = {
@@ -197,12 +197,12 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
 
 
 def _by_class(data: str) -> dict[str, list[Path]]:
-    """Images by class; empty where no folder inside holds images, so that there are no classes."""
+    """Images by class; empty if no subfolder contains images."""
     try:
         return class_folders(data)
     except InputError:
         if os.path.isdir(data) and any(path.parent != Path(data) for path in find_images(data)):  # noqa: PTH112
-            raise  # a class without images: its number would be another's
+            raise  # a class without images would shift the indices of the others
         return {}
 
 
@@ -220,5 +220,5 @@ def _condition(text: str) -> tuple[str, Callable[[float, float], bool], float]:
 
 
 def as_json(made: dict[str, Any]) -> str:
-    """For ``--json``."""
+    """The result as JSON, for ``--json``."""
     return json.dumps({key: value for key, value in made.items() if key not in ("text", "first")}, indent=2)

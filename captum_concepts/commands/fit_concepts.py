@@ -1,4 +1,4 @@
-"""`fit-concepts`: vectors from folders of images (SpatialACV), or words through an image-text model (CE-FAM)."""
+"""`fit-concepts`: concept vectors from folders of images (SpatialACV), or text concepts with a VLM (CE-FAM)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from captum_concepts.images import ImageSource, class_folders, find_images
 
 @dataclass(frozen=True, kw_only=True)
 class FitConceptsSettings(ModelSettings):
-    """What ``fit-concepts`` was asked to do; every field is an option of the command line."""
+    """Options of ``fit-concepts``; every field is an option of the command line."""
 
     output: str
     concepts: str | None = None
@@ -30,11 +30,11 @@ class FitConceptsSettings(ModelSettings):
 
 
 def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
-    """Fit, and write one file that ``explain``, ``report`` and ``evaluate`` take as ``--explainer``.
+    """Fit an explainer and write it to one file for ``--explainer`` of ``explain``, ``report`` and ``evaluate``.
 
     Returns:
         ``{"method", "output", "seconds", "failed", ...}``; for vectors, ``"concepts"`` with accuracy, interval, p-value
-        and whether the layer encodes each; for words, ``"words"``, ``"layers"`` and the last losses.
+        and whether the layer encodes each; for text concepts, ``"words"``, ``"layers"`` and the last losses.
 
     Raises:
         InputError, LayerError: nothing can be fitted with these settings.
@@ -53,7 +53,7 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
     explainer = made.pop("explainer")
     try:
         explainer.save(out)
-    except OSError as error:  # a full disk: what was found out is printed
+    except OSError as error:  # a full disk: the results are still printed
         made["unsaved"] = str(error)
     seconds = round(time.monotonic() - started, 1)
     return {"method": explainer.get_name(), "model": settings.model, "output": str(out), "seconds": seconds, **made,

@@ -1,4 +1,4 @@
-"""`fit-salf`: a SALFCBM from a configuration file, its report, and the plan of a dry run."""
+"""`fit-salf`: fits a SALFCBM from a configuration file, with a report, or the plan of a dry run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from captum_concepts.errors import ArtifactError, InputError, printable
 from captum_concepts.images import read_json
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm, plan_salf_cbm
 
-#: What is written into the output folder.
+#: Files in the output folder.
 _FILES = ("config.json", "model.safetensors", "README.md", "report.json", "report.md")
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What ``fit-salf`` was asked to do.
+    """Options of ``fit-salf``.
 
     Args:
         config: a JSON file; see ``fit-salf --help``.
-        dry_run: plan only, write nothing.
+        dry_run: only plan, without writing files.
     """
 
     config: str
@@ -37,13 +37,13 @@ class FitSettings:
 
 
 def fit_salf(settings: FitSettings) -> dict[str, Any]:
-    """Fit, and write model and report into the output folder; or, with ``dry_run``, only plan.
+    """Fit a model and write it and its report to the output folder, or only plan with ``dry_run``.
 
     Returns:
-        ``{"plan": ...}`` of a dry run, else the report: output, concepts kept and dropped, accuracies, files.
+        ``{"plan": ...}`` for a dry run, else the report with output, concepts kept and dropped, and accuracies.
 
     Raises:
-        InputError, ArtifactError: nothing can be done with this configuration.
+        InputError, ArtifactError: the configuration cannot be used.
     """
     config = read_config(settings.config)
     out = Path(str(config["output"]))
@@ -71,10 +71,10 @@ def fit_salf(settings: FitSettings) -> dict[str, Any]:
 
 
 def _check_folders(config: Mapping[str, Any], out: Path) -> None:
-    """Nothing of the user's is replaced, and nothing is written among images.
+    """Check that no file of the user would be replaced, and that nothing is written among images.
 
     Raises:
-        InputError: names the folder.
+        InputError: a folder violates this; the message names it.
     """
     store = Path(str(config["store"]))
     if _inside(store, out) and _inside(out, store):
@@ -100,7 +100,7 @@ def _inside(path: Path, folder: Path) -> bool:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a model was saved there; a run that was killed meanwhile may have left its weights only."""
+    """Whether the folder contains a saved model, of which a killed run may have left only the weights."""
     try:
         if (folder / "config.json").exists():
             found = read_json(folder / "config.json", dict).get("format", "")
@@ -136,7 +136,7 @@ def _report(model: Any, config: Mapping[str, Any], skipped: list[dict[str, str]]
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """The report in Markdown, as it is written beside the model and printed."""
+    """The report in Markdown, which is written next to the model and printed."""
     kept, scores = report["concepts"], report["accuracy"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in kept["dropped"].items()) or "none"
     validation = "not measured (no val)" if scores["validation"] is None else f"{scores['validation']:.1%}"
@@ -167,12 +167,12 @@ def report_text(report: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """What the steps say goes to stderr."""
+    """A context in which log messages of the steps go to stderr."""
     logger, handler = logging.getLogger("captum_concepts"), logging.StreamHandler(sys.stderr)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # libraries set up the root logger, and would say it again
+    logger.propagate = False  # the root logger of other libraries would repeat messages
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The configuration of `fit-salf`: read, checked, and turned into the arguments of `fit_salf_cbm`."""
+"""Reading and checking of the configuration of `fit-salf`, and the resulting arguments of `fit_salf_cbm`."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ _OWN = (
     "within_hours",
 )
 _WORDS = list_of(text(), least=1)
-#: What the entries are that :func:`fit_salf_cbm` does not check itself.
+#: Types of the entries that :func:`fit_salf_cbm` does not check itself.
 _TYPES = {
     **dict.fromkeys(("model", "encoder", "store", "output"), text()),
     **dict.fromkeys(("weights", "layer", "encoder_weights"), nothing_or(text())),
@@ -104,13 +104,13 @@ _NOT_HERE = (
 
 
 def fit_options() -> dict[str, Any]:
-    """The options of :func:`fit_salf_cbm` that a configuration may hold, with their defaults."""
+    """Options of :func:`fit_salf_cbm` that a configuration may contain, with their defaults."""
     parameters = inspect.signature(fit_salf_cbm).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in (*_NOT_HERE, *_OWN)}
 
 
 def help_text() -> str:
-    """The configuration, by example."""
+    """Help on the configuration, with examples."""
     options = ", ".join(sorted(fit_options()))
     return f"""\
 the configuration is JSON; relative paths are relative to the folder the command runs in:
@@ -145,7 +145,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The configuration, checked for missing and unknown entries.
 
     Raises:
-        InputError: no such file, no JSON object, an entry missing or unknown (the nearest name is offered).
+        InputError: no such file, not a JSON object, or a missing or unknown entry (a close match is suggested).
     """
     file = Path(path)
     if not is_there(file):
@@ -164,7 +164,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def fit_arguments(
     config: Mapping[str, Any], device: str
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, str]]]:
-    """What the model's user must know of the images, the arguments of :func:`fit_salf_cbm`, and skipped files.
+    """Preprocessing to record with the model, the arguments of :func:`fit_salf_cbm`, and skipped files.
 
     Raises:
         InputError: model, encoder, images, concepts or an option cannot be used.
@@ -198,7 +198,7 @@ def fit_arguments(
         different = sorted(set(val.classes) ^ set(train.classes))
         if different:
             raise InputError(f"train and val have different classes: {different[:10]}")
-        numbers = [train.classes.index(name) for name in val.classes]  # the same in another order
+        numbers = [train.classes.index(name) for name in val.classes]  # the same classes in another order
         opened["val"] = LabelledImages(val.images, train.classes, [numbers[k] for k in val.targets])
     names = read_words(config["classes"]) if "classes" in config else train.classes
     if len(names) != len(train.classes):

@@ -1,4 +1,4 @@
-"""Images for a command: read one after another; those that cannot be read are noted, and the others go on."""
+"""Images for a command, read one by one; unreadable ones are recorded and skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Failed = list[dict[str, str]]
 
 
 def each_image(source: ImageSource, failed: Failed) -> Iterator[tuple[str, Tensor]]:
-    """Name and pixels of each readable image; the others go to ``failed``."""
+    """Iterate over names and pixels of readable images; the others are added to ``failed``."""
     before = len(failed)
     try:
         for batch in batches(source, 1):
@@ -30,7 +30,7 @@ def each_image(source: ImageSource, failed: Failed) -> Iterator[tuple[str, Tenso
 
 
 def readable(source: ImageSource, failed: Failed, what: str) -> ImageSource:
-    """``source``, after a look at all its images; those that cannot be read are left out and go to ``failed``.
+    """``source`` after all its images were read once; unreadable ones are left out and added to ``failed``.
 
     Raises:
         InputError: none of them can be read.
@@ -42,13 +42,13 @@ def readable(source: ImageSource, failed: Failed, what: str) -> ImageSource:
 
 
 def folder_labels(paths: Sequence[Path], class_names: Sequence[str] | None) -> Sequence[str | None] | None:
-    """The true class of each image: its folder's name, where every folder is called after a class of the model."""
+    """True class of each image, the name of its folder; None unless all folders are named after classes."""
     labels = [path.parent.name for path in paths]
     return labels if paths and set(labels) <= set(class_names or ()) else None
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Image and class of each item.
+    """Data set of images and their classes.
 
     Attributes:
         classes: names of the classes.
@@ -67,18 +67,18 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
 
 def labelled_images(source: Any, size: int, failed: Failed | None = None, *, seed: int = 0, **options: Any) -> Any:
-    """The labelled images that an entry of a configuration means.
+    """Labeled images of a configuration's entry.
 
     Args:
         source: a folder with one folder of images per class, or ``demo:scenes:N``.
         size: side of the images in pixels.
-        failed: a list in which files that cannot be read are noted, after a look at each; None: the first one that is
-            met raises.
-        seed: of the scenes.
-        options: of :func:`~captum_concepts.images.open_images`.
+        failed: a list to which unreadable files are added after all files were read once; None: unreadable files raise
+            on access.
+        seed: random seed of the scenes.
+        options: options of :func:`~captum_concepts.images.open_images`.
 
     Raises:
-        InputError: no such folder, no class folders, not a number of scenes.
+        InputError: the folder does not exist or has no class folders, or the number of scenes is invalid.
     """
     if not isinstance(source, str):
         raise InputError(f"images must be a folder or demo:scenes:N, got {source!r}")
@@ -88,7 +88,7 @@ def labelled_images(source: Any, size: int, failed: Failed | None = None, *, see
             raise InputError(f"{source!r} is not demo:scenes:N, N a number of scenes")
         scenes = CaptionedScenes(int(number), seed=seed, size=size)
         return LabelledImages(scenes, scenes.classes, scenes.labels.tolist())
-    folders = class_folders(source)  # refuses a folder without class folders, and empty ones
+    folders = class_folders(source)  # raises for a folder without class folders, or with empty ones
     files = [file for inside in folders.values() for file in inside]
     labels = [k for k, inside in enumerate(folders.values()) for _ in inside]
     opened = open_images(files, size=size, labels=labels, skip_broken=failed is not None, **options)

@@ -1,4 +1,4 @@
-"""`models`: the layers of a model that have a grid, and which of them suit which method."""
+"""`models`: layers of a model with a grid of positions, and the methods they suit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from captum_concepts.errors import InputError, InputWarning, LayerError
 
 @dataclass(frozen=True)
 class ModelsSettings:
-    """What ``models`` was asked: the layers of one model, or with ``find`` the names of models."""
+    """Options of ``models``, which lists the layers of one model, or with ``find`` the names of models."""
 
     model: str | None = None
     find: str | None = None
@@ -30,7 +30,7 @@ class ModelsSettings:
 
 
 def find_models(pattern: str) -> dict[str, Any]:
-    """Names that ``--model`` takes and that match a shell pattern, by where they come from.
+    """Names for ``--model`` that match a shell pattern, by library.
 
     >>> find_models("resnet1?")["torchvision"]
     ['resnet18']
@@ -53,17 +53,17 @@ def find_models(pattern: str) -> dict[str, Any]:
 def list_layers(settings: ModelsSettings) -> dict[str, Any]:
     """Layers with their grid, channels, and the methods they suit.
 
-    A layer *suits* a method if its positions reach the output (FAM and contributions) and its grid is what the method
-    works with; ``advice`` names the choice for each method. That for SpatialACV is the last stage where the gradient is
-    not the same for every image. Without ``weights`` the network is built with random ones:
-    layers, grids and channels are the same.
+    A layer *suits* a method if its positions affect the output (for FAM and contributions) and the method can use its
+    grid. ``advice`` contains the recommended layer of each method; for SpatialACV, it is the last stage whose gradient
+    differs between images. Without ``weights``, the network has random weights, which do not change layers, grids and
+    channels.
 
     Returns:
         ``{"model", "input", "outputs", "layers": [{"name", "kind", "channels", "grid", "layout", "reaches_output",
         "suits"}], "advice": {method: layer or layers}}``.
 
     Raises:
-        InputError: no such model.
+        InputError: an unknown model.
     """
     if settings.model is None:
         raise InputError("name a model, or give --find PATTERN to look for one")
@@ -136,7 +136,7 @@ def _blocks(model: nn.Module) -> set[str]:
 
 
 def _reaching(model: Any, probe: Tensor, names: list[str]) -> dict[str, bool]:
-    """Whether the positions of each layer influence the output: one backward pass for all, or one each if need be."""
+    """Whether the positions of each layer affect the output, from one backward pass for all or, if needed, one each."""
     with gradients_enabled(), warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
         try:
@@ -151,7 +151,7 @@ def _reaching(model: Any, probe: Tensor, names: list[str]) -> dict[str, bool]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """For people."""
+    """Human-readable table of the layers."""
     head = ["layer", "module", "channels", "grid", "layout", "suits (* recommended)"]
     cells = [head]
     for row in found["layers"]:

@@ -1,4 +1,4 @@
-"""Models by name or from a file, with the preprocessing they expect."""
+"""Models by name or from a file, with their preprocessing."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from captum_concepts.images import (
     preprocessing_of,
 )
 
-#: Of a model that says nothing about it.
+#: Preprocessing of models that do not define their own.
 _ASSUMED = Preprocessing((224, 224))
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and what it wants to see.
+    """A model and its preprocessing.
 
     Args:
-        model: in evaluation mode, frozen.
+        model: the model, frozen and in evaluation mode.
         preprocessing: its size, normalization and interpolation.
-        classes: names of its outputs, empty if unknown.
+        classes: names of its outputs; empty if unknown.
     """
 
     model: nn.Module
@@ -53,11 +53,11 @@ class LoadedModel:
         return self.preprocessing.size[0] if self.preprocessing.size else 224
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the model wants them."""
+        """Model inputs from images in [0, 1]."""
         return self.preprocessing(images)
 
     def open(self, source: Any, **options: Any) -> ImageSource:
-        """Images in [0, 1] at the model's size; unlabelled, and those that cannot be read are left out."""
+        """Images in [0, 1] at the model's size, by default unlabeled and without unreadable ones."""
         mode = {1: "L", 3: "RGB", None: "RGB"}.get(input_channels(self.model), "any")
         options = {"labels": False, "skip_broken": True, **options}
         return open_images(source, mode=mode, size=self.size, preprocessing=self.preprocessing, **options)
@@ -81,18 +81,17 @@ def load_model(
     """A model by name or from a Python file.
 
     Args:
-        name: ``demo:classifier`` or ``demo:vit`` (bundled), a torchvision or timm name (``timm/NAME`` where both
-            have it), or ``FILE.py:FUNCTION``, where
-            the function returns a ``torch.nn.Module`` that takes RGB in [0, 1].
+        name: ``demo:classifier`` or ``demo:vit`` (bundled), a torchvision or timm name (``timm/NAME`` if both have it),
+            or ``FILE.py:FUNCTION``, where the function returns a ``torch.nn.Module`` that takes RGB in [0, 1].
         weights: a local ``.safetensors`` or ``.pt`` file; for torchvision and timm names also ``"pretrained"``, which
-            downloads them. A bundled model has its own.
-        size: input side; None takes the model's own, by its library's metadata, or 224.
+            downloads them. Bundled models include their weights.
+        size: side of the input; None: the model's own, from its library's metadata, or 224.
         resize: how a photograph becomes that square: ``"crop"``, ``"squash"`` or ``"pad"``; None: the model's own.
-        num_classes: outputs of a torchvision or timm model, where the weights have another number than the name.
-        random_weights: a zoo's model without ``weights`` gets random ones, instead of being refused.
+        num_classes: number of outputs of a torchvision or timm model, if the weights differ from the default.
+        random_weights: allow torchvision and timm models without ``weights``, which then have random weights.
 
     Raises:
-        InputError: unknown name, missing weights, or weights that do not fit.
+        InputError: an unknown name, missing weights, or weights that do not match the model.
     """
     own = name.startswith("demo:") or ".py:" in name
     if own and num_classes is not None:
@@ -117,7 +116,7 @@ def load_model(
     else:
         loaded = _from_zoo(name, weights, num_classes, random_weights)
     preprocessing = loaded.preprocessing if size is None else replace(loaded.preprocessing, size=checked_size(size))
-    if resize is not None:  # what is squashed or padded is asked for whole
+    if resize is not None:  # squash and pad use the whole image
         preprocessing = replace(preprocessing, resize=resize, crop=preprocessing.crop if resize == "crop" else 1.0)
     loaded = replace(loaded, model=loaded.model.eval().requires_grad_(False), preprocessing=preprocessing)
     if ".py:" in name:
@@ -130,14 +129,14 @@ def load_model(
 
 
 def to_device(module: nn.Module, device: str) -> None:
-    """Move ``module``.
+    """Move ``module`` to ``device``.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: the device is not available.
     """
     try:
         module.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
+    except (RuntimeError, AssertionError) as error:  # depending on device and build
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"device {device!r} cannot be used here ({reason.rstrip('.')}); give cpu, cuda or mps"
@@ -174,8 +173,8 @@ def _call_python(spec: str) -> Any:
         raise InputError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     folder = str(file.resolve().parent)
-    sys.path.insert(0, folder)  # it may import its neighbors
-    sys.modules[module_spec.name] = module  # dataclasses look their module up
+    sys.path.insert(0, folder)  # it may import modules next to it
+    sys.modules[module_spec.name] = module  # dataclasses look up their module
     try:
         with _users_code(spec, file):
             module_spec.loader.exec_module(module)
@@ -186,19 +185,19 @@ def _call_python(spec: str) -> Any:
             if not callable(made):
                 raise InputError(f"{function!r} in {path} is {type(made).__name__}, not a function")
             return made if isinstance(made, nn.Module) else made()
-    finally:  # what it imports later, when it runs, must not shadow what others import
+    finally:  # keep the folder for later imports, but last, so that it does not shadow other modules
         sys.path[:] = [*(entry for entry in sys.path if entry != folder), folder]
 
 
 @contextmanager
 def _users_code(what: str, file: Path) -> Iterator[None]:
-    """Code of the user: what goes wrong in it is an InputError, what it prints goes to standard error."""
+    """A context for the user's code, with its errors as InputError and its output on standard error."""
     here = Path.cwd()
     sys.stdout.flush()
     try:
         output: int | None = os.dup(1)
-        os.dup2(2, 1)  # also what is not printed by Python
-    except OSError:  # there is no standard output
+        os.dup2(2, 1)  # includes output of native code
+    except OSError:  # no standard output
         output = None
     try:
         yield
@@ -214,7 +213,7 @@ def _users_code(what: str, file: Path) -> Iterator[None]:
 
 
 def _place(error: BaseException, file: Path) -> str:
-    """The last line of ``file`` on the way to an error."""
+    """Description of the last line of ``file`` in an error's traceback."""
     lines = [entry for entry in traceback.extract_tb(error.__traceback__) if Path(entry.filename) == file.resolve()]
     return f" (line {lines[-1].lineno} of {file.name})" if lines else ""
 
@@ -254,7 +253,7 @@ def _preprocessing(model: Any) -> Preprocessing:
     return preprocessing_of(model) or _ASSUMED
 
 
-#: Where checkpoints of training scripts (Lightning's, timm's, torchvision's) keep the weights beside other things.
+#: Keys of the weights in checkpoints of training scripts (Lightning, timm, torchvision).
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -273,20 +272,20 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> None:
         consume_prefix_in_state_dict_if_present(state, "module.")
         state = {key: v.float() if v.is_floating_point() else v for key, v in state.items()}
         model.load_state_dict(state)
-    except Exception as error:  # every reader has its own family of exceptions; all mean the same here
+    except Exception as error:  # every reader has its own exceptions, which all mean the same here
         first = (line if len(line) < 300 else f"{line[:300]} ..." for line in str(error).strip().splitlines()[:4])
         raise InputError(f"{path} does not hold weights of {name}: {' '.join(first)}") from error
 
 
 def load_encoder(name: str, weights: str | None = None) -> Any:
-    """An image-text encoder: ``demo:clip``, ``FILE.py:FUNCTION``, or an open_clip name with ``weights``.
+    """A vision-language encoder, from ``demo:clip``, ``FILE.py:FUNCTION``, or an open_clip name with ``weights``.
 
     Args:
         name: as above; the function returns an object with ``encode_image`` and ``encode_text``.
-        weights: for an open_clip name: a local file, or a pretrained tag of open_clip (downloads).
+        weights: for an open_clip name, a local file or a pretrained tag of open_clip (downloads).
 
     Raises:
-        InputError: unknown, without weights, or no encoder.
+        InputError: an unknown name, missing weights, or an object that is not an encoder.
     """
     if name == "demo:clip":
         from captum_concepts import demo
@@ -306,9 +305,9 @@ def load_encoder(name: str, weights: str | None = None) -> Any:
 
 
 def without_head(model: nn.Module, image: Tensor) -> nn.Module:
-    """The same model without its last linear layer, in place: its output is then the embedding before it.
+    """The same model with its last linear layer replaced in place, so that its output is the embedding before it.
 
-    A model whose output is no linear layer's stays as it is: its output is the embedding.
+    A model whose output is not that of a linear layer is unchanged, as its output is the embedding.
     """
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name]
     for name, module in reversed(linear):

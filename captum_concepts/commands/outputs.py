@@ -1,4 +1,4 @@
-"""What a command writes, checked before it works: never a file that it reads, and a place that can be written."""
+"""Checks of a command's outputs before it starts, so that they are writable and never replace its inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from captum_concepts.errors import InputError, printable
 
-#: Options that name folders of images, and those that name files or folders of any kind, to be read.
+#: Options for folders of images to read, and for other files or folders to read.
 _IMAGES = ("images", "references", "train", "val", "concepts", "negatives")
 _READ = ("data", "explanations", "explainer", "against", "model", "encoder", "weights", "encoder_weights", "classes",
          "words", "config")  # fmt: skip
@@ -20,15 +20,15 @@ _READ = ("data", "explanations", "explainer", "against", "model", "encoder", "we
 def check_outputs(
     read: Mapping[str, Any], outputs: Mapping[str, str | os.PathLike[str] | None], *, make_folders: bool = True
 ) -> None:
-    """Refuse outputs that are inputs, or cannot be written; make their folders.
+    """Check that outputs are writable and are not inputs, and create their folders.
 
     Args:
-        read: the options of the command; those that name what is read are known by name.
-        outputs: the files it will write, by the option that names them, such as "--save"; None: it is not given.
-        make_folders: False: somebody else makes them.
+        read: the options of the command, among which inputs are known by name.
+        outputs: the files to write, by option, such as "--save"; None if the option is not given.
+        make_folders: whether to create their folders.
 
     Raises:
-        InputError: a file is read by the same command, is a folder or device, or its folder cannot be written.
+        InputError: a file is read by the same command, is a folder or device, or its folder is not writable.
     """
     empty = [name for name, path in outputs.items() if path is not None and not os.fspath(path)]
     if empty:
@@ -56,7 +56,7 @@ def check_outputs(
 
 
 def artifact(option: str, output: str | None) -> None:
-    """Refuse a name that says that the file is something else: a folder of images would have one that is none.
+    """Check the suffix of an artifact, which could otherwise be mistaken for an image.
 
     Raises:
         InputError: it does not end in ``.safetensors``.
@@ -66,10 +66,10 @@ def artifact(option: str, output: str | None) -> None:
 
 
 def html(option: str, output: str) -> Path:
-    """The file of a page.
+    """Path of an HTML page.
 
     Raises:
-        InputError: its name is that of another kind of file.
+        InputError: it is a folder, or does not end in ``.html`` or ``.htm``.
     """
     if Path(output).is_dir():
         raise InputError(f"{output} is a folder; give the name of an HTML file")
@@ -79,15 +79,15 @@ def html(option: str, output: str) -> Path:
 
 
 def check_folder(output: str | os.PathLike[str], read: Mapping[str, Any], files: list[Path]) -> Path:
-    """A folder for many files, which can be written or made; it is not made yet.
+    """Path of an output folder that is writable or can be created; it is not created yet.
 
     Args:
         output: the folder.
         read: the options of the command.
-        files: the images that it reads.
+        files: the images that the command reads.
 
     Raises:
-        InputError: the folder is searched for images, contains one of them, or cannot be written.
+        InputError: the folder is searched for images, contains one of them, or is not writable.
     """
     if not os.fspath(output):
         raise InputError("--output is empty; give the name of a folder")
@@ -109,13 +109,13 @@ def check_folder(output: str | os.PathLike[str], read: Mapping[str, Any], files:
 
 
 def _try_to_write(folder: Path) -> None:
-    with tempfile.TemporaryFile(dir=folder) as file:  # has no name, so nothing is left of it
+    with tempfile.TemporaryFile(dir=folder) as file:  # unnamed, so nothing is left behind
         file.write(b"trial")
         file.flush()
 
 
 def _conflicts(path: Path, read: Mapping[str, Any]) -> Iterator[str]:
-    """The options by which an existing file is read."""
+    """Options that read an existing file."""
     if not os.path.lexists(path):
         return
     for name in (*_IMAGES, *_READ):
@@ -124,26 +124,26 @@ def _conflicts(path: Path, read: Mapping[str, Any]) -> Iterator[str]:
             if _same(path, given):
                 yield option
             elif given.is_dir() and (real := path.resolve()).is_relative_to(given.resolve()):
-                # A page or table that an earlier run left there may be replaced; what a folder is read for may not.
+                # A page or table of an earlier run may be replaced, but not files that are read from the folder.
                 own = (".html", ".htm", ".md", *(() if name in _READ else (".safetensors", ".csv", ".json")))
                 if real.suffix.lower() not in own:
                     yield option
 
 
 def _paths(name: str, read: Mapping[str, Any]) -> list[Path]:
-    """The existing paths that an option names, one or several images; of ``FILE.py:FUNCTION`` the file."""
+    """Existing paths in an option, one or several images, or the file of ``FILE.py:FUNCTION``."""
     value = read.get(name)
     texts = [os.fspath(one) for one in value] if name == "images" and value else [value]
     found = []
     for text in texts:
         names = (text, text.rpartition(":")[0]) if isinstance(text, str) and ".py:" in text else (text,)
-        # os.path.exists is False for any text, however long; Path.exists is not.
+        # Unlike Path.exists, os.path.exists is False for a text of any length.
         found += [Path(one) for one in names if isinstance(one, (str, os.PathLike)) and one and os.path.exists(one)]  # noqa: PTH110
     return found
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one file or folder, by whatever link."""
+    """Whether two paths are the same file or folder, also through links."""
     try:
         return os.path.samefile(one, other)  # noqa: PTH121
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: which of them this is, and the group that they form."""
+"""The group of processes that torchrun starts, and this process's role in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from captum_concepts.store.processes import lost_peers_named
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Join the process group that torchrun describes, if it does; gives this process' device."""
+    """Join torchrun's process group, if there is one, and yield the device of this process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
         yield device
         return
@@ -23,12 +23,12 @@ def processes(device: str) -> Iterator[str]:
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device
-        with lost_peers_named():  # torchrun stops the others where one ends badly: nobody leaves before all are done
+        with lost_peers_named():  # if one fails, torchrun stops the others, so all wait until all are done
             torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this is the process that writes and prints."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,4 +1,4 @@
-"""`report`: explanations as one HTML file, made now or from those that were saved."""
+"""`report`: new or saved explanations as one HTML file."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from captum_concepts.visualization import ReportWriter
 
 @dataclass(frozen=True)
 class SavedSettings:
-    """What a report of saved explanations is made from.
+    """Options of a report of saved explanations.
 
     Args:
         explanations: the output folder of ``explain --save``, or a file of ``ConceptExplanation.save``.
         report: the HTML file.
-        images: the images of such a file, in its order; of a folder: images outside of it that may be read.
-        title, model, class_names, size, resize: instead of what the folder says.
-        top_k: concepts shown an image.
+        images: for a file, its images in order; for a folder, images outside of it that may be read.
+        title, model, class_names, size, resize: override the values in the folder.
+        top_k: concepts per image.
     """
 
     explanations: str
@@ -66,7 +66,7 @@ _UNSHOWN = ("images", "report", "title", "save", "output", "top_k")
 
 
 class OpenReport:
-    """A report being written; left by Ctrl-C or an error, it is finished with the images so far."""
+    """A report in progress, which is finished with the images so far even after Ctrl-C or an error."""
 
     def __init__(self, writer: ReportWriter, failed: Failed) -> None:
         self._writer, self._failed = writer, failed
@@ -80,7 +80,7 @@ class OpenReport:
         label: str | None = None,
         crop: Any = None,
     ) -> None:
-        """One image; maps with NaN are said on stderr and left uncoloured."""
+        """Add one image; maps with NaN are reported on stderr and left uncolored."""
         flags = None if significant is None else torch.tensor(significant)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", InputWarning)
@@ -106,7 +106,7 @@ class OpenReport:
 def open_report(
     settings: Any, class_names: Sequence[str] | None, shown: Mapping[str, Any], failed: Failed
 ) -> OpenReport:
-    """A report at ``settings.report``, in a folder that is there."""
+    """A new report at ``settings.report``, in an existing folder."""
     title = settings.title or f"What {Path(str(settings.model)).name} saw"
     writer = ReportWriter(
         settings.report, title=title, class_names=class_names or None, top_k=settings.top_k, settings=shown
@@ -131,16 +131,16 @@ def facts(settings: Any, loaded: Any, explainer: Any) -> dict[str, Any]:
 
 
 def report_saved(settings: SavedSettings) -> dict[str, Any]:
-    """A report of explanations that were saved.
+    """Write a report of saved explanations.
 
-    What the model saw is read from the folder, as ``explain --save`` keeps it. An image outside of the folder is read
-    only if it is among ``settings.images``: an index from elsewhere may name any file of this machine.
+    The model's inputs are read from the folder of ``explain --save``. An image outside the folder is read only if it is
+    in ``settings.images``, because an untrusted index may name any file of this machine.
 
     Returns:
         ``{"report": ..., "explained": n, "failed": [...]}``.
 
     Raises:
-        InputError, ArtifactError: nothing there, or not as many images as explanations.
+        InputError, ArtifactError: there are no explanations, or the numbers of images and explanations differ.
     """
     source = Path(settings.explanations)
     check_outputs(vars(settings), {"--output": html("--output", settings.report)})
@@ -191,7 +191,7 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
 
 
 def _picture(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size: int | None, resize: str) -> Tensor:
-    """The photograph as it was kept, or what the model saw of it, read again from where it was."""
+    """The saved photograph, or the model's view of it, read again from its original location."""
     if "input" in entry:
         return load_image(_inside(folder, entry["input"]))
     path, size = Path(entry.get("path", entry["image"])), None if size is None else min(size, 2048)
@@ -205,15 +205,15 @@ def _picture(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file in the folder or a folder of it."""
+    """Path of a file in the folder or its subfolders."""
     file = folder / name
-    if _resolved(file) != folder.resolve() / name:  # by a link, or upwards
+    if _resolved(file) != folder.resolve() / name:  # through a link or a parent folder
         raise ArtifactError(f"{folder / EXPLAINED} names {shortened(name)}, which is no file of its folder")
     return file
 
 
 def _resolved(path: Path) -> Path:
-    """Without links; what is no path at all (too long, with a null byte) is nowhere."""
+    """The path without links; an empty path for an invalid one (too long, with a null byte)."""
     try:
         return path.resolve()
     except (OSError, ValueError):
@@ -221,7 +221,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _below(value: Any, where: str) -> str:
-    """The name of a file in the folder or a folder of it."""
+    """Check for the name of a file in the folder or its subfolders."""
     name = text()(value, where)
     parts = name.split("/")
     if "\0" in name or {".", "..", ""} & set(parts) or any(len(part.encode(errors="replace")) > 255 for part in parts):
@@ -246,11 +246,11 @@ _INDEX = table(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """``explanations.json`` of a folder that ``explain`` wrote.
+    """Content of ``explanations.json`` in an output folder of ``explain``.
 
     Raises:
-        InputError: there is none.
-        ArtifactError: it is damaged or foreign.
+        InputError: there is no such file.
+        ArtifactError: the file is damaged or foreign.
     """
     try:
         return dict(read_json(folder / EXPLAINED, _INDEX, "an index of 'explain'"))

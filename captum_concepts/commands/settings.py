@@ -13,7 +13,7 @@ from captum_concepts.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which model, with which weights, on which device; and what CE-FAM is trained from."""
+    """Options for the model, its weights and device, and for the training of CE-FAM."""
 
     model: str
     weights: str | None = None
@@ -33,7 +33,7 @@ class ModelSettings:
         """The model, on its device.
 
         Raises:
-            InputError: no such model, weights that do not fit it, no such device, or a batch of no image.
+            InputError: an unknown model, weights that do not match it, an unavailable device, or a batch size below 1.
         """
         integer("--batch-size", self.batch_size, 1)
         loaded = load_model(
@@ -43,7 +43,7 @@ class ModelSettings:
         return loaded
 
     def refuse(self, names: Sequence[str], why: str) -> None:
-        """Options that are ignored would seem to have had their effect.
+        """Check that none of these options is given, because they would be ignored.
 
         Raises:
             InputError: one of these options is given.
@@ -56,7 +56,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainerSettings(ModelSettings):
-    """Which model is explained, and how."""
+    """Options for the explained model and the method."""
 
     references: str | None = None
     similarity: str = "cosine"

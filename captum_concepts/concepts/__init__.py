@@ -1,4 +1,4 @@
-"""Concept lists: loaded, generated, cleaned and filtered, each drop with its reason."""
+"""Loading, generating, cleaning and filtering of concept lists, with a reason for each dropped concept."""
 
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts.filters import (

@@ -1,4 +1,4 @@
-"""What a vocabulary lost on the way, and why: every dropped concept with its reason and its number."""
+"""Reports of dropped concepts, with reasons and values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Drop:
     Attributes:
         concept: its text.
         reason: "empty", "duplicate", "too long", "class name", "similar to a class", "similar to a concept",
-            "absent from the data", "no text embedding", or what a later step calls it.
-        value: the number that decided: characters, cosine, activation; None where there is none.
-        limit: what the number was compared with.
-        other: the class or concept that it resembles.
+            "absent from the data", "no text embedding", or a reason of a later step.
+        value: the deciding number of characters, cosine or activation; None if there is none.
+        limit: the limit that the value was compared with.
+        other: the class or concept that the concept resembles.
     """
 
     concept: str
@@ -40,7 +40,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class VocabularyReport:
-    """All drops of a vocabulary in the order in which they happened; ``print`` it, or take :meth:`as_dict`.
+    """All drops of a vocabulary in order; ``print`` the report, or call :meth:`as_dict`.
 
     Example:
         >>> print(VocabularyReport(7, (Drop("a very long concept indeed", "too long", 26, 20),)))
@@ -53,20 +53,20 @@ class VocabularyReport:
 
     @property
     def kept(self) -> int:
-        """Concepts that are left."""
+        """The number of remaining concepts."""
         return self.started - len(self.drops)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Drops for each reason."""
+        """The number of drops per reason."""
         return dict(Counter(drop.reason for drop in self.drops))
 
     def with_drops(self, drops: Iterable[Drop]) -> VocabularyReport:
-        """A report with more drops."""
+        """A report with additional drops."""
         return VocabularyReport(self.started, self.drops + tuple(drops))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as a JSON-serializable dictionary."""
         return {
             "started": self.started,
             "kept": self.kept,
@@ -76,11 +76,11 @@ class VocabularyReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VocabularyReport:
-        """Read :meth:`as_dict` back."""
+        """The report that :meth:`as_dict` described."""
         return cls(int(values["started"]), tuple(Drop(**drop) for drop in values["drops"]))
 
     def summary(self) -> str:
-        """One line."""
+        """A one-line summary."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
         return f"{self.kept} of {self.started} concepts kept" + (f"; dropped: {reasons}" if reasons else "")
 

@@ -1,4 +1,4 @@
-"""English words enough to see that two concepts are one: articles, plurals, hyphens."""
+"""Detection of English concepts that differ only in article, plural or hyphen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _QUOTES = "\"'`“”‘’«»"
 
 
 def tidy(text: str, *, lowercase: bool = False) -> str:
-    """One concept as it should be written: no bullet, quotes, final punctuation, line break or double space.
+    """``text`` without bullet, quotes, final punctuation, line breaks and double spaces.
 
     >>> tidy("  - 'A  Long Tail'. "), tidy("1) four legs;")
     ('A Long Tail', 'four legs')
@@ -33,7 +33,7 @@ def tidy(text: str, *, lowercase: bool = False) -> str:
 
 
 def singular(word: str) -> str:
-    """The singular of an English noun, by rule; other words may come out odd, but always alike.
+    """The singular of an English noun, by rule; other words may be mangled, but consistently.
 
     >>> [singular(w) for w in ("wings", "boxes", "berries", "glass", "bus", "feet", "leash")]
     ['wing', 'box', 'berry', 'glass', 'bus', 'foot', 'leash']
@@ -50,12 +50,12 @@ def singular(word: str) -> str:
 
 
 def strip_article(text: str) -> str:
-    """Without a leading "a", "an" or "the"."""
+    """``text`` without a leading "a", "an" or "the"."""
     return next((text[len(article) :] for article in ARTICLES if text.lower().startswith(article)), text)
 
 
 def key(text: str) -> str:
-    """Equal for texts that differ in case, article, plural of the last word, hyphens and spaces only.
+    """A key that is equal for texts that differ only in case, article, plural of the last word, hyphens and spaces.
 
     >>> key("a bird-feeder") == key("Birdfeeders") == key("the bird feeder") != key("bird")
     True

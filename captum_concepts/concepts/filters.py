@@ -1,4 +1,4 @@
-"""The filters of LF-CBM (Oikarinen et al., 2023), which SALF-CBM uses; each returns what stays and what was dropped."""
+"""The filters of LF-CBM (Oikarinen et al., 2023), also used by SALF-CBM; each returns kept and dropped concepts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ Filtered = tuple[list[str], list[Drop]]
 
 
 def drop_duplicates(concepts: Sequence[str], *, near: bool = True) -> Filtered:
-    """Keep the first of equal concepts (case and spaces aside) and, with ``near``, of those that differ in article,
-    plural, hyphen or spacing only; empty ones go too.
+    """Keep the first of concepts that are equal up to case and spaces; drop empty ones.
+
+    With ``near``, concepts that differ only in article, plural, hyphen or spacing also count as equal.
 
     >>> drop_duplicates(["a bird feeder", "Birdfeeders", "wings"])[0]
     ['a bird feeder', 'wings']
@@ -46,7 +47,7 @@ def drop_too_long(concepts: Sequence[str], max_length: int = 30) -> Filtered:
 
 
 def drop_class_names(concepts: Sequence[str], classes: Sequence[str]) -> Filtered:
-    """Drop a class's own name, in any case, also after "a", "an" or "the": it would make the explanation circular."""
+    """Drop class names, in any case and also after "a", "an" or "the", because they make explanations circular."""
     names = {prefix + name.casefold(): name for name in classes for prefix in ("", *ARTICLES)}
     kept = [c for c in concepts if c.casefold() not in names]
     return kept, [Drop(c, "class name", other=names[c.casefold()]) for c in concepts if c.casefold() in names]
@@ -57,7 +58,7 @@ def drop_similar_to_classes(
 ) -> Filtered:
     """Drop concepts whose similarity to some class is at least ``cutoff`` (LF-CBM: 0.85).
 
-    The published code never compares class i with concept i, a slip; here every pair counts.
+    Unlike the published code, which by mistake never compares class i with concept i, this compares every pair.
     """
     if not len(concepts) or not len(classes):
         return list(concepts), []
@@ -74,8 +75,8 @@ def drop_similar_to_classes(
 def drop_similar(concepts: Sequence[str], similarity: Similarity, cutoff: float = 0.9) -> Filtered:
     """Of two concepts with similarity of at least ``cutoff`` (LF-CBM: 0.9), drop the less general one.
 
-    Pairs are taken in order (i, then j > i); a dropped concept decides nothing any more. The one with the smaller sum
-    of similarities to all concepts goes, the later one in a tie, so the more general concepts stay.
+    Pairs are processed in order (i, then j > i), ignoring dropped concepts. The concept with the smaller sum of
+    similarities to all concepts is dropped (the later one in a tie), so more general concepts are kept.
     """
     if len(concepts) < 2:
         return list(concepts), []
@@ -93,13 +94,13 @@ def drop_similar(concepts: Sequence[str], similarity: Similarity, cutoff: float 
 
 
 def drop_absent(concepts: Sequence[str], activations: Tensor, *, k: int = 5, cutoff: float = 0.25) -> Filtered:
-    """Drop concepts that no image of the data shows: the mean of the k largest activations is at most ``cutoff``.
+    """Drop concepts that the data do not show, whose k largest activations have a mean of at most ``cutoff``.
 
     Args:
         concepts: M texts.
-        activations: ``(N, M)`` cosines of images and concepts, or ``(M,)`` means already taken. LF-CBM takes k=5 and
-            0.25 (0.28 for ImageNet) for CLIP ViT-B/16; another encoder has another scale.
-        k: see above; all images where there are fewer.
+        activations: ``(N, M)`` cosines of images and concepts, or their means ``(M,)``. LF-CBM uses k=5 and a cutoff of
+            0.25 (0.28 for ImageNet) for CLIP ViT-B/16; other encoders have other scales.
+        k: see above; all images if there are fewer.
         cutoff: see above.
     """
     if activations.ndim not in (1, 2) or activations.shape[-1] != len(concepts) or 0 in activations.shape[:-1]:

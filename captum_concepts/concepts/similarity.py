@@ -1,4 +1,4 @@
-"""How alike texts are to an encoder, and the embeddings of a vocabulary with its gaps named."""
+"""Text similarities and text embeddings, with errors that name the texts without an embedding."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Similarity = Callable[[Sequence[str], Sequence[str]], Tensor]
 
 
 class TextSimilarity:
-    """Weighted mean of the cosines of one or several text encoders.
+    """The weighted mean of the cosines of one or several text encoders.
 
-    LF-CBM weighs CLIP ViT-B/16 three times and the sentence encoder all-mpnet-base-v2 once ("since mpnet has higher
-    variance"); its cutoffs 0.85 and 0.9 belong to that mixture. CLIP alone finds unlike words rather alike, so use
-    higher cutoffs, or a sentence encoder next to it.
+    LF-CBM weights CLIP ViT-B/16 three times and the sentence encoder all-mpnet-base-v2 once ("since mpnet has higher
+    variance"); its cutoffs 0.85 and 0.9 are for that mixture. CLIP alone assigns high similarities to unrelated words,
+    so use higher cutoffs, or add a sentence encoder.
 
     Args:
-        encoders: an object with ``encode_text(list[str]) -> (T, D)``, a function of that kind, or several of them.
-        weights: one for each encoder; None weighs all alike. They are divided by their sum.
+        encoders: an object with ``encode_text(list[str]) -> (T, D)``, such a function, or a list of them.
+        weights: one per encoder; None weights all equally. They are divided by their sum.
 
     Example:
         >>> letters = lambda texts: torch.tensor([[float(t.count(c)) for c in "abc"] for t in texts])
@@ -57,12 +57,12 @@ def embed_texts(encoder: Any, texts: Sequence[str], *, distinct: bool = True) ->
     Args:
         encoder: an object with ``encode_text``, or a function of a list of texts.
         texts: at least one.
-        distinct: refuse different texts with the same embedding (texts that differ in case and spaces only may share
-            one): the encoder cannot separate them, so no explanation could.
+        distinct: refuse different texts with the same embedding, because no explanation could separate them; texts
+            that differ only in case and spaces are allowed.
 
     Raises:
-        InputError: no text, or something else; no ``encode_text``; a wrong shape; NaN; the texts that the encoder has
-            no embedding for, or cannot separate.
+        InputError: no texts or not a list of strings; no ``encode_text``; wrong shape; NaN; or texts that the encoder
+            has no embedding for or cannot separate.
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"texts must be a list of strings, got {shortened(texts)}")
@@ -106,7 +106,7 @@ def _check_distinct(texts: Sequence[str], embeddings: Tensor) -> None:
 
 
 def without_embedding(encoder: Any, texts: Sequence[str]) -> list[str]:
-    """The texts that an encoder of a fixed vocabulary refuses (one call each)."""
+    """The texts that an encoder with a fixed vocabulary refuses (one call per text)."""
     function = encoder.encode_text if hasattr(encoder, "encode_text") else encoder
     missing = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""`Vocabulary`: the concepts of a model, where they came from, and what was dropped on the way."""
+"""`Vocabulary`: the concepts of a model, their sources, and a report of dropped concepts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from captum_concepts.errors import ArtifactError, InputError, did_you_mean
 from captum_concepts.images import read_text
 from captum_concepts.images.text import names_in
 
-#: The list of the paper's zero-shot segmentation: one concept per class.
+#: The paper's template for zero-shot segmentation, with one concept per class.
 CLASS_TEMPLATE = "An image of a {class}"
 _NAMES = list_of(text())
 _SAVED = table(
@@ -64,16 +64,16 @@ _PLACES = ("{}", "{class}", "{concept}")
 
 
 class Vocabulary:
-    """A list of concepts with their sources and a report of what was dropped. Every step returns a new vocabulary.
+    """A list of concepts with their sources and a report of dropped concepts; every step returns a new vocabulary.
 
     Args:
-        concepts: texts, kept as they are and in order.
-        templates: one or more texts with ``{}``, in which concepts are embedded; None embeds them as they are.
-        sources: for a concept, the classes it was written for.
-        report: what was dropped before.
+        concepts: texts, kept unchanged and in order.
+        templates: one or more texts with ``{}``, in which concepts are embedded; None embeds the concepts unchanged.
+        sources: for each concept, the classes that it was generated for.
+        report: of earlier drops.
 
     Raises:
-        InputError: something that is not text, or a template without a placeholder.
+        InputError: concepts that are not texts, or a template without a placeholder.
 
     Example:
         >>> vocabulary = Vocabulary(["wings", "a Wing", "  a long,  feathered tail ", "bird", "beak"])
@@ -110,16 +110,16 @@ class Vocabulary:
 
     @classmethod
     def load(cls, *paths: str | os.PathLike[str], **options: Any) -> Vocabulary:
-        """Read concept files, joined in order.
+        """The vocabulary from one or more concept files, concatenated.
 
         A text file has one concept per line (LF-CBM's ``*_filtered.txt``; empty lines and lines that begin with ``#``
-        are passed over). A JSON file is a list of concepts; a dictionary of class names and their concepts (LF-CBM's
-        ``gpt3_*_important.json``, ``_around``, ``_superclass``), whose classes become the sources; or what
-        :meth:`save` wrote.
+        are skipped). A JSON file is a list of concepts; a dictionary of class names and their concepts (LF-CBM's
+        ``gpt3_*_important.json``, ``_around``, ``_superclass``), whose classes become the sources; or written by
+        :meth:`save`.
 
         Raises:
             FileNotFoundError: no such file.
-            ArtifactError: the file is no text, no JSON, or JSON of another form.
+            ArtifactError: the file is not text, not valid JSON, or JSON of another structure.
         """
         if not paths:
             raise InputError("pass at least one file")
@@ -138,7 +138,7 @@ class Vocabulary:
 
     @classmethod
     def from_classes(cls, classes: Sequence[str], template: str = CLASS_TEMPLATE) -> Vocabulary:
-        """One concept per class: "An image of a {class}", as in the paper's zero-shot segmentation.
+        """The vocabulary with one concept per class, "An image of a {class}" as in the paper's zero-shot segmentation.
 
         >>> list(Vocabulary.from_classes(["zebra", "tench"]))
         ['An image of a zebra', 'An image of a tench']
@@ -151,11 +151,11 @@ class Vocabulary:
         return cls(texts, sources={text: [name] for text, name in zip(texts, classes, strict=True)})
 
     def clean(self, *, near_duplicates: bool = True, lowercase: bool = False) -> Vocabulary:
-        """Without bullets, quotes, final punctuation and double spaces; without empty ones and duplicates.
+        """The concepts without bullets, quotes, final punctuation, double spaces, empty concepts and duplicates.
 
         Args:
-            near_duplicates: also those that differ in article, plural, hyphen or spacing only; the first stays.
-            lowercase: write all in lower case (CLIP's tokenizer does so anyway).
+            near_duplicates: also drop concepts that differ only in article, plural, hyphen or spacing; the first stays.
+            lowercase: convert all to lower case (as CLIP's tokenizer does anyway).
         """
         written = [tidy(concept, lowercase=lowercase) for concept in self.concepts]
         kept, drops = filters.drop_duplicates(written, near=near_duplicates)
@@ -174,19 +174,20 @@ class Vocabulary:
         max_length: int | None = 30,
         class_cutoff: float = 0.85,
     ) -> Vocabulary:
-        """LF-CBM's filters, in its order: too long, a class's name, too similar to a class, to another concept.
+        """The concepts after LF-CBM's filters, in its order.
 
-        What is absent from the data is dropped by :meth:`present_in`, which needs the images.
+        Concepts are dropped if they are too long, a class name, or too similar to a class or to another concept.
+        :meth:`present_in`, which needs the images, drops those that are absent from the data.
 
         Args:
             classes: names of the classes.
-            similarity: an encoder of texts, several, or a function ``(texts, texts) -> matrix``; see
-                :class:`~captum_concepts.concepts.TextSimilarity`. None leaves out the two filters that need it.
-            max_length: characters; None for any.
+            similarity: a text encoder, several, or a function ``(texts, texts) -> matrix``; see
+                :class:`~captum_concepts.concepts.TextSimilarity`. None skips the two filters that need it.
+            max_length: in characters; None for any.
             class_cutoff: see :func:`~captum_concepts.concepts.filters.drop_similar_to_classes`.
 
         Raises:
-            InputError: nothing is left (with the reasons), or a concept has no text embedding.
+            InputError: no concept is left (the message reports the reasons), or one has no text embedding.
         """
         if isinstance(classes, str):
             raise InputError(f"classes must be a list of names, got the one text {classes!r}")
@@ -203,18 +204,18 @@ class Vocabulary:
         return now._not_empty()
 
     def present_in(self, activations: Tensor, *, k: int = 5, cutoff: float = 0.25) -> Vocabulary:
-        """Only concepts that the data show; see :func:`~captum_concepts.concepts.filters.drop_absent`."""
+        """The concepts that the data show; see :func:`~captum_concepts.concepts.filters.drop_absent`."""
         return self._with(*filters.drop_absent(self.concepts, activations, k=k, cutoff=cutoff))._not_empty()
 
     def known_to(self, encoder: Any) -> Vocabulary:
-        """Only concepts that an encoder of a fixed vocabulary has an embedding for."""
+        """The concepts that an encoder with a fixed vocabulary can embed."""
         asked = {text: concept for concept in self.concepts for text in self._texts(concept)}
         gone = {asked[text] for text in without_embedding(encoder, list(asked))}
         drops = [Drop(concept, "no text embedding") for concept in self.concepts if concept in gone]
         return self._with([c for c in self.concepts if c not in gone], drops)._not_empty()
 
     def without(self, drops: Iterable[Drop]) -> Vocabulary:
-        """Without the concepts of ``drops``, which enter the report: for later steps with reasons of their own."""
+        """The concepts without those of ``drops``, which are added to the report."""
         drops = list(drops)
         gone = {drop.concept for drop in drops}
         for name in gone:
@@ -225,7 +226,7 @@ class Vocabulary:
         """Unit text embeddings ``(M, D)``, float32; with templates the normalized mean over them.
 
         Raises:
-            InputError: the vocabulary is empty; texts the encoder has no embedding for (they are named).
+            InputError: the vocabulary is empty, or texts have no embedding (the message names them).
         """
         self._not_empty()
         texts = [text for concept in self.concepts for text in self._texts(concept)]
@@ -233,13 +234,13 @@ class Vocabulary:
         return F.normalize(unit.view(len(self), -1, unit.shape[1]).mean(1), dim=1)
 
     def index(self, concept: str) -> int:
-        """The number of a concept; the nearest names are offered for an unknown one."""
+        """The index of a concept; the error for an unknown one suggests the nearest names."""
         if concept not in self.concepts:
             raise InputError(f"there is no concept {concept!r}.{did_you_mean(concept, self.concepts)}")
         return self.concepts.index(concept)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``.txt`` (one concept per line) or ``.json`` (templates, sources and report too), atomically."""
+        """Write ``.txt`` (one concept per line) or ``.json`` (with templates, sources and report), atomically."""
         path = Path(path)
         if path.suffix.lower() == ".txt":
             if any("\n" in concept for concept in self.concepts):
@@ -251,7 +252,7 @@ class Vocabulary:
             raise InputError(f"{path} must end in .txt or .json")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The vocabulary as a JSON-serializable dictionary."""
         return {
             "concepts": list(self.concepts),
             "templates": None if self.templates is None else list(self.templates),

@@ -1,4 +1,4 @@
-"""Data sets with concept masks: synthetic scenes with an exact truth, and readers for published ones."""
+"""Data sets with concept masks: synthetic scenes with exact ground truth, and readers for published data sets."""
 
 from captum_concepts.datasets.folders import (
     CUB,

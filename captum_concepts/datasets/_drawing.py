@@ -1,8 +1,8 @@
-"""Drawing for :mod:`captum_concepts.datasets.scenes`: shapes, textures and grounds as vectorised NumPy functions.
+"""Drawing for :mod:`captum_concepts.datasets.scenes`: shapes, textures and grounds as vectorized NumPy functions.
 
-Everything is given in units of the image side and sampled at pixel centres, so one scene looks the same at every
-size. A shape is a signed distance function: the sign at the pixel centre is the exact mask, the distance in pixels
-gives the anti-aliased edge.
+All lengths are in units of the image side and sampled at pixel centers, so a scene looks the same at every size. A
+shape is a signed distance function, whose sign at the pixel center is the exact mask and whose value anti-aliases the
+edge.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GROUNDS = ("grass", "sand", "water", "brick", "snow", "wood")
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """One object: indices into the word lists above, and its place and style in units of the image side."""
+    """One object, with indices into the lists above, and its position and style in units of the image side."""
 
     shape: int
     colour: int
@@ -48,14 +48,14 @@ class ObjectSpec:
 
 @lru_cache(maxsize=16)
 def pixel_centres(size: int) -> tuple[Array, Array]:
-    """x ``(1, size)`` and y ``(size, 1)`` of the pixel centres in units of the image side."""
+    """x ``(1, size)`` and y ``(size, 1)`` of the pixel centers in units of the image side."""
     c = ((np.arange(size, dtype=np.float32) + 0.5) / size).astype(np.float32)
     return c[None, :], c[:, None]
 
 
 @lru_cache(maxsize=64)
 def _interpolation(size: int, cells: int) -> Array:
-    """``(size, cells + 1)`` matrix that interpolates a lattice smoothly at the pixel centres."""
+    """``(size, cells + 1)`` matrix that interpolates a lattice smoothly at the pixel centers."""
     u = (np.arange(size) + 0.5) / size * cells
     k = np.minimum(u.astype(int), cells - 1)
     t = u - k
@@ -67,7 +67,7 @@ def _interpolation(size: int, cells: int) -> Array:
 
 
 def smooth_noise(rng: np.random.Generator, size: int, rows: int, columns: int) -> Array:
-    """Value noise in [-1, 1], ``(size, size)``: the same picture at every size."""
+    """Value noise ``(size, size)`` in [-1, 1], the same at every size."""
     lattice = rng.uniform(-1, 1, (rows + 1, columns + 1)).astype(np.float32)
     return np.asarray(_interpolation(size, rows) @ lattice @ _interpolation(size, columns).T, dtype=np.float32)
 
@@ -80,14 +80,14 @@ def _box(x: Array, y: Array, a: float, b: float) -> Array:
 
 
 def _triangle(x: Array, y: Array) -> Array:
-    # Equilateral, circumradius .97, point up (y runs downwards), inradius half of that.
+    # Equilateral, pointing up (y points down), circumradius .97, inradius half of that.
     d = np.float32(0.485)
     s = np.float32(np.sqrt(3) / 2)
     return np.maximum(y, np.maximum(s * x - y / 2, -s * x - y / 2)) - d
 
 
 def _star(x: Array, y: Array) -> Array:
-    # Fold into one half of one of five points, then the distance to the line from the tip to the notch.
+    # Fold into one half of one of the five points, then measure the distance to the line from tip to notch.
     tip, notch, wedge = 0.98, 0.46, np.pi / 5
     angle = np.arctan2(x, -y)
     angle = np.abs((angle + wedge) % (2 * wedge) - wedge)
@@ -99,7 +99,7 @@ def _star(x: Array, y: Array) -> Array:
 
 
 def signed_distance(shape: int, x: Array, y: Array) -> Array:
-    """Signed distance (negative inside) to a shape in the unit circle; y runs downwards."""
+    """Signed distance (negative inside) to a shape in the unit circle; y points down."""
     name = SHAPES[shape]
     if name == "circle":
         return np.asarray(np.hypot(x, y) - np.float32(0.88))
@@ -113,12 +113,12 @@ def signed_distance(shape: int, x: Array, y: Array) -> Array:
 
 
 def _coverage(distance: Array, size: int) -> Array:
-    """Anti-aliased coverage of a pixel whose centre has this signed distance (in units of the image side)."""
+    """Anti-aliased coverage of a pixel whose center has this signed distance (in units of the image side)."""
     return np.clip(np.float32(0.5) - distance * np.float32(size), 0, 1)
 
 
 def _texture(texture: int, x: Array, y: Array, period: float, size: int) -> Array:
-    """Share of the base colour, 1 where the object has its own colour and 0 where it is dark."""
+    """Fraction of the base color, 1 where the object has its own color and 0 where it is dark."""
     name = TEXTURES[texture]
     if name == "plain":
         return np.ones(np.broadcast_shapes(x.shape, y.shape), dtype=np.float32)
@@ -133,7 +133,7 @@ def _texture(texture: int, x: Array, y: Array, period: float, size: int) -> Arra
 
 
 def draw_object(image: Array, spec: ObjectSpec) -> NDArray[np.bool_]:
-    """Paint one object into ``image`` ``(3, size, size)`` in place; return its exact mask ``(size, size)``."""
+    """Draw one object into ``image`` ``(3, size, size)`` in place and return its exact mask ``(size, size)``."""
     size = image.shape[-1]
     px, py = pixel_centres(size)
     x, y = px - np.float32(spec.x), py - np.float32(spec.y)
@@ -145,7 +145,7 @@ def draw_object(image: Array, spec: ObjectSpec) -> NDArray[np.bool_]:
     tx = c * x + s * y + np.float32(spec.phase[0] * spec.period)
     ty = c * y - s * x + np.float32(spec.phase[1] * spec.period)
     share = np.float32(0.22) + np.float32(0.78) * _texture(spec.texture, tx, ty, spec.period, size)
-    # A little light from above, so that flat colours are not constant regions.
+    # Slight shading from above, so that plain colors are not constant regions.
     share = share * (1 - np.float32(0.12) * y / r)
     rgb = np.asarray(spec.rgb, dtype=np.float32)[:, None, None]
     image += alpha * (rgb * share - image)
@@ -156,7 +156,7 @@ def draw_object(image: Array, spec: ObjectSpec) -> NDArray[np.bool_]:
 
 
 def draw_ground(ground: int, rng: np.random.Generator, size: int) -> Array:
-    """A textured ground ``(3, size, size)``, muted so that the colour words belong to objects alone."""
+    """A textured ground ``(3, size, size)`` in muted colors, so that color concepts belong only to objects."""
     name = GROUNDS[ground]
     x, y = pixel_centres(size)
     jitter = rng.uniform(-0.04, 0.04, 3).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What is in a scene: the words, the classes, and the random choices behind :mod:`captum_concepts.datasets.scenes`."""
+"""Concepts, classes and random choices of the scenes in :mod:`captum_concepts.datasets.scenes`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from captum_concepts.datasets._drawing import COLOURS, GROUNDS, SHAPES, TEXTURES, ObjectSpec
 
 MAX_OBJECTS = 3
-# Each class is two words of one object; its planted ground has the same position in GROUNDS. No single word decides
-# (circle, square, red and striped each serve two classes), so a classifier has to bind words to one object.
+# Each class is two concepts of one object; its planted ground has the same index in GROUNDS. No single concept decides
+# (circle, square, red and striped each belong to two classes), so a classifier must bind concepts to one object.
 CLASSES = (("red", "circle"), ("striped", "circle"), ("red", "square"),
             ("striped", "square"), ("blue", "triangle"), ("dotted", "star"))  # fmt: skip
 WORDS = (*SHAPES, *COLOURS, *TEXTURES, *GROUNDS)
 INDEX = {word: i for i, word in enumerate(WORDS)}
-# Radii of the bounding circles for 1, 2 and 3 objects: disjoint circles of these sizes always find room.
+# Radii of the bounding circles for 1, 2 and 3 objects, of which disjoint circles always fit.
 _RADII = ((0.17, 0.30), (0.15, 0.22), (0.13, 0.18))
 
 
@@ -43,9 +43,9 @@ class ScenePlan(NamedTuple):
 
 
 def plan_scene(seed: int, index: int, spurious: float) -> ScenePlan:
-    """Scene ``index`` of ``seed``: what is where. Nothing but the ground depends on ``spurious``."""
+    """Contents of scene ``index`` of ``seed``; only the ground depends on ``spurious``."""
     rng = np.random.default_rng((seed, index))
-    # Drawn first and always, so that `spurious` moves nothing but the ground.
+    # Always drawn, and first, so that `spurious` changes only the ground.
     label, coin, ground = int(rng.integers(len(CLASSES))), rng.random(), int(rng.integers(len(GROUNDS)))
     if coin < spurious:
         ground = label
@@ -86,11 +86,11 @@ def _place(
         free = np.flatnonzero(gap > 0.01)
         if len(free):
             return float(xy[free[0], 0]), float(xy[free[0], 1]), r
-        r *= 0.95  # rare; shrinking ends because the placed circles never fill the square
+        r *= 0.95  # rare; terminates because the placed circles never fill the square
 
 
 def concept_indices(spec: ObjectSpec) -> tuple[int, int, int]:
-    """Concept indices of an object's shape, colour and texture."""
+    """Concept indices of an object's shape, color and texture."""
     return spec.shape, len(SHAPES) + spec.colour, len(SHAPES) + len(COLOURS) + spec.texture
 
 

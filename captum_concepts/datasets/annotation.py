@@ -1,4 +1,4 @@
-"""Label images next to photographs: both are read, turned and resized alike, and what does not fit is named."""
+"""Photographs and label images, read, rotated and resized together and checked against each other."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from captum_concepts.images import Reading, opened_image
 from captum_concepts.images.pixels import orientation, turned
 
 Ids = NDArray[np.int32]
-#: The id of pixels beside a padded image; they are ignored.
+#: The id of padding pixels, which are ignored.
 OUTSIDE = -1
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One map of label ids: the pixels ``(h, w)`` of a file, or one id for the whole image.
+    """One map of label ids, either the pixels ``(h, w)`` of a file or one id for the whole image.
 
-    ``rescale``: the file may be smaller than the image (Broden's are half its size); otherwise that is an error.
+    With ``rescale``, the file may have another size than the image (Broden's are half as large), which is otherwise an
+    error.
     """
 
     ids: Ids | int
@@ -36,7 +37,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a reader knows of one image: a file or pixels ``(H, W, 3)`` uint8, and its layers of ids."""
+    """A file or pixels ``(H, W, 3)`` uint8 of one image, and its layers of ids."""
 
     image: Path | NDArray[np.uint8]
     layers: list[Layer]
@@ -46,7 +47,7 @@ class Annotation:
 
 
 def read_ids(path: str | os.PathLike[str], encoding: str = "index") -> Ids:
-    """A label image as ids ``(h, w)``.
+    """Ids ``(h, w)`` of a label image.
 
     Args:
         path: the file.
@@ -54,7 +55,7 @@ def read_ids(path: str | os.PathLike[str], encoding: str = "index") -> Ids:
             ``"rgb"``: R + 256 G + 65536 B.
 
     Raises:
-        InputError: the file is missing, broken, or of another kind.
+        InputError: the file is missing, broken, or of another format.
     """
     path = Path(path)
     if not is_there(path):
@@ -75,7 +76,7 @@ def read_ids(path: str | os.PathLike[str], encoding: str = "index") -> Ids:
 
 
 def load_pair(annotation: Annotation, reading: Reading) -> tuple[Tensor, list[Ids]]:
-    """The image ``(3, H, W)`` and its layers ``(H, W)``, turned, cropped and resized together.
+    """The image ``(3, H, W)`` and its layers ``(H, W)``, rotated, cropped and resized together.
 
     Raises:
         InputError: a file is missing or broken, or a layer does not have the size of its image.
@@ -92,7 +93,7 @@ def load_pair(annotation: Annotation, reading: Reading) -> tuple[Tensor, list[Id
 
 
 def check_turn(size: Any, stored: Any, turn: int, mask: str, photo: str) -> None:
-    """Warn where the size of a mask does not tell whether it was drawn on the pixels as stored or as shown."""
+    """Warn if the size of a mask leaves open whether it was drawn on the pixels as stored or as displayed."""
     if turn != 1 and size == stored and (turn < 5 or stored[0] == stored[1]):
         warnings.warn(
             f"{photo} is shown turned (EXIF orientation {turn}), and {mask} is taken to be drawn on the pixels as they "
@@ -103,7 +104,7 @@ def check_turn(size: Any, stored: Any, turn: int, mask: str, photo: str) -> None
 
 
 def _fit(layer: Layer, annotation: Annotation, stored: Any, turn: int, reading: Reading, image: Tensor) -> Ids:
-    """A layer of ids in the geometry of its image."""
+    """Ids of a layer in the geometry of its image."""
     from PIL import Image
 
     if isinstance(layer.ids, int):
@@ -112,7 +113,7 @@ def _fit(layer: Layer, annotation: Annotation, stored: Any, turn: int, reading: 
     upright = stored[::-1] if turn >= 5 else stored
     check_turn(labels.size, stored, turn, layer.source, annotation.name)
     if labels.size != stored and labels.size == upright:
-        turn = 1  # drawn on the turned image
+        turn = 1  # drawn on the rotated image
     elif labels.size != stored:
         if not layer.rescale:
             raise InputError(

@@ -1,4 +1,4 @@
-"""`Broden`: NetDissect's broadly and densely labelled pictures."""
+"""`Broden`: NetDissect's broadly and densely labeled images."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class Broden(SegmentationDataset):
-    """Broden in NetDissect's layout: colours, objects, parts, materials, scenes and textures.
+    """Broden in NetDissect's layout: colors, objects, parts, materials, scenes and textures.
 
-    Several labels may hold for one pixel: an image has any number of label maps in each category, and a concept's mask
-    is the union over the maps of the chosen categories. A map is a PNG of label numbers, R + 256 G (broden1_224 stores
-    them at half the picture's size; they are enlarged by nearest neighbour), or one number for the whole picture
-    (scenes and textures). Number 0 carries no label and counts as background, as in NetDissect. An image that was never
-    annotated for a category shows none of its concepts: use ``regions="present"``, which looks only at what is there.
+    A pixel may have several labels, since an image has any number of label maps per category. A concept's mask is the
+    union over the maps of the chosen categories. A map is a PNG of label numbers, R + 256 G (broden1_224 stores them at
+    half the image's size; they are enlarged by nearest neighbor), or one number for the whole image (scenes and
+    textures). Number 0 is unlabeled and counts as background, as in NetDissect. An image that is not annotated for a
+    category has no masks of its concepts, so use ``regions="present"``, which contains only the present concepts.
 
     Bau et al., Network Dissection, CVPR 2017.
 
     Args:
         root: the unpacked folder, e.g. ``dataset/broden1_224``.
-        categories: keep these only ("color", "object", "part", "material", "scene", "texture"): their concepts, and the
-            images annotated for one of them at least.
+        categories: keep only the concepts of these ("color", "object", "part", "material", "scene", "texture"), and
+            images annotated for at least one of them.
         split: "train" or "val"; None for both.
         options: see :class:`SegmentationDataset`.
 
     Attributes:
-        categories: the chosen ones.
+        categories: the chosen categories.
         concept_categories: for each concept, its categories in label.csv.
 
     Raises:
-        InputError: something is missing, broken or mismatched; the file is named.
+        InputError: a file is missing, broken or mismatched; the message names it.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Broden(SegmentationDataset):
         for row in _rows(label, ["number", "name", "category"]):
             if not _NUMBER.fullmatch(row["number"]):
                 raise InputError(f"{label} has the label number {row['number']!r}, which is no number")
-            # "object(1203);part(17)": the count behind each category is its frequency
+            # "object(1203);part(17)" lists each category with its frequency
             labels[int(row["number"])] = row["name"], tuple(re.findall(r"([^;(]+)(?:\([^)]*\))?", row["category"]))
         rows = _rows(index, ["image", "split", *self.categories])
         splits = sorted({row["split"] for row in rows})

@@ -1,4 +1,4 @@
-"""`COCOPanoptic`: things and stuff of COCO's panoptic annotations."""
+"""`COCOPanoptic`: things and stuff in COCO's panoptic annotations."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ _SCHEMA = table(
 
 
 class COCOPanoptic(SegmentationDataset):
-    """COCO panoptic segmentation: a concept's mask is the union of all its segments in a picture.
+    """COCO panoptic segmentation, in which a concept's mask is the union of all its segments in an image.
 
-    A PNG holds segment ids R + 256 G + 65536 B, the JSON gives each segment its category; 0 is void. Crowds are part
-    of their category's region. Kirillov et al., Panoptic Segmentation, CVPR 2019.
+    A PNG contains segment ids R + 256 G + 65536 B, and the JSON maps segments to categories; 0 is void. Crowds belong
+    to the mask of their category. Kirillov et al., Panoptic Segmentation, CVPR 2019.
 
     Args:
-        root: the folder that holds ``annotations/`` and the images.
+        root: the folder with ``annotations/`` and the images.
         split: "val2017" or "train2017".
         things, stuff: keep the categories of countable things, of stuff, or both; the rest is background.
-        images, annotations, masks: the folder of the images, the JSON and the folder of its PNGs, where they are not
-            at their usual places under ``root``.
+        images, annotations, masks: the folder of the images, the JSON and the folder of its PNGs, if they are not in
+            their usual locations under ``root``.
         unlabelled: ``"ignore"`` void pixels (as COCO's own evaluation does), or count them as ``"background"``.
         options: see :class:`SegmentationDataset`.
 
@@ -65,7 +65,7 @@ class COCOPanoptic(SegmentationDataset):
         is_thing: for each concept, whether it is a thing.
 
     Raises:
-        InputError: something is missing, broken or mismatched; the file is named.
+        InputError: a file is missing, broken or mismatched; the message names it.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class COCOPanoptic(SegmentationDataset):
         categories = {c["id"]: (c["name"], bool(c.get("isthing", 1))) for c in index["categories"]}
         if len(categories) != len(index["categories"]):
             raise InputError(f"{path} has several categories of one id")
-        # Some count categories from 0, which in the PNG is void: pixels of no segment get an id that no category has.
+        # Categories may start from 0, which is void in the PNG, so void pixels get an id that no category has.
         self._nothing = next(i for i in itertools.count() if i not in categories)
         self.background = frozenset({self._nothing})
         self.void = self.background if unlabelled_ids(unlabelled) else frozenset()
@@ -126,7 +126,7 @@ class COCOPanoptic(SegmentationDataset):
 
 
 def _categories(ids: Ids, segments: dict[int, int], nothing: int, path: Path, json: Path) -> Ids:
-    """The category of each pixel's segment; ``nothing`` where there is none, 0."""
+    """The category of each pixel's segment; ``nothing`` where the segment id is 0."""
     values, where = np.unique(ids, return_inverse=True)
     found = set(values.tolist()) - {0}
     if found != set(segments):

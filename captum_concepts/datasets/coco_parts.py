@@ -1,4 +1,4 @@
-"""`COCOParts`: parts of objects in COCO's instance format, as PartImageNet and PartImageNet++ have them."""
+"""`COCOParts`: parts of objects in COCO's instance format, as in PartImageNet and PartImageNet++."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ _SCHEMA = table(
 
 
 class COCOParts(SegmentationDataset):
-    """Part masks in COCO's instance format; the concepts are its categories, one mask per category and image.
+    """Part masks in COCO's instance format; the concepts are its categories, with one mask per category and image.
 
-    Read with polygons, uncompressed and compressed run lengths. An image in a folder, or with a name, that begins with
-    the WordNet id of an ImageNet-1k class has its index as ``label``.
+    Segmentations may be polygons, uncompressed or compressed run lengths. If the JSON or the image's folder is named by
+    the WordNet id of an ImageNet-1k class, or the file name starts with one and ``_``, its index is the ``label``.
 
     Li et al., PartImageNet++ Dataset, ECCV 2024; He et al., PartImageNet, ECCV 2022.
 
@@ -61,7 +61,7 @@ class COCOParts(SegmentationDataset):
         options: see :class:`SegmentationDataset`.
 
     Raises:
-        InputError: something is missing, broken or mismatched; the file is named.
+        InputError: a file is missing, broken or mismatched; the message names it.
     """
 
     def __init__(self, annotations: str | os.PathLike[str], images: str | os.PathLike[str], **options: Any) -> None:
@@ -97,7 +97,7 @@ class COCOParts(SegmentationDataset):
 
 
 def _read(file: Path, ids: dict[str, int]) -> list[tuple[str, str, tuple[int, int], list[tuple[int, Any]]]]:
-    """The images of one JSON; ``ids`` collects a number for each category name."""
+    """The images of one JSON; adds a number for each category name to ``ids``."""
     what = f"{file}, which must be in COCO's instance format,"
     found = check_json(read_json(file, dict), _SCHEMA, what, InputError)
     names = {c["id"]: ids.setdefault(c["name"], len(ids) + 1) for c in found["categories"]}
@@ -116,7 +116,7 @@ def _read(file: Path, ids: dict[str, int]) -> list[tuple[str, str, tuple[int, in
 
 
 def _mask(shape: Any, size: tuple[int, int], source: str) -> Ids:
-    """A segmentation as ``(h, w)`` of zeros and ones."""
+    """Mask ``(h, w)`` of zeros and ones of a segmentation."""
     height, width = size
     if height * width > MOST_PIXELS:
         raise InputError(f"{source} claims {height} x {width} pixels")
@@ -135,7 +135,7 @@ def _mask(shape: Any, size: tuple[int, int], source: str) -> Ids:
 
 
 def _filled(polygon: np.ndarray[Any, Any], size: tuple[int, int]) -> Ids:
-    """The pixels whose center is inside, by the even-odd rule."""
+    """Mask of the pixels whose center is inside the polygon, by the even-odd rule."""
     turns = np.zeros((size[0], size[1] + 1), dtype=np.int32)
     rows = np.arange(size[0]) + 0.5
     for (x0, y0), (x1, y1) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
@@ -146,7 +146,7 @@ def _filled(polygon: np.ndarray[Any, Any], size: tuple[int, int]) -> Ids:
 
 
 def _from_runs(counts: Sequence[int], size: tuple[int, int]) -> Ids:
-    """Run lengths of zeros and ones by turns, down the columns."""
+    """Mask from alternating run lengths of zeros and ones in column-major order."""
     runs = np.asarray(counts, dtype=np.int64)
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != size[0] * size[1]:
         raise ValueError(f"run lengths of {int(runs.sum())} pixels for {size[0] * size[1]}")
@@ -154,7 +154,7 @@ def _from_runs(counts: Sequence[int], size: tuple[int, int]) -> Ids:
 
 
 def _decoded(text: str | bytes) -> list[int]:
-    """COCO's compressed run lengths: five bits per character, differences to the run before the last."""
+    """Run lengths from COCO's compressed form, five bits per character, each relative to the run before the last."""
     codes = [code - 48 for code in (text.encode() if isinstance(text, str) else text)]
     runs: list[int] = []
     at = 0

@@ -1,4 +1,4 @@
-"""`CUB`: birds with the places of their parts, and attributes of each image."""
+"""`CUB`: birds with part keypoints, and attributes of each image."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ _LARGEST = 10**9
 
 
 class CUB(SegmentationDataset):
-    r"""CUB-200-2011: 200 species of birds, 15 parts as keypoints, 312 attributes per image.
+    r"""CUB-200-2011: 200 bird species, 15 parts as keypoints and 312 attributes per image.
 
-    The concepts are the parts. CUB gives their places as points, so the mask of a visible part is a disk around its
-    point whose radius is ``radius`` times :math:`\sqrt{wh}` of the bird's bounding box; disks may overlap. Use them
-    with metrics that ask where a map is highest, such as the pointing game, rather than with area metrics.
+    The concepts are the parts. CUB annotates them as points, so the mask of a visible part is a disk around its point
+    with a radius of ``radius`` times :math:`\sqrt{wh}` of the bird's bounding box; disks may overlap. Use them with
+    metrics of the maximum of a map, such as the pointing game, rather than with area metrics.
 
     Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, 2011.
 
     Args:
         root: ``CUB_200_2011``.
         split: ``"train"``, ``"test"``, or None for both.
-        radius: of the disks, in (0, 1].
+        radius: relative radius of the disks, in (0, 1].
         options: see :class:`SegmentationDataset`.
 
     Attributes:
-        classes: names of the species; an item's ``label`` is the index of its own.
+        classes: names of the species; an item's ``label`` is the index of its species.
         attribute_names: the 312 attributes, such as ``"has_bill_shape::cone"``.
         attributes: ``(N, 312)`` bool, whether an image shows them.
-        certainty: ``(N, 312)`` int8, how sure the annotator was: 1 not visible, 2 guessing, 3 probably, 4 definitely.
+        certainty: ``(N, 312)`` int8 certainty of the annotator: 1 not visible, 2 guessing, 3 probably, 4 definitely.
 
     Raises:
-        InputError: something is missing or broken; the file is named.
+        InputError: a file is missing or broken; the message names it.
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class CUB(SegmentationDataset):
         return Annotation(path, layers, name, label=self._labels[self._ids[index]])
 
     def keypoints(self, index: int) -> Tensor:
-        """``(15, 3)``: x and y in the pixels of the stored image, and 1 where the part is visible."""
+        """``(15, 3)`` x and y in pixels of the stored image, and 1 where the part is visible."""
         return torch.from_numpy(self._points[index].copy())
 
     def _file(self, name: str) -> Path:
         return require(self.root / name, tree=_TREE, where=_WHERE)
 
     def _pairs(self, name: str) -> list[tuple[int, str]]:
-        """Lines of a number and a text."""
+        """Number and text of every line."""
         path = self._file(name)
         lines = [line.split(maxsplit=1) for line in read_text(path).split("\n") if line.strip()]
         bad = next((i for i, line in enumerate(lines) if len(line) != 2 or not _NUMBER.fullmatch(line[0])), None)

@@ -1,4 +1,4 @@
-"""Readers for published segmentation data sets, one class a format, all with the items of `SegmentationDataset`.
+"""Readers for published segmentation data sets, one class per format, with the items of `SegmentationDataset`.
 
 =============================  =====================================================================
 :class:`Broden`                NetDissect's layout: index.csv, label.csv, category.csv, images/
@@ -63,20 +63,20 @@ _VOC_WHERE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (ROOT is VOCdevkit
 
 
 class MaskFolder(SegmentationDataset):
-    """Any pictures with semantic masks: ``images/``, ``masks/`` of the same names, ``classes.json``.
+    """Your own images with semantic masks, as ``images/``, ``masks/`` with the same names, and ``classes.json``.
 
-    ``classes.json`` maps pixel values to names; pixel 0 is unlabelled. Masks have one channel (8 or 16 bit) and the
-    size of their picture.
+    ``classes.json`` maps pixel values to names; pixel 0 is unlabeled. Masks have one channel (8 or 16 bit) and the
+    size of their image.
 
     Args:
-        root: the folder that holds the three.
-        unlabelled: what pixels of value 0 are: ``"ignore"`` leaves them out of metrics, since nobody said what they
-            show; ``"background"`` counts them as showing no concept. None: background if ``classes.json`` calls 0 so.
+        root: the folder with these three.
+        unlabelled: how pixels of value 0 are handled: ``"ignore"`` leaves them out of metrics; ``"background"`` counts
+            them as showing no concept. None: background if that is the name of 0 in ``classes.json``, else ignore.
         void: further pixel values to ignore, such as 255 for borders.
         options: see :class:`SegmentationDataset`.
 
     Raises:
-        InputError: something is missing, broken or mismatched; the file is named.
+        InputError: a file is missing, broken or mismatched; the message names it.
 
     Example:
         >>> import tempfile
@@ -136,17 +136,17 @@ class MaskFolder(SegmentationDataset):
 
 
 class PascalVOC(SegmentationDataset):
-    """Pascal VOC segmentation: 20 classes; pixel 0 is background, 255 (borders and difficult objects) is ignored.
+    """Pascal VOC segmentation with 20 classes; pixel 0 is background, 255 (borders and difficult objects) is ignored.
 
     Everingham et al., IJCV 2010.
 
     Args:
-        root: ``VOCdevkit/VOC2012`` (or another year), or the folder above it if it holds one year only.
+        root: ``VOCdevkit/VOC2012`` (or another year), or the folder above it if it contains only one year.
         split: a list in ``ImageSets/Segmentation``: "train", "val" or "trainval".
         options: see :class:`SegmentationDataset`.
 
     Raises:
-        InputError: something is missing, broken or mismatched; the file is named.
+        InputError: a file is missing, broken or mismatched; the message names it.
     """
 
     void = frozenset({255})

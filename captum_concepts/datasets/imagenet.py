@@ -1,4 +1,4 @@
-"""WordNet ids of ImageNet-1k: their class index and their names."""
+"""Class indices and names of the WordNet ids of ImageNet-1k."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from functools import lru_cache
 
 @lru_cache(maxsize=1)
 def class_indices() -> dict[str, int]:
-    """Index of each of the 1,000 classes, in the order of every ImageNet classifier, by WordNet id."""
+    """Index of each of the 1,000 classes by WordNet id, in the standard order of ImageNet classifiers."""
     from timm.data import ImageNetInfo
 
     return {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
 
 
 def names_of(wnids: Sequence[str]) -> list[str]:
-    """The first synonym of each WordNet id, all of them where the first is shared; ids of other classes stay."""
+    """First synonym of each WordNet id, or all synonyms if the first is ambiguous; other ids are unchanged."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")

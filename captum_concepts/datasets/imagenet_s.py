@@ -1,4 +1,4 @@
-"""`ImageNetS`: ImageNet pictures with semantic masks."""
+"""`ImageNetS`: ImageNet images with semantic masks."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ _WHERE = (
 
 
 class ImageNetS(SegmentationDataset):
-    """ImageNet-S with 50, 300 or 919 classes: semantic masks of ImageNet's own pictures.
+    """ImageNet-S, semantic masks of ImageNet images with 50, 300 or 919 classes.
 
-    Class id = R + 256 G of the PNG; 0 is everything else (background), 1000 is ignored, and so is 65535. The i-th line
-    of the published class table is class id i, counted from 1; the table of 919 is *not* sorted, so it is needed, while
-    the tables of 50 and 300 are sorted and can be read off the folders if all are there.
+    The class id is R + 256 G of the PNG; 0 is background, and 1000 and 65535 are ignored. The i-th line of the
+    published class table is class id i, counted from 1. The table of 919 is required because it is *not* sorted; the
+    tables of 50 and 300 are sorted and can be inferred from the folders if all are present.
 
-    An item's ``label`` is the ImageNet-1k class index of its folder, as every ImageNet classifier counts:
-    ``regions="label"`` gives that class's mask with ``target=label``, what ``metrics.evaluate`` needs for Grad-CAM and
-    its like. Concepts are named by the first synonym of their synset, by all where two classes share the first
-    ("crane"). Gao et al., Large-scale Unsupervised Semantic Segmentation, TPAMI 2022.
+    An item's ``label`` is the ImageNet-1k class index of its folder. ``regions="label"`` returns the mask of that class
+    with ``target=label``, as ``metrics.evaluate`` needs for Grad-CAM and similar methods. Concepts are named by the
+    first synonym of their synset, or by all synonyms if two classes share the first ("crane"). Gao et al., Large-scale
+    Unsupervised Semantic Segmentation, TPAMI 2022.
 
     Args:
         root: ``ImageNetS50``, ``ImageNetS300`` or ``ImageNetS919``.
         split: "validation" or "train-semi", the two with public masks.
-        categories: the class table: a file or the WordNet ids in their order. By default
+        categories: the class table, as a file or as the WordNet ids in order. By default
             ``ImageNetS_categories_im*.txt`` in ``root`` or the folder above, else the sorted folders.
         options: see :class:`SegmentationDataset`.
 
     Attributes:
-        wnids: WordNet id of each class; class id - 1 is the position.
+        wnids: WordNet id of each class, at the index class id - 1.
 
     Raises:
-        InputError: something is missing, broken or mismatched; the file is named.
+        InputError: a file is missing, broken or mismatched; the message names it.
     """
 
     void = frozenset({1000, 65535})

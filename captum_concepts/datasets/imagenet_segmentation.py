@@ -1,4 +1,4 @@
-"""`ImageNetSegmentation`: the foreground masks behind the ImageNet-segmentation tables."""
+"""`ImageNetSegmentation`: foreground masks of ImageNet images, used in the ImageNet-segmentation tables."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from captum_concepts.images.files import MOST_PIXELS
 _TREE = """  gtsegs_ijcv.mat            the published file, or
   ROOT/images/NAME.jpg       a folder converted from it
   ROOT/masks/NAME.png        one channel, not 0 is the object"""
-#: What h5py raises for damaged files, and what their nonsense leads to.
+#: Errors of h5py, or of later code, for damaged files.
 _BROKEN = (AttributeError, LookupError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
 _MOST_PICTURES = 1_000_000
 _WHERE = "http://calvin-vision.net/bigstuff/proj-imagenet/data/gtsegs_ijcv.mat"
 
 
 class ImageNetSegmentation(SegmentationDataset):
-    """4,276 ImageNet pictures with the mask of their object: the only concept is "foreground".
+    """4,276 ImageNet images with the mask of their object; the only concept is "foreground".
 
-    The published file is MATLAB's v7.3 format, that is HDF5, and needs ``h5py``. It is opened on first use in each
-    process, so a ``DataLoader`` may use any number of workers. Guillaumin et al., ImageNet Auto-Annotation with
-    Segmentation Propagation, IJCV 2014; the metrics' protocol is in ``metrics.pixel_accuracy``, ``mean_iou`` and
+    The published file has MATLAB's v7.3 format (HDF5) and needs ``h5py``. It is opened on first use in each process, so
+    a ``DataLoader`` may use any number of workers. Guillaumin et al., ImageNet Auto-Annotation with Segmentation
+    Propagation, IJCV 2014. For the protocol of the metrics, see ``metrics.pixel_accuracy``, ``mean_iou`` and
     ``average_precision``.
 
     Args:
-        path: ``gtsegs_ijcv.mat`` (or the folder it lies in), or a folder with ``images/`` and ``masks/``.
-        labelled: keep only pictures whose class is one of the 1,000 of ImageNet-1k, and give its index as ``label`` and
-            ``target`` (the .mat file only; some of its 445 classes are others). False: no labels, as the published
-            protocol explains the model's own prediction.
-        options: see :class:`SegmentationDataset`; ``regions`` is "label" unless given: one mask ``(H, W)`` a picture.
+        path: ``gtsegs_ijcv.mat`` (or its folder), or a folder with ``images/`` and ``masks/``.
+        labelled: keep only images whose class is in ImageNet-1k, and use its index as ``label`` and ``target`` (.mat
+            file only; some of its 445 classes are not). False: no labels, as in the published protocol, which explains
+            the model's own prediction.
+        options: see :class:`SegmentationDataset`; ``regions`` defaults to "label", one mask ``(H, W)`` per image.
 
     Raises:
-        InputError: something is missing, broken or mismatched, or h5py is not installed.
+        InputError: a file is missing, broken or mismatched, or h5py is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, labelled: bool = False, **options: Any) -> None:
@@ -69,7 +69,7 @@ class ImageNetSegmentation(SegmentationDataset):
         return {**self.__dict__, "_open": None}  # an open HDF5 file cannot be sent to another process
 
     def wnid(self, index: int) -> str | None:
-        """WordNet id of a picture's class (``value/target`` of the .mat file), or None for a folder."""
+        """WordNet id of an image's class (``value/target`` of the .mat file), or None for a folder."""
         if self._files is not None:
             return None
         file = self._mat()
@@ -82,7 +82,7 @@ class ImageNetSegmentation(SegmentationDataset):
             return Annotation(path, [Layer(_binary(read_ids(drawn)), str(drawn))], path.name, label_id=1)
         file, source = self._mat(), f"{self.path}, example {i}"
         try:
-            # MATLAB stores columns first: (3, W, H) and (W, H). The mask lies in a cell of its own.
+            # MATLAB is column-major, so shapes are (3, W, H) and (W, H). The mask is in a cell of its own.
             pixels = _array(file[file["value/img"][i, 0]]).transpose(2, 1, 0)
             mask = _array(file[file[file["value/gt"][i, 0]][0, 0]]).transpose(1, 0)
         except _BROKEN as error:
@@ -93,7 +93,7 @@ class ImageNetSegmentation(SegmentationDataset):
         return Annotation(np.ascontiguousarray(pixels), [layer], f"{i}", label=label, label_id=1)
 
     def _mat(self) -> Any:
-        """The open file: one for each process, because HDF5 handles do not survive a fork."""
+        """The file, opened once per process because HDF5 handles do not survive a fork."""
         if self._open is None or self._open[0] != os.getpid():
             try:
                 h5py = import_module("h5py")  # optional, and without types
@@ -133,12 +133,12 @@ class ImageNetSegmentation(SegmentationDataset):
 
 
 def _text(file: Any, reference: Any) -> str:
-    """A MATLAB string: UTF-16 codes in an array."""
+    """Text of a MATLAB string, an array of UTF-16 codes."""
     return "".join(chr(code) for code in _array(file[reference]).ravel())
 
 
 def _array(data: Any) -> Any:
-    """The numbers of a data set, unless it claims more of them than a large picture has."""
+    """The array of an HDF5 data set; raises if it claims more values than a large image."""
     if data.size > 3 * MOST_PIXELS:
         raise ValueError(f"it claims {data.size:,} numbers, more than {3 * MOST_PIXELS:,}")
     return np.asarray(data)

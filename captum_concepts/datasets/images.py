@@ -1,4 +1,4 @@
-"""The former place of :mod:`captum_concepts.images`, for code that imports from here."""
+"""Former location of :mod:`captum_concepts.images`, kept for existing imports."""
 
 from captum_concepts.images import IMAGE_SUFFIXES, class_folders, find_images, load_image, opened_image
 from captum_concepts.images.files import MOST_PIXELS

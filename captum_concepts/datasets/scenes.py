@@ -1,4 +1,4 @@
-"""`CaptionedScenes`: seeded synthetic scenes whose concepts, masks, captions and classes are known exactly."""
+"""`CaptionedScenes`: seeded synthetic scenes with exact concepts, masks, captions and classes."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from captum_concepts.errors import InputError, did_you_mean
 
 
 class Scene(NamedTuple):
-    """One scene of :class:`CaptionedScenes`; T concepts, at most K=3 objects, the first row is the main object.
+    """One scene of :class:`CaptionedScenes`, with T concepts and at most K=3 objects, the main object first.
 
-    Every field has the same shape in every scene, so ``torch.utils.data.DataLoader`` batches it as it is: a batch is
-    a ``Scene`` again, with a leading N, ``label`` a tensor and ``caption`` a list of strings.
+    Every field has the same shape in every scene, so ``torch.utils.data.DataLoader`` batches scenes without a collate
+    function. A batch is again a ``Scene``, with a leading N, a tensor ``label`` and a list of strings ``caption``.
 
     Attributes:
         image: ``(3, H, W)`` float32 RGB in [0, 1].
         label: index into ``CaptionedScenes.classes``.
-        masks: ``(T, H, W)`` bool, True at the pixels whose centre shows the concept.
-        caption: the scene in words, main object first.
+        masks: ``(T, H, W)`` bool, True at the pixels whose center shows the concept.
+        caption: a description of the scene, main object first.
         presence: ``(T,)`` bool, whether the concept is in the scene.
-        objects: ``(K, 3)`` int64, concept index of each object's shape, colour and texture; -1 in unused rows.
-        object_masks: ``(K, H, W)`` bool, one object alone; empty in unused rows.
+        objects: ``(K, 3)`` int64, concept indices of each object's shape, color and texture; -1 in unused rows.
+        object_masks: ``(K, H, W)`` bool, the mask of each object; empty in unused rows.
         boxes: ``(K, 4)`` float32 box x0, y0, x1, y1 around each object's bounding circle, in pixels; 0 in unused rows.
         ground: concept index of the ground.
     """
@@ -57,28 +57,28 @@ class Scene(NamedTuple):
 
 
 class CaptionedScenes(Dataset[Scene]):
-    """Seeded scenes of one to three objects (shape x colour x texture) on a textured ground, with exact masks.
+    """Seeded scenes of one to three objects (shape x color x texture) on a textured ground, with exact masks.
 
-    *Concepts* are 21 words: 5 shapes, 6 colours and 4 textures, which describe objects, and 6 grounds. A colour word
-    belongs to objects only: the grounds are muted, and grass is not "green". A textured object is its own colour and
-    a dark shade of it; both belong to the mask. Objects lie wholly inside the picture and never overlap; the mask of
+    There are 21 *concepts*: 5 shapes, 6 colors and 4 textures, which describe objects, and 6 grounds. Colors belong
+    only to objects, as the grounds are muted and grass is not "green". A textured object has its own color and a dark
+    shade of it, both of which belong to the mask. Objects lie entirely inside the image and never overlap; the mask of
     a ground is everything outside the objects.
 
     *Classes* are conjunctions of two concepts of one object: "red circle", "striped circle", "red square", "striped
-    square", "blue triangle", "dotted star". Exactly one object of a scene, the main one, fulfils exactly one class;
-    the others fulfil none, so a red square beside a blue circle is not a "red circle". Labels are uniform.
+    square", "blue triangle", "dotted star". Exactly one object of a scene, the main one, satisfies exactly one class,
+    and the others satisfy none, so a red square next to a blue circle is not a "red circle". Labels are uniform.
 
-    *Spurious grounds.* Class c has the planted ground c: grass, sand, water, brick, snow, wood. With probability
-    ``spurious`` the ground is the planted one, otherwise any ground, all alike: ``spurious=0`` makes ground and class
-    independent, and P(planted | class) = s + (1 - s) / 6. ``spurious`` changes nothing else about a scene.
+    *Spurious grounds* are planted for classes 0 to 5, in this order: grass, sand, water, brick, snow, wood. With
+    probability ``spurious`` the ground is the planted one, otherwise it is uniformly random, so ``spurious=0`` makes
+    ground and class independent, and P(planted | class) = s + (1 - s) / 6. Nothing else in a scene depends on it.
 
-    Item i depends on ``(seed, i)`` only, never on ``n`` or on the order of access; ``size`` only changes the sampling
-    of the same scene.
+    Item i depends only on ``(seed, i)``, never on ``n`` or on the order of access, and ``size`` only changes the
+    sampling of the same scene.
 
     Args:
         n: number of scenes.
-        seed: non-negative integer; other seeds give other scenes.
-        size: side of the square image in pixels, at least 16 (textures need 48 or more to be told apart).
+        seed: non-negative integer.
+        size: side of the square image in pixels, at least 16 (textures are distinguishable from 48 on).
         spurious: probability in [0, 1] that the planted ground of the class is used.
 
     Raises:
@@ -130,7 +130,7 @@ class CaptionedScenes(Dataset[Scene]):
         return (self[i] for i in range(self.n))
 
     def draw(self, index: int, *, ground: str | None = None) -> Scene:
-        """Return scene ``index``, on another ``ground`` if one is named (its objects stay as they are).
+        """Scene ``index``, optionally with the same objects on another ``ground``.
 
         Raises:
             IndexError: ``index`` is outside the data set.
@@ -181,17 +181,17 @@ class CaptionedScenes(Dataset[Scene]):
 
     @cached_property
     def labels(self) -> Tensor:
-        """``(n,)`` class of every scene, found without drawing."""
+        """``(n,)`` class of every scene, computed without drawing."""
         return torch.tensor([self._plan(i).label for i in range(self.n)], dtype=torch.long)
 
     @cached_property
     def captions(self) -> list[str]:
-        """The n captions, found without drawing."""
+        """Captions of the n scenes, computed without drawing."""
         return [caption_of(self._plan(i)) for i in range(self.n)]
 
     @cached_property
     def presence(self) -> Tensor:
-        """``(n, T)`` bool: which concepts are in which scene, found without drawing."""
+        """``(n, T)`` bool, which concepts are in which scene, computed without drawing."""
         out = torch.zeros(self.n, len(WORDS), dtype=torch.bool)
         for i in range(self.n):
             plan = self._plan(i)

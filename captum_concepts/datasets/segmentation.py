@@ -1,4 +1,4 @@
-"""Data sets of photographs with a mask for every concept: the options that all readers share."""
+"""Base class and shared options of the readers for images with concept masks."""
 
 from __future__ import annotations
 
@@ -24,31 +24,30 @@ REGIONS = ("present", "all", "label")
 
 
 class SegmentationDataset(Dataset[SegmentedImage], ABC):
-    """Base of the readers in :mod:`captum_concepts.datasets.folders`: pictures and the pixels of every concept.
+    """Base class of the readers in :mod:`captum_concepts.datasets.folders`, with images and a mask per concept.
 
-    Only the index is read at construction; pictures and masks are read when an item is asked for, in the worker that
-    asks. An image is resized with ``interpolation`` and its labels by nearest neighbor, with one and the same
-    geometry; an EXIF rotation turns both, but for a mask that has the sides of the turned picture. Where the sides do
-    not tell (a square, or upside down), the mask is taken to be drawn on the pixels as stored, with a warning.
+    Only the index is read at construction; images and masks are read on access, in the worker that accesses them. An
+    image is resized with ``interpolation``, and its labels by nearest neighbor with the same geometry. An EXIF rotation
+    applies to both, unless the mask has the size of the rotated image. If the size is ambiguous (a square image, or one
+    rotated by 180 degrees), the mask is assumed to match the pixels as stored, with a warning.
 
     Args:
-        names: concept name by pixel id. A name that occurs twice gets its id behind it.
+        names: concept name by pixel id. The id is appended to a name that occurs twice.
         concepts: names to keep, in this order; None keeps all. The rest counts as background.
-        size, resize, interpolation, crop: see :class:`captum_concepts.images.Reading`; pixels beside a padded image
-            are ignored.
-        min_area: least share of the returned picture's pixels, in [0, 1), that a concept must cover to be present.
-        regions: ``"present"``: one mask for each concept that is there, ``target`` its index; ``"all"``: one for
-            every concept of the data set, empty where absent; ``"label"``: the mask of the picture's own class.
+        size, resize, interpolation, crop: see :class:`captum_concepts.images.Reading`; padding pixels are ignored.
+        min_area: minimum fraction of the returned image's pixels, in [0, 1), that a concept must cover to be present.
+        regions: ``"present"``: one mask per present concept, with its index as ``target``; ``"all"``: one mask per
+            concept of the data set, empty if absent; ``"label"``: the mask of the image's class.
 
     Attributes:
-        concepts: the T concept names; targets index them.
+        concepts: the T concept names, indexed by targets.
 
     Raises:
-        InputError: a value out of range, an unknown concept; on access, a file that is missing, broken or mismatched.
+        InputError: a value out of range or an unknown concept; on access, a missing, broken or mismatched file.
     """
 
     void: frozenset[int] = frozenset()  #: ids of pixels to ignore
-    background: frozenset[int] = frozenset({0})  #: ids of pixels that carry no concept
+    background: frozenset[int] = frozenset({0})  #: ids of pixels without a concept
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
 
     @abstractmethod
     def _annotation(self, index: int) -> Annotation:
-        """Where image ``index`` is, and its layers of ids."""
+        """Location of image ``index``, and its layers of ids."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} images, {len(self.concepts)} concepts)"
@@ -121,7 +120,7 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
         )
 
     def pairs(self) -> ConceptRegions:
-        """The data set as (picture, one concept) pairs, one after the other: see :class:`ConceptRegions`."""
+        """The data set as :class:`ConceptRegions`, one example per image and present concept."""
         return ConceptRegions(self)
 
     def _regions_of(
@@ -153,11 +152,11 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
 
 
 class ConceptRegions(IterableDataset[dict[str, Any]]):
-    """One example for each concept in each picture: ``inputs (3, H, W)``, ``masks (H, W)``, ``ignore (H, W)``, and
-    ``concepts``, the concept's name.
+    """One example per image and present concept, a dict of ``inputs``, ``masks``, ``ignore`` and ``concepts``.
 
-    ``metrics.evaluate(method, data.pairs(), ...)`` asks ``method.concept_maps(inputs, [name])`` for every region.
-    With ``size=`` a ``DataLoader`` batches it without a collate function, and its workers share the pictures.
+    The shapes are ``(3, H, W)``, ``(H, W)`` and ``(H, W)``; ``concepts`` is the concept's name.
+    ``metrics.evaluate(method, data.pairs(), ...)`` calls ``method.concept_maps(inputs, [name])`` for every region.
+    With ``size=``, a ``DataLoader`` batches it without a collate function and splits the images among its workers.
     """
 
     def __init__(self, data: SegmentationDataset) -> None:
@@ -174,7 +173,7 @@ class ConceptRegions(IterableDataset[dict[str, Any]]):
 
 
 def _values(ids: Ids) -> list[int]:
-    """The different ids, ascending; counting is many times faster than sorting where ids are small."""
+    """Unique ids in ascending order; for small ids, counting is many times faster than sorting."""
     if ids.size and ids.min() >= 0 and ids.max() < 1 << 17:
         return [int(v) for v in np.flatnonzero(np.bincount(ids.ravel()))]
     return [int(v) for v in np.unique(ids)]

@@ -1,4 +1,4 @@
-"""One picture with its concept masks, and a batch of them."""
+"""One image with its concept masks, and batches of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEYS = ("inputs", "masks", "concepts", "ignore", "target")
 class _EvaluationItem(Mapping[str, Any]):
     """A mapping with the keys that :func:`captum_concepts.metrics.evaluate` reads.
 
-    ``"target"`` is there only if it is a class: numbers of concepts would be taken for those of the model's outputs.
+    The key ``"target"`` exists only for classes, as indices of concepts would be read as the model's outputs.
     """
 
     target: Any
@@ -48,16 +48,16 @@ class _EvaluationItem(Mapping[str, Any]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SegmentedImage(_EvaluationItem):
-    """One picture and its concept masks; also a mapping that ``metrics.evaluate`` takes as it is.
+    """One image and its concept masks; also a mapping that ``metrics.evaluate`` accepts.
 
     Attributes:
-        image: ``(3, H, W)`` float32 RGB in [0, 1], not normalised; the mapping's ``"inputs"``.
+        image: ``(3, H, W)`` float32 RGB in [0, 1], not normalized; the mapping's ``"inputs"``.
         masks: bool. ``(k, H, W)`` for ``regions="present"``, ``(T, H, W)`` for ``"all"``, ``(H, W)`` for ``"label"``.
         concepts: the name of each mask.
-        ignore: ``(H, W)`` bool, pixels whose label is void or unknown: leave them out of every metric.
+        ignore: ``(H, W)`` bool, pixels with void or unknown label, which every metric should leave out.
         target: ``"present"``: ``(k,)`` indices of the masks' concepts in the data set's ``concepts``; ``"label"``: the
-            picture's class; ``"all"``: None.
-        label: the picture's class where the data set has one, else None.
+            image's class; ``"all"``: None.
+        label: the image's class if the data set has one, else None.
         name: the file, or its name in the archive.
     """
 
@@ -71,7 +71,7 @@ class SegmentedImage(_EvaluationItem):
 
     @property
     def labels_are_classes(self) -> bool:
-        """Whether ``target`` is the image's class: ``regions="label"``."""
+        """Whether ``target`` is the image's class (``regions="label"``)."""
         return isinstance(self.target, int)
 
     @property
@@ -82,15 +82,15 @@ class SegmentedImage(_EvaluationItem):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SegmentedBatch(_EvaluationItem):
-    """Several :class:`SegmentedImage`; also a mapping that ``metrics.evaluate`` takes as it is.
+    """A batch of :class:`SegmentedImage`; also a mapping that ``metrics.evaluate`` accepts.
 
-    For ``regions="present"`` pictures have different numbers R_i of masks. All R = sum R_i are laid one after the
-    other, and ``image_index`` says whose they are; ``inputs`` repeats each picture for each of its masks.
+    For ``regions="present"``, images have different numbers R_i of masks. All R = sum R_i masks are concatenated,
+    ``image_index`` contains their images, and ``inputs`` repeats each image for each of its masks.
 
     Attributes:
         images: ``(N, 3, H, W)``.
         masks: ``(R, H, W)`` for "present", else the stacked masks of the items.
-        concepts: the concept of each of the R masks; for "all" the T concepts once, for "label" one for each image.
+        concepts: the concept of each of the R masks; for "all" the T concepts once, for "label" one per image.
         ignore: ``(R, H, W)`` for "present", else ``(N, H, W)``.
         target: ``(R,)`` concept indices, ``(N,)`` classes, or None.
         image_index: ``(R,)`` for "present", else None.
@@ -109,22 +109,22 @@ class SegmentedBatch(_EvaluationItem):
 
     @property
     def labels_are_classes(self) -> bool:
-        """Whether ``target`` contains classes: ``regions="label"``."""
+        """Whether ``target`` contains classes (``regions="label"``)."""
         return self.target is not None and self.image_index is None
 
     @property
     def inputs(self) -> Tensor:
-        """``(R, 3, H, W)`` the picture of each mask, or ``(N, 3, H, W)``."""
+        """``(R, 3, H, W)`` image of each mask, or ``(N, 3, H, W)``."""
         return self.images if self.image_index is None else self.images[self.image_index]
 
 
 def collate_segmented(items: Sequence[SegmentedImage]) -> SegmentedBatch:
-    """``collate_fn`` of a ``DataLoader`` over these data sets, for any number of concepts an image.
+    """One batch of several items, the ``collate_fn`` of a ``DataLoader`` for any number of concepts per image.
 
-    A batch whose images show no concept at all has R = 0 masks; ``data.pairs()`` never yields one.
+    A batch without any concept has R = 0 masks; ``data.pairs()`` never yields one.
 
     Raises:
-        InputError: images of different sizes (give the data set ``size=``), or no items.
+        InputError: images of different sizes (pass ``size=`` to the data set), or no items.
     """
     sizes = sorted({tuple(item.image.shape[-2:]) for item in items})
     if len(sizes) != 1:

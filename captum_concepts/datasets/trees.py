@@ -1,4 +1,4 @@
-"""Trees of files: what must be there, what belongs together, and what is missing."""
+"""Checks of file trees: required files, pairs of files and missing ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from captum_concepts.images import find_images
 
 
 def require(path: Path, *, tree: str, where: str, folder: bool = False) -> Path:
-    """``path`` if it is there, else an InputError with the tree that is expected and where to get it."""
+    """``path`` if it exists; raises an InputError with the expected tree and its source otherwise."""
     if path.is_dir() if folder else is_there(path):
         return path
     kind = "folder" if folder else "file"
@@ -18,7 +18,7 @@ def require(path: Path, *, tree: str, where: str, folder: bool = False) -> Path:
 
 
 def inside(folder: Path, name: str, index: str | Path) -> Path:
-    """``folder / name``, where the file ``index`` says the name.
+    """``folder / name``, where ``name`` comes from the file ``index``.
 
     Raises:
         InputError: the name leads out of the folder.
@@ -29,17 +29,17 @@ def inside(folder: Path, name: str, index: str | Path) -> Path:
 
 
 def unlabelled_ids(choice: str) -> frozenset[int]:
-    """The ids to ignore for ``unlabelled="ignore"`` or ``"background"``, where 0 means unlabelled."""
+    """Ids to ignore for ``unlabelled="ignore"`` or ``"background"``, where 0 means unlabeled."""
     if choice not in ("ignore", "background"):
         raise InputError(f"unlabelled={choice!r} must be 'ignore' or 'background'")
     return frozenset({0}) if choice == "ignore" else frozenset()
 
 
 def paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """Images and masks of the same path under the two folders, endings aside.
+    """Pairs of image and mask with the same path under the two folders, apart from suffixes.
 
     Raises:
-        InputError: an image without mask or a mask without image, or two files that differ in their ending only.
+        InputError: an image without a mask, a mask without an image, or two files that differ only in their suffix.
     """
     left, right = _by_stem(images), _by_stem(masks)
     for mine, other, kind in ((left, right, "mask"), (right, left, "image")):

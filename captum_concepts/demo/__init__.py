@@ -1,4 +1,4 @@
-"""The embedded default: tiny trained models and data that need neither network nor download."""
+"""Bundled demo: tiny trained models and data, without network access or downloads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CLASSIFIERS: dict[str, type[nn.Module]] = {
 }
 NAMES = (*_CLASSIFIERS, "clip")
 _NUM_CLASSES = 6
-#: What timm's models say of their inputs: files are read in this size, and normalized inside.
+#: ``pretrained_cfg`` of the bundled models, which normalize their inputs themselves.
 _PREPROCESSING = {
     "input_size": (3, SIZE, SIZE), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_pct": 1.0,
     "interpolation": "bicubic",
@@ -30,25 +30,25 @@ _PREPROCESSING = {
 
 
 def build(name: str) -> Any:
-    """The model ``name`` with random weights, as the training starts from it."""
+    """The model ``name`` with random weights, as at the start of training."""
     _check(name)
     return _clip(load_weights=False) if name == "clip" else _CLASSIFIERS[name](_NUM_CLASSES)
 
 
 def load(name: str) -> Any:
-    """Load a bundled model, trained on :class:`captum_concepts.datasets.CaptionedScenes` of 64 px.
+    """A bundled model, trained on :class:`captum_concepts.datasets.CaptionedScenes` of 64 px.
 
     - ``"classifier"``: a ResNet-10 (timm) with 8 x 8 positions in ``layer2`` to ``layer4``.
-    - ``"classifier-spurious"``: the same network trained where the ground gave the class away (``spurious=0.9``); it
-      leans on the ground, and is wrong where the ground misleads.
+    - ``"classifier-spurious"``: the same network trained on scenes whose ground reveals the class (``spurious=0.9``);
+      it relies on the ground, and is wrong where the ground misleads.
     - ``"vit"``: a vision transformer (timm), patches of 8 px, 8 x 8 positions in ``blocks.0`` to ``blocks.3``.
-    - ``"clip"``: an image-text model (open_clip) as an :class:`~captum_concepts.vlm.OpenCLIPEncoder`. It knows the 21
-      concept words and a few of "a photo of ... on ..."; another word raises. A red circle drawn around an object
-      makes it describe that object.
+    - ``"clip"``: a vision-language model (open_clip) as an :class:`~captum_concepts.vlm.OpenCLIPEncoder`. Its
+      vocabulary is the 21 concepts and the words of phrases such as "a photo of ... on ..."; other words raise. A red
+      circle drawn around an object makes it describe that object.
 
-    All take RGB in [0, 1], shape ``(N, 3, 64, 64)``, and normalise inside; the classifiers return logits over
-    ``CaptionedScenes.classes``. They are frozen, in evaluation mode and on the CPU. Their held-out accuracies:
-    :func:`record`.
+    All take RGB in [0, 1], shape ``(N, 3, 64, 64)``, and normalize it themselves; the classifiers return logits over
+    ``CaptionedScenes.classes``. They are frozen, in evaluation mode and on the CPU. :func:`record` contains their
+    held-out accuracies.
 
     Raises:
         InputError: an unknown name.
@@ -70,7 +70,7 @@ def load(name: str) -> Any:
 
 
 def record(name: str) -> dict[str, Any]:
-    """How a bundled model was trained: seed, scenes, log, and what it reached on held-out scenes."""
+    """Training record of a bundled model, with seed, scenes, log, and results on held-out scenes."""
     _check(name)
     found: dict[str, Any] = json.loads((WEIGHTS / f"{name}.json").read_text())
     return found

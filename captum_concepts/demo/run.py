@@ -1,4 +1,4 @@
-"""One run of the library on the embedded default: pictures, and a table of how well each map hits the exact mask."""
+"""One run of the library on the bundled models, with figures and a table of how well maps match the exact masks."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ QUERIES, SHOWN, PAGE = 48, 4, "report.html"
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One line of the table.
+    """One row of the table.
 
     Args:
-        method, model: what explained what.
+        method, model: the method and the explained model.
         question: what was explained.
-        regions: how many maps were compared with an exact mask.
-        nra: normalised region accuracy of the maps, mean (published baseline).
-        nra_centre: of a centre Gaussian, which knows nothing of the image, on the same masks.
-        epg: share of the map's energy inside the mask, mean.
-        specificity: NRA of a concept's own map less that of the other concepts' maps; None for a single region.
-        picture: file name.
+        regions: number of maps compared with an exact mask.
+        nra: mean normalized region accuracy of the maps (published baseline).
+        nra_centre: mean NRA of a center Gaussian, a concept-agnostic baseline, on the same masks.
+        epg: mean fraction of the map's energy inside the mask.
+        specificity: NRA of a concept's own map minus that of the other concepts' maps; None for a single region.
+        picture: file name of the figure.
     """
 
     method: str
@@ -55,13 +55,13 @@ class DemoRow:
 
 @dataclass
 class DemoResult:
-    """The table and where the pictures are; prints readably."""
+    """The table and the locations of the figures; prints as a summary."""
 
     output: Path
     rows: list[DemoRow] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The result as a JSON-compatible dictionary."""
         return {"output": str(self.output), "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
@@ -83,10 +83,10 @@ def run_demo(output: str | os.PathLike[str] = "demo_output", *, seed: int = 0) -
 
     Args:
         output: folder for ``*.png``, ``report.html`` and ``demo.json``.
-        seed: which scenes; never those the models were trained on.
+        seed: random seed of the scenes, which are never those the models were trained on.
 
     Returns:
-        A row for each method and model.
+        One row per method and model.
     """
     out = Path(output)
     out.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,7 @@ def run_demo(output: str | os.PathLike[str] = "demo_output", *, seed: int = 0) -
 
 
 def few_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
-    """FAM, refined by earlier stages, on two networks without their heads: similarity to prototypes of five images a
-    class."""
+    """FAM with refinement on two networks without their heads, with prototypes of five images per class."""
     examples = CaptionedScenes(120, seed=scenes.seed + 1, size=scenes.size).stack()
     chosen = torch.cat([torch.nonzero(examples.label == c).flatten()[:5] for c in range(len(scenes.classes))])
     queries = scenes.stack()
@@ -124,7 +123,7 @@ def few_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
 
 
 def zero_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
-    """FAM on the image tower of the bundled CLIP: similarity to words."""
+    """FAM on the image tower of the bundled CLIP, with similarity to text."""
     clip = demo.load("clip")
     queries = scenes.stack()
     layer = "model.visual.trunk.layer4"
@@ -136,7 +135,7 @@ def zero_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
 
 
 def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
-    """SACV: guidance images of one texture against the others and against grounds, on whole scenes."""
+    """SACV with concept examples of each texture against the others and grounds, on whole scenes."""
     model = demo.load("classifier")
     words = scenes.concept_groups["texture"]
     examples, negatives = texture_guidance(CaptionedScenes(500, seed=scenes.seed + 1, size=scenes.size))
@@ -155,7 +154,7 @@ def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
 
 
 def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
-    """CE-FAM: words, regions, contributions; wrong predictions traced to the ground they lean on, also as a page."""
+    """CE-FAM with text concepts; wrong predictions are traced to the ground that they rely on, also as a page."""
     from captum_concepts.visualization import report
 
     clip, queries = demo.load("clip"), scenes.stack()
@@ -167,7 +166,7 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
         model = demo.load(name)
         cefam = ConceptFusionMap(model, layers, map_layer="fused", batch_size=100)
         cefam.fit(training, clip, scenes.concepts)
-        # Words of five kinds are there together, and a softmax lets the ground win: labels say what each score means.
+        # Concepts of four kinds are present together, and the ground wins their softmax, so scores are calibrated.
         cefam.calibrate(known.image, known.presence)
         maps = cefam.attribute(queries.image)
         predicted = model(queries.image).argmax(1)
@@ -197,7 +196,7 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
 
 
 def rules_and_corrections(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
-    """SALF-CBM: a model trained here, its rules, and wrong predictions that one edit of one concept corrects."""
+    """SALF-CBM trained on the spot, its rules, and wrong predictions that one edit of one concept corrects."""
     from captum_concepts.demo._corrections_figure import corrections_figure
     from captum_concepts.visualization import save_figure
 
@@ -219,11 +218,11 @@ def rules_and_corrections(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
 
 
 def texture_guidance(known: CaptionedScenes, most: int = 100) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Examples of each texture, and negatives by name, all of half the size of the scenes.
+    """Concept examples of each texture, and negatives by name, at half the size of the scenes.
 
-    Examples show nothing but the texture: inner squares of objects, repeated in mirror image, so that it has the same
-    size as in scenes. Negatives are what else scenes show: grounds, and objects of the other textures with their
-    surroundings (a set with the concept's own name is never its negative).
+    Examples show only the texture, as inner squares of objects repeated by mirroring, so that it has the same scale as
+    in scenes. Negatives are grounds, and objects of the other textures with their surroundings (a set with the
+    concept's own name is never its negative).
     """
     half, words = known.size // 2, known.concept_groups["texture"]
     tiles: dict[str, list[Tensor]] = {word: [] for word in words}
@@ -254,7 +253,7 @@ def texture_guidance(known: CaptionedScenes, most: int = 100) -> tuple[dict[str,
 
 
 def _mirrored(n: int, size: int) -> Tensor:
-    """``size`` indices that run through 0 ... n - 1 forwards and backwards."""
+    """``size`` indices that run through 0 ... n - 1 forward and backward."""
     index = torch.arange(size) % (2 * n)
     return torch.where(index < n, index, 2 * n - 1 - index)
 
@@ -269,7 +268,7 @@ SECTIONS: Sequence[Callable[[CaptionedScenes, Path], list[DemoRow]]] = (
 
 
 def _row(method: str, model: str, question: str, maps: Tensor, masks: Tensor, picture: str) -> DemoRow:
-    """A row about one region an image."""
+    """A row on one region per image."""
     centre = center_gaussian(len(masks), (masks.shape[-2], masks.shape[-1]))
     return DemoRow(
         method, model, question, len(masks),
@@ -279,7 +278,7 @@ def _row(method: str, model: str, question: str, maps: Tensor, masks: Tensor, pi
 
 
 def _concept_row(method: str, model: str, question: str, maps: Tensor, queries: Any, picture: str) -> DemoRow:
-    """A row about every concept present in every image."""
+    """A row on all concepts that are present in the images."""
     present = queries.presence
     masks = queries.masks[present]
     own = maps[present]

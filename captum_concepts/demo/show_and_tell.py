@@ -1,4 +1,4 @@
-"""SALF-CBM in the demo: a model trained here and now, what it goes by, and wrong predictions corrected by one edit."""
+"""SALF-CBM in the demo, with a model trained on the spot, its rules, and wrong predictions corrected by one edit."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from captum_concepts.models.salf_cbm import SALFCBM
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
 from captum_concepts.vlm import RegionPrompt
 
-#: Scenes to train on, with 49 circled pictures each, scenes to look for mistakes in, and passes over the former.
+#: Number of training scenes (with 49 visual prompts each), of scenes searched for mistakes, and of epochs.
 TRAIN, SEARCHED, EPOCHS = 180, 500, 40
 PROMPT = RegionPrompt("circle", (7, 7))
 
 
 @dataclass(frozen=True)
 class Correction:
-    """A wrong prediction, what the model saw in one region, and what it says after one edit there.
+    """A wrong prediction, the concepts in one region, and the prediction after one edit there.
 
     Args:
         image: ``(3, H, W)``.
-        truth, called, corrected: classes: the true one, the predicted one, and the one predicted after the edit.
+        truth, called, corrected: the true class, the predicted one, and the one predicted after the edit.
         box: the region, x0, y0, x1, y1 in pixels.
-        concept: what is edited.
+        concept: the edited concept.
         seen: the strongest concepts of :meth:`~captum_concepts.SALFCBM.explain_region` and the edited one, with scores.
-        beta: what is added to the concept's map in the region.
+        beta: the value added to the concept's map in the region.
         map_before, map_after: ``(h, w)``, in standard deviations of the pooled activation.
         before, after: ``(K,)`` probabilities of the classes.
     """
@@ -51,7 +51,7 @@ class Correction:
 
 
 def train(scenes: CaptionedScenes, n: int = TRAIN) -> SALFCBM:
-    """Turn the bundled classifier into a SALFCBM, by the bundled image-text model and ``n`` labelled scenes."""
+    """A SALFCBM of the bundled classifier, fitted with the bundled VLM and ``n`` labeled scenes."""
     data = CaptionedScenes(n, seed=scenes.seed + 3, size=scenes.size)
     known = data.stack()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def train(scenes: CaptionedScenes, n: int = TRAIN) -> SALFCBM:
 
 
 class Search(NamedTuple):
-    """What :func:`find_corrections` found: how many were wrong, how many of them are corrected, and some of these."""
+    """Result of :func:`find_corrections`, the numbers of wrong and of corrected predictions, and some corrections."""
 
     wrong: int
     corrected: int
@@ -83,17 +83,17 @@ class Search(NamedTuple):
 
 
 def logits(model: SALFCBM, images: Tensor) -> Tensor:
-    """``(N, K)`` in parts."""
+    """``(N, K)`` logits, computed in batches."""
     with torch.no_grad():
         return torch.cat([model(part) for part in images.split(100)])
 
 
 def find_corrections(model: SALFCBM, scenes: Scene, most: int = 3) -> Search:
-    """Wrong predictions that one edit of one concept around one object puts right, the surest first.
+    """Wrong predictions that one edit of one concept around one object corrects.
 
-    The way a user goes: ask :meth:`~captum_concepts.SALFCBM.explain_region` around each object what speaks there for
-    the class that was named and against the true one, and of the concepts that are not there take the one that says
-    so most back to its training mean in that box. Each mistake is corrected by its smallest such edit.
+    As a user would, it applies :meth:`~captum_concepts.SALFCBM.explain_region` to each object, finds the absent concept
+    that most supports the predicted class over the true one, and resets it to its training mean in that box. Each
+    mistake is corrected by its smallest such edit.
     """
     predicted = logits(model, scenes.image).argmax(1)
     wrong = torch.nonzero(predicted != scenes.label).flatten().tolist()
@@ -105,7 +105,7 @@ def find_corrections(model: SALFCBM, scenes: Scene, most: int = 3) -> Search:
             found.append(min(worked, key=lambda c: abs(c.beta)))
     found.sort(key=lambda c: float(c.after.max()), reverse=True)
     first_of_kind = {(c.called, c.concept): c for c in reversed(found)}
-    # What was seen too strongly reads more easily than what was missed.
+    # Concepts that were detected too strongly are easier to understand than missed ones.
     varied = sorted(
         found,
         key=lambda c: (c.beta > 0, first_of_kind[c.called, c.concept] is not c or float(c.after.max()) < 0.5),
@@ -120,7 +120,7 @@ def _contributions(explanation: ConceptExplanation) -> Tensor:
 
 
 def _try(model: SALFCBM, scenes: Scene, i: int, called: int, k: int) -> Correction:
-    """Edit the concept that misleads most in the box of object ``k``."""
+    """Correction by an edit of the most misleading concept in the box of object ``k``."""
     x, truth = scenes.image[i : i + 1], int(scenes.label[i])
     size = float(scenes.image.shape[-1])
     box = tuple(scenes.boxes[i, k].clamp(0, size).tolist())
@@ -131,7 +131,7 @@ def _try(model: SALFCBM, scenes: Scene, i: int, called: int, k: int) -> Correcti
     at = int(misleads.masked_fill(~wrongly, -torch.inf).argmax())
     concept = seen.concepts[at]
     j = model.concepts.index(concept)
-    # The region's part of c*_j becomes 0: its mean there becomes the training mean.
+    # The region's part of c*_j becomes 0, that is, its mean there becomes the training mean.
     weight = float((model.head.weight[called, j] - model.head.weight[truth, j]).detach())
     area = (box[2] - box[0]) * (box[3] - box[1]) / size**2
     beta = -float(misleads[at]) / (weight * area) if weight else 0.0
@@ -156,7 +156,7 @@ def _try(model: SALFCBM, scenes: Scene, i: int, called: int, k: int) -> Correcti
 
 
 def cells_of(box: tuple[float, ...], size: float, grid: tuple[int, ...]) -> Tensor:
-    """``(h, w)``: the share of each cell that the box covers."""
+    """``(h, w)`` fraction of each position that the box covers."""
     spans = []
     for low, high, cells in ((box[1], box[3], grid[0]), (box[0], box[2], grid[1])):
         edges = torch.linspace(0, size, cells + 1)

@@ -1,4 +1,4 @@
-"""`WordTokenizer`: whole words of a small closed vocabulary, for the bundled image-text model."""
+"""`WordTokenizer`: whole words of a small closed vocabulary, for the bundled VLM."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _START, _PAD = 1, 0
 
 
 class WordTokenizer:
-    """Turns texts into ``(T, context_length)`` ids: start, one id for each word, end, padding.
+    """Tokenizer that maps texts to ``(T, context_length)`` ids: start, one id per word, end, padding.
 
-    Case, commas and full stops do not matter. The end has the largest id, where open_clip's text towers read the
-    embedding of the text.
+    Case and punctuation are ignored. The end has the largest id, where open_clip's text towers read the embedding of
+    the text.
 
     Args:
         words: the vocabulary, unique lower-case words.
-        context_length: ids in a text, start and end included.
+        context_length: number of ids, including start and end.
 
     Raises:
-        InputError: the vocabulary is empty or holds a word twice; or, when called, a text is empty, too long, or has
-            a word that is not in the vocabulary (the known ones are listed).
+        InputError: the vocabulary is empty or repeats a word; when called, a text is empty, too long, or contains a
+            word that is not in the vocabulary (the known ones are listed).
 
     Example:
         >>> tokenizer = WordTokenizer(["a", "red", "circle"], context_length=6)
@@ -46,7 +46,7 @@ class WordTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: padding, start, the words, end."""
+        """Number of ids, including padding, start and end."""
         return len(self.words) + 3
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:

@@ -40,9 +40,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def clip_loss(encoder: OpenCLIPEncoder, data: CaptionedScenes, scenes: Scenes) -> Callable[[int, int], Tensor]:
-    """Symmetric contrastive loss in which every true pair of the batch counts, not only an image and its own text,
-    plus the cross-entropy of the single words, over all of them and over those of each kind.
-    """
+    """Symmetric contrastive loss over all true pairs of the batch, plus the cross-entropy of single concepts, over all
+    concepts and within each kind."""
     model, tokenizer = encoder.model, encoder.tokenizer
     kinds = [[data.concepts.index(word) for word in words] for words in data.concept_groups.values()]
     kinds.append(list(range(len(data.concepts))))
@@ -62,7 +61,7 @@ def clip_loss(encoder: OpenCLIPEncoder, data: CaptionedScenes, scenes: Scenes) -
         pairs, words = logits[:, :batch], logits[:, batch:]
         by_image = F.cross_entropy(pairs, true / true.sum(1, keepdim=True))
         by_text = F.cross_entropy(pairs.T, true.T / true.T.sum(1, keepdim=True))
-        present = (things & named[..., None]).sum(1).float()  # (n, T): how often each word may be said
+        present = (things & named[..., None]).sum(1).float()  # (n, T): how often each concept may be named
         by_word = []
         for kind in kinds:
             said = present[:, kind].sum(1) > 0
@@ -76,7 +75,7 @@ def clip_loss(encoder: OpenCLIPEncoder, data: CaptionedScenes, scenes: Scenes) -
 
 
 def classifier_loss(model: nn.Module, scenes: Scenes) -> Callable[[int, int], Tensor]:
-    """Cross-entropy with small shifts, flips and changes of light."""
+    """Cross-entropy loss with small shifts, flips and changes of brightness."""
 
     def loss(seed: int, batch: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -102,7 +101,7 @@ def fit(
     seed: int,
     save_every: int,
 ) -> list[dict[str, float]]:
-    """AdamW with warm-up and a cosine to zero; returns the training log."""
+    """Train with AdamW, warm-up and a cosine schedule to zero; return the training log."""
     model.requires_grad_(True).train()
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
@@ -178,24 +177,24 @@ def _resume(
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that is either whole or not there."""
+    """Write a safetensors file atomically."""
     write_atomically(path, save(tensors, metadata={"format": "pt", **(metadata or {})}))
 
 
 def train(name: str, output: Path, *, seed: int = 0, save_every: int = 250, **changes: Any) -> dict[str, Any]:
-    """Train, judge and save one model; returns what is written to its JSON."""
+    """Train, evaluate and save one model; return the content of its JSON."""
     run = {**RUNS[name], **changes}
     output.mkdir(parents=True, exist_ok=True)
     data = CaptionedScenes(run["scenes"], seed=TRAIN_SEED + seed, size=SIZE, spurious=run.get("spurious", 0.0))
     scenes = Scenes.render(data)
     torch.manual_seed(seed)
-    model = build(name).to(memory_format=torch.channels_last)  # convolutions run about a third faster
+    model = build(name).to(memory_format=torch.channels_last)  # makes convolutions about a third faster
     checkpoint = output / f"{name}.checkpoint.safetensors"
     began = time.perf_counter()
     if name == "clip":
         log = fit(model.model, clip_loss(model, data, scenes), run, checkpoint, seed, save_every)
         state = {k: v.half() if v.is_floating_point() else v for k, v in model.model.state_dict().items()}
-        model.model.load_state_dict(state)  # judged as it is shipped
+        model.model.load_state_dict(state)  # evaluated as shipped
         held_out: dict[str, Any] = circle_reaction(model, CaptionedScenes(1000, seed=TEST_SEED, size=SIZE))
         file = "open_clip_model.safetensors"
     else:
@@ -233,7 +232,6 @@ def train(name: str, output: Path, *, seed: int = 0, save_every: int = 250, **ch
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m captum_concepts.demo.train", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"models to train, of {list(RUNS)}; default: all")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder for weights and records")

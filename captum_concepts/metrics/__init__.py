@@ -1,9 +1,9 @@
-"""How well maps find regions and how much they move scores: pure functions and streaming metrics.
+"""Metrics of concept maps, scores and contributions, as pure functions and as streaming ``torchmetrics`` classes.
 
-Functions return one value for each example, except ``hit_rate`` and ``mean_iou``, which are quantities of a data
-set. Every function has a streaming class; ``evaluate`` runs explainers over a data set into a table.
+Functions return one value per example, except ``hit_rate`` and ``mean_iou``, which return one value for the whole data
+set. ``evaluate`` runs explainers over a data set and returns a table.
 
-Names are imported when first used: the functions alone do not load torchmetrics.
+Names are imported on first use, so the functions alone do not load torchmetrics.
 """
 
 from __future__ import annotations

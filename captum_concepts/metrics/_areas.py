@@ -1,4 +1,4 @@
-"""IoU of the p most salient pixels with a mask, for every p at once: one integer sort a map, ties exact."""
+"""IoU of the p most salient pixels with a mask for every p at once, from one integer sort per map; ties are exact."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ _LONG_GROUP = 512
 def all_areas(
     pairs: Pairs, map_rows: Tensor | None = None, mask_rows: Tensor | None = None, *, thresholds: str = "all"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """AUC, mask size, number of pixels, and whether the map has NaN, for every row.
-
-    ``thresholds="authors"`` integrates as the authors' code does (see :func:`authors_weights`).
-    """
+    """AUC, mask size, number of pixels, and whether the map has NaN, for every row; see :func:`authors_weights`."""
     device = pairs.masks.device
     n = len(pairs) if mask_rows is None else len(mask_rows)
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    # Results have their place from the start: small tensors kept between the chunks' big ones would hold on to
-    # the memory around them.
+    # Preallocated: small tensors that outlive the chunks' large ones would fragment the memory.
     auc = torch.empty(n, dtype=torch.float64, device=home)
     region, pixels = (torch.empty(n, dtype=torch.long, device=home) for _ in range(2))
     broken = torch.empty(n, dtype=torch.bool, device=home)
@@ -43,10 +39,10 @@ def all_areas(
 
 
 def _chunk_auc(chunk: Chunk, work: dict[str, Tensor], thresholds: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``work`` holds buffers from one chunk to the next: fetching fresh memory costs as much as the sorting.
+    """AUC, mask size and number of pixels of each row; ``work`` keeps buffers, as allocating costs as much as sorting.
 
-    On a CPU the long loops are NumPy's: one map is too little work to share among threads, and on a busy machine
-    waiting for them takes many times longer than the work.
+    On a CPU, NumPy runs the long loops: one map is too little work for several threads, and on a busy machine
+    synchronizing them takes many times longer than the work itself.
     """
     keys = _sorted_keys(chunk, work)
     p = keys.shape[1]
@@ -82,7 +78,7 @@ def _chunk_auc(chunk: Chunk, work: dict[str, Tensor], thresholds: str) -> tuple[
 def authors_weights(pixels: int) -> Tensor:
     """``(pixels,)`` weights of IoU(1), IoU(2), ... in the authors' integral.
 
-    The first hundredth of the pixels counts pixel by pixel, 1/P each; from there on every (P // 100)-th counts 1/100.
+    The first hundredth of the pixels have weight 1/P each; from there on, every (P // 100)-th has weight 1/100.
 
     >>> authors_weights(1000)[[0, 9, 10, 11, 20]]
     tensor([0.0010, 0.0010, 0.0100, 0.0000, 0.0100], dtype=torch.float64)
@@ -103,21 +99,21 @@ def _buffer(work: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.
 def _sorted_keys(chunk: Chunk, work: dict[str, Tensor]) -> Tensor:
     """``(B, P)`` int64, each row sorted: a pixel's rank by descending saliency, times two, plus its mask bit.
 
-    One sort of plain integers replaces a sort with indices and a gather. The integer order of a float's bits is
-    the order of the floats once the bits below the sign of negative ones are flipped.
+    One sort of plain integers replaces a sort with indices and a gather. Floats sort by their bits as integers once
+    the bits below the sign of negative ones are flipped.
     """
     values = chunk.values
     if bool(chunk.broken.any()):
         values = values.masked_fill(chunk.broken[:, None], 0)
     keys = _buffer(work, "keys", values.shape, torch.int64, values.device)
-    if values.dtype == torch.float64:  # 64 bits leave no room for the mask's: number the distinct values instead
+    if values.dtype == torch.float64:  # 64 bits leave no room for the mask's bit, so the distinct values are numbered
         ordered, order = torch.sort(values, dim=1, descending=True)
         step = torch.zeros_like(order)
         step[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         keys.scatter_(1, order, step.cumsum(1))
     elif values.device.type == "cpu":
         bits = np.negative(values.numpy())
-        bits += np.float32(0)  # makes -0.0 and 0.0 one value
+        bits += np.float32(0)  # turns -0.0 into 0.0
         order32 = bits.view(np.int32)
         flip = order32 >> 31
         flip &= 0x7FFFFFFF
@@ -138,16 +134,16 @@ def _sorted_keys(chunk: Chunk, work: dict[str, Tensor]) -> Tensor:
 
 def _sort_rows(keys: Tensor) -> Tensor:
     if keys.device.type == "cpu":
-        keys.numpy().sort(axis=1)  # vectorised, and several times faster than torch.sort, which carries indices
+        keys.numpy().sort(axis=1)  # vectorized, several times faster than torch.sort, which also sorts indices
         return keys
     return torch.sort(keys, dim=1).values
 
 
 def _share_ties(iou: Tensor, keys: Tensor, inside: Tensor, region: Tensor) -> None:
-    """Put the expected IoU into every group of equal pixels that holds both kinds, in place.
+    """Write the expected IoU in place into every group of equal pixels that lies partly inside the mask.
 
-    In a sorted row the even (outside) keys of a group come before its odd ones, so that neighbours which differ in
-    the last bit alone mark exactly these groups.
+    In a sorted row, the even (outside) keys of a group come before its odd ones, so neighbors that differ only in the
+    last bit mark exactly these groups.
     """
     if keys.device.type == "cpu":
         k = keys.numpy()
@@ -158,18 +154,18 @@ def _share_ties(iou: Tensor, keys: Tensor, inside: Tensor, region: Tensor) -> No
         return
     n, p = keys.shape
     flat = keys
-    if n > 1:  # one sorted sequence of all rows
+    if n > 1:  # all rows as one sorted sequence
         flat = keys + (torch.arange(n, device=keys.device) << _ROW_BITS)[:, None]
     flat = flat.reshape(-1)
     even = flat[rows * p + cols]
     start = torch.searchsorted(flat, even)
     size = torch.searchsorted(flat, even + 1, right=True) - start
-    before = inside.reshape(-1)[start]  # the first pixel of a group lies outside the mask
+    before = inside.reshape(-1)[start]  # the first pixel of a group is outside the mask
     rate = (inside.reshape(-1)[start + size - 1] - before) / size
     union = (start - rows * p + region[rows]) - before  # before the group's first pixel
     small = torch.ones_like(start, dtype=torch.bool)
     target = iou.view(-1)
-    if keys.device.type == "cpu":  # a few long groups (the zeros of a ReLU): slices beat gathers
+    if keys.device.type == "cpu":  # slices beat gathers for a few long groups (the zeros of a ReLU)
         small = size < _LONG_GROUP
         for g in (~small).nonzero()[:, 0].tolist():
             at = torch.arange(1, int(size[g]) + 1, dtype=torch.float64)
@@ -184,7 +180,7 @@ def _share_ties(iou: Tensor, keys: Tensor, inside: Tensor, region: Tensor) -> No
 
 @lru_cache(maxsize=1 << 16)
 def expected_auc(region: int, pixels: int) -> float:
-    """Mean over p of the expected IoU of p random pixels of ``pixels`` with a mask of ``region``."""
+    """Mean over p of the expected IoU of p random pixels with a mask of ``region`` of the ``pixels`` pixels."""
     if not 0 < region <= pixels:
         return 0.0
     count = torch.arange(1, pixels + 1, dtype=torch.float64)

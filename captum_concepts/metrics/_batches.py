@@ -1,4 +1,4 @@
-"""Whatever a user's data set yields, as batches of inputs, masks and targets."""
+"""Batches of inputs, masks and targets from any data set."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _AS_THEY_ARE = Reading(mode="any")
 
 @dataclass(frozen=True)
 class Batch:
-    """``inputs`` (N, C, H, W); ``masks`` (N, H, W) or (N, T, H, W); the rest may be None.
+    """A batch with ``inputs`` (N, C, H, W) and ``masks`` (N, H, W) or (N, T, H, W); the rest may be None.
 
-    ``concepts`` are names: T of them for masks (N, T, H, W), one for each image for masks (N, H, W).
+    ``concepts`` are names, T of them for masks (N, T, H, W), one per image for masks (N, H, W).
     """
 
     inputs: Tensor
@@ -36,7 +36,7 @@ class Batch:
         return len(self.inputs)
 
     def of(self, rows: list[int]) -> Batch:
-        """Some of the examples, of a batch with one mask and one name for each."""
+        """The examples ``rows`` of a batch with one mask and one name per example."""
 
         def part(value: Any) -> Any:
             if not one_target_each(value) or len(value) != len(self):
@@ -47,13 +47,13 @@ class Batch:
 
 
 def batches(data: Iterable[Any], batch_size: int, device: torch.device | str | None) -> Iterator[Batch]:
-    """Batches as they come; single examples put together while their shapes agree, ``batch_size`` at most."""
+    """Batches unchanged; single examples collated while their shapes agree, at most ``batch_size``."""
     batch_size = integer("batch_size", batch_size)
     waiting: list[dict[str, Any]] = []
     for item in _items(data):
         parts = _parts(item)
         if parts["inputs"].ndim == 4 and not len(parts["inputs"]):
-            continue  # a loader of regions yields an empty batch where no image shows a concept
+            continue  # a loader of regions yields an empty batch if no image shows a concept
         if parts["inputs"].ndim == 4:
             if waiting:
                 yield _collate(waiting, device)
@@ -111,7 +111,7 @@ def _parts(item: Any) -> dict[str, Any]:
 
 
 def _shapes(parts: dict[str, Any]) -> list[Any]:
-    """What has to agree for examples to share a batch: shapes, and the names of several masks."""
+    """Properties that must agree for examples to share a batch (shapes, and the names of several masks)."""
     shapes = [getattr(parts[key], "shape", None) for key in ("inputs", "masks", "ignore")]
     several = parts["masks"] is not None and parts["masks"].ndim == 3
     targets = [parts[key] is None for key in ("target", "score_target")]
@@ -150,7 +150,7 @@ def _checked(parts: dict[str, Any], device: torch.device | str | None) -> Batch:
 
 
 def _names(given: Any, masks: Tensor | None, n: int) -> list[str]:
-    """One name for each of the T masks, or for each of the n images."""
+    """One name per mask (T) or per image (n)."""
     names = [given] * n if isinstance(given, str) else [name for one in given for name in _flat(one)]
     wanted = masks.shape[1] if masks is not None and masks.ndim == 4 else n
     if len(names) != wanted or not all(isinstance(name, str) for name in names):

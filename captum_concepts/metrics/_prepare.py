@@ -1,4 +1,4 @@
-"""Checks and resizing shared by all metrics: what a map, a mask and an ignored pixel are, said once."""
+"""Checks and resizing shared by all metrics, which define what a map, a mask and an ignored pixel are."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from captum_concepts.errors import InputError, InputWarning
 
 MODES = ("bilinear", "bicubic", "nearest", "nearest-exact", "area")
 NAN_POLICIES = ("omit", "raise", "propagate", "zero")
-#: What VOC, ADE20K, Cityscapes and others mark unknown pixels with.
+#: Label of unknown pixels in VOC, ADE20K, Cityscapes and others.
 _VOID = 255
 
-# One 224 x 224 map is 2**15.6 pixels. Larger working sets fall out of the processor's cache, and fresh pages
-# cost more than the arithmetic; an accelerator wants the opposite.
+# One 224 x 224 map has 2**15.6 pixels. On a CPU, larger working sets miss the cache and new pages cost more than the
+# arithmetic; an accelerator needs large chunks.
 _CPU_PIXELS = 1 << 16
 _ACCELERATOR_PIXELS = 1 << 23
 
@@ -37,13 +37,13 @@ class Chunk:
 
     @property
     def valid(self) -> Tensor:
-        """``(B, P)`` the pixels that are looked at."""
+        """``(B, P)`` pixels that are not ignored."""
         return torch.ones_like(self.masks) if self.ignore is None else ~self.ignore
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Checked maps and masks, one map a row: ``maps`` (R, h, w), ``masks`` and ``ignore`` (R, H, W)."""
+    """Checked maps and masks, one map per row: ``maps`` (R, h, w), ``masks`` and ``ignore`` (R, H, W)."""
 
     maps: Tensor
     masks: Tensor
@@ -53,14 +53,14 @@ class Pairs:
 
     @property
     def dtype(self) -> torch.dtype:
-        """float64 for float64 maps, else float32: half precision is never reduced in half precision."""
+        """float64 for float64 maps, else float32; half precision is never reduced in half precision."""
         return torch.float64 if self.maps.dtype == torch.float64 else torch.float32
 
     def __len__(self) -> int:
         return self.masks.shape[0]
 
     def chunks(self, map_rows: Tensor | None = None, mask_rows: Tensor | None = None) -> Iterator[Chunk]:
-        """Rows at mask resolution, a bounded number of pixels at a time; row i of i by default."""
+        """Rows at mask resolution, a bounded number of pixels at a time; by default row i of both maps and masks."""
         pixels = self.masks.shape[1] * self.masks.shape[2]
         budget = _CPU_PIXELS if self.masks.device.type == "cpu" else _ACCELERATOR_PIXELS
         step = max(1, budget // pixels)
@@ -72,7 +72,7 @@ class Pairs:
             values = resize_maps(maps, masks.shape[-2:], mode=self.mode).flatten(1)
             masks = masks.flatten(1)
             if ignore is None:
-                on_cpu = values.device.type == "cpu"  # where NumPy's loop does not wait for threads
+                on_cpu = values.device.type == "cpu"  # NumPy's loop does not wait for threads
                 top = torch.from_numpy(values.numpy().max(1)) if on_cpu else values.amax(1)
                 broken = top.isnan()
             else:
@@ -80,10 +80,9 @@ class Pairs:
             yield Chunk(values, masks, ignore, broken)
 
     def per_row(self, function: Callable[[Chunk], Tensor], *width: int) -> Tensor:
-        """``function`` of each chunk, ``(B, *width)``, put together: ``(*shape, *width)``.
+        """``(*shape, *width)`` results of ``function``, which returns ``(B, *width)`` for each chunk.
 
-        Results have their place from the start: small tensors kept between the chunks' big ones would hold on to
-        the memory around them.
+        They are preallocated, as small tensors that outlive the chunks' large ones would fragment the memory.
         """
         out = torch.empty(len(self), *width, dtype=self.dtype, device=self.masks.device)
         start = 0
@@ -99,9 +98,9 @@ def _take(x: Tensor, rows: Tensor | None, start: int, step: int) -> Tensor:
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int] | torch.Size, *, mode: str = "bilinear") -> Tensor:
-    """Maps ``(N, h, w)`` at ``size``, in float32 (float64 stays), ``align_corners=False``, no antialiasing.
+    """Maps ``(N, h, w)`` resized to ``size``, in float32 (float64 stays), ``align_corners=False``, no antialiasing.
 
-    A map that has this size already is returned as it is, and a constant map stays exactly constant.
+    A map that already has this size is returned unchanged, and a constant map stays exactly constant.
     """
     if mode not in MODES:
         raise InputError(f"mode must be one of {MODES}, got {mode!r}")
@@ -116,25 +115,25 @@ def resize_maps(maps: Tensor, size: tuple[int, int] | torch.Size, *, mode: str =
     resized = F.interpolate(maps[:, None], size=tuple(size), mode=mode, **corners)[:, 0]
     level = maps.flatten(1)[:, :1]
     constant = (maps.flatten(1) == level).all(1)
-    if bool(constant.any()):  # the weights of a pixel add up to 1 only up to rounding, and rounding is not structure
+    if bool(constant.any()):  # a pixel's weights add up to 1 only up to rounding, which would leave a pattern
         resized = torch.where(constant[:, None, None], level[:, :, None], resized)
     return resized
 
 
 def min_max(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows scaled to [0, 1], and which rows cannot be (constant: they become 0)."""
+    """Rows scaled to [0, 1], and which rows are constant and become 0."""
     low = (values if valid is None else values.masked_fill(~valid, math.inf)).amin(-1, keepdim=True)
     high = (values if valid is None else values.masked_fill(~valid, -math.inf)).amax(-1, keepdim=True)
     constant = ~(high > low)
     spread = high - low
-    if bool((spread.isinf() & high.isfinite() & low.isfinite()).any()):  # finite ends, but too far apart to subtract
+    if bool((spread.isinf() & high.isfinite() & low.isfinite()).any()):  # the range of finite values overflows
         values, low, spread = values / 2, low / 2, high / 2 - low / 2
     scaled = (values - low) / spread.masked_fill(constant, 1)
     return scaled.masked_fill(constant, 0), constant[..., 0]
 
 
 def check_size(size: Any) -> None:
-    """Refuse anything but two positive integers."""
+    """Raise an ``InputError`` for anything but two positive integers."""
     try:
         sides = [operator.index(n) for n in size]
     except TypeError:
@@ -144,7 +143,7 @@ def check_size(size: Any) -> None:
 
 
 def check_maps(maps: Tensor, name: str = "maps") -> Tensor:
-    """``maps`` detached, as floating point numbers."""
+    """``maps``, detached and converted to floating point."""
     if not isinstance(maps, Tensor):
         raise InputError(f"{name} must be a torch.Tensor (N, h, w) or (N, T, h, w), got {type(maps).__name__}")
     if maps.ndim not in (3, 4) or 0 in maps.shape[-2:]:
@@ -154,7 +153,7 @@ def check_maps(maps: Tensor, name: str = "maps") -> Tensor:
     maps = maps.detach()
     if maps.is_floating_point():
         return maps
-    wide = maps.dtype in (torch.int32, torch.int64)  # float32 would merge neighbouring integers
+    wide = maps.dtype in (torch.int32, torch.int64)  # float32 would merge neighboring integers
     return maps.to(torch.float64 if wide else torch.float32)
 
 
@@ -166,13 +165,13 @@ def prepare(
     ignore_index: int | None = None,
     mode: str = "bilinear",
 ) -> Pairs:
-    """Check maps against masks and line them up, one map for one mask.
+    """Maps and masks, checked against each other and paired row by row.
 
     Args:
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``; ``(N, T, h, w)`` where masks are ``(N, T, H, W)``.
         masks: ``(N, H, W)`` or ``(N, T, H, W)``: bool, integers (not 0 is the region) or floats (above 0.5).
-            With T masks an example, regions may overlap.
-        ignore: bool, the shape of ``masks`` or ``(N, H, W)``: pixels that do not exist for the metric.
+            The T regions of an example may overlap.
+        ignore: bool, the shape of ``masks`` or ``(N, H, W)``: pixels that the metric leaves out.
         ignore_index: the value in integer ``masks`` that marks such pixels.
         mode: how maps are resized to the masks, see :func:`resize_maps`.
 
@@ -180,7 +179,7 @@ def prepare(
         InputError: anything else.
 
     Warns:
-        InputWarning: integer masks contain 255 beside other labels, and no ``ignore_index`` was given.
+        InputWarning: integer masks contain 255 next to other labels, and no ``ignore_index`` was passed.
     """
     if mode not in MODES:
         raise InputError(f"mode must be one of {MODES}, got {mode!r}")
@@ -259,13 +258,13 @@ def _check_ignore(ignore: Tensor, masks: Tensor) -> Tensor:
 
 
 def check_nan_policy(nan_policy: str) -> None:
-    """Refuse anything but one of ``NAN_POLICIES``."""
+    """Raise an ``InputError`` for anything but one of ``NAN_POLICIES``."""
     if nan_policy not in NAN_POLICIES:
         raise InputError(f"nan_policy must be one of {NAN_POLICIES}, got {nan_policy!r}")
 
 
 def settle(values: Tensor, nan_policy: str, what: str) -> Tensor:
-    """Apply ``nan_policy`` to per-example values before a mean is taken; ``omit`` returns fewer values."""
+    """Per-example values after ``nan_policy``, ready for a mean; ``omit`` returns fewer values."""
     check_nan_policy(nan_policy)
     undefined = values.isnan()
     n = int(undefined.sum())

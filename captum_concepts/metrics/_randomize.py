@@ -1,4 +1,4 @@
-"""Random weights for a model, and the way back."""
+"""Randomizing and restoring a model's weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from captum_concepts.errors import InputError, did_you_mean
 
 
 def layer_names(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
-    """``layers`` checked, or all modules with parameters of their own, last first."""
+    """Checked ``layers``; None: all modules with parameters of their own, last first."""
     own = [name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None]
     if layers is None:
         names = own[::-1]
@@ -31,7 +31,7 @@ def layer_names(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
 
 
 def randomize(module: nn.Module, seed: int) -> None:
-    """New weights for a module and all below it, without a trace in the global random state."""
+    """Randomize a module and its submodules; the global random state is unchanged."""
     devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
@@ -42,7 +42,7 @@ def randomize(module: nn.Module, seed: int) -> None:
                 kept = [p.detach().clone() for p in own]
                 reset()
                 own = [p for p, k in zip(own, kept, strict=True) if torch.equal(p, k) and p.numel() > 1]
-                own = [p for p in own if bool((p != p.flatten()[0]).any())]  # a constant reset is meant
+                own = [p for p in own if bool((p != p.flatten()[0]).any())]  # a constant reset is intended
             for p in own:
                 order = torch.randperm(p.numel()).to(p.device)
                 p.copy_(p.flatten()[order].reshape(p.shape))
@@ -50,7 +50,7 @@ def randomize(module: nn.Module, seed: int) -> None:
 
 @contextlib.contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Put back parameters, buffers, gradients, training modes and the random state, in place."""
+    """On exit, restore parameters, buffers, gradients, training modes and the random state in place."""
     tensors = [*model.parameters(), *model.buffers()]
     kept = [t.detach().clone() for t in tensors]
     gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]

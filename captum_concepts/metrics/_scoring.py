@@ -1,4 +1,4 @@
-"""Calling the user's score function on changed images: batches, targets, the scale of scores, and baselines."""
+"""Calls of the user's score function on perturbed images, with batches, targets, the scale of scores and baselines."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BASELINES = ("zero", "mean", "blur", "gaussian")
 
 
 def blur(inputs: Tensor, kernel: str = "published") -> Tensor:
-    """Images ``(N, C, H, W)`` smoothed by 11 x 11 pixels.
+    """Images ``(N, C, H, W)`` blurred with an 11 x 11 kernel.
 
     Args:
         inputs: the images.
-        kernel: ``"published"``: that of RISE's code, a Gaussian of sigma 5 reflected at the borders of its 11 x 11
-            window, so nearly a box (.0088 at the center, .0074 at the corners), on images padded with zeros.
-            ``"gaussian"``: a truncated Gaussian of sigma 5 on images that are mirrored at the border.
+        kernel: ``"published"``: the kernel of RISE's code, a Gaussian of sigma 5 reflected at the borders of its
+            11 x 11 window and therefore nearly a box (.0088 at the center, .0074 at the corners); images are padded
+            with zeros. ``"gaussian"``: a truncated Gaussian of sigma 5; images are mirrored at the border.
 
     >>> blur(torch.ones(1, 1, 31, 31))[0, 0, 15, 15].isclose(torch.tensor(1.0)).item()
     True
@@ -38,7 +38,7 @@ def blur(inputs: Tensor, kernel: str = "published") -> Tensor:
     for dim in (2, 3):
         size = x.shape[dim]
         at = torch.arange(-pad, size + pad, device=x.device)
-        period = max(1, 2 * (size - 1))  # mirrored as often as needed, so that small images work too
+        period = max(1, 2 * (size - 1))  # mirrored as often as needed for small images
         index = at.abs() % period
         index = torch.minimum(index, period - index).clamp(max=size - 1)
         wide = x.index_select(dim, index)
@@ -56,7 +56,7 @@ def _kernel(kind: str) -> Tensor:
     if kind == "gaussian":
         weights = torch.exp(-(at**2) / (2 * sigma**2))
         return weights / weights.sum()
-    # A Gaussian of 4 sigma around the center of the window; what lies outside is reflected back into it.
+    # A Gaussian of 4 sigma around the center of the window, whose tails are reflected back into it.
     far = torch.arange(-int(4 * sigma + 0.5), int(4 * sigma + 0.5) + 1)
     gauss = torch.exp(-(far.double() ** 2) / (2 * sigma**2))
     place = (far + size // 2) % (2 * size)
@@ -65,7 +65,7 @@ def _kernel(kind: str) -> Tensor:
 
 
 class Scorer:
-    """``score_fn`` over any rows of the inputs, a batch at a time, as float scores on the stated scale."""
+    """Float scores of ``score_fn`` on the stated scale, for any rows of the inputs, one batch at a time."""
 
     def __init__(self, score_fn: ScoreFn, inputs: Tensor, target: Any, args: Any, scores: str, batch_size: int) -> None:
         if not callable(score_fn):
@@ -101,7 +101,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
-        """Scores ``(B,)`` of images ``(B, C, H, W)`` that are made from the inputs ``rows`` ``(B,)``."""
+        """Scores ``(B,)`` of images ``(B, C, H, W)`` computed from the inputs ``rows`` ``(B,)``."""
         return torch.cat(self.halving(lambda part: self._score(*part), (images, rows), _halves))
 
     def _score(self, images: Tensor, rows: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Scorer:
         return (1 + out) / 2 if self.scores == "similarity" else out
 
     def check(self, maps: Tensor, mode: str) -> Tensor:
-        """``maps`` as ``(N, h, w)``, one for each input."""
+        """``maps`` as ``(N, h, w)``, one per input."""
         maps = check_maps(maps)
         n = len(self.inputs)
         if maps.ndim == 4 and maps.shape[1] == 1:
@@ -154,7 +154,7 @@ def _halves(part: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def baseline_images(inputs: Tensor, baseline: str | Tensor, rows: slice, like: torch.Size) -> Tensor:
-    """What replaces hidden pixels of ``inputs``, which are ``rows`` of all inputs, whose shape is ``like``."""
+    """Images whose pixels replace the hidden ones of ``inputs``, the ``rows`` of all inputs of shape ``like``."""
     if isinstance(baseline, Tensor):
         try:
             whole = baseline.to(inputs).expand(like)

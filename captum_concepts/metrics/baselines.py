@@ -1,4 +1,4 @@
-"""Maps that know no concept: the rows every table of maps needs to be read against."""
+"""Concept-agnostic baselines, with which every table of maps should be compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["CenterGaussian", "RandomMaps", "activation_energy", "center_gaussian
 
 
 def center_gaussian(n: int, size: tuple[int, int], *, sigma: float = 0.25) -> Tensor:
-    """``(n, h, w)`` a Gaussian in the centre, ``sigma`` as a share of each side: photographs have a centre.
+    """``(n, h, w)`` Gaussians in the center, with ``sigma`` as a fraction of each side.
 
     >>> center_gaussian(1, (1, 3), sigma=0.5)
     tensor([[[0.8007, 1.0000, 0.8007]]])
@@ -29,7 +29,7 @@ def center_gaussian(n: int, size: tuple[int, int], *, sigma: float = 0.25) -> Te
 
 
 def activation_energy(activations: Tensor) -> Tensor:
-    """``(N, C, h, w)`` activations -> ``(N, h, w)`` their Euclidean norm at each position: where anything is seen.
+    """``(N, h, w)`` Euclidean norm of ``(N, C, h, w)`` activations at each position, whatever the concept.
 
     >>> activation_energy(torch.tensor([[[[3.0]], [[4.0]]]]))
     tensor([[[5.]]])
@@ -42,7 +42,7 @@ def activation_energy(activations: Tensor) -> Tensor:
 
 
 class Blind:
-    """An explainer for :func:`captum_concepts.metrics.evaluate`: images in, maps out, the target not looked at."""
+    """A concept-agnostic explainer for :func:`captum_concepts.metrics.evaluate`, whose maps ignore the target."""
 
     def __init__(self, n_maps: int | None) -> None:
         if n_maps is not None and n_maps < 1:
@@ -58,13 +58,13 @@ class Blind:
 
 
 class RandomMaps(Blind):
-    """Uniform noise on a grid; the same image always gets the same maps, however images are batched.
+    """Uniform noise on a grid; an image always has the same maps, however images are batched.
 
     Args:
         size: the grid, by default that of a last convolutional layer.
         n_maps: None for ``(N, h, w)``, which ``evaluate`` compares with every mask of the image; T for
             ``(N, T, h, w)``.
-        seed: another seed, other maps.
+        seed: random seed of the maps.
 
     Example:
         >>> images = torch.rand(2, 3, 8, 8)
@@ -85,7 +85,7 @@ class RandomMaps(Blind):
 
 
 class CenterGaussian(Blind):
-    """A Gaussian in the centre of every image (:func:`center_gaussian`), at the image's own size.
+    """A Gaussian in the center of every image (:func:`center_gaussian`), at the size of the image.
 
     Example:
         >>> CenterGaussian(n_maps=3)(torch.rand(2, 3, 8, 6)).shape

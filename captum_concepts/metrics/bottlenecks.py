@@ -1,4 +1,4 @@
-"""Are concepts what their names and weights say? Faithfulness, existence, location and leakage of sets of concepts."""
+"""Metrics of concept bottlenecks: faithfulness, existence, location and leakage of sets of concepts."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def surf(
     bias: Tensor | None = None,
     space: str = "probability",
 ) -> Tensor:
-    r"""Surrogate faithfulness (SURF): how far concepts times weights are from what the model says, over all classes.
+    r"""Surrogate faithfulness (SURF), the error of concepts times weights against the model's outputs of all classes.
 
     .. math:: \hat y_i = \sum_k \alpha_{ik} P_k + b_i, \qquad
         \mathrm{EMD} = \tfrac12 \sum_i |p_i - \hat p_i|, \quad \mathrm{MAE} = \frac1C \sum_i |y_i - \hat y_i|
 
-    with p the softmax of the outputs y. The surrogate has no trainable parameters, so concepts that miss what the model
-    uses, such as random directions, cannot make up for it. Lower is better; 0 for a SALFCBM with its own ``scores``,
-    ``head.weight`` and ``head.bias``.
+    where p is the softmax of the outputs y. Lower is better; a SALFCBM with its own ``scores``, ``head.weight`` and
+    ``head.bias`` scores 0. The surrogate has no trainable parameters that could compensate for concepts the model does
+    not use, such as random directions.
 
     Args:
         outputs: ``(N, C)`` logits y of the model.
-        presence: ``(N, K)`` how strongly each concept is there, summed over the positions; ``(N, C, K)`` if every class
-            has concepts of its own.
-        importance: ``(C, K)``: weight of each concept for each class.
-        bias: ``(C,)`` b of the model's last layer; None: 0. The paper's surrogate is "up to the bias".
+        presence: ``(N, K)`` strength P of each concept, summed over the positions; ``(N, C, K)`` if every class has
+            concepts of its own.
+        importance: ``(C, K)`` weight of each concept for each class.
+        bias: ``(C,)`` bias b of the model's last layer; None: 0. The paper's surrogate is "up to the bias".
         space: ``"probability"`` (EMD, in [0, 1]) or ``"logit"`` (MAE).
 
     Returns:
         ``(N,)``; the paper reports the mean.
 
     Raises:
-        InputError: shapes that do not fit, or another ``space``.
+        InputError: shapes that do not match, or another ``space``.
 
     Reference: Kumar and Ahuja, Measuring the (Un)Faithfulness of Concept-Based Explanations, CVPR 2026,
     arXiv:2504.10833.
@@ -75,21 +75,22 @@ def surf(
 
 
 def concept_existence(contributions: Tensor, truth: Tensor, *, k: int = 5) -> Tensor:
-    """Concept existence metric (CEM): the fraction of the k concepts that count most which are really in the image.
+    """Concept existence metric (CEM), the fraction of the k largest contributors that are in the image.
 
-    Range [0, 1], higher is better; contributions that do not know the image score the fraction of concepts that are
-    present.
+    The range is [0, 1], and higher is better. Contributions that are independent of the image score the fraction of
+    concepts that are present.
 
     Args:
-        contributions: ``(N, T)`` of every concept to the predicted class, signed (the paper: weight times activation).
+        contributions: ``(N, T)`` signed contribution of every concept to the predicted class (in the paper, weight
+            times activation).
         truth: ``(N, T)`` bool, whether the image shows the concept.
-        k: the paper's l: 1, 3 or 5. All T where there are fewer.
+        k: the paper's l, which is 1, 3 or 5; all T if there are fewer.
 
     Returns:
-        ``(N,)``. Equal contributions share their places. NaN where a contribution is NaN.
+        ``(N,)``. Contributions that tie at rank k count fractionally. NaN where a contribution is NaN.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not match.
 
     Reference: Aysel et al., Concept-Based Explainable Artificial Intelligence: Metrics and Benchmarks, 2025,
     arXiv:2501.19271.
@@ -116,29 +117,29 @@ def concept_location(
     area: float = 0.25,
     mode: str = "bilinear",
 ) -> Tensor:
-    """Concept location metric (CLM): the fraction of concepts whose point lies where their map is highest.
+    """Concept location metric (CLM), the fraction of concepts whose annotated point lies where their map is highest.
 
-    The highest ``area`` of the pixels is the concept's region; a hit is a region that contains the annotated point.
-    Range [0, 1], higher is better; a map that knows nothing scores ``area``.
+    A concept's region is the fraction ``area`` of the pixels with the highest values, and a hit is a region that
+    contains the point. The range is [0, 1], and higher is better. Random maps score ``area`` on average.
 
     Args:
         maps: ``(N, T, h, w)``, resized to ``size``.
-        points: ``(N, T, 2)``: x and y of each concept in pixels; NaN where the image has none. Such a concept is
-            left out: it is no miss, and the next important one takes its place among the ``k``. This is a choice of
-            this package; :func:`concept_existence` counts whether the important concepts are there. Values compare
-            with others only where those leave the same concepts out.
+        points: ``(N, T, 2)`` x and y of each concept in pixels; NaN where the image has none. Such a concept is left
+            out rather than counted as a miss, and the next most important one is used instead. This is a choice of
+            this package, so compare only with values that leave out the same concepts. :func:`concept_existence`
+            measures whether the important concepts are present.
         size: ``(H, W)`` of the images.
-        importance: ``(N, T)``: only the ``k`` most important concepts that have a point count; None: all of them.
+        importance: ``(N, T)``; only the ``k`` most important concepts that have a point count. None: all of them.
         k: the paper's l.
-        area: fraction of the pixels; the paper takes 1, 3 and 6 of 12 parts.
+        area: fraction of the pixels; the paper uses 1, 3 and 6 of 12 parts.
         mode: how maps are resized.
 
     Returns:
-        ``(N,)``. Pixels that tie at the border of the region are in it with equal chance. NaN where no concept has a
-        point, or a map that counts is NaN.
+        ``(N,)``. Pixels that tie at the border of the region belong to it with equal probability. NaN where no concept
+        has a point, or a map that counts has NaN.
 
     Raises:
-        InputError: shapes that do not fit, or a point outside of the image.
+        InputError: shapes that do not match, or a point outside the image.
 
     Reference: as :func:`concept_existence`.
 
@@ -186,26 +187,26 @@ def concept_location(
 def concept_task_leakage(
     predicted: Tensor, truth: Tensor, labels: Tensor, *, discrete: bool | None = None, k: int = 3
 ) -> Tensor:
-    r"""Concepts-task leakage (CTL): what each predicted concept tells of the class beyond the true concept.
+    r"""Concepts-task leakage (CTL), the information about the class in each predicted concept beyond the true concept.
 
     .. math:: \mathrm{CTL}_i = \max\left(0, \frac{I(\hat c_i; y) - I(c_i; y)}{H(y)}\right)
 
-    Range [0, 1], lower is better: above 0, a concept carries what its name does not say.
+    The range is [0, 1], and lower is better. Above 0, a predicted concept carries information that its name does not.
 
     Args:
         predicted: ``(N, T)`` activations or probabilities of a bottleneck's concepts.
-        truth: ``(N, T)`` bool or integers: the annotated concepts.
-        labels: ``(N,)`` integers: the classes.
-        discrete: ``predicted`` takes few values, which are counted; None: if all are whole numbers. Otherwise its
-            information is estimated from the k nearest neighbors (Ross, PLoS ONE 2014), as the authors do. They add
-            noise of 1e-10 to separate equal values, which is left out here, so the result is the same every time.
-        k: neighbors.
+        truth: ``(N, T)`` bool or integers, the annotated concepts.
+        labels: ``(N,)`` integers, the classes.
+        discrete: whether ``predicted`` takes few values, which are counted; None: if all are whole numbers. Otherwise
+            its information is estimated from the k nearest neighbors (Ross, PLoS ONE 2014), as the authors do, but
+            without the noise of 1e-10 that they add to separate equal values, so the result is deterministic.
+        k: number of neighbors.
 
     Returns:
-        ``(T,)``; the paper's score is the mean. Costs ``T * N * N`` for values that are not discrete.
+        ``(T,)``; the paper's score is the mean. The cost is ``T * N * N`` for continuous values.
 
     Raises:
-        InputError: shapes that do not fit, NaN, classes that are all the same, too few examples (k + 2; 2 if discrete).
+        InputError: shapes that do not match, NaN, only one class, or fewer than k + 2 examples (2 if discrete).
 
     Reference: Parisini et al., Leakage and Interpretability in Concept-Based Models, 2025, arXiv:2504.14094.
 
@@ -228,20 +229,20 @@ def concept_task_leakage(
 
 
 def interconcept_leakage(predicted: Tensor, truth: Tensor, *, discrete: bool | None = None, k: int = 3) -> Tensor:
-    r"""Interconcept leakage (ICL): what predicted concepts tell of each other beyond what true ones do.
+    r"""Interconcept leakage (ICL), the information that predicted concepts share beyond that of the true concepts.
 
     .. math:: \mathrm{ICL}_i = \frac{1}{T - 1} \sum_{j \ne i} \max\left(0, \frac{I(\hat c_i; \hat c_j)}
         {\sqrt{H(\hat c_i) H(\hat c_j)}} - \frac{I(c_i; c_j)}{\sqrt{H(c_i) H(c_j)}}\right)
 
-    For values that are not discrete, the authors' estimate of I(c; c) stands for the entropy. Range [0, 1] (an estimate
-    may exceed it), lower is better.
+    The range is [0, 1] (an estimate may exceed it), and lower is better. For continuous values, the authors' estimate
+    of I(c; c) replaces the entropy.
 
     Args:
-        predicted, truth, discrete, k: as for :func:`concept_task_leakage`; the information of two continuous variables
+        predicted, truth, discrete, k: as in :func:`concept_task_leakage`; the information of two continuous variables
             is estimated as in Kraskov et al., Phys. Rev. E 69, 2004, algorithm 1.
 
     Returns:
-        ``(T,)``; the paper's score is the mean. Costs ``T * T * N * N / 2`` for values that are not discrete.
+        ``(T,)``; the paper's score is the mean. The cost is ``T * T * N * N / 2`` for continuous values.
 
     Raises:
         InputError: fewer than two concepts; otherwise as :func:`concept_task_leakage`.
@@ -278,7 +279,7 @@ def interconcept_leakage(predicted: Tensor, truth: Tensor, *, discrete: bool | N
 
 
 def _information(a: Tensor, b: Tensor) -> float:
-    """Mutual information of two variables that take few values ``0..``, from counts; of one with itself: entropy."""
+    """Mutual information of two variables with few values ``0..``, from counts; the entropy if ``a`` equals ``b``."""
     width = int(b.max()) + 1
     joint = torch.bincount(a * width + b, minlength=(int(a.max()) + 1) * width).double().reshape(-1, width) / len(a)
     independent = joint.sum(1, keepdim=True) * joint.sum(0)
@@ -330,7 +331,7 @@ def _codes(values: Tensor) -> Tensor:
 
 
 def _chosen(values: Tensor, k: int) -> Tensor:
-    """``(N, T)``: how much of each value is among its row's k largest; equal ones share the last places."""
+    """``(N, T)`` weight of each value among its row's k largest: 1, 0, or a fraction where values tie at rank k."""
     if not k:
         return torch.zeros_like(values)
     last = values.topk(k, dim=1).values[:, -1:]

@@ -1,4 +1,4 @@
-"""Boxes from maps, as weakly supervised localization measures them."""
+"""Boxes from maps, as used in weakly supervised localization."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def box_from_map(
     component: str = "largest",
     mode: str = "bilinear",
 ) -> Tensor:
-    """The tightest box around where a map is strong.
+    """``(N, 4)`` tightest boxes around the pixels above a threshold.
 
-    The map is resized to the image and scaled to [0, 1]; pixels above ``threshold`` are kept, and of these the largest
-    connected component (8 neighbors).
+    The map is resized to the image and scaled to [0, 1]. The box encloses the largest connected component (8 neighbors)
+    of the pixels above ``threshold``.
 
     Args:
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``.
         size: ``(H, W)`` of the images in pixels.
-        threshold: fraction of the map's range, in [0, 1); 0.2 is CAM's (Zhou et al., CVPR 2016).
-        component: ``"largest"`` (of equally large ones the first in reading order), or ``"all"`` for one box around all
-            kept pixels.
+        threshold: fraction of the map's range, in [0, 1); CAM uses 0.2 (Zhou et al., CVPR 2016).
+        component: ``"largest"`` (among equally large ones, the first in reading order), or ``"all"`` for one box around
+            all pixels above ``threshold``.
         mode: how maps are resized, ``align_corners=False``.
 
     Returns:
-        ``(N, 4)`` float32 ``x0, y0, x1, y1`` in pixels, the end exclusive, as ``torchvision.ops`` takes boxes. NaN
-        where there is no box: a constant map, or one with NaN.
+        ``(N, 4)`` float32 ``x0, y0, x1, y1`` in pixels with exclusive ends, the format of ``torchvision.ops``. NaN
+        for a constant map and for a map with NaN or infinite values.
 
     Raises:
         InputError: a wrong shape or option.
@@ -77,21 +77,21 @@ def box_iou(
 ) -> Tensor:
     """Intersection over union of :func:`box_from_map` and the box around the mask.
 
-    Range [0, 1], higher is better; above 0.5 counts as localized in the usual tables.
+    The range is [0, 1], and higher is better. Published tables count a value above 0.5 as localized.
 
     Args:
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``; ``(N, T, h, w)`` for masks ``(N, T, H, W)``.
-        masks: ``(N, H, W)`` or ``(N, T, H, W)``: a filled box, or any region, whose tightest box is taken.
+        masks: ``(N, H, W)`` or ``(N, T, H, W)``: filled boxes, or any regions, whose tightest boxes are used.
         threshold, component: as in :func:`box_from_map`.
-        ignore, ignore_index, mode: as in :func:`~captum_concepts.metrics.nra`. Ignored pixels belong to neither box:
-            the map is at its least there.
+        ignore, ignore_index, mode: as in :func:`~captum_concepts.metrics.nra`. Ignored pixels belong to neither box,
+            and the map is set to its minimum there.
 
     Returns:
-        The shape of ``masks`` without its last two. 0 for a map without a box; NaN for an empty mask and for a map with
-        NaN.
+        The shape of ``masks`` without its last two dimensions. 0 for a map without a box; NaN for an empty mask and for
+        a map with NaN or infinite values.
 
     Raises:
-        InputError: shapes that do not fit, negative labels, NaN.
+        InputError: shapes that do not match, negative labels, or NaN in the masks.
 
     Example:
         >>> heat, mask = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool()
@@ -115,9 +115,9 @@ def box_iou(
 
 
 def _bounds(regions: Tensor) -> Tensor:
-    """``(N, 4)`` tightest boxes of ``(N, H, W)`` bool; NaN where there is no pixel."""
+    """``(N, 4)`` tightest boxes of ``(N, H, W)`` bool; NaN for an empty mask."""
     ends = []
-    for dim in (1, 2):  # whether a column, then a row, has a pixel
+    for dim in (1, 2):  # columns, then rows
         line = regions.any(dim)
         at = torch.arange(line.shape[1], device=line.device)
         first = at.masked_fill(~line, line.shape[1]).amin(1)
@@ -131,7 +131,7 @@ def _largest_component(kept: Tensor) -> Tensor:
     n, height, width = kept.shape
     if not n:
         return kept
-    # Every pixel starts with its own number; the smallest one (largest negative) floods its component.
+    # Every pixel starts with its own negative number; the largest one (of the first pixel) floods its component.
     own = -torch.arange(1, height * width + 1, device=kept.device, dtype=torch.float64).reshape(1, height, width)
     outside = -float(height * width + 1)
     label = torch.where(kept, own, outside)

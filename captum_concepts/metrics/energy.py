@@ -1,4 +1,4 @@
-"""Energy and peak of a map against a mask: energy pointing game and pointing game."""
+"""Energy pointing game and pointing game: the energy and the peak of a map against a mask."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ def epg(
     ignore_index: int | None = None,
     mode: str = "bilinear",
 ) -> Tensor:
-    r"""Energy pointing game: the share of a map's energy that lies inside the mask.
+    r"""Energy pointing game (EPG), the fraction of a map's energy that lies inside the mask.
 
     .. math:: \mathrm{EPG} = \sum_{x \in M} a(x) \Big/ \sum_x a(x)
 
-    where a is the map, resized to the mask and then scaled to [0, 1] by its own minimum and maximum. Range [0, 1],
-    higher is better; a map that knows nothing scores the mask's share of the image.
+    where a is the map, resized to the mask and then scaled to [0, 1] by its own minimum and maximum. The range is
+    [0, 1], and higher is better. A random map is expected to score the fraction of the image that the mask covers.
 
     Args:
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``; ``(N, T, h, w)`` for masks ``(N, T, H, W)``. Resized to the masks
             by ``mode``, ``align_corners=False``.
         masks: ``(N, H, W)`` or ``(N, T, H, W)``; bool, integers (not 0 is the region) or floats (above 0.5).
-        normalize: ``"minmax"``; ``"relu"``: negative values are 0, no scaling; ``"none"``: the map as it is,
-            which must not be negative. The last is what quantus calls Relevance Mass Accuracy.
-        ignore, ignore_index: pixels to leave out, also of minimum and maximum; see :func:`captum_concepts.metrics.nra`.
+        normalize: ``"minmax"``; ``"relu"``: negative values become 0, without scaling; ``"none"``: the map unchanged,
+            which must not be negative (Relevance Mass Accuracy in Quantus).
+        ignore, ignore_index: pixels to leave out, also from minimum and maximum; see
+            :func:`captum_concepts.metrics.nra`.
         mode: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ``"nearest-exact"`` or ``"area"``.
 
     Returns:
-        ``(N,)`` or ``(N, T)``, float32 (float64 for float64 maps). A map without energy (constant under
-        ``"minmax"``, else all 0) spreads it evenly and scores the mask's share of the image. A full mask gives
-        1. NaN where it is undefined: a map with NaN or infinite values, an empty mask.
+        ``(N,)`` or ``(N, T)``, float32 (float64 for float64 maps). A map without energy (constant under ``"minmax"``,
+        otherwise all 0) scores the fraction of the image that the mask covers; a full mask scores 1. NaN for a map
+        with NaN or infinite values and for an empty mask.
 
     Raises:
         InputError: a wrong shape, dtype, device or option; negative values under ``normalize="none"``.
@@ -85,13 +86,12 @@ def pointing_game(
     ignore_index: int | None = None,
     mode: str = "bilinear",
 ) -> Tensor:
-    """Whether the map's highest pixel hits the mask; its mean over samples is the pointing game's accuracy.
+    """Whether the map's highest pixel hits the mask; the mean over samples is the pointing game's accuracy.
 
-    A hit is a pixel of the mask within ``tolerance`` of the maximum. If several pixels share the maximum, the
-    value is the share of them that hit (the expectation of picking one), so a constant map scores the share of
-    the image that the (widened) mask covers. Values in [0, 1], higher is better.
-
-    quantus differs there: one hit among the tied maxima counts as a full hit, and it has no tolerance.
+    A hit is a maximum within ``tolerance`` of a pixel of the mask. If several pixels tie for the maximum, the value is
+    the fraction of them that hit, so a constant map scores the fraction of the image that the (widened) mask covers.
+    Values lie in [0, 1], and higher is better. Quantus counts one hit among tied maxima as a full hit and has no
+    tolerance.
 
     Args:
         maps, masks, mode: as in :func:`epg`.
@@ -99,7 +99,7 @@ def pointing_game(
         ignore, ignore_index: pixels that can neither be the maximum nor belong to the mask.
 
     Returns:
-        ``(N,)`` or ``(N, T)``. NaN where it is undefined: a map with NaN, an empty mask.
+        ``(N,)`` or ``(N, T)``. NaN for a map with NaN and for an empty mask.
 
     Raises:
         InputError: a wrong shape, dtype, device or option; a negative ``tolerance``.
@@ -128,7 +128,7 @@ def pointing_game(
 
 
 def _widen(masks: Tensor, radius: float) -> Tensor:
-    """Pixels within ``radius`` of a mask ``(B, H, W)``: distance along rows first, then a bounded number of columns."""
+    """Pixels within ``radius`` of masks ``(B, H, W)``, from the distances along rows and a bounded number of shifts."""
     height, width = masks.shape[1:]
     at = torch.arange(width, device=masks.device).expand(masks.shape)
     far = height + width + 1

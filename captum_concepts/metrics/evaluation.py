@@ -1,4 +1,4 @@
-"""`evaluate`: explainers over a data set, streamed, into a tidy table with confidence intervals."""
+"""`evaluate` runs explainers over a data set and returns a tidy table with confidence intervals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ METRICS: dict[str, Callable[..., ExampleMetric]] = {
     "presence_brier": w.PresenceBrier,
     "concept_existence": w.ConceptExistence,
 }
-#: Is the word right? They look at what a ConceptExplainer says instead of its maps.
+#: Metrics of the concepts that a ConceptExplainer reports, instead of its maps.
 WORD_METRICS = ("top1_present", "concept_auroc", "presence_brier", "concept_existence")
 _NEEDS_SCORES = ("average_drop", "increase_in_confidence", "insertion", "deletion")
 
@@ -83,58 +83,58 @@ def evaluate(
     device: torch.device | str | None = None,
     show_progress: bool = False,
 ) -> EvaluationTable:
-    """Run one or several explainers over a data set and measure them.
+    """Evaluate one or several explainers on a data set and return a table of metrics.
 
-    Data is read once, a batch at a time; only a few numbers of every example are kept. Confidence intervals come from
-    resampling examples (percentile bootstrap; give the T concepts of an image as one example with masks (T, H, W), so
-    that they are resampled together; the same resamples for every explainer and metric, so that
-    differences are paired: :meth:`EvaluationTable.compare`).
+    Data is read once, one batch at a time, and only a few numbers per example are kept. Confidence intervals are
+    percentile bootstrap intervals over examples. Pass the T concepts of an image as one example with masks (T, H, W),
+    so that they are resampled together. All explainers and metrics share the resamples, so differences are paired
+    (:meth:`EvaluationTable.compare`).
 
-    Maps are matched with masks by name. Where the data names its masks (see ``concepts``), a
-    :class:`~captum_concepts.explanation.ConceptExplainer` is asked for ``concept_maps(inputs, names)``; names that it
-    does not know are left out for every explainer and listed in ``table.unmatched``. Otherwise, with one mask per
-    image, ``attribute(inputs, target=target)`` is asked for one map.
+    Maps are matched with masks by name. If the data names its masks (see ``concepts``), the maps of a
+    :class:`~captum_concepts.explanation.ConceptExplainer` are ``concept_maps(inputs, names)``; names that it does not
+    know are left out for every explainer and listed in ``table.unmatched``. Otherwise, with one mask per image, the map
+    is ``attribute(inputs, target=target)``.
 
     Args:
-        explainers: one, or a dict name -> explainer. Each is a ConceptExplainer (this package's methods), anything with
-            ``attribute(inputs, target=...)`` (Captum's attributions), a callable ``inputs -> maps`` (given ``target``
-            and ``concepts`` if it has parameters of these names) that returns maps or a ``ConceptExplanation``, or a
-            ``ConceptExplanation`` of all images in the order of ``data``.
-        data: batches or single examples: a ``DataLoader``, a ``Dataset`` (the readers of ``datasets`` as they are), a
-            list or a generator of ``(inputs, masks)``, ``(inputs, masks, target)``, or dicts with these keys and, if
-            wanted, ``ignore``, ``concepts`` and ``score_target``. Images ``(C, H, W)`` or ``(N, C, H, W)``; masks
-            ``(H, W)`` or ``(T, H, W)``, with N in front for batches. ``concepts``: T names of the masks, or one name
-            for a single mask. ``target``: the output of the model, for ``attribute`` and ``score_fn``, never a concept;
-            ``score_target`` where ``score_fn`` has other outputs than what ``attribute`` explains. Single
-            examples are put together while their shapes agree. ``masks`` may be None if no metric looks at them; an
-            image without concepts, T = 0, is an example without values.
-        metrics: names out of ``METRICS``, streaming metrics of this package (their state is not touched), or functions
+        explainers: one explainer, or a dict name -> explainer. Each is a ConceptExplainer (this package's methods), an
+            object with ``attribute(inputs, target=...)`` (Captum's attributions), a callable ``inputs -> maps`` (also
+            called with ``target`` and ``concepts`` if it has parameters of these names) that returns maps or a
+            ``ConceptExplanation``, or a ``ConceptExplanation`` of all images in the order of ``data``.
+        data: batches or single examples: a ``DataLoader``, a ``Dataset`` (including the readers of ``datasets``), a
+            list or a generator of ``(inputs, masks)``, ``(inputs, masks, target)``, or dicts with these keys and
+            optionally ``ignore``, ``concepts`` and ``score_target``. Images are ``(C, H, W)`` or ``(N, C, H, W)``;
+            masks are ``(H, W)`` or ``(T, H, W)``, with a leading N for batches. ``concepts``: T names of the masks, or
+            one name for a single mask. ``target``: the output of the model for ``attribute`` and ``score_fn``, never a
+            concept; ``score_target`` if the outputs of ``score_fn`` are not those that ``attribute`` explains. Single
+            examples are collated while their shapes agree. ``masks`` may be None if no metric uses them; an image
+            without concepts, T = 0, is an example without values.
+        metrics: names from ``METRICS``, streaming metrics of this package (their state is unchanged), or functions
             ``(maps, masks) -> (N,)``; or a dict name -> one of these. ``"top1_present"``, ``"concept_auroc"``,
-            ``"presence_brier"`` and ``"concept_existence"`` (of contributions to the predicted class) ask whether the
-            words are right instead of where they are; they need ConceptExplainers and names, and are undefined for
-            other rows, such as baselines.
+            ``"presence_brier"`` and ``"concept_existence"`` (of contributions to the predicted class) measure whether
+            the reported concepts are in the image, not where. They need ConceptExplainers and names, and are undefined
+            for other rows, such as baselines.
         score_fn: for the names ``average_drop``, ``increase_in_confidence``, ``insertion`` and ``deletion``: images ->
-            scores ``(N,)`` or ``(N, K)``; then each example's ``target`` picks one.
-        concepts: names of the T masks of ``(N, T, H, W)``; None takes those of the items, or ``data.concepts``. They
-            are also the vocabulary that the word metrics ask about.
-        transform: makes the model's inputs from a batch of the data's images. The readers of ``datasets`` return images
-            in [0, 1]: for a network that was trained on normalized ones, pass ``images.preprocessing_of(model)``.
-        batch_size: examples put together, and images per call of ``score_fn``.
-        channels: how attributions ``(N, C, H, W)`` of the input or of a layer's channels become one map where the masks
-            are ``(N, H, W)``: ``"sum"`` or ``"abs_sum"`` (the sum of absolute values).
-        nan_policy: see :class:`ExampleMetric`; the table counts undefined values under each.
-        n_bootstrap: resamples; 0 for no intervals. Fewer than 5 examples get none either.
+            scores ``(N,)``, or ``(N, K)``, of which each example's ``target`` selects one.
+        concepts: names of the T masks of ``(N, T, H, W)`` and the vocabulary of the metrics of reported concepts; None:
+            those of the items, or ``data.concepts``.
+        transform: computes the model's inputs from a batch of the data's images. The readers of ``datasets`` return
+            images in [0, 1]; for a network trained on normalized images, pass ``images.preprocessing_of(model)``.
+        batch_size: examples per collated batch, and images per call of ``score_fn``.
+        channels: how attributions ``(N, C, H, W)`` of the input or of a layer's channels are reduced to one map if the
+            masks are ``(N, H, W)``: ``"sum"`` or ``"abs_sum"`` (the sum of absolute values).
+        nan_policy: see :class:`ExampleMetric`; the table counts undefined values under each policy.
+        n_bootstrap: number of resamples; 0 for no intervals. Fewer than 5 examples have no intervals either.
         confidence: coverage of the intervals.
-        seed: of the resampling.
-        device: where inputs, masks and targets are moved first; by default they stay where they are.
-        show_progress: a tqdm bar over the batches.
+        seed: random seed of the resampling.
+        device: device to which inputs, masks and targets are moved; None leaves them where they are.
+        show_progress: show a tqdm bar over the batches.
 
     Returns:
         An :class:`EvaluationTable`.
 
     Raises:
-        InputError: an unknown metric, data or maps that do not fit, a metric without what it needs, masks without
-            names or class labels where a ConceptExplainer needs the names of concepts.
+        InputError: an unknown metric, data or maps that do not match, a metric without what it needs, or masks without
+            names or with class labels where a ConceptExplainer needs the names of concepts.
 
     Example:
         >>> import torch
@@ -202,9 +202,9 @@ class Words:
     """The names that data and explainers share.
 
     Args:
-        vocabulary: the names that the data knows; empty where only its items tell.
+        vocabulary: the names in the data; empty if only its items have names.
         columns: for each named explainer, its own spelling of a name by the plain one.
-        unmatched: names of the data that some explainer does not know, as they are met.
+        unmatched: names of the data that some explainer does not know, collected during the run.
     """
 
     vocabulary: list[str]
@@ -213,7 +213,7 @@ class Words:
 
     @classmethod
     def of(cls, explainers: Mapping[str, Any], data: Any, given: Sequence[str] | None) -> Words | None:
-        """None where no explainer answers to names."""
+        """The names that data and explainers share; None if no explainer has named concepts."""
         named = {name: one for name, one in explainers.items() if isinstance(one, ConceptExplainer)}
         if not named:
             return None
@@ -235,8 +235,8 @@ class Words:
         return known
 
     def known_part(self, batch: Batch) -> tuple[Batch, list[int] | None, list[int] | None]:
-        """The batch with the masks of known names alone, with their names; which of (N, T, H, W) they are; and, with
-        a name for each example, which examples."""
+        """The batch with only the masks of known names, their indices in T for masks (N, T, H, W), and the indices of
+        the examples with known names if each example has one name."""
         if batch.masks is None or (batch.masks.ndim == 3 and batch.concepts is None):
             return batch, None, None
         names = batch.concepts if batch.concepts is not None else self.vocabulary
@@ -256,10 +256,10 @@ class Words:
 
     @autocast_of_the_caller()
     def statistics(self, metric: Any, name: str, explainer: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a word metric: scores, presence and truth for the vocabulary."""
+        """Statistics of a metric of reported concepts over the vocabulary."""
         if not self.vocabulary or batch.masks is None:
             raise InputError(f"{type(metric).__name__} needs masks and the names of the data's concepts")
-        if name not in self.columns:  # a baseline, or maps alone, says no word
+        if name not in self.columns:  # a baseline, or bare maps, reports no concepts
             nothing = torch.zeros(len(batch))
             return nothing[:, None], nothing, nothing
         known = [word for word in self.vocabulary if self.knows(word)]
@@ -282,7 +282,7 @@ class Words:
         return metric.statistics(values, truth.to(values.device))
 
     def _truth(self, batch: Batch, known: Sequence[str]) -> Tensor:
-        """``(N, T)`` bool: does the image show the concept?"""
+        """``(N, T)`` bool, whether the image shows the concept."""
         masks = batch.masks
         assert masks is not None
         if masks.ndim == 3:
@@ -297,7 +297,7 @@ class Words:
 
 
 def plain_name(name: str) -> str:
-    """A name without what data sets spell differently: case, ``_`` and ``-``.
+    """The name in lower case, with spaces instead of ``_`` and ``-``.
 
     >>> plain_name("Traffic_Light")
     'traffic light'
@@ -306,7 +306,7 @@ def plain_name(name: str) -> str:
 
 
 def spellings(concepts: Sequence[str]) -> dict[str, str]:
-    """The concept by each plain name of it; a comma separates synonyms, as in ImageNet's class names.
+    """The concept for each of its plain names; commas separate synonyms, as in ImageNet's class names.
 
     >>> spellings(["traffic_light", "dog, domestic dog"])["domestic dog"]
     'dog, domestic dog'
@@ -319,7 +319,7 @@ def spellings(concepts: Sequence[str]) -> dict[str, str]:
 
 
 def _warn_of_raw_images(explainers: Mapping[str, Any], data: Any, transform: Any) -> None:
-    """Of images in [0, 1], as the readers of ``datasets`` return them, for networks that want normalized ones."""
+    """Warn if images in [0, 1], as from the readers of ``datasets``, reach a network trained on normalized images."""
     if transform is not None or not hasattr(data, "reading"):
         return
     for name, one in explainers.items():
@@ -377,7 +377,7 @@ def _measures(
 def _maps(
     explainer: Any, name: str, batch: Batch, chosen: Batch, columns: list[int] | None, places: list[int], channels: str
 ) -> Tensor:
-    """The maps for the masks of ``chosen``: ``columns`` of those of ``batch``, whose examples are the data's at
+    """The maps for the masks of ``chosen``, which are ``columns`` of those of ``batch``, the data's examples
     ``places``."""
     n = len(batch)
     found: Any
@@ -418,14 +418,14 @@ def _maps(
         raise InputError(f"explainer {name!r} must return maps ({n}, h, w) or ({n}, T, h, w), got {got}")
     found = found.detach()
     if found.ndim == 3 and several and isinstance(explainer, Blind) and batch.masks is not None:
-        found = found[:, None].expand(-1, batch.masks.shape[1], -1, -1)  # it knows no concept: one map for all
+        found = found[:, None].expand(-1, batch.masks.shape[1], -1, -1)  # concept-agnostic: one map for all
     if found.ndim == 4 and found.shape[1] > 1 and not several:
         found = (found.abs() if channels == "abs_sum" else found).float().sum(1)
     return found[:, columns] if several and columns is not None and found.ndim == 4 else found
 
 
 def _named_maps(explainer: ConceptExplainer, batch: Batch) -> Tensor:
-    """``(N, T, h, w)`` of the T named masks, or ``(N, h, w)`` of the concept named for each image."""
+    """``(N, T, h, w)`` maps of the T named masks, or ``(N, h, w)`` maps of the concept named for each image."""
     own = spellings(explainer.concepts)
     names = [own[plain_name(name)] for name in batch.concepts or ()]
     wanted = list(dict.fromkeys(names))
@@ -441,7 +441,7 @@ def _named_maps(explainer: ConceptExplainer, batch: Batch) -> Tensor:
 def _without(
     metric: ExampleMetric, rows: list[int], statistics: Sequence[Tensor], n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of n examples of which only ``rows`` have values."""
+    """Statistics of n examples, of which only ``rows`` have values."""
     total, counted, skipped = torch.zeros(n, metric.width, dtype=torch.float64), torch.zeros(n), torch.zeros(n)
     for whole, part in zip((total, counted, skipped), statistics, strict=False):
         whole[rows] = part.to(whole)

@@ -1,4 +1,4 @@
-"""Faithfulness by changing the image: average drop, increase in confidence, insertion and deletion."""
+"""Faithfulness by perturbing the image: average drop, increase in confidence, insertion and deletion."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ def average_drop(
     mode: str = "bilinear",
     batch_size: int = 32,
 ) -> Tensor:
-    r"""Share of the score that is lost when only what the map shows is left of the image.
+    r"""Average drop, the fraction of the score that is lost when the image is multiplied by its map.
 
     .. math:: \mathrm{AD}_i = \max(0,\, Y_i - O_i) \,/\, Y_i
 
-    with Y the score of the image x and O that of ``x * a + baseline * (1 - a)``, a the map, resized to the image and
-    scaled to [0, 1]. Its mean times 100 is the published "average drop %". Range [0, 1] (above 1 if O can be negative),
-    lower is better.
+    where Y is the score of the image x, O the score of ``x * a + baseline * (1 - a)``, and a the map, resized to the
+    image and scaled to [0, 1]. The mean times 100 is the published "average drop %". The range is [0, 1] (above 1 if O
+    can be negative), and lower is better.
 
     Args:
-        score_fn: images ``(B, C, H, W)`` -> scores ``(B,)``, or ``(B, K)`` with ``target``. Any model: probabilities,
-            similarities, concept scores. Called without gradients, ``batch_size`` images at a time.
-        inputs: ``(N, C, H, W)`` images as ``score_fn`` takes them.
+        score_fn: images ``(B, C, H, W)`` -> scores ``(B,)``, or ``(B, K)`` with ``target``, such as probabilities,
+            similarities or concept scores. It is called without gradients, on ``batch_size`` images at a time.
+        inputs: ``(N, C, H, W)`` inputs of ``score_fn``.
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``.
-        target: the column of ``score_fn``'s output: an int, or one for each example.
-        additional_forward_args: passed to ``score_fn`` after the images; tensors with N rows are cut into batches.
-        scores: the scale of Y and O, because a ratio needs a scale with a zero. ``"probability"``: as they are, checked
-            to lie in [0, 1]; ``"similarity"``: checked to lie in [-1, 1] and moved to [0, 1] by ``(1 + s) / 2``;
-            ``"raw"``: as they are. Logits have no zero: turn them into probabilities in ``score_fn``.
-        baseline: what replaces the hidden part: ``"zero"`` (published; in the scale of ``inputs``, so the mean colour
-            of normalised images), ``"mean"`` (the image's mean colour), ``"blur"`` (RISE's kernel of 11 pixels),
+        target: the column of ``score_fn``'s output: one int, or one int per example.
+        additional_forward_args: passed to ``score_fn`` after the images; tensors with N rows are split into batches.
+        scores: the scale of Y and O, whose ratio needs a meaningful zero. ``"probability"``: unchanged, checked to lie
+            in [0, 1]; ``"similarity"``: checked to lie in [-1, 1] and mapped to [0, 1] by ``(1 + s) / 2``; ``"raw"``:
+            unchanged. Logits have no meaningful zero, so convert them to probabilities in ``score_fn``.
+        baseline: what replaces the hidden part: ``"zero"`` (published; in the scale of ``inputs``, hence the mean color
+            of normalized images), ``"mean"`` (the image's mean color), ``"blur"`` (RISE's kernel of 11 pixels),
             ``"gaussian"`` (sigma 5, 11 pixels, mirrored borders), or a tensor that broadcasts to ``inputs``.
-        normalize: scale each map to [0, 1]; a constant map shows nothing (0). If False, maps must lie in [0, 1].
+        normalize: scale each map to [0, 1]; a constant map becomes 0. If False, maps must lie in [0, 1].
         mode: how maps are resized, ``align_corners=False``.
-        batch_size: images a call.
+        batch_size: images per call.
 
     Returns:
-        ``(N,)`` float32 (float64 for float64 scores). NaN where it is undefined: Y not above 0, a score with NaN, a
-        map with NaN or infinite values.
+        ``(N,)`` float32 (float64 for float64 scores). NaN where Y is not above 0, a score is NaN, or a map has NaN or
+        infinite values.
 
     Raises:
-        InputError: shapes that do not fit, scores off the stated scale, or an unknown option.
-        TargetError: ``target`` does not fit the output.
+        InputError: shapes that do not match, scores outside the stated scale, or an unknown option.
+        TargetError: ``target`` does not match the output.
 
     Reference: Grad-CAM++, WACV 2018, arXiv:1710.11063, section 4.1.
 
@@ -91,15 +91,15 @@ def increase_in_confidence(
     mode: str = "bilinear",
     batch_size: int = 32,
 ) -> Tensor:
-    """1 where the score rises when only what the map shows is left of the image (``Y < O``), else 0.
+    """1 where the score rises when the image is multiplied by its map (``Y < O``), else 0.
 
-    Its mean times 100 is the published "% increase in confidence"; higher is better. Only the order of Y and O counts,
-    so the scale of the scores does not matter.
+    The mean times 100 is the published "% increase in confidence", and higher is better. Only the order of Y and O
+    matters, not the scale of the scores.
 
     Args and errors: as in :func:`average_drop`.
 
     Returns:
-        ``(N,)`` of 0 and 1; NaN for a score with NaN, a map with NaN or infinite values.
+        ``(N,)`` of 0 and 1; NaN where a score is NaN, or a map has NaN or infinite values.
 
     Reference: Grad-CAM++, WACV 2018, arXiv:1710.11063, section 4.1.
 
@@ -131,20 +131,20 @@ def deletion(
     return_curve: bool = False,
     show_progress: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Area under the score while the most salient pixels are removed, step by step; lower is better.
+    """Area under the score curve as the most salient pixels are removed step by step; lower is better.
 
-    The curve starts with the whole image and ends with the baseline; the area is that of the trapezoids, over the share
-    of removed pixels. It has the range and the unit of the scores.
+    The curve runs from the image to the baseline over the fraction of removed pixels, and its area is integrated by the
+    trapezoidal rule. It has the range and the unit of the scores.
 
     Args:
         score_fn, inputs, maps, target, additional_forward_args, scores, mode: as in :func:`average_drop`.
         baseline: what removed pixels become: ``"zero"`` (published), or another of :func:`average_drop`.
-        n_steps: number of steps. None: as many as the map has positions, at most H: between two of them nothing new is
-            known. The published number is H (224 at 224 px, W pixels per step), which costs h * w / H times as much.
-            Step k has changed ``round(k * H * W / n_steps)`` pixels.
-        batch_size: images a call of ``score_fn``, over examples and steps together, which bounds the memory.
-        seed: tied pixels are taken in a random order (the same for every example and any batching), so that a
-            constant map removes pixels at random instead of row by row.
+        n_steps: number of steps; ``round(k * H * W / n_steps)`` pixels have changed after step k. None: as many as the
+            map has positions, at most H, because more steps add no information. The published number is H (224 at
+            224 px, W pixels per step), which costs H / (h * w) times as much.
+        batch_size: images per call of ``score_fn``, over examples and steps together, which bounds the memory.
+        seed: random seed of the order of tied pixels (the same for every example and any batching), so that a constant
+            map removes pixels at random instead of row by row.
         return_curve: also return the scores ``(N, n_steps + 1)``.
         show_progress: show a progress bar.
 
@@ -154,8 +154,8 @@ def deletion(
     Raises:
         InputError, TargetError: as in :func:`average_drop`.
 
-    quantus' ``PixelFlipping`` is the curve without its first point; it ranks the values of every channel by themselves
-    where this removes whole pixels, takes tied ones in the order of memory, and its "black" is the least value.
+    ``PixelFlipping`` of Quantus is the curve without its first point. It ranks the values of each channel separately
+    instead of removing whole pixels, takes tied values in memory order, and its "black" is the minimum.
 
     Reference: RISE, BMVC 2018, arXiv:1806.07421, section 4.1.
 
@@ -186,10 +186,10 @@ def insertion(
     return_curve: bool = False,
     show_progress: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Area under the score while the most salient pixels are put into the baseline, step by step; higher is better.
+    """Area under the score curve as the most salient pixels are inserted step by step; higher is better.
 
-    Like :func:`deletion` (same arguments and outcome) from the other end: the curve starts with the baseline, by
-    default the blurred image as published, and ends with the image.
+    Arguments and results are those of :func:`deletion`, but the curve runs from the baseline, by default the blurred
+    image as published, to the image.
 
     Example:
         >>> import torch
@@ -248,7 +248,7 @@ def _curve(
     curves = []
     starts = range(0, n, run.batch_size)
     what = "insertion" if insert else "deletion"
-    # a few examples, then all their steps in batches
+    # all steps of a few examples, in batches
     for start in tqdm(starts, desc=what, disable=not show_progress):
         rows = slice(start, start + run.batch_size)
         x = run.inputs[rows]

@@ -1,4 +1,4 @@
-"""Region accuracy over all thresholds: normalised region accuracy, hit rate and specificity."""
+"""Normalized region accuracy over all thresholds, hit rate and concept specificity."""
 
 from __future__ import annotations
 
@@ -27,45 +27,44 @@ def nra(
     ignore_index: int | None = None,
     mode: str = "bilinear",
 ) -> Tensor:
-    r"""Normalised region accuracy: where a map stands between a random and the ideal order of the pixels.
+    r"""Normalized region accuracy (NRA), the area under the IoU curve between a random (0) and the ideal (1) order.
 
     .. math::
         \mathrm{NRA} = \frac{\max(\mathrm{AUC} - \mathrm{AUC}_{low},\, 0)}{\mathrm{AUC}_{high} - \mathrm{AUC}_{low}},
         \qquad \mathrm{AUC} = \frac1P \sum_{p=1}^{P} \mathrm{IoU}(p)
 
-    IoU(p) compares the p pixels of highest saliency with the mask of M of the P pixels;
-    :math:`\mathrm{AUC}_{high}` is that of the ideal order, the mean of ``min(p, M) / max(p, M)``.
+    where IoU(p) compares the p pixels of highest saliency with the mask of M of the P pixels, and
+    :math:`\mathrm{AUC}_{high}` is the AUC of the ideal order, the mean of ``min(p, M) / max(p, M)``.
 
-    Range [0, 1] (at most 1 if ``signed``), higher is better. It uses only the order of the pixels: any strictly
-    increasing function of the map gives the same value.
+    The range is [0, 1] (at most 1 if ``signed``), and higher is better. Only the order of the pixels matters, so any
+    strictly increasing function of the map has the same value.
 
-    Tied pixels share the expected value: inside a group of g equal pixels, m of them in the mask, that starts
-    after a pixels with b in the mask, the intersection at p is its expectation under a random order of the
-    group, ``E(p) = b + (p - a) * m / g``, and ``IoU(p) = E(p) / (p + M - E(p))``. So nothing depends on how a
-    sort breaks ties, and a constant map scores what a random one is expected to.
+    The result does not depend on how a sort breaks ties. Within a group of g equal pixels, m of them in the mask, that
+    starts after a pixels with b in the mask, the intersection at p is its expectation under a random order of the
+    group, ``E(p) = b + (p - a) * m / g``, and ``IoU(p) = E(p) / (p + M - E(p))``.
 
     Args:
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``; ``(N, T, h, w)`` for masks ``(N, T, H, W)``. Resized to the masks
-            by ``mode``, ``align_corners=False``. Of any real dtype; half precision is computed in float32.
-        masks: ``(N, H, W)`` or, for several (also overlapping) concepts an image, ``(N, T, H, W)``; bool, integers
+            by ``mode``, ``align_corners=False``. Any real dtype; half precision is computed in float32.
+        masks: ``(N, H, W)``, or ``(N, T, H, W)`` for several (possibly overlapping) concepts per image; bool, integers
             (not 0 is the region) or floats (above 0.5 is the region).
-        baseline: :math:`\mathrm{AUC}_{low}`. ``"published"``: the area under the line from 0 to M/P, ``M / 2P``, which
-            is the paper's (its code has the grid ``thresholds="authors"``, too) but below what a random map really
-            gets. ``"exact"``: the mean of the expected IoU, ``E / (p + M - E)`` with ``E = p M / P``; a constant map
-            then scores exactly 0. Random maps still average above 0 (.04 to .08), because values below the baseline are
-            cut off: see ``signed``.
-        signed: do not cut off values below the baseline; random maps then average 0 under ``baseline="exact"``.
-        thresholds: ``"all"``: every p from 1 to P. ``"authors"``: the grid of the authors' code, which counts pixel by
-            pixel up to 1 % of the image and in steps of 1 % beyond. They differ for masks below 1 % of the image, and
-            negligibly above 5 %.
+        baseline: :math:`\mathrm{AUC}_{low}`. ``"published"``: the area under the line from 0 to M/P, ``M / 2P``, as in
+            the paper (whose code also uses ``thresholds="authors"``), which is below the AUC of a random map.
+            ``"exact"``: the mean of the expected IoU, ``E / (p + M - E)`` with ``E = p M / P``, so that a constant map
+            scores exactly 0. Random maps still average above 0 (.04 to .08) unless ``signed``, because values below
+            the baseline are clipped.
+        signed: do not clip values below the baseline; random maps then average 0 under ``baseline="exact"``.
+        thresholds: ``"all"``: every p from 1 to P. ``"authors"``: the grid of the authors' code, every pixel up to 1 %
+            of the image and steps of 1 % beyond. They differ for masks below 1 % of the image, and negligibly above
+            5 %.
         ignore: bool ``(N, H, W)`` or the shape of ``masks``; pixels left out as if the image did not have them.
         ignore_index: the label in integer ``masks`` of pixels to leave out.
         mode: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ``"nearest-exact"`` or ``"area"``.
 
     Returns:
-        The shape of ``masks`` without its last two: ``(N,)`` or ``(N, T)``; float32, float64 for float64 maps. NaN
-        where it is undefined: a map with NaN, an empty mask (there is nothing to find) or a full one (every
-        order is ideal). Infinite values keep their place in the order if the map is not resized.
+        ``(N,)`` or ``(N, T)``, the shape of ``masks`` without its last two dimensions; float32, float64 for float64
+        maps. NaN for a map with NaN and for an empty or a full mask. Infinite values keep their rank if the map is not
+        resized.
 
     Raises:
         InputError: a wrong shape, dtype, device, ``baseline`` or ``mode``.
@@ -90,10 +89,10 @@ def region_auc(
     ignore_index: int | None = None,
     mode: str = "bilinear",
 ) -> Tensor:
-    """The AUC inside :func:`nra`, not normalised: mean IoU over all area thresholds, in (0, 1], higher is better.
+    """Mean IoU over all area thresholds, the AUC of :func:`nra` before normalization; in (0, 1], higher is better.
 
-    It is high for any map if the mask is large, which is what NRA corrects. Arguments, ties and errors as there;
-    NaN for a map with NaN and for an empty mask.
+    It is high for any map if the mask is large, for which NRA corrects. Arguments, ties and errors are as in
+    :func:`nra`; NaN for a map with NaN and for an empty mask.
 
     Example:
         >>> import torch
@@ -117,14 +116,14 @@ def hit_rate(
     mode: str = "bilinear",
     nan_policy: str = "omit",
 ) -> Tensor:
-    """Share of samples whose :func:`nra` is above ``threshold``: a quantity of the whole data set.
+    """Fraction of samples whose :func:`nra` is above ``threshold``, one value for the whole data set.
 
     Args:
         maps, masks, baseline, ignore, ignore_index, mode: as in :func:`nra`. With ``(N, T, H, W)`` masks every
             (image, concept) is a sample.
-        threshold: the published one is 0.5; a hit is strictly above it.
-        nan_policy: what to do with samples whose NRA is undefined. ``"omit"``: leave them out, and say how many in
-            an ``InputWarning``; ``"zero"``: count them as misses; ``"propagate"``: the result is NaN; ``"raise"``.
+        threshold: a hit is strictly above it; published: 0.5.
+        nan_policy: how undefined samples are handled. ``"omit"``: left out, with their number in an ``InputWarning``;
+            ``"zero"``: counted as misses; ``"propagate"``: the result is NaN; ``"raise"``: an ``InputError``.
 
     Returns:
         0-d tensor in [0, 1], higher is better; NaN if no sample is left.
@@ -154,13 +153,13 @@ def concept_specificity(
     ignore_index: int | None = None,
     mode: str = "bilinear",
 ) -> Tensor:
-    r"""How much better a concept's own map finds its region than the maps of the image's other concepts do.
+    r"""NRA of a concept's own map minus the mean NRA of the maps of the image's other concepts.
 
     .. math:: \mathrm{spec}_t = \mathrm{NRA}(A_t, M_t) - \frac{1}{|O_t|} \sum_{s \in O_t} \mathrm{NRA}(A_s, M_t)
 
-    :math:`O_t` are the other concepts that are present, that is, whose mask in this image is not empty. Range
-    [-1, 1], higher is better; 0 for maps that do not know their concept (the same map for all, the centre of the
-    photograph, mere activation energy) and 0 in expectation for random ones. NRA alone rewards such maps.
+    where :math:`O_t` are the other concepts that are present, that is, have a non-empty mask in this image. The range
+    is [-1, 1], and higher is better. Concept-agnostic maps (one map for all concepts, such as a center Gaussian or the
+    activation energy), which NRA alone rewards, score 0, and random maps score 0 in expectation.
 
     Args:
         maps: ``(N, T, h, w)``.
@@ -168,8 +167,8 @@ def concept_specificity(
         baseline, ignore, ignore_index, mode: as in :func:`nra`.
 
     Returns:
-        ``(N, T)``. NaN where it is undefined: the concept is absent (empty mask) or fills the image, its map has
-        NaN, or no other concept is present. Another concept's map with NaN is left out of the mean.
+        ``(N, T)``. NaN where the concept is absent (empty mask) or fills the image, its map has NaN, or no other
+        concept is present. Another concept's map with NaN is left out of the mean.
 
     Raises:
         InputError: see :func:`nra`; masks that are not ``(N, T, H, W)``.
@@ -205,7 +204,7 @@ def _rows(
     signed: bool = False,
     thresholds: str = "all",
 ) -> Tensor:
-    """NRA of each row (or of each given pair of rows)."""
+    """NRA of each row, or of each pair of rows."""
     one_of("baseline", baseline, BASELINES)
     one_of("thresholds", thresholds, THRESHOLDS)
     auc, region, pixels, broken = all_areas(pairs, map_rows, mask_rows, thresholds=thresholds)
@@ -222,13 +221,13 @@ def _rows(
         sizes = zip(region.tolist(), pixels.tolist(), strict=True)
         low = torch.tensor([expected_auc(*size) for size in sizes], dtype=torch.float64, device=auc.device)
     gain = auc - low
-    gain = gain.masked_fill(gain.abs() < 1e-12, 0)  # the same sum in two shapes may differ in its last bit
+    gain = gain.masked_fill(gain.abs() < 1e-12, 0)  # sums in two shapes may differ in the last bit
     gain = gain if signed else gain.clamp(min=0)
     scores = (gain / (high - low)).clamp(max=1).masked_fill(undefined, torch.nan)
     return scores.to(pairs.dtype).to(pairs.masks.device)
 
 
 def _authors_high(region: int, pixels: int) -> Tensor:
-    """AUC of the ideal order as in the authors' code, whose p starts at 0 here and at 1 in the IoU."""
+    """AUC of the ideal order as in the authors' code, where p starts at 0 (but at 1 in the IoU)."""
     at, m = torch.arange(pixels, dtype=torch.float64), max(region, 1)
     return torch.where(at < m, at / m, m / at.clamp(min=1)) @ authors_weights(pixels)

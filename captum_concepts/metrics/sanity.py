@@ -1,4 +1,4 @@
-"""Sanity checks: do maps depend on what the model has learnt? (parameter and label randomisation)"""
+"""Parameter and label randomization: sanity checks of whether maps depend on what the model has learned."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ORDERS = ("cascade", "independent")
 
 @dataclass(frozen=True)
 class SanityResult:
-    """Similarity of maps before and after randomisation, and how to read it.
+    """Similarity of maps before and after randomization, and whether the check passed.
 
     Args:
         check: ``"parameters"`` or ``"labels"``.
-        stages: what was randomised at each stage; in a cascade everything down to this name.
+        stages: what was randomized at each stage; in a cascade, everything down to this name.
         similarity: ``(stages, N)`` similarity of each example's maps, NaN where it is undefined.
-        judged: index of the stages the reading rests on.
+        judged: indices of the stages that decide whether the check passed.
         threshold: the highest mean similarity that passes.
         interval: 95 % bootstrap interval (over examples) of the judged mean similarity.
     """
@@ -49,12 +49,12 @@ class SanityResult:
 
     @property
     def skipped(self) -> int:
-        """How many judged similarities are undefined (a map with NaN)."""
+        """Number of undefined judged similarities (a map with NaN)."""
         return int(self.similarity[self.judged].isnan().sum())
 
     @property
     def passed(self) -> bool:
-        """Whether the maps changed: the whole interval lies at or below ``threshold``. False where undefined."""
+        """Whether the maps changed, that is, the whole interval lies at or below ``threshold``; False if undefined."""
         return self.interval[1] <= self.threshold
 
     def __str__(self) -> str:
@@ -76,14 +76,14 @@ class SanityResult:
 
 
 def rank_correlation(first: Tensor, second: Tensor, *, absolute: bool = False) -> Tensor:
-    """Spearman's rank correlation of two maps of each example; tied values share their mean rank.
+    """Spearman's rank correlation of two maps of each example; tied values have their mean rank.
 
     Args:
-        first, second: ``(N, ...)`` of one shape.
-        absolute: of the absolute values, which does not see a mere change of sign (Adebayo et al. show both).
+        first, second: ``(N, ...)`` of the same shape.
+        absolute: correlate absolute values, ignoring changes of sign (Adebayo et al. show both).
 
     Returns:
-        ``(N,)`` in [-1, 1]. If both maps are constant they are alike (1); if one is, they are not (0). NaN for NaN.
+        ``(N,)`` in [-1, 1]. 1 if both maps are constant, 0 if one is, and NaN if a map has NaN.
 
     >>> rank_correlation(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 8.0, 9.0]]))
     tensor([1.])
@@ -107,7 +107,7 @@ def rank_correlation(first: Tensor, second: Tensor, *, absolute: bool = False) -
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Mean ranks around 0, in float64 on the CPU."""
+    """Centered mean ranks, in float64 on the CPU."""
     _, which, count = torch.unique(values.cpu(), return_inverse=True, return_counts=True)
     count = count.double()
     return (count.cumsum(0) - (count - 1) / 2)[which] - (len(values) + 1) / 2
@@ -127,37 +127,37 @@ def parameter_randomization(
     seed: int = 0,
     show_progress: bool = False,
 ) -> SanityResult:
-    """Do the maps change when the model's weights are randomised, from the last layer to the first?
+    """Similarity of maps before and after the model's weights are randomized, from the last layer to the first.
 
-    A map that stays the same does not explain the model: it shows edges, objects or the centre of the image. The
-    model is randomised in place and restored exactly, also after an error: parameters, buffers, training modes,
-    gradients and random state. Layers with ``reset_parameters`` are initialised anew; the entries of other
-    parameters are shuffled.
+    A map that stays the same does not explain the model, but shows edges, objects or the center of the image. The
+    model is randomized in place and restored exactly, even after an error, including parameters, buffers, training
+    modes, gradients and random state. Layers with ``reset_parameters`` are reinitialized, and the entries of other
+    parameters are permuted.
 
     Args:
-        explain: ``inputs -> maps`` (given ``target`` if it is not None), or anything with ``attribute(inputs,
-            target=...)``. It must look at ``model`` itself, not at a copy or at cached activations.
+        explain: ``inputs -> maps`` (called with ``target`` if it is not None), or an object with ``attribute(inputs,
+            target=...)``. It must use ``model`` itself, not a copy or cached activations.
         model: the model that ``explain`` explains.
         inputs: the images.
-        target: passed on if it is not None.
-        layers: names of the modules to randomise, first randomised first; by default all that have parameters of their
-            own, last first. Methods that use no layer behind theirs (as FAM) must be judged by layers before it.
-        order: ``"cascade"``: each stage also keeps the randomised layers before it, and the last stage, everything
+        target: passed to ``explain`` if it is not None.
+        layers: names of the modules to randomize, in this order; by default all that have parameters of their own,
+            last first. Methods that use no layers after their own (such as FAM) must be judged by the layers before.
+        order: ``"cascade"``: each stage adds a layer to those already randomized, and the last stage, with all of them
             random, is judged. ``"independent"``: one layer at a time, and the mean over all stages is judged.
-        similarity: of two batches of maps, ``(N,)``; high means alike.
-        threshold: highest mean similarity that passes. Smooth maps of 7 x 7 cells correlate by chance with a spread
-            of about 0.3, so 0.5 is generous; with few images the interval says so.
-        seed: of the random weights.
-        show_progress: a tqdm bar over the stages.
+        similarity: returns ``(N,)`` similarities of two batches of maps; high means alike.
+        threshold: highest mean similarity that passes. Smooth maps of 7 x 7 positions correlate by chance with a spread
+            of about 0.3, so 0.5 is generous; with few images, see the interval.
+        seed: random seed of the weights.
+        show_progress: show a tqdm bar over the stages.
 
     Returns:
-        A :class:`SanityResult`; print it for the reading.
+        A :class:`SanityResult`, which prints as a summary.
 
     Raises:
-        InputError: an unknown layer or option, a layer without parameters, maps of changing shape.
+        InputError: an unknown layer or option, a layer without parameters, or maps that change their shape.
 
-    quantus' ``MPRT`` takes the same rank correlation, by default of absolute values (here
-    ``similarity=partial(rank_correlation, absolute=True)``); it returns the correlations and judges nothing.
+    ``MPRT`` of Quantus uses the same rank correlation, by default of absolute values (here
+    ``similarity=partial(rank_correlation, absolute=True)``). It returns the correlations without a verdict.
 
     Reference: Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018, arXiv:1810.03292.
 
@@ -204,13 +204,13 @@ def label_randomization(
     threshold: float = 0.5,
     seed: int = 0,
 ) -> SanityResult:
-    """Do the maps change when the model is trained on shuffled labels?
+    """Similarity of maps between a model and a copy trained on permuted labels.
 
-    A copy of ``model`` is randomised (as in :func:`parameter_randomization`) and fitted to a permutation of ``labels``.
-    ``model`` itself is not touched. Make sure the fit learns the shuffled labels by heart, as the paper does.
+    A copy of ``model`` is randomized (as in :func:`parameter_randomization`) and fitted to a permutation of ``labels``;
+    ``model`` itself is unchanged. Make sure that the fit memorizes the permuted labels, as in the paper.
 
     Args:
-        explain: makes the explainer of a model: ``model -> (inputs -> maps)`` or ``model -> attribution``.
+        explain: returns the explainer of a model: ``model -> (inputs -> maps)`` or ``model -> attribution``.
         model: the model trained on the true labels.
         fit: ``fit(copy, shuffled_labels)`` trains the copy in place.
         labels: ``(n,)`` the true labels.
@@ -220,7 +220,7 @@ def label_randomization(
         A :class:`SanityResult` with one stage.
 
     Raises:
-        InputError: labels that are no tensor or cannot be shuffled into something else, maps of another shape.
+        InputError: labels that are not a tensor ``(n,)`` with at least two classes, or maps of another shape.
 
     Reference: Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018, arXiv:1810.03292, section 4.
     """

@@ -1,4 +1,4 @@
-"""Maps read as segmentations: IoU, pixel accuracy, mean IoU, average precision (the ImageNet-segmentation table)."""
+"""Maps evaluated as segmentations: IoU, pixel accuracy, mean IoU and average precision (ImageNet-segmentation)."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ def iou(
     ignore_index: int | None = None,
     mode: str = "bilinear",
 ) -> Tensor:
-    r"""Intersection over union of the binarised map and the mask, foreground only.
+    r"""Intersection over union of the binarized map and the mask, foreground only.
 
     .. math:: \mathrm{IoU} = |B \cap M| \,/\, |B \cup M|, \qquad B = \{x : a(x) > \theta\}
 
-    Range [0, 1], higher is better.
+    The range is [0, 1], and higher is better.
 
     Args:
         maps: ``(N, h, w)`` or ``(N, 1, h, w)``; ``(N, T, h, w)`` for masks ``(N, T, H, W)``. Resized to the masks
-            by ``mode``, ``align_corners=False``, before it is binarised.
+            by ``mode``, ``align_corners=False``, before it is binarized.
         masks: ``(N, H, W)`` or ``(N, T, H, W)``; bool, integers (not 0 is the region) or floats (above 0.5).
-        threshold: ``"mean"``: the map's own mean (nothing of a constant map is above it). A number: the map itself,
-            not rescaled, is compared with it. ``"minmax:0.2"`` and the like: the number is compared with the map
-            scaled to [0, 1] by its own minimum and maximum, as CAM's 20 % of the maximum.
+        threshold: ``"mean"``: the map's own mean (no pixel of a constant map is above it). A number: a threshold on
+            the map without rescaling. ``"minmax:0.2"`` etc.: a threshold on the map scaled to [0, 1] by its own
+            minimum and maximum, like CAM's 20 % of the maximum.
         ignore, ignore_index: pixels that are not counted (see :func:`captum_concepts.metrics.nra` for the form). As in
-            the protocol they still take part in the map's mean, minimum and maximum.
+            the protocol, they still count toward the map's mean, minimum and maximum.
         mode: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ``"nearest-exact"`` or ``"area"``.
 
     Returns:
-        ``(N,)`` or ``(N, T)``. An empty mask scores 0 as soon as one pixel is drawn. NaN where it is undefined: a map
-        with NaN, or with infinite values unless ``threshold`` is a number; mask and binarised map both empty.
+        ``(N,)`` or ``(N, T)``. An empty mask scores 0 if any pixel is above the threshold. NaN if mask and binarized
+        map are both empty, and for a map with NaN, or with infinite values unless ``threshold`` is a number.
 
     Raises:
         InputError: a wrong shape, dtype, device or option.
 
-    torchmetrics' ``BinaryJaccardIndex`` agrees for one image, but sums over a batch before it divides and scores
-    0 / 0 as 0.
+    ``BinaryJaccardIndex`` of torchmetrics agrees for one image, but sums over a batch before dividing and scores 0 / 0
+    as 0.
 
     Example:
         >>> import torch
@@ -65,10 +65,10 @@ def pixel_accuracy(
     ignore_index: int | None = None,
     mode: str = "bilinear",
 ) -> Tensor:
-    """Share of pixels whose binarised map agrees with the mask, of one example.
+    """Fraction of an example's pixels whose binarized map agrees with the mask.
 
-    Range [0, 1], higher is better. The ImageNet-segmentation table adds correct and labelled pixels over all images
-    before it divides: the same as the mean over examples where all have equally many pixels, as there.
+    The range is [0, 1], and higher is better. The ImageNet-segmentation table sums correct and labeled pixels over all
+    images before dividing, which equals the mean over examples because there all have the same number of pixels.
 
     Args:
         maps, masks, threshold, ignore, ignore_index, mode: as in :func:`iou`.
@@ -99,16 +99,16 @@ def mean_iou(
     mode: str = "bilinear",
     nan_policy: str = "omit",
 ) -> Tensor:
-    """mIoU of the ImageNet-segmentation protocol: a quantity of the whole data set.
+    """mIoU of the ImageNet-segmentation protocol, one value for the whole data set.
 
-    Intersections and unions are added over all examples, for foreground and for background; the result is the mean of
-    the two ratios. It is not the mean of :func:`iou`. Range [0, 1], higher is better.
+    Intersections and unions are summed over all examples, for foreground and background, and the result is the mean of
+    the two ratios, not the mean of :func:`iou`. The range is [0, 1], and higher is better.
 
     Args:
         maps, masks, threshold, ignore, ignore_index, mode: as in :func:`iou`; the protocol's threshold is ``"mean"``.
-        nan_policy: for examples whose map has NaN (or infinite values, see :func:`iou`). ``"omit"``: leave them out,
-            and say how many in an ``InputWarning``; ``"zero"``: their map draws nothing, which is what the public code
-            of the protocol does; ``"propagate"``: the result is NaN; ``"raise"``.
+        nan_policy: how examples are handled whose map has NaN (or infinite values, see :func:`iou`). ``"omit"``: left
+            out, with their number in an ``InputWarning``; ``"zero"``: an empty prediction, as in the public code of
+            the protocol; ``"propagate"``: the result is NaN; ``"raise"``: an ``InputError``.
 
     Returns:
         0-d tensor; NaN if no example is left, or if one of the two unions is empty.
@@ -132,7 +132,7 @@ def mean_iou(
         broken = counts.isnan().any(1)
         settle(counts[:, 0], nan_policy, "mean IoU")
         counts = counts[~broken]
-    wide = torch.float32 if counts.device.type == "mps" else torch.float64  # float32 counts exactly to 2**24 only
+    wide = torch.float32 if counts.device.type == "mps" else torch.float64  # float32 is exact only up to 2**24
     return mean_of_ious(counts.sum(0, dtype=wide)).to(counts.dtype)
 
 
@@ -149,19 +149,20 @@ def average_precision(
 
     .. math:: \mathrm{AP} = \sum_k (R_k - R_{k-1}) P_k
 
-    over the distinct values of the map in falling order, with precision :math:`P_k` and recall :math:`R_k` of the
-    pixels at or above the k-th value (scikit-learn's ``average_precision_score``). Range (0, 1], higher is better.
+    over the distinct values of the map in descending order, with precision :math:`P_k` and recall :math:`R_k` of the
+    pixels at or above the k-th value (scikit-learn's ``average_precision_score``). The range is (0, 1], and higher is
+    better.
 
     Args:
         maps, masks, ignore, ignore_index, mode: as in :func:`iou`.
         classes: ``"both"``: the ImageNet-segmentation protocol. The map a, scaled to [0, 1], scores the foreground and
             1 - a the background, and all pixels of both classes are ranked together (micro average); chance is
-            0.5. ``"foreground"``: only the mask's pixels are to be found; chance is the mask's share of the image.
+            0.5. ``"foreground"``: only the mask's pixels are positives; chance is the fraction that the mask covers.
 
     Returns:
-        ``(N,)`` or ``(N, T)``. A constant map scores chance. Under ``"both"`` empty and full masks are defined. NaN
-        where it is undefined: a map with NaN (under ``"both"``, infinite values too); an empty mask under
-        ``"foreground"``; all pixels ignored.
+        ``(N,)`` or ``(N, T)``. A constant map scores chance. NaN for a map with NaN (under ``"both"``, also with
+        infinite values), for an empty mask under ``"foreground"``, and if all pixels are ignored. Under ``"both"``,
+        empty and full masks are defined.
 
     Raises:
         InputError: a wrong shape, dtype, device or option.
@@ -218,9 +219,9 @@ def segmentation_counts(
     mode: str = "bilinear",
     nan_policy: str = "omit",
 ) -> Tensor:
-    """``(N, 4)`` or ``(N, T, 4)``: intersection and union of the foreground, then of the background, in pixels.
+    """``(N, 4)`` or ``(N, T, 4)`` intersection and union of the foreground, then of the background, in pixels.
 
-    What :func:`mean_iou` adds up. Rows of maps with NaN (or infinite values, see :func:`iou`) are NaN unless
+    :func:`mean_iou` sums these counts. Rows of maps with NaN (or infinite values, see :func:`iou`) are NaN unless
     ``nan_policy`` is ``"zero"``.
 
     Example:
@@ -252,7 +253,7 @@ def _counts(
     ignore_index: int | None,
     mode: str,
 ) -> Tensor:
-    """``(..., 4)``: intersection and union of the foreground, the same of the background; NaN for a map with NaN."""
+    """``(..., 4)`` intersection and union of the foreground, then of the background; NaN for a map with NaN."""
     scaled, level = _parse(threshold)
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
 
@@ -286,6 +287,6 @@ def _parse(threshold: float | str) -> tuple[bool, float | None]:
 
 
 def _binarise(values: Tensor, scaled: bool, level: float | None) -> Tensor:
-    if scaled:  # the protocol scales first, so that rounding cannot lift a constant map above its own mean
+    if scaled:  # scaled first as in the protocol, so that rounding cannot put a constant map above its mean
         values = min_max(values)[0]
     return values > (values.mean(1, keepdim=True) if level is None else level)

@@ -1,4 +1,4 @@
-"""Streaming metrics of maps against masks: thin classes over the functions of this package."""
+"""Streaming metrics of maps against masks, thin wrappers of the functions of this package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class _MapMetric(ExampleMetric):
-    """``update(maps, masks, ignore=None)``; see the function of the same subject for shapes and outcomes."""
+    """A metric with ``update(maps, masks, ignore=None)``; the corresponding function documents shapes and results."""
 
     def __init__(self, *, ignore_index: int | None = None, mode: str = "bilinear", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -77,7 +77,7 @@ class NormalizedRegionAccuracy(_MapMetric):
 
 
 class HitRate(_MapMetric):
-    """Share of samples whose NRA is above ``threshold``: :func:`captum_concepts.metrics.hit_rate`, streamed."""
+    """Fraction of samples whose NRA is above ``threshold`` (:func:`captum_concepts.metrics.hit_rate`)."""
 
     def __init__(self, *, threshold: float = 0.5, baseline: str = "published", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -150,7 +150,7 @@ class PixelAccuracy(_Binarised):
 
 
 class MeanIoU(_Binarised):
-    """:func:`captum_concepts.metrics.mean_iou`: summed intersections over summed unions, mean of both classes.
+    """Mean over both classes of summed intersections over summed unions (:func:`captum_concepts.metrics.mean_iou`).
 
     Example:
         >>> import torch
@@ -169,7 +169,7 @@ class MeanIoU(_Binarised):
         )
 
     def statistics(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """As for every metric; under ``nan_policy="zero"`` the counts are whole, but what was replaced is reported."""
+        """As in :class:`ExampleMetric`; under ``nan_policy="zero"``, ``skipped`` counts the maps that were replaced."""
         total, counted, skipped = super().statistics(*args, **kwargs)
         if self.nan_policy == "zero":
             skipped = self._with_nan(*args, **kwargs).sum(1)
@@ -185,7 +185,7 @@ class MeanIoU(_Binarised):
 
 
 class AveragePrecision(_MapMetric):
-    """Mean over examples of :func:`captum_concepts.metrics.average_precision`: the table's mAP."""
+    """Mean over examples of :func:`captum_concepts.metrics.average_precision` (mAP)."""
 
     def __init__(self, *, classes: str = "both", **kwargs: Any) -> None:
         super().__init__(**kwargs)

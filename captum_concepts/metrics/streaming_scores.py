@@ -1,4 +1,4 @@
-"""Streaming metrics that change the image and watch the score: thin classes over the functions of this package."""
+"""Streaming metrics of scores on perturbed images, thin wrappers of the functions of this package."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ __all__ = ["AverageDrop", "Deletion", "IncreaseInConfidence", "Insertion"]
 
 
 class _ScoreMetric(ExampleMetric):
-    """``update(inputs, maps, target=None, additional_forward_args=None)``.
+    """A metric with ``update(inputs, maps, target=None, additional_forward_args=None)``.
 
-    ``score_fn`` is kept by reference and is no part of the metric's own state: moving or saving the metric
-    leaves a model alone.
+    ``score_fn`` is not part of the metric's state, so moving or saving the metric does not affect a model.
     """
 
     score_fn: ScoreFn

@@ -1,4 +1,4 @@
-"""Streaming metrics of what is said: are the concepts that an explainer names really in the image?"""
+"""Streaming metrics of whether the concepts that an explainer reports are in the image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ConceptAUROC", "ConceptExistence", "PresenceBrier", "Top1Present", "
 
 
 def check_truth(values: Tensor, truth: Tensor) -> None:
-    """Refuse anything but values ``(N, T)`` and bool of the same shape: integers would be taken for positions."""
+    """Raise unless values are ``(N, T)`` and truth is bool of that shape, as integers would be used as indices."""
     for name, given in (("values", values), ("truth", truth)):
         if not isinstance(given, Tensor):
             raise InputError(f"{name} must be a torch.Tensor (N, T), got {type(given).__name__}")
@@ -28,9 +28,9 @@ def check_truth(values: Tensor, truth: Tensor) -> None:
 
 
 class WordMetric(ExampleMetric):
-    """``update(values, truth)`` with ``(N, T)`` values of T concepts, and bool: does the image show it?"""
+    """A metric with ``update(values, truth)``, where truth is ``(N, T)`` bool, whether the image shows the concept."""
 
-    #: Which values: ``"scores"``, ``"presence"``, or ``"contributions"`` to the predicted class.
+    #: Values ``(N, T)`` to pass: ``"scores"``, ``"presence"``, or ``"contributions"`` to the predicted class.
     values = "scores"
 
     @abstractmethod
@@ -39,7 +39,7 @@ class WordMetric(ExampleMetric):
 
 
 class Top1Present(WordMetric):
-    """Fraction of images whose highest-scored concept is in the image; undefined where none of the T is.
+    """Fraction of images whose highest-scoring concept is present; undefined if none of the T concepts is.
 
     Example:
         >>> metric = Top1Present()
@@ -59,7 +59,7 @@ class Top1Present(WordMetric):
 class ConceptAUROC(WordMetric):
     """Mean over images of the probability that a present concept scores above an absent one; ties count half.
 
-    0.5 for scores that do not know the image. Undefined where all or none of the T concepts are present.
+    Scores that are independent of the image average 0.5. Undefined if all or none of the T concepts are present.
 
     Example:
         >>> metric = ConceptAUROC()
@@ -81,7 +81,7 @@ class ConceptAUROC(WordMetric):
 class PresenceBrier(WordMetric):
     """Mean squared difference between presence and truth over concepts and images, in [0, 1]; lower is better.
 
-    A constant of the concepts' rate q scores q (1 - q).
+    A constant presence equal to the concepts' base rate q scores q (1 - q).
 
     Example:
         >>> metric = PresenceBrier()
@@ -99,10 +99,10 @@ class PresenceBrier(WordMetric):
 
 
 class ConceptExistence(WordMetric):
-    """Mean of :func:`concept_existence`: are the k concepts that count most for the prediction in the image?
+    """Mean :func:`concept_existence`, the fraction of the k largest contributors that are in the image.
 
     Args:
-        k: how many concepts.
+        k: number of concepts.
 
     Example:
         >>> metric = ConceptExistence(k=1)

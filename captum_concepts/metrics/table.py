@@ -1,4 +1,4 @@
-"""The tidy table of an evaluation: values, confidence intervals, counts; CSV, JSON and Markdown."""
+"""The tidy table of an evaluation, with values, confidence intervals and counts, as CSV, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluationTable"]
 
-#: Fewer examples than that say nothing about the spread of others: no interval.
+#: Minimum number of examples for an interval.
 FEWEST = 5
 _COLUMNS = (
     "explainer", "metric", "value", "ci_low", "ci_high", "examples", "counted", "skipped", "higher_is_better"
@@ -44,16 +44,16 @@ _SAVED = schema.table(
 
 
 class Samples:
-    """What one explainer and metric left of every example: sums (n, width), counted and undefined values (n,).
+    """Statistics per example of one explainer and metric: sums (n, width), counted and undefined values (n,).
 
-    Only these numbers are kept: an array object or tensor per image and metric weighs a hundred times as much.
+    They are kept as raw bytes, since an array or tensor per image and metric takes a hundred times the memory.
     """
 
     def __init__(self) -> None:
         self._kept = bytearray(), bytearray(), bytearray()
 
     def add(self, total: Tensor, counted: Tensor, skipped: Tensor) -> None:
-        """Those of a batch, from tensors on any device."""
+        """Add the statistics of a batch, from tensors on any device."""
         for kept, values in zip(self._kept, (total, counted, skipped), strict=True):
             kept += values.detach().cpu().double().numpy().tobytes()
 
@@ -78,15 +78,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """One row for every (explainer, metric).
+    """Results of an evaluation, one row per explainer and metric.
 
     Args:
         rows: dicts with ``explainer``, ``metric``, ``value``, ``ci_low``, ``ci_high`` (NaN without bootstrap),
-            ``examples``, ``counted`` and ``skipped`` (values, of which an example with T concepts has T; skipped
-            ones are undefined), ``higher_is_better`` (None if not known).
+            ``examples``, ``counted`` and ``skipped`` (numbers of values and of undefined values; an example with T
+            concepts has T values), ``higher_is_better`` (None if not known).
         confidence: coverage of the intervals.
         resamples: ``{(explainer, metric): (n_bootstrap,)}`` the metric of each resample of the examples.
-        unmatched: names of concepts in the data that an explainer does not know; they are left out for all.
+        unmatched: names of concepts in the data that an explainer does not know, left out for all explainers.
     """
 
     rows: list[dict[str, Any]]
@@ -105,7 +105,7 @@ class EvaluationTable:
         seed: int,
         unmatched: Sequence[str] = (),
     ) -> EvaluationTable:
-        """Values and percentile intervals from the sums of every example, the same resamples for all rows."""
+        """Table of values and percentile intervals from the sums of every example; all rows share the resamples."""
         number("confidence", confidence, lambda c: 0 < c < 1, "between 0 and 1")
         integer("n_bootstrap", n_bootstrap, 0)
         n = len(next(iter(samples.values())))
@@ -140,7 +140,7 @@ class EvaluationTable:
         raise InputError(f"no row {explainer!r}, {metric!r}.{did_you_mean(f'{explainer}/{metric}', known)}")
 
     def compare(self, metric: str, first: str, second: str) -> dict[str, float]:
-        """``first`` minus ``second`` on the same examples, paired: ``difference``, ``ci_low`` and ``ci_high``."""
+        """Paired difference ``first`` minus ``second``, as ``difference``, ``ci_low`` and ``ci_high``."""
         a, b = self.row(first, metric), self.row(second, metric)
         keys = (first, metric), (second, metric)
         if any(key not in self.resamples for key in keys):
@@ -154,9 +154,9 @@ class EvaluationTable:
         return {"difference": a["value"] - b["value"], "ci_low": float(low), "ci_high": float(high)}
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The rows as CSV; also written to ``path`` if given. Undefined values are empty.
+        """The rows as CSV, also written to ``path`` if given; undefined values are empty.
 
-        A name that a spreadsheet would take for a formula (it begins with =, +, - or @) gets an apostrophe before it.
+        An apostrophe precedes names that a spreadsheet would read as a formula (those that start with =, +, - or @).
         """
         out = io.StringIO()
         writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
@@ -165,7 +165,7 @@ class EvaluationTable:
         return _written(out.getvalue(), path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """``{"confidence": ..., "rows": [...]}``; also written to ``path`` if given. Undefined values are null."""
+        """``{"confidence": ..., "rows": [...]}``, also written to ``path`` if given; undefined values are null."""
         rows = [{k: None if _missing(v) else v for k, v in row.items()} for row in self.rows]
         return _written(
             json.dumps({"confidence": self.confidence, "rows": rows, "unmatched": self.unmatched}, indent=2) + "\n",
@@ -174,7 +174,7 @@ class EvaluationTable:
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationTable:
-        """Read what :meth:`to_json` returned (resamples are not kept)."""
+        """Table from the output of :meth:`to_json`, which does not contain resamples."""
         try:
             found = parse_json(text)
         except ValueError as error:
@@ -187,7 +187,7 @@ class EvaluationTable:
         return cls(rows, content["confidence"], unmatched=content.get("unmatched", []))
 
     def to_markdown(self, path: str | os.PathLike[str] | None = None, *, digits: int = 3) -> str:
-        """One line an explainer, one column a metric, intervals in brackets, skipped values below."""
+        """Markdown with one row per explainer, one column per metric, intervals in brackets, skipped values below."""
         explainers = list(dict.fromkeys(row["explainer"] for row in self.rows))
         metrics = list(dict.fromkeys(row["metric"] for row in self.rows))
         arrows = {row["metric"]: {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "") for row in self.rows}
@@ -239,7 +239,7 @@ def _no_formula(value: Any) -> Any:
 
 
 def _in_cell(name: str) -> str:
-    """A name in a cell of a Markdown table."""
+    """A name, escaped for a cell of a Markdown table."""
     return " ".join(name.replace("|", "\\|").split())
 
 

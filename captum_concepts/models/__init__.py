@@ -1,4 +1,4 @@
-"""Trainable parts: the translator of CE-FAM, and the concept bottleneck model SALF-CBM.
+"""Trainable models: the translator of CE-FAM and the concept bottleneck model SALF-CBM.
 
 Names are imported when first used, so the translator does not load the bottleneck model.
 """

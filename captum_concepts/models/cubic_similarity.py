@@ -1,4 +1,4 @@
-"""The cubic cosine similarity that a concept bottleneck is trained by: value, gradient, and sums over parts."""
+"""The cubic cosine similarity that trains a concept bottleneck, with its gradient and sums over parts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def cubic_similarity(q: Tensor, p: Tensor) -> Tensor:
-    r"""How well q follows p over the samples, strong matches counted most (LF-CBM; SALF-CBM, equation 1).
+    r"""The cubic cosine similarity of q and p over the samples (LF-CBM; SALF-CBM, equation 1).
 
     .. math:: \operatorname{sim}(q, p) = \frac{\bar q^3 \cdot \bar p^3}{\|\bar q^3\| \, \|\bar p^3\|}, \qquad
         \bar q = q - \operatorname{mean}_n q
 
-    with the power taken elementwise. SALF-CBM's loss is minus its sum over concepts and places, q the concept maps and
-    p the image-text similarities of a batch. It changes neither with the scale nor with the offset of q and p.
+    with elementwise powers, so strong matches count most. SALF-CBM's loss is minus the sum over concepts and cells,
+    where q are the concept maps and p the image-text similarities of a batch. The similarity is invariant to the scale
+    and offset of q and p.
 
     Args:
         q: ``(N, ...)``, samples first.
         p: as ``q``.
 
     Returns:
-        ``(...)`` in [-1, 1], at least float32; differentiable. Exactly 0, with gradient 0, where q or p is the same for
-        all samples. Of two samples it is always -1, 0 or 1.
+        ``(...)`` in [-1, 1], at least float32; differentiable. Exactly 0, with gradient 0, where q or p is constant
+        over the samples. For two samples it is always -1, 0 or 1.
 
     Raises:
         InputError: different shapes, or fewer than two samples.
@@ -48,17 +49,17 @@ def cubic_similarity(q: Tensor, p: Tensor) -> Tensor:
 
 
 def similarity_and_gradient(q: Tensor, p: Tensor, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
-    """Cubic similarity over dimension 1 of values that have mean zero there, and its gradient by q.
+    """Cubic similarity over dimension 1 of values with mean zero along it, and its gradient by q.
 
-    The gradient is written out, because autograd would keep five tensors of this size where this keeps three.
+    The explicit gradient keeps three tensors of this size in memory, autograd would keep five.
 
     Args:
         q: ``(k, n, M)``, mean zero over the samples n (of all processes). Overwritten.
         p: as ``q``. Overwritten.
-        reduce: adds up the sums of the processes that hold the other samples.
+        reduce: sums over the processes that have the other samples.
 
     Returns:
-        ``(k, M)``, and ``(k, n, M)``: the gradient of its sum by the samples of this process.
+        The similarity ``(k, M)``, and the gradient ``(k, n, M)`` of its sum by the samples of this process.
     """
     p.mul_(p.square())
     squared = q.square()
@@ -68,7 +69,7 @@ def similarity_and_gradient(q: Tensor, p: Tensor, reduce: Reduce | None = None) 
         sums = reduce(sums)
     product, q_length, p_length = sums
     flat = (q_length <= 0) | (p_length <= 0)
-    # Two roots instead of the root of a product, which could underflow.
+    # Two roots, because the product under a single root could underflow.
     scale = torch.where(flat, 0.0, q_length.clamp_min(_TINY).rsqrt() * p_length.clamp_min(_TINY).rsqrt())
     similarity = product * scale
     slope = similarity / q_length.clamp_min(_TINY)
@@ -77,7 +78,7 @@ def similarity_and_gradient(q: Tensor, p: Tensor, reduce: Reduce | None = None) 
 
 
 class CubicSums:
-    """Cubic similarities over more samples than memory holds: add parts, then read.
+    """Cubic similarities over more samples than fit in memory, accumulated in parts.
 
     Args:
         shape: of the result, e.g. ``(h*w, M)``.
@@ -96,10 +97,12 @@ class CubicSums:
         self._sums = torch.zeros(3, *shape, device=device, dtype=torch.float32)
 
     def add(self, q: Tensor, p: Tensor, *, dim: int, where: slice | None = None) -> None:
-        """Add samples along ``dim`` of values that have mean zero over *all* samples; both are overwritten.
+        """Add samples along ``dim`` of values with mean zero over *all* samples.
 
         Args:
-            where: the part of the result's first dimension that they belong to.
+            q, p: the samples.
+            dim: their dimension.
+            where: the slice of the result's first dimension that they belong to.
         """
         cubed, other = _cubed(q), _cubed(p)
         rows = self._sums if where is None else self._sums[:, where]
@@ -108,17 +111,14 @@ class CubicSums:
         rows[2] += other.square().sum(dim)
 
     def add_resampled(self, q: Tensor, p: Tensor, counts: Tensor) -> None:
-        """As :meth:`add`, of samples ``(n, M)`` each of which counts ``counts`` ``(R, n)`` times in R resamples.
-
-        The sums are of shape ``(R, M)``.
-        """
+        """Add samples ``(n, M)``, weighted by ``counts`` ``(R, n)`` in R resamples; sums have the shape ``(R, M)``."""
         cubed, other = _cubed(q), _cubed(p)
         self._sums[0] += counts @ (cubed * other)
         self._sums[1] += counts @ cubed.square()
         self._sums[2] += counts @ other.square()
 
     def similarity(self, reduce: Reduce | None = None) -> Tensor:
-        """The result so far; see :func:`cubic_similarity`."""
+        """The similarity of the samples added so far; see :func:`cubic_similarity`."""
         product, q_length, p_length = self._sums if reduce is None else reduce(self._sums.clone())
         flat = (q_length <= 0) | (p_length <= 0)
         scale = q_length.clamp_min(_TINY).rsqrt() * p_length.clamp_min(_TINY).rsqrt()
@@ -129,13 +129,13 @@ _TINY = 1e-38
 
 
 def _centred(values: Tensor) -> Tensor:
-    """Mean zero, at most 1 in absolute value: the sixth powers of small values would vanish in float32."""
+    """``values`` centered and scaled to at most 1, so that their sixth powers do not underflow in float32."""
     values = values if values.dtype == torch.float64 else values.float()
     mean = values.mean(0)
     centred = values - mean
     with torch.no_grad():
         size = centred.abs().amax(0)
-        # What rounding leaves of a constant is no signal.
+        # Rounding errors of a constant are not a signal.
         noise = 4 * torch.finfo(values.dtype).eps * values.abs().amax(0)
         factor = torch.where(size > noise, size.clamp_min(_TINY).reciprocal(), 0.0)
     return centred * factor

@@ -1,4 +1,4 @@
-"""Sparse and dense linear classifiers with a certificate: loss, penalty and solver are three separate things."""
+"""Sparse and dense linear classifiers with a duality gap; loss, penalty and solver are separate."""
 
 from captum_concepts.solvers.calibration import Calibration, fit_calibration, truth_table
 from captum_concepts.solvers.certificate import Certificate, elastic_net_certificate

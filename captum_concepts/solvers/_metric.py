@@ -1,13 +1,13 @@
-"""Curvature models of the loss: what a step of the solver is measured in.
+"""Curvature models of the loss, which define the metric of the solver's steps.
 
-The Hessian of the mean loss is modelled as a structured part plus what the last steps have shown:
+The Hessian of the mean loss is modeled as a structured part plus a correction from the last steps:
 
-- structured: ``diag(c) (x) G``, c_k the mean of p_k (1 - p_k) and G the second moments of (x, 1) weighted by the
-  curvature of each row. One D x D matrix carries the correlations between features, which is what makes plain
-  proximal gradient slow. Where D x D is too large: its diagonal. Where they cost little next to the passes made so
-  far, the blocks of the Hessian for each class, or the whole Hessian.
-- learnt: the last few (step, change of gradient) pairs in the compact form of BFGS (Byrd, Nocedal and Schnabel, 1994),
-  which learns what the structured part leaves out: the coupling between classes and the rows' different weights.
+- structured: ``diag(c) (x) G``, with c_k the mean of p_k (1 - p_k) and G the second moments of (x, 1) weighted by the
+  curvature of each row. The D x D matrix models the correlations between features, which make plain proximal gradient
+  slow. If D x D is too large, its diagonal is used. If they cost little compared with the passes so far, the per-class
+  blocks of the Hessian or the whole Hessian are used.
+- correction: the last few (step, change of gradient) pairs in the compact form of BFGS (Byrd, Nocedal and Schnabel,
+  1994), which model the coupling between classes and the rows' different weights.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 
-#: Up to this many classes, a Cholesky factor of each: all classes share eigenvectors, whatever their scale, but one
-#: eigendecomposition costs some twenty-five factorisations.
+#: Maximum classes for one Cholesky factor per class. All classes share eigenvectors, but an eigendecomposition costs
+#: about as much as twenty-five factorizations.
 _FACTORED = 16
-#: Entries of the factors that may be kept.
+#: Maximum entries of the stored factors.
 _FACTORED_SIZE = 2**26
-#: Rounding-sized eigenvalues (constant or repeated columns) must not turn into huge steps.
+#: Keeps eigenvalues at rounding level (constant or repeated columns) from causing huge steps.
 _FLOOR = 1e-7
 
 
@@ -87,7 +87,7 @@ class KroneckerMetric:
         return KroneckerMetric(self.scale[:, 0] * factor, self.gram)
 
     def solve(self, v: Tensor, ridge: float) -> Tensor:
-        # The bias is not penalised, so it is eliminated first (Schur complement).
+        # The bias is not penalized, so it is eliminated first (Schur complement).
         corner, edge = self.gram[-1, -1], self.gram[:-1, -1]
         reduced = v[:, :-1] - v[:, -1:] * edge / corner
         weights = self._solve_centred(reduced, ridge)
@@ -119,7 +119,7 @@ class KroneckerMetric:
 
 
 class BlockMetric:
-    """Blocks (B, Q, Q) on the diagonal: B = O blocks of one class each, or B = 1, the whole Hessian."""
+    """Diagonal blocks (B, Q, Q), either B = O blocks of one class each or B = 1, the whole Hessian."""
 
     def __init__(self, blocks: Tensor, shape: tuple[int, int]) -> None:
         self.blocks = blocks
@@ -141,7 +141,7 @@ class BlockMetric:
         return BlockMetric(self.blocks * factor, self.shape)
 
     def solve(self, v: Tensor, ridge: float) -> Tensor:
-        # A little of the diagonal keeps directions without curvature (repeated columns, a shift of all biases) bounded.
+        # A small multiple of the diagonal bounds directions without curvature (repeated columns, shifts of all biases).
         shift = torch.full_like(v, ridge)
         shift[:, -1] = 0
         shift = shift + 1e-9 * self.diagonal + 1e-20 * self.diagonal.amax()
@@ -155,7 +155,7 @@ class BlockMetric:
 class SecantMetric:
     """``metric`` corrected by secant pairs, as a direct operator (compact BFGS).
 
-    ``blocks`` (B, Q, Q) is the operator itself where it is known entry by entry, else None.
+    ``blocks`` (B, Q, Q) is the operator itself if its entries are known, else None.
     """
 
     def __init__(self, metric: Metric, pairs: list[Pair]) -> None:

@@ -1,7 +1,7 @@
-"""The smooth part of the problem as sums over all rows: of every chunk, and of every process.
+"""The smooth part of the problem, as sums over the rows of all chunks and processes.
 
-Parameters are one tensor (O, D + 1), bias in the last column. Everything the solver decides on is computed here from
-reduced sums, so several processes that hold disjoint rows take the same decisions and reach the same answer.
+Parameters are one tensor (O, D + 1) with the bias in the last column. All decisions of the solver depend on reduced
+sums from here, so processes with disjoint rows make the same decisions and reach the same result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from captum_concepts.solvers.loss import CurvatureTerms, LogisticLoss, Loss, Mul
 
 @dataclass(frozen=True)
 class Bound:
-    """Means and extremes that a certificate needs; see :class:`~captum_concepts.solvers.loss.DualTerms`."""
+    """Means and extremes for the duality gap; see :class:`~captum_concepts.solvers.loss.DualTerms`."""
 
     negentropy: float
     negentropy_tight: float
@@ -28,7 +28,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the rows at one point ``params`` (O, D + 1): value and gradient; moments and bound where asked for."""
+    """Value and gradient at ``params`` (O, D + 1), as means over the rows, and moments and bound if requested."""
 
     params: Tensor
     value: float
@@ -50,7 +50,7 @@ class Objective:
         reducer: sums over processes.
 
     Raises:
-        InputError: on NaN or infinite rows, labels out of range, fewer than two classes with positive weight.
+        InputError: NaN or infinite rows, labels out of range, or fewer than two classes with positive weight.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class Objective:
         return params
 
     def null_value(self) -> float:
-        """Mean loss of the best model without features."""
+        """The mean loss of the best model without features."""
         return self.loss.null_value(self.stats.fractions)
 
     def null_gradient(self) -> Tensor:
-        """Gradient by the weights (O, D) at :meth:`null_params`, in closed form."""
+        """The gradient by the weights (O, D) at :meth:`null_params`, in closed form."""
         fractions = self.stats.fractions if self.loss.num_outputs > 1 else self.stats.fractions[1:]
         return fractions[:, None] * self.feature_mean - self.moments
 
     def second_moments(self) -> Tensor:
-        """Weighted means of x^2 and, last, 1: (D + 1,); one pass, for problems too wide for a D x D matrix."""
+        """(D + 1,) weighted means of x^2, and 1 at the end, in one pass; for problems too wide for a D x D matrix."""
         out = torch.zeros(self.rows.n_features + 1, dtype=self.acc, device=self.rows.device)
         self.n_passes += 1
         for x, _, s in self.rows:
@@ -99,13 +99,13 @@ class Objective:
         return out
 
     def stride(self, detail: str) -> int:
-        """Every how many rows one is taken for second moments: they only shape steps, so a sample of rows will do."""
+        """The stride of the sample of rows for second moments, which only shape the steps."""
         n_cols = self.rows.n_features + 1
         size = n_cols * self.loss.num_outputs if detail == "full" else n_cols
         return max(1, self.stats.n_rows // max(8 * size, 2048))
 
     def cost(self, detail: str | None) -> float:
-        """Multiplications of one pass (None), or of the second moments of a given detail."""
+        """The multiplications of one pass (None), or of the second moments of a given detail."""
         n, n_cols, n_out = self.stats.n_rows, self.rows.n_features + 1, self.loss.num_outputs
         if detail is None:
             return 2.0 * n * n_cols * n_out
@@ -113,14 +113,14 @@ class Objective:
         return n / self.stride(detail) * copies[detail]
 
     def evaluate(self, params: Tensor, *, detail: str | None = None, dual: bool = False) -> Evaluation:
-        """One pass over all rows at ``params`` (O, D + 1).
+        """The evaluation at ``params`` (O, D + 1), in one pass over all rows.
 
         Args:
             params: weights and, in the last column, bias.
-            detail: also second moments of (x, 1), P = D + 1, from a regular sample of the rows: ``"shared"`` (P, P)
-                weighted by each row's curvature and divided by its mean; ``"class"`` (O, P, P), the diagonal blocks of
-                the Hessian; ``"full"`` (O P, O P), the Hessian.
-            dual: also what the certificate needs.
+            detail: also compute second moments of (x, 1), P = D + 1, from a regular sample of the rows: ``"shared"``
+                (P, P) weighted by each row's curvature and divided by its mean; ``"class"`` (O, P, P), the diagonal
+                blocks of the Hessian; ``"full"`` (O P, O P), the Hessian.
+            dual: also compute the terms of the duality gap.
         """
         acc, device = self.acc, self.rows.device
         n_out, n_cols = params.shape
@@ -176,7 +176,7 @@ class Objective:
 def _add_moments(
     moments: Tensor, x: Tensor, weight: Tensor, terms: CurvatureTerms, sample: slice, detail: str | None
 ) -> Tensor:
-    """Add the second moments of some rows (m, P) in place; returns the sum of their weights."""
+    """Add the second moments of some rows (m, P) in place and return the sum of their weights."""
     if detail == "shared":
         share = terms.row[sample].clamp_min(0)
         part = x * share.sqrt()[:, None]
@@ -195,6 +195,6 @@ def _add_moments(
     if detail == "full" and n_out > 1:
         part = ((weight.sqrt()[:, None] * p)[:, :, None] * x[:, None, :]).flatten(1)
         cross = (part.T @ part).view(n_out, n_cols, n_out, n_cols)
-        cross[range(n_out), :, range(n_out)] = 0  # the blocks on the diagonal are complete already
+        cross[range(n_out), :, range(n_out)] = 0  # the diagonal blocks are already complete
         moments -= cross.view(n_out * n_cols, -1)
     return weight.sum()

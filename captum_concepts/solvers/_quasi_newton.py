@@ -1,4 +1,4 @@
-"""The solver: proximal quasi-Newton steps on a full-batch objective, one pass over the rows each."""
+"""The solver, which takes proximal quasi-Newton steps of one pass over the rows each."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from captum_concepts.solvers._subproblem import minimise_model
 from captum_concepts.solvers.certificate import Certificate, certify, violation
 from captum_concepts.solvers.penalty import ElasticNet
 
-#: Up to this many features the D x D second-moment matrix is used; beyond it, its diagonal.
+#: Maximum features for the D x D second-moment matrix; above it only the diagonal is used.
 GRAM_LIMIT = 4096
-#: Up to this many weights and biases the whole Hessian may be used.
+#: Maximum weights and biases for the whole Hessian.
 HESSIAN_LIMIT = 1024
-#: Up to this many entries the blocks of the Hessian for each class may be used.
+#: Maximum entries of the per-class blocks of the Hessian.
 CLASS_LIMIT = 2**19
-#: Multiplications that a step costs however small the problem is (a few milliseconds of overhead).
+#: Fixed cost of a step in multiplications (a few milliseconds of overhead).
 _STEP_OVERHEAD = 2e7
 
 
-# Trials of one step: first this many stiffer metrics, then shorter and shorter steps.
+# Maximum stiffer metrics and maximum trials per step; trials after the stiffer metrics shorten the step.
 _RESOLVES = 6
 _TRIALS = 16
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the solver stopped, why, and the certificate of that point."""
+    """The point where the solver stopped, the reason, and its duality gap."""
 
     evaluation: Evaluation
     certificate: Certificate
@@ -50,7 +50,7 @@ class Outcome:
 
 
 class ProximalQuasiNewton:
-    """Minimises ``objective + penalty``; what it learns of the curvature is kept from one penalty to the next.
+    """A solver for ``objective + penalty`` that keeps its curvature model from one penalty to the next.
 
     Args:
         objective: the smooth part.
@@ -73,13 +73,13 @@ class ProximalQuasiNewton:
 
     @property
     def last_params(self) -> Tensor:
-        """Parameters (O, D + 1) of the last solution, the start of the next."""
+        """The parameters (O, D + 1) of the last solution, which start the next."""
         return self.objective.null_params() if self._outcome is None else self._outcome.evaluation.params
 
     def solve(
         self, penalty: ElasticNet, start: Tensor, *, tol: float, max_iter: int, show_progress: bool = False
     ) -> Outcome:
-        """:meth:`_solve`, remembered, with a progress bar if wanted."""
+        """The outcome of :meth:`_solve`, with an optional progress bar."""
         bar = None
         if show_progress:
             from tqdm import tqdm
@@ -93,7 +93,7 @@ class ProximalQuasiNewton:
         return self._outcome
 
     def _solve(self, penalty: ElasticNet, start: Tensor, *, tol: float, max_iter: int, bar: Any) -> Outcome:
-        """From ``start`` until gap and violation are below ``tol`` (relative to the model without features)."""
+        """Step from ``start`` until gap and violation are below ``tol`` (relative to the model without features)."""
         objective = self.objective
         gap_target = tol * objective.null_value()
         slope_target = tol * max(float(objective.null_gradient().abs().amax()), 1e-300)
@@ -127,7 +127,7 @@ class ProximalQuasiNewton:
                 self._learn(here, there)
                 stalled = 0
             else:
-                # No decrease that the arithmetic can see: forget what was learnt, then compute in float64, then stop.
+                # No measurable decrease: drop the secant pairs, then switch to float64, then stop.
                 stalled += 1
                 self._pairs = []
                 if stalled == 2 and self._widen():
@@ -139,9 +139,9 @@ class ProximalQuasiNewton:
         raise RuntimeError("the loop above always returns")  # pragma: no cover
 
     def _affordable(self, n_steps: int, *, due: bool) -> str | None:
-        """The most detailed second moments that keep their cost, all in all, below that of the steps.
+        """The most detailed second moments whose total cost stays below that of the steps.
 
-        The shared ones are cheap and are taken when ``due``: at the start, then at steps 2, 4, 8, ...
+        The shared ones are cheap and are computed when ``due``, i.e. at the start and then at steps 2, 4, 8, ...
         """
         objective = self.objective
         n_cols, n_out = objective.rows.n_features + 1, objective.loss.num_outputs
@@ -172,11 +172,11 @@ class ProximalQuasiNewton:
         return here
 
     def _target(self, here: Evaluation, penalty: ElasticNet) -> Tensor:
-        """Where the model of the objective is least."""
+        """The minimizer of the model, with mean-zero biases."""
         target = self._least(here, penalty)
         if target.shape[0] > 1:
             target = target.clone()
-            # A shift of all biases changes nothing, so nothing holds it: it would eat the arithmetic's digits.
+            # A shift of all biases has no effect; without this it could grow and cost precision.
             target[:, -1] -= target[:, -1].mean()
         return target
 
@@ -194,7 +194,7 @@ class ProximalQuasiNewton:
             pairs = [(s, y + ridge * s) for s, y in self._pairs]
             return here.params - inverse_secant(metric, pairs, penalty.l2, slope)
         columns = self._working_columns(here, penalty)
-        # With second differences alone the model is rough, and solving it well is wasted; with the Hessian it is not.
+        # Accurate solutions pay off only with blocks of the Hessian; other models are too rough.
         accuracy = 1e-3 if isinstance(metric, BlockMetric) else 0.1
         if columns is None:
             model = SecantMetric(metric, self._pairs)
@@ -209,10 +209,10 @@ class ProximalQuasiNewton:
         return target
 
     def _working_columns(self, here: Evaluation, penalty: ElasticNet) -> Tensor | None:
-        """Features that some class uses, used lately or wants to use; None where that is nearly all of them.
+        """The features that are used, were recently used or have a large gradient in some class; None if nearly all.
 
-        A feature left out has weight zero and satisfies its optimality condition here; the next full gradient checks
-        it again, so this only saves work in the subproblem.
+        Other features have weight zero and satisfy their optimality condition here. The next full gradient checks them
+        again, so this only saves work in the subproblem.
         """
         weights, gradient = here.params[:, :-1], here.gradient[:, :-1]
         used = (weights != 0).any(0) | (gradient.abs() > penalty.l1).any(0)
@@ -225,10 +225,10 @@ class ProximalQuasiNewton:
     def _advance(
         self, here: Evaluation, penalty: ElasticNet, *, detail: str | None, dual: bool
     ) -> tuple[Evaluation, bool]:
-        """The next point and whether it is better, by as many trials as it takes (mostly one).
+        """The next point and whether it is better, after one or more trials (usually one).
 
-        A trial that goes too far still shows the true curvature on the way to it, so it is learnt from and the
-        subproblem solved again under a stiffer metric: unlike a shorter step, that keeps weights exactly zero.
+        A trial that goes too far still reveals the curvature along the way. It updates the model, and the subproblem is
+        solved again with a stiffer metric, which keeps weights exactly zero, unlike a shorter step.
         """
         start = here.params
         before = penalty.value(start[:, :-1])
@@ -247,7 +247,7 @@ class ProximalQuasiNewton:
                 self._stiffness = max(1.0, 0.8 * self._stiffness) if trial == 0 else self._stiffness
                 return there, True
             if after <= value + slack:
-                # Values agree to rounding, so ask the slopes, which are accurate long after values are not.
+                # Values agree to rounding, so compare gradients, which remain accurate for longer.
                 better = violation(there, penalty) < violation(here, penalty)
                 return (there, True) if better else (here, False)
             if penalty.l1 > 0 and trial < _RESOLVES and math.isfinite(after):
@@ -260,7 +260,7 @@ class ProximalQuasiNewton:
 
     def _learn(self, here: Evaluation, there: Evaluation) -> None:
         if there.detail == "full" and self.objective.stride("full") == 1:
-            self._pairs = []  # the Hessian is exact here; older differences would only blur it
+            self._pairs = []  # the Hessian is exact here, older differences are not
             return
         step, change = there.params - here.params, there.gradient - here.gradient
         if float((step * change).sum()) > 1e-10 * float(step.norm() * change.norm()):

@@ -1,7 +1,7 @@
-"""Rows of a design matrix, read in chunks: a tensor, an array, a memory map, or any re-iterable of chunks.
+"""Rows of a design matrix, read in chunks from a tensor, an array, a memory map, or any re-iterable of chunks.
 
-The solver only ever sums over rows, so it never needs all of them at once. A row source hands out chunks
-``(x, y, weight)`` on the compute device; how the rows are stored is known here and nowhere else.
+The solver only sums over rows, so it never needs all of them at once. A row source yields chunks ``(x, y, weight)`` on
+the compute device; only this module depends on how the rows are stored.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from captum_concepts.errors import InputError
 
-# Elements of one chunk of X: on a CPU the chunk and its logits then stay near the caches, on an accelerator
-# the chunk is large enough to hide the cost of starting kernels.
+# Elements of one chunk of X, small enough for a CPU's caches (with the logits) or large enough to hide the launch
+# overhead of an accelerator's kernels.
 _CPU_CHUNK_ELEMENTS = 1 << 21
 _ACCELERATOR_CHUNK_ELEMENTS = 1 << 26
 
 
 class Chunk(NamedTuple):
-    """Some rows: ``x`` (m, D), class indices ``y`` (m,), and ``weight`` (m,) or None for ones."""
+    """Rows ``x`` (m, D), class indices ``y`` (m,), and ``weight`` (m,) or None for ones."""
 
     x: Tensor
     y: Tensor
@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """The widest float of a device: float64, or float32 on MPS, which has no float64."""
+    """The widest float dtype of a device, float64, or float32 on MPS."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -39,9 +39,9 @@ class Rows:
 
     Attributes:
         n_features: number of columns D.
-        device: where chunks are computed on.
-        dtype: dtype of the chunks that are handed out; may be raised to float64 at any time.
-        result_dtype: dtype of answers, that of the rows as they were given.
+        device: of the chunks.
+        dtype: of the chunks; may be changed to float64 at any time.
+        result_dtype: dtype of results, initially that of the chunks.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Rows:
             raise InputError("X has no rows; at least two rows of two classes are needed")
 
     def labels(self) -> Tensor:
-        """All labels as one integer tensor (N,); reads the rows once where the chunks carry their labels."""
+        """All labels as one integer tensor (N,); reads the rows once if the chunks contain the labels."""
         if self._labels is not None:
             return self._labels
         parts = [_as_labels(y) for _, y in self._read()]
@@ -110,11 +110,11 @@ class Rows:
         return torch.cat(parts).to(self.device)
 
     def relabel(self, lookup: Tensor) -> None:
-        """From now on hand out ``lookup[y]`` in place of y."""
+        """Yield ``lookup[y]`` instead of y from now on."""
         self._lookup = lookup
 
     def standardize(self, mean: Tensor, std: Tensor) -> None:
-        """From now on hand out ``(x - mean) / std``, chunk by chunk: X itself is never copied whole."""
+        """Yield ``(x - mean) / std`` from now on, computed per chunk without copying X."""
         self._mean, self._std = mean, std
 
 
@@ -127,20 +127,20 @@ def as_rows(
     chunk_size: int | None = None,
     num_outputs_hint: int = 1,
 ) -> Rows:
-    """Wrap whatever the caller holds as :class:`Rows`.
+    """The caller's data as :class:`Rows`.
 
     Args:
-        X: (N, D) tensor, numpy array or memory map; or a re-iterable of (m, D) chunks in the order of ``y``
-            (a list, a ``DataLoader`` that does not shuffle, any object whose ``__iter__`` starts afresh); or, with
-            ``y=None``, a re-iterable of ``(x, y)`` pairs.
-        y: (N,) integer class indices, or None where the chunks of X bring theirs.
+        X: (N, D) tensor, numpy array or memory map; or a re-iterable of (m, D) chunks in the order of ``y`` (a list, a
+            ``DataLoader`` that does not shuffle, any object whose ``__iter__`` restarts); or, with ``y=None``, a
+            re-iterable of ``(x, y)`` pairs.
+        y: (N,) integer class indices, or None if the chunks of X contain them.
         sample_weight: (N,) non-negative weights, or None.
-        device: where to compute; None follows X (CPU for arrays).
-        chunk_size: rows in a chunk of a tensor or array; None picks one.
+        device: device of the computation; None takes that of X (CPU for arrays).
+        chunk_size: rows per chunk of a tensor or array; None chooses.
         num_outputs_hint: number of classes, for the automatic chunk size.
 
     Raises:
-        InputError: on wrong shapes, sparse or one-shot inputs, bad labels or weights.
+        InputError: wrong shapes, sparse or one-shot inputs, or invalid labels or weights.
     """
     if chunk_size is not None and (isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1):
         raise InputError(f"chunk_size must be a positive integer or None; got {chunk_size!r}")
@@ -228,7 +228,7 @@ def _compute_dtype(first: Any, device: torch.device) -> torch.dtype:
 
 def _as_float(x: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     if isinstance(x, np.ndarray):
-        # Memory-mapped and read-only slices are copied: the copy is one chunk, and torch refuses read-only memory.
+        # Memory-mapped and read-only slices (one chunk) are copied, because torch refuses read-only memory.
         x = torch.from_numpy(np.array(x) if isinstance(x, np.memmap) or not x.flags.writeable else x)
     else:
         x = torch.as_tensor(x).detach()

@@ -1,4 +1,4 @@
-"""What one first pass over the rows tells, checked and summed over all processes."""
+"""Checks and statistics from one first pass over the rows, summed over all processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from captum_concepts.solvers._rows import Rows, accumulation_dtype
 
 
 class Reducer:
-    """The one place where processes talk: all-reduce of flat tensors over a process group (or nothing)."""
+    """All-reduce of flat tensors over a process group, if any; the only communication between processes."""
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
@@ -33,19 +33,19 @@ class Reducer:
         return tensor
 
     def sum(self, *tensors: Tensor) -> list[Tensor]:
-        """Element-wise sums over all processes, in one message."""
+        """Elementwise sums over all processes, in one message."""
         flat = self._all_reduce(torch.cat([t.reshape(-1) for t in tensors]), "SUM")
         parts = flat.split([t.numel() for t in tensors])
         return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
     def min(self, tensor: Tensor) -> Tensor:
-        """Element-wise minimum over all processes."""
+        """The elementwise minimum over all processes."""
         return self._all_reduce(tensor, "MIN")
 
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """What one first pass over the rows tells: class fractions (K,), mean of onehot(y) x^T (K, D), and so on."""
+    """Statistics of the rows, such as class fractions (K,) and the mean of onehot(y) x^T (K, D)."""
 
     n_rows: int
     total_weight: float
@@ -60,12 +60,12 @@ class RowStatistics:
 def gather_statistics(
     rows: Rows, reducer: Reducer, loss: str, num_classes: int | None, *, standardize: bool
 ) -> RowStatistics:
-    """One pass over the rows that checks them and sums them by class.
+    """The statistics of the rows, checked and summed per class in one pass.
 
-    From then on ``rows`` hands out labels 0.. of the classes that have rows, and standardised features if asked for.
+    Afterwards ``rows`` yields labels 0.. of the classes that have rows, and standardized features if requested.
 
     Raises:
-        InputError: on NaN or infinite rows, labels out of range, fewer than two classes with positive weight.
+        InputError: NaN or infinite rows, labels out of range, or fewer than two classes with positive weight.
     """
     if loss not in ("multinomial", "logistic"):
         raise InputError(f'loss must be "multinomial" or "logistic"; got {loss!r}')
@@ -96,7 +96,7 @@ def gather_statistics(
         n_rows += x.shape[0]
         if standardize:
             if shift is None:
-                # Sums of squares about a nearby point: about zero they would cancel for features far from zero.
+                # Squares about a nearby point, because features far from zero would otherwise cause cancellation.
                 shift = _shared_shift(x, reducer, acc)
             centred = x.to(acc) - shift
             squares += (centred.square() if s is None else centred.square() * s.to(acc)[:, None]).sum(0)
@@ -114,7 +114,7 @@ def gather_statistics(
         mean = class_sums.sum(0)
         variance = (squares / total - (mean - shift).square()).clamp_min(0)
         std = variance.sqrt()
-        # A constant column has rounding noise for a standard deviation; dividing by that would make it a feature.
+        # The standard deviation of a constant column is rounding noise, so do not divide by it.
         constant = std <= 1e-6 * mean.abs().clamp_min(1e-30)
         std = torch.where(constant, torch.ones_like(std), std)
         class_sums = (class_sums - (weights / total)[:, None] * mean) / std
@@ -137,8 +137,7 @@ def gather_statistics(
 
 
 def _shared_shift(x: Tensor, reducer: Reducer, acc: torch.dtype) -> Tensor:
-    # Only processes that hold rows get here, and every one must use the same shift: zero is the safe choice
-    # where several sum up; alone, the first row is the better one.
+    # Processes must use the same shift and may have no rows, so several use zero; a single one uses its first row.
     alone = reducer.group is None or reducer.group is False
     return x[0].to(acc) if alone else torch.zeros_like(x[0], dtype=acc)
 

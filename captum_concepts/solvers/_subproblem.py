@@ -1,4 +1,4 @@
-"""The quadratic subproblem of one step, which needs no rows: accelerated proximal gradient with adaptive restart."""
+"""The quadratic subproblem of one step, solved by accelerated proximal gradient with adaptive restart."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from captum_concepts.solvers._metric import SecantMetric
 from captum_concepts.solvers.penalty import ElasticNet, soft_threshold
 
-# Accelerated steps find the nonzeros quickly and their values slowly where columns are correlated; a linear system
-# gives the values at once.
+# With correlated columns, accelerated steps find the nonzeros quickly but their values slowly, so a linear system is
+# solved for the values.
 _POLISH_EVERY = 20
 _POLISH_STEPS = 10
 
@@ -27,9 +27,9 @@ def minimise_model(
 ) -> Tensor:
     """``argmin_V <gradient, V - start> + 1/2 |V - start|^2_metric + penalty(V)``, all (O, P), bias column last.
 
-    Every coordinate is scaled by the metric's diagonal (a Lipschitz bound of its own for each feature and class); the
-    common bound that is left is found by checking the quadratic upper bound, at no extra product. Momentum restarts
-    whenever it points uphill (O'Donoghue and Candes, 2015).
+    Each coordinate is scaled by the metric's diagonal (its own Lipschitz bound per feature and class). The remaining
+    common bound is found by checking the quadratic upper bound, without extra products. Momentum restarts whenever it
+    points uphill (O'Donoghue and Candes, 2015).
     """
     diagonal = metric.diagonal
     scale = diagonal.clamp_min(1e-24 * float(diagonal.amax()) + 1e-60).rsqrt()
@@ -77,7 +77,7 @@ def minimise_model(
 def _polish(
     metric: SecantMetric, u: Tensor, image: Tensor, origin: Tensor, slope: Tensor, scale: Tensor, l1: Tensor, l2: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Solve the subproblem exactly on the nonzeros of ``u``, signs kept; returns ``u`` where that does not lower it."""
+    """The exact solution on the nonzeros of ``u`` with their signs, or ``u`` if it does not lower the objective."""
     blocks = metric.blocks
     if blocks is None:
         return u, image
@@ -101,8 +101,8 @@ def _polish(
         return float(smooth + (l1 * point.abs()).sum() + 0.5 * (l2 * point.square()).sum())
 
     best = model(u, image)
-    # As far as the first weight that reaches zero the subproblem is this quadratic, so that step always descends; it is
-    # the last resort, since further steps that clip many weights at zero mostly descend more.
+    # Up to the first weight that reaches zero the subproblem is this quadratic, so that step always descends. It is
+    # tried last, because longer steps that clip weights at zero usually descend more.
     ratio = torch.where(step * sign < 0, -u / step, torch.full_like(u, float("inf")))
     for share in (1.0, 0.5, 0.1, min(1.0, float(ratio.amin()))):
         point = u + share * step

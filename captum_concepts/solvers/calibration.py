@@ -1,4 +1,4 @@
-"""From a number to the probability that a concept is there: Platt's logistic calibration, per concept."""
+"""Platt's logistic calibration of scores to the probability that a concept is present."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ class Calibration:
     """Probabilities :math:`\\sigma(a_t s + b_t)` of T concepts, increasing in their scores.
 
     Args:
-        slopes, intercepts: ``(T,)``. NaN where nothing is known about a concept.
+        slopes, intercepts: ``(T,)``, NaN for concepts without calibration.
     """
 
     slopes: Tensor
     intercepts: Tensor
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """``(N, T)`` probabilities of ``(N, T)`` scores."""
+        """``(N, T)`` probabilities for ``(N, T)`` scores."""
         return torch.sigmoid(scores * self.slopes.to(scores) + self.intercepts.to(scores))
 
 
 def fit_calibration(scores: Tensor, truth: Tensor, weight: Tensor | None = None) -> Calibration:
-    r"""The likeliest increasing logistic function from scores to truth, for each concept.
+    r"""The maximum-likelihood increasing logistic function from scores to truth, per concept.
 
-    Targets are Platt's: :math:`(n_+ + 1)/(n_+ + 2)` and :math:`1/(n_- + 2)`, so that few examples never give
-    probabilities of 0 or 1. Scores that do not separate anything give the rate of the concept.
+    The targets are Platt's, :math:`(n_+ + 1)/(n_+ + 2)` and :math:`1/(n_- + 2)`, so that few examples never lead to
+    probabilities of 0 or 1. For uninformative scores the probability is the frequency of the concept.
 
     Args:
         scores: ``(N, T)``.
         truth: ``(N, T)`` bool.
-        weight: ``(N,)`` or ``(N, T)`` of the examples; None weighs all equally.
+        weight: ``(N,)`` or ``(N, T)`` of the examples; None weights all equally.
 
     Reference:
         Platt, J. *Probabilistic outputs for support vector machines.* Advances in Large Margin Classifiers, 1999.
@@ -60,7 +60,7 @@ def fit_calibration(scores: Tensor, truth: Tensor, weight: Tensor | None = None)
 
 
 def _platt(scores: Tensor, truth: Tensor, weight: Tensor) -> tuple[float, float]:
-    """Newton's method on the two numbers, from the rate of the concept."""
+    """Slope and intercept of one concept, by Newton's method."""
     center, spread = float(scores.mean()), float(scores.std(unbiased=False)) if len(scores) else 0.0
     spread = spread if spread > 1e-12 * max(abs(center), 1e-30) else 1.0
     z = (scores - center) / spread
@@ -86,23 +86,23 @@ def _platt(scores: Tensor, truth: Tensor, weight: Tensor) -> tuple[float, float]
         theta = theta - size * step
         if float(step.abs().max()) < 1e-9:
             break
-    if float(theta[0]) < 0:  # decreasing: the scores say nothing that can be used
+    if float(theta[0]) < 0:  # decreasing, so the scores are not informative
         rate = (up + 1) / (up + down + 2)
         return 0.0, float(torch.logit(torch.tensor(rate, dtype=torch.float64)))
     return float(theta[0]) / spread, float(theta[1]) - float(theta[0]) * center / spread
 
 
 def truth_table(labels: Any, concepts: Sequence[str], count: int) -> Tensor:
-    """``(count, T)`` bool: which concepts each image shows.
+    """``(count, T)`` bool, which concepts each image shows.
 
     Args:
-        labels: one entry per image: a concept (name or index), a list of concepts, or None for no concept; or a bool
-            table ``(count, T)``; or ``{concept: one bool per image}`` of all concepts.
+        labels: one entry per image, a concept (name or index), a list of concepts, or None for no concept; or a bool
+            table ``(count, T)``; or ``{concept: one bool per image}`` for all concepts.
         concepts: the T names.
         count: the number of images.
 
     Raises:
-        InputError: another number of images, an unknown concept, or a table of another shape.
+        InputError: wrong number of images, unknown concept, or a table of the wrong shape.
 
     >>> truth_table(["a", ["a", "b"], None], ["a", "b"], 3).int().tolist()
     [[1, 0], [1, 1], [0, 0]]

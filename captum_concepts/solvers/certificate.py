@@ -1,13 +1,13 @@
-"""How far from the optimum: a duality gap and the distance to the subdifferential.
+"""Distance from the optimum, as a duality gap and the distance to the subdifferential.
 
-The Fenchel dual of ``mean_i s_i loss(W x_i + b, y_i) + penalty(W)`` maximises, over predictions q_i (probability
-vectors) whose weighted mean equals the class fractions (that is what the free bias asks for),
+The Fenchel dual of ``mean_i s_i loss(W x_i + b, y_i) + penalty(W)`` maximizes, over predictions q_i (probability
+vectors) whose weighted mean equals the class fractions (the condition from the unpenalized bias),
 
     D(q) = - mean_i s_i sum_k q_ik log q_ik  -  penalty*( - mean_i s_i (q_i - onehot(y_i)) x_i^T ).
 
-Any such q bounds the optimum from below. Here q = (1 - tau) onehot(y) + tau ((1 - e) p + e u): p the model's own
-predictions, (e, u) a constant that repairs the class fractions, tau in [0, 1] chosen to maximise the bound. The
-negentropy is convex in tau, so chords bound it from above and the bound stays true without another pass.
+Any such q bounds the optimum from below. Here q = (1 - tau) onehot(y) + tau ((1 - e) p + e u), with the model's own
+predictions p, a constant (e, u) that corrects the class fractions, and tau in [0, 1] chosen to maximize the bound. The
+negentropy is convex in tau, so chords bound it from above and the bound remains valid without another pass.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from captum_concepts.solvers.penalty import ElasticNet
 
 
 class Certificate(NamedTuple):
-    """Proof of how good a solution is.
+    """The duality gap and optimality violation of a solution.
 
     Attributes:
         objective: mean cross-entropy plus penalty, in nats.
         gap: objective minus a lower bound of the optimum; the true excess is never larger (up to rounding).
-        violation: largest distance of minus the gradient to the penalty's subdifferential over all weights and
+        violation: maximum distance of the negative gradient to the penalty's subdifferential over all weights and
             biases, in units of the gradient; 0 exactly at an optimum.
     """
 
@@ -41,15 +41,15 @@ class Certificate(NamedTuple):
 
 
 def violation(evaluation: Evaluation, penalty: ElasticNet) -> float:
-    """Largest optimality violation over weights and biases."""
+    """The maximum optimality violation over weights and biases."""
     weights = penalty.violation(evaluation.params[:, :-1], evaluation.gradient[:, :-1])
     return max(float(weights.amax()), float(evaluation.gradient[:, -1].abs().amax()))
 
 
 def certify(objective: Objective, evaluation: Evaluation, penalty: ElasticNet) -> Certificate:
-    """The certificate of one evaluated point; reads no rows.
+    """The objective, gap and violation of one evaluated point, without another pass over the rows.
 
-    Without a penalty (``lam=0``) the only bound that needs no further pass is that the loss is never negative.
+    Without a penalty (``lam=0``) the lower bound is 0.
     """
     value = evaluation.value + penalty.value(evaluation.params[:, :-1])
     dual = 0.0  # the loss and the penalty are never negative
@@ -75,14 +75,14 @@ def certify(objective: Objective, evaluation: Evaluation, penalty: ElasticNet) -
 
 
 def _maximise(bound: Any, penalty: ElasticNet, direction: Tensor) -> float:
-    """The largest value of a concave function of tau on its domain within [0, 1]."""
+    """The maximum of a concave function of tau on its domain within [0, 1]."""
     largest = float(direction.abs().amax())
     high = 1.0
     if penalty.l2 == 0 and largest > penalty.l1:
         high = penalty.l1 / largest * (1 - 1e-12)
     best = max(bound(high), bound(min(high, TIGHT_TAU)))
     if penalty.l2 == 0:
-        return best  # piecewise linear: the maximum is at an end or at the knee
+        return best  # piecewise linear, so the maximum is at an end or at the knee
     low, ratio = 0.0, 0.6180339887498949
     a, b = high - ratio * (high - low), low + ratio * (high - low)
     at_a, at_b = bound(a), bound(b)
@@ -117,7 +117,7 @@ def elastic_net_certificate(
     chunk_size: int | None = None,
     process_group: Any = None,
 ) -> Certificate:
-    """Certify any weights, from this package or elsewhere, against the optimum of the elastic-net problem.
+    """The duality gap of any weights, from this package or elsewhere, for the elastic-net problem.
 
     Args:
         X, y, lam, alpha, num_classes, loss, sample_weight, standardize, device, chunk_size, process_group: as in
@@ -126,10 +126,10 @@ def elastic_net_certificate(
         bias: (K,) or (1,).
 
     Returns:
-        A :class:`Certificate` ``(objective, gap, violation)``. Classes without rows are left out.
+        A :class:`Certificate` ``(objective, gap, violation)``. Classes without rows are ignored.
 
     Raises:
-        InputError: on shapes that do not fit, and on everything ``fit_elastic_net`` refuses.
+        InputError: wrong shapes, or anything that ``fit_elastic_net`` refuses.
 
     >>> X, y = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0, 1])
     >>> elastic_net_certificate(X, y, torch.zeros(2, 1), torch.zeros(2), lam=9.0).gap < 1e-6  # zero is the optimum
@@ -143,7 +143,7 @@ def elastic_net_certificate(
 
 
 def params_from(objective: Objective, weight: Any, bias: Any) -> Tensor:
-    """Weights and bias of all K classes as the parameters (O, D + 1) of the classes that have rows."""
+    """The parameters (O, D + 1) of the classes that have rows, from weight and bias of all K classes."""
     weight, bias = torch.as_tensor(weight).detach(), torch.as_tensor(bias).detach()
     logistic = objective.loss.num_outputs == 1
     n_out = 1 if logistic else objective.stats.num_classes

@@ -1,4 +1,4 @@
-"""Sparse and dense logistic classifiers on full batches: ``fit_elastic_net`` and ``lambda_max``."""
+"""Full-batch sparse and dense logistic classifiers, with ``fit_elastic_net`` and ``lambda_max``."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from captum_concepts.solvers._statistics import Reducer
 from captum_concepts.solvers.certificate import params_from
 from captum_concepts.solvers.penalty import ElasticNet
 
-# A class without rows has its optimum at a bias of minus infinity. This far (in nats) below every row's log-sum-exp
-# its probability is under 1e-17 on the rows, and logits stay finite.
+# A class without rows has its optimum at a bias of minus infinity. A finite bias this far (in nats) below every row's
+# log-sum-exp keeps its probability under 1e-17 on the rows.
 _EMPTY_CLASS_DEPTH = 40.0
 
 
 @dataclass(frozen=True, eq=False)
 class ElasticNetResult:
-    """A fitted linear classifier and the proof of how good it is.
+    """A fitted linear classifier with its duality gap.
 
     Attributes:
-        weight: (K, D), or (1, D) for ``loss="logistic"``; on standardised features where ``standardize=True``.
+        weight: (K, D), or (1, D) for ``loss="logistic"``; for standardized features if ``standardize=True``.
         bias: (K,) or (1,).
         objective: mean cross-entropy plus penalty, in nats.
-        gap: duality gap: objective minus a lower bound of the optimum. For ``lam=0`` the only bound is that the loss
-            is never negative, so gap equals objective, and convergence is judged by ``violation`` alone.
-        violation: largest distance of minus the gradient to the penalty's subdifferential.
+        gap: duality gap, the objective minus a lower bound of the optimum. For ``lam=0`` the bound is 0, so the gap
+            equals the objective and convergence depends on ``violation`` alone.
+        violation: maximum distance of the negative gradient to the penalty's subdifferential.
         n_iter: steps taken.
-        n_passes: passes over the rows, the first one for checks and statistics included.
+        n_passes: passes over the rows, including the first one for checks and statistics.
         converged: whether gap and violation reached ``tol``.
         lam, alpha, loss: the problem.
-        feature_mean, feature_std: (D,) what ``standardize=True`` subtracted and divided by, else None.
+        feature_mean, feature_std: (D,) mean and standard deviation if ``standardize=True``, else None.
     """
 
     weight: Tensor = field(repr=False)
@@ -57,18 +57,18 @@ class ElasticNetResult:
 
     @property
     def nonzeros(self) -> Tensor:
-        """Number of nonzero weights of each class, (K,)."""
+        """The number of nonzero weights per class, (K,)."""
         return (self.weight != 0).sum(1)
 
     def raw(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias for features as they were given: undoes the standardisation, if there was one."""
+        """Weight and bias for the unstandardized features."""
         if self.feature_mean is None or self.feature_std is None:
             return self.weight, self.bias
         weight = self.weight / self.feature_std.to(self.weight)
         return weight, self.bias - weight @ self.feature_mean.to(weight)
 
     def decision_function(self, X: Tensor) -> Tensor:
-        """Logits (N, K) or (N, 1) of features (N, D) as they were given to the fit."""
+        """Logits (N, K) or (N, 1) of unstandardized features (N, D)."""
         weight, bias = self.raw()
         return X.to(weight) @ weight.T + bias
 
@@ -91,48 +91,48 @@ def fit_elastic_net(
     process_group: Any = None,
     show_progress: bool = False,
 ) -> ElasticNetResult:
-    r"""Logistic regression with an elastic-net penalty, to a certified optimum.
+    r"""Logistic regression with an elastic-net penalty, solved to a duality gap.
 
-    Minimises over W and b, the bias free,
+    The minimum is over W and the unpenalized bias b,
 
     .. math:: \frac{1}{\sum_i s_i} \sum_i s_i \, \mathrm{CE}(W x_i + b, y_i)
               + \lambda \left( \tfrac{1 - \alpha}{2} \|W\|_F^2 + \alpha \|W\|_1 \right).
 
-    Proximal quasi-Newton steps: the curvature is modelled by the features' second moments, scaled for each class, and
-    corrected by the last steps (see ``_metric.py``); each step costs one pass over the rows. The pure L2 problem
-    (``alpha=0``) is solved by the same steps in closed form, preconditioned L-BFGS.
+    Each proximal quasi-Newton step costs one pass over the rows. The curvature is modeled by the features' second
+    moments, scaled per class, and corrected by the last steps (see ``_metric.py``). For the pure L2 problem
+    (``alpha=0``) the steps have a closed form, preconditioned L-BFGS.
 
     Args:
-        X: (N, D) tensor, numpy array or memory map, or a re-iterable of (m, D) chunks; float64 is computed in
-            float64, everything else in float32 with sums, parameters and steps in float64. With ``y=None`` a
-            re-iterable of ``(x, y)`` pairs.
+        X: (N, D) tensor, numpy array or memory map, or a re-iterable of (m, D) chunks; with ``y=None`` a re-iterable of
+            ``(x, y)`` pairs. Computation is in float64 for float64, otherwise in float32 with sums, parameters and
+            steps in float64.
         y: (N,) class indices 0..K-1.
         lam: strength of the penalty, at least 0.
-        alpha: share of the absolute values: 1 lasso, 0 ridge.
+        alpha: fraction of the L1 term; 1 is the lasso, 0 ridge.
         num_classes: K; None takes the largest label + 1.
-        tol: stops when ``gap <= tol * (entropy of the class fractions)``, the loss of the best model without features,
+        tol: stop when ``gap <= tol * (entropy of the class fractions)``, the loss of the best model without features,
             and ``violation <= tol * max |gradient|`` of that model.
-        loss: ``"multinomial"``, K weight vectors; or ``"logistic"``, one vector for y in {0, 1}, pointing towards 1.
-        sample_weight: (N,) non-negative; a weight of 2 equals the row twice.
+        loss: ``"multinomial"``, K weight vectors; or ``"logistic"``, one vector for y in {0, 1}, pointing toward 1.
+        sample_weight: (N,) non-negative; a weight of 2 is equivalent to repeating the row.
         warm_start: a result of the same shape, or ``(weight, bias)``.
-        standardize: penalise weights of ``(x - mean) / std``; X is not copied. A constant column gets weight 0.
-        max_iter: most steps.
-        chunk_size: rows in a chunk; memory grows with it, the answer does not depend on it (up to rounding).
-        device: where to compute; None follows X.
-        process_group: a ``torch.distributed`` group, or True for the default one: each process passes its own rows,
-            all return the same answer.
+        standardize: penalize weights of ``(x - mean) / std``; X is not copied. A constant column gets weight 0.
+        max_iter: maximum number of steps.
+        chunk_size: rows per chunk; memory grows with it, but the result does not depend on it (up to rounding).
+        device: device of the computation; None takes that of X.
+        process_group: a ``torch.distributed`` group, or True for the default one. Each process passes its own rows, and
+            all return the same result.
         show_progress: show a progress bar of the steps.
 
     Returns:
         An :class:`ElasticNetResult`.
 
     Raises:
-        InputError: NaN or infinite rows, labels out of range, fewer than two classes with rows, wrong shapes.
+        InputError: NaN or infinite rows, labels out of range, fewer than two classes with rows, or wrong shapes.
 
     Warns:
-        ConvergenceWarning: ``tol`` was not reached, with the gap; or there is no penalty and the classes can be
-            separated, so that no optimum exists (the weights at hand separate them).
-        InputWarning: a class below ``num_classes`` has no rows: it gets zero weights and a bias so low that its
+        ConvergenceWarning: ``tol`` was not reached (the message reports the gap); or there is no penalty and the
+            classes are separable, so no optimum exists (the returned weights separate them).
+        InputWarning: a class below ``num_classes`` has no rows. It gets zero weights and a bias so low that its
             probability vanishes on the rows, the limit of the optimum.
 
     >>> X = torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0], [3.0, 1.0]])
@@ -172,16 +172,16 @@ def lambda_max(
 ) -> float:
     """The smallest ``lam`` at which all weights are zero: ``max |gradient of the mean loss at W = 0| / alpha``.
 
-    With W = 0 and the best bias, predictions are the class fractions, so the gradient is known in closed form from
-    one pass. Infinite for ``alpha=0``: ridge weights are never exactly zero.
+    With W = 0 and the best bias, predictions are the class fractions, so the gradient has a closed form and needs one
+    pass. The result is infinite for ``alpha=0``, because ridge weights are never exactly zero.
 
     Args:
         X, y, num_classes, loss, sample_weight, standardize, chunk_size, device, process_group: as in
             :func:`fit_elastic_net`.
-        alpha: share of the absolute values, in [0, 1].
+        alpha: fraction of the L1 term, in [0, 1].
 
     Raises:
-        InputError: as :func:`fit_elastic_net`.
+        InputError: as in :func:`fit_elastic_net`.
 
     >>> X, y = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
     >>> lambda_max(X, y, alpha=1.0)  # both gradients are +-1/2
@@ -212,7 +212,7 @@ def open_problem(
     device: torch.device | str | None,
     process_group: Any,
 ) -> Objective:
-    """Check the rows and gather their statistics; warns about classes without rows."""
+    """The objective of checked rows, with their statistics; warns about classes without rows."""
     rows = as_rows(
         X, y, sample_weight=sample_weight, device=device, chunk_size=chunk_size, num_outputs_hint=num_classes or 1
     )
@@ -240,7 +240,7 @@ def solve_problem(
     show_progress: bool = False,
     stacklevel: int = 3,
 ) -> ElasticNetResult:
-    """Solve one penalty from ``start`` and dress the outcome as a result; warns where it did not converge."""
+    """The result for one penalty, solved from ``start``; warns if it did not converge."""
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < math.inf:
         raise InputError(f"tol must be a positive number; got {tol!r}")
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:

@@ -1,7 +1,7 @@
-"""Logistic losses: value, residual, curvature and the dual quantities of one chunk of logits.
+"""Value, residual, curvature and dual quantities of logistic losses for one chunk of logits.
 
-A loss knows nothing of features, penalties or solvers: it maps logits ``Z`` (m, O) and labels ``y`` (m,) to sums
-over the rows. Adding the sums of several chunks, or of several processes, gives the sums of all rows.
+A loss is independent of features, penalties and solvers. It maps logits ``Z`` (m, O) and labels ``y`` (m,) to sums over
+the rows, which can be added over chunks and processes.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Where between labels (0) and predictions (1) the second chord of the dual bound is taken.
+#: Position of the dual bound's second chord between labels (0) and predictions (1).
 TIGHT_TAU = 0.99
 
 
 class LossTerms(NamedTuple):
-    """Sums over the rows of one chunk, s being the row weights, p the predicted probabilities.
+    """Sums over the rows of one chunk, with row weights s and predicted probabilities p.
 
     Attributes:
         value: sum of s * loss, 0-d.
-        residual: s * (p - onehot(y)), (m, O): the derivative of the sum by the logits.
-        curvature: what the shape of steps needs, or None where not asked for.
-        dual: what certificates need, or None where not asked for.
+        residual: s * (p - onehot(y)), (m, O), the derivative of the sum by the logits.
+        curvature: terms for the shape of steps, or None if not requested.
+        dual: terms for the duality gap, or None if not requested.
     """
 
     value: Tensor
@@ -35,7 +35,7 @@ class LossTerms(NamedTuple):
 
 
 class CurvatureTerms(NamedTuple):
-    """By the logits: ``output`` (O,) sums of s p (1 - p), ``row`` (m,) s sum_k p_k (1 - p_k), and p itself."""
+    """Curvature by the logits: ``output`` (O,) sums of s p (1 - p), ``row`` (m,) s sum_k p_k (1 - p_k), and p."""
 
     output: Tensor
     row: Tensor
@@ -43,13 +43,13 @@ class CurvatureTerms(NamedTuple):
 
 
 class DualTerms(NamedTuple):
-    """Sums for the dual bound, and the extremes of the chunk.
+    """Sums for the dual bound, and extremes over the chunk.
 
     Attributes:
-        negentropy: sum of s * sum_k p_k log p_k, 0-d: minus the dual objective at the residual.
+        negentropy: sum of s * sum_k p_k log p_k, 0-d, minus the dual objective at the residual.
         negentropy_tight: the same at ``(1 - TIGHT_TAU) onehot(y) + TIGHT_TAU p``.
-        margin: smallest margin of a row with positive weight, 0-d; positive where every row is right.
-        floor: smallest log-sum-exp of a row, 0-d.
+        margin: minimum margin of the rows with positive weight, 0-d; positive if every row is classified correctly.
+        floor: minimum log-sum-exp of the rows, 0-d.
     """
 
     negentropy: Tensor
@@ -59,7 +59,7 @@ class DualTerms(NamedTuple):
 
 
 class BiasMixture(NamedTuple):
-    """A constant prediction ``u`` (O,) and the share of it that makes the mean prediction equal the label mean."""
+    """A constant prediction ``u`` (O,) and its fraction for which the mean prediction equals the label mean."""
 
     share: float
     prediction: Tensor
@@ -80,7 +80,7 @@ class Loss(ABC):
 
         Args:
             logits, y, weight: the chunk.
-            curvature, dual: compute these as well; most passes of a solver need neither.
+            curvature, dual: also compute these; most passes of a solver need neither.
         """
 
     @abstractmethod
@@ -89,23 +89,23 @@ class Loss(ABC):
 
     @abstractmethod
     def label_moments(self, class_sums: Tensor) -> Tensor:
-        """The mean of onehot(y) x^T (O, D), given it for every class (K, D)."""
+        """The mean of onehot(y) x^T (O, D), from that of every class (K, D)."""
 
     @abstractmethod
     def bias_mixture(self, residual_mean: Tensor, fractions: Tensor) -> BiasMixture:
-        """How to mix predictions with a constant so that the bias is exactly optimal (dual feasible).
+        """The mixture of predictions with a constant for which the bias is exactly optimal (dual feasible).
 
         With predictions of mean ``ybar + r``, ``(1 - e) p + e u`` has mean ``ybar`` for ``u = ybar - r / rho`` and
-        ``e = rho / (1 + rho)``; the smallest rho that keeps u a probability is taken.
+        ``e = rho / (1 + rho)``. Here rho is the smallest for which u is a probability.
         """
 
     def null_value(self, fractions: Tensor) -> float:
-        """The loss of the best model without features: the entropy of the class fractions, in nats."""
+        """The loss of the best model without features, i.e. the entropy of the class fractions, in nats."""
         return float(-torch.special.xlogy(fractions, fractions).sum())
 
 
 class MultinomialLoss(Loss):
-    """Softmax cross-entropy: ``loss(z, y) = log sum_k exp(z_k) - z_y``, one output a class.
+    """Softmax cross-entropy ``loss(z, y) = log sum_k exp(z_k) - z_y`` with one output per class.
 
     >>> import torch
     >>> loss = MultinomialLoss(2)
@@ -149,7 +149,7 @@ class MultinomialLoss(Loss):
         acc: torch.dtype,
     ) -> DualTerms:
         q = (p * TIGHT_TAU).scatter_add(1, own_column, torch.full_like(own, 1 - TIGHT_TAU)[:, None])
-        # Positive iff the own logit is the largest; p_y > 1/2 would be too strict for many classes.
+        # Positive iff the label's logit is the largest; p_y > 1/2 would be too strict for many classes.
         margins = own - logits.scatter(1, own_column, float("-inf")).amax(1)
         return DualTerms(
             _dot(torch.linalg.vecdot(p, logits) - lse, weight, acc),
@@ -165,13 +165,13 @@ class MultinomialLoss(Loss):
         return class_sums
 
     def bias_mixture(self, residual_mean: Tensor, fractions: Tensor) -> BiasMixture:
-        r = residual_mean - fractions * residual_mean.sum()  # rounding only: residuals of a row sum to zero
+        r = residual_mean - fractions * residual_mean.sum()  # corrects rounding, since residuals of a row sum to zero
         rho = float((r / fractions).amax())
         return _mixture(rho, r, fractions, lambda u: float(torch.special.xlogy(u, u).sum()))
 
 
 class LogisticLoss(Loss):
-    """Binary logistic loss of one weight vector: ``loss(z, y) = log(1 + exp(z)) - y z``, y in {0, 1}.
+    """Binary logistic loss ``loss(z, y) = log(1 + exp(z)) - y z`` of one weight vector, y in {0, 1}.
 
     >>> import torch
     >>> loss = LogisticLoss()

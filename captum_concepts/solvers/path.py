@@ -1,4 +1,4 @@
-"""A path of solutions from all-zero to dense, and the point of it that has a wanted number of nonzeros."""
+"""A path of solutions from all-zero to dense, and its point with a target number of nonzeros."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from captum_concepts.solvers._quasi_newton import ProximalQuasiNewton
 from captum_concepts.solvers.elastic_net import ElasticNetResult, largest_lambda, open_problem, solve_problem
 from captum_concepts.solvers.penalty import ElasticNet
 
-#: ``nonzeros_per_class`` counts as met within this share of it.
+#: Relative tolerance for ``nonzeros_per_class``.
 SPARSITY_TOLERANCE = 0.1
 _MAX_BISECTIONS = 25
 
 
 class ElasticNetPath(list[ElasticNetResult]):
-    """A list of :class:`ElasticNetResult`, with the one that was asked for.
+    """A list of :class:`ElasticNetResult` with a selected one.
 
     Attributes:
-        selected: the result nearest to ``nonzeros_per_class``, or None where that was not given.
+        selected: the result nearest to ``nonzeros_per_class``, or None if that was not passed.
         target_met: whether ``selected`` is within 10 % of it.
     """
 
@@ -38,7 +38,7 @@ class ElasticNetPath(list[ElasticNetResult]):
 
 
 def mean_nonzeros(result: ElasticNetResult) -> float:
-    """Nonzero weights of a class, averaged over all K classes."""
+    """The mean number of nonzero weights over all K classes."""
     return float(result.nonzeros.double().mean())
 
 
@@ -62,18 +62,18 @@ def elastic_net_path(
     process_group: Any = None,
     show_progress: bool = False,
 ) -> ElasticNetPath:
-    """Solve for a sequence of ``lam``, each one from the solution before, keeping what was learnt of the curvature.
+    """The solutions for a sequence of ``lam``, each warm-started from the previous one and its curvature model.
 
     Args:
         X, y, alpha, num_classes, tol, loss, sample_weight, standardize, max_iter, chunk_size, device, process_group: as
             in :func:`~captum_concepts.solvers.fit_elastic_net`.
-        lams: the strengths; solved from the largest down, returned in the order given. None takes ``n_lams`` values
+        lams: the strengths, solved from the largest down and returned in the given order. None takes ``n_lams`` values
             in geometric steps from :func:`~captum_concepts.solvers.lambda_max` to ``lam_ratio`` times that (None:
-            1e-3, or 1e-6 where ``nonzeros_per_class`` ends the path on its own).
-        nonzeros_per_class: stop once the mean number of nonzero weights of a class has passed this, then bisect
-            between the two neighbours until it is hit within 10 %; ``.selected`` is the nearest point. With K softmax
-            vectors some class has weight zero for nearly every feature (a shift of all classes changes nothing but
-            the penalty), so more than ``D (K - 1) / K`` cannot be reached.
+            1e-3, or 1e-6 with ``nonzeros_per_class``, which ends the path).
+        nonzeros_per_class: stop once the mean number of nonzero weights per class exceeds this, then bisect between
+            the two neighbors until it is met within 10 %; ``.selected`` is the nearest point. More than
+            ``D (K - 1) / K`` cannot be reached with K softmax vectors, because nearly every feature has weight zero for
+            some class (a shift of all classes changes only the penalty).
         n_lams, lam_ratio: shape of the default path.
         show_progress: show a progress bar of the points.
 
@@ -82,12 +82,12 @@ def elastic_net_path(
         ``.target_met``.
 
     Raises:
-        InputError: on empty or bad ``lams``, on ``nonzeros_per_class`` outside (0, D], on ``alpha=0`` without
-            ``lams`` (no lambda_max), and on everything ``fit_elastic_net`` refuses.
+        InputError: empty or invalid ``lams``, ``nonzeros_per_class`` outside (0, D], ``alpha=0`` without ``lams`` (no
+            lambda_max), or anything that ``fit_elastic_net`` refuses.
 
     Warns:
         InputWarning: no point of the path is within 10 % of ``nonzeros_per_class``; the message names the nearest.
-        ConvergenceWarning: as ``fit_elastic_net``, for each point.
+        ConvergenceWarning: as in ``fit_elastic_net``, for each point.
 
     >>> X = torch.eye(4).repeat(5, 1)
     >>> path = elastic_net_path(X, torch.arange(20) % 4, nonzeros_per_class=1)
@@ -147,7 +147,7 @@ def elastic_net_path(
 
 
 def _bisect(done: dict[float, ElasticNetResult], at: Any, target: float) -> None:
-    """Halve (in log lam) the interval that holds the target, until a point is near enough."""
+    """Bisect the interval that contains the target in log lam until a point is near enough."""
     for _ in range(_MAX_BISECTIONS):
         if any(abs(mean_nonzeros(r) - target) <= SPARSITY_TOLERANCE * target for r in done.values()):
             return

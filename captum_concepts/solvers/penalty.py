@@ -1,4 +1,4 @@
-"""The elastic-net penalty: value, proximal operator, convex conjugate and distance to its subdifferential."""
+"""The elastic-net penalty, with its proximal operator, convex conjugate and distance to its subdifferential."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from captum_concepts.errors import InputError
 
 
 def soft_threshold(values: Tensor, threshold: Tensor | float) -> Tensor:
-    """Move every value towards zero by ``threshold`` and stop there.
+    """``values``, each moved toward zero by at most ``threshold``.
 
     >>> soft_threshold(torch.tensor([-3.0, 0.5, 2.0]), 1.0).tolist()
     [-2.0, 0.0, 1.0]
@@ -26,10 +26,10 @@ class ElasticNet:
 
     Args:
         lam: strength, at least 0.
-        alpha: share of the absolute values, in [0, 1].
+        alpha: fraction of the L1 term, in [0, 1].
 
     Raises:
-        InputError: if either is outside its range.
+        InputError: ``lam`` or ``alpha`` is outside its range.
 
     >>> ElasticNet(0.5, 1.0).value(torch.tensor([[1.0, -2.0]]))
     1.5
@@ -48,12 +48,12 @@ class ElasticNet:
 
     @property
     def l1(self) -> float:
-        """Weight of the sum of absolute values."""
+        """The weight of the sum of absolute values."""
         return self.lam * self.alpha
 
     @property
     def l2(self) -> float:
-        """Weight of half the sum of squares."""
+        """The weight of half the sum of squares."""
         return self.lam * (1 - self.alpha)
 
     def value(self, weight: Tensor) -> float:
@@ -65,14 +65,14 @@ class ElasticNet:
         return soft_threshold(values, step * self.l1) / (1 + step * self.l2)
 
     def conjugate(self, values: Tensor) -> float:
-        """``sup_W <values, W> - penalty(W)``; infinite where no finite supremum exists."""
+        """``sup_W <values, W> - penalty(W)``; infinite if there is no finite supremum."""
         excess = (values.abs() - self.l1).clamp_min(0)
         if self.l2 > 0:
             return float(excess.square().sum() / (2 * self.l2))
         return 0.0 if float(excess.amax()) == 0 else math.inf
 
     def violation(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """Distance of ``-gradient`` to the subdifferential at ``weight``, elementwise; zero at an optimum."""
+        """The elementwise distance of ``-gradient`` to the subdifferential at ``weight``; zero at an optimum."""
         smooth = gradient + self.l2 * weight
         at_zero = (smooth.abs() - self.l1).clamp_min(0)
         return torch.where(weight == 0, at_zero, (smooth + self.l1 * weight.sign()).abs())

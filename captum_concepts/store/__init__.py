@@ -1,4 +1,4 @@
-"""Embeddings and activations on disk: sharded, memory-mapped, resumable, and bound to what they were computed from.
+"""Sharded, memory-mapped, resumable stores of embeddings and activations that record what they were computed from.
 
 Names are imported when first used.
 """

@@ -1,4 +1,4 @@
-"""Region embeddings: what they are computed from, and the pipeline from images to unit embeddings."""
+"""The source of region embeddings, and the pipeline from images to unit embeddings."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ class Source:
     Args:
         images: the images; None where a store is only compared with an encoder.
         encoder: see :class:`~captum_concepts.vlm.ImageTextEncoder`.
-        regions: see :class:`~captum_concepts.vlm.RegionPrompt`, :class:`~captum_concepts.vlm.DenseRegions` and
-            ``AdaptiveRegions`` beside it.
+        regions: a :class:`~captum_concepts.vlm.RegionPrompt`, :class:`~captum_concepts.vlm.DenseRegions` or
+            ``AdaptiveRegions``.
         shape: of an image.
         dtype: of the stored embeddings.
     """
@@ -117,7 +117,7 @@ class Source:
             raise InputError(f"dtype={self.dtype} must be torch.float16 or torch.float32")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that must be equal for two stores to be one."""
+        """Everything that must match for a store to be resumed or reused."""
         preprocess = getattr(self.encoder, "preprocess", None)
         return {
             "kind": KIND,
@@ -130,7 +130,7 @@ class Source:
 
     @functools.cached_property
     def probe(self) -> Tensor:
-        """The unit embedding ``(D,)`` of a fixed image: separates encoders that differ in more than their weights."""
+        """The unit embedding of a fixed image, which detects encoders with equal weights but different computation."""
         sides = [min(side, _PROBE_SIDE) for side in self.shape[1:]]  # a forged size must not be allocated
         image = torch.rand(1, self.shape[0], *sides, generator=torch.Generator().manual_seed(0))
         with torch.no_grad(), evaluation_mode(module_of(self.encoder)):
@@ -139,7 +139,7 @@ class Source:
 
 
 def stored_settings(path: Path, manifest: Manifest) -> tuple[Regions, torch.dtype, tuple[int, ...]]:
-    """Regions, precision and image shape of a store.
+    """The regions, precision and image shape of a store.
 
     Raises:
         ArtifactError: the store is not one of region embeddings, or its manifest is damaged.
@@ -159,7 +159,7 @@ def check_origin(path: Path, manifest: Manifest, source: Source) -> None:
     """Refuse a store of another encoder, preprocessing, prompt, grid, image size or precision."""
     regions, _, _ = stored_settings(path, manifest)
     what, wanted = f"the store at {path}", source.fingerprint()
-    found = {**manifest.fingerprint, "prompt": regions.as_dict()}  # by its present names
+    found = {**manifest.fingerprint, "prompt": regions.as_dict()}  # with the current names
     check_fingerprint(wanted["prompt"], found["prompt"], f"{what} (its prompt)")  # names the one setting
     check_fingerprint({key: value for key, value in wanted.items() if found.get(key) != value}, found, what)
     stored = torch.tensor(manifest.info.get("probe", []), dtype=torch.float32)
@@ -171,7 +171,7 @@ def check_origin(path: Path, manifest: Manifest, source: Source) -> None:
 
 
 def stored_arrays(regions: Regions, dtype: torch.dtype, dim: int | None = None) -> dict[str, Array]:
-    """What the tensors of a shard must be."""
+    """The expected tensors of a shard."""
     kind = "F16" if dtype == torch.float16 else "F32"
     return {"embedding": Array(kind, ("N", len(regions), dim)), "digest": Array("I64", ("N",))}
 
@@ -180,7 +180,7 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
     """The manifest of the store of all images, written if there is none.
 
     Raises:
-        ArtifactError: the folder contains a store of something else.
+        ArtifactError: the folder contains a store that does not match.
     """
     assert source.images is not None
     count = len(source.images)
@@ -211,12 +211,12 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
 
 
 def plan_extension(path: Path, source: Source) -> None:
-    """Note the shards of more images in the manifest, where readers do not see them before :func:`finish_extension`.
+    """Record the shards of more images in the manifest; readers ignore them until :func:`finish_extension`.
 
-    What a killed extension by the same images has written is kept, that by others is removed.
+    Shards of a killed extension by the same images are kept, those of other images are removed.
 
     Raises:
-        ArtifactError: the store is unfinished or of something else, or the folder has files of something else.
+        ArtifactError: the store is unfinished or does not match, or the folder contains foreign files.
     """
     assert source.images is not None
     what = f"the store at {path}"
@@ -235,7 +235,7 @@ def plan_extension(path: Path, source: Source) -> None:
 
 
 def _continues(path: Path, found: Manifest, source: Source) -> bool:
-    """Whether an extension by these images is under way."""
+    """Whether an extension by these images is in progress."""
     assert source.images is not None
     if sum(found.planned) != len(source.images):
         return False
@@ -250,7 +250,7 @@ def _continues(path: Path, found: Manifest, source: Source) -> bool:
 
 
 def cancel_extension(path: Path, planned: Manifest) -> None:
-    """Remove what :func:`plan_extension` noted, and what was written for it."""
+    """Remove the shards planned by :func:`plan_extension`, from the manifest and the folder."""
     with FolderLock(path, "the store at"):
         found = stored_manifest(path)
         if found == planned:
@@ -260,7 +260,7 @@ def cancel_extension(path: Path, planned: Manifest) -> None:
 
 
 def stored_manifest(path: Path) -> Manifest:
-    """The manifest of a store that must be there.
+    """The manifest of the store at ``path``.
 
     Raises:
         FileNotFoundError: there is none.
@@ -272,7 +272,7 @@ def stored_manifest(path: Path) -> Manifest:
 
 
 def finish_extension(path: Path) -> None:
-    """Show the planned shards to readers, once all of them are there."""
+    """Make the planned shards visible to readers once all of them are written."""
     with explained(path, None), FolderLock(path, "the store at"):
         found = stored_manifest(path)
         if found.planned and not missing_shards(path, found.extended):
@@ -280,7 +280,7 @@ def finish_extension(path: Path) -> None:
 
 
 def _continued(path: Path, found: Manifest, count: int, shard_rows: int | None) -> Manifest:
-    """An unfinished store of format 1, whose manifest lists only the shards that were there, with all its shards."""
+    """The manifest of an unfinished store of format 1, which lists only the written shards, with all its shards."""
     rows = found.info.get("shard_rows") or shard_rows or (found.rows[0] if found.rows else count)
     whole = dataclasses.replace(found, rows=[*found.rows, *shard_sizes(count - found.total, rows)], growing=False)
     whole.write(path)
@@ -298,10 +298,10 @@ def fill(
     size: int = 1,
     show_progress: bool = False,
 ) -> list[int]:
-    """Embed what is missing or damaged of this process's shards; their numbers.
+    """Embed this process's missing or damaged shards and return their numbers.
 
     Args:
-        first: the shard that the first image of ``source`` begins.
+        first: the shard that starts with the first image of ``source``.
     """
     arrays = stored_arrays(source.regions, source.dtype, len(source.probe))
     offset = manifest.spans[first][0]
@@ -320,7 +320,7 @@ def fill(
         size = batch_size or manifest.info.get("batch_size", 64)
         try:
             embed_spans(source, own, consume, batch_size=size, show=show_progress)
-        except OSError as error:  # of the data, or explained already
+        except OSError as error:  # raised by the data, or explained already
             failures.append(error)
 
     with explained(path, manifest):
@@ -333,7 +333,7 @@ def fill(
 def _check_images(
     path: Path, manifest: Manifest, source: Source, sound: Sequence[int], arrays: Mapping[str, Array], offset: int
 ) -> None:
-    """Refuse other images than those of the sound shards, by a sample; image 0 is row ``offset`` of the store."""
+    """Refuse data that differs from the intact shards in a sample; image 0 is row ``offset`` of the store."""
     assert source.images is not None
     ends = list(itertools.accumulate(manifest.rows[number] for number in sound))
     count = ends[-1] if ends else 0
@@ -348,7 +348,7 @@ def _check_images(
 
 
 def chosen_batch_size(source: Source) -> int:
-    """How many images the encoder embeds fastest at a time, by a short trial on its device."""
+    """The batch size with the highest throughput in a short trial on the encoder's device."""
     encoder, regions = source.encoder, source.regions
     device = device_of(encoder)
     image = torch.rand(1, *source.shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -365,7 +365,7 @@ def chosen_batch_size(source: Source) -> int:
 
 
 class _Batch(NamedTuple):
-    """What one call of the encoder gets: prompts that are drawn already, or what to draw them from."""
+    """The input of one encoder call: drawn prompts, or the images to draw them on."""
 
     images: Tensor
     which: Tensor
@@ -374,19 +374,18 @@ class _Batch(NamedTuple):
     drawn: bool
 
 
-#: Takes the rows of one span, in order: ``{"embedding": (rows, h*w, D), "digest": (rows,)}`` and the largest rounding
-#: error of an embedding (Euclidean).
+#: Receives the rows of one span, ``{"embedding": (rows, h*w, D), "digest": (rows,)}``, and the largest Euclidean
+#: rounding error of an embedding.
 Consumer = Callable[[dict[str, Tensor], float], None]
 
 
 def embed_spans(
     source: Source, spans: Sequence[Span], consume: Consumer, *, batch_size: int, show: bool = False
 ) -> None:
-    """Embed the images of each span [start, stop) and hand every span over as a whole.
+    """Embed the images of each span [start, stop) and pass each finished span to ``consume``.
 
-    One thread loads and draws ahead (on an accelerator the drawing is done there), one normalizes and consumes. Batches
-    begin anew with each span, so the result of a span depends neither on where a run began nor on who else works: the
-    same calls give the same bits.
+    One thread loads and draws ahead (an accelerator draws itself), one normalizes and consumes. Each span starts a new
+    batch, so its bits depend neither on where a run began nor on other processes.
     """
     stop = Stop()
     batches, results = Channel(2, stop), Channel(8, stop)
@@ -417,7 +416,7 @@ def embed_spans(
         thread.start()
     try:
         _encode(batches, results, source, device, _bar(spans, show))
-    finally:  # also after an error: what is computed is written before the error leaves
+    finally:  # also after an error, so that computed rows are written before it propagates
         results.put(None)
         threads[1].join()
         stop.is_set = True
@@ -447,7 +446,7 @@ def _batches(source: Source, spans: Sequence[Span], size: int, *, draw: bool) ->
             if prompt is not None and draw:
                 images = prompt.draw_cells(images, which, cells)
             yield _Batch(images, which, cells, digests, draw)
-        for _ in reader:  # an exhausted loader ends its worker processes
+        for _ in reader:  # exhausting the loader ends its worker processes
             pass
 
 
@@ -481,7 +480,7 @@ def _encode(
 
                 every = torch.arange(len(batch.cells))
                 embedding = torch.cat(halving(embed, every, lambda views: views.chunk(2)))
-                if waiting is not None:  # one batch late: an accelerator gets work before its last result is awaited
+                if waiting is not None:  # one batch late, so that an accelerator stays busy while a result is read
                     results.put((waiting[0].cpu(), waiting[1]))
                 waiting = embedding, batch.digests
                 if bar is not None:
@@ -492,7 +491,7 @@ def _encode(
 
 
 def check_embedding(embedding: Any, count: int) -> Tensor:
-    """``(count, D)`` in float32, or an error that says what the encoder returned."""
+    """``(count, D)`` in float32; raises an error that reports what the encoder returned instead."""
     if not isinstance(embedding, Tensor) or embedding.ndim != 2 or len(embedding) != count:
         found = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
         raise InputError(f"encoder.encode_image must return ({count}, D) for {count} images, got {found}")
@@ -534,7 +533,7 @@ def _write(
 
 
 def module_of(encoder: Any) -> nn.Module | None:
-    """The network of an encoder: itself, or what its ``encode_image`` belongs to or contains."""
+    """The network of an encoder: the encoder itself, or the module that its ``encode_image`` belongs to or contains."""
     found = find_model(encoder) or find_model(encoder.encode_image)
     if found is None and hasattr(encoder, "__dict__"):
         found = next((value for value in vars(encoder).values() if isinstance(value, nn.Module)), None)
@@ -542,7 +541,7 @@ def module_of(encoder: Any) -> nn.Module | None:
 
 
 def device_of(encoder: Any) -> torch.device:
-    """Where the encoder takes its images: its ``device``, or that of its weights; else the CPU."""
+    """The device of the encoder's input: its ``device``, or that of its weights, otherwise the CPU."""
     given = getattr(encoder, "device", None)
     if isinstance(given, (str, torch.device)):
         return torch.device(given)
@@ -553,7 +552,7 @@ def device_of(encoder: Any) -> torch.device:
 
 @contextmanager
 def explained(path: Path, manifest: Manifest | int | None) -> Iterator[None]:
-    """Say with an error of the file system what is safe and what to do."""
+    """Add to an ``OSError`` how many images are safe and what to do."""
     try:
         yield
     except OSError as error:
@@ -582,7 +581,7 @@ def _bar(spans: Sequence[Span], show: bool) -> Any:
 
 
 def check_options(batch_size: int | None, shard_rows: int | None, rank: int = 0, size: int = 1) -> None:
-    """Refuse wrong settings before any work."""
+    """Refuse invalid settings before any work."""
     if batch_size is not None:
         checked_integer("batch_size", batch_size)
     if shard_rows is not None:

@@ -1,7 +1,7 @@
-"""Items on their way from one thread to another, which an interrupt cannot leave locked.
+"""A bounded queue between threads that an interrupt cannot deadlock.
 
 ``queue.Queue``, ``threading.Event`` and futures take their locks in Python code. An interrupt that arrives there leaves
-the lock taken, and whoever asks for it next waits for ever, timeout or not. ``queue.SimpleQueue`` takes its lock in C.
+the lock taken, and the next thread blocks forever despite a timeout. ``queue.SimpleQueue`` takes its lock in C.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 
 
 class Stop:
-    """Set for good by whichever thread ends first; all channels that share it then give and take nothing more."""
+    """A permanent stop flag, set by the first thread to end; channels that share it then pass no more items."""
 
     is_set: bool = False
 
 
 class Failure(NamedTuple):
-    """In place of an item: the error of the thread that should have made it."""
+    """The error of the producing thread, in place of an item."""
 
     error: BaseException
 
 
 class Channel:
-    """At most ``size`` items that wait for another thread.
+    """A queue of at most ``size`` items between two threads.
 
     >>> channel = Channel(2, Stop())
     >>> channel.put("first"), channel.put("second")
@@ -40,14 +40,14 @@ class Channel:
             self._room.put(None)
 
     def put(self, item: Any) -> bool:
-        """Wait for room; False where all was stopped before there was any."""
+        """Wait for room and add ``item``; False if stopped first."""
         found, _ = self._next(self._room)
         if found:
             self._items.put(item)
         return found
 
     def get(self) -> Any:
-        """Wait for an item; None where all was stopped before there was one."""
+        """Wait for an item; None if stopped first."""
         found, item = self._next(self._items)
         if found:
             self._room.put(None)

@@ -1,4 +1,4 @@
-"""One writer at a time for a folder; a lock whose owner died is free again."""
+"""A folder lock for one writer at a time, released when its owner dies."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 
 class FolderLock:
-    """Hold a folder for writing (a context manager).
+    """A context manager that locks a folder for writing.
 
-    The operating system keeps the lock (``filelock``) and drops it when the process ends, however it ends. So a file
-    left by a killed process never blocks, and no age has to be guessed. On a file system without locks the existence of
-    the file is the lock, and the file of a process of this machine that is gone does not count.
+    The operating system keeps the lock (``filelock``) and releases it when the process ends, so a file left by a killed
+    process never blocks. On a file system without locks the existence of the file is the lock, and a file left by a
+    dead process of this machine is ignored.
 
     Args:
-        path: the folder; it is created if it is missing.
-        what: how the message calls it.
-        name: of the lock, where parts of a folder are locked apart.
+        path: the folder; created if missing.
+        what: name of the folder in the message.
+        name: of the lock, if parts of a folder are locked separately.
         wait: seconds to wait for another holder.
 
     Raises:
-        ArtifactError: on entering, another process (or thread) holds the folder; or the lock is a link or foreign.
+        ArtifactError: on entering, another process (or thread) holds the lock, or the lock is a link or foreign.
         OSError: the folder cannot be written.
 
     Example:
@@ -58,14 +58,14 @@ class FolderLock:
         self.what = what
         self._file = self.path / f".{name}"
         self._wait = wait
-        # Not at once: another process that only looks whether this one holds it gets in the way for a moment.
+        # Not zero: another process that only tests the lock holds it for a moment.
         self._lock = FileLock(self._file, timeout=max(wait, 0.1), thread_local=False)
 
     def __enter__(self) -> FolderLock:
         self.path.mkdir(parents=True, exist_ok=True)
         self._check_own()
         end = time.monotonic() + self._wait
-        while (created := self._created_without_locks()) is None:  # somebody's, who may be dead
+        while (created := self._created_without_locks()) is None:  # held by a process that may be dead
             if not self._holder_is_dead() and time.monotonic() >= end:
                 raise ArtifactError(
                     f"{self._message()}. This file system has no locks, so the file of a killed process stays: if none "
@@ -77,14 +77,14 @@ class FolderLock:
                 self._lock.acquire()
             except Timeout:
                 raise ArtifactError(f"{self._message()}; wait for it to end, or write elsewhere") from None
-        with contextlib.suppress(OSError):  # a full disk: the note is a courtesy, the lock is held
+        with contextlib.suppress(OSError):  # on a full disk the note is missing, but the lock is held
             file = os.open(self._file, os.O_WRONLY | os.O_TRUNC | _NO_LINKS)
             with os.fdopen(file, "w", encoding="utf-8") as note:
                 note.write(f"{_NOTE}{os.getpid()} on {socket.gethostname()}")
         return self
 
     def _check_own(self) -> None:
-        """Refuse a file that no lock has made: taking it would empty it, or what a link points to."""
+        """Refuse a file that is not a lock, because locking would truncate it or the target of a link."""
         try:
             there = self._file.lstat()
         except FileNotFoundError:
@@ -94,8 +94,8 @@ class FolderLock:
             raise ArtifactError(f"{self._file} is not a lock of this package; nothing was changed, move it away")
 
     def _created_without_locks(self) -> bool | None:
-        """False where the file system has locks. Where it has none, the file itself is the lock: True if it was
-        created here, None if it was there."""
+        """False if the file system has locks. Otherwise the file itself is the lock: True if it was created here, None
+        if it already existed."""
         if fcntl is None:
             return False
         try:
@@ -115,7 +115,7 @@ class FolderLock:
         return False
 
     def _holder_is_dead(self) -> bool:
-        """Whether the file names a process of this machine that is gone; then the file is removed."""
+        """Whether the file names a dead process of this machine; if so, the file is removed."""
         found = re.fullmatch(rf"{_NOTE}(\d{{1,9}}) on (.*)", self._note())
         if found is None or found[2] != socket.gethostname():
             return False
@@ -140,7 +140,7 @@ class FolderLock:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # While it is held: whoever takes the lock of a removed file and whoever creates a new one write the same bytes.
-        with contextlib.suppress(OSError):  # the folder may not be writable any more
+        # Remove it while locked: a holder of the removed file and one of a new file would write the same bytes.
+        with contextlib.suppress(OSError):  # the folder may no longer be writable
             self._file.unlink(missing_ok=True)
         self._lock.release()

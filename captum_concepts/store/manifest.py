@@ -1,7 +1,7 @@
-"""What a store was computed from: fingerprints, the manifest, and the refusal of a store that does not match.
+"""The manifest and fingerprints of a store, which record what it was computed from.
 
-The manifest is written before the first shard: it lists the rows of every shard that there will be. So a store is
-complete when all its shards are there, and whoever finds one missing knows what to compute.
+The manifest is written before the first shard and lists the rows of all planned shards. A store is complete when all
+its shards exist, and any process can compute a missing one.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Manifest:
         rows: of each shard.
         info: notes of the writer.
         growing: whether a writer that does not know the number of rows is still appending.
-        checksums: SHA-256 of the shards that were written in format 1; newer ones carry their own.
-        planned: rows of the shards of an extension under way, which readers do not see before all of them are there.
+        checksums: SHA-256 of the shards that were written in format 1; newer shards contain their own.
+        planned: rows of the shards of an extension in progress, which readers ignore until all of them exist.
     """
 
     fingerprint: dict[str, Any]
@@ -92,7 +92,7 @@ class Manifest:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """First row and row after the last, of each shard."""
+        """``(first, last + 1)`` row of each shard."""
         ends = [0, *itertools.accumulate(self.rows)]
         return list(itertools.pairwise(ends))
 
@@ -103,7 +103,7 @@ class Manifest:
 
     @property
     def extended(self) -> Manifest:
-        """As it is once the planned shards are there."""
+        """The manifest after the extension, with the planned shards."""
         rows = [*self.rows, *self.planned]
         images = {"images": sum(rows)} if "images" in self.info else {}
         return replace(self, rows=rows, planned=[], info={**self.info, **images})
@@ -122,12 +122,12 @@ class Manifest:
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard."""
+    """The file name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of the store at ``path``, of this format or an older one; None where there is none.
+    """The manifest of the store at ``path``, in this format or an older one; None if there is none.
 
     Raises:
         ArtifactError: it is damaged, or not a manifest.
@@ -159,7 +159,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def _published(found: Manifest, file: Path) -> Manifest:
-    """Earlier versions listed the shards of an extension before they were there, and noted which was the first."""
+    """``found`` converted from earlier versions, which listed an extension's shards before they existed."""
     if "extension" not in found.info:
         return found
     started = check_json(found.info["extension"], _EXTENSION, str(file))["first"]
@@ -182,8 +182,7 @@ def fingerprint_tensor(tensor: Tensor) -> str:
 
 
 def fingerprint_module(module: nn.Module) -> str:
-    """A digest of a module's class, parameter names, shapes, dtypes and values; training mode and device do not
-    count.
+    """A digest of a module's class, parameter names, shapes, dtypes and values, not of training mode or device.
 
     >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     >>> fingerprint_module(a) == fingerprint_module(b)
@@ -198,7 +197,7 @@ def fingerprint_module(module: nn.Module) -> str:
 
 
 def fingerprint_callable(function: Any) -> str:
-    """:func:`fingerprint_module` of the module of ``function``; its qualified name where there is none."""
+    """:func:`fingerprint_module` of the module of ``function``, or its qualified name if there is none."""
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
     for candidate in (owner, *_attributes(owner), *_attributes(function)):
         if isinstance(candidate, nn.Module):
@@ -208,12 +207,12 @@ def fingerprint_callable(function: Any) -> str:
 
 
 def check_fingerprint(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) -> None:
-    """Refuse ``found`` where an entry differs from ``expected``.
+    """Refuse ``found`` if an entry differs from ``expected``.
 
     Args:
         expected: what the artifact must have been computed from; entries that are None are not compared.
-        found: what it was computed from, as it says.
-        what: how the message calls the artifact.
+        found: what the artifact records.
+        what: name of the artifact in the message.
 
     Raises:
         ArtifactError: names every entry that differs.

@@ -1,4 +1,4 @@
-"""Several processes that work on one store: who we are, and that all of them succeed or all fail."""
+"""Helpers for several processes that work on one store and succeed or fail together."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def world() -> tuple[int, int]:
 
 
 def all_or_none(work: Callable[[], Any]) -> None:
-    """Run ``work`` in every process and wait for the others; where one fails, all raise.
+    """Run ``work`` in every process and wait for the others; if one fails, all raise.
 
     Otherwise the others would wait for the failed one until the process group's timeout.
 
     Raises:
-        CaptumConceptsError: another process failed, or ended without a word.
+        CaptumConceptsError: another process failed, or ended without a report.
     """
     rank, size = world()
     if size == 1:
@@ -58,7 +58,7 @@ def all_or_none(work: Callable[[], Any]) -> None:
 
 @contextmanager
 def lost_peers_named() -> Iterator[None]:
-    """Say in words what the backend says of a process that is gone (killed, out of memory).
+    """Translate the backend's error about a lost process (killed, out of memory) into a readable one.
 
     Raises:
         CaptumConceptsError: another process ended while this one waited for it.
@@ -67,7 +67,7 @@ def lost_peers_named() -> Iterator[None]:
         yield
     except RuntimeError as error:
         rank, size = world()
-        # gloo raises plain RuntimeErrors that begin with the line of its source.
+        # gloo raises plain RuntimeErrors that begin with a line of its source.
         if size == 1 or not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
             raise
         raise CaptumConceptsError(
@@ -87,20 +87,20 @@ def fill_together(
     what: str,
     alone: bool = False,
 ) -> None:
-    """A store of ``count`` rows, of which each process computes every n-th shard, as far as it is not there.
+    """Fill a store of ``count`` rows; each of n processes computes every n-th shard that is missing or damaged.
 
-    The files depend neither on the number of processes nor on where an earlier run, of as many or others, was ended.
+    The files depend neither on the number of processes nor on where an earlier run was interrupted.
 
     Args:
-        path: the folder, made if missing.
+        path: the folder; created if missing.
         made_from: what the rows are computed from.
         count: rows.
         compute, arrays, what: see :func:`~captum_concepts.store.fill_shards`.
-        shard_rows: rows in one file, where the store is begun here.
-        alone: each process writes the whole store, in a folder of its own.
+        shard_rows: rows per file, if the store is new.
+        alone: each process writes the whole store in its own folder.
 
     Raises:
-        ArtifactError: the folder contains rows of something else, or is being written.
+        ArtifactError: the folder contains a store that does not match, or is being written.
     """
     rank, size = (0, 1) if alone else world()
     wanted = Manifest(json.loads(json.dumps(dict(made_from))), shard_sizes(count, shard_rows))

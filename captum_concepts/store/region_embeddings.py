@@ -1,4 +1,4 @@
-"""`RegionEmbeddingStore`: unit image embeddings of every region of every image, from which P is computed."""
+"""`RegionEmbeddingStore`: unit image embeddings of every region of every image."""
 
 from __future__ import annotations
 
@@ -34,22 +34,21 @@ class RegionEmbeddingStore:
     """The embeddings I[n, ij] = E_img(x_n with region ij marked) / |...| of a data set, on disk.
 
     SALF-CBM needs the similarities P[n, m, i, j] = cos(E_img(x_n with region ij marked), E_text(t_m)) of every image,
-    concept and grid cell. P has rank D, so it is never stored: the embeddings are, ``(N, h*w, D)`` in half precision,
-    and P is one matrix product with the texts. Other concepts need no image again.
+    concept and grid cell. P has rank D, so the store contains only the embeddings, ``(N, h*w, D)`` in half precision,
+    and computes P as a matrix product with the texts. Other concepts do not require encoding the images again.
 
-    The folder contains a manifest and shards (safetensors). The manifest says what the embeddings are computed from:
-    encoder weights and preprocessing, prompt and grid, image size. Each shard is written atomically, carries its own
-    checksum, and a digest of each image's pixels. One rule covers everything: :meth:`build` computes each shard that is
-    missing or damaged. So a build that is killed at any moment resumes when it is called again, and ends with the same
-    bytes. A store of something else is refused, with what differs. Its size is ``N*h*w*D*2`` bytes and less than 1 %
-    more.
+    The folder contains a manifest and shards (safetensors). The manifest records what the embeddings are computed from
+    (encoder weights and preprocessing, prompt and grid, image size). Each shard is written atomically and contains its
+    own checksum and a digest of each image's pixels. :meth:`build` computes every shard that is missing or damaged, so
+    a build that is killed at any moment resumes when called again and ends with the same bytes. A store that does not
+    match is refused, and the message names what differs. The size is ``N*h*w*D*2`` bytes plus less than 1 %.
 
-    Rounding to half precision changes no P by more than :attr:`error_bound`, which is measured while building: the
-    largest distance between an embedding and its rounded self, by Cauchy-Schwarz a bound for every unit text. It is
-    below 2^-11 = 4.9e-4 by construction, about 2e-4 in practice.
+    Rounding to half precision changes no P by more than :attr:`error_bound`, the largest distance between an embedding
+    and its rounded value, which is measured while building (by Cauchy-Schwarz it bounds the error for every unit text).
+    It is below 2^-11 = 4.9e-4 by construction, about 2e-4 in practice.
 
-    Open a store with :meth:`open`, make one with :meth:`build`. Stores can be pickled (the path travels, not the data),
-    so loader processes can use them.
+    Open a store with :meth:`open` and create one with :meth:`build`. Pickling a store saves the path, not the data, so
+    loader processes can use it.
 
     Example:
         >>> import tempfile, torch
@@ -111,18 +110,18 @@ class RegionEmbeddingStore:
         prompt: Regions | None = None,
         verify: bool = False,
     ) -> RegionEmbeddingStore:
-        """Open a finished store for reading; a read-only folder will do.
+        """The finished store at ``path``, opened for reading; the folder may be read-only.
 
         Args:
             path: the folder.
-            encoder: compared with the one that made the store; then :meth:`similarity` takes words.
-            prompt: compared with the one that made the store.
-            verify: compare all checksums now. In any case headers and sizes are compared now, and the checksum of a
-                shard when it is first read, so damaged values are never returned.
+            encoder: compared with the one that computed the store; required for :meth:`similarity` of texts.
+            prompt: compared with the one that the store was computed with.
+            verify: compare all checksums now. Headers and sizes are always compared now, and the checksum of a shard
+                when it is first read, so damaged values are never returned.
 
         Raises:
-            FileNotFoundError: no store there.
-            ArtifactError: unfinished, damaged, or made by another encoder or prompt.
+            FileNotFoundError: there is no store at ``path``.
+            ArtifactError: unfinished, damaged, or computed with another encoder or prompt.
         """
         store = cls(path, encoder=encoder, verify=verify)
         if prompt is not None:
@@ -144,32 +143,33 @@ class RegionEmbeddingStore:
         num_workers: int = 0,
         show_progress: bool = False,
     ) -> RegionEmbeddingStore:
-        """Embed every region of every image, as far as it is not on disk, and open the store.
+        """The finished store of every region of every image; embeds what is not on disk yet.
 
-        Every checksum is compared, and what is missing or damaged is computed. Loading, drawing and writing run in
-        threads next to the encoder. In a process group of ``torch.distributed`` (``torchrun``, gloo or nccl) process r
-        of n computes the shards r, r + n, ... and all return the whole store; its bytes do not depend on the number of
-        processes, for one kind of device and equal ``batch_size``.
+        All checksums are compared, and missing or damaged shards are computed. Loading, drawing and writing run in
+        threads in parallel to the encoder. In a process group of ``torch.distributed`` (``torchrun``, gloo or nccl)
+        process r of n computes the shards r, r + n, ... and all return the whole store. Its bytes do not depend on the
+        number of processes, given the same kind of device and ``batch_size``.
 
         Args:
-            path: the folder; made if missing.
+            path: the folder; created if missing.
             data: whatever :func:`captum_concepts.images.open_images` accepts, except a stream; RGB images of one size,
-                the same each time. Marks are drawn on these images, before the encoder's own resizing.
-            encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`. It runs where its weights are.
+                the same at each access. Prompts are drawn on these images, before the encoder's own resizing.
+            encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`. It runs on the device of its weights.
             prompt: the regions and how they are shown to the encoder.
-            batch_size: images in one call of the encoder (h*w visual prompts make one image). None: what a short trial
-                on the device finds fastest; it is noted in the manifest, so every later call uses the same.
-            resume: keep what is there; False starts again.
+            batch_size: images per encoder call, counting each of the h*w visual prompts of an image. None takes the
+                fastest size in a short trial on the device, and records it in the manifest for later calls.
+            resume: keep existing shards; False starts again.
             dtype: ``torch.float16``, or ``torch.float32`` for twice the size and no rounding.
-            shard_rows: images in one file; None chooses about 200 files.
-            num_workers: processes that read the data ahead.
-            show_progress: show a bar.
+            shard_rows: images per file; None chooses about 200 files.
+            num_workers: processes that load the data.
+            show_progress: show a progress bar.
 
         Raises:
-            InputError: unusable data, encoder or setting; NaN from the encoder (the image is named).
+            InputError: unusable data, encoder or setting; NaN from the encoder (the message names the image).
             ArtifactError: the folder contains a store of another encoder, prompt, grid, image size or data set; shards
                 without a manifest, which are never removed; a damaged manifest; or another process is writing it.
-            OSError: the disk is full or read-only; says how many images are safe. Nothing written is lost.
+            OSError: the disk is full or read-only. The message reports how many images are safe; no written data is
+                lost.
         """
         path, (rank, size) = Path(path), world()
 
@@ -200,10 +200,10 @@ class RegionEmbeddingStore:
         num_workers: int = 0,
         show_progress: bool = False,
     ) -> bool:
-        """One share of :meth:`build`, for jobs without a process group (a job array on a shared file system).
+        """Compute part ``rank`` of :meth:`build` in a job without a process group (a job array on a shared disk).
 
-        Share ``rank`` of ``num_replicas`` is every ``num_replicas``-th shard. Shares may run in any order, at the same
-        time, and with another number of processes the next time.
+        Part ``rank`` is every ``num_replicas``-th shard from shard ``rank`` on. Parts may run in any order or at the
+        same time, and ``num_replicas`` may change between runs.
 
         Returns:
             Whether the store is complete now.
@@ -225,17 +225,17 @@ class RegionEmbeddingStore:
         num_workers: int = 0,
         show_progress: bool = False,
     ) -> RegionEmbeddingStore:
-        """Append more images, with the same prompt, without computing the others again.
+        """Append more images with the same prompt, without recomputing the others.
 
-        Readers see the old store until all new rows are there. After a kill or a full disk the same call resumes; other
-        images take the place of an extension that was not finished.
+        Readers see the old store until all new rows are written. After a kill or a full disk the same call resumes; a
+        call with other images replaces an unfinished extension.
 
         Returns:
-            The longer store; this one keeps showing the rows it had.
+            The extended store; this object keeps its old rows.
 
         Raises:
-            InputError: unusable images or NaN from the encoder; the store is as it was.
-            ArtifactError: another encoder; the store itself is unfinished; files of something else are in the way.
+            InputError: unusable images or NaN from the encoder; the store is unchanged.
+            ArtifactError: another encoder, an unfinished store, or foreign files in the folder.
         """
         encoder = self.encoder if encoder is None else encoder
         return self.extend_at(
@@ -263,7 +263,7 @@ class RegionEmbeddingStore:
             share: dict[str, Any] = {"rank": rank, "size": size, "show_progress": show_progress and rank == 0}
             try:
                 building.fill(path, source, planned.extended, batch_size=batch_size, first=len(planned.rows), **share)
-            except InputError:  # these images will never do
+            except InputError:  # these images cannot be used
                 building.cancel_extension(path, planned)
                 raise
 
@@ -283,13 +283,13 @@ class RegionEmbeddingStore:
         num_workers: int = 0,
         show_progress: bool = False,
     ) -> list[int]:
-        """:meth:`build` with the store's own prompt and precision: computes what is missing or damaged.
+        """Compute missing or damaged shards, with the store's own prompt and precision.
 
         Args:
-            path, data, encoder: as for :meth:`build`; with the same ``batch_size`` the files get their old bytes back.
+            path, data, encoder: as for :meth:`build`; the same ``batch_size`` restores the same bytes.
 
         Returns:
-            The indices of the images that were embedded again; empty for a sound store.
+            The indices of the images that were embedded again; empty for an intact store.
 
         Raises:
             ArtifactError: another encoder or data set, or the manifest itself is damaged.
@@ -306,16 +306,18 @@ class RegionEmbeddingStore:
         return len(self._reader)
 
     def embeddings(self, index: int | slice | Sequence[int] | Tensor | np.ndarray[Any, Any]) -> Tensor:
-        """Unit embeddings as stored (:attr:`dtype`; ``.float()`` before arithmetic on a CPU), cells row by row.
+        """Unit embeddings as stored, cells in row-major order.
+
+        They have the precision :attr:`dtype`; call ``.float()`` before arithmetic on a CPU.
 
         Args:
             index: an image's index (negative ones count from the end), a slice, or several indices in any order.
 
         Returns:
-            ``(h*w, D)`` for one number, else ``(n, h*w, D)``. A zero vector where the encoder gave zeros.
+            ``(h*w, D)`` for one index, otherwise ``(n, h*w, D)``. Zero vectors where the encoder returned zeros.
 
         Raises:
-            InputError: a number outside the store.
+            InputError: an index outside the store.
             ArtifactError: the file is damaged.
         """
         rows, single = self._rows(index)
@@ -323,18 +325,18 @@ class RegionEmbeddingStore:
         return found[0] if single else found
 
     def similarity(self, text: Tensor | str | Sequence[str], *, chunk_size: int = 256) -> Similarity:
-        """P[n, m, i, j], the cosine of image n with cell (i, j) marked and text m, computed as it is read.
+        """P[n, m, i, j], the cosine between image n with cell (i, j) marked and text m, computed when read.
 
         Args:
             text: text embeddings ``(M, D)`` of any length, or texts, which the store's encoder embeds.
-            chunk_size: images at a time.
+            chunk_size: images per chunk.
 
         Returns:
-            A :class:`~captum_concepts.store.similarity.Similarity` of shape (N, M, h, w): iterate it for chunks
-            ``(n, M, h, w)``, index it by images, or take all with ``.tensor()``. float32, on the device of ``text``.
+            A :class:`~captum_concepts.store.similarity.Similarity` of shape (N, M, h, w), float32, on the device of
+            ``text``. Iterate it for chunks ``(n, M, h, w)``, index it by images, or take all with ``.tensor()``.
 
         Raises:
-            InputError: texts without an encoder, embeddings of another width, not finite.
+            InputError: texts without an encoder, or embeddings of another width or not finite.
         """
         return Similarity(self, self._text(text), chunk_size)
 
@@ -358,10 +360,10 @@ class RegionEmbeddingStore:
         return images * len(prompt) * embedding_dim * dtype.itemsize
 
     def verify(self, data: Any | None = None) -> dict[str, int]:
-        """Read everything: all sizes and checksums, and that every embedding is finite and has unit length.
+        """Check all sizes and checksums, and that every embedding is finite and has unit length (or is zero).
 
         Args:
-            data: also compare the pixels of all images with those that were embedded.
+            data: also check that these images have the pixels that were embedded.
 
         Returns:
             ``{"images": N, "shards": ..., "bytes": ...}``.
@@ -432,7 +434,7 @@ class RegionEmbeddingStore:
 
 
 def _source(path: Path, data: Any, encoder: Any, num_workers: int) -> Source:
-    """What is needed to write more of the store at ``path``."""
+    """The source for writing more of the store at ``path``, with its prompt and precision."""
     manifest = building.stored_manifest(path)
     if encoder is None:
         raise InputError("pass the encoder that made the store")

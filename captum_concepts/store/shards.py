@@ -1,7 +1,7 @@
-"""Rows of named tensors on disk: shards that are written atomically, carry their own checksum, and are memory-mapped.
+"""Rows of named tensors on disk, in shards that are written atomically, contain a checksum, and are memory-mapped.
 
-One rule makes a store: *compute shard k if it is missing or damaged* (:func:`fill_shards`). Resuming after a kill,
-repairing, extending, and sharing the work among processes (rank r takes the shards r, r + n, ...) are that rule.
+:func:`fill_shards` computes every shard that is missing or damaged. This implements resuming after a kill, repairing,
+extending, and distributing the work over processes (rank r takes the shards r, r + n, ...).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from captum_concepts.store.manifest import MANIFEST, Manifest, check_fingerprint
 
 #: First row and row after the last.
 Span = tuple[int, int]
-#: Takes the tensors and the notes of one shard.
+#: Receives the tensors and the notes of one shard.
 Write = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
 
 _KEY = "captum_concepts.shard/2"
@@ -57,7 +57,7 @@ _BAD = (OSError, ValueError, LookupError, TypeError, RuntimeError, OverflowError
 
 
 class Shard(NamedTuple):
-    """An opened shard: memory-mapped tensors, and what was noted with them."""
+    """An opened shard: its memory-mapped tensors and its notes."""
 
     tensors: dict[str, Tensor]
     notes: dict[str, Any]
@@ -66,8 +66,9 @@ class Shard(NamedTuple):
 def write_shard(
     path: Path, manifest: Manifest, number: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None
 ) -> None:
-    """Write shard ``number`` of a store: one safetensors file, whose header says to which store it belongs, and the
-    SHA-256 of the file with that sum blanked out. Equal tensors mean equal bytes.
+    """Write shard ``number`` of a store as one safetensors file; equal tensors give equal bytes.
+
+    The header contains the identity of the store and the SHA-256 of the file with that checksum blanked out.
 
     Raises:
         InputError: another number of rows than the manifest lists.
@@ -78,7 +79,7 @@ def write_shard(
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         raise InputError(f"shard {number} must have {manifest.rows[number]} rows of every tensor, got {counts}")
     about = {"store": manifest.identity, "number": number, "notes": dict(notes or {}), "sha256": _BLANK}
-    # One metadata entry only: safetensors writes several in any order.
+    # One metadata entry only, because safetensors does not fix the order of several.
     data = save(dict(tensors), metadata={_KEY: json.dumps(about)})
     end = 8 + int.from_bytes(data[:8], "little")
     header = data[:end].replace(_BLANK.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
@@ -86,13 +87,13 @@ def write_shard(
 
 
 def open_shard(path: Path, manifest: Manifest, number: int, arrays: Mapping[str, Array] | None = None) -> Shard:
-    """Map shard ``number`` into memory; its header is checked, its values are not read.
+    """Shard ``number``, memory-mapped; its header is checked, its values are not read.
 
     Args:
         path: the folder of the store.
         manifest: of the store.
         number: of the shard.
-        arrays: what its tensors must be, "N" standing for its rows; None for any.
+        arrays: the expected tensors, with "N" for the number of rows; None accepts any.
 
     Raises:
         ArtifactError: missing, damaged, or of another store.
@@ -153,7 +154,7 @@ def check_sum(path: Path, manifest: Manifest, number: int) -> None:
 
 
 def damage(path: Path, manifest: Manifest, number: int, arrays: Mapping[str, Array] | None = None) -> str | None:
-    """What is wrong with shard ``number``, which is read in full; None if nothing is."""
+    """What is wrong with shard ``number``, which is read in full; None if it is intact."""
     try:
         open_shard(path, manifest, number, arrays)
         check_sum(path, manifest, number)
@@ -174,19 +175,19 @@ def fill_shards(
     size: int = 1,
     what: str = "the store at",
 ) -> list[int]:
-    """Compute every shard that is missing or damaged, of those that are this process's to do, and write it in place.
+    """Compute and write this process's missing or damaged shards.
 
     Args:
         path: the folder, which contains ``manifest`` already.
         manifest: lists the rows of all shards.
-        compute: called with the spans of rows to compute, it passes the tensors and notes of one span after another to
-            the given function. What it passed before it failed is kept.
-        arrays: what the tensors must be; see :func:`open_shard`.
-        check: called with the numbers of the sound shards before anything is computed; it may refuse to go on.
+        compute: called with the spans of rows to compute and a function, to which it passes the tensors and notes of
+            each span in turn. Spans passed before a failure are kept.
+        arrays: the expected tensors; see :func:`open_shard`.
+        check: called with the numbers of the intact shards before anything is computed; it may raise.
         first: only shards from this number on.
-        rank, size: this process takes the shards ``first + rank, first + rank + size, ...``; the files do not depend on
-            it.
-        what: how messages call the folder.
+        rank, size: this process computes the shards ``first + rank, first + rank + size, ...``; the files do not depend
+            on them.
+        what: name of the folder in messages.
 
     Returns:
         The numbers of the computed shards.
@@ -198,7 +199,7 @@ def fill_shards(
     wanted = [number for number in mine if damage(path, manifest, number, arrays) is not None]
     if check is not None:
         check(sorted(set(mine) - set(wanted)))
-    if not wanted:  # nothing to write, so a folder without the right to write will do
+    if not wanted:  # nothing to write, so the folder may be read-only
         return []
     with FolderLock(path, what, name="lock" if size == 1 else f"lock-{rank:05d}-of-{size:05d}"):
         for leftover, name in leftovers(path, _SHARD):
@@ -213,22 +214,22 @@ def fill_shards(
         if wanted:
             compute([manifest.spans[number] for number in wanted], write)
         if size == 1:
-            for stale in path.glob(".lock-*-of-*"):  # of processes that were killed; whoever is alive has it open
+            for stale in path.glob(".lock-*-of-*"):  # of killed processes; live ones keep the file open
                 if re.fullmatch(r"\.lock-\d{5,}-of-\d{5,}", stale.name):
                     stale.unlink(missing_ok=True)
     return wanted
 
 
 def missing_shards(path: Path, manifest: Manifest) -> list[int]:
-    """The shards whose file is missing, by a look at the folder."""
+    """The shards whose file is missing; contents are not checked."""
     return [number for number in range(len(manifest.rows)) if not (path / shard_name(number)).is_file()]
 
 
 def check_unclaimed(path: Path) -> None:
-    """Refuse a folder without a manifest that contains shards: of whom, nobody can tell.
+    """Refuse a folder that contains shards but no manifest, since their origin is unknown.
 
     Raises:
-        ArtifactError: names one of them.
+        ArtifactError: names one of the shards.
     """
     if (found := next(iter(_shard_files(path)), None)) is not None:
         raise ArtifactError(
@@ -238,7 +239,7 @@ def check_unclaimed(path: Path) -> None:
 
 
 def clear_store(path: Path) -> None:
-    """Remove the files of a store, and nothing else; the manifest last, so that the rest of a store is still one.
+    """Remove only the files of a store, the manifest last, so that an interrupted removal still leaves a store.
 
     Raises:
         ArtifactError: the folder contains shards of something else, or no readable manifest; nothing is removed.
@@ -254,10 +255,10 @@ def clear_store(path: Path) -> None:
 
 
 def unlisted_shards(path: Path, manifest: Manifest) -> list[Path]:
-    """The shards of a store beyond those that its manifest lists: of an append or extension that was not finished.
+    """The shards that the manifest does not list, left by an unfinished append or extension.
 
     Raises:
-        ArtifactError: such a file is of something else; names it.
+        ArtifactError: such a file belongs to another store; the message names it.
     """
     found = []
     for file in _shard_files(path):
@@ -278,7 +279,7 @@ def _number(name: str) -> int:
 
 
 def _store_of(file: Path) -> str | None:
-    """The store that a shard says it belongs to; None where it does not say so."""
+    """The identity of the store in the shard's header; None if the header has none."""
     try:
         with open_safetensors(file, "a shard") as opened:
             found = check_json(parse_json((opened.metadata() or {})[_KEY]), _ABOUT, str(file))
@@ -288,7 +289,7 @@ def _store_of(file: Path) -> str | None:
 
 
 def shard_sizes(rows: int, shard_rows: int) -> list[int]:
-    """Rows of each shard where ``rows`` are cut into shards of ``shard_rows``.
+    """Rows of each shard if ``rows`` rows are split into shards of ``shard_rows``.
 
     >>> shard_sizes(10, 4)
     [4, 4, 2]
@@ -306,16 +307,16 @@ def default_shard_rows(rows: int) -> int:
 
 
 class ShardWriter:
-    """Append rows to a sharded store whose number of rows is not known before.
+    """Append rows to a sharded store whose number of rows is not known in advance.
 
-    A shard is one safetensors file, written to a temporary name and renamed; then the manifest is replaced. So the
-    folder is readable after a kill at any moment, and :attr:`rows` says where to resume.
+    A shard is one safetensors file, written to a temporary name and renamed before the manifest is replaced. The folder
+    is therefore readable after a kill at any moment, and :attr:`rows` reports where to resume.
 
     Args:
         path: the folder.
-        fingerprint: what the rows were computed from: model, layers, encoder, data (anything JSON can represent).
-        shard_rows: rows in one file.
-        resume: continue after the rows that are there and sound; False removes them.
+        fingerprint: model, layers, encoder and data that the rows were computed from (anything JSON can represent).
+        shard_rows: rows per file.
+        resume: continue after the intact rows; False removes them.
 
     Raises:
         ArtifactError: the folder contains rows that do not match, or its manifest is damaged.
@@ -365,16 +366,16 @@ class ShardWriter:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Free notes of the writer, stored with the rows."""
+        """Notes of the writer, stored with the rows."""
         return self._manifest.info
 
     @property
     def complete(self) -> bool:
-        """Whether :meth:`finish` was reached, now or in an earlier run."""
+        """Whether :meth:`finish` was called, in this or an earlier run."""
         return not self._manifest.growing
 
     def append(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add rows: tensors with equally many rows each, of the same names and row shapes every time."""
+        """Add rows; all tensors have the same number of rows, and names and row shapes match those of earlier calls."""
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(counts.values())) != 1:
             raise InputError(f"every tensor must have the same number of rows, got {counts}")
@@ -389,7 +390,7 @@ class ShardWriter:
             self._write(self.shard_rows)
 
     def finish(self) -> None:
-        """Write what is left and mark the store complete."""
+        """Write the remaining rows and mark the store complete."""
         if self._waiting:
             self._write(self._waiting)
         self._publish(self._manifest.rows, growing=False)
@@ -416,14 +417,14 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Read rows of a sharded store through memory maps: only the touched rows enter memory.
+    """Read rows of a sharded store through memory maps, loading only the requested rows.
 
     Args:
         path: the folder.
-        fingerprint: what the rows must have been computed from; None takes any.
-        verify: compare every file's checksum, which reads all of them; headers and sizes are always compared.
-        verify_on_read: compare a file's checksum when rows of it are read for the first time.
-        arrays: what the tensors must be; see :func:`open_shard`.
+        fingerprint: what the rows must have been computed from; None accepts any.
+        verify: compare every file's checksum, which reads all files; headers and sizes are always compared.
+        verify_on_read: compare a file's checksum when its rows are first read.
+        arrays: the expected tensors; see :func:`open_shard`.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -476,7 +477,7 @@ class ShardReader:
 
     @property
     def notes(self) -> list[dict[str, Any]]:
-        """What was noted with each shard."""
+        """The notes of each shard."""
         return [shard.notes for shard in self._shards]
 
     @property
@@ -489,11 +490,11 @@ class ShardReader:
 
     @property
     def names(self) -> list[str]:
-        """The stored tensors."""
+        """The names of the stored tensors."""
         return sorted(self._shards[0].tensors) if self._shards else []
 
     def row_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one row of tensor ``name``; reads no row."""
+        """The shape of one row of tensor ``name``, without reading any."""
         return tuple(self._first(name).shape[1:])
 
     def rows(self, name: str, index: Sequence[int] | Tensor | Any) -> Tensor:
@@ -520,5 +521,5 @@ class ShardReader:
 
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """Precision and shape of a row of each tensor."""
+    """Dtype and row shape of each tensor."""
     return {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in tensors.items()}

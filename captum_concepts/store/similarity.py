@@ -1,4 +1,4 @@
-"""`Similarity`: the image-concept similarities P of a store, computed chunk by chunk as they are read."""
+"""`Similarity`: the image-concept similarities P of a store, computed in chunks when read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from captum_concepts.errors import InputError
 
 
 class Embeddings(Protocol):
-    """What :class:`Similarity` reads: unit embeddings by image."""
+    """Unit embeddings indexed by image, as :class:`Similarity` reads them."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -27,15 +27,15 @@ class Embeddings(Protocol):
 
 
 class Similarity:
-    """P[n, m, i, j] = I[n, ij] . T[m] of unit vectors; a matrix product, done when it is asked for.
+    """P[n, m, i, j] = I[n, ij] . T[m] of unit vectors, a matrix product computed when read.
 
-    Iterate it for chunks in the order of the images; index it by images (a number, a slice, a list of numbers) for
-    those rows; :meth:`tensor` is all of it. Nothing is kept between two readings, so the memory is that of one chunk.
+    Iterate it for chunks in the order of the images, index it by images (a number, a slice, a list of numbers) for
+    those rows, or call :meth:`tensor` for all of it. Chunks are not kept, so memory is that of one chunk.
 
     Args:
-        store: where the embeddings are.
-        text: ``(M, D)`` unit, float32; its device is where P is computed.
-        chunk_size: images at a time.
+        store: contains the embeddings.
+        text: ``(M, D)`` unit vectors, float32; P is computed on their device.
+        chunk_size: images per chunk.
 
     Example:
         >>> class Two:
@@ -68,7 +68,7 @@ class Similarity:
             yield self[start : start + self.chunk_size]
 
     def __getitem__(self, index: Any) -> Tensor:
-        """``(M, h, w)`` for one image, else ``(n, M, h, w)``; float32. ``p[n, m]`` is ``p[n][m]``, as in a tensor."""
+        """``(M, h, w)`` for one image, else ``(n, M, h, w)``, float32; ``p[n, m]`` is ``p[n][m]``, as in a tensor."""
         if isinstance(index, tuple):
             part = self[index[0]]
             return part[index[1:] if part.ndim == 3 else (slice(None), *index[1:])]

@@ -1,4 +1,4 @@
-"""`UniformImages`: RGB images of one size, by number, recognized again by their pixels."""
+"""`UniformImages`: indexed RGB images of one size, and digests of their pixels."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from captum_concepts.errors import ArtifactError, InputError
 
 
 class UniformImages:
-    """``data`` as numbered RGB images ``(3, H, W)`` of one size, float.
+    """``data`` as indexed RGB float images ``(3, H, W)`` of one size.
 
     Args:
-        data: whatever :func:`captum_concepts.images.open_images` accepts, except a stream, which has no numbers.
-        num_workers: processes that read ahead.
+        data: whatever :func:`captum_concepts.images.open_images` accepts, except a stream, which cannot be indexed.
+        num_workers: processes that load images.
 
     Attributes:
         source: the :class:`~captum_concepts.images.ImageSource`.
         shape: ``(3, H, W)``.
 
     Raises:
-        InputError: no images, a stream, other channels than R, G and B.
+        InputError: no images, a stream, or images that are not RGB.
     """
 
     def __init__(self, data: Any, num_workers: int = 0) -> None:
@@ -45,7 +45,7 @@ class UniformImages:
         return self._checked(self.source[index], index, self.shape)
 
     def read(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """The images at ``indices``, in that order, read ahead by ``num_workers`` processes."""
+        """The images at ``indices``, in that order, loaded by ``num_workers`` processes."""
         if not self.num_workers:
             for index in indices:
                 yield self[index]
@@ -68,18 +68,18 @@ class UniformImages:
 
 
 def digest(image: Tensor) -> int:
-    """64 bits of the pixels, as a signed integer."""
+    """A 64-bit hash of the pixels, as a signed integer."""
     return int.from_bytes(images.digest(image, 8), "little", signed=True)
 
 
 def check_digests(source: UniformImages, stored: Sequence[int], indices: Sequence[int], what: str) -> None:
-    """Refuse data whose images are not those that were embedded.
+    """Refuse data whose images differ from those that were embedded.
 
     Args:
         source: the data.
         stored: digests of rows on disk.
-        indices: the image of ``source`` that each of them was computed from.
-        what: how the message calls the store.
+        indices: for each digest, the index of its image in ``source``.
+        what: name of the store in the message.
 
     Raises:
         ArtifactError: names the first image that differs.

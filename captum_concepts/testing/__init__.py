@@ -1,4 +1,4 @@
-"""The contract of a concept explainer as a test case: inherit it to test a method of your own.
+"""Test case of the contract of concept explainers, to inherit for a method of your own.
 
 from captum_concepts.testing import ExplainerTestCase
 

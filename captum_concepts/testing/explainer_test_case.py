@@ -1,4 +1,4 @@
-"""What every concept explainer of this package keeps, as tests that a method from elsewhere can inherit."""
+"""Contract of all concept explainers of this package, as tests that other methods can inherit."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from captum_concepts.explanation import ConceptExplainer, ConceptExplanation, Co
 
 
 class ExplainerTestCase(ABC):
-    """Tests of the contract of :class:`~captum_concepts.explanation.ConceptExplainer`, run by pytest or unittest.
+    """Tests of the contract of :class:`~captum_concepts.explanation.ConceptExplainer`.
 
-    Inherit, implement the three ``make_`` methods, and name the class ``Test...``. Every test builds its own model,
-    explainer and images. Methods that also have ``contributions``, ``attribute`` or ``save`` are tested on these.
+    Inherit from this class, implement the three ``make_`` methods, and name the class ``Test...`` for pytest (add
+    ``unittest.TestCase`` as a base for unittest). Every test builds its own model, explainer and images.
+    ``contributions`` and ``save`` are also tested if the method has them.
 
     Attributes:
-        rank_by: what ``explain`` ranks by when it is not told.
-        tolerance: relative difference, of the largest value, that batching may make.
+        rank_by: default ranking of ``explain``.
+        tolerance: allowed difference between batched and single results, relative to the largest value.
 
     Example:
         >>> class TestBrightness(ExplainerTestCase):
@@ -65,7 +66,7 @@ class ExplainerTestCase(ABC):
 
     @abstractmethod
     def make_model(self) -> nn.Module:
-        """The explained network, the same each time."""
+        """The explained network, identical on every call."""
 
     @abstractmethod
     def make_explainer(self, model: nn.Module) -> Any:
@@ -76,7 +77,7 @@ class ExplainerTestCase(ABC):
         """At least three different images ``(N, C, H, W)``."""
 
     def cases(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Every test by its name, for other test runners."""
+        """All tests with their names, for other test runners."""
         return ((name, getattr(self, name)) for name in sorted(dir(type(self))) if name.startswith("test_"))
 
     def _made(self) -> tuple[nn.Module, Any, Tensor]:

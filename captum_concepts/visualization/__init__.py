@@ -1,4 +1,4 @@
-"""Explanations as figures and pages. matplotlib is imported when something is drawn, not before."""
+"""Figures and pages of explanations; matplotlib is imported only when something is drawn."""
 
 from captum_concepts.visualization.explorer import Explorer, explore
 from captum_concepts.visualization.figures import legend, most_activating, sankey

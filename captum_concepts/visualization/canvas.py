@@ -1,4 +1,4 @@
-"""What figures are drawn with: text that is measured before it is placed, and parts placed in inches."""
+"""Drawing primitives of figures, with text measured before placement and positions in inches."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 INK, FAINT = "#222222", "#6e6e6e"  # contrast with white 15.9 : 1 and 5.1 : 1
 TITLE, NAME, DETAIL, TICK = 10.0, 8.0, 7.0, 6.5  # points
 LEADING = 1.3
-#: Names are text: no "$" formula, no LaTeX, whatever the user's settings.
+#: Names are plain text, without "$" formulas or LaTeX, whatever the user's settings.
 PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False, "linespacing": 1.15}
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Text broken into lines, its size in points, and the height to reserve, in inches."""
+    """Text broken into lines, with its size in points and the height to reserve in inches."""
 
     text: str
     size: float
 
     @property
     def height(self) -> float:
-        """Inches."""
+        """Height in inches."""
         return (self.text.count("\n") + 1) * self.size * LEADING / 72 if self.text else 0.0
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """The width on one line, in inches, with the font of the user's settings; line breaks are spaces."""
+    """Width on one line in inches, with the font of the user's settings; line breaks count as spaces."""
     line = " ".join(text.splitlines())
     if not line:
         return 0.0
@@ -52,12 +52,12 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
 
 
 def font_of(text: str, pixels: int, weight: str = "normal", *, warn: bool = False) -> Any:
-    """Pillow's font for ``text``: of matplotlib's ``font.family`` the first that has most of its characters.
+    """Pillow's font for ``text``, the first of matplotlib's ``font.family`` that covers most of its characters.
 
     Pillow measures and draws a line much faster than matplotlib.
 
     Warns:
-        InputWarning: no font has all of them, and ``warn``.
+        InputWarning: no font covers all of them, and ``warn`` is True.
     """
     from matplotlib import rcParams
 
@@ -84,7 +84,7 @@ def _font_files(weight: str, families: Sequence[str], *_: Sequence[str]) -> tupl
     for family in families:
         try:
             found.append(findfont(FontProperties(family=family, weight=weight), fallback_to_default=False))
-        except ValueError:  # there is no such font here
+        except ValueError:  # not installed
             continue
     return tuple(found) or (findfont(FontProperties(family="DejaVu Sans", weight=weight)),)
 
@@ -108,8 +108,8 @@ def fit(
 ) -> Fitted:
     """``text`` in at most ``lines`` lines of ``width`` inches.
 
-    Tried in this order: wrapping between words at ``size``, smaller down to ``smallest`` points, breaking inside words,
-    and at last an ellipsis.
+    The text is wrapped between words, then reduced from ``size`` down to ``smallest`` points, then broken inside words,
+    and finally cut with an ellipsis.
     """
     text = " ".join(text.splitlines()) if lines == 1 else text
     sizes = [size - 0.5 * k for k in range(max(1, math.floor((size - smallest) / 0.5) + 1))]
@@ -126,9 +126,9 @@ def fit(
 
 
 def join(cells: Sequence[Sequence[str]], width: float, size: float) -> list[Fitted]:
-    """The parts of each cell side by side where that fits in every cell, otherwise one below the other in all.
+    """The parts of each cell on one line if they fit in every cell, otherwise on separate lines in all cells.
 
-    Parts hold numbers, so they are wrapped where a cell is very narrow, never cut.
+    Parts contain numbers, so they may be wrapped in very narrow cells but are never cut.
     """
     joined = ["   ".join(parts) for parts in cells]
     if all(text_width(line, size) <= width for line in joined):
@@ -138,7 +138,7 @@ def join(cells: Sequence[Sequence[str]], width: float, size: float) -> list[Fitt
 
 
 def _wrap(text: str, width: float, size: float, weight: str, break_words: bool) -> list[str] | None:
-    """Lines, or None where a word is wider than a line and must not be broken."""
+    """Lines, or None if a word is wider than a line and must not be broken."""
     lines: list[str] = []
     for paragraph in text.strip().splitlines() or [""]:
         line = ""
@@ -165,12 +165,12 @@ def _wrap(text: str, width: float, size: float, weight: str, break_words: bool) 
 
 
 def number(value: float, *, sign: bool = False) -> str:
-    """A number for people (:func:`~captum_concepts.explanation.short`); ``n/a`` where it is not finite."""
+    """A number with three digits (:func:`~captum_concepts.explanation.short`), or ``n/a`` if it is not finite."""
     return short(value, sign=sign).replace("-", "−") if math.isfinite(value) else "n/a"
 
 
 def tick_texts(values: Sequence[float]) -> tuple[list[str], str]:
-    """Labels for a few ticks of one scale, and a common factor (``"×1e-5"``) where they would be long."""
+    """Labels for a few ticks of one scale, and a common factor (``"×1e-5"``) if they would be long."""
     top = max((abs(v) for v in values), default=0.0)
     power = math.floor(math.log10(top)) if top > 0 else 0
     small = -2 <= power <= 3
@@ -180,66 +180,66 @@ def tick_texts(values: Sequence[float]) -> tuple[list[str], str]:
 
 #: The colors of the bars are near the ends of the diverging color map.
 POSITIVE, NEGATIVE, ABSENT = "#b2182b", "#2166ac", "#c4c4c4"
-#: A region that was asked about: yellow on any background, with a dark rim.
+#: Outline of a queried region, which has a dark rim and is visible on any background.
 MARK = "#ffd92f"
-#: States of a concept that is drawn pale.
+#: States of concepts that are drawn pale.
 NOT_ENCODED, NOT_SEEN = "not encoded here", "not seen"
 BAR_WIDTH, BAR_GAP, _TICK_GAP, _TICK = 0.08, 0.06, 0.07, 2 / 72
 #: Width of the axis of contributions.
 BARS = 1.1
-#: Least height of a color bar: room for its three numbers.
+#: Minimum height of a color bar with three numbers.
 SHORTEST = 0.55
 
 
-#: Left, top, width and height of something, in inches.
+#: Left, top, width and height, in inches.
 Place = tuple[float, float, float, float]
 
 
 class Canvas(ABC):
-    """What figures are drawn on, ``width`` x ``height`` inches; the origin is the top left corner."""
+    """A drawing surface of ``width`` x ``height`` inches, with the origin at the top left."""
 
     width: float
     height: float
-    #: Pixels per inch of images: as fine as print needs, and bounded for large photographs.
+    #: Pixels per inch of images, enough for print and a limit for large photographs.
     density: float = 400
 
     @abstractmethod
     def text(self, x: float, y: float, fitted: Fitted, **options: Any) -> None:
-        """Text whose bottom (``va="bottom"``, the default) or top is at y."""
+        """Draw text whose bottom (``va="bottom"``, the default) or top is at y."""
 
     @abstractmethod
     def picture(self, place: Place, pixels: Tensor, label: str, size: tuple[int, int] | None = None) -> Any:
-        """An image; with ``size`` (its H, W before it was resized for print) as the coordinates of its axes."""
+        """Draw an image; ``size``, its H, W before it was resized for print, sets the coordinates of its axes."""
 
     @abstractmethod
     def outline(self, axes: Any, lines: Sequence[tuple[float, float, float, float]], color: str = MARK) -> None:
-        """Lines over an image that stay visible on any background."""
+        """Draw lines over an image that are visible on any background."""
 
     @abstractmethod
     def stroke(self, x0: float, y0: float, x1: float, y1: float, color: str = FAINT, points: float = 0.5) -> None:
-        """A straight line."""
+        """Draw a straight line."""
 
     @abstractmethod
     def gradient(self, x: float, y: float, height: float, scale: ColorScale) -> None:
-        """The colors of a color bar."""
+        """Draw the colors of a color bar."""
 
     @abstractmethod
     def rows(self, place: Place, bound: float, count: int) -> Any:
-        """A place for ``count`` bars, one below the other, from ``-bound`` to ``bound``."""
+        """Axes for ``count`` bars, one below the other, from ``-bound`` to ``bound``."""
 
     @abstractmethod
     def bar(self, axes: Any, k: int, value: float, thickness: float, color: str, alpha: float | None) -> None:
-        """The bar of row k of :meth:`rows`, from zero."""
+        """Draw the bar of row k of :meth:`rows`, starting at zero."""
 
     def caption(self, x: float, y: float, parts: Sequence[Fitted], *, faint: bool = False) -> None:
-        """A bold line and lines below it, centered, that end at y."""
+        """Draw a bold line and lines below it, centered and ending at y."""
         for k, part in reversed(list(enumerate(parts))):
             color = FAINT if faint or k else INK
             self.text(x, y, part, color=color, fontweight="normal" if k else "bold")
             y -= part.height
 
     def colorbar(self, x: float, y: float, height: float, scale: ColorScale, label: str = "") -> None:
-        """A vertical bar with both end values, the middle where there is room, and what the values are."""
+        """Draw a vertical color bar with both end values, the middle one if there is room, and a label."""
         self.gradient(x, y, height, scale)
         end = x + BAR_WIDTH
         for line in (
@@ -253,7 +253,7 @@ class Canvas(ABC):
         for value, text in zip(ticks, labels, strict=True):
             at = y + height * (scale.high - value) / (scale.high - scale.low)
             self.stroke(end, at, end + _TICK, at)
-            # The end labels stay within the height of the bar.
+            # End labels stay within the height of the bar.
             side = "center" if value not in (scale.low, scale.high) else "bottom" if value == scale.low else "top"
             self.text(end + 2 * _TICK, at, Fitted(text, TICK), ha="left", va=side)
         words = _beside(label, factor, height)
@@ -271,8 +271,8 @@ class Canvas(ABC):
         states: Sequence[str],
         bound: float,
     ) -> None:
-        """Signed bars from a common zero, the first on top, with a symmetric axis of ``bound`` below; pale and gray
-        where the state is not empty."""
+        """Draw signed bars from a common zero, the first on top, above a symmetric axis of ``bound``; bars are pale for
+        concepts that are not seen and gray for those that are not encoded."""
         axes = self.rows((x, y, width, height), bound, len(values))
         thickness, pitch = min(0.62, 0.2 * len(values) / height), height / len(values)
         for k, (label, value, state) in enumerate(zip(labels, values, states, strict=True)):
@@ -301,10 +301,10 @@ class FigureCanvas(Canvas):
 
         self.width, self.height = width, height
         self.figure: Figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-        self.figure.set_layout_engine("none")  # whatever the user's settings: places are fixed here
+        self.figure.set_layout_engine("none")  # positions are fixed, whatever the user's settings
 
     def axes(self, place: Place, **options: Any) -> Axes:
-        """Matplotlib's axes, at ``place``."""
+        """New matplotlib axes at ``place``."""
         x, y, width, height = place
         bottom = self.height - y - height
         box = (x / self.width, bottom / self.height, width / self.width, height / self.height)
@@ -359,14 +359,14 @@ class FigureCanvas(Canvas):
 
 
 def ticks_of(scale: ColorScale, height: float) -> tuple[list[float], list[str], str]:
-    """Values, labels and common factor of a color bar's ticks: its ends, and its middle where there is room."""
+    """Values, labels and common factor of a color bar's ticks at its ends and, if there is room, its middle."""
     middle = [(scale.low + scale.high) / 2] if height >= SHORTEST else []
     ticks = [scale.low, *middle, scale.high]
     return ticks, *tick_texts(ticks)
 
 
 def _beside(label: str, factor: str, height: float) -> Fitted:
-    """One line along a color bar: what its values are, cut or left out where it is too long, and their factor."""
+    """One line along a color bar with its label, cut or left out if it is too long, and the factor."""
     factor = f"({factor})" if label and factor else factor
     words = fit(label, height - text_width(f" {factor}", DETAIL), DETAIL, lines=1) if label else Fitted("", DETAIL)
     if words.text.endswith("…") and len(words.text) < 6:
@@ -375,20 +375,20 @@ def _beside(label: str, factor: str, height: float) -> Fitted:
 
 
 def axis_space(bound: float) -> float:
-    """Inches under the bars for the numbers of their axis, and for their factor where there is one."""
+    """Inches below the bars for the numbers of their axis and, if there is one, their factor."""
     return 0.3 if tick_texts([bound])[1] else 0.18
 
 
 def colorbar_space(scale: ColorScale, height: float, label: str) -> float:
-    """Inches from the left end of a color bar to the right end of its texts."""
+    """Inches from the left end of a color bar to the right end of its text."""
     _, labels, factor = ticks_of(scale, height)
     space = BAR_WIDTH + _TICK_GAP + max(text_width(t, TICK) for t in labels)
     return space + (DETAIL * 1.3 / 72 + 0.04 if label or factor else 0.0)
 
 
 def at_print_size(picture: Tensor, inches: float, density: float = Canvas.density) -> Tensor:
-    """A picture with enough pixels for print and no more: small ones in whole blocks, so that they stay sharp and the
-    map over them is smooth; large ones antialiased."""
+    """The image at a resolution for print; small images are enlarged in whole blocks, so that their pixels stay sharp
+    under a smooth map, and large ones are reduced with antialiasing."""
     _, height, width = picture.shape
     target = max(round(inches * density), 1)
     longest = max(height, width)
@@ -401,12 +401,12 @@ def at_print_size(picture: Tensor, inches: float, density: float = Canvas.densit
 
 
 def faded(picture: Tensor) -> Tensor:
-    """The picture in pale gray, for a concept that has no place in it."""
+    """The image in pale gray, for a concept without a map."""
     return torch.lerp(torch.ones_like(picture), gray(picture), 0.45).clamp(0, 1)
 
 
 def round_up(value: float) -> float:
-    """The next of 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10 times a power of ten: an axis end that reads well."""
+    """A readable axis limit, the next of 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10 times a power of ten."""
     if not (math.isfinite(value) and value > 0):
         return 1.0
     unit = 10.0 ** math.floor(math.log10(value))

@@ -1,4 +1,4 @@
-"""Figures beside the panel: several concepts at once, the rules of classes, and the images that activate a concept."""
+"""Figures of several concepts in one image, of decision rules, and of the images that activate a concept most."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from captum_concepts.visualization.regions import edges
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Paul Tol's bright scheme with two more colors: told apart with every common kind of color blindness.
+#: Paul Tol's bright scheme with two more colors, distinguishable with all common kinds of color blindness.
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733", "#bbbbbb")
-#: Rows of concepts that one figure may have.
+#: Maximum number of concepts in one figure.
 _ROWS = 40
 _MARGIN, _GAP = 0.14, 0.12
-#: Of the strongest map of an image: weaker values claim no pixel.
+#: Minimum value to claim a pixel, as a fraction of an image's strongest map.
 _FAINTEST = 0.2
 
 
@@ -58,23 +58,24 @@ def legend(
     significant: Any = None,
     cell_size: float = 2.4,
 ) -> Figure:
-    """Several concepts of an image at once, as in a segmentation: each pixel has the color of its strongest concept.
+    """Figure of several concepts per image as a segmentation, with each pixel in the color of its strongest concept.
 
-    A concept claims the pixels where its map is at least ``threshold`` of its own maximum and a fifth of the strongest
-    map of the image; where several do, the one that is nearest to its maximum wins. Concepts that are not seen, not
-    encoded, or (where scores are standardized) weaker than on average claim none.
+    A concept claims the pixels where its map is at least ``threshold`` of its own maximum and a fifth of the maximum of
+    the image's strongest map. If several concepts claim a pixel, the one nearest to its own maximum wins. Concepts that
+    are not seen, not encoded, or (for standardized scores) weaker than average claim none.
 
     Args:
-        explanation: of N images.
-        images: these N images, as for :func:`panel`.
+        explanation: an explanation of N images.
+        images: these N images, as in :func:`panel`.
         top_k: concepts per image, at most 8.
-        rank_by, class_names, image_names, significant: as for :func:`panel`.
-        threshold: in (0, 1].
-        title: above the figure.
+        rank_by, class_names, image_names, significant: as in :func:`panel`.
+        threshold: fraction of a concept's maximum, in (0, 1].
+        title: title above the figure.
         cell_size: width of an image in inches.
 
     Returns:
-        One row per image: the input, the colored image, and each concept's color, score and part of the area.
+        A figure with one row per image: the input, the colored image, and each concept's color, score and fraction of
+        the area.
 
     Raises:
         InputError: as for :func:`panel`.
@@ -162,7 +163,7 @@ def _line(one: ConceptExplanation, j: int, state: str, area: float) -> tuple[str
 def _segments(
     one: ConceptExplanation, states: Sequence[str], size: tuple[int, int], threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """``(H, W)``: which concept each pixel belongs to (-1: none), and how near it is to that concept's maximum."""
+    """``(H, W)`` concept of each pixel (-1: none), and its value as a fraction of that concept's maximum."""
     large = [upsample(filled(one.maps[0, j].float()), size, mode="bilinear") for j in range(len(states))]
     usual = "deviation" in one.score_unit
     drawn = [not state and not (usual and one.scores[0, j] <= 0) for j, state in enumerate(states)]
@@ -193,7 +194,7 @@ def _border(mask: Tensor, color: str) -> Any:
 
 @runtime_checkable
 class RuleModel(Protocol):
-    """A model whose classes are weighted sums of concepts, such as ``SALFCBM``."""
+    """Protocol of models whose classes are weighted sums of concepts, such as ``SALFCBM``."""
 
     class_names: Any
 
@@ -205,20 +206,20 @@ class RuleModel(Protocol):
 def sankey(
     model: RuleModel, classes: Any = None, *, top_k: int = 5, title: str | None = None, width: float = 6.5
 ) -> Figure:
-    """The rules of classes as bands from concepts (left) to classes (right), as wide as their weights.
+    """Sankey diagram of decision rules, with bands from concepts (left) to classes (right) as wide as their weights.
 
     Args:
-        model: a SALFCBM, or anything with ``decision_rules`` and ``class_names``.
-        classes: names or indices; None: all, at most 12.
+        model: a SALFCBM, or any model with ``decision_rules`` and ``class_names``.
+        classes: names or indices, at most 12; None: all.
         top_k: concepts per class.
-        title: above the figure.
-        width: in inches.
+        title: title above the figure.
+        width: width in inches.
 
     Returns:
-        A figure: red bands support a class, blue ones oppose it.
+        A figure, in which red bands support a class and blue bands oppose it.
 
     Raises:
-        InputError: no such class, too many, or none has a rule.
+        InputError: an unknown class, too many classes, or no class with a rule.
 
     Reference:
         Figure 3 of Benou, I., Riklin Raviv, T. *Show and Tell.* CVPR 2025, arXiv:2502.20134.
@@ -272,10 +273,10 @@ def sankey(
 
 
 def class_rules(model: RuleModel, classes: Any, top_k: int) -> dict[str, list[tuple[str, float]]]:
-    """The leading concepts of each class, by its name.
+    """Leading concepts of each class, by name.
 
     Raises:
-        InputError: no such class, or too many of them.
+        InputError: an unknown class, or too many classes.
     """
     count = len(model.class_names) if model.class_names else int(getattr(model, "num_classes", 0))
     names = list(model.class_names or [f"class {k}" for k in range(count)])
@@ -286,7 +287,7 @@ def class_rules(model: RuleModel, classes: Any, top_k: int) -> dict[str, list[tu
 
 
 def _by_barycenter(rules: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
-    """Concepts in the order in which their bands cross least: by the mean position of their classes."""
+    """Concepts sorted by the weighted mean position of their classes, so that few bands cross."""
     places: dict[str, list[tuple[float, float]]] = {}
     for k, rule in enumerate(rules.values()):
         for concept, weight in rule:
@@ -295,7 +296,7 @@ def _by_barycenter(rules: Mapping[str, Sequence[tuple[str, float]]]) -> list[str
 
 
 def _stacked(names: Sequence[str], totals: Mapping[str, float], scale: float, body: float) -> dict[str, float]:
-    """The top of each node, spread over the height."""
+    """Top of each node, with all nodes spread over the height."""
     free = body - scale * sum(totals[name] for name in names)
     gap = free / max(len(names) - 1, 1)
     y, found = (free / 2 if len(names) == 1 else 0.0), {}
@@ -336,25 +337,24 @@ def most_activating(
     batch_size: int = 32,
     cell_size: float = 1.2,
 ) -> Figure:
-    """The images with the highest score of each concept, with the region where its map is above half of its maximum.
-
-    What a concept's name stands for in this model can be seen from the images that activate it.
+    """Figure of the images with the highest score of each concept, which show what its name means in this model.
 
     Args:
         explainer: any of the methods.
-        images: whatever :func:`~captum_concepts.images.inputs_for` takes; read once, in batches.
+        images: anything that :func:`~captum_concepts.images.inputs_for` accepts, read once in batches.
         concepts: names or indices, at most 40; None: all.
         k: images per concept.
-        title: above the figure.
-        transform: makes the model's inputs from a batch of images in [0, 1].
+        title: title above the figure.
+        transform: computes the model's inputs from a batch of images in [0, 1].
         batch_size: images per forward pass.
         cell_size: width of an image in inches.
 
     Returns:
-        One row per concept, strongest image first, with its score; what lies outside of the region is darkened.
+        A figure with one row per concept and a score per image, strongest first; pixels below half of the maximum of
+        the concept's map are darkened.
 
     Raises:
-        InputError: no image, an unknown concept, or too many.
+        InputError: no images, an unknown concept, or too many concepts.
     """
     if not isinstance(explainer, ConceptExplainer):
         raise InputError(f"most_activating needs an explainer, got {type(explainer).__name__}")
@@ -392,7 +392,7 @@ def most_activating(
 
 
 def _strong(heatmap: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where a map is above half of its maximum; nowhere if that is not positive."""
+    """Mask of the pixels at or above half of the map's maximum; empty if the maximum is not positive."""
     large = upsample(filled(heatmap.detach().float().cpu()), size, mode="bilinear")
     top = float(large.max())
     return large >= top / 2 if top > 0 else torch.zeros(size, dtype=torch.bool)

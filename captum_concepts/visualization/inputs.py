@@ -1,4 +1,4 @@
-"""Images for an explainer, in batches: what the model gets, and what people see."""
+"""Batches of images for an explainer, as model inputs and as displayed images."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from captum_concepts.images.source import of_files
 
 @dataclass(frozen=True)
 class Shown:
-    """One batch.
+    """One batch of images, as model inputs and for display.
 
     Args:
         inputs: ``(n, C, H, W)`` for the model.
-        pictures: n images ``(3, H, W)`` in [0, 1], as they are drawn.
-        names: one per image; None where they have none of their own.
+        pictures: n images ``(3, H, W)`` in [0, 1] for display.
+        names: one per image, or None if they have no names of their own.
         labels: the true classes, by index or name, or None.
     """
 
@@ -40,8 +40,8 @@ class TrueClass:
     """The true class of an image.
 
     Args:
-        name: what it is called.
-        outputs: of the model; none where no output is called so, several that share the name.
+        name: name of the class.
+        outputs: indices of the model's outputs with this name, possibly none or several.
     """
 
     name: str
@@ -49,14 +49,14 @@ class TrueClass:
 
     @classmethod
     def of(cls, label: Any, class_names: Sequence[str] | Mapping[int, str] | None) -> TrueClass:
-        """The class that an index or a name means.
+        """The class of an index or a name.
 
         Args:
             label: an index of the model's outputs, or a name.
-            class_names: of the model's outputs, or of some by index; None: "class 0", "class 1", ...
+            class_names: names of the model's outputs, or of some by index; None: "class 0", "class 1", ...
 
         Raises:
-            InputError: neither a name nor an index, or an index that the model does not have.
+            InputError: ``label`` is neither a name nor an index of the model's outputs.
         """
         some = class_names is None or isinstance(class_names, Mapping)
         named = dict(class_names or {}) if isinstance(class_names, Mapping) else dict(enumerate(class_names or ()))
@@ -67,14 +67,14 @@ class TrueClass:
         return cls(named.get(index, f"class {index}"), (index,))
 
     def verdict(self, output: int | None) -> str:
-        """``"right"`` or ``"wrong"``; empty where nothing can be said."""
+        """``"right"`` or ``"wrong"``; empty if either is unknown."""
         if output is None or not self.outputs:
             return ""
         return "right" if output in self.outputs else "wrong"
 
 
 def warn_of_unknown_class(true: TrueClass) -> None:
-    """Say once why labels of this kind judge nothing."""
+    """Warn that no prediction can be checked against a label that no output is named by."""
     warnings.warn(
         f"no output of the model is called {true.name!r}, so labels of that kind say of no output whether it is right; "
         "pass class_names= with the names of the model's outputs, spelled as the labels are, or labels= by index",
@@ -87,7 +87,7 @@ def each_of(what: str, values: Any) -> list[Any]:
     """Names or labels as a list.
 
     Raises:
-        InputError: a single one.
+        InputError: ``values`` is a string or not iterable.
     """
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise InputError(f"{what} must be a list with one entry per image, got {values!r}")
@@ -95,22 +95,22 @@ def each_of(what: str, values: Any) -> list[Any]:
 
 
 def targets_of(target: Any, rows: slice) -> Any:
-    """The targets of some of the images: their own, where each has one."""
+    """The targets of the images ``rows``, if each image has its own; else ``target``."""
     return target[rows] if one_target_each(target) else target
 
 
 def check_targets(target: Any, count: int) -> None:
-    """Refuse another number of targets than images.
+    """Check that there is one target per image, or one for all.
 
     Raises:
-        InputError: see above.
+        InputError: there are more or fewer targets than images.
     """
     if one_target_each(target) and len(target) != count:
         raise InputError(f"{len(target)} targets for {count} images; pass one for each, or one for all")
 
 
 def model_of(explainer: Any) -> Any:
-    """The network that an explainer explains: its size and normalization are those of the images."""
+    """The network that an explainer explains, which defines the size and normalization of the images."""
     for name in ("backbone", "forward_func"):
         if hasattr(explainer, name):
             return getattr(explainer, name)
@@ -118,7 +118,7 @@ def model_of(explainer: Any) -> Any:
 
 
 def source_of(explainer: Any, images: Any, transform: Callable[[Tensor], Tensor] | None) -> ImageSource:
-    """The images opened as the explainer's model wants them; with ``transform``, in [0, 1] and in their own size."""
+    """The images preprocessed for the explainer's model; with ``transform``, in [0, 1] at their own size."""
     if hasattr(images, "convert"):
         images = [images]
     if transform is not None:
@@ -128,7 +128,7 @@ def source_of(explainer: Any, images: Any, transform: Callable[[Tensor], Tensor]
 
 
 def reader_of(explainer: Any) -> tuple[Any, Any]:
-    """What files are read by: the explainer's own preprocessing and size where it has them, else its network's."""
+    """Preprocessing (or network) and size for reading files, the explainer's own if it has them, else its network's."""
     own = getattr(explainer, "preprocessing", None)
     return (own, None) if own is not None else (model_of(explainer), getattr(explainer, "input_size", None))
 
@@ -136,14 +136,14 @@ def reader_of(explainer: Any) -> tuple[Any, Any]:
 def shown_batches(
     explainer: Any, images: Any, batch_size: int, transform: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[Shown]:
-    """The images in batches of one size.
+    """Iterate over the images in batches of one size.
 
     Args:
         explainer: a method.
-        images: whatever :func:`~captum_concepts.images.inputs_for` takes. Files, PIL images and arrays are resized and
-            normalized as the model wants them; float tensors are its inputs already.
-        batch_size: images per batch at most.
-        transform: makes the model's inputs from a batch in [0, 1] instead.
+        images: anything that :func:`~captum_concepts.images.inputs_for` accepts. Files, PIL images and arrays are
+            resized and normalized for the model; float tensors are used as its inputs.
+        batch_size: maximum number of images per batch.
+        transform: computes the model's inputs from a batch in [0, 1], instead of its own preprocessing.
     """
     source = source_of(explainer, images, transform)
     network = model_of(explainer)
@@ -161,8 +161,7 @@ def shown_batches(
 
 @dataclass(frozen=True)
 class Strong:
-    """One of the images with the highest score of a concept: number, score, picture ``(3, H, W)`` as drawn, and
-    ``(1, C, H, W)`` as the model takes it."""
+    """An image with a high score: index, score, ``(3, H, W)`` for display, and ``(1, C, H, W)`` model input."""
 
     index: int
     score: float
@@ -179,23 +178,23 @@ def strongest_images(
     transform: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 32,
 ) -> dict[str, list[Strong]]:
-    """The k images with the highest score of each concept, of any method or of a layer's own channels.
+    """The k images with the highest score of each concept, for any method or for a layer's own channels.
 
     Args:
         explainer: any of the methods, or :class:`~captum_concepts.attr.layer_channels.LayerChannels`.
-        images: whatever :func:`~captum_concepts.images.inputs_for` takes; read once, in batches. Memory does not grow
-            with their number.
+        images: anything that :func:`~captum_concepts.images.inputs_for` accepts, read once in batches. Memory does not
+            grow with their number.
         concepts: names or indices; None: all.
         k: images per concept.
-        transform: makes the model's inputs from a batch of images in [0, 1].
+        transform: computes the model's inputs from a batch of images in [0, 1].
         batch_size: images per forward pass.
 
     Returns:
-        ``{concept: [Strong(index, score, picture, inputs), ...]}``, strongest first; the earlier image first among
-        equals. Images whose score is NaN are left out.
+        ``{concept: [Strong(index, score, picture, inputs), ...]}``, strongest first; among equal scores, the earlier
+        image first. Images whose score is NaN are left out.
 
     Raises:
-        InputError: no image, or an unknown concept.
+        InputError: no images, or an unknown concept.
     """
     if not isinstance(explainer, ConceptExplainer):
         raise InputError(f"strongest_images needs an explainer, got {type(explainer).__name__}")

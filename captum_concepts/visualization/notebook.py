@@ -1,4 +1,4 @@
-"""An explanation in a notebook: images, each image's own concepts with their maps, and bars."""
+"""Display of explanations in notebooks, as images, each image's own concepts with maps, and bars."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from captum_concepts.visualization.scale import ColorScale, schemes
 from captum_concepts.visualization.templates import template
 
 _SIDE, _INPUT = 112, 168
-#: Images of an explanation that are shown; panel and report show all.
+#: Maximum number of displayed images; panel and report show all.
 _MOST = 8
 
 
 class Shown:
-    """What :func:`show` returns: HTML in a notebook, the explanation's text elsewhere."""
+    """The result of :func:`show`, which displays as HTML in a notebook and as the explanation's text elsewhere."""
 
     def __init__(self, explanation: ConceptExplanation, html: str) -> None:
         self.explanation = explanation
@@ -46,13 +46,13 @@ def show(
     significant: Any = None,
     class_names: Sequence[str] | None = None,
 ) -> Shown:
-    """An explanation with its images, for the output of a notebook's cell.
+    """An explanation with its images, displayed as the output of a notebook cell.
 
-    An explanation shows itself without this, with small pictures of its first images where it was made of tensors or
+    Explanations also display themselves, with thumbnails of their first images if they were computed from tensors or
     files.
 
     Args:
-        explanation, images, rank_by, significant, class_names: as for :func:`panel`.
+        explanation, images, rank_by, significant, class_names: as in :func:`panel`.
         top_k: concepts per image.
 
     Example:
@@ -131,7 +131,7 @@ def _concepts(one: ConceptExplanation, states: list[str], picture: Tensor | None
 
 
 def _background(picture: Tensor | None, heatmap: Tensor) -> Tensor:
-    """The image at the size of a thumbnail; white where there is none."""
+    """The image at the size of a thumbnail, or a light gray one for None."""
     height, width = heatmap.shape if picture is None else picture.shape[1:]
     factor = 2 * _SIDE / max(height, width)
     size = (max(round(height * factor), 1), max(round(width * factor), 1))

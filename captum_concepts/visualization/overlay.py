@@ -1,4 +1,4 @@
-"""Heat maps over images, as tensors: no figure, no global state."""
+"""Heat maps over images, as tensors without figures or global state."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def as_image(image: Any) -> Tensor:
 
     Args:
         image: a tensor or array ``(3, H, W)``, ``(1, H, W)`` or ``(H, W)`` (also ``(1, 3, H, W)``; arrays also
-            ``(H, W, 3)``, and ``(H, W, 4)`` with alpha), floating in [0, 1] or of integers in 0 to 255, or a PIL image
-            of any mode, or the path of one. Transparency is put on white.
+            ``(H, W, 3)``, and ``(H, W, 4)`` with alpha), of floats in [0, 1] or integers in 0 to 255; a PIL image of
+            any mode; or the path of an image. Transparency is composited on white.
 
     Raises:
         InputError: another shape or dtype, an empty image, or integers outside 0 to 255.
 
     Warns:
-        InputWarning: values outside [0, 1] (an image normalised for a network; clipped) or NaN (drawn black).
+        InputWarning: values outside [0, 1] (an image normalized for a network; clipped) or NaN (drawn black).
     """
     if hasattr(image, "convert") or isinstance(image, (str, os.PathLike)):
         return to_tensor(image)
@@ -43,7 +43,7 @@ def as_image(image: Any) -> Tensor:
     if not isinstance(image, Tensor):
         import numpy as np
 
-        try:  # A copy: arrays of PIL images are read-only, which torch warns about.
+        try:  # torch warns about read-only arrays, such as those of PIL images, so copy
             image = torch.from_numpy(np.array(image))
         except (TypeError, ValueError) as error:
             message = f"an image must be a tensor, an array or a PIL image, got {type(image).__name__}"
@@ -66,10 +66,10 @@ def as_image(image: Any) -> Tensor:
 
 
 def each_image(images: Any) -> Iterator[Any]:
-    """The images of an explanation one after another, as they were explained: not yet :func:`as_image`.
+    """Iterate over the images of an explanation as they were explained, before :func:`as_image`.
 
     Raises:
-        InputError: files, a data set or a loader: their images may not have the size and the crop that was explained.
+        InputError: files, a data set or a loader, as their images may differ in size and crop from those explained.
     """
     if isinstance(images, ImageSource):
         undo = images.preprocessing.undo if images.preprocessing is not None else lambda image: image
@@ -94,10 +94,10 @@ def _unclear(given: str) -> InputError:
 
 
 def as_images(images: Any, n: int) -> list[Tensor]:
-    """``n`` images of :func:`as_image`: a batch, a list, or a single image where n is 1.
+    """``n`` images of :func:`as_image`, from a batch, a list, or a single image if n is 1.
 
     Raises:
-        InputError: another number of them, or see :func:`each_image`.
+        InputError: another number of images, or as in :func:`each_image`.
     """
     single = getattr(images, "ndim", 0) in (2, 3) and n != 1
     found = [as_image(image) for image in (images if single else each_image(images))]
@@ -120,7 +120,7 @@ def _unit_range(image: Tensor) -> Tensor:
         warnings.warn("the image contains NaN or infinite values; they are drawn black", InputWarning, stacklevel=4)
         image = image.nan_to_num(0.0, 0.0, 0.0)
     low, high = float(image.min()), float(image.max())
-    if low < -0.1 or high > 1.1:  # bicubic resizing alone overshoots a little
+    if low < -0.1 or high > 1.1:  # bicubic resizing overshoots slightly
         message = f"image values range from {low:.3g} to {high:.3g} and are clipped to [0, 1]"
         hint = "pass the image before the network's normalization, divided by 255 if it is 0 to 255"
         warnings.warn(f"{message}; {hint}", InputWarning, stacklevel=4)
@@ -128,19 +128,19 @@ def _unit_range(image: Tensor) -> Tensor:
 
 
 def upsample(heatmap: Tensor, size: tuple[int, int], *, mode: str = "bicubic") -> Tensor:
-    """A map ``(h, w)`` at ``size``, with cell centers kept (``align_corners=False``).
+    """A map ``(h, w)`` resized to ``size``, with aligned cell centers (``align_corners=False``).
 
     Args:
         heatmap: finite values.
-        size: ``(H, W)``; where smaller than the map, the result is antialiased.
-        mode: ``"bicubic"`` (clipped to the values of the map, so that none is invented), ``"bilinear"``, or
-            ``"nearest"``, which shows the layer's own cells.
+        size: ``(H, W)``; the result is antialiased if this is smaller than the map.
+        mode: ``"bicubic"`` (clipped to the range of the map), ``"bilinear"``, or ``"nearest"``, which shows the
+            layer's positions.
     """
     one_of("mode", mode, MODES)
     values = heatmap[None, None].float()
     if mode == "nearest":
         return F.interpolate(values, size, mode="nearest-exact")[0, 0]
-    # With antialias the cubic has a = -0.5 (Catmull-Rom), which overshoots less than -0.75, also where it enlarges.
+    # With antialias the cubic has a = -0.5 (Catmull-Rom), which overshoots less than -0.75 even when enlarging.
     result = F.interpolate(values, size, mode=mode, align_corners=False, antialias=True)[0, 0]
     return result.clamp(float(heatmap.min()), float(heatmap.max()))
 
@@ -157,32 +157,32 @@ def overlay(
     vmax: float | None = None,
     mode: str = "bicubic",
 ) -> Tensor:
-    """A heat map over an image: the stronger a value, the less of the image shows through.
+    """``(3, H, W)`` heat map over an image, more opaque where the map is stronger.
 
     A pixel is ``(1 - o) * background + o * color(map)``. The opacity o is 0 where the map is zero and grows to
-    ``alpha`` at half of the scale (:meth:`ColorScale.opacity`), so that a strong value has its color of the color bar
-    on dark and on bright pixels alike. The image's fine structure stays visible there as lightness.
+    ``alpha`` at half of the scale (:meth:`ColorScale.opacity`), so strong values have the color of the color bar on
+    dark and bright pixels alike. The image's fine structure stays visible there as lightness.
 
     Args:
         image: ``(3, H, W)`` in [0, 1] or uint8, an array ``(H, W, 3)``, or a PIL image (:func:`as_image`).
-        heatmap: ``(h, w)``, tensor or array, resized to the image.
+        heatmap: ``(h, w)`` tensor or array, resized to the image.
         alpha: opacity of the upper half of the scale, in [0, 1].
-        saturation: how much of the image's own color stays under the map, in [0, 1]; it could otherwise be read as
+        saturation: saturation of the image under the map, in [0, 1]; reduced because its colors could be mistaken for
             values.
-        cmap: a matplotlib color map; None takes a perceptually uniform one, or for signed maps a diverging one whose
-            middle is zero.
+        cmap: a matplotlib color map; None: a perceptually uniform one, or for signed maps a diverging one centered at
+            zero.
         signed: True, False, or ``"auto"`` (:meth:`ColorScale.of`).
-        vmin, vmax: values at the ends of the color map; None takes the map's own.
+        vmin, vmax: values at the ends of the color map; None: the map's own.
         mode: ``"bicubic"``, ``"bilinear"`` or ``"nearest"`` (:func:`upsample`).
 
     Returns:
-        ``(3, H, W)`` float in [0, 1] on the CPU, never NaN: cells that are not finite keep the image.
+        ``(3, H, W)`` float in [0, 1] on the CPU, never NaN; the image shows where the map is not finite.
 
     Raises:
-        InputError: a shape, dtype or option that does not fit.
+        InputError: an invalid shape, dtype or option.
 
     Warns:
-        InputWarning: NaN or infinite cells; image values outside [0, 1].
+        InputWarning: NaN or infinite map values; image values outside [0, 1].
 
     Example:
         >>> overlay(torch.zeros(3, 8, 8), torch.rand(2, 2)).shape
@@ -204,7 +204,7 @@ def blend(
     saturation: float = 0.3,
     mode: str = "bicubic",
 ) -> Tensor:
-    """What :func:`overlay` returns, for an image of :func:`as_image` and a scale that several maps may share."""
+    """The result of :func:`overlay` for an image of :func:`as_image` and a scale that several maps may share."""
     for name, value in (("alpha", alpha), ("saturation", saturation)):
         number(name, value, lambda v: 0 <= v <= 1, "in [0, 1]")
     size = (picture.shape[1], picture.shape[2])
@@ -220,7 +220,7 @@ def blend(
 
 
 def fine_structure(luminance: Tensor) -> Tensor:
-    """A gray image less its local mean, which is 0 wherever the image is flat."""
+    """A gray image minus its local mean, which is 0 wherever the image is flat."""
     _, height, width = luminance.shape
     cells = 24 / max(height, width)
     coarse = (max(round(height * cells), 1), max(round(width * cells), 1))
@@ -229,7 +229,7 @@ def fine_structure(luminance: Tensor) -> Tensor:
 
 
 def gray(picture: Tensor) -> Tensor:
-    """The luminance of an RGB image, as RGB."""
+    """Luminance of an RGB image, as RGB."""
     return (picture * picture.new_tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True).expand(3, -1, -1)
 
 
@@ -244,8 +244,8 @@ def as_heatmap(heatmap: Any) -> Tensor:
 
 
 def filled(heatmap: Tensor) -> Tensor:
-    """Cells that are not finite take the mean of their finite neighbours, ring by ring, so that they do not pull the
-    interpolated values of the cells beside them towards an arbitrary number."""
+    """The map with values that are not finite replaced, ring by ring, by the mean of their finite neighbors, so that
+    interpolation near them is not pulled toward an arbitrary number."""
     known = heatmap.isfinite()
     if known.all() or not known.any():
         return heatmap if known.any() else torch.zeros_like(heatmap)

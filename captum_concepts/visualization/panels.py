@@ -1,4 +1,4 @@
-"""A `ConceptExplanation` as one figure: what, where and how much, for several images; and figures as files."""
+"""Figures of a `ConceptExplanation` (what, where and how much, for several images), and writing of figures to files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ SCALES = {
     "row": "the maps of a row share one color scale",
     "panel": "all maps share one color scale",
 }
-#: Concepts of an image where ``top_k`` is None and the explanation has more.
+#: Maximum number of concepts per image if ``top_k`` is None.
 MOST = 8
 _MARGIN, _ABOVE, _GAP, _ROW_GAP, _FOOT_GAP = 0.12, 0.05, 0.1, 0.18, 0.1
 _LABELS, _TALLEST = 1.3, 1.5
@@ -85,44 +85,44 @@ def panel(
     signed: bool | str = "auto",
     mode: str = "bicubic",
 ) -> Figure:
-    """One row per image: the input, its own concepts with score and map, and signed contributions as bars.
+    """Figure with one row per image: the input, its own concepts with score and map, and signed contributions as bars.
 
     Args:
-        explanation: of N images.
-        images: these N images, as for :func:`overlay` (a tensor ``(N, 3, H, W)`` or a list; sizes may differ), or one
-            image where the explanation has one example.
-        top_k: concepts per image; None: those the explanation selected for it, at most 8.
-        rank_by: ``"scores"`` or ``"contributions"`` (by magnitude); None keeps the explanation's own order (by scores
-            where it has no ranking and some concepts must be left out). Concepts that are not encoded, or
-            not seen (``presence`` below .5), come last in either case.
-        title: above the figure.
+        explanation: an explanation of N images.
+        images: these N images, as in :func:`overlay` (a tensor ``(N, 3, H, W)`` or a list; sizes may differ), or a
+            single image for an explanation of one.
+        top_k: concepts per image; None: those that the explanation selected, at most 8.
+        rank_by: ``"scores"`` or ``"contributions"`` (by magnitude); None keeps the explanation's own order (or ranks by
+            scores if it has no ranking and some concepts must be left out). Concepts that are not encoded, or not seen
+            (``presence`` below .5), always come last.
+        title: title above the figure.
         class_names: names of the targets, by index; None: the explanation's own.
-        image_names: one above each input; None: the explanation's own.
-        significant: ``(T,)`` or ``(N, T)`` bool; where False, the concept is drawn gray and called "not encoded here".
-        points, boxes, mask: the region that was asked about, in pixels of ``images`` as in ``SALFCBM.explain_region``;
+        image_names: names above the inputs; None: the explanation's own.
+        significant: ``(T,)`` or ``(N, T)`` bool; where False, the concept is gray and labeled "not encoded here".
+        points, boxes, mask: the queried region, in pixels of ``images`` as in ``SALFCBM.explain_region``, which is
             outlined on the inputs.
         crop: ``(x0, y0, x1, y1)`` in pixels, or one per image: the part of the photograph that the model saw and the
-            maps cover. The rest is shown pale.
-        scale: maps that share one color scale: those of a ``"row"``, all of the ``"panel"``, or ``"map"`` for none.
-            The figure states it.
-        map_label: what the maps' values are, written next to the color bar.
-        cell_size: width of an image in inches; the texts keep their size and wrap.
-        alpha, cmap, mode: as for :func:`overlay`.
-        signed: True: a diverging color scheme; False: a sequential one; ``"auto"``: diverging for the whole figure if
+            maps cover. The rest is pale.
+        scale: maps that share a color scale: those of a ``"row"``, all of the ``"panel"``, or ``"map"`` for none. The
+            figure states it.
+        map_label: description of the maps' values, written next to the color bar.
+        cell_size: width of an image in inches; text keeps its size and wraps.
+        alpha, cmap, mode: as in :func:`overlay`.
+        signed: True: a diverging color map; False: a sequential one; ``"auto"``: diverging for the whole figure if
             negative values matter in any of its maps.
 
     Returns:
-        A figure outside pyplot, to be written by :func:`save_figure`. Red is positive and blue negative, in signed maps
-        and in bars; the bars of all rows share one axis.
+        A matplotlib figure outside pyplot; write it with :func:`save_figure`. Red is positive and blue negative, in
+        signed maps and in bars. Each row's bars have their own axis, shared by all rows if ``scale="panel"``.
 
     Raises:
-        InputError: other numbers of images, names or flags than the explanation has, or nothing to draw.
+        InputError: the numbers of images, names or flags differ from the explanation's, or there is nothing to draw.
 
     Warns:
         InputWarning: maps contain NaN or infinite values, which are left uncolored.
 
     Example:
-        Why was a cow on a beach called a camel? A concept with a negative contribution lowered the right class::
+        To find out why a cow on a beach was classified as a camel, look for negative contributions to "cow"::
 
             e = method.explain(image, target="cow")
             panel(e, image, rank_by="contributions", image_names=["cow, called a camel"])
@@ -134,17 +134,17 @@ def panel(
 
 
 def panel_image(explanation: ConceptExplanation, images: Any, *, dpi: float = 200, **options: Any) -> Image:
-    """What :func:`panel` shows, as a PIL image: drawn much faster, for many images.
+    """The figure of :func:`panel` as a PIL image, which is drawn much faster.
 
     Args:
-        explanation, images, options: as for :func:`panel`.
+        explanation, images, options: as in :func:`panel`.
         dpi: pixels per inch.
 
     Returns:
-        A PIL image, to be written by :func:`save_figure` or shown.
+        A PIL image; write it with :func:`save_figure`.
 
     Raises:
-        InputError: see :func:`panel`; or a ``dpi`` that is not positive.
+        InputError: as in :func:`panel`, or a ``dpi`` that is not positive.
 
     Example:
         >>> e = ConceptExplanation(["sand", "grass"], torch.rand(1, 2), torch.rand(1, 2, 7, 7))
@@ -163,7 +163,7 @@ def _panel(
     mask: Any, crop: Any, scale: str, map_label: str, cell_size: float, alpha: float, cmap: Any, signed: bool | str,
     mode: str,
 ) -> Any:  # fmt: skip
-    """The canvas that ``surface`` makes for a width and a height, with :func:`panel` on it."""
+    """The canvas that ``surface`` creates for a width and a height, with :func:`panel` drawn on it."""
     explanation = check_explanation("panel", explanation, images)
     n, t = len(explanation), len(explanation.concepts)
     if not n or not t:
@@ -195,10 +195,10 @@ def _panel(
 
 
 def check_explanation(function: str, explanation: Any, images: Any) -> ConceptExplanation:
-    """The explanation, which comes first.
+    """``explanation``, after a check of its type.
 
     Raises:
-        InputError: it is none; where the arguments are exchanged, with the right order.
+        InputError: it is not a ``ConceptExplanation``; the message points out swapped arguments.
     """
     if isinstance(explanation, ConceptExplanation):
         return explanation
@@ -208,7 +208,7 @@ def check_explanation(function: str, explanation: Any, images: Any) -> ConceptEx
 
 
 def significance(significant: Any, n: int, t: int) -> Tensor:
-    """``(n, t)`` bool; all True where nothing is said."""
+    """``(n, t)`` bool; all True for None."""
     if significant is None:
         return torch.ones(n, t, dtype=torch.bool)
     flags = torch.as_tensor(significant).detach().cpu()
@@ -220,7 +220,7 @@ def significance(significant: Any, n: int, t: int) -> Tensor:
 
 
 def crop_boxes(crop: Any, sizes: Sequence[tuple[int, int]]) -> list[Box | None]:
-    """One box per image, inside of it."""
+    """One box per image, checked to lie within it."""
     found: list[Box | None] = []
     single = isinstance(crop, Sequence) and len(crop) == len(sizes) and not isinstance(crop[0], (int, float))
     values = [[one] for one in crop] if single or getattr(crop, "ndim", 1) == 2 else crop
@@ -236,8 +236,8 @@ def crop_boxes(crop: Any, sizes: Sequence[tuple[int, int]]) -> list[Box | None]:
 def ordered(
     explanation: ConceptExplanation, i: int, encoded: Tensor, rank_by: str | None, limit: int
 ) -> tuple[ConceptExplanation, list[str]]:
-    """Image i with its ``limit`` leading concepts as they are shown, and the state of each: empty, not seen, or not
-    encoded. Without a ranking the order stays, except where some must be left out: then by scores."""
+    """Image i with its ``limit`` leading concepts in display order, and the state of each (empty, not seen, or not
+    encoded). Without a ranking the order is kept, unless some must be left out, which are chosen by score."""
     one = explanation[i]
     by = rank_by or ("" if one.rank_by or len(one.concepts) <= limit else "scores")
     if by:
@@ -251,7 +251,7 @@ def ordered(
 
 
 def class_of(one: ConceptExplanation, names: Sequence[str] | Mapping[int, str] | None) -> str | None:
-    """The name of the target of an explanation of one image."""
+    """Name of the target of an explanation of one image."""
     if one.target is None:
         return None
     target = int(one.target)
@@ -264,9 +264,9 @@ def class_of(one: ConceptExplanation, names: Sequence[str] | Mapping[int, str] |
 
 
 def absence(one: ConceptExplanation, j: int, target: str) -> str:
-    """What explains a bar whose sign differs from that of its map: weight times less than usual.
+    """Note for a contribution from a score below average, whose sign differs from that of the weight.
 
-    Only where the score says so: standardized, 0 is the concept's average over the training images.
+    Empty unless scores are standardized, so that 0 is the concept's average over the training images.
     """
     score, how = float(one.scores[0, j]), 0.0 if one.contributions is None else float(one.contributions[0, j])
     if not (score < 0 and how and "deviation" in one.score_unit):
@@ -276,7 +276,7 @@ def absence(one: ConceptExplanation, j: int, target: str) -> str:
 
 @dataclass
 class Cell:
-    """The first column of a row: the image, the region asked about, the part that the maps cover, its name."""
+    """The first column of a row, with the image, the queried region, the part that the maps cover, and its name."""
 
     picture: Tensor
     region: list[Box]
@@ -286,7 +286,7 @@ class Cell:
 
 @dataclass
 class Row:
-    """One image: its explanation with the concepts in the order of the columns, and the texts fitted to the cells."""
+    """One image, with its explanation (concepts in the order of the columns) and texts fitted to the cells."""
 
     cell: Cell
     shown: ConceptExplanation
@@ -307,7 +307,7 @@ class Row:
 
     @property
     def maps(self) -> list[Tensor]:
-        """Those that are drawn."""
+        """Maps of the concepts that are encoded."""
         return [self.shown.maps[0, j].float() for j, yes in enumerate(self.encoded) if yes]
 
     @property
@@ -337,12 +337,12 @@ class Row:
 
     @property
     def contributions(self) -> list[float]:
-        """Of the shown concepts."""
+        """Contributions of the displayed concepts."""
         return [] if self.shown.contributions is None else self.shown.contributions[0].float().tolist()
 
 
 def make_row(shown: ConceptExplanation, states: list[str], cell: Cell, class_names: Any, size: float) -> Row:
-    """Fit the texts of a row to cells of ``size`` inches."""
+    """A row with its texts fitted to cells of ``size`` inches."""
     width, height = picture_size(cell.picture, size)
     target = class_of(shown, class_names)
     heading = [fit(cell.name, size, NAME, weight="bold")]
@@ -379,15 +379,15 @@ def _captions(row: Row, target: str | None, size: float) -> list[list[Fitted]]:
 
 
 def picture_size(picture: Tensor, cell: float) -> tuple[float, float]:
-    """Width and height in inches: as wide as the cell, but not much higher than it is wide."""
+    """Width and height in inches, as wide as the cell unless the image would be too tall."""
     ratio = picture.shape[1] / picture.shape[2]
     height = min(cell * ratio, _TALLEST * cell)
     return max(height / ratio, 0.02), max(height, 0.02)
 
 
 def _share_scales(rows: Sequence[Row], shared: str, signed: bool | str, cmap: Any) -> None:
-    """One color scheme for the figure, a scale for each concept of each row; the axis of contributions is each row's
-    own as well, unless the whole panel shares one scale."""
+    """Set the color scale of each concept in each row, with one color scheme for the figure; each row has its own axis
+    of contributions, unless the whole panel shares one scale."""
     if shared == "panel":
         groups = [[m for row in rows for m in row.maps]]
     else:
@@ -405,7 +405,7 @@ def _share_scales(rows: Sequence[Row], shared: str, signed: bool | str, cmap: An
 
 
 def _note(explanation: ConceptExplanation, rows: Sequence[Row], shared: str, map_label: str, hidden: int) -> str:
-    """What the figure shows and how to read it, below it."""
+    """Note below the figure on its contents and how to read it."""
     states = {state for row in rows for state in row.states}
     differ = any(
         not state and scale.signed and float(m.nan_to_num().sum()) * how < 0 and not absence(row.shown, j, "")
@@ -431,7 +431,7 @@ def _note(explanation: ConceptExplanation, rows: Sequence[Row], shared: str, map
 
 @dataclass(frozen=True)
 class _Columns:
-    """Left ends of the columns: the input at the margin, maps, bars; and the width of the figure."""
+    """Left ends of the columns (input, maps, bars), and the width of the figure."""
 
     cell: float
     first: float
@@ -458,7 +458,7 @@ def _draw(
     surface: Callable[[float, float], Any], rows: Sequence[Row], shared: str, title: str | None, note: str, label: str,
     cell: float, style: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """A canvas as large as its rows, with a title above and a note below them."""
+    """A canvas that fits its rows, with a title above and a note below them."""
     columns = _Columns.measure(rows, shared == "map", label, cell)
     head = fit(title, columns.width - 2 * _MARGIN, TITLE, lines=4, weight="bold") if title else Fitted("", TITLE)
     foot = fit(note, columns.width - 2 * _MARGIN, DETAIL, lines=6)
@@ -507,7 +507,7 @@ def _covered(
     picture: Tensor, pale: Tensor, heatmap: Tensor, scale: ColorScale, crop: Box | None, size: tuple[int, int],
     style: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """The map over the part of the picture that it covers; the rest of it pale."""
+    """The map over the part of the image that it covers, with the rest pale."""
     if crop is None:
         return blend(picture, heatmap, scale, **style)
     dy, dx = picture.shape[1] / size[0], picture.shape[2] / size[1]
@@ -532,13 +532,13 @@ def heatmap_figure(
     vmax: float | None = None,
     mode: str = "bicubic",
 ) -> Figure:
-    """One image with one map and its color bar.
+    """Figure of one image with one map and its color bar.
 
     Args:
-        image, heatmap, alpha, cmap, signed, vmin, vmax, mode: as for :func:`overlay`.
-        title: above the image; wrapped, and made smaller where needed.
-        label: what the map's values are, next to the color bar.
-        width: of the image, in inches.
+        image, heatmap, alpha, cmap, signed, vmin, vmax, mode: as in :func:`overlay`.
+        title: title above the image, wrapped and reduced in size as needed.
+        label: description of the map's values, written next to the color bar.
+        width: width of the image in inches.
 
     Example:
         >>> figure = heatmap_figure(torch.rand(3, 32, 32), torch.rand(4, 4), title="stripes", label="cosine")
@@ -563,7 +563,7 @@ def heatmap_figure(
 
 
 _METADATA: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-# Type 42 fonts are what publishers ask for; the rest makes the file depend on the figure alone.
+# Publishers require Type 42 fonts; the other settings make the file depend only on the figure.
 _SETTINGS: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "captum_concepts",
@@ -573,20 +573,20 @@ _SETTINGS: dict[Any, Any] = {
 
 
 def save_figure(figure: Figure | Image, path: str | os.PathLike[str], dpi: float = 200) -> Path:
-    """Write a figure as PNG, PDF or SVG (by suffix), atomically, at the size it was made.
+    """Write a figure atomically as PNG, PDF or SVG (by suffix), at its own size.
 
     Args:
-        figure: of :func:`panel`, :func:`heatmap_figure` or any other matplotlib figure; or, as PNG, of
-            :func:`panel_image`.
-        path: an existing file is replaced.
-        dpi: pixels per inch; in PDF and SVG only images have pixels, text and lines are drawn as such. An image has
-            its own.
+        figure: result of :func:`panel` or :func:`heatmap_figure`, or any other matplotlib figure; an image of
+            :func:`panel_image` for PNG.
+        path: where to write; an existing file is replaced.
+        dpi: pixels per inch of a matplotlib figure; in PDF and SVG it only affects images, as text and lines are
+            vector graphics.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
-        InputError: another suffix (of an image: than .png), or a ``dpi`` that is not positive.
+        InputError: another suffix (for a PIL image: other than .png), or a ``dpi`` that is not positive.
         FileNotFoundError: the folder does not exist.
     """
     from matplotlib import rc_context
@@ -598,7 +598,7 @@ def save_figure(figure: Figure | Image, path: str | os.PathLike[str], dpi: float
     number("dpi", dpi, lambda pixels: pixels > 0, "positive")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    # The default takes two to four times as long, which is as long as all the drawing, and saves a tenth.
+    # The default compression saves a tenth but takes two to four times as long, as much as all the drawing.
     fast: Any = {"compress_level": 1, "compress_type": zlib.Z_RLE}
     if not hasattr(figure, "savefig"):
         if suffix != ".png":

@@ -1,4 +1,4 @@
-"""Images inside a page: small, of bounded size, as ``data:`` URIs, and in words for those who do not see."""
+"""Images embedded in a page as ``data:`` URIs of bounded size, and their text alternatives."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from captum_concepts.visualization.scale import ColorScale
 
 #: Longest sides in pixels.
 INPUT_SIDE, MAP_SIDE = 640, 64
-#: Pixels of a map per grid cell, from 32 pixels on: the page smooths them where it enlarges the map.
+#: Pixels of a map per position, and its minimum side; the page smooths them when it enlarges the map.
 _PER_CELL, _LEAST_SIDE = 4, 32
-#: Most bytes of an input. A map has at most 64 x 64 bytes of pixels, a palette of 384 and a frame of about 250. With
-#: base64, 20 images of 8 concepts then stay below 3 MB, whatever they show.
+#: Maximum size of an input. A map has at most 64 x 64 bytes of pixels, a palette of 384 and about 250 bytes of other
+#: data. With base64, 20 images of 8 concepts then stay below 3 MB, whatever they show.
 INPUT_BYTES = 72_000
-#: Up to this many pixels an image is kept without loss, and shown in its own pixels.
+#: Up to this many pixels, an image is stored losslessly and displayed pixelated.
 _LOSSLESS = 128 * 128
 #: Colors of a map, and the index after them for cells without a value.
 _COLORS = 127
@@ -34,7 +34,7 @@ class Picture:
     Args:
         uri: ``data:image/...;base64,...``.
         width, height: in pixels.
-        pixelated: shown in its own pixels where it is enlarged.
+        pixelated: whether it is enlarged without smoothing.
     """
 
     uri: str
@@ -44,8 +44,8 @@ class Picture:
 
 
 def photo(picture: Tensor, side: int = INPUT_SIDE, most: int = INPUT_BYTES) -> Picture:
-    """``(3, H, W)`` in [0, 1], at most ``side`` pixels long: a tiny one as PNG, others as JPEG of at most ``most``
-    bytes (first less quality, then fewer pixels)."""
+    """An image ``(3, H, W)`` in [0, 1] with sides of at most ``side`` pixels, as PNG if it is tiny, otherwise as JPEG
+    of at most ``most`` bytes (reducing first quality, then size)."""
     from PIL import Image
 
     _, height, width = picture.shape
@@ -69,9 +69,9 @@ def photo(picture: Tensor, side: int = INPUT_SIDE, most: int = INPUT_BYTES) -> P
 
 
 def map_picture(heatmap: Tensor, scale: ColorScale, alpha: float, mode: str) -> Picture:
-    """A map ``(h, w)`` as PNG whose palette has colors and opacities; the page enlarges it over the input.
+    """A map ``(h, w)`` as PNG with colors and opacities in its palette, which the page enlarges over the input.
 
-    Cells that are not finite are transparent.
+    Values that are not finite are transparent.
     """
     from PIL import Image
 
@@ -98,13 +98,13 @@ def palette(scale: ColorScale, alpha: float, steps: int = _COLORS) -> tuple[list
 
 
 def gradient(scale: ColorScale, steps: int = 9) -> str:
-    """The color scale as stops of a CSS gradient, from low to high."""
+    """Stops of a CSS gradient for the color scale, from low to high."""
     colors, _ = palette(scale, 1.0, steps)
     return ",".join("#{:02x}{:02x}{:02x}".format(*colors[3 * k : 3 * k + 3]) for k in range(steps))
 
 
 def place_in_words(heatmap: Tensor) -> str:
-    """Where a map is strongest, and how large that place is.
+    """Description of where a map is strongest, and of how large this region is.
 
     >>> place_in_words(torch.tensor([[0.0, 0.0, 5.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
     'strongest at the upper right; 11 % of the image above half of that'
@@ -126,7 +126,7 @@ def place_in_words(heatmap: Tensor) -> str:
 
 
 def figure_uri(figure: Any) -> str:
-    """A matplotlib figure as SVG, the same for the same figure."""
+    """A matplotlib figure as a deterministic SVG."""
     from matplotlib import rc_context
 
     file = io.BytesIO()

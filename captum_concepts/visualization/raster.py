@@ -1,4 +1,4 @@
-"""What :class:`FigureCanvas` draws, as pixels: by Pillow, without a matplotlib figure, which takes much longer."""
+"""A canvas that draws with Pillow, which is much faster than a matplotlib figure (:class:`FigureCanvas`)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from captum_concepts.visualization.canvas import BAR_WIDTH, FAINT, INK, MARK, Canvas, Fitted, Place, font_of
 from captum_concepts.visualization.scale import ColorScale
 
-#: Of a line of text, in parts of its size: above the baseline, below it, and from one baseline to the next.
+#: Height of text above and below the baseline, and distance of baselines, as fractions of the font size.
 _ABOVE, _BELOW, _PITCH = 0.82, 0.31, 1.15
 
 
 class Area(NamedTuple):
-    """A rectangle in pixels, and the coordinates of its left, top, right and bottom."""
+    """A rectangle in pixels, and the axis coordinates of its left, top, right and bottom."""
 
     left: int
     top: int
@@ -25,14 +25,14 @@ class Area(NamedTuple):
     span: tuple[float, float, float, float]
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """A point of these coordinates in pixels."""
+        """A point in axis coordinates, converted to pixels."""
         x0, y0, x1, y1 = self.span
         across, down = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
         return self.left + across * (self.right - self.left), self.top + down * (self.bottom - self.top)
 
 
 class Raster(Canvas):
-    """An image of ``width`` x ``height`` inches, ``dpi`` pixels each."""
+    """An image of ``width`` x ``height`` inches with ``dpi`` pixels per inch."""
 
     def __init__(self, width: float, height: float, dpi: float) -> None:
         from PIL import Image, ImageDraw
@@ -62,7 +62,7 @@ class Raster(Canvas):
             self._draw.text((round(x), round(top + k * size * _PITCH)), line, color, font, anchor=anchor)
 
     def picture(self, place: Place, pixels: Tensor, label: str, size: tuple[int, int] | None = None) -> Area:  # noqa: ARG002
-        """As :meth:`Canvas.picture`; an image that has its place's pixels is drawn as it is."""
+        """As :meth:`Canvas.picture`; an image that already has the pixels of its place is not resampled."""
         from PIL import Image
 
         rows, columns = (pixels.shape[1], pixels.shape[2]) if size is None else size
@@ -73,13 +73,13 @@ class Raster(Canvas):
         return area
 
     def outline(self, axes: Area, lines: Sequence[tuple[float, float, float, float]], color: str = MARK) -> None:
-        """As :meth:`Canvas.outline`; the lines are level or upright."""
+        """As :meth:`Canvas.outline`, for horizontal and vertical lines."""
         for points, own in ((2.6, "black"), (1.3, color)):
             for x0, y0, x1, y1 in lines:
                 self._fill(axes, x0, y0, x1, y1, own, points)
 
     def stroke(self, x0: float, y0: float, x1: float, y1: float, color: str = FAINT, points: float = 0.5) -> None:
-        """As :meth:`Canvas.stroke`; level or upright."""
+        """As :meth:`Canvas.stroke`, for horizontal and vertical lines."""
         x0, y0, x1, y1 = (v * self.density for v in (x0, y0, x1, y1))
         wide = max(round(points * self.density / 72), 1)
         left, top = round(x0 - wide / 2), round(y0 - wide / 2)
@@ -87,12 +87,10 @@ class Raster(Canvas):
         self._draw.rectangle((left, top, max(left, right), max(top, bottom)), fill=color)
 
     def gradient(self, x: float, y: float, height: float, scale: ColorScale) -> None:
-        """As :meth:`Canvas.gradient`."""
         values = torch.linspace(scale.high, scale.low, max(round(height * self.density), 2))
         self.picture((x, y, BAR_WIDTH, height), scale.colors(values)[:, :, None], "colorbar")
 
     def rows(self, place: Place, bound: float, count: int) -> Area:
-        """As :meth:`Canvas.rows`."""
         return self._area(place, (-bound, -0.5, bound, count - 0.5))
 
     def bar(self, axes: Area, k: int, value: float, thickness: float, color: str, alpha: float | None) -> None:
@@ -109,7 +107,7 @@ class Raster(Canvas):
         return Area(left, top, left + wide, top + high, span)
 
     def _fill(self, area: Area, x0: float, y0: float, x1: float, y1: float, color: Any, points: float = 0.0) -> None:
-        """A rectangle from one point of an area to another, wider by half a line of ``points`` on each side."""
+        """Fill a rectangle between two points of an area, wider by half a line of ``points`` on each side."""
         half = points * self.density / 144
         (left, top), (right, bottom) = area.at(min(x0, x1), min(y0, y1)), area.at(max(x0, x1), max(y0, y1))
         left, top = max(round(left - half), area.left), max(round(top - half), area.top)

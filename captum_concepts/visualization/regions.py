@@ -1,4 +1,4 @@
-"""Regions of images as lines to draw: boxes, points and masks, as the methods take them."""
+"""Outlines of regions that are given as boxes, points or masks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from captum_concepts.errors import InputError
 
-#: ``(x0, y0, x1, y1)`` in pixels: the ends of a line, or the borders of a box.
+#: ``(x0, y0, x1, y1)`` in pixels, the ends of a line or the borders of a box.
 Box = tuple[float, float, float, float]
 
 
 def per_image(values: Any, n: int, width: int, name: str) -> list[list[tuple[float, ...]]]:
-    """Rows of ``width`` numbers for each of n images; a single row, or a list of rows, is for all of them.
+    """Rows of ``width`` numbers for each of n images; a single row, or a list of rows, applies to all images.
 
     >>> per_image((1, 2), 2, 2, "points"), per_image([[(1, 2)], [(3, 4), (5, 6)]], 2, 2, "points")
     ([[(1.0, 2.0)], [(1.0, 2.0)]], [[(1.0, 2.0)], [(3.0, 4.0), (5.0, 6.0)]])
@@ -48,15 +48,15 @@ def per_image(values: Any, n: int, width: int, name: str) -> list[list[tuple[flo
 def outlines(
     sizes: Sequence[tuple[int, int]], grid: tuple[int, int], points: Any = None, boxes: Any = None, mask: Any = None
 ) -> list[list[Box]]:
-    """For each image, the lines around its region; none where no region is given.
+    """For each image, the lines around its region; empty without a region.
 
     Args:
         sizes: ``(H, W)`` of each image.
-        grid: ``(h, w)`` of the maps; a point stands for the cell that contains it.
+        grid: ``(h, w)`` of the maps; a point selects the position that contains it.
         points, boxes, mask: as in ``SALFCBM.explain_region``, at most one of them.
 
     Raises:
-        InputError: two kinds at once, or another form or size.
+        InputError: more than one of them, or an invalid form or size.
 
     >>> outlines([(8, 8)], (2, 2), points=(1, 6))
     [[(0.0, 4.0, 4.0, 4.0), (0.0, 8.0, 4.0, 8.0), (0.0, 4.0, 0.0, 8.0), (4.0, 4.0, 4.0, 8.0)]]
@@ -91,7 +91,7 @@ def frame(box: Box) -> list[Box]:
 
 
 def edges(mask: Tensor) -> list[Box]:
-    """The border of a mask, as horizontal and vertical lines."""
+    """Border of a mask, as horizontal and vertical lines."""
     padded = torch.nn.functional.pad(mask, (1, 1, 1, 1))
     lines: list[Box] = []
     for y, start, stop in _runs(padded[1:, 1:-1] != padded[:-1, 1:-1]):

@@ -1,4 +1,4 @@
-"""Which value has which color: one `ColorScale` may serve a map, a row of maps or a whole figure."""
+"""`ColorScale`, the mapping from values to colors of a map, a row of maps or a whole figure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from captum_concepts.errors import InputError
 
-#: Perceptually uniform, dark to bright; and a diverging one whose middle, zero, is near white
-#: and whose opposite values are about equally light (CIE L* differs by at most 5.1, at the ends by 0.1).
-#: Both can be read with the common kinds of color blindness.
+#: A perceptually uniform color map from dark to bright, and a diverging one that is near white at zero and in which
+#: opposite values are about equally light (CIE L* differs by at most 5.1, at the ends by 0.1). Both are readable with
+#: the common kinds of color blindness.
 SEQUENTIAL, DIVERGING = "inferno", "RdBu_r"
 
 _NEGLIGIBLE = 0.05
@@ -25,12 +25,12 @@ class ColorScale:
     """The values at the two ends of a color map.
 
     Args:
-        low, high: values that get the first and the last color; values beyond are clipped to them.
-        signed: the scale is symmetric, ``low == -high``, so that zero has the neutral middle color.
-        cmap: a matplotlib color map or its name; None takes :data:`SEQUENTIAL` or, if signed, :data:`DIVERGING`.
+        low, high: values of the first and the last color; values beyond are clipped.
+        signed: whether the scale is symmetric, ``low == -high``, so that zero has the neutral middle color.
+        cmap: a matplotlib color map or its name; None: :data:`SEQUENTIAL` or, if signed, :data:`DIVERGING`.
 
     Raises:
-        InputError: the ends are not finite or not in order, or there is no such color map.
+        InputError: the ends are not finite or not in order; the color map is unknown (raised on first use).
 
     Example:
         >>> scale = ColorScale.of(torch.tensor([[-1.0, 0.0, 2.0]]))
@@ -58,18 +58,18 @@ class ColorScale:
         vmax: float | None = None,
         cmap: Any = None,
     ) -> ColorScale:
-        """The scale that fits all values of one map or of several maps; cells that are not finite do not count.
+        """The scale for all finite values of one or several maps.
 
         Args:
             heatmaps: one tensor of any shape, or several.
-            signed: True, False, or ``"auto"``: signed where negative values matter, which is where their largest
-                magnitude is more than 5 % of the largest of all.
-            vmin, vmax: ends to use instead of the data's; a signed scale takes the larger magnitude of the two.
+            signed: True, False, or ``"auto"``: signed if the largest magnitude of negative values is more than 5 % of
+                the largest of all.
+            vmin, vmax: ends to use instead of the data's; a signed scale uses the larger magnitude of the two.
             cmap: see the class.
 
         Returns:
             Signed: ``(-m, m)`` with m the largest magnitude. Otherwise ``(min(lowest, 0), highest)``, so that a map of
-            positive values starts at zero. Data without any spread (constant zero, empty) get a scale of length 1.
+            positive values starts at zero. Data without range (constant zero, empty) have a scale of length 1.
         """
         if signed not in (True, False, "auto"):
             raise InputError(f"signed must be True, False or 'auto', got {signed!r}")
@@ -103,19 +103,20 @@ class ColorScale:
         return colormaps[name]
 
     def fraction(self, values: Tensor) -> Tensor:
-        """Where finite values lie between the ends of the scale, in [0, 1]."""
+        """Position of finite values between the ends of the scale, in [0, 1]."""
         return ((values.detach().float().cpu() - self.low) / (self.high - self.low)).clamp(0, 1)
 
     def colors(self, values: Tensor) -> Tensor:
-        """The colors ``(3, ...)`` in [0, 1] of finite values of any shape."""
+        """Colors ``(3, ...)`` in [0, 1] of finite values of any shape."""
         colors = self.colormap()
         table = torch.from_numpy(colors(range(colors.N))[:, :3].T).float()
         index = (self.fraction(values) * colors.N).int().clamp(max=colors.N - 1)
         return table.index_select(1, index.flatten()).reshape(3, *values.shape)
 
     def opacity(self, values: Tensor, alpha: float) -> Tensor:
-        """How much of the color covers an image: nothing at zero (at ``low`` if not signed), ``alpha`` from half of the
-        scale on. What stands out then has the color of the color bar, whatever it lies on.
+        """Opacity of the colors over an image, so that strong values have the color of the color bar on any image.
+
+        It grows from 0 at zero (at ``low`` if not signed) to ``alpha`` from half of the scale on.
 
         >>> ColorScale(-1.0, 1.0, signed=True).opacity(torch.tensor([-1.0, -0.5, 0.0, 0.25]), 0.8)
         tensor([0.8000, 0.8000, 0.0000, 0.4000])
@@ -126,8 +127,8 @@ class ColorScale:
 
 
 def schemes(groups: Iterable[Iterable[Tensor]], signed: bool | str = "auto") -> bool:
-    """Whether a figure needs the diverging scheme: with ``"auto"``, where negative values matter in any of its groups
-    of maps, each of which has a scale of its own."""
+    """Whether a figure needs the diverging scheme, which ``"auto"`` selects if negative values matter in any of its
+    groups of maps, each of which has its own scale."""
     if signed != "auto":
         return ColorScale.of([], signed).signed
     return any(ColorScale.of(group).signed for group in groups)
@@ -136,7 +137,7 @@ def schemes(groups: Iterable[Iterable[Tensor]], signed: bool | str = "auto") -> 
 def value_range(
     heatmap: Tensor, signed: bool | str = "auto", vmin: float | None = None, vmax: float | None = None
 ) -> tuple[float, float]:
-    """The values at the two ends of the color map: symmetric around zero for signed maps (:meth:`ColorScale.of`).
+    """Values at the two ends of the color map, symmetric around zero for signed maps (:meth:`ColorScale.of`).
 
     >>> value_range(torch.tensor([0.2, 1.0])), value_range(torch.tensor([-0.5, 1.0]))
     ((0.0, 1.0), (-1.0, 1.0))

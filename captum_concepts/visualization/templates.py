@@ -1,4 +1,4 @@
-"""HTML from jinja2 templates that lie beside the code as files: every value is escaped."""
+"""HTML from jinja2 templates, which are files next to the code; every value is escaped."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-# What HTML cannot contain, also not escaped.
+# Characters that HTML cannot contain, even escaped.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def clean(value: Any) -> Any:
-    """A text without control characters and lone surrogates, which become U+FFFD; other values as they are.
+    """Text with control characters and lone surrogates replaced by U+FFFD; other values are unchanged.
 
     >>> clean("nul\\x00")
     'nul\ufffd'
@@ -28,7 +28,7 @@ _HERE = Path(__file__).parent
 
 @cache
 def template(name: str, folder: Path = _HERE) -> jinja2.Template:
-    """A template of this room, such as ``"report/card.html"``, or of another ``folder``."""
+    """A template of this package, such as ``"report/card.html"``, or of another ``folder``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder, encoding="utf-8"),
         autoescape=True,
@@ -44,5 +44,5 @@ def template(name: str, folder: Path = _HERE) -> jinja2.Template:
 
 @cache
 def asset(name: str, folder: Path = _HERE) -> Markup:
-    """A style sheet or script of this room (or of ``folder``), as it is: it is ours and is not escaped."""
+    """A style sheet or script of this package (or of ``folder``), which is trusted and not escaped."""
     return Markup((folder / name).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Vision-language models: what the package asks of one, encoders of open_clip and transformers, and image regions."""
+"""The interface of vision-language models, encoders from open_clip and transformers, and image regions."""
 
 from captum_concepts.vlm.batching import trial_batch_size
 from captum_concepts.vlm.dense import DenseRegions, Regions, regions_from_dict

@@ -1,4 +1,4 @@
-"""What region prompts are drawn with: coverage of rings and discs, crops, blurs; tensors on any device."""
+"""Drawing of visual prompts on tensors: coverage of rings and discs, crops, and blurs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def distances(centers: Tensor, height: int, width: int) -> Tensor:
-    """``(B, H, W)`` float32: from the middle of every pixel to each of ``centers`` (B, 2), given as (row, column)."""
+    """``(B, H, W)`` float32 distances from the center of every pixel to ``centers`` (B, 2), given as (row, column)."""
     rows = torch.arange(height, device=centers.device) + 0.5 - centers[:, :1]
     columns = torch.arange(width, device=centers.device) + 0.5 - centers[:, 1:]
     return torch.hypot(rows[:, :, None], columns[:, None, :])
@@ -25,16 +25,16 @@ def ring(centers: Tensor, radius: float, width: float, height: int, width_px: in
 
 
 class Rings(NamedTuple):
-    """The pixels that circular lines touch: a few hundred of the many thousands of each image."""
+    """The pixels that circular lines touch, a small fraction of each image."""
 
-    starts: Tensor  # (B + 1,): where the pixels of each circle begin
+    starts: Tensor  # (B + 1,): the first pixel of each circle
     rows: Tensor
     columns: Tensor
     cover: Tensor
 
     @classmethod
     def of(cls, centers: Tensor, radius: float, width: float, height: int, width_px: int) -> Rings:
-        """The touched pixels of every circle, found a few circles at a time."""
+        """The touched pixels of every circle, computed in batches of circles."""
         counts, found = [], []
         for part in centers.split(max(1, 4_000_000 // (height * width_px))):
             cover = ring(part, radius, width, height, width_px)
@@ -45,7 +45,7 @@ class Rings(NamedTuple):
         return cls(starts, *(torch.cat(values) for values in zip(*found, strict=True)))
 
     def paint(self, images: Tensor, circles: Tensor, color: Tensor) -> Tensor:
-        """``images`` (B, 3, H, W), changed in-place: circle ``circles[b]`` drawn on image b."""
+        """``images`` (B, 3, H, W) with circle ``circles[b]`` drawn on image b, in place."""
         counts = (self.starts[1:] - self.starts[:-1])[circles]
         image = torch.arange(len(circles), device=images.device).repeat_interleave(counts)
         first = self.starts[circles] - (counts.cumsum(0) - counts)
@@ -62,9 +62,9 @@ def disc(centers: Tensor, radius: float, height: int, width: int) -> Tensor:
 
 
 def crop_windows(centers: Tensor, radius: float, height: int, width: int, *, inside: bool) -> Tensor:
-    """``(B, 4)``: middle (row, column) and half sides of windows with the image's aspect ratio.
+    """``(B, 4)``: centers (row, column) and half sides of windows with the image's aspect ratio.
 
-    ``inside`` shrinks a window to the image and moves it until it lies within.
+    ``inside`` shrinks a window to the size of the image and moves it inside.
     """
     short = min(height, width)
     if inside:
@@ -77,14 +77,14 @@ def crop_windows(centers: Tensor, radius: float, height: int, width: int, *, ins
 
 
 def resample(images: Tensor, windows: Tensor) -> Tensor:
-    """The window of each image, bilinearly enlarged to the image's size; beyond it the border repeats."""
+    """The window of each image, bilinearly enlarged to the image's size; border pixels are repeated outside."""
     height, width = images.shape[-2:]
     size = windows.new_tensor([height, width])
     theta = windows.new_zeros(len(windows), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = (2 * windows[:, 3] / width), (2 * windows[:, 2] / height)
     theta[:, :, 2] = (2 * windows[:, :2] / size - 1).flip(1)
     grid = F.affine_grid(theta, [len(windows), 3, height, width], align_corners=False)
-    # Positions in half precision would be off by pixels, so a crop of half-precision images is computed in float32.
+    # Coordinates in half precision would be off by pixels, so half-precision images are cropped in float32.
     small = images.dtype in (torch.float16, torch.bfloat16)
     source = images.float() if small else images
     out = F.grid_sample(source, grid.to(source.dtype), mode="bilinear", padding_mode="border", align_corners=False)
@@ -92,7 +92,7 @@ def resample(images: Tensor, windows: Tensor) -> Tensor:
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur, cut off at three sigma (or twice the image), the border's pixels repeated; rows, then columns."""
+    """Separable Gaussian blur, truncated at three sigma (or twice the image size), with border pixels repeated."""
     reach = max(1, min(math.ceil(3 * sigma), 2 * max(images.shape[-2:])))
     offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)

@@ -19,17 +19,17 @@ _DEFAULTS: dict[str, Any] = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
     "fill_color": 0,
-    # Of processors of transformers:
+    # For processors of transformers:
     "max_patches": 256,  # with "patches"
-    "resize_to": None,  # the shorter side before the crop, with "shortest"; None: that of size
-    "round_down": False,  # where the crop begins at half a pixel
+    "resize_to": None,  # the shorter side before the crop, with "shortest"; None takes that of size
+    "round_down": False,  # round the crop's offset down if it is half a pixel
 }
 _RARE = ("max_patches", "resize_to", "round_down")
 IMAGE_KEYS = tuple(_DEFAULTS)
 
 
 def check_preprocess(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge preprocessing dictionaries, later ones first in rank, and fill in OpenAI's defaults."""
+    """The merged preprocessing dictionaries, with precedence for later ones, completed by OpenAI's defaults."""
     config = dict(_DEFAULTS)
     for number, layer in enumerate(layers):
         for key, value in layer.items():
@@ -47,18 +47,18 @@ def check_preprocess(*layers: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"preprocess[{key!r}]={value!r} must be three numbers, one for each of R, G, B")
     if config["interpolation"] not in ("bicubic", "bilinear", "random"):
         raise InputError(f"interpolation={config['interpolation']!r} must be 'bicubic' or 'bilinear'")
-    if config["interpolation"] == "random":  # open_clip's word for training; its evaluation transform is bicubic
+    if config["interpolation"] == "random":  # open_clip's training option; its evaluation transform is bicubic
         config["interpolation"] = "bicubic"
     if config["resize_mode"] not in ("shortest", "longest", "squash", "patches"):
         raise InputError(f"resize_mode={config['resize_mode']!r} must be 'shortest', 'longest', 'squash' or 'patches'")
-    for key in _RARE:  # so that the usual settings, which stores note down, stay as they were
+    for key in _RARE:  # so that common settings, which stores record, stay the same
         if config[key] == _DEFAULTS[key] and config["resize_mode"] != "patches":
             del config[key]
     return config
 
 
 def check_images(images: Tensor) -> Tensor:
-    """``images`` if they are RGB ``(N, 3, H, W)`` in floating point; warns where they do not lie in [0, 1]."""
+    """``images`` if they are floating-point RGB ``(N, 3, H, W)``; warns if they are not in [0, 1]."""
     shape = tuple(images.shape)
     if images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"images of shape {shape} are not RGB images (N, 3, H, W)")
@@ -78,7 +78,7 @@ def check_images(images: Tensor) -> Tensor:
 
 
 def resize_and_normalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """``(N, 3, H, W)`` in [0, 1] to the model's size, mean and standard deviation, float32, differentiable."""
+    """``(N, 3, H, W)`` images in [0, 1], resized and normalized for the model; float32, differentiable."""
     x = images.float()
     height, width = config["size"]
     mode, interpolation = config["resize_mode"], config["interpolation"]
@@ -89,7 +89,7 @@ def resize_and_normalize(images: Tensor, config: Mapping[str, Any]) -> Tensor:
         interpolation = "bicubic"  # open_clip ignores the setting in this one case
     before = config.get("resize_to") or 0
     target = _resized(x.shape[-2], x.shape[-1], before or height, before or width, mode)
-    # Rows, then columns, each clamped: bicubic overshoots, and the 8 bits of PIL's two passes cut that off.
+    # Two passes, each clamped, because bicubic overshoots and PIL clips it to 8 bits in each of its two passes.
     for shape in ((x.shape[-2], target[1]), target):
         if shape != tuple(x.shape[-2:]):
             x = F.interpolate(x, shape, mode=interpolation, align_corners=False, antialias=True).clamp(0, 1)
@@ -108,7 +108,7 @@ def _resized(h: int, w: int, height: int, width: int, mode: str) -> tuple[int, i
 
 
 def _patched(h: int, w: int, side: int, most: int) -> tuple[int, int]:
-    """The largest size of about the image's aspect ratio that holds at most ``most`` patches (SigLIP 2, "NaFlex")."""
+    """The largest size with about the image's aspect ratio and at most ``most`` patches (SigLIP 2, "NaFlex")."""
     low, high = 1e-6, 100.0
     while high - low >= 1e-5:
         scale = (low + high) / 2
@@ -119,7 +119,7 @@ def _patched(h: int, w: int, side: int, most: int) -> tuple[int, int]:
 
 
 def _center(x: Tensor, height: int, width: int, fill: float, *, round_down: bool = False) -> Tensor:
-    """Pad to at least, then crop to exactly ``(height, width)`` around the center."""
+    """``x`` padded and then cropped to ``(height, width)`` around the center."""
     h, w = x.shape[-2:]
     if h < height or w < width:
         dy, dx = max(height - h, 0), max(width - w, 0)

@@ -1,4 +1,4 @@
-"""Local files and published weights: the preprocessing they need, and the messages for what goes wrong."""
+"""The preprocessing of local files and published weights, and messages for weights that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from captum_concepts.vlm._preprocessing import IMAGE_KEYS
 
 
 def check_file(name: str, source: str, tags: list[str]) -> None:
-    """Raise where ``source`` is no file, listing the tags it might have meant."""
+    """Raise an error if ``source`` is not a file, listing the nearest tags."""
     if not Path(source).is_file():
         raise InputError(
             f"pretrained={source!r} is neither a file nor a tag of {name!r}.{did_you_mean(source, tags)} Tags: {tags}"
@@ -20,7 +20,7 @@ def check_file(name: str, source: str, tags: list[str]) -> None:
 
 
 def published_preprocess(open_clip: Any, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Preprocessing of the published weights of a model, for a local file that cannot tell its own."""
+    """The preprocessing of a model's published weights, for a local file that does not record its own."""
     found: list[dict[str, Any]] = []
     for tag in open_clip.list_pretrained_tags_by_model(name):
         config = open_clip.get_pretrained_cfg(name, tag)
@@ -42,7 +42,7 @@ def published_preprocess(open_clip: Any, name: str, overrides: Mapping[str, Any]
 
 
 def failure(name: str, source: str | None, error: Exception) -> str:
-    """What to tell a user whose weights could not be loaded."""
+    """The message for weights that could not be loaded."""
     reason = first_line(error)
     if source is not None and Path(source).is_file():
         return (
@@ -62,6 +62,6 @@ def failure(name: str, source: str | None, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Kind of an error and the first line of its message."""
+    """The type of an error and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -1,4 +1,4 @@
-"""Texts that are longer than an encoder reads: named in a warning, and refused where their vectors would be equal."""
+"""Check of texts longer than an encoder reads: a warning, or an error if their embeddings would be equal."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from captum_concepts.errors import InputError, InputWarning, listing, shortened
 
 
 def check_length(tokenizer: Any, texts: Sequence[str], tokens: Tensor) -> None:
-    """Warn of texts that are cut, and refuse different texts that are equal as far as they are read.
+    """Warn of truncated texts, and refuse different texts that are equal after truncation.
 
     Args:
-        tokenizer: what made ``tokens``: open_clip's, transformers', or any function of a list of texts.
-        texts: as they were given to it.
+        tokenizer: the tokenizer that returned ``tokens``, of open_clip or transformers, or any function of a list of
+            texts.
+        texts: the tokenized texts.
         tokens: ``(T, context_length)``.
 
     Raises:
-        InputError: two different texts have the same tokens, because they are cut.
+        InputError: two different texts have the same tokens because of truncation.
     """
     length = tokens.shape[1]
-    # A character is at most four tokens, so most texts need no second look.
+    # A character has at most four tokens, so most texts need no further check.
     long = [text for text in dict.fromkeys(texts) if 4 * len(text) + 2 > length and _is_cut(tokenizer, text, length)]
     if not long:
         return

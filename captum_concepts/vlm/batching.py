@@ -1,4 +1,4 @@
-"""How many images an encoder embeds fastest at a time: measured on its own device, once."""
+"""The fastest batch size of an encoder, measured on its device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from captum_concepts._memory import out_of_memory
 
 _MOST = {"cpu": 64, "cuda": 512, "mps": 128}
-#: A larger batch is preferred unless a smaller one is faster by this factor: its passes have less overhead elsewhere.
+#: A larger batch is preferred unless a smaller one is faster by this factor, because it has less overhead elsewhere.
 _CLEARLY = 1.1
 _REPEATS = 3
 
@@ -25,15 +25,15 @@ def trial_batch_size(
 ) -> int:
     """The batch size, a power of 2, with the least time per image.
 
-    On a CPU small batches are often twice as fast, because their activations stay in the cache; an accelerator wants
-    large ones. Batches of 1, 2, 4, ... are run until two in a row are clearly slower per image than an earlier one, one
-    does not fit into memory, or the time is up. Of a few short runs of each the shortest counts: what else the machine
-    does can only make one longer.
+    Batches of 1, 2, 4, ... are run until two in a row are clearly slower per image than an earlier one, one does not
+    fit into memory, or the time is up. The shortest of a few runs counts, because other load can only slow a run down.
+    On a CPU small batches are often twice as fast, because their activations stay in the cache; accelerators prefer
+    large ones.
 
     Args:
-        run: embeds so many images.
-        device: where it runs; its queue is waited for.
-        seconds: after which no larger batch is tried.
+        run: embeds the given number of images.
+        device: where it runs; it is synchronized before each time is read.
+        seconds: time after which no larger batch is tried.
         clock: for tests.
 
     >>> clock = iter([0, 0.9, 1, 1.9, 2, 2.9, 3, 3.2, 4, 4.2, 5, 5.2, 6, 7.9, 8, 9.9, 10, 11.9, 12, 16, 17, 21, 22, 26])
@@ -45,7 +45,7 @@ def trial_batch_size(
     begun, spent = None, 0.0
     while size <= _MOST.get(device.type, 64) and slower < 2:
         try:
-            run(size)  # the first pass of a size allocates and compiles: convolutions on a CPU do for each
+            run(size)  # the first pass of a size allocates and compiles
             _wait(device)
             shortest = float("inf")
             for _ in range(_REPEATS):

@@ -1,9 +1,7 @@
-"""`DenseRegions`: embeddings of all grid cells from one forward pass, instead of one per visual prompt; and
-`AdaptiveRegions`, which draws the prompts of some cells and takes that pass for the others.
+"""`DenseRegions` embeds all grid cells in one forward pass; `AdaptiveRegions` draws visual prompts of some cells only.
 
-The idea is MaskCLIP's: a tower that pools its positions by attention already computes, for each position, what it would
-contribute to the embedding. Here that is *what the tower's own pooling returns for a feature map that contains the
-features of one position only*: for attention pooling its value path, for average pooling the projected feature.
+As in MaskCLIP, a position's embedding is the output of the tower's own pooling for a feature map that contains the
+features of that position only. For attention pooling this is the value path, for average pooling the projected feature.
 """
 
 from __future__ import annotations
@@ -23,28 +21,28 @@ from captum_concepts.errors import InputError, listing
 from captum_concepts.vlm.region_prompt import RegionPrompt, check_grid
 
 ATTENTIONS = ("value", "qq", "kk")
-#: A position is an outlier if its norm is so many (scaled) median deviations above the median.
+#: Number of (scaled) median absolute deviations above the median at which a position's norm makes it an outlier.
 _OUTLIER = 5.0
 
 
 @dataclass(frozen=True)
 class DenseRegions:
-    """The cells of a grid, embedded in one forward pass per image; stands wherever a :class:`RegionPrompt` does.
+    """The cells of a grid, embedded in one forward pass per image; can replace a :class:`RegionPrompt` anywhere.
 
-    The encoder is asked for ``encode_regions(images, grid) -> (N, h*w, D)``, as
-    :class:`~captum_concepts.vlm.OpenCLIPEncoder` has it.
+    The encoder must have ``encode_regions(images, grid) -> (N, h*w, D)``, as
+    :class:`~captum_concepts.vlm.OpenCLIPEncoder` does.
 
     Args:
-        grid: rows and columns (h, w), or one number for both. The tower's own positions are averaged to it, or
-            interpolated where it is finer.
-        attention: for towers that read a class token (CLIP's ViT): what a position of the last block attends to.
+        grid: rows and columns (h, w), or one number for both. The tower's positions are averaged to the grid, or
+            interpolated if the grid is finer.
+        attention: what a position of the last block attends to, for towers that read a class token (CLIP's ViT).
             ``"value"``: itself only (MaskCLIP); ``"qq"``, ``"kk"``: positions of similar queries (ClearCLIP) or keys
-            (NACLIP). Without the residual connection and the MLP, as in ClearCLIP.
-        remove_outliers: for these towers: replace positions of extreme norm, which carry global information like
+            (NACLIP). The residual connection and the MLP are omitted, as in ClearCLIP.
+        remove_outliers: for these towers, replace positions of extreme norm, which carry global information like
             registers, by the mean of their neighbors before the last block.
 
     Raises:
-        InputError: a value outside what is listed above.
+        InputError: a value not listed above.
 
     Example:
         >>> from captum_concepts import demo
@@ -73,7 +71,7 @@ class DenseRegions:
 
     @property
     def kind(self) -> str:
-        """ "dense"."""
+        """The string ``"dense"``."""
         return "dense"
 
     def __len__(self) -> int:
@@ -85,10 +83,10 @@ class DenseRegions:
         return {"kind": self.kind, **dataclasses.asdict(self), "grid": list(self.grid)}
 
     def encode(self, encoder: Any, images: Tensor) -> Tensor:
-        """Ask ``encoder`` for the embeddings of all cells.
+        """The embeddings of all cells from ``encoder.encode_regions``.
 
         Returns:
-            ``(N, h*w, D)``, cells row by row, not normalized.
+            ``(N, h*w, D)``, cells in row-major order, not normalized.
 
         Raises:
             InputError: the encoder has no ``encode_regions``, or it returns another shape.
@@ -112,18 +110,18 @@ class DenseRegions:
 class AdaptiveRegions:
     """Visual prompts of the cells that differ most from the rest of their image; the other cells share one pass.
 
-    Most cells of a photograph show background, whose prompts say nearly the same. One pass gives each cell a first
-    embedding: that of :class:`DenseRegions` where the encoder has them, otherwise that of the whole image. The
-    ``regions_per_image`` cells whose first embedding is farthest from the mean of their image (without dense regions:
+    Most cells of a photograph show background, whose prompts have nearly equal embeddings. One pass assigns each cell a
+    first embedding, that of :class:`DenseRegions` if the encoder supports them, otherwise that of the whole image. The
+    ``regions_per_image`` cells whose first embedding is farthest from the mean of their image (without dense regions,
     whose mean color is farthest from the image's median color) are then drawn and embedded. The other cells keep their
-    first embedding, shifted by the mean difference of the two in the drawn cells.
+    first embedding, shifted by the mean difference of the two embeddings over the drawn cells.
 
     Args:
-        prompt: how a cell is drawn, and the grid.
-        regions_per_image: cells of each image that are drawn; the encoder makes one pass more.
+        prompt: the grid and how a cell is drawn.
+        regions_per_image: number of cells drawn per image; the encoder makes one more pass.
 
     Raises:
-        InputError: not a :class:`RegionPrompt`, or not a whole number from 1 to its number of cells.
+        InputError: not a :class:`RegionPrompt`, or not an integer from 1 to its number of cells.
 
     Example:
         >>> from captum_concepts import demo
@@ -144,7 +142,7 @@ class AdaptiveRegions:
 
     @property
     def kind(self) -> str:
-        """ "adaptive"."""
+        """The string ``"adaptive"``."""
         return "adaptive"
 
     @property
@@ -164,7 +162,7 @@ class AdaptiveRegions:
         """The embeddings of all cells, from ``regions_per_image + 1`` calls of the encoder with one view per image.
 
         Returns:
-            ``(N, h*w, D)``, cells row by row; those of drawn cells have unit length.
+            ``(N, h*w, D)``, cells in row-major order; those of drawn cells have unit length.
         """
         first, differs = self._first(encoder, images)
         rows = torch.arange(len(images), device=images.device)
@@ -176,11 +174,11 @@ class AdaptiveRegions:
         return (first + shift).scatter(1, where, drawn)
 
     def _first(self, encoder: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit embeddings ``(N, h*w, D)`` from one pass, and ``(N, h*w)`` how much a cell differs from its image."""
+        """Unit embeddings ``(N, h*w, D)`` from one pass, and the distance ``(N, h*w)`` of each cell from its image."""
         try:
             first = F.normalize(DenseRegions(self.grid).encode(encoder, images).float(), dim=2)
             return first, (first - first.mean(1, keepdim=True)).norm(dim=2)
-        except InputError:  # no encode_regions, or not for its tower
+        except InputError:  # no encode_regions, or an unsupported tower
             pass
         whole = F.normalize(encoder.encode_image(images).float(), dim=1)
         colors = resized(images.float(), self.grid).flatten(2)
@@ -196,8 +194,9 @@ def regions_from_dict(values: Any, *, complete: bool = True) -> Regions:
     """The :class:`RegionPrompt`, :class:`DenseRegions` or :class:`AdaptiveRegions` that ``as_dict`` described.
 
     Args:
-        values: the settings by name; ``"kind": "dense"`` for :class:`DenseRegions`.
-        complete: refuse to fill in a missing one with its default.
+        values: the settings by name; ``"kind"`` is ``"dense"`` for :class:`DenseRegions` and ``"adaptive"`` for
+            :class:`AdaptiveRegions`.
+        complete: refuse missing settings instead of using their defaults.
 
     Raises:
         InputError: an unknown or missing setting, or a value that is not allowed.
@@ -219,12 +218,12 @@ def regions_from_dict(values: Any, *, complete: bool = True) -> Regions:
 
 @dataclass(frozen=True)
 class Tower:
-    """An image tower as dense embeddings need it.
+    """The two parts of an image tower that dense embeddings need.
 
     Args:
-        features: ``pixels -> (N, h, w, C)``: features by position, before pooling; for a tower with a class token the
-            output of the changed last block.
-        pool: ``(M, C) -> (M, D)``: the tower's pooling and projection of feature maps that contain one position.
+        features: ``pixels -> (N, h, w, C)``, the features per position before pooling; for a tower with a class token
+            the output of the modified last block.
+        pool: ``(M, C) -> (M, D)``, the tower's pooling and projection of feature maps with a single position.
     """
 
     features: Callable[[Tensor], Tensor]
@@ -240,17 +239,17 @@ def encode_cells(tower: Tower, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """``(N, C, h, w)`` averaged over the cells of a coarser grid, bilinear in a finer one."""
+    """``(N, C, h, w)`` averaged over the cells of a coarser grid, or interpolated bilinearly to a finer one."""
     h, w = (min(size, side) for size, side in zip(grid, maps.shape[2:], strict=True))
     maps = F.adaptive_avg_pool2d(maps, (h, w))
     return maps if (h, w) == grid else F.interpolate(maps, grid, mode="bilinear", align_corners=False)
 
 
 def without_outliers(tokens: Tensor) -> Tensor:
-    """``(N, h, w, C)`` with positions of extreme norm replaced by the mean of their ordinary neighbors.
+    """``(N, h, w, C)`` with positions of extreme norm replaced by the mean of their other neighbors.
 
-    A position is extreme if its norm exceeds the image's median by five median absolute deviations (times 1.4826) and
-    by half of it.
+    A norm is extreme if it exceeds the image's median by five median absolute deviations (times 1.4826) and also by
+    half of the median.
     """
     norm = tokens.float().norm(dim=3)
     flat = norm.flatten(1)
@@ -271,7 +270,7 @@ def without_outliers(tokens: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attention: str) -> Tensor:
-    """``(N, L, C)``: what each position reads, ``(N, heads, L, d)`` given: its own value, or those of similar ones."""
+    """``(N, L, C)`` attention outputs of ``(N, heads, L, d)``: each position's own value, or those of similar ones."""
     if attention == "value":
         out = v
     else:
@@ -281,21 +280,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attention: str) -> Tensor:
 
 
 def multihead_projections(attention: nn.MultiheadAttention, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``(N, heads, L, d)`` of a module with a joint projection."""
+    """Queries, keys and values ``(N, heads, L, d)`` of a module with one joint projection."""
     joint = F.linear(tokens, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in joint.chunk(3, dim=2))
     return q, k, v
 
 
 class LastBlock:
-    """Reads the input of a block while a tower runs, without changing the tower."""
+    """Captures the input of a block during a forward pass, without changing the tower."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.tokens: Tensor | None = None
 
     def run(self, function: Callable[[Tensor], Any], pixels: Tensor) -> Tensor:
-        """The tokens ``(N, L, C)`` that the block gets when ``function(pixels)`` runs; the block itself is not run."""
+        """The block's input tokens ``(N, L, C)`` in ``function(pixels)``; the block itself is not run."""
 
         def keep(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], _output: None) -> None:
             self.tokens = args[0] if args else keywords["hidden_states"]
@@ -330,10 +329,10 @@ def class_token_tower(
 
     Args:
         block: the last block.
-        run: the tower up to it, at least.
-        grid: rows and columns of the patches of some pixels.
+        run: runs the tower at least up to this block.
+        grid: from pixels to the rows and columns of their patches.
         prefix: tokens before the patches.
-        project: ``(tokens of all positions, attention) -> (N, L, C)``, the block's attention, changed.
+        project: ``(tokens of all positions, attention) -> (N, L, C)``, the block's modified attention.
         pool: see :class:`Tower`.
         attention, remove_outliers: see :class:`DenseRegions`.
     """
@@ -356,7 +355,7 @@ def class_token_tower(
 
 
 def needs_class_token(attention: str, what: str) -> None:
-    """Refuse a choice that has no meaning for a tower without a class token."""
+    """Refuse ``attention`` other than "value" for a tower without a class token."""
     if attention != "value":
         raise InputError(
             f"attention={attention!r} is for towers that read a class token; {what} pools all positions, so only "

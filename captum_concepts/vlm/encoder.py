@@ -1,4 +1,4 @@
-"""`ImageTextEncoder`: what this package asks of a vision-language model."""
+"""`ImageTextEncoder`: the interface that a vision-language model must implement."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from captum_concepts.errors import InputError
 
 @runtime_checkable
 class ImageTextEncoder(Protocol):
-    """Any object with two methods and two numbers: images and texts into one space of D dimensions.
+    """Any object that embeds images and texts into one D-dimensional space and has a logit scale and bias.
 
     The score of a text for an image is ``logit_scale * cos(image, text) + logit_bias``; a softmax over texts turns it
     into probabilities for models trained like CLIP, a sigmoid for models trained like SigLIP. Embeddings need not have
-    unit length. :class:`captum_concepts.vlm.OpenCLIPEncoder` is one; so is anything else of this shape.
+    unit length. :class:`captum_concepts.vlm.OpenCLIPEncoder` implements this protocol.
 
     Attributes:
         logit_scale: factor of the cosine, already exponentiated (100 for OpenAI's CLIP).
@@ -55,14 +55,14 @@ class ImageTextEncoder(Protocol):
 
 
 def check_encoder(encoder: Any, *, words: bool = False) -> None:
-    """Refuse what is not an :class:`ImageTextEncoder`, before any work.
+    """Raise an error if ``encoder`` is not an :class:`ImageTextEncoder`, before any work.
 
     Args:
-        encoder: what was given as one.
-        words: whether texts will be embedded too.
+        encoder: the object to check.
+        words: whether texts will also be embedded.
 
     Raises:
-        InputError: names the missing methods; a model of transformers is referred to ``vlm.from_transformers``. Or the
+        InputError: methods are missing (for a model of transformers the message names ``vlm.from_transformers``), the
             logit scale or bias is not a number, or the weights are not loaded.
     """
     if isinstance(encoder, type):

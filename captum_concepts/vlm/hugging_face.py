@@ -17,20 +17,20 @@ from captum_concepts.vlm.towers import Tower, transformers_tower
 def from_transformers(
     model: Any, processor: Any, *, templates: Sequence[str] | None = None, text_batch_size: int = 256
 ) -> OpenCLIPEncoder:
-    """A model of the ``transformers`` library as an encoder of this package.
+    """An encoder from a model of the ``transformers`` library.
 
     Args:
         model: a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, or another with ``get_image_features``,
-            ``get_text_features`` and ``logit_scale``. It is frozen and put into evaluation mode.
-        processor: what ``AutoProcessor.from_pretrained`` returns for it: an object with an ``image_processor`` (its
-            size, mean, standard deviation and interpolation are taken over) and a ``tokenizer``.
+            ``get_text_features`` and ``logit_scale``. It is frozen and set to evaluation mode.
+        processor: the model's ``AutoProcessor.from_pretrained``, an object with an ``image_processor`` (whose size,
+            mean, standard deviation and interpolation are used) and a ``tokenizer``.
         templates, text_batch_size: see :class:`~captum_concepts.vlm.OpenCLIPEncoder`.
 
     Returns:
-        An encoder with all that :class:`~captum_concepts.vlm.OpenCLIPEncoder` has, dense regions included.
+        An :class:`~captum_concepts.vlm.OpenCLIPEncoder` with all its features, including dense regions.
 
     Raises:
-        InputError: something else than such a model and processor.
+        InputError: not such a model and processor.
 
     Example::
 
@@ -52,7 +52,7 @@ def from_transformers(
             f"processor {type(processor).__name__} must have an image_processor and a tokenizer, as "
             "AutoProcessor.from_pretrained returns it"
         )
-    # CLIP reads up to the end of the text, and SigLIP was trained with its padding; others must not read theirs.
+    # CLIP reads up to the end of the text, and SigLIP was trained with padding; for others padding must be masked.
     own = str(getattr(model.config, "model_type", "")).startswith(("clip", "siglip"))
     adapter = _Adapter(model.requires_grad_(False), None if own else getattr(parts[1], "pad_token_id", None))
     length = min(model.config.text_config.max_position_embeddings, getattr(parts[1], "model_max_length", math.inf))
@@ -62,8 +62,6 @@ def from_transformers(
 
 
 class _Tokenizer:
-    """Texts to ids of one length."""
-
     def __init__(self, tokenizer: Any, context_length: int) -> None:
         self.tokenizer, self.context_length = tokenizer, context_length
 
@@ -76,13 +74,13 @@ class _Tokenizer:
 
 
 class _Adapter(nn.Module):
-    """A model of transformers with the methods of an open_clip model."""
+    """A transformers model with the methods of an open_clip model."""
 
     def __init__(self, model: Any, padding: int | None = None) -> None:
         super().__init__()
         self.model, self.padding = model, padding
         embeddings = getattr(model.vision_model, "embeddings", None)
-        #: Side of a patch for models that take patches of images of any aspect ratio (SigLIP 2, "NaFlex").
+        #: Patch size of models that take patches of images of any aspect ratio (SigLIP 2, "NaFlex"), otherwise None.
         naflex = isinstance(getattr(embeddings, "patch_embedding", None), nn.Linear)
         self.patch_size: int | None = int(model.config.vision_config.patch_size) if naflex else None
 
@@ -121,12 +119,12 @@ class _Adapter(nn.Module):
 
 
 def _pooled(found: Any) -> Tensor:
-    """Older versions of transformers return the embedding, newer ones an object that contains it."""
+    """The embedding, which newer versions of transformers return inside an object."""
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
 def _preprocessing(processor: Any, patch_size: int | None) -> dict[str, Any]:
-    """The settings of an image processor as those of :class:`OpenCLIPEncoder`."""
+    """The settings of an image processor as ``preprocess`` of :class:`OpenCLIPEncoder`."""
     found: dict[str, Any] = {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
     given = getattr(processor, "resample", None)
     resample = 3 if given is None else int(given)

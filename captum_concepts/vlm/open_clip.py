@@ -1,4 +1,4 @@
-"""`OpenCLIPEncoder`: every open_clip model as an :class:`ImageTextEncoder`. The only file that imports open_clip."""
+"""`OpenCLIPEncoder`: any open_clip model as an :class:`ImageTextEncoder`. Only this file imports open_clip."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 class OpenCLIPEncoder(nn.Module):
-    """An open_clip model as a frozen vision-language encoder: tensors in, embeddings out.
+    """An open_clip model as a frozen vision-language encoder of image tensors and texts.
 
-    Images are RGB tensors in [0, 1] of any size; they are resized, cropped and normalized as the model's own PIL
-    transform does (bicubic or bilinear with anti-aliasing; "shortest", "longest" or "squash"), within 2/255 of its
-    result before normalization: PIL rounds to 8 bits between its two passes, tensors do not. (Pillow 13 and later take
-    the passes in the other order for some images squashed in height; a few pixels at hard edges then differ by more.)
-    So the same batch feeds a classifier and this encoder.
+    Images are RGB tensors in [0, 1] of any size, so the same batch can be passed to a classifier and this encoder. They
+    are resized, cropped and normalized as by the model's own PIL transform (bicubic or bilinear with anti-aliasing;
+    "shortest", "longest" or "squash"). Before normalization the result is within 2/255 of PIL's, which rounds to 8 bits
+    between its two passes. (Pillow 13 and later swap the passes for some images squashed in height; a few pixels at
+    hard edges then differ by more.)
 
-    The encoder is frozen and always in evaluation mode. ``encode_image`` follows autograd's mode: gradients flow to
-    ``images`` (or to a hooked layer) where they ask for them, and none is ever kept on the weights. It is an
-    ``nn.Module`` whose ``forward`` is ``encode_image``, so it can be explained like any network, with layers such as
+    The encoder is frozen and always in evaluation mode. ``encode_image`` respects autograd's mode: gradients flow to
+    ``images`` (or to a hooked layer) that require them, never to the weights. The encoder is an ``nn.Module`` whose
+    ``forward`` is ``encode_image``, so it can be explained like any network, with layers such as
     ``"model.visual.transformer.resblocks.10"``.
 
     Args:
         model: an open_clip model (``CLIP``, ``CustomTextCLIP``, ``CoCa``), or any module with ``encode_image``,
-            ``encode_text`` and ``logit_scale`` (a logarithm, as open_clip keeps it).
+            ``encode_text`` and ``logit_scale`` (a logarithm, as in open_clip).
         tokenizer: maps a list of strings to token ids ``(T, context_length)``.
         preprocess: ``size`` (int or (H, W)), ``mean``, ``std``, ``interpolation`` ("bicubic" or "bilinear"),
             ``resize_mode`` ("shortest", "longest", "squash", or "patches" with ``max_patches``) and ``fill_color``;
-            what is missing comes from ``model.visual.preprocess_cfg``, where open_clip's factory leaves it.
-        templates: texts with ``{}``, for example ``("a photo of a {}.", "a picture of a {}.")``. A text is then the
-            normalized mean of its unit embeddings in the templates; with None it is embedded as it is.
-        text_batch_size: texts embedded at a time.
+            missing keys come from ``model.visual.preprocess_cfg``, which open_clip's factory sets.
+        templates: texts with ``{}``, for example ``("a photo of a {}.", "a picture of a {}.")``. The embedding of a
+            text is then the normalized mean of its unit embeddings in the templates; None embeds the text unchanged.
+        text_batch_size: texts per forward pass.
 
     Raises:
-        InputError: a wrong template, or a preprocessing that is unknown.
+        InputError: an invalid template, or unknown preprocessing.
 
     Example:
         >>> import torch
@@ -98,27 +98,27 @@ class OpenCLIPEncoder(nn.Module):
         text_batch_size: int = 256,
         **options: Any,
     ) -> OpenCLIPEncoder:
-        """Build an open_clip model with pretrained weights.
+        """The encoder of an open_clip model with pretrained weights.
 
         Args:
             name: a model of ``open_clip.list_models()`` such as "ViT-B-32"; or "hf-hub:org/repo"; or
                 "local-dir:/path", a folder with ``open_clip_config.json`` and weights.
             pretrained: a tag such as "laion2b_s34b_b79k" (downloaded once, then cached), or a local file:
-                ``.safetensors``, or a state dict in ``.pt``/``.bin``/``.pth``, which is never unpickled into code
-                (``weights_only=True``). Leave None with "hf-hub:" and "local-dir:", which bring their weights;
-                with a plain name None means random weights, and a warning.
-            device: where the model goes.
-            precision: open_clip's word: "fp32", "fp16", "bf16", "pure_fp16", "pure_bf16".
+                ``.safetensors``, or a state dict in ``.pt``/``.bin``/``.pth``, which is loaded without executing code
+                (``weights_only=True``). Leave None with "hf-hub:" and "local-dir:", which include weights; with a plain
+                name None means random weights, and a warning.
+            device: device of the model.
+            precision: as in open_clip, "fp32", "fp16", "bf16", "pure_fp16" or "pure_bf16".
             templates: see the class.
-            preprocess: overrides of the preprocessing. For a local file it is that of the model's published weights;
-                where those differ among themselves, open_clip's default is taken with a warning.
-            tokenizer: instead of the model's own (some of open_clip's, SigLIP's for one, are downloaded).
+            preprocess: overrides of the preprocessing. A local file uses that of the model's published weights, or, if
+                those differ from each other, open_clip's default with a warning.
+            tokenizer: replaces the model's own (open_clip downloads some of them, for example SigLIP's).
             text_batch_size: see the class.
             options: passed to ``open_clip.create_model``, for example ``cache_dir`` or ``force_quick_gelu``.
 
         Raises:
-            InputError: an unknown model, tag or file (the nearest known names are listed).
-            ArtifactError: weights that cannot be fetched, read, or do not fit the model.
+            InputError: an unknown model, tag or file (the message suggests the nearest names).
+            ArtifactError: the weights cannot be downloaded or read, or do not fit the model.
         """
         import open_clip
 
@@ -164,12 +164,12 @@ class OpenCLIPEncoder(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """Factor of the cosine, exponentiated."""
+        """The factor of the cosine, exponentiated."""
         return float(self.model.logit_scale.detach().float().exp())
 
     @property
     def logit_bias(self) -> float:
-        """Added to the scaled cosine; 0 where the model has none."""
+        """The bias added to the scaled cosine; 0 if the model has none."""
         bias = getattr(self.model, "logit_bias", None)
         return 0.0 if bias is None else float(bias.detach())
 
@@ -180,19 +180,19 @@ class OpenCLIPEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = self.model.logit_scale.device
         return device
 
     @property
     def image_dtype(self) -> torch.dtype:
-        """What the image tower takes: the type of its first convolution, or of its first weight matrix."""
+        """The dtype of the image tower's input, that of its first convolution or else its first weight matrix."""
         visual = self.model.visual
         convolutions = (m.weight.dtype for m in visual.modules() if isinstance(m, nn.Conv2d))
         return next(convolutions, next((p.dtype for p in visual.parameters() if p.ndim > 1), torch.float32))
 
     def transform(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Resize, crop and normalize RGB images in [0, 1] the way the model was trained.
+        """RGB images in [0, 1], resized, cropped and normalized as in the model's training.
 
         Args:
             images: ``(N, 3, H, W)``, or a list of ``(3, H, W)`` of any sizes.
@@ -210,7 +210,7 @@ class OpenCLIPEncoder(nn.Module):
         return resize_and_normalize(check_images(images), self.preprocess)
 
     def encode_image(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Embed images; see :meth:`transform` for what is taken.
+        """Embeddings of images; see :meth:`transform` for the accepted inputs.
 
         Returns:
             ``(N, D)`` float32, not normalized, on the device of the weights.
@@ -220,10 +220,10 @@ class OpenCLIPEncoder(nn.Module):
         return embedding.float()
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """:meth:`encode_image`, as explainers of the encoder's own layers call it.
+        """:meth:`encode_image`, called when the encoder's own layers are explained.
 
         Warns:
-            InputWarning: the transform cuts parts of the images off, so that maps of a layer do not cover the image.
+            InputWarning: the transform crops the images, so maps of a layer do not cover the whole image.
         """
         if isinstance(images, Tensor) and images.ndim == 4 and self.preprocess["resize_mode"] == "shortest":
             (h, w), (height, width) = self.preprocess["size"], images.shape[2:]
@@ -245,16 +245,15 @@ class OpenCLIPEncoder(nn.Module):
         attention: str = "value",
         remove_outliers: bool = True,
     ) -> Tensor:
-        """Embed all cells of a grid in one forward pass; see :class:`~captum_concepts.vlm.DenseRegions`.
+        """Embeddings of all cells of a grid from one forward pass; see :class:`~captum_concepts.vlm.DenseRegions`.
 
-        The whole image is seen: where the model's transform would cut its border off, it is squashed instead, so that
-        the cells are those of the image.
+        If the model's transform would crop the image, it is squashed instead, so that the grid covers the whole image.
 
         Returns:
-            ``(N, h*w, D)`` float32, not normalized, cells row by row.
+            ``(N, h*w, D)`` float32, not normalized, cells in row-major order.
 
         Raises:
-            InputError: an image tower of unknown structure, or an option that has no meaning for it.
+            InputError: an image tower of unknown structure, or an option that does not apply to it.
         """
         regions = DenseRegions(grid, attention=attention, remove_outliers=remove_outliers)
         options: dict[str, Any] = {"attention": regions.attention, "remove_outliers": remove_outliers}
@@ -267,13 +266,13 @@ class OpenCLIPEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts, in the templates if there are any.
+        """Embeddings of texts, filled into the templates if there are any.
 
         Returns:
             ``(T, D)`` float32 on the device of the weights; unit length with templates, else as the model returns it.
 
         Raises:
-            InputError: no texts, or something that is not a list of strings.
+            InputError: no texts, or not a list of strings.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"texts must be a list of strings, got {texts!r}")
@@ -293,12 +292,12 @@ class OpenCLIPEncoder(nn.Module):
         return torch.cat(parts)
 
     def train(self, mode: bool = True) -> OpenCLIPEncoder:
-        """Do nothing: a frozen encoder stays in evaluation mode, also inside a model that is being trained."""
+        """Do nothing; a frozen encoder stays in evaluation mode, even inside a model in training."""
         del mode
         return self
 
     def extra_repr(self) -> str:
-        """Shown by ``print``."""
+        """The settings shown by ``print``."""
         return f"preprocess={json.dumps(self.preprocess)}, templates={self.templates}, probability={self.probability!r}"
 
 
@@ -312,7 +311,7 @@ def _check_templates(templates: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def tower_names(tower: nn.Module) -> Iterator[str]:
-    """The names of open_clip's models whose image tower has the sizes of ``tower``; its weights are not compared."""
+    """The names of open_clip's models whose image tower has the sizes of ``tower``; weights are not compared."""
     import open_clip
 
     stem = getattr(tower, "conv1", None)
@@ -339,7 +338,7 @@ def build_tower(name: str) -> nn.Module:
     import open_clip
 
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # open_clip would warn that the weights are random: they are replaced
+    logging.disable(logging.WARNING)  # silences the warning about random weights, which are replaced
     try:
         return open_clip.create_model(name, load_weights=False).visual
     finally:

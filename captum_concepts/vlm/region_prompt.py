@@ -1,4 +1,4 @@
-"""`RegionPrompt`: one visual prompt per region, which makes a vision-language model describe that region."""
+"""`RegionPrompt`: one visual prompt per region, which directs a vision-language model to that region."""
 
 from __future__ import annotations
 
@@ -24,62 +24,62 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "white": (1.0, 1.0, 1.0),
     "black": (0.0, 0.0, 0.0),
 }
-#: The paper's image side, to which its radius of 32 and its line of 2 pixels belong.
+#: The paper's image side, at which the radius is 32 and the line width 2 pixels.
 PAPER_SIZE = 224
-#: Most rows, and most columns, of a grid: finer ones would be a mistake, or a forged file.
+#: Maximum rows and columns of a grid; larger values indicate a mistake or a forged file.
 FINEST_GRID = 256
-#: The largest radius, line width and blur, likewise.
+#: Maximum radius, line width and blur, for the same reason.
 MOST_PIXELS = 10_000
-#: Settings of stored prompts that are called otherwise now.
+#: Settings of stored prompts that were renamed.
 _EARLIER_NAMES = {"colour": "color"}
-_RADIUS, _WIDTH, _SIGMA = 32.0, 2.0, 12.0  # the blur: enough to lose a texture, not the layout
+_RADIUS, _WIDTH, _SIGMA = 32.0, 2.0, 12.0  # the blur removes textures but not the layout
 
 
 @dataclass(frozen=True)
 class RegionPrompt:
-    """Visual prompts of the cells of a grid: the image, marked at one cell after another (SALF-CBM, Algorithm 1).
+    """Visual prompts of the cells of a grid, one marked copy of the image per cell (SALF-CBM, Algorithm 1).
 
-    Three kinds of marks:
+    There are three kinds of prompts:
 
     - ``"circle"``: a red line around the center of the cell, for encoders that react to it (CLIP does). The rest of the
       image stays visible, so the encoder keeps the context.
     - ``"crop"``: the window around the center, enlarged to the size of the image; for every encoder. The window has the
-      image's aspect ratio; its half side along the image's shorter side is ``radius``. Where it crosses the border, the
-      border's pixels are repeated (``border="replicate"``), or it is moved inside the image (``"shift"``).
+      image's aspect ratio, and ``radius`` is half its extent along the image's shorter side. If it crosses the border,
+      the border's pixels are repeated (``border="replicate"``), or it is moved inside the image (``"shift"``).
     - ``"blur"``: everything outside the circle is blurred (Gaussian).
 
     Coordinates are continuous: pixel (i, j) covers [i, i+1] x [j, j+1], and its center is (i + 0.5, j + 0.5). Lines and
-    edges are anti-aliased: a pixel takes the color by the fraction of it that the line covers,
-    ``clip(min(d + 1/2, r + w/2) - max(d - 1/2, r - w/2), 0, 1)``, where d is the distance of the two centers. What
-    crosses the image's border is cut off.
+    edges are anti-aliased. The line's color is blended in by the fraction of the pixel that the line covers,
+    ``clip(min(d + 1/2, r + w/2) - max(d - 1/2, r - w/2), 0, 1)``, where d is the distance of the two centers. Lines are
+    clipped at the image's border.
 
-    Three placements of an h x w grid on an H x W image (rows; columns likewise):
+    There are three placements of an h x w grid on an H x W image (given for rows; columns are analogous):
 
-    - ``"paper"``: ``i * floor(H / (h - 1))``: 0, 37, ..., 222 for H=224, h=7; the outer circles are cut by the border.
-    - ``"inset"``: even from ``radius`` to ``H - radius``, so that no circle is cut (all in the middle if it is too
-      large).
-    - ``"cells"``: ``(i + 1/2) * H / h``, the centers of the cells of an h x w feature map, so that mark and feature
-      show the same part of the image. The default, because it finds concepts best.
+    - ``"paper"``: ``i * floor(H / (h - 1))``, i.e. 0, 37, ..., 222 for H=224, h=7; the border clips the outer circles.
+    - ``"inset"``: evenly spaced from ``radius`` to ``H - radius``, so that no circle is clipped (all are centered if
+      ``radius`` is too large).
+    - ``"cells"``: ``(i + 1/2) * H / h``, the centers of the cells of an h x w feature map, so that prompt and feature
+      show the same part of the image. This is the default because it finds concepts best.
 
-    A grid of 1 lies in the middle of the image in every placement.
+    A grid of size 1 is centered in the image in every placement.
 
     Args:
         kind: "circle", "crop" or "blur".
         grid: rows and columns (h, w), or one number for both.
-        radius: of the circle (to the middle of the line) in pixels; None stands for the paper's 32 at 224 px, scaled
-            with the shorter side of the image.
+        radius: of the circle (to the middle of the line) in pixels; None takes the paper's 32 at 224 px, scaled with
+            the shorter side of the image.
         placement: "paper", "inset" or "cells".
-        color: of the line: R, G, B in [0, 1], or "red", "green", "blue", "yellow", "white", "black".
-        width: of the line in pixels; None stands for the paper's 2 at 224 px, scaled likewise. Below one pixel the
-            line is drawn fainter.
-        blur_sigma: of the Gaussian in pixels; None stands for 12 at 224 px, scaled likewise.
-        border: what a crop does at the border: "replicate" or "shift".
-        reference_size: None takes ``radius``, ``width`` and ``blur_sigma`` as pixels of the image that is drawn on. A
-            number means that they belong to an image whose shorter side has so many pixels, and they are scaled with
+        color: of the line, as R, G, B in [0, 1], or "red", "green", "blue", "yellow", "white", "black".
+        width: of the line in pixels; None takes the paper's 2 at 224 px, scaled likewise. Below one pixel the line is
+            drawn fainter.
+        blur_sigma: of the Gaussian in pixels; None takes 12 at 224 px, scaled likewise.
+        border: how a crop is continued at the border, "replicate" or "shift".
+        reference_size: None interprets ``radius``, ``width`` and ``blur_sigma`` as pixels of the image that is drawn
+            on. With a number they are pixels of an image whose shorter side is ``reference_size`` and are scaled by
             ``min(H, W) / reference_size``: ``radius=32, reference_size=224`` draws radius 64 on 448 px.
 
     Raises:
-        InputError: a value outside what is listed above.
+        InputError: a value not listed above.
 
     Example:
         >>> prompt = RegionPrompt("circle", (7, 7), 32, placement="paper")
@@ -105,7 +105,7 @@ class RegionPrompt:
     border: str = "replicate"
     reference_size: int | None = None
 
-    # Written out, because dataclasses know keyword-only fields but not a normalized first argument as well.
+    # Written out, because dataclasses cannot combine keyword-only fields with normalized arguments.
     def __init__(
         self,
         kind: str = "circle",
@@ -158,7 +158,7 @@ class RegionPrompt:
         }
 
     def centers(self, H: int, W: int) -> Tensor:
-        """The centers (row, column) of the cells in pixels of an H x W image, row by row.
+        """The centers (row, column) of the cells in pixels of an H x W image, in row-major order.
 
         Returns:
             ``(h*w, 2)`` float32; ``.view(h, w, 2)`` is the grid.
@@ -171,7 +171,7 @@ class RegionPrompt:
         return torch.cartesian_prod(torch.tensor(rows), torch.tensor(columns)).reshape(-1, 2)
 
     def draw(self, x: Tensor) -> Tensor:
-        """Every image with every cell marked.
+        """The visual prompts of all cells of all images.
 
         Args:
             x: RGB images ``(N, 3, H, W)`` in [0, 1], floating point, on any device.
@@ -180,7 +180,7 @@ class RegionPrompt:
             ``(N, h*w, 3, H, W)`` of the dtype and on the device of ``x``; differentiable.
 
         Raises:
-            InputError: not a batch of RGB images in floating point.
+            InputError: not a floating-point batch of RGB images.
         """
         n = len(_check_images(x))
         cells = torch.arange(len(self), device=x.device).repeat(n)
@@ -188,14 +188,14 @@ class RegionPrompt:
         return self.draw_cells(x, which, cells).unflatten(0, (n, len(self)))
 
     def draw_cells(self, x: Tensor, images: Tensor, cells: Tensor) -> Tensor:
-        """Some of the visual prompts of :meth:`draw`, in any order: image ``images[b]`` with cell ``cells[b]`` marked.
+        """The visual prompts of :meth:`draw` for image ``images[b]`` and cell ``cells[b]``, in any order.
 
-        A loop over many cells thus needs memory for its own batch only.
+        A loop over many cells then needs memory for one batch only.
 
         Args:
             x: ``(N, 3, H, W)`` as in :meth:`draw`.
             images: ``(B,)`` integers in [0, N).
-            cells: ``(B,)`` integers in [0, h*w), counted row by row.
+            cells: ``(B,)`` integers in [0, h*w), in row-major order.
 
         Returns:
             ``(B, 3, H, W)``.
@@ -224,11 +224,11 @@ class RegionPrompt:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, complete: bool = True) -> RegionPrompt:
-        """The prompt that :meth:`as_dict` described, now or in an earlier version.
+        """The prompt that :meth:`as_dict` described, in this or an earlier version.
 
         Args:
             values: the settings by name.
-            complete: refuse to fill in a missing one with its default.
+            complete: refuse missing settings instead of using their defaults.
 
         Raises:
             InputError: an unknown or missing setting, or a value that is not allowed.
@@ -261,7 +261,7 @@ class RegionPrompt:
 @functools.lru_cache(maxsize=8)
 def _rings(prompt: RegionPrompt, height: int, width: int, device: torch.device) -> Rings:
     size = prompt.pixels(height, width)
-    with torch.inference_mode(False), torch.no_grad():  # the table is kept: it must not belong to one call's mode
+    with torch.inference_mode(False), torch.no_grad():  # the cached table must not depend on one call's mode
         centers = prompt.centers(height, width).to(device)
         return Rings.of(centers, size["radius"], size["width"], height, width)
 
@@ -277,7 +277,7 @@ def check_grid(grid: int | Sequence[int]) -> tuple[int, int]:
     """``grid`` as (rows, columns).
 
     Raises:
-        InputError: it is not one or two whole numbers from 1 to 256.
+        InputError: not one or two integers from 1 to 256.
     """
     found = (grid, grid) if isinstance(grid, int) else tuple(grid) if isinstance(grid, Sequence) else ()
     if len(found) != 2:

@@ -1,4 +1,4 @@
-"""Image towers as dense embeddings need them: open_clip's own ViT and ResNet, timm's trunks, Hugging Face's."""
+"""Image towers for dense embeddings: open_clip's own ViT and ResNet, timm trunks, and Hugging Face models."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from captum_concepts.vlm.dense import Tower, attend, class_token_tower, multihea
 
 
 def open_clip_tower(visual: Any, *, attention: str, remove_outliers: bool) -> Tower:
-    """The image tower ``model.visual``.
+    """The :class:`Tower` of open_clip's ``model.visual``.
 
     Raises:
-        InputError: a tower that is none of these; names the alternative.
+        InputError: an unknown tower; the message names the alternative.
     """
     options: dict[str, Any] = {"attention": attention, "remove_outliers": remove_outliers}
     if hasattr(visual, "trunk") and hasattr(visual, "head"):
@@ -41,7 +41,7 @@ def _vision_transformer(visual: Any, options: dict[str, Any]) -> Tower:
     block = visual.transformer.resblocks[-1]
 
     def pool(cells: Tensor) -> Tensor:
-        tokens = cells[:, None].expand(-1, 2, -1)  # in the place of the class token and of a patch
+        tokens = cells[:, None].expand(-1, 2, -1)  # as class token and as patch
         pooled = visual._pool(tokens)[0]
         return pooled if visual.proj is None else pooled @ visual.proj
 
@@ -49,7 +49,7 @@ def _vision_transformer(visual: Any, options: dict[str, Any]) -> Tower:
         height, width = visual.patch_size
         return pixels.shape[2] // height, pixels.shape[3] // width
 
-    if visual.attn_pool is not None:  # CoCa: a pooling by attention over the output of the last block
+    if visual.attn_pool is not None:  # CoCa: attention pooling over the output of the last block
         needs_class_token(options["attention"], "an attentional pooler")
 
         def features(pixels: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _vision_transformer(visual: Any, options: dict[str, Any]) -> Tower:
 
 
 def _attention_pooled(visual: Any, last: nn.Module, attention_pool: Any) -> Tower:
-    """ResNets of CLIP: attention over the positions of the last stage."""
+    """The tower of CLIP's ResNets, with attention over the positions of the last stage."""
 
     def features(pixels: Tensor) -> Tensor:
         x = visual.stem(pixels)
@@ -88,7 +88,7 @@ def _attention_pooled(visual: Any, last: nn.Module, attention_pool: Any) -> Towe
 
 
 def _positions(embedding: Tensor, height: int, width: int) -> Tensor:
-    """``(h, w, C)`` of an embedding ``(1 + h*w, C)`` whose first row belongs to the mean."""
+    """``(h, w, C)`` of a position embedding ``(1 + h*w, C)`` whose first row is for the mean."""
     if len(embedding) != 1 + height * width:
         raise InputError(f"{len(embedding) - 1} position embeddings do not fit a map of {height} x {width}")
     return embedding[1:].unflatten(0, (height, width))
@@ -97,7 +97,7 @@ def _positions(embedding: Tensor, height: int, width: int) -> Tensor:
 def _timm(visual: Any, options: dict[str, Any]) -> Tower:
     trunk, head = visual.trunk, visual.head
     pooling = getattr(head, "pool", None)
-    if pooling is not None:  # attention pooling of open_clip around a convolutional trunk
+    if pooling is not None:  # open_clip's attention pooling of a convolutional trunk
         needs_class_token(options["attention"], type(pooling).__name__)
         return _timm_attention_pool(trunk, head, pooling)
     prefix = int(getattr(trunk, "num_prefix_tokens", 0) or 0)
@@ -169,7 +169,7 @@ def _patch_grid(trunk: Any, pixels: Tensor, count: int | None) -> tuple[int, int
 
 def _timm_attention_pool(trunk: Any, head: Any, pooling: Any) -> Tower:
     embedding: Any = getattr(pooling, "pos_embed", None)
-    learned = isinstance(embedding, nn.Parameter)  # a rotary one concerns queries and keys only
+    learned = isinstance(embedding, nn.Parameter)  # a rotary embedding affects only queries and keys
 
     def features(pixels: Tensor) -> Tensor:
         x = trunk.forward_features(pixels)
@@ -197,11 +197,11 @@ def _last_third(part: Tensor | None) -> Any:
 def transformers_tower(
     model: Any, inputs: Callable[[Tensor], dict[str, Tensor]], *, attention: str, remove_outliers: bool
 ) -> Tower:
-    """The image tower of a CLIP or SigLIP model of the transformers library.
+    """The :class:`Tower` of a CLIP or SigLIP model of the transformers library.
 
     Args:
         model: the whole model.
-        inputs: from pixels to the keywords of its image tower.
+        inputs: from pixels to the keyword arguments of its image tower.
         attention, remove_outliers: see :class:`~captum_concepts.vlm.DenseRegions`.
     """
     vision = model.vision_model
@@ -215,7 +215,7 @@ def transformers_tower(
         given = inputs(pixels)
         try:
             return vision(**given)
-        except TypeError:  # the tower calls one of them otherwise
+        except TypeError:  # the tower uses other argument names
             return vision(**{names[name]: value for name, value in given.items()})
 
     def grid(pixels: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The translator of CE-FAM: the network, its training pairs, its training."""
+"""The translator of CE-FAM, its training pairs and its training."""
 
 from captum_concepts.models.concept_translator.data import TrainingPairs, collect_pairs
 from captum_concepts.models.concept_translator.fit import FitResult, Training, fit_translator

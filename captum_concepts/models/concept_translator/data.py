@@ -1,4 +1,4 @@
-"""The training pairs of a translator, collected once: pooled activations and VLM embeddings of every image."""
+"""The training pairs of a translator, i.e. pooled activations and VLM embeddings of every image."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from captum_concepts.store.manifest import fingerprint_callable
 from captum_concepts.store.processes import all_or_none, fill_together, lost_peers_named, world
 from captum_concepts.store.shards import ShardReader, ShardWriter
 
-_SHARD_ROWS = 256  # what a killed run loses at most, and processes share out
+_SHARD_ROWS = 256  # the most a killed run loses, and the unit of work per process
 _INFO = table({}, {"in_channels": list_of(integer_from(1, 2**24), least=1, most=10_000)})
-_PROBES = 4  # images by whose transformed pixels a transform is recognized
-#: Random crops: fraction of the image's area, and the largest ratio of its sides.
+_PROBES = 4  # images whose transformed pixels identify a transform
+#: Fraction of the image's area in random crops, and their maximum aspect ratio.
 _AREA, _ASPECT = (0.1, 0.7), 2**0.5
 
 Transform = Callable[[Tensor], Tensor]
@@ -37,9 +37,9 @@ class TrainingPairs:
     """Rows ``(z, e)``: concatenated pooled activations and image embeddings, in memory or memory-mapped.
 
     Args:
-        parts: one or more sources of rows, read as if joined.
-        in_channels: channels of each layer; z is as wide as their sum.
-        views: rows per image, one after another: the whole image, then its crops.
+        parts: one or more sources of rows, concatenated.
+        in_channels: channels of each layer, which sum to the width of z.
+        views: consecutive rows per image, the whole image and then its crops.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class TrainingPairs:
         return self.rows([0])[1].shape[1]
 
     def rows_of(self, images: Tensor, *, crops: bool = True) -> Tensor:
-        """Numbers of the rows of these images, all or the whole images alone."""
+        """The row indices of these images, of all views or of the whole images only."""
         first = images * self.views
         return (first.unsqueeze(1) + torch.arange(self.views)).flatten() if crops else first
 
     def rows(self, index: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """``(z, e)`` at ``index``, in that order, fp32."""
+        """``(z, e)`` at ``index``, in that order, in float32."""
         wanted = np.asarray(index, dtype=np.int64)
         which = np.searchsorted(self._starts, wanted, side="right") - 1
         order, z, e = [], [], []
@@ -106,21 +106,22 @@ def collect_pairs(
     memory_budget: int = 2**30,
     show_progress: bool = False,
 ) -> TrainingPairs:
-    """Run classifier and encoder once over all images and keep pooled activations and embeddings.
+    """The pooled activations and embeddings of all images, from one pass of the classifier and encoder.
 
     Args:
         layers: of the classifier.
         encoder: with ``encode_image(images) -> (N, D)``.
         images: see :meth:`ConceptFusionMap.fit <captum_concepts.ConceptFusionMap.fit>`.
-        crops: random crops per image, as further rows.
-        seed: of the crops; those of an image depend on nothing else.
+        crops: random crops per image, as additional rows.
+        seed: of the crops, which depend only on it and the image's index.
         batch_size: images and crops per forward pass.
-        image_size, model_transform, encoder_transform: see there.
-        cache_dir: keep the rows there, and resume with the rows of an earlier run there.
-        memory_budget: bytes of rows above which they go to disk even without ``cache_dir`` (to a temporary folder).
+        image_size, model_transform, encoder_transform: see ``ConceptFusionMap.fit``.
+        cache_dir: folder that stores the rows and resumes from those of an earlier run.
+        memory_budget: bytes of rows above which they are written to a temporary folder if ``cache_dir`` is None.
+        show_progress: show a progress bar.
 
     Raises:
-        InputError: there is no image, or NaN from classifier or encoder (names the image).
+        InputError: there is no image, or NaN from the classifier or encoder (the message names the image).
         ArtifactError: ``cache_dir`` contains rows of another model, encoder, layer, layout, transform or crops, or of
             other images.
     """
@@ -177,9 +178,9 @@ def check_cached_rows(parts: Sequence[Any], read: _Pairs, source: reader.ImageSo
 def _cached(
     read: _Pairs, source: reader.ImageSource, folder: Path, batch_size: int, show: bool
 ) -> tuple[list[Any], tuple[int, ...]]:
-    """The rows in ``folder``, of which each process computes its part of what is not there; and the channels.
+    """The rows in ``folder`` and the channels; each process computes its part of the missing rows.
 
-    Batches begin anew with each file, so the files do not depend on how many processes wrote them.
+    Each file starts a new batch, so the files do not depend on the number of processes.
     """
     made_from = read.origin(source)
 
@@ -201,7 +202,7 @@ def _cached(
     if not len(source):
         return [], ()
     found = ShardReader(folder)
-    info = check_json({**found.info, **found.notes[0]}, _INFO, f"the info in {folder}")  # earlier versions: in info
+    info = check_json({**found.info, **found.notes[0]}, _INFO, f"the info in {folder}")  # in info in earlier versions
     channels = tuple(info.get("in_channels", ()))
     arrays = {"pooled": Array("float", ("N", sum(channels))), "embedding": Array("float", ("N", None))}
     return [ShardReader(folder, arrays=arrays)], channels
@@ -210,7 +211,7 @@ def _cached(
 def _kept(
     read: _Pairs, source: reader.ImageSource, share: range | None, batch_size: int, budget: int, show: bool
 ) -> tuple[list[Any], tuple[int, ...]]:
-    """The rows of some images in memory, or in a temporary folder if they are more than ``budget`` bytes."""
+    """The rows of some images in memory, or in a temporary folder if they exceed ``budget`` bytes."""
     kept: list[tuple[Tensor, Tensor]] = []
     writer: ShardWriter | None = None
     held = 0
@@ -235,8 +236,8 @@ def _kept(
 def _opened(
     layers: Layers, images: Any, image_size: Any, model_transform: Transform | None
 ) -> tuple[reader.ImageSource, Transform | None]:
-    """The images in [0, 1] (float tensors as they are), and what turns them into the classifier's inputs."""
-    if isinstance(images, reader.ImageSource):  # opened as the caller wants them
+    """The images in [0, 1] (float tensors unchanged), and the transform to the classifier's inputs."""
+    if isinstance(images, reader.ImageSource):  # already opened by the caller
         return images, model_transform
     prepared = _is_prepared(images)
     known = None if prepared or model_transform is not None else reader.preprocessing_of(layers.model)
@@ -249,7 +250,7 @@ def _opened(
 
 
 def _is_prepared(images: Any) -> bool:
-    """Whether the images are float tensors, which are what the classifier wants to see already."""
+    """Whether the images are float tensors, which the classifier takes unchanged."""
     if isinstance(images, Tensor):
         return images.is_floating_point()
     if isinstance(images, DataLoader):
@@ -272,7 +273,7 @@ def _is_prepared(images: Any) -> bool:
 
 
 class _Pairs:
-    """Batches of rows of the images of a source."""
+    """Computes rows for batches of images of a source."""
 
     def __init__(
         self,
@@ -308,7 +309,7 @@ class _Pairs:
     def __call__(
         self, source: reader.ImageSource, share: range | None, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]:
-        """``(z, e, in_channels)`` of a run of the images, or of all of them."""
+        """``(z, e, in_channels)`` of the images in ``share``, or of all, in batches."""
         number = 0 if share is None else share.start
         for batch in reader.batches(
             source if share is None else source.select(share), max(1, batch_size // self.views)
@@ -348,7 +349,7 @@ class _Pairs:
 
 
 def random_crops(image: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
-    """``count`` random parts of an image ``(C, H, W)``, each resized to its size."""
+    """``count`` random crops of an image ``(C, H, W)``, resized to the size of the image."""
     height, width = image.shape[-2:]
     crops = []
     for _ in range(count):
@@ -365,14 +366,14 @@ def random_crops(image: Tensor, count: int, generator: torch.Generator) -> list[
 
 
 def _effect(transform: Transform | None, probes: Sequence[Tensor]) -> str:
-    """What a transform does to some images: its name would not tell two lambdas apart."""
+    """A digest of a transform's effect on some images, because names do not separate lambdas."""
     if transform is None:
         return "none"
     return "".join(reader.digest(transform(probe.unsqueeze(0)), 4).hex() for probe in probes)
 
 
 def _temporary() -> str:
-    # Deleted when the process ends: readers keep memory maps of the files until then.
+    # Deleted when the process ends, because readers keep memory maps of the files until then.
     folder = tempfile.mkdtemp(prefix="captum_concepts-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

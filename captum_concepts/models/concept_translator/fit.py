@@ -1,4 +1,4 @@
-"""Training a :class:`ConceptTranslator` on cached pairs: a closed-form start, then epochs that are MLP work only."""
+"""Training of a :class:`ConceptTranslator` on cached pairs, from a closed-form start."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from captum_concepts.models.concept_translator.data import TrainingPairs
 from captum_concepts.models.concept_translator.network import ConceptTranslator
 from captum_concepts.store.processes import lost_peers_named, world
 
-_ROWS = 1024  # rows of one validation or statistics step
+_ROWS = 1024  # rows per validation or statistics step
 _PATIENCE = 10  # epochs without a lower validation loss after which the fit ends
-_PUBLISHED_LENGTH = 10.0  # of CLIP's raw image embeddings, to which the published similarity weight belongs
+_PUBLISHED_LENGTH = 10.0  # of CLIP's raw image embeddings, for which the similarity weight was published
 _PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of ridge regressions on inputs of variance 1
 _SLOPES = ((6.0, 0.3), (3.0, 0.3), (1.0, 0.0))  # of hidden units, and the similarity at which they change sign
-_START_ROWS, _TRIAL_ROWS = 65_536, 4_096  # that regressions use, and that choose the slope
+_START_ROWS, _TRIAL_ROWS = 65_536, 4_096  # for the regressions, and for choosing the slope
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class Training:
     """Options of :func:`fit_translator`.
 
     Args:
-        optimizer: ``"adamw"``, or ``"sgd"``: the published one (rate 0.1 in the first epoch, 0.2 from then on).
-        lr: peak rate; None: 3e-4 for AdamW, 0.2 for SGD.
+        optimizer: ``"adamw"``, or the published ``"sgd"`` (learning rate 0.1 in the first epoch, then 0.2).
+        lr: peak learning rate; None: 3e-4 for AdamW, 0.2 for SGD.
         weight_decay: None: 0.05 for AdamW, 0 for SGD.
-        standardize: train on standardized inputs of unit expected length, folded into the first Linear afterwards, so
-            that the translator takes raw activations; None: for AdamW. The small inputs start the network in the linear
-            range of its tanh: validation cosine .71 instead of .62 on 3,040 images.
+        standardize: train on standardized inputs of unit expected length, so that the network starts in the linear
+            range of its tanh. The standardization is then folded into the first Linear, so the translator takes raw
+            activations. None: True for AdamW.
         start: ``"examples"``: the first layer compares its input with training images, one per hidden unit, and ridge
-            regressions give the other two; penalty and slope are the best of a few on the held-out images.
-            ``"random"``: PyTorch's initialization. None: ``"examples"`` for AdamW.
-        epochs: at most so many; 0: the start alone. None: 150 from a random start, 0 from examples.
+            regressions determine the other two; penalty and slope are the best of a few on the held-out images.
+            ``"random"``: PyTorch's initialization. None: ``"examples"`` for AdamW, otherwise ``"random"``.
+        epochs: maximum number of epochs; 0 keeps the start. None: 150 from a random start, 0 from examples.
         batch_size: rows per step.
         patience: epochs without a lower validation loss after which the rate is divided by 10 (0: never).
-        validation_fraction: fraction of the images held out, with all their crops (at least one of two images).
+        validation_fraction: fraction of the images held out, with all their crops (at least one image; 0: none).
 
     Raises:
         InputError: a value out of range.
@@ -75,12 +75,12 @@ class Training:
 
     @property
     def from_examples(self) -> bool:
-        """Whether the weights start in closed form."""
+        """Whether the initial weights are computed in closed form."""
         return self.start == "examples" or (self.start is None and self.optimizer == "adamw")
 
     @classmethod
     def of(cls, given: Training | Mapping[str, Any] | None) -> Training:
-        """From a dictionary of options; None: the defaults.
+        """The options from a dictionary; None takes the defaults.
 
         Raises:
             InputError: an unknown option.
@@ -100,14 +100,14 @@ class Training:
 
 @dataclass
 class FitResult:
-    """How a fit went.
+    """The history and outcome of :func:`fit_translator`.
 
     Args:
-        history: one list for each of ``"train_loss"``, ``"val_loss"``, ``"val_cosine"`` and ``"lr"``, one entry per
-            epoch; before them one of the start from examples, with rate 0.
-        best_epoch: whose weights are kept (by validation loss; -1: those of the start).
+        history: lists ``"train_loss"``, ``"val_loss"``, ``"val_cosine"`` and ``"lr"`` with one entry per epoch,
+            preceded by one for the start from examples, with rate 0.
+        best_epoch: the epoch with the lowest validation loss, whose weights are kept; -1 is the start.
         stopped: ``"early"``, ``"epochs"`` or ``"nan"``.
-        held_out: numbers of the held-out images (all images, if none was held out).
+        held_out: indices of the held-out images (all images, if none was held out).
         val_cosine: of the kept weights, on those images.
     """
 
@@ -136,22 +136,22 @@ def fit_translator(
     .. math:: \operatorname{mean} (h(z) - e)^2 + \lambda \frac{\ell^2}{10^2} \operatorname{mean} (S(h(z)) - S(e))^2,
         \qquad S^t(v) = \text{scale} \cdot \cos(v, t) + \text{bias}
 
-    with :math:`\ell^2` the mean squared length of the e. CLIP's raw embeddings are about 10 long, which gives the
-    published loss; those of an encoder that divides by the length are 1 long, and their first term is a hundred times
-    smaller next to the same second one, were it not balanced.
+    with :math:`\ell^2` the mean squared length of the e. CLIP's raw embeddings have a length of about 10, which gives
+    the published loss. For embeddings of unit length the first term is a hundred times smaller, and the factor reduces
+    the second term accordingly.
 
     Args:
-        translator: changed in place; on another device, training happens there.
+        translator: changed in place and trained on its device.
         pairs: the cached rows.
-        text: ``(T, D)`` for the second term; None leaves it out.
+        text: ``(T, D)`` for the second term; None omits it.
         logit_scale: of the vision-language model.
-        similarity_weight: :math:`\lambda`; 0 leaves the second term out.
-        seed: of split, initial weights and order. The global random state is unchanged.
-        show_progress: of the epochs.
+        similarity_weight: :math:`\lambda`; 0 omits the second term.
+        seed: of the split, initial weights and order. The global random state is unchanged.
+        show_progress: show a progress bar of the epochs.
         training: options of :class:`Training`, such as ``optimizer`` or ``epochs``.
 
-    Under ``torch.distributed`` every process computes its part of each batch and gradients are summed, so that one and
-    several processes take the same steps.
+    Under ``torch.distributed`` each process computes its part of each batch and gradients are summed, so any number of
+    processes takes the same steps.
 
     Warns:
         ConvergenceWarning: a loss was not finite; the best weights so far are kept.
@@ -185,7 +185,7 @@ def fit_translator(
     texts = F.normalize(text.to(device).float(), dim=1) if text is not None and weight else None
 
     def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss and summed cosine of the rows."""
+        """The summed loss and summed cosine of the rows."""
         z, e = (part.to(device) for part in pairs.rows(rows))
         h = translator((z - mean) / std)
         total = (h - e).square().mean(1).sum()
@@ -212,7 +212,7 @@ def fit_translator(
         for key, entry in zip(result.history, (before, best, result.val_cosine, 0.0), strict=True):
             result.history[key].append(entry)
     best_state, better = copy.deepcopy(translator.state_dict()), -1
-    reduced, lowest, waited = 0, best, 0  # of the plateau rule, which begins after the warm-up
+    reduced, lowest, waited = 0, best, 0  # for the learning-rate plateau, which starts after the warm-up
     translator.train()
     for epoch in _epochs(epochs, show_progress):
         batches = training_rows[torch.randperm(len(training_rows), generator=generator)].split(options.batch_size)
@@ -257,7 +257,7 @@ def fit_translator(
 
 
 def _check_finite(pairs: TrainingPairs) -> None:
-    """Refuse rows that are not finite (of an older cache, or made elsewhere); names the image."""
+    """Refuse rows that are not finite (from older or foreign caches); the message names the image."""
     for rows in torch.arange(len(pairs)).split(_ROWS):
         for values, what in zip(pairs.rows(rows), ("the activation", "the embedding"), strict=True):
             finite_images(values, (rows // pairs.views).tolist(), what)
@@ -300,13 +300,13 @@ def start_from_examples(
     std: Tensor,
     generator: torch.Generator,
 ) -> bool:
-    r"""Weights in closed form; False if the embeddings are not finite.
+    r"""Set the weights in closed form; returns False if the embeddings are constant or not finite.
 
-    Hidden unit j of the first layer is :math:`\tanh(a (x \cdot x_j / C - b))` with standardized activations x and a
-    training image (then crops of them) :math:`x_j`: how much the input resembles that image. A ridge regression of the
-    embeddings on these units, reduced to its leading directions, gives the second layer, whose units are kept small
-    enough to be nearly linear; a second one on those gives the last layer. A regression on random units needs many more
-    of them, and gradient descent many more epochs, to come as close.
+    Hidden unit j of the first layer is :math:`\tanh(a (x \cdot x_j / C - b))`, the similarity of the standardized
+    activations x to those of a training image :math:`x_j` (or of a crop, if images are too few). The second layer
+    contains the leading directions of a ridge regression of the embeddings on these units, scaled to stay in the nearly
+    linear range of tanh. A second ridge regression on its units determines the last layer. Random units or gradient
+    descent would need many more units or epochs for the same accuracy.
     """
     first, second, last = (module for module in translator.network if isinstance(module, nn.Linear))
     device = first.weight.device
@@ -318,7 +318,7 @@ def start_from_examples(
 
     def read(part: Tensor) -> tuple[Tensor, Tensor]:
         z, e = pairs.rows(part)
-        return (z.to(device) - mean) / std, e.to(device)  # x divided by the root of its width
+        return (z.to(device) - mean) / std, e.to(device)  # std includes the square root of the width
 
     examples = read(chosen)[0]
 
@@ -333,7 +333,7 @@ def start_from_examples(
     weight, bias, error = _ridge(used[:_START_ROWS], validation, read, hidden)
     if not math.isfinite(error):
         return False
-    # The leading directions of the regression: tanh leaves values of a tenth nearly as they are.
+    # The leading directions of the regression, scaled to 0.1, where tanh is nearly linear.
     _, values, directions = torch.linalg.svd(weight.double(), full_matrices=False)
     count = min(translator.hidden[1], int((values > 1e-6 * values[0]).sum()))
     if not count:  # the embeddings do not vary
@@ -365,7 +365,7 @@ def _ridge(
     read: Callable[[Tensor], tuple[Tensor, Tensor]],
     features: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, float]:
-    """Weight ``(D, H)``, bias ``(D,)`` and validation error of the ridge regression of e on the features."""
+    """Weight ``(D, H)``, bias ``(D,)`` and validation error of the best ridge regression of e on the features."""
     sums: list[Tensor] = []
     for part in rows.split(_ROWS):
         x, e = read(part)
@@ -396,9 +396,9 @@ def _ridge(
 
 
 def _moments(pairs: TrainingPairs, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and standard deviation times the root of the width, of each input.
+    """The mean of each input, and its standard deviation times the square root of the width.
 
-    A nearly constant input is not blown up beyond its layer's scale.
+    A floor of the deviation keeps nearly constant inputs from being amplified.
     """
     total = torch.zeros(sum(pairs.in_channels), dtype=torch.float64)
     squares = torch.zeros_like(total)
@@ -415,7 +415,6 @@ def _moments(pairs: TrainingPairs, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _squared_length(pairs: TrainingPairs, rows: Tensor) -> float:
-    """Mean squared length of the embeddings."""
     total = sum(float(pairs.rows(part)[1].double().square().sum()) for part in rows.split(_ROWS))
     return total / len(rows)
 

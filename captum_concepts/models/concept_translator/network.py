@@ -1,4 +1,4 @@
-"""The branch of CE-FAM: from a classifier's pooled activations to the embedding of a vision-language model."""
+"""CE-FAM's translator from a classifier's pooled activations to a vision-language model's embedding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from captum_concepts.errors import InputError, shortened
 
 
 def checked_hidden(hidden: Any) -> tuple[int, int]:
-    """Two widths.
+    """``hidden`` as two widths.
 
     Raises:
-        InputError: something else.
+        InputError: not two positive integers.
     """
     if not isinstance(hidden, Sequence) or isinstance(hidden, str) or len(hidden) != 2:
         raise InputError(f"hidden must be two positive widths, such as (1024, 512), got {shortened(hidden)}")
@@ -25,13 +25,13 @@ def checked_hidden(hidden: Any) -> tuple[int, int]:
 
 
 class ConceptTranslator(nn.Module):
-    r"""Multi-layer perceptron :math:`h` from pooled activations to an image embedding.
+    r"""A multi-layer perceptron :math:`h` from pooled activations to an image embedding.
 
     .. math:: h(z) = W_3 \tanh(W_2 \tanh(W_1 z + b_1) + b_2) + b_3, \qquad
         z = [z^1; \dots; z^L], \quad z^l_k = \operatorname{mean}_{ij} A^l_k(i, j)
 
     Args:
-        in_channels: the channels C_l of each layer, in the order in which they are passed to ``forward``.
+        in_channels: the channels C_l of each layer, in the order that they are passed to ``forward``.
         embedding_dim: D, the width of the vision-language model's embedding.
         hidden: widths of the two hidden layers; None takes (2048, 1024) if the widest layer has more than 1024
             channels and (1024, 1024) otherwise.
@@ -76,14 +76,14 @@ class ConceptTranslator(nn.Module):
         """``(N, D)`` embeddings.
 
         Args:
-            pooled: one ``(N, C_l)`` tensor for each layer, or their concatenation ``(N, sum C_l)``.
+            pooled: one ``(N, C_l)`` tensor per layer, or their concatenation ``(N, sum C_l)``.
 
         Raises:
             InputError: the number of layers or a width differs from ``in_channels``.
         """
         if isinstance(pooled, Tensor) or len(self.in_channels) == 1:
             return self.network(self.concatenate(pooled))
-        # Layer by layer, so that autograd computes nothing for layers whose derivative nobody needs.
+        # One product per layer, so that autograd skips layers that need no gradient.
         parts = self._checked(pooled)
         weights = self.first.weight.split(self.in_channels, 1)
         hidden = self.first.bias + sum(F.linear(z, weight) for z, weight in zip(parts, weights, strict=True))
@@ -105,7 +105,7 @@ class ConceptTranslator(nn.Module):
 
     @property
     def first(self) -> nn.Linear:
-        """The first Linear: the only place where the pooled values enter."""
+        """The first Linear, the only layer that takes pooled activations."""
         layer: nn.Linear = self.network[0]  # type: ignore[assignment]
         return layer
 
@@ -115,7 +115,7 @@ class ConceptTranslator(nn.Module):
 
     @torch.no_grad()
     def fold_standardization(self, mean: Tensor, std: Tensor) -> None:
-        """Turn a network that expects ``(z - mean) / std`` into the same function of the raw ``z``."""
+        """Convert a network that expects ``(z - mean) / std`` to the same function of the raw ``z``, in place."""
         weight = self.first.weight.double() / std.double()
         self.first.bias.sub_((weight @ mean.double()).to(self.first.bias))
         self.first.weight.copy_(weight)

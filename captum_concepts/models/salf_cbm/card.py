@@ -1,4 +1,4 @@
-"""What the model card of a SALFCBM says: the fields of ``card.md``."""
+"""The fields of ``card.md``, the model card of a SALFCBM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 if TYPE_CHECKING:
     from captum_concepts.models.salf_cbm.salf_cbm import SALFCBM
 
-_MOST = 200  # lines of one list; the rest is in config.json
+_MOST = 200  # maximum lines per list; the rest is in config.json
 _RULES, _CLASSES = 6, 30
 _LIMITS = (
     "A concept's name is what the vision-language model was asked for; what its map responds to should be checked "
@@ -19,9 +19,9 @@ _LIMITS = (
     "a concept for more than its name says. Maps are as local as the layer they are read from. Biases of the data, the "
     "backbone and the vision-language model remain."
 )
-#: What `fit_salf_cbm` records, in the order of the card; other entries follow.
+#: Entries that `fit_salf_cbm` records, in the order of the card; others follow.
 _FIRST = ("accuracy", "data", "encoder", "prompt", "bottleneck", "head", "settings")
-_OWN = ("vocabulary", "drops", "history", "validation_similarity", "reliability")  # shown otherwise, or too long
+_OWN = ("vocabulary", "drops", "history", "validation_similarity", "reliability")  # shown elsewhere, or too long
 
 
 def card_fields(model: SALFCBM, config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _listed(value: Any, depth: int = 0) -> str:
 
 
 def _text(value: Any) -> str:
-    """One line that Markdown shows unchanged."""
+    """``value`` as one line, escaped for Markdown."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Edits as users write them: of concept maps (for one call), and of rules (for good)."""
+"""Parsing of edits of concept maps (for one call) and of rules (permanent)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RULE_EDIT = ("target", "concept", "weight", "add")
 
 
 class MapEdit(NamedTuple):
-    """``beta`` is added to the map of concept ``column`` inside a region."""
+    """An edit that adds ``beta`` to the map of concept ``column`` inside a region."""
 
     column: int
     beta: float
@@ -25,7 +25,7 @@ class MapEdit(NamedTuple):
 
 
 class RuleEdit(NamedTuple):
-    """The weight of a concept in the rule of a class: set to ``weight``, or raised by it if ``add``."""
+    """An edit that sets the weight of a concept for a class to ``weight``, or increases it by ``weight`` if ``add``."""
 
     target: int
     column: int
@@ -36,10 +36,10 @@ class RuleEdit(NamedTuple):
 def map_edits(
     concept: Any, beta: Any, units: Any, regions: Mapping[str, Any], concepts: Sequence[str]
 ) -> list[MapEdit]:
-    """Every edit of a call of ``SALFCBM.intervene``.
+    """The edits of a call of ``SALFCBM.intervene``.
 
     Raises:
-        InputError: unknown concept, units or key; a beta that is missing, not finite, or not one per concept.
+        InputError: unknown concept, units or key; or ``beta`` is missing, not finite, or not one per concept.
     """
     many = isinstance(concept, (list, tuple))
     if many and concept and all(isinstance(edit, Mapping) for edit in concept):
@@ -69,10 +69,10 @@ def map_edits(
 def rule_edits(
     edits: Any, concepts: Sequence[str], num_classes: int, class_names: Sequence[str] | None
 ) -> list[RuleEdit]:
-    """Every edit of a call of ``SALFCBM.with_edits``.
+    """The edits of a call of ``SALFCBM.with_edits``.
 
     Raises:
-        InputError: unknown concept or key, no weight or two.
+        InputError: unknown concept or key, or not exactly one of ``weight`` and ``add``.
         TargetError: no such class.
     """
     if isinstance(edits, (str, Mapping)) or not isinstance(edits, Iterable):

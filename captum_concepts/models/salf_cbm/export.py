@@ -1,4 +1,4 @@
-"""A SALFCBM as a ``torch.export`` program: prediction, maps and contributions without this package."""
+"""Export of a SALFCBM as a ``torch.export`` program that predicts and explains without this package."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ _NAMES = "captum_concepts.json"
 
 
 class _Explained(nn.Module):
-    """What the program computes."""
-
     def __init__(self, model: SALFCBM) -> None:
         super().__init__()
         self.model = model
@@ -42,7 +40,7 @@ def export_program(model: SALFCBM, path: Path, size: tuple[int, int] | None) -> 
     """Write the program to ``path``; see ``SALFCBM.export``.
 
     Raises:
-        InputError: the size of the images is not known, the head is not linear, or the backbone cannot be exported.
+        InputError: the image size is unknown, the head is not linear, or the backbone cannot be exported.
     """
     size = size or model.input_size or (None if model._reading is None else model._reading.image_size)
     if size is None:
@@ -59,7 +57,7 @@ def export_program(model: SALFCBM, path: Path, size: tuple[int, int] | None) -> 
                 _Explained(model), (images, target), dynamic_shapes={"images": {0: batch}, "target": {0: batch}},
                 strict=False,
             )  # fmt: skip
-    except Exception as error:  # whatever a network that cannot be traced raises
+    except Exception as error:  # tracing may raise anything
         raise InputError(
             f"torch.export cannot trace the backbone {type(model.backbone).__name__} for any number of images: "
             f"{type(error).__name__}: {str(error)[:300]}"

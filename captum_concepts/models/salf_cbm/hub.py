@@ -1,4 +1,4 @@
-"""SALFCBM on disk and on the Hugging Face Hub: safetensors, JSON and a model card."""
+"""Saving and loading of a SALFCBM (safetensors, JSON and a model card), locally and on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ Model = TypeVar("Model", bound="SALFCBM")
 
 FORMAT = "captum_concepts.SALFCBM/2"
 _FIRST = "captum_concepts.SALFCBM/1"
-#: Format 1 lacks the keys that have a default here; all others are called as now.
+#: Defaults of the keys that format 1 lacks; it has the same names for all others.
 _SINCE_2 = {"hidden": None, "multi_label": False, "preprocessing": None, "batch_size": 32}
-#: What the constructor takes besides the backbone, all attributes of the model.
+#: Arguments of the constructor besides the backbone; all are attributes of the model.
 ARGUMENTS = (
     "layer",
     "concepts",
@@ -126,7 +126,7 @@ _SCHEMA = table(_FIELDS, {**_NEWER, "nonzeros": integer()})
 
 
 def save_folder(model: SALFCBM, folder: Path, name: str, data: ModelCardData, images: Tensor | None) -> None:
-    """All files of a model, complete before the first of an older one is replaced."""
+    """Write all files of a model; those of an older one are replaced only after all are complete."""
     config = config_of(model)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
@@ -141,7 +141,7 @@ def save_folder(model: SALFCBM, folder: Path, name: str, data: ModelCardData, im
 
 
 def write_files(model: SALFCBM, config: Mapping[str, Any], folder: Path) -> None:
-    """Weights and configuration."""
+    """Write weights and configuration."""
     state = model.state_dict()
     own = {name: value for name, value in state.items() if not name.startswith(_BACKBONE)}
     shapes = {name: tuple(value.shape) for name, value in own.items()}
@@ -165,7 +165,7 @@ def write_files(model: SALFCBM, config: Mapping[str, Any], folder: Path) -> None
 
 
 def config_of(model: SALFCBM) -> dict[str, Any]:
-    """What ``config.json`` holds."""
+    """The content of ``config.json``."""
     backbone = unwrap(model.backbone)
     recipe = recipe_of(backbone, model.layer, None if model._reading is None else model._reading.image_size)
     stored = model._save_backbone
@@ -185,7 +185,7 @@ def config_of(model: SALFCBM) -> dict[str, Any]:
 
 
 def model_card(model: SALFCBM, config: Mapping[str, Any], name: str, data: ModelCardData) -> ModelCard:
-    """The card of ``card.md``, filled in."""
+    """The model card, from the template ``card.md``."""
     values = card_fields(model, config, name)
     return ModelCard.from_template(data, template_path=str(_TEMPLATE), **values)
 
@@ -205,7 +205,7 @@ def _with_picture(model: SALFCBM, images: Tensor, path: Path, card: str) -> str:
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Names without what ``torch.compile`` and DataParallel put around a backbone."""
+    """The state with names without the prefixes of ``torch.compile`` and DataParallel around the backbone."""
     wrappers = ("_orig_mod", "module")
     plain = {}
     for name, value in state.items():
@@ -217,7 +217,7 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """What the tensors besides the backbone's must be; only a calibrated model has presence."""
+    """The expected shapes of all tensors but the backbone's; only a calibrated model has presence."""
     m, width, classes, hidden = len(config["concepts"]), config["feature_dim"], config["num_classes"], config["hidden"]
     shapes: dict[str, tuple[int, ...]] = {"head.weight": (classes, m), "head.bias": (classes,)}
     if hidden is None:
@@ -233,7 +233,7 @@ def _shapes(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tupl
 
 
 def find_folder(name: str | os.PathLike[str], download: Mapping[str, Any]) -> Path:
-    """The folder called ``name``, downloaded from the Hub if it is the name of a repository there."""
+    """The folder ``name``, or the downloaded Hub repository of that name."""
     path = str(name)
     if Path(path).is_dir():
         return Path(path)
@@ -312,7 +312,7 @@ def _check_tensors(config: Mapping[str, Any], own: Mapping[str, Tensor], folder:
 
 
 def _check_fit(given: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path) -> None:
-    """Before anything is copied: a backbone that does not fit is unchanged."""
+    """Refuse a backbone that does not match, before anything is copied into it."""
     if other := sorted(set(given) ^ set(stored)):
         raise ArtifactError(f"the backbone stored in {folder} and the one given differ in {other[:5]}")
     if other := [name for name in given if given[name].shape != stored[name].shape]:
@@ -330,7 +330,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _too_large(config: Mapping[str, Any]) -> str | None:
-    """What no stored tensor can be compared with is bounded; None if it is usual."""
+    """Why sizes that no stored tensor determines are implausibly large; None if they are not."""
     (h, w), width = config["grid"], max(config["feature_dim"], len(config["concepts"]))
     if h * w * width > _MOST_NUMBERS:
         return f"a grid of {h} x {w} cells of {width} numbers each is larger than any model's"
@@ -345,7 +345,7 @@ def _reading(values: Mapping[str, Any]) -> Reading:
 
 
 def _digest(config: Mapping[str, Any]) -> str:
-    """Of what the tensors mean; names of classes and metadata may be corrected by hand."""
+    """A digest of what the tensors mean; class names and metadata are excluded, so they can be edited by hand."""
     unbound = ("metadata", "class_names", *(_SINCE_2 if config["format"] == _FIRST else ()))
     meant = {name: config[name] for name in (*ARGUMENTS, "backbone") if name not in unbound}
     return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Whether a concept's name can be believed: presence, agreement on held-out images, one sentence of trust."""
+"""Reliability of concepts: presence, agreement on held-out images, and a one-sentence summary."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from captum_concepts._checks import name_positions
 from captum_concepts.errors import InputError, listing
 
-#: Strength of the prior that draws each concept's slope to the slope of all: that many images' worth.
+#: Strength of the prior that pulls each concept's slope to the common slope, in images.
 _PRIOR = 4.0
 _STEPS = 50
-#: Fraction of the strongest rules that the vision-language model has to support for high trust.
+#: Fraction of the strongest rules that the vision-language model must support for high trust.
 _MOST_RULES = 0.75
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """How well a concept's activation agrees with a judge (the vision-language model, or labels) on held-out images.
+    """Agreement of a concept's activation with a judge (the vision-language model, or labels) on held-out images.
 
     Args:
-        agreement: probability that an image in which the judge sees the concept has a higher activation than one in
-            which it does not (AUROC); 0.5 is chance, NaN if the judge sees it in all images or in none.
+        agreement: AUROC, the probability that an image in which the judge sees the concept has a higher activation than
+            one in which it does not; 0.5 is chance, NaN if the judge sees it in all images or in none.
         low, high: 95 % interval of the agreement (Hanley and McNeil).
-        positives: images in which the judge sees the concept.
-        images: how many there were.
+        positives: number of images in which the judge sees the concept.
+        images: number of images.
     """
 
     agreement: float
@@ -40,16 +40,16 @@ class Reliability:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Reliability:
-        """From what :func:`reliabilities` returned."""
+        """The :class:`Reliability` from one entry of :func:`reliabilities`."""
         known: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
         return cls(**known)
 
 
 def fit_presence(activations: Tensor, verdicts: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Logistic calibration of each concept: slopes and offsets ``(M,)`` of ``sigmoid(slope * c* + offset)``.
+    r"""Slopes and offsets ``(M,)`` of ``sigmoid(slope * c* + offset)``, a logistic calibration of each concept.
 
-    A common slope is fitted first; each concept's own is drawn to it, because few held-out images determine it badly.
-    The offset is that of the concept's own frequency, with half an image added to either side.
+    A common slope is fitted first and serves as a prior for each concept's own, which few held-out images determine
+    poorly. Each concept has its own offset, with half an image added to each class.
 
     Args:
         activations: ``(n, M)`` c*.
@@ -63,7 +63,7 @@ def fit_presence(activations: Tensor, verdicts: Tensor) -> tuple[Tensor, Tensor]
     x, y = activations.double(), verdicts.double()
     center, scale = x.mean(0), x.std(0, correction=0).clamp_min(1e-12)
     x = (x - center) / scale
-    # One pseudo-image on either side, at the mean: no offset runs away.
+    # Two pseudo-images of weight 1/2 at the mean, one of each class, keep the offset finite.
     x = torch.cat([x, x.new_zeros(2, x.shape[1])])
     y = torch.cat([y, y.new_zeros(1, x.shape[1]), y.new_ones(1, x.shape[1])])
     weight = torch.ones_like(x)
@@ -76,7 +76,7 @@ def fit_presence(activations: Tensor, verdicts: Tensor) -> tuple[Tensor, Tensor]
             g, h = weight * (p - y), (weight * p * (1 - p)).clamp_min(1e-9)
             gs, go = (g * x).sum(0), g.sum(0)
             ss, so, oo = (h * x * x).sum(0), (h * x).sum(0), h.sum(0)
-            if not prior:  # one slope for all: eliminate the offsets, then add up
+            if not prior:  # common slope: eliminate the offsets, then sum over concepts
                 step = (gs - so * go / oo).sum() / (ss - so * so / oo).sum().clamp_min(1e-9)
                 step = step.clamp(-1, 1).expand_as(slope)
             else:
@@ -86,12 +86,12 @@ def fit_presence(activations: Tensor, verdicts: Tensor) -> tuple[Tensor, Tensor]
             if float(step.abs().max()) < 1e-9:
                 break
         common = slope.mean()
-    slope = slope.clamp_min(0)  # less of a concept is never a sign of it
+    slope = slope.clamp_min(0)  # a lower activation is never evidence for a concept
     return (slope / scale).float(), (offset - slope * center / scale).float()
 
 
 def reliabilities(activations: Tensor, verdicts: Tensor, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """:class:`Reliability` of each concept, as JSON.
+    """:class:`Reliability` of each concept, as JSON-serializable dictionaries.
 
     >>> reliabilities(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[False], [False], [True]]), ["a"])["a"]
     {'agreement': 1.0, 'low': 1.0, 'high': 1.0, 'positives': 1, 'images': 3}
@@ -113,7 +113,7 @@ def reliabilities(activations: Tensor, verdicts: Tensor, names: Sequence[str]) -
 
 
 def auroc(values: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve by ranks, ties counted half."""
+    """The area under the ROC curve, with ties counted half."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     ranks = (last - (counts.double() - 1) / 2)[inverse]
@@ -122,7 +122,7 @@ def auroc(values: Tensor, positive: Tensor) -> float:
 
 
 def trust_line(reliability: Mapping[str, Reliability], metadata: Mapping[str, Any]) -> str:
-    """One sentence for people.
+    """One sentence that grades the trust in concepts and rules.
 
     >>> trust_line({}, {})
     'unknown: agreement with a vision-language model or with labels was not measured; see calibrate()'
@@ -150,7 +150,7 @@ def trust_line(reliability: Mapping[str, Reliability], metadata: Mapping[str, An
 
 
 def _support(metadata: Mapping[str, Any]) -> tuple[int, int]:
-    """Strongest rules, and how many of them the encoder supports; 0 where that is not known."""
+    """The numbers of strongest rules and of those that the encoder supports; 0 if unknown."""
     found = metadata.get("support")
     values = [found.get(key) for key in ("rules", "supported")] if isinstance(found, Mapping) else [0, 0]
     rules, supported = (value if isinstance(value, int) else 0 for value in values)
@@ -158,10 +158,10 @@ def _support(metadata: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def verdicts_of(labels: Any, concepts: Sequence[str], n: int) -> tuple[list[int], Tensor]:
-    """Columns and ``(n, T)`` bool from the forms that ``SALFCBM.calibrate`` takes.
+    """Concept columns and ``(n, T)`` bool labels from any form that ``SALFCBM.calibrate`` takes.
 
     Raises:
-        InputError: another number of images, an unknown concept, or values that are not 0 or 1.
+        InputError: wrong number of images, unknown concept, or values that are not 0 or 1.
     """
     if isinstance(labels, Mapping):
         columns = name_positions(list(labels), concepts)

@@ -1,4 +1,4 @@
-"""How SALFCBM reads a layer of its backbone: the layout is inferred once, so that no forward pass has to guess."""
+"""The layout of SALFCBM's backbone layer, inferred once for all forward passes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from captum_concepts.activations.token_order import check_order
 from captum_concepts.errors import InputError, LayerError, LayoutError
 from captum_concepts.images import preprocessing_of
 
-_SIZES = (224, 64, 32, 96, 128, 256, 288, 299, 336, 384, 448, 512, 28)  # sides to try if the model does not tell
+_SIZES = (224, 64, 32, 96, 128, 256, 288, 299, 336, 384, 448, 512, 28)  # tried if the model declares no size
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Reading:
         kind: ``"NCHW"``, ``"NHWC"``, ``"NLC"`` or ``"LNC"``.
         prefix_tokens: tokens before the grid.
         channels: C.
-        image_size, grid: a size of images and the grid that it gave.
+        image_size, grid: an image size and the resulting grid.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Reading:
     grid: tuple[int, int]
 
     def grid_of(self, positions: int, image_size: tuple[int, int]) -> tuple[int, int] | None:
-        """The grid of that many tokens for images of another size; None if that is not clear."""
+        """The grid of ``positions`` tokens for images of ``image_size``; None if ambiguous."""
         if image_size == self.image_size and positions == self.grid[0] * self.grid[1]:
             return self.grid
         sides = [
@@ -64,7 +64,7 @@ class Reading:
         return self.grid if not fits and positions == self.grid[0] * self.grid[1] else None
 
     def maps(self, output: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor | None] | None:
-        """``(N, C, h, w)`` and the first prefix token ``(N, C)``; None if ``output`` has another form."""
+        """``(N, C, h, w)`` and the first prefix token ``(N, C)``; None if ``output`` has another layout."""
         if self.kind in ("NCHW", "NHWC"):
             if output.ndim != 4:
                 return None
@@ -99,21 +99,21 @@ def name_in(backbone: nn.Module, layer: Layer) -> str:
 
 
 def input_channels(model: nn.Module) -> int:
-    """The channels of the images that a model takes: those of its first convolution, else 3."""
+    """The number of image channels, that of the first convolution's input or else 3."""
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
 
 
 def probe(
     backbone: nn.Module, name: str, layout: str, prefix_tokens: int | None, input_size: tuple[int, int] | None
 ) -> tuple[Reading, Tensor]:
-    """Run the backbone once on an empty image of a size that it takes.
+    """Run the backbone once on an empty image of a size that it accepts.
 
     Returns:
-        How the layer is read, and that image.
+        The layout of the layer, and that image.
 
     Raises:
         LayerError, LayoutError: the layer does not run, or runs twice, or has no grid.
-        InputError: no size of images was accepted.
+        InputError: no image size was accepted.
     """
     model = unwrap(backbone)
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
@@ -145,11 +145,11 @@ def _probed(model: nn.Module, name: str, image: Tensor) -> Tensor:
         if name == "":
             return read_layer(model, name, image)
         try:
-            return Layers.resolve(model, name).capture(image).layers[0]  # runs through: a layer used twice is noticed
+            return Layers.resolve(model, name).capture(image).layers[0]  # a full pass, which detects a layer used twice
         except (LayerError, LayoutError):
             raise
         except (RuntimeError, ValueError, AssertionError):
-            return read_layer(model, name, image)  # only what is after the layer refuses this size
+            return read_layer(model, name, image)  # only layers after it refuse this size
 
 
 def reading_of(
@@ -162,10 +162,10 @@ def reading_of(
     prefix_tokens: int | None,
     traits: ModelTraits | None = None,
 ) -> Reading:
-    """The layout of one output; ``traits`` of the model, if they are known.
+    """The layout of one output; ``traits`` are those of the model, if known.
 
     Raises:
-        LayoutError: no grid, or not clear which.
+        LayoutError: no grid, or an ambiguous one.
     """
     module = unwrap(model).get_submodule(name)
     inferred = infer_layout(
@@ -182,8 +182,7 @@ def reading_of(
 
 
 def freeze_unreached(backbone: nn.Module, name: str, image: Tensor) -> None:
-    """Freeze what has no influence on the layer (the old classifier): distributed training would wait for its
-    gradients forever."""
+    """Freeze parameters without influence on the layer, for whose gradients distributed training would wait forever."""
     free = [p for p in backbone.parameters() if p.requires_grad]
     if not free:
         return
@@ -197,12 +196,12 @@ def freeze_unreached(backbone: nn.Module, name: str, image: Tensor) -> None:
 
 
 def _noise(like: Tensor) -> Tensor:
-    """The same image for the same size: on an empty one a changed patch is hardly another token."""
+    """A fixed random image per size; on an empty image, a changed patch hardly changes its token."""
     return torch.rand(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 def _declared(model: Any) -> Iterator[tuple[int, int]]:
-    """The sizes that models say they take, their own before those of the weights' preprocessing."""
+    """The image sizes that a model declares, its own before those of the weights' preprocessing."""
     places: list[Callable[[], Any]] = [
         lambda: model.patch_embed.img_size,  # timm: before the configuration, which describes the pretrained weights
         lambda: preprocessing_of(model).size,  # type: ignore[union-attr]

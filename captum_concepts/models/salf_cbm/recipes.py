@@ -1,4 +1,4 @@
-"""Backbones of model libraries by name: recognized when a model is saved, built again when it is loaded."""
+"""Recipes that rebuild backbones of model libraries by name; they are detected on saving and used on loading."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _RECIPE = table(
 
 
 def recipe_of(backbone: nn.Module, layer: str, image_size: tuple[int, int] | None) -> dict[str, Any] | None:
-    """How to build ``backbone`` without its Python object; None if no library's model computes the same.
+    """The recipe to rebuild ``backbone``; None if no library's model computes the same.
 
-    A candidate counts only if, with the backbone's weights, ``layer`` gives the same output on a random image.
+    A candidate counts only if, with the backbone's weights, ``layer`` has the same output on a random image.
 
     Args:
         backbone: without wrappers.
-        layer: the layer that is read.
-        image_size: of an image that the backbone takes; None: nothing can be compared, so nothing is recognized.
+        layer: the layer that provides the features.
+        image_size: of an image that the backbone takes. With None nothing can be compared, so there is no recipe.
     """
     if image_size is None:
         return None
@@ -50,22 +50,22 @@ def build_backbone(recipe: Any, folder: Path, stored: Mapping[str, tuple[int, ..
     """The network of a recipe, with random weights; nothing is downloaded.
 
     Args:
-        recipe: of :func:`recipe_of`.
+        recipe: the result of :func:`recipe_of`.
         folder: of the model, for messages.
-        stored: names and shapes of the stored tensors, which those of the network must be.
+        stored: names and shapes of the stored tensors, which must match those of the network.
 
     Raises:
-        ArtifactError: the recipe is damaged, the installed library cannot build it, or it builds something else.
+        ArtifactError: the recipe is damaged, the installed library cannot build it, or the result does not match.
     """
     checked = check_json(recipe, _RECIPE, f"the recipe of the backbone in {folder}")
     try:
-        if checked["library"] != "open_clip":  # which moves what it builds; a name there has one size
-            with torch.device("meta"):  # sizes come from the file: nothing is allocated before the tensors fit them
+        if checked["library"] != "open_clip":  # not on "meta", because it moves the model; each name has one size
+            with torch.device("meta"):  # nothing is allocated before the sizes in the file match the tensors
                 shapes = {name: tuple(value.shape) for name, value in _built(checked).state_dict().items()}
             if shapes != dict(stored):
                 raise ArtifactError("the stored weights are not those of such a network")
         return _built(checked).eval()
-    except Exception as error:  # whatever a library raises at names and sizes that it does not know
+    except Exception as error:  # libraries may raise anything for unknown names and sizes
         raise ArtifactError(
             f"the backbone of the model in {folder}, {checked['library']}'s {checked['name']!r}, cannot be built here "
             f"({type(error).__name__}: {str(error)[:200]}); pass backbone="
@@ -144,7 +144,7 @@ def _computes_the_same(recipe: Mapping[str, Any], backbone: nn.Module, layer: st
     state = {name: value for name, value in backbone.state_dict().items() if isinstance(value, Tensor)}
     try:
         shapes = {name: value.shape for name, value in state.items()}
-        if recipe["library"] != "open_clip":  # which moves what it builds, and asks for few candidates
+        if recipe["library"] != "open_clip":  # not on "meta", because it moves the model; candidates are few
             with torch.device("meta"):
                 if {name: value.shape for name, value in _built(recipe).state_dict().items()} != shapes:
                     return False
@@ -156,5 +156,5 @@ def _computes_the_same(recipe: Mapping[str, Any], backbone: nn.Module, layer: st
         with evaluation_mode(backbone), evaluation_mode(twin):
             expected, found = (read_layer(one, layer, image) for one in (backbone, twin))
         return found.shape == expected.shape and torch.equal(found, expected)
-    except Exception:  # a library's builder that refuses, or a network without this layer
+    except Exception:  # the builder refuses, or the network lacks this layer
         return False

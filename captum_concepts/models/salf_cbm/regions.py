@@ -1,4 +1,4 @@
-"""Points, boxes and masks in pixels, as the fraction of each pixel and of each grid cell that they cover."""
+"""The fraction of each pixel and grid cell covered by points, boxes and masks in pixels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from captum_concepts.errors import InputError, shortened
 
 Size = tuple[int, int]
 _FORMS = {"points": "(x, y)", "boxes": "(x0, y0, x1, y1)"}
-#: How far a box may cross the border, in pixels: detectors round outwards.
+#: How far a box may cross the border, in pixels, because detectors round outwards.
 _MARGIN = 1.0
 
 
 def region_mask(
     n: int, image_size: Size, grid: Size, *, points: Any = None, boxes: Any = None, mask: Any = None
 ) -> Tensor:
-    """``(N, H, W)``: the fraction of each pixel that belongs to the region; all of it if no region is given.
+    """``(N, H, W)``: the fraction of each pixel in the region; the whole image if no region is passed.
 
     Pixel ``(x, y)``, column and row, covers ``[x, x+1) x [y, y+1)``.
 
@@ -30,15 +30,15 @@ def region_mask(
         n: images.
         image_size: ``(H, W)``.
         grid: of the concept maps.
-        points: ``(x, y)``; each stands for the cell of the grid that contains it.
+        points: ``(x, y)``; each selects the grid cell that contains it.
         boxes: ``(x0, y0, x1, y1)``, the borders.
-        mask: ``(H, W)`` or one per image; True, or a fraction in [0, 1].
+        mask: ``(H, W)`` or one per image; bool, or fractions in [0, 1].
 
-    Points and boxes: one for all images; ``(N, 2)`` or ``(N, 4)``, one per image; ``(N, P, 2)`` or a list of N lists,
-    several per image. For a single image a list of several is taken as such.
+    Points and boxes are one for all images; ``(N, 2)`` or ``(N, 4)``, one per image; or ``(N, P, 2)`` or a list of N
+    lists, several per image. For a single image, a list of several is accepted.
 
     Raises:
-        InputError: two kinds at once, another shape, not finite, outside of the image, fractions, or empty.
+        InputError: two kinds at once, wrong shape, not finite, outside the image, in fractions of its size, or empty.
     """
     given = {name: value for name, value in (("points", points), ("boxes", boxes), ("mask", mask)) if value is not None}
     if len(given) > 1:
@@ -53,9 +53,9 @@ def region_mask(
 
 
 def pooled_upsampling(mask: Tensor, grid: Size) -> Tensor:
-    """Weights ``(N, h, w)`` whose sum over a map is the sum of the enlarged map under the mask.
+    """Weights ``(N, h, w)`` for which the weighted sum of a map is the sum of the upsampled map under the mask.
 
-    Bilinear enlarging is linear, so no map is enlarged: :math:`\\sum_p I_p (Uc)_p = \\sum_{ij} (U^T I)_{ij} c_{ij}`.
+    Bilinear upsampling is linear, so no map is upsampled: :math:`\\sum_p I_p (Uc)_p = \\sum_{ij} (U^T I)_{ij} c_{ij}`.
 
     >>> mask, maps = torch.rand(1, 9, 8), torch.rand(1, 3, 2)
     >>> large = F.interpolate(maps[None], (9, 8), mode="bilinear")[0]
@@ -77,18 +77,18 @@ def coverage(mask: Tensor, grid: Size) -> Tensor:
 
 
 def _upsampling(cells: int, side: int) -> Tensor:
-    """``(side, cells)``: linear interpolation as ``F.interpolate`` does it."""
+    """``(side, cells)``: the matrix of linear interpolation by ``F.interpolate``."""
     return F.interpolate(torch.eye(cells)[None], side, mode="linear", align_corners=False)[0].T
 
 
 def _overlap(cells: int, side: int) -> Tensor:
-    """``(cells, side)``: the fraction of each cell that each pixel fills."""
+    """``(cells, side)``: the fraction of each cell that each pixel covers."""
     borders = torch.arange(cells + 1, dtype=torch.float64) * side / cells
     return torch.stack([_span(a, b, side) for a, b in pairwise(borders)]).float() * cells / side
 
 
 def _span(start: Any, stop: Any, side: int) -> Tensor:
-    """How much of each of ``side`` pixels lies between two borders."""
+    """The fraction of each of ``side`` pixels that lies between two borders."""
     pixel = torch.arange(side, dtype=torch.float64)
     return (torch.clamp(pixel + 1, max=float(stop)) - torch.clamp(pixel, min=float(start))).clamp(0, 1)
 
@@ -126,7 +126,7 @@ def _each(values: Any, n: int, name: str) -> list[Tensor]:
 
 
 def _numbers(values: Any, name: str) -> Tensor | list[Tensor]:
-    """One tensor, or one per image if their numbers of points differ."""
+    """One tensor, or one per image if their numbers of points or boxes differ."""
     if isinstance(values, Tensor):
         return values.detach().cpu().double()
     try:
@@ -144,7 +144,7 @@ def _numbers(values: Any, name: str) -> Tensor | list[Tensor]:
 
 
 def _cells(points: Tensor, image_size: Size, grid: Size) -> Tensor:
-    """The border of the cell around each point, as boxes."""
+    """The cell around each point, as boxes."""
     height, width = image_size
     sides = torch.tensor([width, height], dtype=torch.float64)
     outside = ((points < 0) | (points >= sides)).any(1)

@@ -1,4 +1,4 @@
-"""SALF-CBM: a classifier that decides through maps of named concepts only."""
+"""SALF-CBM: a classifier whose logits are computed from maps of named concepts only."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Segmentation(NamedTuple):
 
     Args:
         heatmaps: ``(N, H, W)`` in [0, 1].
-        masks: ``(N, H, W)`` bool, the foreground.
-        concepts: for each image, the concept whose map it is.
+        masks: ``(N, H, W)`` bool, True on the foreground.
+        concepts: the concept of each image's heatmap.
     """
 
     heatmaps: Tensor
@@ -80,36 +80,36 @@ class SALFCBM(
 ):
     r"""Spatially-aware, label-free concept bottleneck model (SALF-CBM, "Show and Tell").
 
-    The backbone's features :math:`f(x)`, resized bilinearly to the grid, are projected by a 1 x 1 convolution into one
-    map per concept. The maps' means, standardized over the training data, are all that the linear head sees:
+    The backbone's features :math:`f(x)`, resized bilinearly to the grid, are projected by a 1 x 1 convolution to one
+    map per concept. The linear head sees only the means of the maps, standardized over the training data:
 
     .. math:: c(x) = g(f(x)) \in \mathbb{R}^{M \times h \times w}, \quad
         c^*_m = \frac{\operatorname{mean}_{ij} c_m(i, j) - \mu_m}{\sigma_m}, \quad z = W c^* + b
 
-    so a decision explains itself by :math:`S(x, m, l) = W_{lm} c^*_m` (what, how much) and :math:`c(x)_m` (where).
+    A prediction is explained by :math:`S(x, m, l) = W_{lm} c^*_m` (what, how much) and :math:`c(x)_m` (where).
 
     Args:
-        backbone: any module that maps images to something; torchvision, timm, an open_clip tower, your own.
-        layer: the layer whose output are the features: a module of the backbone or its dotted name (which
-            ``model.layer`` then is). Nothing after it is computed.
-        concepts: the M names: a list, or a :class:`~captum_concepts.concepts.Vocabulary`.
+        backbone: any module that takes images, e.g. from torchvision or timm, an open_clip tower, or your own.
+        layer: the layer whose output provides the features, as a module of the backbone or its dotted name
+            (``model.layer`` is the name). Nothing after it is computed.
+        concepts: the M names, as a list or a :class:`~captum_concepts.concepts.Vocabulary`.
         num_classes: L.
         grid: ``(h, w)`` of the concept maps, the grid of the prompts they were trained with.
         cls_token: concatenate the CLS token to each patch along the channels; D is then twice the layer's width.
         hidden: width of a layer between features and concept maps; None: the paper's single 1 x 1 convolution.
-        multi_label: the classes are independent (several or none may hold), so probabilities are sigmoids.
+        multi_label: the classes are independent (several or none may apply), so probabilities are sigmoids.
         class_names: L names, or None.
-        freeze_backbone: no parameter of the backbone is trained, and it stays in evaluation mode under ``train()``.
-            Sets ``requires_grad`` of its parameters to False. If False, only those are frozen that have no influence
-            on the layer, such as the old classifier.
+        freeze_backbone: freeze all parameters of the backbone (``requires_grad`` is set to False) and keep it in
+            evaluation mode under ``train()``. If False, only parameters without influence on the layer, such as those
+            of the old classifier, are frozen.
         layout: of the layer's output: ``"auto"``, ``"NCHW"``, ``"NHWC"``, ``"NLC"`` or ``"LNC"``.
         prefix_tokens: tokens before the grid; None infers it.
         feature_dim: D, if known; None infers it by one forward pass of an empty image.
-        input_size: ``(height, width)`` of that image; None takes what the backbone declares, or tries.
+        input_size: ``(height, width)`` of that image; None takes what the backbone declares, or tries common sizes.
         preprocessing: how images that are not float tensors (paths, PIL images) are read and normalized; None takes
-            what the backbone's library says. Float tensors are taken as they are.
+            what the backbone's library specifies. Float tensors are used unchanged.
         batch_size: images per forward pass of the explaining methods.
-        metadata: what the model card shall say: a JSON-able dictionary.
+        metadata: a JSON-serializable dictionary, shown on the model card.
 
     Attributes:
         bottleneck: ``nn.Conv2d(D, M, 1, bias=False)``; with ``hidden``, two of them and a GELU between.
@@ -120,8 +120,8 @@ class SALFCBM(
         metadata: see above.
 
     Raises:
-        InputError: concepts empty or named twice, a bad grid or number of classes, no CLS token.
-        LayerError, LayoutError: unknown layer, or one without a grid.
+        InputError: concepts are empty or repeated, or the grid or the number of classes is invalid.
+        LayerError, LayoutError: the layer is unknown, or has no grid or no CLS token.
 
     Reference:
         Benou, I., Riklin Raviv, T. *Show and Tell: Visually Explainable Deep Neural Nets via Spatially-Aware Concept
@@ -137,7 +137,7 @@ class SALFCBM(
         >>> model(images).shape, model.concept_maps(images).shape, model.scores(images).shape
         (torch.Size([4, 2]), torch.Size([4, 3, 7, 7]), torch.Size([4, 3]))
 
-        What it saw, where, and how much that moved a logit; in the whole image, and in a part of it:
+        What the model saw, where, and how much it changed a logit, in the whole image and in a region:
 
         >>> explanation = model.explain(images, target=0, top_k=2)
         >>> [len(one.concepts) for one in explanation]
@@ -145,7 +145,7 @@ class SALFCBM(
         >>> model.explain_region(images[:1], boxes=(0, 0, 32, 32), top_k=1).scores.shape
         torch.Size([1, 1])
 
-        What it would say without grass in the lower half, and its rules:
+        What the model would predict with less grass in the lower half, and its rules:
 
         >>> before, after = model.intervene(images, "grass", beta=-1.0, units="std", boxes=(0, 32, 64, 64))
         >>> bool((before != after).any()), len(model.decision_rules(0))
@@ -157,7 +157,7 @@ class SALFCBM(
     presence_slope: Tensor | None
     presence_offset: Tensor | None
 
-    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    #: Explaining all concepts costs no more than explaining a few (``audit_dataset`` explains all at once).
     explains_all_at_once = True
 
     def __init__(
@@ -208,7 +208,7 @@ class SALFCBM(
         self.layer = name_in(backbone, layer)
         self.backbone = backbone
         self._reading: Reading | None = None
-        # Read now, because a compiled forward pass cannot look at types and code.
+        # Read now, because a compiled forward pass cannot inspect types and code.
         self._traits = ModelTraits.of(dict(unwrap(backbone).named_modules())) if feature_dim is not None else None
         self._save_backbone: bool | None = None
         if feature_dim is None:
@@ -234,17 +234,17 @@ class SALFCBM(
 
     @of_the_model
     def features(self, inputs: Tensor) -> Tensor:
-        """``(N, D, h, w)``: the layer's output on the grid; unchanged if it has that grid already.
+        """``(N, D, h, w)``: the layer's output, resized to the grid if it has another one.
 
         Args:
-            inputs: images ``(N, C, H, W)`` as the backbone takes them, of any size that it takes.
+            inputs: images ``(N, C, H, W)`` as the backbone takes them, of any size that it accepts.
         """
         _check_batch(inputs)
         output = read_layer(unwrap(self.backbone), self.layer, inputs)
         size = (inputs.shape[-2], inputs.shape[-1])
         read = None if self._reading is None else self._reading.maps(output, size)
         if read is None:
-            known = self._reading  # another size of images has the same layout and as many prefix tokens
+            known = self._reading  # images of another size have the same layout and number of prefix tokens
             how = (self.layout, self.prefix_tokens) if known is None else (known.kind, known.prefix_tokens)
             batch = inputs.shape[0]
             reading = reading_of(self.backbone, self.layer, output, batch, size, how[0], how[1], self._traits)
@@ -261,7 +261,7 @@ class SALFCBM(
 
     @of_the_model
     def concept_activations(self, inputs: Tensor) -> Tensor:
-        """``(N, M)``: the standardized means of the maps c*, all that the head sees; differentiable."""
+        """``(N, M)``: the standardized means of the maps c*, the head's only input; differentiable."""
         return self._standardize(self._pool(self.features(inputs)))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -271,8 +271,8 @@ class SALFCBM(
     def _pool(self, features: Tensor) -> Tensor:
         """``(N, M)`` means of the concept maps, in full precision.
 
-        The mean of a 1 x 1 convolution is the convolution of the mean, which costs h*w times less; the maps themselves
-        are only computed if somebody watches the bottleneck (Captum's layer attributions).
+        The mean of a 1 x 1 convolution is the convolution of the mean, which costs h*w times less. The maps themselves
+        are computed only if the bottleneck has hooks (Captum's layer attributions).
         """
         if self.pointwise is not None and not _watched(self.bottleneck):
             mean = full_precision(features).mean((2, 3), keepdim=True)
@@ -281,7 +281,7 @@ class SALFCBM(
 
     @property
     def pointwise(self) -> nn.Conv2d | None:
-        """The bottleneck, if it is a 1 x 1 convolution: linear, each position by itself; else None."""
+        """The bottleneck if it is a 1 x 1 convolution (linear, independent per position), otherwise None."""
         g = self.bottleneck
         if isinstance(g, nn.Conv2d) and g.kernel_size == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0):
             return g
@@ -292,7 +292,7 @@ class SALFCBM(
         return standard.to(self.concept_mean.dtype)
 
     def _maps_of(self, features: Tensor, columns: Sequence[int]) -> Tensor:
-        """The maps of some concepts, differentiable."""
+        """``(N, T, h, w)``: the maps of the concepts in ``columns``, differentiable."""
         linear = self.pointwise
         if linear is None or len(columns) == len(self.concepts):
             return self.bottleneck(features)[:, columns]
@@ -300,7 +300,7 @@ class SALFCBM(
         return F.conv2d(features, linear.weight[columns], None if bias is None else bias[columns])
 
     def train(self, mode: bool = True) -> Self:
-        """As in ``nn.Module``; a frozen backbone stays in evaluation mode, its batch statistics unchanged."""
+        """Set the training mode as ``nn.Module`` does; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.freeze_backbone:
             self.backbone.eval()
@@ -314,7 +314,7 @@ class SALFCBM(
             mean, std: ``(M,)`` of the maps' means over the training images.
 
         Raises:
-            InputError: another shape, not finite, or a standard deviation that is not positive.
+            InputError: wrong shape, values that are not finite, or a standard deviation that is not positive.
         """
         for name, values in (("mean", mean), ("std", std)):
             given = torch.as_tensor(values).detach().cpu().double()  # not every device has doubles
@@ -330,7 +330,7 @@ class SALFCBM(
         return self
 
     def extra_repr(self) -> str:
-        """For ``print(model)``."""
+        """The layer, number of concepts, grid and trust line that ``print(model)`` shows."""
         about = f"layer={self.layer!r}, {len(self.concepts)} concepts, grid={self.grid}, cls_token={self.cls_token}"
         return f"{about}\ntrust: {self.trust}"
 
@@ -351,22 +351,23 @@ class SALFCBM(
     def scores(self, inputs: Any) -> Tensor:
         """``(N, M)``: :meth:`concept_activations` of anything that :meth:`explain` takes.
 
-        In batches, in evaluation mode and without gradients.
+        Computed in batches, in evaluation mode and without gradients.
         """
         seen, _ = self._look(inputs)
         return torch.cat([one.activations for one in seen])
 
     def concept_maps(self, inputs: Any, concepts: str | int | Sequence[str | int] | None = None) -> Tensor:
-        """``(N, T, h, w)``: where each concept is, in the units of the bottleneck (not standardized).
+        """``(N, T, h, w)``: the concept maps, in the units of the bottleneck (not standardized).
 
-        In evaluation mode and without gradients; ``model.bottleneck(model.features(images))`` is differentiable.
+        Computed in evaluation mode and without gradients; ``model.bottleneck(model.features(images))`` is
+        differentiable.
 
         Args:
             inputs: as in :meth:`explain`.
-            concepts: names or indices; None for all. The maps of others are not computed.
+            concepts: names or indices; None for all. A linear bottleneck computes only their maps.
 
         Raises:
-            InputError: an unknown concept (the nearest names are offered).
+            InputError: unknown concept (the message suggests the nearest names).
         """
         columns = name_positions(concepts, self.concepts)
         seen, _ = self._look(inputs)
@@ -376,7 +377,7 @@ class SALFCBM(
     def contributions(
         self, inputs: Any, target: Any = None, concepts: str | int | Sequence[str | int] | None = None
     ) -> Tensor:
-        r"""``(N, T)``: how much each concept moves the logit of ``target``, :math:`S(x, m, l) = W_{lm} c^*_m(x)`.
+        r"""``(N, T)``: how much each concept changes the logit of ``target``, :math:`S(x, m, l) = W_{lm} c^*_m(x)`.
 
         The logit is the sum over all concepts plus the head's bias.
 
@@ -386,8 +387,8 @@ class SALFCBM(
             concepts: names or indices; None for all.
 
         Raises:
-            TargetError: wrong type, length or range (an ``AssertionError`` as well).
-            InputError: an unknown concept (the nearest names are offered).
+            TargetError: wrong type, length or range (also an ``AssertionError``).
+            InputError: unknown concept (the message suggests the nearest names).
         """
         columns = name_positions(concepts, self.concepts)
         seen, _ = self._look(inputs)
@@ -407,24 +408,24 @@ class SALFCBM(
         rank_by: str = "contributions",
         contributions: bool = True,
     ) -> ConceptExplanation:
-        """What the model saw, where, and how much it moved the logit of ``target``.
+        """The concepts that the model saw, where, and how much each changed the logit of ``target``.
 
         Args:
-            inputs: images: tensors as the backbone takes them, or files, PIL images, data sets, which are read by
+            inputs: images as tensors that the backbone takes, or files, PIL images or data sets, which are read by
                 :func:`~captum_concepts.images.inputs_for` and normalized by :attr:`preprocessing`.
             target: a class (index or name), or one per image; None takes the predicted ones.
-            concepts: explain just these (names or indices), in this order; ``top_k`` is then ignored.
-            top_k: how many concepts of each image, its own strongest ones; None for all.
-            rank_by: what they are ranked by: ``"contributions"`` (absolute) or ``"scores"``.
-            contributions: False leaves them out and ranks by scores.
+            concepts: explain only these (names or indices), in this order; ``top_k`` is then ignored.
+            top_k: number of strongest concepts per image, chosen for each image; None for all.
+            rank_by: rank by ``"contributions"`` (absolute) or ``"scores"``.
+            contributions: False omits them and ranks by scores.
 
         Returns:
-            ``scores``: the standardized activations c*; ``maps``: the concept maps on the grid, in the units of the
+            ``scores``, the standardized activations c*; ``maps``, the concept maps on the grid, in the units of the
             bottleneck; ``contributions`` in logits; ``presence`` if the model is calibrated.
 
         Raises:
             TargetError: as in :meth:`contributions`.
-            InputError: ``top_k`` below 1, or an unknown concept (the nearest names are offered).
+            InputError: ``top_k`` below 1, or unknown concept (the message suggests the nearest names).
         """
         how = {"concepts": concepts, "top_k": top_k, "rank_by": one_of("rank_by", rank_by, RANKINGS)}
         if not contributions:
@@ -439,7 +440,7 @@ class SALFCBM(
     def explain_classes(
         self, inputs: Any, classes: Sequence[str | int], *, top_k: int | None = 5
     ) -> dict[str | int, ConceptExplanation]:
-        """Several classes of the same images, from one forward pass.
+        """One explanation per class of the same images, from one forward pass.
 
         Args:
             inputs: images.
@@ -447,7 +448,7 @@ class SALFCBM(
             top_k: as in :meth:`explain`, for each class.
 
         Returns:
-            An explanation per class, under what it was called by.
+            ``{class: explanation}``, with the keys of ``classes``.
         """
         if isinstance(classes, (str, int)):
             raise InputError(f"classes must be a list of classes, got {classes!r}")
@@ -469,38 +470,38 @@ class SALFCBM(
         units: str = "std",
         reduction: str = "mean",
     ) -> ConceptExplanation:
-        r"""What the model saw in a region ("Explain Anything"), strongest concept first.
+        r"""The concepts that the model saw in a region ("Explain Anything"), strongest first.
 
-        With the region :math:`I` in pixels and the concept maps enlarged bilinearly to the image, a concept scores
+        With the region :math:`I` in pixels and the concept maps upsampled bilinearly to the image, the score is
 
         .. math:: a(x, m \mid I) = \frac{1}{\sum I} \sum I \odot \frac{c(x)_m - \mu_m}{\sigma_m}
 
-        The published score is the plain sum :math:`\sum I \odot c(x)_m` (``units="map", reduction="sum"``). The loss
-        of a bottleneck leaves scale and zero of each map free, so plain sums compare concepts only if training brought
-        them to one scale, as :func:`~captum_concepts.fit_salf_cbm` does approximately.
+        The published score is the plain sum :math:`\sum I \odot c(x)_m` (``units="map", reduction="sum"``). The
+        training loss does not determine the scale and offset of each map, so plain sums are comparable across concepts
+        only if training brought the maps to one scale, as :func:`~captum_concepts.fit_salf_cbm` does approximately.
 
         Args:
             inputs: images ``(N, C, H, W)``.
             target: class of the contributions, as in :meth:`contributions`.
             points: ``(x, y)`` in pixels, x the column from the left and y the row from the top, ``0 <= x < W``,
-                ``0 <= y < H``. A point stands for the cell of the grid that contains it. One for all images;
-                ``(N, 2)``, one per image; or a list per image.
-            boxes: ``(x0, y0, x1, y1)`` in pixels, from the left and top border to the right and bottom one (pixel x
-                covers [x, x+1)); one for all images, ``(N, 4)``, or a list per image.
+                ``0 <= y < H``. A point selects the grid cell that contains it. One for all images; ``(N, 2)``, one per
+                image; or a list per image.
+            boxes: ``(x0, y0, x1, y1)`` in pixels, the left, top, right and bottom borders (pixel x covers [x, x+1));
+                one for all images, ``(N, 4)``, or a list per image.
             mask: ``(H, W)`` or ``(N, H, W)`` of the image's size: bool, integers (nonzero is the region), or the
                 fraction in [0, 1] of each pixel.
-            top_k: how many concepts of each image; None for all.
+            top_k: number of concepts per image; None for all.
             units: ``"std"``: standard deviations of a concept's pooled activation over the training data; ``"map"``:
-                the bottleneck's own.
+                the units of the bottleneck.
             reduction: ``"mean"`` or ``"sum"`` over the region's pixels.
 
         Returns:
             ``scores`` a(x, m | I), ``maps`` as in :meth:`explain`; ``contributions`` is the region's part of
-            :meth:`contributions`: over regions that tile the image, the parts add up to the whole.
+            :meth:`contributions` (over regions that tile the image, the parts sum to the whole).
 
         Raises:
-            InputError: no region or two kinds, one outside of the image or in fractions of it, empty, or of a wrong
-                shape.
+            InputError: no region or two kinds of it, or a region that is outside the image, in fractions of the image
+                size, empty, or of the wrong shape.
         """
         if points is None and boxes is None and mask is None:
             raise InputError("pass the region as points=, boxes= or mask=; explain() explains the whole image")
@@ -531,7 +532,7 @@ class SALFCBM(
         mask: Any = None,
         return_regions: bool = False,
     ) -> Any:
-        r"""What the model would say if it saw more or less of a concept in a region.
+        r"""The logits before and after a concept is added or removed in a region.
 
         .. math:: c(x)_m \leftarrow c(x)_m + \beta I
 
@@ -539,22 +540,21 @@ class SALFCBM(
             inputs: images ``(N, C, H, W)``.
             concept: a name or index; a list of them, edited in the same region; or a list of edits with regions of
                 their own: ``[{"concept": "wheel", "beta": 2.0, "boxes": (0, 0, 90, 60)}, ...]``. All edits act at once.
-            beta: what is added to the map inside the region; one number, or one per concept of a list. Negative
-                numbers remove.
-            units: required. ``"std"``: ``beta`` counts the concept's standard deviations ``concept_std``, so 1 over the
-                whole image raises its activation c* by 1. ``"map"``: the map's own units, as published.
+            beta: added to the map inside the region; one number, or one per concept of a list. Negative values remove
+                the concept.
+            units: required. ``"std"``: ``beta`` is in standard deviations ``concept_std`` of the concept, so 1 over the
+                whole image raises its activation c* by 1. ``"map"``: the units of the map, as published.
             points, boxes, mask: the region, as in :meth:`explain_region`; none means the whole image.
-            return_regions: also return what :meth:`explain_region` would say of the edited region(s), taken together,
-                after the edit: all concepts, in standard deviations, and their contributions to the class that is
-                predicted then.
+            return_regions: also return :meth:`explain_region` of the union of the edited regions after the edit, with
+                all concepts in standard deviations and their contributions to the class predicted after the edit.
 
         Returns:
             ``(logits_before, logits_after)``, each ``(N, num_classes)``; with ``return_regions`` a third entry, a
             :class:`~captum_concepts.ConceptExplanation`.
 
         Raises:
-            InputError: unknown concept (the nearest names are offered); ``units`` missing; ``beta`` missing, not finite
-                or not one per concept; a region as in :meth:`explain_region`.
+            InputError: unknown concept (the message suggests the nearest names); ``units`` missing; ``beta`` missing,
+                not finite or not one per concept; an invalid region, as in :meth:`explain_region`.
         """
         edits = map_edits(concept, beta, units, {"points": points, "boxes": boxes, "mask": mask}, self.concepts)
         _check_batch(inputs)
@@ -563,7 +563,7 @@ class SALFCBM(
         steps = [edit.beta * (std[edit.column] if edit.units == "std" else 1.0) for edit in edits]
         shift = std.new_zeros(inputs.shape[0], len(self.concepts))
         for edit, area, step in zip(edits, areas, steps, strict=True):
-            covered = area.mean((1, 2)).to(shift)  # that is what pooling leaves of I
+            covered = area.mean((1, 2)).to(shift)  # the mean of I, as pooling sees it
             shift[:, edit.column] += step * covered / std[edit.column]
         seen, _ = self._look(inputs)
         parts = list(seen)
@@ -580,11 +580,11 @@ class SALFCBM(
         return before, after, regions
 
     def decision_rules(self, target: str | int, top_k: int | None = None) -> list[tuple[str, float]]:
-        """The concepts that support or oppose a class: ``(concept, weight)``, strongest first, none of weight 0.
+        """The concepts that support or oppose a class, as ``(concept, weight)``, strongest first, without weights of 0.
 
         Args:
             target: index or name of the class.
-            top_k: how many; None for all.
+            top_k: number of concepts; None for all.
 
         Raises:
             TargetError: no such class.
@@ -598,27 +598,27 @@ class SALFCBM(
 
     @torch.no_grad()
     def select_concepts(self, concepts: str | int | Sequence[str | int] | Tensor) -> Self:
-        """A new model with these concepts only, in this order; it shares the backbone, and copies the rest.
+        """A new model with these concepts only, in this order; it shares the backbone and copies the rest.
 
         Args:
             concepts: names, indices, or a mask.
 
         Raises:
-            InputError: unknown (the nearest are offered), none, or one twice.
+            InputError: unknown concept (the message suggests the nearest names), none, or a repeated one.
         """
         columns = name_positions(concepts, self.concepts)
         return self._copy([self.concepts[j] for j in columns], columns)
 
     def without(self, concepts: str | int | Sequence[str | int] | Tensor) -> Self:
-        """A new model without these concepts: it decides by the others, whose rules stay as they are.
+        """A new model without these concepts; the weights of the others are unchanged.
 
-        :func:`~captum_concepts.models.salf_cbm.fit.refit_head` trains the rules of the result again.
+        :func:`~captum_concepts.models.salf_cbm.fit.refit_head` retrains the head of the result.
 
         Args:
             concepts: names, indices, or a mask.
 
         Raises:
-            InputError: unknown (the nearest are offered), none, or all.
+            InputError: unknown concept (the message suggests the nearest names), none, or all.
         """
         removed = set(name_positions(concepts, self.concepts))
         if len(removed) == len(self.concepts):
@@ -627,17 +627,17 @@ class SALFCBM(
 
     @torch.no_grad()
     def with_edits(self, edits: Iterable[Mapping[str, Any]]) -> Self:
-        """A new model whose rules are corrected for good; what :meth:`intervene` does, it does for one call only.
+        """A new model with edited rules, unlike :meth:`intervene`, whose edits apply to one call only.
 
         Args:
-            edits: ``[{"target": "traffic light", "concept": "flashing light", "weight": 1.5}, ...]``: the weight of a
-                concept for a class is set to ``weight``, or raised by ``add``.
+            edits: ``[{"target": "traffic light", "concept": "flashing light", "weight": 1.5}, ...]``. The weight of a
+                concept for a class is set to ``weight``, or increased by ``add``.
 
         Returns:
-            The new model; it shares the backbone. ``metadata["edits"]`` lists what was changed.
+            The new model; it shares the backbone. ``metadata["edits"]`` lists the changes.
 
         Raises:
-            InputError: unknown concept or key, no weight or two.
+            InputError: unknown concept or key, or not exactly one of ``weight`` and ``add``.
             TargetError: no such class.
         """
         changes = rule_edits(edits, self.concepts, self.num_classes, self.class_names)
@@ -661,7 +661,7 @@ class SALFCBM(
         for part in (new.bottleneck, new.head):
             part.to(device=self.concept_mean.device, dtype=self.concept_mean.dtype)
         new._reading = self._reading
-        for judged in ("accuracy", "support", "advice"):  # of the rules as they were
+        for judged in ("accuracy", "support", "advice"):  # computed for the old rules
             new.metadata.pop(judged, None)
         *first, last = self._convolutions()
         *new_first, new_last = new._convolutions()
@@ -674,12 +674,12 @@ class SALFCBM(
             value = getattr(self, name)
             setattr(new, name, None if value is None else value[columns].clone())
         changed: list[nn.Module] = [new, *new.bottleneck.modules(), new.head]
-        for module in changed:  # not the backbone, whose parts may differ in mode
+        for module in changed:  # not the backbone, whose modules may be in different modes
             module.training = self.training
         return new
 
     def _convolutions(self) -> list[nn.Conv2d]:
-        """The convolutions of the bottleneck, which must be the model's own."""
+        """The convolutions of the bottleneck; refuses a bottleneck that was replaced."""
         layers = [self.bottleneck] if self.hidden is None else list(self.bottleneck.children())
         mine = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
         if len(mine) != (1 if self.hidden is None else 2) or mine[-1].out_channels != len(self.concepts):
@@ -692,8 +692,8 @@ class SALFCBM(
 
     @property
     def reliability_(self) -> dict[str, Reliability]:
-        """For each concept, how well its activation agrees with the vision-language model (or, after
-        :meth:`calibrate`, with the labels) on held-out images; empty if that was not measured."""
+        """How well each concept's activation agrees with the vision-language model (or, after :meth:`calibrate`, with
+        the labels) on held-out images; empty if not measured."""
         return {
             name: Reliability.of(value)
             for name, value in self.metadata.get("reliability", {}).items()
@@ -702,7 +702,7 @@ class SALFCBM(
 
     @property
     def trust(self) -> str:
-        """One sentence: whether the concepts' names can be believed."""
+        """One sentence on whether the concepts' names can be trusted."""
         return trust_line(self.reliability_, self.metadata)
 
     def presence(self, inputs: Any) -> Tensor:
@@ -723,12 +723,12 @@ class SALFCBM(
         return torch.sigmoid(full_precision(activations) * slope + offset)
 
     def set_presence(self, slope: Tensor, offset: Tensor, columns: Sequence[int] | None = None) -> Self:
-        """Set the calibration of :meth:`presence`, of all concepts or of some ``columns``.
+        """Set the calibration of :meth:`presence` for all concepts or for some ``columns``.
 
-        The others of an uncalibrated model stay at 0.5, "no idea".
+        In an uncalibrated model, the presence of the other concepts is then 0.5.
 
         Raises:
-            InputError: not finite, or not one number per concept.
+            InputError: values are not finite, or not one per concept.
         """
         chosen = list(range(len(self.concepts))) if columns is None else list(columns)
         for name, values in zip(PRESENCE, (slope, offset), strict=True):
@@ -742,7 +742,7 @@ class SALFCBM(
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        # A calibration belongs to the activations: it comes with their state and goes with that of others.
+        # A calibration belongs to the activations: it is loaded with their state and dropped with that of others.
         other = any(key.removeprefix(prefix).startswith(("bottleneck.", "concept_")) for key in state_dict)
         for name in PRESENCE:
             if prefix + name in state_dict:
@@ -756,12 +756,12 @@ class SALFCBM(
         """Fit :meth:`presence` and :attr:`reliability_` to your own labeled images, in place.
 
         Args:
-            images: as in :meth:`explain`; images that were not trained on.
-            labels: which concepts are in each image: ``(N, M)`` bool, or a list with the names of each image's. A
-                dictionary ``{concept: (N,) bool}`` calibrates some concepts and leaves the others as they are.
+            images: as in :meth:`explain`, and not used for training.
+            labels: the concepts in each image, as ``(N, M)`` bool or a list of names per image. A dictionary
+                ``{concept: (N,) bool}`` calibrates these concepts and leaves the others unchanged.
 
         Raises:
-            InputError: labels that do not fit.
+            InputError: labels do not match the images or concepts.
         """
         activations = full_precision(self.scores(images)).cpu()
         finite_images(activations, range(len(activations)), "the score")
@@ -784,17 +784,18 @@ class SALFCBM(
         top_k: int | None = 5,
         batch_size: int = 1,
     ) -> Iterator[ConceptExplanation]:
-        """One explanation per frame, as frames come: a generator that holds ``batch_size`` frames at a time.
+        """Yield one explanation per frame as frames arrive, keeping ``batch_size`` frames in memory.
 
         Args:
-            frames: images ``(C, H, W)`` or batches of one, from any iterable: a tensor ``(T, C, H, W)``, a decoder.
+            frames: images ``(C, H, W)`` or batches of one, from any iterable, e.g. a tensor ``(T, C, H, W)`` or a
+                decoder.
             target: class of the contributions; None takes the predicted one of each frame.
-            concepts: follow these through the video instead; columns then mean the same in every frame.
+            concepts: explain these in every frame instead of each frame's ``top_k``.
             top_k: as in :meth:`explain`.
-            batch_size: frames per forward pass. Frames of another size begin a new one.
+            batch_size: frames per forward pass. A frame of another size starts a new batch.
 
         Raises:
-            InputError: at once for an unknown concept or bad number; while it runs for a frame that is not an image.
+            InputError: immediately for an unknown concept or invalid number; during iteration for an invalid frame.
         """
         size = integer("batch_size", batch_size)
         if concepts is not None:
@@ -819,21 +820,21 @@ class SALFCBM(
         batch_size: int | None = None,
         show_progress: bool = False,
     ) -> dict[str, list[tuple[int, float]]]:
-        """The images with the highest activation c* of each concept: what its name really stands for in this model.
+        """The images with the highest activation c* of each concept, to check what the concept responds to.
 
         Args:
             data: images, as in :meth:`explain`. A shuffling loader is read in its data set's order.
             concepts: names or indices; None for all.
-            k: how many images per concept.
+            k: images per concept.
             batch_size: images per forward pass; None takes the model's. Memory does not grow with the data.
-            show_progress: a bar.
+            show_progress: show a progress bar.
 
         Returns:
-            ``{concept: [(index in data, activation), ...]}``, strongest first; the earlier image first among equals.
-            Images whose activation is NaN are left out.
+            ``{concept: [(index in data, activation), ...]}``, strongest first, ties in data order. Images whose
+            activation is NaN are omitted.
 
         Raises:
-            InputError: no image, or an unknown concept.
+            InputError: no image, or unknown concept.
         """
         columns = name_positions(concepts, self.concepts)
         integer("k", k)
@@ -865,23 +866,24 @@ class SALFCBM(
         threshold: float | str = "mean",
         size: tuple[int, int] | None = None,
     ) -> Segmentation:
-        """Foreground by the map of a class prompt: the paper's protocol on ImageNet-segmentation.
+        """Foreground masks from the map of a class prompt, by the paper's protocol on ImageNet-segmentation.
 
         The model's concepts must contain a prompt for each class ("An image of a {class}",
-        :meth:`Vocabulary.from_classes <captum_concepts.concepts.Vocabulary.from_classes>`). Its map is enlarged
+        :meth:`Vocabulary.from_classes <captum_concepts.concepts.Vocabulary.from_classes>`). Its map is upsampled
         bilinearly, scaled to [0, 1] by its own minimum and maximum, and binarized.
 
         Args:
             inputs: images.
-            target: the class, or one per image, by name or index; a concept's own name is taken as it is. None takes
+            target: the class, or one per image, by name or index; a concept's own name is used directly. None takes
                 the predicted classes.
-            template: how a class name becomes a concept.
-            threshold: ``"mean"`` (the protocol): above the heatmap's own mean; or a number in [0, 1].
-            size: ``(H, W)`` of the result; None takes the images'.
+            template: turns a class name into a concept.
+            threshold: ``"mean"`` (the protocol), the heatmap's own mean; or a number in [0, 1].
+            size: ``(H, W)`` of the result; None takes that of the images.
 
         Raises:
-            InputError: no such concept (the nearest are offered), ``class_names`` missing, or a bad threshold.
-            TargetError: a bad target.
+            InputError: no such concept (the message suggests the nearest names), ``class_names`` missing, or an invalid
+                threshold.
+            TargetError: an invalid target.
         """
         if threshold != "mean" and (isinstance(threshold, (str, bool)) or not 0 <= threshold <= 1):
             raise InputError(f"threshold must be 'mean' or a number in [0, 1], got {threshold!r}")
@@ -931,27 +933,27 @@ class SALFCBM(
     ) -> str | None:
         """Write ``model.safetensors``, ``config.json`` and a model card (``README.md``) into a folder.
 
-        All are complete before the first of an older model is replaced.
+        Files of an older model are replaced only after all new ones are complete.
 
         Args:
             save_directory: the folder; created if missing.
-            save_backbone: store the backbone's weights, too. None stores them if the backbone was trained, or if it
-                can be built again from its name (torchvision, timm): the folder is then all that loading needs.
-                Otherwise a fingerprint is stored, and loading checks that the same backbone is given.
-            images: some images as the model takes them; the card shows their explanations.
+            save_backbone: also store the backbone's weights. None stores them if the backbone was trained, or if it
+                can be rebuilt from its name (torchvision, timm, open_clip), so that loading needs only the folder.
+                Otherwise a fingerprint is stored, and loading checks that the same backbone is passed.
+            images: images as the model takes them; the card shows explanations of the first four.
             config: not used; ``config.json`` is written from the model.
-            repo_id, push_to_hub, push_to_hub_kwargs: of ``huggingface_hub``.
-            model_card_kwargs: ``{"name": ...}``, the title of the card; else the folder's name.
+            repo_id, push_to_hub, push_to_hub_kwargs: see ``huggingface_hub``.
+            model_card_kwargs: ``{"name": ...}``, the title of the card; default is the folder's name.
 
         Returns:
-            The address on the Hub, or None.
+            The URL on the Hub, or None.
 
         Raises:
-            InputError: ``metadata`` is not valid JSON, or bottleneck or head were replaced by something else.
+            InputError: ``metadata`` is not valid JSON, or the bottleneck or head was replaced.
         """
         folder = Path(save_directory)
         card = {"name": repo_id or folder.resolve().name, **(model_card_kwargs or {})}
-        before = self._save_backbone  # pushing to the Hub saves once more, into a folder of its own
+        before = self._save_backbone  # pushing to the Hub saves again, to a temporary folder
         self._save_backbone = before if save_backbone is None else save_backbone
         try:
             hub.save_folder(self, folder, card["name"], self._hub_mixin_info.model_card_data, images)
@@ -962,11 +964,11 @@ class SALFCBM(
             self._save_backbone = before
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """What ``push_to_hub`` calls."""
+        """Write weights and configuration; called by ``push_to_hub``."""
         hub.write_files(self, hub.config_of(self), save_directory)
 
     def generate_model_card(self, name: str = "SALF-CBM", **_options: Any) -> ModelCard:
-        """The model card: rules, concepts, limits, and data, accuracy and drops from :attr:`metadata`."""
+        """The model card, with rules, concepts, limits, and the data, accuracy and drops in :attr:`metadata`."""
         return hub.model_card(self, hub.config_of(self), name, self._hub_mixin_info.model_card_data)
 
     @classmethod
@@ -981,22 +983,22 @@ class SALFCBM(
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> Self:
-        """Load what :meth:`save_pretrained` wrote.
+        """The model that :meth:`save_pretrained` wrote.
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a repository on the Hub.
-            backbone: the module that the model was trained with; if its weights were stored, they are loaded into it.
-                None: the backbone is built from its name, if the folder says it (torchvision, timm).
-            check_backbone: refuse a backbone with other weights than the one the model was trained with.
-            revision, cache_dir, local_files_only, token: of ``huggingface_hub``.
+            backbone: the module that the model was trained with; stored weights are loaded into it. None builds the
+                backbone from its name if the folder records it (torchvision, timm, open_clip).
+            check_backbone: refuse a backbone whose weights differ from those the model was trained with.
+            revision, cache_dir, local_files_only, token: see ``huggingface_hub``.
 
         Returns:
             The model in evaluation mode, on the backbone's device.
 
         Raises:
-            InputError: the backbone must be given.
-            FileNotFoundError: no such folder, or a file is missing.
-            ArtifactError: a file is truncated, corrupt or foreign, or the backbone is another one.
+            InputError: the backbone must be passed.
+            FileNotFoundError: the folder or a file is missing.
+            ArtifactError: a file is truncated, corrupt or foreign, or the backbone does not match.
         """
         if backbone is not None and not isinstance(backbone, nn.Module):
             raise InputError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
@@ -1009,20 +1011,20 @@ class SALFCBM(
 
         ``torch.export.load(path).module()(images, target)`` returns a dictionary with ``logits`` (N, L),
         ``concept_maps`` (N, M, h, w), ``activations`` (N, M) and ``contributions`` (N, M) to the classes ``target``
-        (N,), -1 for the predicted one. N is free. Names of concepts and classes are in the file's extra file
+        (N,), -1 for the predicted one. N is dynamic. Names of concepts and classes are in the extra file
         ``captum_concepts.json``.
 
         Args:
             path: the file.
-            size: ``(H, W)`` of the images; None takes :attr:`input_size`, or the size that the backbone was read with.
+            size: ``(H, W)`` of the images; None takes :attr:`input_size`, or the size that the backbone was run with.
         """
         return export_program(self, Path(path), None if size is None else _size(size, "size"))
 
-    # ------------------------------------------------------------------------------------------------- how
+    # ------------------------------------------------------------------------------------------------- internals
 
     def _look(self, inputs: Any, *, batch_size: int | None = None) -> tuple[Iterator[_Seen], list[str]]:
-        """Forward passes over ``inputs`` in evaluation mode, without gradients; names of the images are added to the
-        list as they are read, and stay empty for tensors."""
+        """Forward passes over ``inputs`` in evaluation mode without gradients, and the images' names, which are added
+        as images are read (none for tensors)."""
         names: list[str] = []
         size = self.batch_size if batch_size is None else integer("batch_size", batch_size)
         inputs = self._opened(inputs)
@@ -1034,7 +1036,7 @@ class SALFCBM(
         return self._passes(parts), names
 
     def _opened(self, inputs: Any) -> Tensor | ImageSource:
-        """Tensors as they are, anything else as images that the model wants to see."""
+        """Tensors unchanged, anything else as an :class:`ImageSource` preprocessed for the model."""
         if isinstance(inputs, Tensor):
             return inputs
         known = self.preprocessing or unwrap(self.backbone)
@@ -1067,7 +1069,7 @@ class SALFCBM(
             raise InputError("there is no image")
 
     def _checked_target(self, seen: Iterator[_Seen], inputs: Any, target: Any) -> Iterable[_Seen]:
-        """``seen``, after a check of targets of their number, which costs no forward pass for tensors."""
+        """``seen``, after checking the targets; for tensors the check needs no forward pass."""
         if target is None:
             return seen
         if isinstance(inputs, Tensor):
@@ -1111,8 +1113,6 @@ class SALFCBM(
         contributions: bool = True,
         **how: Any,
     ) -> ConceptExplanation:
-        """Of the whole images."""
-
         def values(one: _Seen, index: Tensor) -> tuple[Tensor, Tensor]:
             return full_precision(one.activations), self._shares(one.activations, index)
 
@@ -1129,7 +1129,7 @@ class SALFCBM(
         units: str,
         reduction: str,
     ) -> ConceptExplanation:
-        """Of a region ``area`` (N, H, W), whose maps were edited by ``(column, step, area)`` perhaps."""
+        """The explanation of a region ``area`` (N, H, W), after optional map edits ``(column, step, area)``."""
         mean, std = full_precision(self.concept_mean), full_precision(self.concept_std)
 
         def values(one: _Seen, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -1140,7 +1140,7 @@ class SALFCBM(
             scores = self._weighted(one.features, weights / total[..., None])
             inside = self._weighted(one.features, share / share[0].numel())
             for column, step, where in edits or ():
-                both = (own * where[one.rows]).to(scores)  # of the edit, what lies in the region
+                both = (own * where[one.rows]).to(scores)  # the part of the edit inside the region
                 scores[:, column] += step * both.sum((1, 2)) / own.sum((1, 2)).to(scores)
                 inside[:, column] += step * both.mean((1, 2))
             if units == "std":
@@ -1170,8 +1170,8 @@ class SALFCBM(
         presence: bool = True,
         edits: Sequence[tuple[int, Any, Tensor]] | None = None,
     ) -> ConceptExplanation:
-        """An explanation from forward passes and what each says of its images: ``values(seen, target) -> (scores,
-        contributions)``. Each image's own concepts are chosen, and only their maps computed."""
+        """An explanation from forward passes and ``values(seen, target) -> (scores, contributions)``; only the maps of
+        the concepts chosen for each image are computed."""
         parts: list[tuple[Tensor, ...]] = []
         how = {"concepts": concepts, "top_k": top_k, "rank_by": rank_by}
         for one in seen:
@@ -1208,7 +1208,7 @@ class SALFCBM(
         )
 
     def _maps_at(self, features: Tensor, index: Tensor) -> Tensor:
-        """``(N, k, h, w)``: the maps of each image's own concepts ``index`` (N, k); others are not computed."""
+        """``(N, k, h, w)``: the maps of each image's concepts ``index`` (N, k); if linear, only these are computed."""
         index = index.to(features.device)
         with torch.no_grad(), evaluation_mode(self.bottleneck):
             shared = len(index) > 0 and bool((index == index[0]).all())
@@ -1240,7 +1240,7 @@ class SALFCBM(
 
 
 def make_bottleneck(features: int, concepts: int, hidden: int | None) -> nn.Module:
-    """From features to concept maps, each position by itself: one 1 x 1 convolution, or two with a GELU between.
+    """The module from features to concept maps: one 1 x 1 convolution, or two with a GELU between.
 
     >>> make_bottleneck(8, 3, None)
     Conv2d(8, 3, kernel_size=(1, 1), stride=(1, 1), bias=False)
@@ -1251,7 +1251,7 @@ def make_bottleneck(features: int, concepts: int, hidden: int | None) -> nn.Modu
 
 
 def _frames(frames: Iterable[Any], size: int) -> Iterator[Tensor]:
-    """Batches of frames of one size, each as soon as it is full."""
+    """Yield batches of consecutive frames of equal size, up to ``size`` frames each."""
     waiting: list[Tensor] = []
     for frame in open_images(frames, mode="any", labels=False):
         if waiting and frame.shape != waiting[0].shape:
@@ -1266,14 +1266,14 @@ def _frames(frames: Iterable[Any], size: int) -> Iterator[Tensor]:
 
 
 def _watched(module: nn.Module) -> bool:
-    """Whether somebody's hooks look at what goes into or comes out of ``module``."""
+    """Whether ``module`` has forward or backward hooks."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def _size(size: Any, name: str) -> tuple[int, int]:
-    """A pair of positive integers; one integer stands for both."""
+    """``(height, width)`` as positive integers; one integer is used for both."""
     pair = (size, size) if hasattr(size, "__index__") and not isinstance(size, bool) else size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InputError(f"{name} must be two positive integers (height, width), got {size!r}")

@@ -1,4 +1,4 @@
-"""Point at a region, see its concepts, change them, watch the decision: one HTML file without network or server."""
+"""Interactive page of a region's concepts, with edits and their effect on the classes, as one standalone HTML file."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from captum_concepts.visualization.pictures import Picture, palette, photo
 from captum_concepts.visualization.scale import ColorScale, schemes
 from captum_concepts.visualization.templates import asset, clean, template
 
-#: Concepts per image of a method whose concepts cannot be edited, where ``top_k`` is not given.
+#: Default number of concepts per image for methods without edits.
 _TOP = 40
-#: Concepts by which an image is found: its strongest ones.
+#: Number of strongest concepts by which an image can be found.
 _FOUND_BY = 5
 _TITLE = "Concept explorer"
 _STEPS = 65_534
@@ -62,7 +62,7 @@ _HEAD = (
 
 @runtime_checkable
 class EditableExplainer(Protocol):
-    """A model whose decision is linear in pooled, standardized concept maps, such as ``SALFCBM``.
+    """Protocol of models whose decision is linear in pooled, standardized concept maps, such as ``SALFCBM``.
 
     With the maps c(x) in ``(N, M, h, w)``: ``logits = head((mean(c) - concept_mean) / concept_std)``.
     """
@@ -74,7 +74,7 @@ class EditableExplainer(Protocol):
     head: Any
 
     def concept_maps(self, inputs: Any) -> Tensor:
-        """``(N, M, h, w)``, not standardized."""
+        """``(N, M, h, w)`` maps, not standardized."""
         ...
 
 
@@ -94,44 +94,46 @@ def explore(
     title: str = _TITLE,
     setup: str = "",
 ) -> Explorer:
-    r"""A page on which one marks a region of an image, sees its concepts, edits them, and watches the classes.
+    r"""Interactive page on which users mark a region of an image, inspect and edit its concepts, and see the classes.
 
-    For a :class:`~captum_concepts.SALFCBM` the page contains the standardized concept maps
-    :math:`z = (c(x) - \mu) / \sigma` and the head W, so region and edit are arithmetic in the page. With the region
-    :math:`I` in pixels and the maps enlarged bilinearly to the image:
+    For a :class:`~captum_concepts.SALFCBM`, the page contains the standardized concept maps
+    :math:`z = (c(x) - \mu) / \sigma` and the head W, and computes regions and edits itself. With the region :math:`I`
+    in pixels and the maps enlarged bilinearly to the image:
 
     .. math:: a(x, m \mid I) = \frac{\sum I \odot z_m}{\sum I}, \qquad
         \text{logits} \leftarrow \text{logits} + W_{\cdot m}\, \beta\, \overline{I}
 
-    These are ``explain_region`` and ``intervene`` with ``units="std"``. For the other methods and for an explanation
-    the page shows the concepts of a region, without edits, and says why.
+    These are ``explain_region`` and ``intervene`` with ``units="std"``. For other methods and for explanations, the
+    page shows the concepts of a region without edits and states why.
 
     Args:
         explainer: a SALFCBM, one of the methods, or an explanation of these images.
-        images: whatever :func:`~captum_concepts.images.inputs_for` takes; float tensors are the model's inputs. For an
-            explanation as for :func:`panel`.
+        images: anything that :func:`~captum_concepts.images.inputs_for` accepts; float tensors are the model's inputs.
+            For an explanation, as in :func:`panel`.
         class_names: names of the model's outputs; None: the model's own.
-        image_names: one per image; None: file names where there are any.
-        concepts: names or indices of those in the page; None: all of a SALFCBM, the ``top_k`` of each image otherwise.
-        labels: the true class of each image, index or name; None: those of class folders or data sets. Wrong
-            predictions are shown first; so is, where an explanation or ``target`` does not tell what was predicted,
-            an explained class that is not the true one. A name judges nothing unless an output is called so.
+        image_names: one per image; None: file names, if there are any.
+        concepts: names or indices of the concepts to include; None: all for a SALFCBM, otherwise the ``top_k`` of each
+            image.
+        labels: true class of each image, by index or name; None: those of class folders or data sets. Wrong predictions
+            come first; if the prediction is unknown (an explanation or ``target``), so do explained classes that are
+            not the true one. A label that no output is named by is not compared.
         target: the output whose contributions are shown, or one per image; None: the predicted one.
-        top_k: concepts per image by score, for methods without edits. None: all.
-        transform: makes the model's inputs from a batch of images in [0, 1].
+        top_k: concepts per image by score, for methods without edits; None: all.
+        transform: computes the model's inputs from a batch of images in [0, 1].
         batch_size: images per forward pass.
-        title: of the page.
-        setup: Python that makes ``images``, for the code of the page; empty: they are called "as passed to explore()".
+        title: title of the page.
+        setup: Python code that creates ``images``, for the code in the page; empty: described as "as passed to
+            explore()".
 
     Returns:
-        An :class:`Explorer`, which shows itself in a notebook and is written by ``save``.
+        An :class:`Explorer`, which displays itself in a notebook; write it with ``save``.
 
     Raises:
-        InputError: no image, other numbers of names, labels or targets than images, an unknown concept, an index of a
-            class that the model does not have.
+        InputError: no images, numbers of names, labels or targets that differ from that of images, an unknown concept,
+            or a class index that the model does not have.
 
     Warns:
-        InputWarning: labels are names that no output bears.
+        InputWarning: labels are names that no output has.
 
     Example:
         >>> e = ConceptExplanation(["sand", "grass"], torch.rand(1, 2), torch.rand(1, 2, 7, 7))
@@ -178,7 +180,7 @@ def explore(
 
 @dataclass
 class _Image:
-    """One image of the page; ``rows`` are its concepts as numbers of the page's list, None: all of them."""
+    """One image of the page; ``rows`` are its concepts as indices in the page's list, None: all of them."""
 
     picture: Picture
     thumb: Picture
@@ -204,15 +206,13 @@ class _Image:
         return cls(photo(picture, most=64_000), photo(picture, 96, 4_000), size, maps, scores.float(), **more)
 
     def strongest(self) -> list[int]:
-        """The concepts it is found by."""
+        """Concepts by which the image can be found."""
         order = self.scores.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)[:_FOUND_BY].tolist()
         return order if self.rows is None else [self.rows[j] for j in order]
 
 
 @dataclass
 class _Page:
-    """What the page is made of."""
-
     concepts: list[str]
     classes: list[str]
     images: list[_Image] = field(default_factory=list)
@@ -232,7 +232,7 @@ class _Page:
 
 
 def _reader(reader: str, images: Any, transform: Any) -> str:
-    """Python that reads image K, called FILE, of ``images`` as the model takes it."""
+    """Python code that reads image K (file FILE) of ``images`` as the model's input."""
     if isinstance(images, ImageSource):
         one = "images[images.names.index(FILE)][None]" if of_files(images) else "images[K][None]"
     elif isinstance(images, Tensor):
@@ -243,7 +243,7 @@ def _reader(reader: str, images: Any, transform: Any) -> str:
 
 
 def _named_classes(names: Any, page: _Page) -> list[str]:
-    """One name for each output; two outputs may share one, as ImageNet's two kinds of crane do."""
+    """One name per output; two outputs may share a name, as ImageNet's two kinds of crane do."""
     found = [] if isinstance(names, str) else list(names)
     if not found or not all(isinstance(name, str) for name in found):
         raise InputError(f"class_names must be a list of names, got {names!r}"[:300])
@@ -300,13 +300,13 @@ def _of_editable(model: Any, batches: Iterator[Any], concepts: Any, target: Any)
 
 
 def _trust(explainer: Any) -> str:
-    """One sentence of the explainer on whether its concepts' names can be believed."""
+    """The explainer's sentence on how reliable its concepts' names are; empty if it has none."""
     said = getattr(explainer, "trust", "")
     return said if isinstance(said, str) else ""
 
 
 def _presence(model: Any, inputs: Tensor, rows: list[int]) -> Tensor | None:
-    """How sure a calibrated model is that each concept is there."""
+    """Calibrated presence of each concept; None for a model without calibration."""
     if getattr(model, "presence_slope", None) is None:
         return None
     return model.presence(inputs).detach().float().cpu()[:, rows]
@@ -326,7 +326,6 @@ def _looked(model: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _targets(target: Any, logits: Tensor, start: int, model: Any) -> list[int]:
-    """The class of each image of a batch."""
     n = len(logits)
     if target is None:
         return logits.argmax(1).tolist()
@@ -395,9 +394,9 @@ def _extend(
 
 
 class Explorer:
-    """What :func:`explore` returns: a page that shows itself in a notebook, and is written by :meth:`save`.
+    """The page of :func:`explore`, which displays itself in a notebook and is written by :meth:`save`.
 
-    In a notebook with the extra ``notebook`` (anywidget), edits come back to Python as :attr:`edits`.
+    In a notebook with the extra ``notebook`` (anywidget), edits are available in Python as :attr:`edits`.
     """
 
     def __init__(self, page: _Page, title: str) -> None:
@@ -414,13 +413,13 @@ class Explorer:
 
     @property
     def html(self) -> str:
-        """The page: one HTML text that needs nothing from elsewhere."""
+        """The page as standalone HTML."""
         if self._html is None:
             self._html = _rendered(self._page, self.title)
         return self._html
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page as one HTML file, atomically; it opens from disk, without network or server.
+        """Write the page atomically as one HTML file, which opens from disk without network or server.
 
         Raises:
             FileNotFoundError: the folder does not exist.
@@ -432,7 +431,7 @@ class Explorer:
 
     @property
     def edits(self) -> list[dict[str, Any]]:
-        """The edits of the image that is shown, as ``SALFCBM.intervene`` takes them; empty without anywidget.
+        """Edits of the displayed image, in the form of ``SALFCBM.intervene``; empty without anywidget.
 
         ``before, after = model.intervene(images[[explorer.image]], explorer.edits, units="std")``
         """
@@ -441,18 +440,18 @@ class Explorer:
 
     @property
     def image(self) -> int:
-        """The number of the image that is shown."""
+        """Index of the displayed image."""
         self._read()
         return int(self._state.get("image", 0))
 
     @property
     def region(self) -> dict[str, Any]:
-        """The region that is marked, as keywords of ``SALFCBM.explain_region``; empty: the whole image."""
+        """The marked region, as keywords of ``SALFCBM.explain_region``; empty for the whole image."""
         self._read()
         return dict(self._state.get("region") or {})
 
     def _read(self) -> None:
-        """What the widget says, with masks as tensors of the image's size."""
+        """Update the state from the widget, with masks as tensors of the image's size."""
         if self._widget is None:
             return
         said = dict(self._widget.state)
@@ -471,7 +470,7 @@ class Explorer:
         self._state = {**said, "edits": edits, "region": mask(said.get("region") or {}, int(said.get("image", 0)))}
 
     def widget(self) -> Any:
-        """The page as an anywidget, which returns edits to Python; made once.
+        """The page as an anywidget, which returns edits to Python and is created once.
 
         Raises:
             ImportError: anywidget is not installed (extra ``notebook``).
@@ -481,7 +480,7 @@ class Explorer:
         return self._widget
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
-        plain = {"text/plain": repr(self), "text/html": self._repr_html_()}  # what a notebook without its kernel shows
+        plain = {"text/plain": repr(self), "text/html": self._repr_html_()}  # for notebooks without a kernel
         try:
             shown = self.widget()._repr_mimebundle_(**options)
         except ImportError:
@@ -517,7 +516,6 @@ export default { render({ model, el }) {
 
 
 def _make_widget(page: str) -> Any:
-    """An anywidget with traits ``page`` and ``state``."""
     import anywidget
     import traitlets
 
@@ -577,7 +575,7 @@ def _hash(text: str) -> str:
 
 
 def _json(value: Any) -> Markup:
-    """JSON inside of a script element: no ``<`` that could end it."""
+    """JSON for a script element, in which no ``<`` can end it."""
     text = json.dumps(_cleaned(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -585,7 +583,7 @@ def _json(value: Any) -> Markup:
 
 
 def _cleaned(value: Any) -> Any:
-    """Texts without what HTML cannot contain."""
+    """The value with all text cleaned of characters that HTML cannot contain."""
     if isinstance(value, dict):
         return {key: _cleaned(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -594,7 +592,7 @@ def _cleaned(value: Any) -> Any:
 
 
 def _filed(one: _Image, strongest: list[int]) -> dict[str, Any]:
-    """What the filmstrip needs of an image."""
+    """Data of an image for the filmstrip."""
     return {
         "name": one.name,
         "file": one.file,
@@ -609,9 +607,9 @@ def _filed(one: _Image, strongest: list[int]) -> dict[str, Any]:
 
 
 def _loaded(one: _Image) -> dict[str, Any]:
-    """What the page reads when an image is chosen.
+    """Data that the page reads when an image is selected.
 
-    A map is stored in steps of 1 / 65,534 of its range, two bytes per cell: as small as half precision, and more exact.
+    Maps are stored in steps of 1 / 65,534 of their range, which is as small as half precision and more precise.
     """
     maps = one.maps.double()
     finite = maps.isfinite()
@@ -653,7 +651,7 @@ def _packed(data: bytes) -> str:
 
 
 def _head(weight: Tensor) -> dict[str, Any]:
-    """``(L, M)`` weights: all of them, or the positions of those that are not zero where that is shorter."""
+    """``(L, M)`` weights, either all of them or, if that is shorter, only the nonzero ones with their indices."""
     column, row = weight.T.nonzero(as_tuple=True)
     if 3 * len(row) < weight.numel():
         counts = torch.bincount(column, minlength=weight.shape[1]).int()

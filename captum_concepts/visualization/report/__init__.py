@@ -1,4 +1,4 @@
-"""Explanations as one HTML file that opens anywhere: what, where and how much, to look at, to keep and to print."""
+"""Reports of explanations as standalone HTML files."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ from captum_concepts.visualization.scale import ColorScale, schemes
 from captum_concepts.visualization.templates import asset, template
 
 _NOTHING = object()
-#: Classes and concepts that can be filtered by; the most frequent ones where there are more.
+#: Maximum number of classes, and of concepts, to filter by; the most frequent ones are kept.
 _FILTERS = 300
-#: Images on a page; more go to further pages, so that each opens at once.
+#: Images per page, so that each page opens instantly.
 PER_PAGE = 200
-#: In the head of every page of this package.
+#: Part of the head of every page of this package.
 _OURS = b'<meta name="generator" content="captum_concepts">'
-#: Where the cards go; no text can contain it, because control characters are replaced.
+#: Placeholder of the cards; no text can contain it, because control characters are replaced.
 _MARK = "\0"
 _BLOCK = 1 << 20
 
@@ -82,52 +82,52 @@ def report(
     mode: str = "bicubic",
     show_progress: bool = False,
 ) -> Path:
-    """One standalone HTML file: for each image its own concepts with score, map and signed contribution.
+    """Write a standalone HTML report of each image's own concepts with score, map and signed contribution.
 
-    It opens from disk, needs no network and runs no script; a map appears over the input where its concept is
-    pointed at, tapped or chosen by keyboard. Images are filtered by class, concept and agreement with the true label.
-    Light and dark, readable on a phone, on paper and by a screen reader. It is written image by image, so that memory
-    does not grow with their number. Twenty images of up to eight concepts take less than 5 MB. More than 200 images go
-    to several files: ``report.html`` contains the summary and an index of all images, which is filtered with them, and
-    leads to ``report.2.html`` and so on, next to it.
+    The page opens from disk and needs neither network nor scripts. Pointing at a concept, tapping it or selecting it by
+    keyboard shows its map over the input. Images can be filtered by class, concept and agreement with the true label.
+    The page has light and dark modes and works on phones, on paper and with screen readers. It is written image by
+    image, so memory does not grow with their number. Twenty images of up to eight concepts take less than 5 MB. More
+    than 200 images are split into several files: ``report.html`` contains the summary and an index of all images, which
+    the filters also apply to, and links to ``report.2.html`` and so on.
 
     Args:
-        source: the explanation of N images; an iterable of explanations, which is read one by one; or an explainer
+        source: the explanation of N images; an iterable of explanations, which is consumed one by one; or an explainer
             (one of the methods), which explains the images in batches.
-        images: as many images, in the same order: a tensor ``(N, 3, H, W)``, a list or a generator of images or of
-            batches, as :func:`overlay` takes them; one image where there is one example. RGB in [0, 1] or uint8, before
-            the network's normalization. For an explainer: whatever
-            :func:`~captum_concepts.images.inputs_for` takes (folders, files, PIL images, loaders; float tensors are the
-            model's inputs).
-        path: an existing file is replaced, atomically.
-        title: of the page.
-        target: for an explainer: the output to explain, or one per image; None: the predicted one.
-        transform: for an explainer: turns a batch of images in [0, 1] into the model's inputs, such as its
-            normalization; None: they are the same.
-        batch_size: for an explainer: images per batch.
-        labels: the true class of each image, index or name; None: those of class folders or data sets, for an
-            explainer.
+        images: the explained images in the same order: a tensor ``(N, 3, H, W)``, a list or a generator of images or
+            batches, as in :func:`overlay`, or a single image for one example. RGB in [0, 1] or uint8, before the
+            network's normalization. For an explainer, anything that :func:`~captum_concepts.images.inputs_for` accepts
+            (folders, files, PIL images, loaders; float tensors are the model's inputs).
+        path: where to write; an existing file is replaced atomically.
+        title: title of the page.
+        target: for an explainer, the output to explain, or one per image; None: the predicted one.
+        transform: for an explainer, computes the model's inputs from a batch of images in [0, 1], such as its
+            normalization; None: the explainer's own preprocessing.
+        batch_size: for an explainer, images per batch.
+        labels: true class of each image, by index or name; None: for an explainer, those of class folders or data sets.
         image_names: one per image, such as file names; None: those of the files, or the explanation's own.
         class_names: names of the targets, by index; None: the explanation's own.
-        top_k: concepts shown per image.
+        top_k: concepts per image.
         rank_by: ``"scores"``, ``"contributions"`` (by magnitude), or None for the explanation's own order.
-        significant: ``(T,)`` bool, such as ``SpatialACV.significant_``: where False, the concept is pale and called
-            "not encoded here". With one explanation also ``(N, T)``.
+        significant: ``(T,)`` bool, such as ``SpatialACV.significant_``; where False, the concept is pale and labeled
+            "not encoded here". For a single explanation also ``(N, T)``.
         crop: the part of the photograph that the model saw, ``(x0, y0, x1, y1)`` in pixels, for all images.
-        settings: what to keep of the run, shown in a table; nested mappings become parts. Versions, method, layers and
+        settings: settings of the run to show in a table; nested mappings become sections. Versions, method, layers and
             a fingerprint of each input's pixels are added.
-        explorer: of :func:`explore`: written next to the report as ``NAME.explorer.html``, with a button that opens it.
-        images_per_page: images in one file; None: all of them.
-        scale: ``"row"``: the maps of an image share one color scale, so that their strengths compare; ``"map"``: each
+        explorer: result of :func:`explore`, written next to the report as ``NAME.explorer.html`` and linked by a
+            button.
+        images_per_page: images per file; None: all.
+        scale: ``"row"``: the maps of an image share one color scale, so their strengths are comparable; ``"map"``: each
             has its own.
-        alpha, cmap, signed, mode: as for :func:`panel`.
-        show_progress: a tqdm bar.
+        alpha, cmap, signed, mode: as in :func:`panel`.
+        show_progress: show a tqdm bar.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
-        InputError: other numbers of images or names than examples, nothing to show, an option that does not exist.
+        InputError: the numbers of images or names differ from that of examples, there is nothing to show, or an option
+            is unknown.
         FileNotFoundError: the folder does not exist.
 
     Warns:
@@ -152,7 +152,7 @@ def report(
     if isinstance(source, ConceptExplainer):
         how = {"top_k": top_k, **({} if rank_by is None else {"rank_by": rank_by})}
         images = source_of(source, images, transform)
-        total = None if images.streamed or images.skip_broken else len(images)  # which can be read is not known yet
+        total = None if images.streamed or images.skip_broken else len(images)  # else unknown
         rows = _explained(source, images, target, transform, integer("batch_size", batch_size), how)
     else:
         pairs = zip_longest(_examples(source), each_image(images), fillvalue=_NOTHING)
@@ -204,7 +204,7 @@ def _examples(explanations: Any) -> Iterator[ConceptExplanation]:
 def _explained(
     explainer: ConceptExplainer, images: Any, target: Any, transform: Any, batch_size: int, how: dict[str, Any]
 ) -> Iterator[tuple[ConceptExplanation, Any, dict[str, Any]]]:
-    """Explanation, image, name and label of one image after another; a batch is explained when its first is due."""
+    """Iterate over explanation, image, and name and label; a batch is explained when its first image is requested."""
     start = 0
     for batch in shown_batches(explainer, images, batch_size, transform):
         own = targets_of(target, slice(start, start + len(batch.pictures)))
@@ -225,23 +225,23 @@ def _progress(pairs: Iterable[Any], total: int | None, show: bool) -> Iterable[A
 
 
 class ReportWriter:
-    """A report written image by image: only the current one is in memory, so any number of images can pass.
+    """A report that is written image by image and keeps only the current image in memory.
 
-    The file appears when the report is finished, atomically, after its further pages. As a context manager it finishes
-    at the end of the ``with`` block, and leaves an older file untouched where the block raises; call :meth:`finish`
-    yourself to keep what was done.
+    The file appears atomically when the report is finished, after its further pages. As a context manager, the writer
+    finishes at the end of the ``with`` block, and if the block raises, it leaves an older file unchanged; call
+    :meth:`finish` yourself to keep what was added.
 
     Args:
         path, title, class_names, top_k, rank_by, settings, images_per_page, scale, alpha, cmap, signed, mode: see
-            :func:`report`.
-            ``signed="auto"``: the diverging color scheme from the first explanation on in which negative values matter.
+            :func:`report`. ``signed="auto"`` switches to the diverging color scheme at the first explanation in which
+            negative values matter.
 
     Attributes:
-        trust: a sentence below the title: whether the concepts' names can be believed.
-        explorer: the address of an explorer's page, for a button.
+        trust: a sentence below the title on how reliable the concepts' names are.
+        explorer: address of an explorer's page, for a button.
 
     Raises:
-        InputError: an option that does not exist.
+        InputError: an unknown option.
         FileNotFoundError: the folder of ``path`` does not exist.
 
     Example:
@@ -284,18 +284,18 @@ class ReportWriter:
             raise FileNotFoundError(f"no folder {self.path.parent} to write {self.path.name} into")
         self.title, self.class_names, self.cmap, self.signed = title, class_names, cmap, signed
         self.settings = dict(settings or {})
-        # The cards wait here, because what is above them is known last; the system removes this file whatever happens.
+        # Cards are buffered because the content above them is known last; the system always removes this file.
         self._cards: IO[bytes] | None = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
         self._known = _Known()
         self._starts: list[int] = []
         self._failed: list[tuple[str, str]] = []
         self._rules: tuple[Any, Any] | None = None
-        self._warned = False  # of labels that no output bears
+        self._warned = False  # about labels that no output is named by
         self.explorer: str | None = None
         self.trust = ""
 
     def __len__(self) -> int:
-        """Images so far."""
+        """Number of images so far."""
         return len(self._known.index)
 
     def __enter__(self) -> ReportWriter:
@@ -323,16 +323,15 @@ class ReportWriter:
         """Add the N examples of one explanation.
 
         Args:
-            explanation: of these images.
-            images: N images as for :func:`panel`, or one where there is one example.
-            name: above the card; with several examples, one for all with their number after it. None: the
-                explanation's own.
-            label: the true class of the image, index or name; for one example only.
-            significant: ``(T,)`` or ``(N, T)`` bool; False draws the concept pale, without a map.
-            crop, points, boxes, mask: as for :func:`panel`.
+            explanation: an explanation of these images.
+            images: N images as in :func:`panel`, or a single image for one example.
+            name: heading of the card, followed by a number if there are several examples; None: the explanation's own.
+            label: true class of the image, by index or name; only for a single example.
+            significant: ``(T,)`` or ``(N, T)`` bool; where False, the concept is pale, without a map.
+            crop, points, boxes, mask: as in :func:`panel`.
 
         Raises:
-            InputError: other numbers of images than examples, no concept, or the report is finished.
+            InputError: the numbers of images and examples differ, there is no concept, or the report is finished.
 
         Warns:
             InputWarning: maps contain NaN or infinite values, which are left uncolored.
@@ -368,7 +367,7 @@ class ReportWriter:
                 self._cards.write(template("report/card.html").render(card=card, index=len(self)).encode())
 
     def fix_scheme(self, explanations: Iterable[ConceptExplanation]) -> None:
-        """Take the diverging color scheme from here on if negative values matter in any map of ``explanations``."""
+        """Use the diverging color scheme from here on if negative values matter in any map of ``explanations``."""
         if self.signed == "auto":
             groups = (m.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).float() for e in explanations for m in e.maps)
             self.signed = True if schemes(groups) else "auto"
@@ -378,22 +377,22 @@ class ReportWriter:
         self._failed.append((str(name), str(reason)))
 
     def add_rules(self, model: Any, classes: Any = None) -> None:
-        """Show which concepts the classes go by, as the diagram of :func:`sankey` and as a table.
+        """Show the decision rules of classes as the diagram of :func:`sankey` and as a table.
 
         Args:
-            model: a SALFCBM, or anything that :func:`sankey` takes.
-            classes: names or indices; None: those explained most often, at most 8.
+            model: a SALFCBM, or any model that :func:`sankey` accepts.
+            classes: names or indices; None: the most frequently explained classes, at most 8.
         """
         self._rules = (model, classes)
 
     def finish(self) -> Path:
-        """Write the file; afterwards nothing can be added.
+        """Write the file, after which nothing can be added.
 
         Returns:
-            The path written.
+            The path.
 
         Raises:
-            InputError: there is neither an image nor a failure to report, or the report is finished already.
+            InputError: there is neither an image nor a failure to report, or the report is already finished.
         """
         if self._cards is None:
             raise InputError(f"the report {self.path} is finished already")
@@ -424,7 +423,7 @@ class ReportWriter:
         try:
             with naming(self.path):
                 ends = [*self._starts[1:], self._cards.seek(0, os.SEEK_END)]
-            for page, path in reversed(list(zip(pages, paths, strict=True))):  # the first last: it leads to the others
+            for page, path in reversed(list(zip(pages, paths, strict=True))):  # the first last: it links to the others
                 before, after = template("report/page.html").render(**shown, page=page).split(_MARK)
                 start = self._starts[page.number] if self._starts else 0
                 _write(path, before, self._cards, (start, ends[page.number]), after)
@@ -433,12 +432,12 @@ class ReportWriter:
         return self.path
 
     def _span(self, page: int) -> tuple[int, int]:
-        """The images of a page."""
+        """First and last (exclusive) image of a page."""
         size = self.images_per_page or len(self)
         return page * size, min((page + 1) * size, len(self))
 
     def _paths(self) -> list[Path]:
-        """The files of the pages. One that somebody else wrote is never replaced, except the one that was asked for."""
+        """Files of the pages; files that this package did not write are never replaced, except ``path`` itself."""
         found = [self.path]
         for k in range(2, len(self._starts) + 1):
             names = (f"{self.path.stem}.{k}{'' if j == 1 else f'-{j}'}{self.path.suffix}" for j in count(1))
@@ -446,9 +445,9 @@ class ReportWriter:
         return found
 
     def discard(self) -> None:
-        """Give up: no file is written, and an older one stays."""
+        """Discard the report; no file is written, and an older one is unchanged."""
         if self._cards is not None:
-            with suppress(OSError):  # a full disk has no room for what was still to be written either
+            with suppress(OSError):  # closing flushes, which fails on a full disk
                 self._cards.close()
             self._cards = None
 
@@ -496,7 +495,7 @@ class ReportWriter:
         )  # fmt: skip
 
     def _drawn_rules(self) -> dict[str, Any] | None:
-        """The rules of the classes that occur, and their diagram."""
+        """Rules of the selected classes, and their diagram."""
         if self._rules is None:
             return None
         model, classes = self._rules
@@ -532,7 +531,7 @@ class ReportWriter:
 
 @dataclass(frozen=True)
 class _Page:
-    """One file of a report: images ``first`` to ``stop - 1``, counted from 0; ``file``: its name in a link."""
+    """One file of a report, with images ``first`` to ``stop - 1``, counted from 0, and its name ``file`` in a link."""
 
     number: int
     file: str
@@ -541,7 +540,7 @@ class _Page:
 
 
 def _free(path: Path) -> bool:
-    """Whether a further page may be written there: nothing is, or an older page of this package."""
+    """Whether a page may be written to ``path``, because it does not exist or is an older page of this package."""
     try:
         with path.open("rb") as file:
             return _OURS in file.read(2_000)
@@ -552,7 +551,7 @@ def _free(path: Path) -> bool:
 
 
 def _write(path: Path, before: str, cards: IO[bytes], part: tuple[int, int], after: str) -> None:
-    """One page, atomically; its cards are copied in blocks."""
+    """Write one page atomically, copying its cards in blocks."""
     with replacing(path) as file:
         file.write(before.encode(errors="backslashreplace"))
         cards.seek(part[0])
@@ -563,7 +562,7 @@ def _write(path: Path, before: str, cards: IO[bytes], part: tuple[int, int], aft
 
 @dataclass(frozen=True)
 class Bar:
-    """A number and its bar: from ``start``, ``width`` long, in percent of the axis."""
+    """A number and its bar of ``width`` from ``start``, in percent of the axis."""
 
     text: str
     start: float
@@ -574,7 +573,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class ConceptRow:
-    """One concept of one image; ``overlay`` is its map, None where the layer does not encode it."""
+    """One concept of one image; ``overlay`` is its map, or None if the layer does not encode it."""
 
     name: str
     detail: str
@@ -591,13 +590,13 @@ class ConceptRow:
 
     @property
     def alt(self) -> str:
-        """The map in words."""
+        """Text alternative of the map."""
         return f"Map of {self.name}: {NOT_ENCODED if self.overlay is None else self.place}"
 
 
 @dataclass
 class Card:
-    """One image: what its card shows."""
+    """Contents of the card of one image."""
 
     name: str
     target: str | None
@@ -621,7 +620,7 @@ class Card:
 
     @property
     def marks(self) -> str:
-        """What the filters' style rules know it by."""
+        """CSS classes that the filters select."""
         return " ".join(filter(None, [self.verdict, f"k{self.class_index}", *(f"t{t}" for t in self.concept_indices)]))
 
     @property
@@ -631,12 +630,12 @@ class Card:
 
 
 def bar_end(values: Sequence[float], counted: Sequence[bool]) -> float:
-    """The end of an image's bars: a round number just above the largest magnitude."""
+    """Axis limit of an image's bars, a round number at or just above the largest magnitude."""
     return round_up(max((abs(v) for v, yes in zip(values, counted) if yes and math.isfinite(v)), default=0.0))  # noqa: B905
 
 
 def bar(value: float, end: float, encoded: bool, middle: bool) -> Bar:
-    """The number in words with its bar; ``middle``: zero is in the middle of the axis."""
+    """A number with its bar; with ``middle``, zero is in the middle of the axis."""
     text = in_words(value, sign=middle) if encoded else "–"
     length = min(abs(value) / end, 1.0) if encoded and math.isfinite(value) else 0.0
     width = 100 * length / (2 if middle else 1)
@@ -646,7 +645,7 @@ def bar(value: float, end: float, encoded: bool, middle: bool) -> Bar:
 
 @dataclass
 class _Known:
-    """What the head and the foot of the page need of the cards: counts and names, a few bytes per image."""
+    """Counts and names for the head and foot of the page, a few bytes per image."""
 
     index: list[tuple[str, str, str, str]] = field(default_factory=list)
     images: list[tuple[str, str, str]] = field(default_factory=list)
@@ -684,7 +683,7 @@ class _Known:
         self.most, self.how = max(self.most, len(card.rows)), self.how or card.how
 
     def _number(self, name: str) -> int:
-        """One number for each name of a class or concept: what the filters' style rules call it by."""
+        """A number for each name of a class or concept, used in the CSS classes of the filters."""
         return self.numbers.setdefault(name, len(self.numbers))
 
     def filter(self, names: Counter[str]) -> list[tuple[str, int]]:
@@ -692,7 +691,7 @@ class _Known:
         return [(name, self.numbers[name]) for name in sorted(name for name, _ in names.most_common(_FILTERS))]
 
     def summary(self) -> dict[str, Any]:
-        """What stands above the cards."""
+        """Summary above the cards."""
         layers = list(self.seen["layer"])
         said = [f"layer {layers[0]}"] if len(layers) == 1 else [f"{len(layers)} layers"] * bool(layers)
         judged = sum(count for (_, verdict), count in self.verdicts.items() if verdict)

@@ -1,4 +1,4 @@
-"""The user study of SALF-CBM: do a model's neurons mean what their names say? Sampling, the form, and the scores."""
+"""The user study of SALF-CBM on whether a model's neurons match their names, with sampling, form and scores."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from captum_concepts.visualization.inputs import Strong, strongest_images
 from captum_concepts.visualization.pictures import photo
 from captum_concepts.visualization.templates import asset, template
 
-#: What participants rate from 1 to 5, word for word.
+#: The questions that participants rate from 1 to 5, verbatim.
 QUESTIONS = {
     "consistency": "Do these images share a common semantic concept?",
     "accuracy": "Does “{label}” describe a common concept shared by these images?",
@@ -70,7 +70,7 @@ _KEY = table(
 
 
 class Neuron(NamedTuple):
-    """One item of a study: whose neuron, its word, the stratum it was drawn from, and the numbers of its images."""
+    """One item of a study, with model, concept, label, the stratum it was drawn from, and the indices of its images."""
 
     model: str
     concept: str
@@ -81,13 +81,13 @@ class Neuron(NamedTuple):
 
 @dataclass(frozen=True)
 class UserStudy:
-    """A study: its items, which only the key tells apart, and its form.
+    """A blinded study, with its items, which only the key identifies, and its form.
 
     Args:
-        neurons: by the item's name in the form, in the order of the form.
-        settings: of :func:`user_study`.
-        title: of the form.
-        pictures: of each item, for :meth:`save`; a study that was read from its key has none.
+        neurons: neurons by the item's name in the form, in the order of the form.
+        settings: arguments of :func:`user_study`.
+        title: title of the form.
+        pictures: images of each item, for :meth:`save`; a study that was read from its key has none.
     """
 
     neurons: dict[str, Neuron]
@@ -97,20 +97,20 @@ class UserStudy:
 
     @property
     def fingerprint(self) -> str:
-        """Of the items: answers name it, so that those to another study are refused."""
+        """Digest of the items, which answers contain so that those to another study are rejected."""
         return hashlib.sha256(json.dumps(self.neurons, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``study.html``, which participants get, and ``key.json``, which they do not.
+        """Write ``study.html`` for the participants, and ``key.json``, which they must not see.
 
-        The form works from disk without network or server. It shows neither models nor strata, keeps what was answered
-        in the browser until it is sent, and offers the answers as one JSON file.
+        The form works from disk without network or server. It shows neither models nor strata, keeps the answers in the
+        browser, and exports them as one JSON file.
 
         Returns:
             The path of the form.
 
         Raises:
-            InputError: the study was read from its key, so it has no images.
+            InputError: the study was read from its key and has no images.
         """
         if not self.pictures:
             raise InputError("this study was read from its key and has no images; make it anew with user_study")
@@ -143,11 +143,11 @@ class UserStudy:
 
     @classmethod
     def load(cls, key: str | os.PathLike[str]) -> UserStudy:
-        """Read ``key.json``.
+        """Study from its ``key.json``, without images.
 
         Raises:
-            FileNotFoundError: there is none.
-            ArtifactError: it is damaged or something else.
+            FileNotFoundError: there is no such file.
+            ArtifactError: the file is damaged, or not the key of a study.
         """
         try:
             read = read_json(key, _KEY, "the key of a user study")
@@ -170,27 +170,28 @@ def user_study(
     transform: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 32,
 ) -> UserStudy:
-    """Prepare the user study of SALF-CBM (section 4.3), which follows CLIP-Dissect's.
+    """User study of SALF-CBM (section 4.3), which follows that of CLIP-Dissect.
 
-    Of each model ``n_neurons`` are drawn from the ``top_fraction`` most interpretable ones and as many from the rest.
-    For each, participants see the k images that activate it most and rate two statements from 1 to 5: semantic
-    consistency and concept accuracy. The paper: 10 and 10 neurons, 30 %, 5 test images, 25 participants.
+    For each model, ``n_neurons`` are drawn from the ``top_fraction`` most interpretable ones and as many from the rest.
+    For each neuron, participants see the k images that activate it most and rate semantic consistency and concept
+    accuracy from 1 to 5. The paper uses 10 and 10 neurons, 30 %, 5 test images and 25 participants.
 
     Args:
-        models: by name, e.g. ``{"SALF-CBM": model, "backbone": LayerChannels(net, "layer4", images, labels=words)}``.
-        images: test images that no model was trained on, as for :func:`strongest_images`.
-        interpretability: by model, ``(T,)``: one number per concept, higher is better. The paper takes CLIP-Dissect's
-            soft-WPMI of each neuron and its word.
-        labels: words of concepts by model, where they are not the names; None: ``model.labels`` where there is one.
-        n_neurons: per model and stratum.
-        top_fraction: of the concepts, in (0, 1).
+        models: explainers by name, e.g.
+            ``{"SALF-CBM": model, "backbone": LayerChannels(net, "layer4", images, labels=words)}``.
+        images: test images that no model was trained on, as in :func:`strongest_images`.
+        interpretability: by model, ``(T,)`` numbers, one per concept; higher is better. The paper uses CLIP-Dissect's
+            soft-WPMI of each neuron and its label.
+        labels: labels of concepts by model, if they differ from the names; None: ``model.labels`` if it exists.
+        n_neurons: neurons per model and stratum.
+        top_fraction: fraction of the concepts in the top stratum, in (0, 1).
         k: images per neuron.
-        seed: of the draw and of the order of the form.
-        title: of the form.
-        transform, batch_size: as for :func:`strongest_images`.
+        seed: random seed of the draw and of the order of the form.
+        title: title of the form.
+        transform, batch_size: as in :func:`strongest_images`.
 
     Raises:
-        InputError: names or numbers that do not fit, or a stratum with fewer neurons than are to be drawn.
+        InputError: names or numbers that do not match, or a stratum with fewer than ``n_neurons`` neurons.
 
     Reference: Benou and Riklin Raviv, Show and Tell, CVPR 2025, arXiv:2502.20134; Oikarinen and Weng, CLIP-Dissect,
     ICLR 2023.
@@ -218,7 +219,7 @@ def user_study(
 def _drawn(
     name: str, concepts: Sequence[str], scores: Any, n: int, fraction: float, draw: torch.Generator
 ) -> dict[str, str]:
-    """Stratum of each drawn concept."""
+    """Drawn concepts with their strata."""
     values = torch.as_tensor(scores).detach().double().flatten().cpu()
     if len(values) != len(concepts) or not bool(values.isfinite().all()):
         raise InputError(f"interpretability of {name!r} must be {len(concepts)} finite numbers, got {len(values)}")
@@ -251,13 +252,13 @@ class StudyRow:
 
 @dataclass(frozen=True)
 class StudyScores:
-    """What participants said.
+    """Results of a study.
 
     Args:
         rows: one per model, stratum and question.
         differences: ``{(first, second, stratum, question): (difference, low, high)}`` of two models.
-        incomplete: participants who left an item out.
-        confidence: of the intervals.
+        incomplete: participants who skipped a question.
+        confidence: coverage of the intervals.
     """
 
     rows: list[StudyRow]
@@ -266,7 +267,7 @@ class StudyScores:
     confidence: float
 
     def to_markdown(self) -> str:
-        """A table."""
+        """The rows as a Markdown table."""
         lines = ["| model | neurons | question | mean rating | participants |", "| --- | --- | --- | --- | --- |"]
         for r in self.rows:
             rating = "no rating" if math.isnan(r.mean) else f"{r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]"
@@ -275,7 +276,7 @@ class StudyScores:
         return "\n".join([*lines, "", note])
 
     def to_frame(self) -> Any:
-        """The rows as a pandas table; needs pandas."""
+        """The rows as a ``pandas.DataFrame``; needs pandas."""
         import pandas
 
         return pandas.DataFrame([asdict(row) for row in self.rows])
@@ -291,17 +292,17 @@ def score_user_study(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> StudyScores:
-    """Mean ratings by model, stratum and question, with intervals, and the models' differences.
+    """Mean ratings by model, stratum and question, with intervals, and differences between models.
 
     Args:
         study: the study, or its ``key.json``.
         answers: the participants' JSON files, or their contents.
-        n_bootstrap: resamples, of neurons and participants at once: both are drawn from more than were asked.
-        confidence: of the intervals.
-        seed: of the resampling.
+        n_bootstrap: number of resamples, of neurons and participants together because both are samples.
+        confidence: coverage of the intervals.
+        seed: random seed of the resampling.
 
     Raises:
-        InputError: no answers, those to another study, a participant twice, or a rating that is not 1 to 5.
+        InputError: no answers, answers to another study, a duplicate participant, or a rating outside 1 to 5.
     """
     study = study if isinstance(study, UserStudy) else UserStudy.load(study)
     integer("n_bootstrap", n_bootstrap)
@@ -350,7 +351,7 @@ def _mean(values: np.ndarray[Any, Any]) -> float:
 
 
 def _ends(values: np.ndarray[Any, Any], confidence: float) -> tuple[float, float]:
-    """Of the interval between two percentiles of the resamples."""
+    """Percentile interval of the resamples."""
     known, tail = values[~np.isnan(values)], 100 * (1 - confidence) / 2
     if not len(known):
         return math.nan, math.nan
@@ -359,7 +360,7 @@ def _ends(values: np.ndarray[Any, Any], confidence: float) -> tuple[float, float
 
 
 def _ratings(given: Any, study: UserStudy, names: Sequence[str]) -> tuple[str, np.ndarray[Any, Any]]:
-    """A participant, and ``(items, questions)`` ratings, NaN where left out."""
+    """A participant, and ``(items, questions)`` ratings, NaN where skipped."""
     where = "the answers" if isinstance(given, Mapping) else str(given)
     try:
         read = given if isinstance(given, Mapping) else parse_json(Path(given).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Training a SALF-CBM: :func:`fit_salf_cbm`, its plan, and its steps, each of which can be called alone."""
+"""Training of a SALF-CBM with :func:`fit_salf_cbm`, its plan, and its steps, which can also be called alone."""
 
 from captum_concepts.models.salf_cbm.fit.bottleneck import BottleneckFit, fit_bottleneck
 from captum_concepts.models.salf_cbm.fit.data import LabeledImages, labeled_images

@@ -1,4 +1,4 @@
-"""Training the bottleneck: Adam on the cubic cosine similarity, stopped early on validation, resumable by epoch."""
+"""Training of the bottleneck with Adam on the cubic cosine similarity, with early stopping, resumable by epoch."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from captum_concepts.models.salf_cbm.fit.start import gather_moments, least_squa
 from captum_concepts.models.salf_cbm.fit.steps import StepResult, all_reduce, first_decides
 from captum_concepts.store import world
 
-#: Seconds between two saved states: a kill costs no more than that and the epoch at hand.
+#: Seconds between saved states; a kill loses at most that and the current epoch.
 CHECKPOINT_SECONDS = 5.0
-#: Steps without progress before training may stop, however few an epoch has.
+#: Minimum steps without progress before training may stop.
 _LEAST_STEPS = 50
 _REDUCTIONS, _FACTOR = 2, 0.3
 
 
 _EPOCH = integer(-1, 10**6)
 _HISTORY = table({name: list_of(number()) for name in ("train_similarity", "val_similarity")})
-#: What the notes of a stored result and of a stored state may be.
+#: Schemas of the notes of a stored result and of a stored state.
 RESULT_NOTES = table(
     {
         "history": _HISTORY,
@@ -54,7 +54,7 @@ PROGRESS_NOTES = table(
 
 
 def stored_arrays(concepts: int, dim: int, backbone: nn.Module | None) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The tensors of a stored result and of a stored state."""
+    """The expected tensors of a stored result and of a stored state."""
     trained = {} if backbone is None else {n: p for n, p in backbone.named_parameters() if p.requires_grad}
     changing = {"weight": (concepts, dim), **{f"backbone.{n}": tuple(p.shape) for n, p in trained.items()}}
     own = {name: Array("float", shape) for name, shape in changing.items()}
@@ -70,15 +70,15 @@ class BottleneckFit:
     """A trained bottleneck.
 
     Attributes:
-        weight: ``(M, D)``; each concept map has variance 1 over the validation images and places, so maps of different
+        weight: ``(M, D)``; each concept map has variance 1 over the validation images and cells, so maps of different
             concepts can be compared.
-        validation_similarity: ``(M,)``, mean over the places.
-        history: lists with one entry an epoch: ``"train_similarity"``, ``"val_similarity"`` (means over concepts and
-            places; the loss is minus M h w times that).
-        best_epoch: whose weight is kept; -1 is the start.
+        validation_similarity: ``(M,)``, mean over the cells.
+        history: lists with one entry per epoch, ``"train_similarity"`` and ``"val_similarity"`` (means over concepts
+            and cells; the loss is -M h w times that).
+        best_epoch: the epoch whose weight is kept; -1 is the start.
         start_similarity: the validation similarity of the start.
         stopped: ``"early"``, ``"epochs"`` or ``"nan"``.
-        backbone: the trained backbone's state, where it was trained.
+        backbone: the state of the backbone, if it was trained.
     """
 
     weight: Tensor
@@ -101,25 +101,25 @@ def fit_bottleneck(
     checkpoint: Callable[[StepResult], None] | None = None,
     show_progress: bool = False,
 ) -> BottleneckFit:
-    r"""Fit ``W`` so that the maps ``W f`` follow the similarities P (SALF-CBM, section 3.3).
+    r"""The bottleneck ``W`` whose maps ``W f`` match the similarities P (SALF-CBM, section 3.3).
 
     .. math:: L = -\sum_{m, i, j} \operatorname{sim}\big((W f)[:, m, i, j],\, P[:, m, i, j]\big)
 
     with the cubic cosine similarity over the samples of a batch. Under ``torch.distributed`` each process computes its
-    share of a batch, and means, sums and gradients are added up: N processes take the steps of one.
+    part of a batch, and means, sums and gradients are reduced, so N processes take the same steps as one.
 
     Args:
-        train, validation: the images; validation images must not be among the others.
+        train, validation: the images; validation images must not be used for training.
         text: ``(M, E)`` unit text embeddings, on the device to train on.
         settings: see :class:`BottleneckSettings`.
-        backbone: trained as well, at ``settings.backbone_lr`` and with its batch statistics fixed; needs
-            :class:`~captum_concepts.models.salf_cbm.fit.LiveFeatures`. None leaves it as it is.
-        resume: a state that ``checkpoint`` got; training goes on behind it, to the same bits.
+        backbone: also trained, at ``settings.backbone_lr`` and with fixed batch statistics; needs
+            :class:`~captum_concepts.models.salf_cbm.fit.LiveFeatures`. None trains the bottleneck only.
+        resume: a state passed to ``checkpoint``; training resumes from it and gives the same bits.
         checkpoint: called with the state after an epoch, every few seconds.
-        show_progress: show a bar.
+        show_progress: show a progress bar.
 
     Raises:
-        InputError: too few images, or features that never change.
+        InputError: too few images, or constant features.
 
     Warns:
         ConvergenceWarning: the loss was not finite; the best weight so far is kept.
@@ -156,7 +156,7 @@ def fit_bottleneck(
 
 
 class _State:
-    """Everything that training changes: it can be written down after an epoch, and taken up again."""
+    """The training state, which can be saved after an epoch and resumed."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class _State:
     ) -> None:
         self.settings, self.text, self.backbone, self.validate = settings, text, backbone, validate
         self.stopped, self.next_epoch, self.steps_waited, self.best_epoch = "", 0, 0, -1
-        self.reduced_at: list[int] = []  # the epochs behind which the rate was lowered
+        self.reduced_at: list[int] = []  # the epochs after which the rate was lowered
         self.history: dict[str, list[float]] = {"train_similarity": [], "val_similarity": []}
         kept = None if resume is None else resume.tensors
         if kept is None:
@@ -192,11 +192,11 @@ class _State:
             self._load(kept, resume.notes)
 
     def weight(self) -> Tensor:
-        """``(M, D)`` for features as they are."""
+        """``(M, D)`` for unscaled features."""
         return self.parameter.detach() * self.scale
 
     def step(self, features: Tensor, embeddings: Tensor, total: int) -> Tensor:
-        """One step of Adam; returns ``(M,)`` the batch's similarity."""
+        """Take one step of Adam and return the batch's similarity ``(M,)``."""
         live = self.backbone is not None
         similarity, gradient, by_features = batch_similarity(
             features.detach(), embeddings, self.weight(), self.text, total, feature_gradient=live
@@ -213,7 +213,7 @@ class _State:
         return similarity
 
     def finish_epoch(self, epoch: int, trained: float, similarity: Tensor, steps: int) -> None:
-        """Note how it went; keep the best; decide whether to stop."""
+        """Record the epoch, keep the best weights, and decide whether to stop."""
         value = float(similarity.mean())
         self.history["train_similarity"].append(trained)
         self.history["val_similarity"].append(value)
@@ -245,7 +245,7 @@ class _State:
             parameter.copy_(self.best[name])
 
     def dump(self) -> StepResult:
-        """The state behind the last finished epoch."""
+        """The state after the last finished epoch."""
         tensors = {**self._copy(), "scale": self.scale, "best_similarity": self.best_similarity}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for name, parameter in self.trained.items():
@@ -272,7 +272,6 @@ class _State:
         return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
     def result(self) -> BottleneckFit:
-        """The best bottleneck."""
         if self.stopped == "nan":
             warnings.warn(
                 f"the similarity was not finite in epoch {self.next_epoch}, so training stopped and keeps the "
@@ -297,7 +296,7 @@ class _State:
 
 @torch.no_grad()
 def _start(settings: BottleneckSettings, moments: Any, text: Tensor, validate: Validation) -> tuple[Tensor, Tensor]:
-    """The first weight (of features times their scale) and its validation similarity."""
+    """The initial weight (for features times their scale) and its validation similarity."""
     if settings.init == "least_squares":
         starts = least_squares(moments, text)
     else:
@@ -314,7 +313,7 @@ def _start(settings: BottleneckSettings, moments: Any, text: Tensor, validate: V
 
 
 def _batches(rows: Tensor, settings: BottleneckSettings, epoch: int) -> list[Tensor]:
-    """The epoch's batches: equal in size, so that no last one is too small; rows in order, which reads faster."""
+    """The epoch's batches, of equal size and with sorted rows, which read faster."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
     order = rows[torch.randperm(len(rows), generator=generator)]
     return [part.sort().values for part in order.tensor_split(-(-len(rows) // settings.batch_size))]

@@ -1,4 +1,4 @@
-"""Labeled images for a fit: numbered, of one size, with labels that are known and checked before the long steps."""
+"""Indexed, labeled images of one size, checked before the long steps of a fit."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from captum_concepts.errors import InputError, shortened
 from captum_concepts.images import ImageSource, batches, fingerprint, known_labels, open_images
 
 Transform = Callable[[Tensor], Tensor]
-#: Fewer cannot carry a similarity over samples: two always give -1, 0 or 1.
+#: Minimum images for a similarity over samples (for two it is always -1, 0 or 1).
 FEWEST = 8
 
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images by number and their labels; made by :func:`labeled_images`.
+    """Indexed images and their labels, created by :func:`labeled_images`.
 
     Args:
-        source: the images ``(C, H, W)``, in [0, 1] or as their data set gives them.
+        source: the images ``(C, H, W)``, in [0, 1] or as their data set returns them.
         labels: ``(N,)`` class indices, or ``(N, L)`` of 0 and 1 for independent classes.
         shape: of every image.
-        class_names: the names of the classes, if the data carry them.
-        shown: what the encoder sees of each image, RGB.
-        num_workers: processes that read ahead.
+        class_names: the names of the classes, if the data contain them.
+        shown: the RGB images that the encoder sees.
+        num_workers: processes that load images.
     """
 
     source: ImageSource
@@ -62,7 +62,7 @@ class LabeledImages:
             yield self.checked(image, i)
 
     def checked(self, image: Tensor, number: int) -> Tensor:
-        """``image``, if it has the size of the others."""
+        """``image``, after checking that it has the size of the others."""
         if tuple(image.shape) != self.shape:
             raise InputError(
                 f"images must have one size: image 0 is {self.shape}, image {number} is {tuple(image.shape)}; resize "
@@ -71,13 +71,11 @@ class LabeledImages:
         return image.detach()
 
     def digest(self, of_shown: str) -> str:
-        """Which images these are; ``of_shown`` is the digest of what the encoder sees, known already."""
+        """A digest of the images; ``of_shown`` is the known digest of the images that the encoder sees."""
         return of_shown if self.shown is self.source else fingerprint(self.source, num_workers=self.num_workers)
 
 
 class _Shown(Dataset[Tensor]):
-    """What the encoder sees."""
-
     def __init__(self, source: ImageSource, transform: Transform) -> None:
         self.source, self.transform = source, transform
 
@@ -101,26 +99,26 @@ def labeled_images(
     all_classes: bool = True,
     show_progress: bool = False,
 ) -> LabeledImages:
-    """``data`` as images by number and their labels.
+    """``data`` as indexed images with labels.
 
     Args:
-        data: whatever :func:`~captum_concepts.images.open_images` reads with labels: a data set (or loader, which is
-            read through its data set) whose items begin with an image and its label, ``(images, labels)``, a folder of
-            class folders. Images of one size, the same each time.
+        data: whatever :func:`~captum_concepts.images.open_images` reads with labels: a data set (or a loader, which is
+            read through its data set) whose items begin with an image and its label, ``(images, labels)``, or a folder
+            of class folders. Images have one size and are the same at each access.
         num_classes: L; labels are 0..L-1, or names among ``class_names``.
-        what: how messages call the data.
-        labels: instead of those of the data.
+        what: name of the data in messages.
+        labels: replace those of the data.
         class_names: in the order of the labels.
-        multi_label: labels are ``(N, L)`` of 0 and 1, of classes that do not exclude each other. None: they are if some
-            image has none or several.
-        encoder_transform: from a batch of images to the RGB images that the encoder sees. None repeats a single
-            channel, and takes three as they are.
-        num_workers: processes that read ahead.
-        all_classes: refuse data that lack images of a class.
-        show_progress: a bar while labels are read.
+        multi_label: labels are ``(N, L)`` of 0 and 1, of classes that are not mutually exclusive. None: True if some
+            image has no class or several.
+        encoder_transform: from a batch of images to the RGB images that the encoder sees. None repeats a single channel
+            and leaves three channels unchanged.
+        num_workers: processes that load images.
+        all_classes: refuse data without images of some class.
+        show_progress: show a progress bar while labels are read.
 
     Raises:
-        InputError: no images, no labels, a label out of range, a class without images.
+        InputError: no images, no labels, a label out of range, or a class without images.
     """
     integer("num_classes", num_classes, 1 if multi_label else 2)
     if labels is None and isinstance(data, tuple) and len(data) == 2 and not _is_label(data[1]):
@@ -153,7 +151,7 @@ def labeled_images(
 
 
 def _is_label(value: Any) -> bool:
-    """Whether ``(a, value)`` is one image with its label, not all images with all labels."""
+    """Whether ``(a, value)`` is one image with its label rather than all images with all labels."""
     return not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0 or isinstance(value, str)
 
 

@@ -1,4 +1,4 @@
-"""Backbone features on the grid, by image: cached on disk once, or computed whenever they are asked for."""
+"""Backbone features on the grid, cached on disk or computed on demand."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from captum_concepts.models.salf_cbm.fit.steps import digest, first_decides, pro
 from captum_concepts.store import ShardReader, default_shard_rows, missing_shards, read_manifest
 from captum_concepts.store.processes import fill_together
 
-#: float16's smallest normal number: below it digits are lost.
+#: float16's smallest normal number, below which precision is lost.
 _SMALLEST = 2.0**-14
 
 
 class GridFeatures(Protocol):
-    """Features of image n at every grid cell."""
+    """The features of images at every grid cell."""
 
     @property
     def dim(self) -> int:
@@ -36,25 +36,25 @@ class GridFeatures(Protocol):
         ...
 
     def rows(self, index: Sequence[int]) -> Tensor:
-        """``(n, h*w, D)``, cells row by row."""
+        """``(n, h*w, D)``, cells in row-major order."""
         ...
 
     def __len__(self) -> int: ...
 
 
 class LiveFeatures:
-    """Features computed from the images whenever they are asked for, by the model in evaluation mode.
+    """Features computed from the images on demand, by the model in evaluation mode.
 
     Args:
-        model: has ``features(images) -> (N, D, h, w)``, as :class:`~captum_concepts.models.salf_cbm.SALFCBM`.
+        model: has ``features(images) -> (N, D, h, w)``, like :class:`~captum_concepts.models.salf_cbm.SALFCBM`.
         images: the images.
-        transform: from a batch of them to what the backbone takes; None passes them as they are.
+        transform: from a batch of them to the backbone's input; None leaves them unchanged.
         batch_size: images per forward pass.
 
     Attributes:
         cells: h*w.
         dim: D.
-        device: where they are computed.
+        device: of the model.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LiveFeatures:
         """:meth:`rows` in parts of ``batch_size`` images.
 
         Raises:
-            InputError: NaN or infinite features; the image is named.
+            InputError: NaN or infinite features; the message names the image.
         """
         kept: list[Tensor] = []
         first = 0
@@ -99,7 +99,7 @@ class LiveFeatures:
     def _compute(self, images: list[Tensor]) -> Tensor:
         batch = torch.stack(images).to(self.device)
         inputs = batch if self.transform is None else self.transform(batch)
-        with evaluation_mode(self.model):  # also while the backbone is trained: its batch statistics are fixed
+        with evaluation_mode(self.model):  # also while the backbone is trained, to fix its batch statistics
             maps = self.model.features(inputs.to(self.dtype))
         return maps.flatten(2).transpose(1, 2).float()
 
@@ -114,7 +114,7 @@ class CachedFeatures:
 
     Args:
         path: the folder.
-        made_from: refuses a folder computed from something else.
+        made_from: what the folder must have been computed from.
     """
 
     def __init__(self, path: str | os.PathLike[str], made_from: Mapping[str, Any] | None = None) -> None:
@@ -149,7 +149,7 @@ def check_first_features(kept: GridFeatures, source: LiveFeatures) -> None:
 
 
 def features_bytes(images: int, cells: int, dim: int, dtype: torch.dtype) -> int:
-    """Size of a cache.
+    """The size of a cache in bytes.
 
     >>> features_bytes(1_281_167, 49, 2048, torch.float16) / 1e9
     257.135341568
@@ -158,12 +158,12 @@ def features_bytes(images: int, cells: int, dim: int, dtype: torch.dtype) -> int
 
 
 def fits(path: Path, size: int, limit: int | None) -> bool:
-    """Whether a cache of ``size`` bytes may be written: up to ``limit``, or (None) to half of the free disk."""
+    """Whether a cache of ``size`` bytes is at most ``limit``, or half of the free disk if ``limit`` is None."""
     return size <= (free_bytes(path) // 2 if limit is None else limit)
 
 
 def free_bytes(path: Path) -> int:
-    """Free room on the disk that ``path`` is or will be on."""
+    """Free bytes on the disk of ``path``, which need not exist."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -179,22 +179,22 @@ def cache_features(
     shard_rows: int | None = None,
     show_progress: bool = False,
 ) -> CachedFeatures:
-    """Compute all features once and keep them in ``path``; continues with what a killed run has written.
+    """Compute all features once and store them in ``path``; resumes a killed run.
 
-    Each process writes every n-th shard, so the files do not depend on the number of processes, nor on where a run was
-    interrupted. Shards carry checksums that are compared when they are first read.
+    Each process writes every n-th shard, so the files depend neither on the number of processes nor on where a run was
+    interrupted. Shards contain checksums that are compared when they are first read.
 
     Args:
         path: the folder.
-        source: where the features come from.
+        source: computes the features.
         made_from: what the features are computed from.
         dtype: ``torch.float16`` or ``torch.float32``.
-        shard_rows: images in one file; None chooses.
-        show_progress: show a bar.
+        shard_rows: images per file; None chooses.
+        show_progress: show a progress bar.
 
     Raises:
         InputError: NaN, or values beyond half precision.
-        ArtifactError: the folder holds features of something else, or is being written.
+        ArtifactError: the features in the folder do not match, or it is being written.
     """
     if dtype not in (torch.float16, torch.float32):
         raise InputError(f"feature_dtype={dtype} must be torch.float16 or torch.float32")
@@ -213,7 +213,7 @@ def cache_features(
 def _fill(source: LiveFeatures, dtype: torch.dtype, show: bool, spans: list[tuple[int, int]], write: Any) -> None:
     total = sum(end - start for start, end in spans)
     with torch.no_grad(), progress(total, "backbone features", "image", show) as advance:
-        for start, end in spans:  # batches begin anew with each file
+        for start, end in spans:  # each file starts a new batch
             parts = []
             for features in source.batches(range(start, end)):
                 values = features.to(dtype).cpu()
@@ -245,8 +245,8 @@ def open_features(
     dtype: torch.dtype,
     show_progress: bool,
 ) -> GridFeatures:
-    """Cached features under ``root``, or ``source`` itself if a cache is unwanted or would be too large; with
-    ``cache="finished"`` only a cache that is there."""
+    """Cached features under ``root``, or ``source`` itself if a cache is unwanted, too large, or (for ``"finished"``)
+    missing."""
     one_of("cache_features", cache, (True, False, "auto", "finished"))
     if cache is False:
         return source

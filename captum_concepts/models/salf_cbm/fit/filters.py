@@ -1,4 +1,4 @@
-"""Which concepts a model keeps: those that the data show, and those that its bottleneck can follow."""
+"""Filters that keep the concepts that the data show and those that the bottleneck can predict."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from captum_concepts.models.salf_cbm.fit.steps import share_of
 from captum_concepts.store import RegionEmbeddingStore, world
 from captum_concepts.vlm import RegionPrompt
 
-#: Leaves an image as it is: the window of a single cell that covers all of it.
+#: Leaves an image unchanged; the window of the only cell covers all of it.
 WHOLE = RegionPrompt("crop", 1, 112, reference_size=224)
-#: The published filters compare the mean similarity of so many images with their cutoff.
+#: Number of images whose mean similarity the published filters compare with their cutoff.
 TOP_IMAGES = 5
-#: Least presence of a concept for CLIP ViT-B/16.
+#: Minimum presence of a concept for CLIP ViT-B/16.
 PUBLISHED_CUTOFF = 0.25
 
 
 def concept_presence(
     store: RegionEmbeddingStore, text: Tensor, *, k: int = TOP_IMAGES, batch_size: int = 256
 ) -> Tensor:
-    """How strongly each concept appears in the data: the mean of the k largest similarities of the images.
+    """The presence of each concept in the data, the mean of the k largest similarities over the images.
 
-    The published cutoffs belong to the images as they are, so ``store`` must hold these: one made with the prompt
+    The published cutoffs apply to images without visual prompts, so ``store`` must be built with the prompt
     :data:`WHOLE`. The images are divided among the processes of ``torch.distributed``.
 
     Returns:
@@ -62,7 +62,7 @@ def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | N
     """The concepts whose presence is above ``cutoff``; None keeps all.
 
     Raises:
-        InputError: none is; says how high the highest comes, because the scale is the encoder's own.
+        InputError: none is; the message reports the highest presence, because the scale depends on the encoder.
     """
     if cutoff is None:
         return vocabulary
@@ -81,18 +81,18 @@ def interpretable_concepts(
 ) -> Vocabulary:
     """The concepts whose validation similarity is at least ``cutoff`` (LF-CBM drops those below 0.45); None keeps all.
 
-    LF-CBM's cutoff belongs to the similarity of activations of whole images, not of maps cell by cell, which are much
-    harder to follow.
+    LF-CBM's cutoff applies to the similarity of activations of whole images, not of maps cell by cell, which are much
+    harder to predict.
 
     Args:
         vocabulary: of M concepts.
         similarity: ``(M,)``.
-        cutoff: the least.
-        upper: ``(M,)`` upper ends of the similarities' intervals: only concepts that are surely below the cutoff are
-            dropped. None: the similarities themselves decide, as published.
+        cutoff: the minimum similarity.
+        upper: ``(M,)`` upper ends of the similarities' intervals; a concept is dropped only if its upper end is below
+            the cutoff. None compares the similarities themselves, as published.
 
     Raises:
-        InputError: none does; says how high the highest comes.
+        InputError: none is; the message reports the highest similarity.
     """
     values = similarity.tolist()
     ends = values if upper is None else upper.tolist()
@@ -117,6 +117,6 @@ def interpretable_concepts(
 
 
 def columns_of(kept: Vocabulary, before: Vocabulary) -> Sequence[int]:
-    """The numbers of the kept concepts in the vocabulary before."""
+    """The indices of the kept concepts in the vocabulary ``before``."""
     number = {concept: i for i, concept in enumerate(before)}
     return [number[concept] for concept in kept]

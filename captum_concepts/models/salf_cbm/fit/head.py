@@ -29,19 +29,18 @@ from captum_concepts.store.processes import fill_together
 if TYPE_CHECKING:
     from captum_concepts.models.salf_cbm.salf_cbm import SALFCBM
 
-#: Nonzero weights per class that a sparse head aims at, as LF-CBM does (25 to 35); half of the concepts where that is
-#: less.
+#: Target nonzero weights per class of a sparse head, as in LF-CBM (25 to 35), or half of the concepts if fewer.
 NONZEROS = 30
-#: Strength of a dense head's ridge penalty: enough for a unique optimum.
+#: Strength of a dense head's ridge penalty, enough for a unique optimum.
 DENSE_LAM = 1e-4
-#: The same in the metric of the features, and the share of a plain ridge in it. Chosen by cross-validation on the
-#: training images of Caltech-101 (539 and 1,018 concepts); a smaller share is as accurate there, and lets the weights
-#: of concepts that mean nearly the same cancel more.
+#: Strength in the metric of the features, and the fraction of a plain ridge in it. Chosen by cross-validation on the
+#: training images of Caltech-101 (539 and 1,018 concepts); a smaller fraction is equally accurate there, but lets the
+#: weights of nearly synonymous concepts cancel more.
 FEATURE_LAM, PLAIN_SHARE = 1e-2, 0.03
-#: Activations of up to so many bytes are held in memory by the solver, more are read from disk in chunks.
+#: Maximum bytes of activations that the solver keeps in memory; larger ones are read from disk in chunks.
 IN_MEMORY = 1 << 30
 _ROWS = 1024
-#: What :attr:`HeadFit.notes` may be where they are read from a file.
+#: The schema of :attr:`HeadFit.notes` in files.
 HEAD_NOTES = table(
     {
         "lam": either(list_of(a_number(0)), a_number(0)),
@@ -55,11 +54,11 @@ HEAD_NOTES = table(
 
 
 class Activations:
-    """``(N, M)`` concept activations (means of the concept maps, as they are) of this process' images, by chunk.
+    """``(N, M)`` concept activations (unstandardized means of the concept maps) of this process's images, in chunks.
 
     Args:
         path: the folder that :func:`compute_activations` wrote.
-        made_from: what they must have been made from.
+        made_from: what they must have been computed from.
     """
 
     def __init__(self, path: Path, made_from: Mapping[str, Any]) -> None:
@@ -77,10 +76,10 @@ class Activations:
         )
 
     def rows(self) -> Any:
-        """What the solver takes: one tensor, or these chunks.
+        """The solver's input, one tensor if it fits in memory, otherwise these chunks.
 
-        Double precision where there is room: nearly collinear concepts (which are usual) leave the solver's certificate
-        in single precision short of its tolerance.
+        The tensor is in double precision, because nearly collinear concepts (which are common) keep the duality gap in
+        single precision above its tolerance.
         """
         return torch.cat([chunk.double() for chunk in self]) if len(self) * self.concepts * 8 <= IN_MEMORY else self
 
@@ -96,19 +95,19 @@ def compute_activations(
     scratch: Path | None = None,
     show_progress: bool = False,
 ) -> Activations:
-    """Pool the features and apply the bottleneck: the mean of a concept map is the map of the mean feature.
+    """Pool the features and apply the bottleneck; the mean of a concept map is the map of the mean feature.
 
-    Written shard by shard under ``root`` by all processes; goes on after a kill, with any number of them.
+    All processes write shards under ``root``. A killed run resumes with any number of processes.
 
     Args:
-        root: where the folder ``NAME-DIGEST`` lies.
+        root: contains the folder ``NAME-DIGEST``.
         name: see above.
         features: of all images.
         weight: ``(M, D)``.
         made_from: what the activations are computed from.
-        batch_size: images read at a time.
-        scratch: where each process writes the folder if it is not finished under ``root``; None: there.
-        show_progress: show a bar.
+        batch_size: images per read.
+        scratch: where each process writes the folder if it is not finished under ``root``; None takes ``root``.
+        show_progress: show a progress bar.
     """
 
     def finished(folder: Path) -> bool:
@@ -154,7 +153,7 @@ class HeadFit:
         weight, bias: ``(L, M)`` and ``(L,)``.
         mean, std: ``(M,)`` each, over the training images.
         notes: lam, alpha, objective, gap, converged, nonzeros (mean per class); for independent classes the largest
-            gap, and the sum of the objectives.
+            gap and the sum of the objectives.
     """
 
     weight: Tensor
@@ -165,10 +164,10 @@ class HeadFit:
 
 
 def check_head(head: str, lam: float | None, nonzeros_per_class: float | None, concepts: int) -> None:
-    """Refuse contradicting settings before the long steps.
+    """Refuse contradictory settings before the long steps.
 
     Raises:
-        InputError: both ``lam`` and ``nonzeros_per_class``, or one that is out of range.
+        InputError: both ``lam`` and ``nonzeros_per_class``, or one of them is out of range.
     """
     one_of("head", head, ("sparse", "dense"))
     if lam is not None and nonzeros_per_class is not None:
@@ -190,7 +189,7 @@ def check_columns(labels: Tensor, num_classes: int) -> None:
 
 
 def check_class_weights(weights: str | Sequence[float] | None, num_classes: int) -> None:
-    """Refuse what is not ``"balanced"``, one positive number per class, or None."""
+    """Refuse weights other than ``"balanced"``, one positive number per class, or None."""
     if weights is None or isinstance(weights, str):
         one_of("class_weights", weights, (None, "balanced"))
         return
@@ -215,37 +214,37 @@ def fit_head(
     device: torch.device | str | None = None,
     show_progress: bool = False,
 ) -> HeadFit:
-    r"""Cross-entropy over standardized activations, plus an elastic net (SALF-CBM, section 3.4).
+    r"""The linear head over standardized activations, by cross-entropy plus an elastic net (SALF-CBM, section 3.4).
 
     .. math:: \frac1N \sum_n \mathrm{CE}(W c^*_n + b, y_n) + \lambda \left(\tfrac{1-\alpha}{2} \|W\|_F^2 +
         \alpha \|W\|_1\right)
 
-    The paper prints a sum over the images and an unsquared norm; its settings of ``lam`` belong to LF-CBM's code, which
-    has the mean and the square written here.
+    The paper prints a sum over the images and an unsquared norm; its values of ``lam`` are for LF-CBM's code, which
+    uses the mean and the square as above.
 
     Args:
-        activations: ``(N, M)`` tensor, array, or re-iterable of chunks, not standardized; this process' rows under
+        activations: ``(N, M)`` tensor, array, or re-iterable of chunks, not standardized; this process's rows under
             ``torch.distributed``.
-        labels: ``(N,)`` of the same rows; or ``(N, L)`` of 0 and 1, for classes that do not exclude each other: one
-            logistic regression each.
+        labels: ``(N,)`` of the same rows; or ``(N, L)`` of 0 and 1 for classes that are not mutually exclusive, with
+            one logistic regression per class.
         num_classes: L.
-        lam: strength. For a sparse head None aims at ``nonzeros_per_class``; for a dense one it is 1e-2 with
-            ``bottleneck``, 1e-4 without.
-        nonzeros_per_class: mean number of weights that a class keeps (met within 10 % if possible); None stands for 30,
-            or half of the concepts if that is less, or as many as it takes if classes are separated by fewer.
-        head: ``"sparse"``, or ``"dense"``: ridge alone (alpha 0), with ``bottleneck`` in its metric.
-        alpha: fraction of the absolute values, for a sparse head.
-        class_weights: what an image of each class counts: L numbers, or ``"balanced"``, which makes all classes count
-            the same. For independent classes it is what an image that has the class counts. The mean and deviation that
-            standardize the activations of a sparse head for exclusive classes are weighted too.
-        bottleneck: ``(M, D)``, what made the activations of the backbone's features. A dense head is then penalized by
-            the weights that the *features* get, :math:`\|W R^{1/2}\|_F^2` with :math:`R \propto A A^\top + (0.03\,
-            \|A\|_2)^2 I` of mean eigenvalue 1, where row m of A is the bottleneck's over the deviation of its
-            activation: concepts are nearly collinear, and a plain ridge keeps what is small among them, which classes
-            differ by, from the head.
+        lam: strength. None chooses it to reach ``nonzeros_per_class`` for a sparse head; for a dense one it is 1e-2
+            with ``bottleneck``, 1e-4 without.
+        nonzeros_per_class: target for the mean number of nonzero weights per class (met within 10 % if possible). None
+            takes 30, or half of the concepts if fewer, or as many as needed if fewer separate the classes.
+        head: ``"sparse"``, or ``"dense"`` for ridge alone (alpha 0), in the metric of ``bottleneck`` if passed.
+        alpha: fraction of the L1 term, for a sparse head.
+        class_weights: weight of an image of each class, as L numbers or ``"balanced"``, which gives all classes the
+            same total weight. For independent classes it is the weight of an image that has the class.
+            The mean and deviation that standardize a sparse head's activations for exclusive classes are weighted too.
+        bottleneck: ``(M, D)``, which maps the backbone's features to the activations. A dense head is then penalized by
+            the weights on the *features*, :math:`\|W R^{1/2}\|_F^2` with :math:`R \propto A A^\top + (0.03\,
+            \|A\|_2)^2 I` of mean eigenvalue 1, where row m of A is that of the bottleneck divided by the standard
+            deviation of its activation. Concepts are nearly collinear, and a plain ridge would suppress the small
+            differences between them that separate classes.
         tol: accuracy of the optimum; see :func:`~captum_concepts.solvers.fit_elastic_net`.
-        device: where to compute.
-        show_progress: show a bar.
+        device: device of the computation.
+        show_progress: show a progress bar.
 
     Example:
         >>> c = torch.tensor([[0.0, 1.0], [1.0, 1.1], [2.0, 1.1], [3.0, 1.0]] * 3)
@@ -292,15 +291,15 @@ def fit_head(
         "nonzeros_per_class": sum(fit.notes["nonzeros_per_class"] for fit in fits) / len(fits),
     }
     mean, std = fits[0].mean, fits[0].std
-    if weights is not None and metric is None:  # each class had its own weighted mean and deviation; the model has one
+    if weights is not None and metric is None:  # each class had its own mean and deviation, but the model has only one
         kind = {"num_classes": None, "loss": "logistic", "sample_weight": None, "chunk_size": None}
         mean, std = _mean_and_std(activations, labels[:, 0].long(), **kind, **where)
     return HeadFit(*_restandardized(fits, mean, std), mean.float(), std.float(), notes)
 
 
 def _mean_and_std(activations: Any, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """``(M,)`` each, as the solver has them, which also refuses what it cannot fit."""
-    with warnings_filtered("ignore", InputWarning):  # of classes without images: the fit itself warns
+    """Mean and standard deviation ``(M,)`` from the solver, which also refuses data it cannot fit."""
+    with warnings_filtered("ignore", InputWarning):  # about classes without images; the fit itself warns
         stats = open_problem(activations, labels, standardize=True, **options).stats
     assert stats.mean is not None
     assert stats.std is not None
@@ -308,7 +307,7 @@ def _mean_and_std(activations: Any, labels: Tensor, **options: Any) -> tuple[Ten
 
 
 def _restandardized(fits: Sequence[HeadFit], mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """``(L, M)`` weights and ``(L,)`` biases of the same logits of activations standardized by ``mean`` and ``std``."""
+    """``(L, M)`` weights and ``(L,)`` biases with the same logits for activations standardized by ``mean``, ``std``."""
     weight, bias = [], []
     for fit in fits:
         raw = fit.weight.double() / fit.std.double()
@@ -318,12 +317,12 @@ def _restandardized(fits: Sequence[HeadFit], mean: Tensor, std: Tensor) -> tuple
 
 
 class _FeatureMetric:
-    """A penalty on the weights that the features get through the concepts, as a plain ridge in other coordinates.
+    """Coordinates in which the penalty on the weights of the features is a plain ridge.
 
     Args:
-        activations, labels: what :func:`fit_head` takes.
+        activations, labels: as for :func:`fit_head`.
         bottleneck: ``(M, D)``.
-        options: of the solver; it tells mean and deviation, and refuses what it cannot fit.
+        options: of the solver, which computes mean and standard deviation and refuses data it cannot fit.
     """
 
     def __init__(self, activations: Any, labels: Tensor, bottleneck: Tensor, **options: Any) -> None:
@@ -335,7 +334,7 @@ class _FeatureMetric:
         gram = made @ made.T
         gram += PLAIN_SHARE**2 * torch.linalg.eigvalsh(gram)[-1] * torch.eye(len(gram)).double()
         values, vectors = torch.linalg.eigh(gram / gram.diagonal().mean())
-        self.basis = vectors / values.sqrt()  # |W R^(1/2)| is |V| where W = V basis^T
+        self.basis = vectors / values.sqrt()  # |W R^(1/2)| = |V| with W = V basis^T
         held = isinstance(activations, (Tensor, np.ndarray))
         self._chunks: Iterable[Any] = [torch.as_tensor(activations)] if held else activations
         self.rows: Any = next(iter(self)) if held else self
@@ -354,21 +353,21 @@ def _solved(
     if lam is not None:
         return fit_elastic_net(activations, labels, lam, alpha=0.0 if head == "dense" else alpha, **options)
     wanted = nonzeros_per_class or min(NONZEROS, width / 2)
-    # Nobody may have asked for that number: classes that are easily separated need less.
+    # If the number is a default, do not warn, because easily separated classes need fewer.
     unasked = warnings_filtered("ignore", InputWarning, "no point of the path")
     with unasked if nonzeros_per_class is None else nullcontext():
         path = elastic_net_path(activations, labels, nonzeros_per_class=wanted, alpha=alpha, **options)
     if path.selected is None:
         raise InputError("the elastic-net path is empty")
     if nonzeros_per_class is None and not path.target_met and isinstance(activations, Tensor):
-        # Fewer weights separate the classes: the strongest penalty that gets as many images right as the weakest.
+        # Fewer weights suffice, so take the strongest penalty that is as accurate as the weakest.
         right = [_right(result, activations, labels) for result in path]
         return path[next(i for i, count in enumerate(right) if count >= right[-1])]
     return path.selected
 
 
 def _right(result: ElasticNetResult, activations: Tensor, labels: Tensor) -> float:
-    """How many images (of all processes) a solution of the path classifies right."""
+    """The number of images (of all processes) that a solution of the path classifies correctly."""
     logits = result.decision_function(activations.to(result.weight))
     own = labels.to(logits.device)
     found = logits.argmax(1) == own if logits.shape[1] > 1 else (logits[:, 0] > 0) == (own > 0)
@@ -376,7 +375,7 @@ def _right(result: ElasticNetResult, activations: Tensor, labels: Tensor) -> flo
 
 
 def _class_weights(weights: str | Sequence[float] | None, labels: Tensor, num_classes: int) -> Tensor | None:
-    """``(L,)`` what an image of each class counts."""
+    """``(L,)`` weights of an image of each class."""
     if weights is None:
         return None
     check_class_weights(weights, num_classes)
@@ -409,8 +408,7 @@ def _head_fit(result: ElasticNetResult, metric: _FeatureMetric | None) -> HeadFi
 
 
 def accuracy(activations: Iterable[Tensor], labels: Tensor, head: HeadFit) -> float:
-    """Fraction of the images (of all processes) whose largest logit is that of their label; for independent classes,
-    of all decisions that are right."""
+    """The fraction of images (of all processes) classified correctly; for independent classes, of all decisions."""
     right, start = torch.zeros(2, dtype=torch.float64), 0
     for chunk in activations:
         logits = (chunk - head.mean) / head.std @ head.weight.T + head.bias
@@ -424,8 +422,9 @@ def accuracy(activations: Iterable[Tensor], labels: Tensor, head: HeadFit) -> fl
 
 @torch.no_grad()
 def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALFCBM:
-    """A copy of ``model`` whose rules (and standardization) are fitted again to labeled images, its concepts unchanged:
-    after :meth:`~captum_concepts.SALFCBM.without` or for other classes' examples.
+    """A copy of ``model`` with the same concepts, whose rules and standardization are refitted to labeled images.
+
+    This is useful after :meth:`~captum_concepts.SALFCBM.without`, or for other examples of the classes.
 
     Args:
         model: a SALFCBM with a linear head.
@@ -434,7 +433,7 @@ def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALF
         options: of :func:`fit_head`: ``lam``, ``nonzeros_per_class``, ``head``, ...
 
     Raises:
-        InputError: another number of labels, or labels of the other kind.
+        InputError: wrong number of labels, or labels of the other kind.
         TargetError: no such class.
     """
     if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):

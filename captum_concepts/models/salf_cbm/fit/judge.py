@@ -1,4 +1,4 @@
-"""Whether the words fit the images, and whether the rules of a fitted model can be believed."""
+"""Checks whether concepts fit the images and whether the rules of a fitted model can be trusted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from captum_concepts.models.salf_cbm.fit.objective import Samples
 from captum_concepts.models.salf_cbm.presence import auroc, reliabilities
 from captum_concepts.store import RegionEmbeddingStore
 
-#: What any text scores with these images: nouns of everyday life, most of which a data set does not show.
+#: Everyday nouns, most of which a data set does not show, as a baseline for the score of any text.
 EVERYDAY = (
     "apple", "armchair", "backpack", "banana", "baseball", "basket", "bathtub", "bed", "bicycle", "blanket", "book",
     "boot", "bottle", "bowl", "bread", "broom", "bucket", "bus", "cake", "calendar", "camera", "candle", "car",
@@ -27,39 +27,39 @@ EVERYDAY = (
     "table", "telephone", "toaster", "toothbrush", "towel", "train", "truck", "umbrella", "vase", "violin",
     "wallet",
 )  # fmt: skip
-#: A concept is in the images if it is more present than this fraction of the everyday words.
+#: A concept is in the images if its presence exceeds that of this fraction of the everyday words.
 EVERYDAY_LEVEL = 0.75
-#: From so many words on, groups of words are compared: fewer say little about a group.
+#: Minimum number of words for comparing groups of words.
 ENOUGH = 20
-#: Images that are looked at first: a twentieth, but at least and at most so many.
+#: Minimum and maximum number of images in the first check, otherwise a twentieth of all.
 _FEWEST, _MOST_FIRST = 40, 256
-#: Images, and positive rules of each class, that a model is judged by; a rule is supported from this AUROC on.
+#: Number of images, number of positive rules per class, and AUROC from which a rule counts as supported.
 _MOST, _RULES, _SUPPORTED = 2000, 3, 0.6
-#: Mean validation similarity below which activations follow the encoder loosely: LF-CBM's cutoff for a single concept.
+#: Mean validation similarity below which activations match the encoder poorly (LF-CBM's cutoff for one concept).
 _LOOSE = 0.45
 
 
 def first_images(count: int) -> list[int]:
-    """Evenly spaced images that the words are compared with before all others; empty if that would be most of them."""
+    """Evenly spaced images for a first check of the concepts; empty if they would be most of the images."""
     few = min(_MOST_FIRST, max(_FEWEST, count // 20))
     return [i * count // few for i in range(few)] if 2 * few <= count else []
 
 
 def everyday_texts(vocabulary: Vocabulary, encoder: Any) -> Tensor | None:
-    """Unit embeddings of :data:`EVERYDAY` words, asked as the concepts are; None if the encoder knows too few."""
+    """Unit embeddings of :data:`EVERYDAY` words in the concepts' templates; None if the encoder knows too few."""
     own = {concept.lower() for concept in vocabulary}
     words = Vocabulary([word for word in EVERYDAY if word not in own], templates=vocabulary.templates)
     for known in (lambda: words, lambda: words.known_to(encoder)):
         try:
             text = known().encode(encoder)
-        except Exception:  # whatever an encoder raises for a word that it does not know
+        except Exception:  # encoders may raise anything for an unknown word
             continue
         return text if len(text) >= ENOUGH else None
     return None
 
 
 def check_everyday_words(known: Tensor | None) -> None:
-    """Warn where :func:`everyday_texts` found too few words, so that the published cutoff decides."""
+    """Warn if :func:`everyday_texts` found too few words, so that the published cutoff is used."""
     if known is None:
         warnings.warn(
             f"presence_cutoff='auto' compares your concepts with everyday words (apple, armchair, ...), but fewer than "
@@ -71,14 +71,14 @@ def check_everyday_words(known: Tensor | None) -> None:
 
 
 class Fit(NamedTuple):
-    """How the words fit the images: means of the best quarter of the words, and of everyday words."""
+    """Fit of words to images: means of the best quarter of the words and of everyday words."""
 
     words: float
     everyday: float
 
     @classmethod
     def of(cls, presence: Tensor, everyday: Tensor) -> Fit:
-        """From the presence of each word."""
+        """The fit from the presence of each word."""
         best = (float(v.topk(max(1, len(v) // 4)).values.mean()) for v in (presence, everyday))
         return cls(*best)
 
@@ -87,10 +87,10 @@ class Fit(NamedTuple):
 
 
 def check_words(vocabulary: Vocabulary, presence: Tensor, everyday: Tensor, images: int) -> str:
-    """What the first images say about the words, for the log.
+    """A log message on how the concepts fit the first images.
 
     Raises:
-        InputError: the words fit the images no better than everyday words do.
+        InputError: the concepts fit the images no better than everyday words.
     """
     order = presence.argsort(descending=True).tolist()
     most, least = ([f"{vocabulary[i]} {float(presence[i]):.2g}" for i in part] for part in (order[:5], order[5:][-3:]))
@@ -120,9 +120,9 @@ def judged(
     head: Tensor,
     text: Tensor,
 ) -> dict[str, Any]:
-    """Entries of a model's metadata: agreement with the encoder on held-out images, and support of the rules.
+    """The metadata entries on agreement with the encoder on held-out images and on support of the rules.
 
-    A rule is supported if the encoder finds its concept more in the images of its class than in the others.
+    A rule is supported if the encoder finds its concept more in images of its class than in others.
 
     Args:
         validation: held-out images.
@@ -131,11 +131,11 @@ def judged(
         concepts, classes: names.
         weight: ``(M, D)`` of the bottleneck.
         head: ``(L, M)``.
-        text: ``(M, E)`` unit.
+        text: ``(M, E)`` unit vectors.
 
     Returns:
-        ``reliability``, see :func:`reliabilities`, where a verdict of the encoder is that an image is among the quarter
-        in which it sees most of the concept; ``support``: ``rules``, ``supported``, and ``doubtful``
+        ``reliability``, see :func:`reliabilities`, where the encoder sees a concept in the quarter of the images with
+        its highest similarity; and ``support``, with ``rules``, ``supported``, and ``doubtful``
         ``[class, concept, AUROC]``.
     """
     weight, head, text = (value.detach().float().cpu() for value in (weight, head, text))
@@ -165,7 +165,7 @@ def judged(
 
 
 def advice(metadata: Mapping[str, Any]) -> list[str]:
-    """What to change where rules cannot be believed; empty where nothing was found."""
+    """What to change if rules cannot be trusted; empty if nothing was found."""
     similarity = list(metadata["pooled_similarity"].values())
     mean, support = sum(similarity) / len(similarity), metadata["support"]
     found = []

@@ -1,8 +1,8 @@
-"""The bottleneck's objective on parts of the data: P and the concept maps are never whole in memory.
+"""The bottleneck's objective, computed in parts so that P and the concept maps are never in memory as a whole.
 
-Everything decomposes over cells: for each of them the maps are ``q = F W^T`` and the similarities ``p = E T^T`` of the
-batch's features F and region embeddings E. Both are centered over the samples before the products, so that no large
-mean is subtracted from small differences, and means over several processes cost one short message.
+The objective decomposes over cells. For each cell the maps are ``q = F W^T`` and the similarities ``p = E T^T``, with
+the batch's features F and region embeddings E. Both are centered over the samples before the products, which avoids
+cancellation and makes means over several processes cost only one short message.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from captum_concepts.models.salf_cbm.fit.steps import all_reduce, share_of
 from captum_concepts.store import world
 from captum_concepts.store.channel import Channel, Failure, Stop
 
-#: Numbers in one part of q and of p; some four such tensors live at a time.
+#: Numbers in one part of q and of p; about four such tensors are in memory at a time.
 PART = 1 << 21
-#: Resamples of the validation images, and the fewest images that an interval can be estimated from.
+#: Bootstrap resamples of the validation images, and the minimum images for an interval.
 RESAMPLES, FEWEST_RESAMPLED = 200, 20
 _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 
 
 class Samples(NamedTuple):
-    """Images of a data set: their features, their region embeddings, and which of them."""
+    """The features and region embeddings of a data set, and the selected rows."""
 
     features: GridFeatures
     regions: Any
@@ -46,14 +46,14 @@ class Samples(NamedTuple):
         return self.features.rows(wanted), self.regions.embeddings(wanted)
 
     def batches(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """:meth:`read` of one part after another; files are read while the part before is worked on."""
+        """:meth:`read` of each part in turn, reading ahead of the consumer."""
         if isinstance(self.features, LiveFeatures):
             return map(self.read, parts)
         return ahead(self.read, parts)
 
 
 def ahead(function: Callable[[_Item], _Value], items: Iterable[_Item], depth: int = 2) -> Iterator[_Value]:
-    """``map``, with a thread that works up to ``depth`` items ahead.
+    """``map`` with a thread that works up to ``depth`` items ahead.
 
     >>> list(ahead(lambda x: x * x, [1, 2, 3]))
     [1, 4, 9]
@@ -93,7 +93,7 @@ def ahead(function: Callable[[_Item], _Value], items: Iterable[_Item], depth: in
 
 
 def cells_of(count: int, numbers_each: int) -> Iterator[slice]:
-    """Runs of grid cells, about :data:`PART` numbers each."""
+    """Ranges of grid cells with about :data:`PART` numbers each."""
     step = max(1, min(count, PART // max(numbers_each, 1)))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
@@ -101,18 +101,17 @@ def cells_of(count: int, numbers_each: int) -> Iterator[slice]:
 def by_cell(values: Tensor, where: slice, device: torch.device) -> Tensor:
     """``(k, n, D)`` in float32: some cells of ``(n, h*w, D)``."""
     source = values[:, where].to(device).transpose(0, 1)
-    # Widened and transposed in one pass.
+    # Converts and transposes in one pass.
     return torch.empty(source.shape, device=device, dtype=torch.float32).copy_(source)
 
 
 def centered(values: Tensor, total: int) -> Tensor:
-    """Minus the mean over the samples (dimension 1) of all processes, in place."""
+    """``values`` minus the mean over the samples (dimension 1) of all processes, in place."""
     return without_mean(values, all_reduce(values.sum(1, keepdim=True)) / total)
 
 
 def without_mean(values: Tensor, mean: Tensor) -> Tensor:
-    """``values - mean`` in place, exactly 0 where rounding is all that is left: a channel that never changes must not
-    become a signal, because the similarity does not depend on its size."""
+    """``values - mean`` in place, exactly 0 at rounding level, because the similarity is scale-invariant."""
     noise = 16 * torch.finfo(values.dtype).eps * mean.abs()
     values.sub_(mean)
     return values.masked_fill_(values.abs() <= noise, 0)
@@ -130,7 +129,7 @@ def batch_similarity(
     """The batch's similarity and its gradients.
 
     Args:
-        features: ``(n, h*w, D)``, this process' samples.
+        features: ``(n, h*w, D)``, this process's samples.
         embeddings: ``(n, h*w, E)``.
         weight: ``(M, D)``.
         text: ``(M, E)`` unit.
@@ -138,7 +137,7 @@ def batch_similarity(
         feature_gradient: also by the features.
 
     Returns:
-        ``(M,)`` mean over the cells; the gradient of its sum by ``weight``, this process' part (add up over the
+        ``(M,)`` mean over the cells; this process's part of the gradient of its sum by ``weight`` (to be summed over
         processes); and the gradient by ``features`` or None.
     """
     count = features.shape[1]
@@ -158,11 +157,11 @@ def batch_similarity(
 
 
 class Validation:
-    """Similarities over all validation samples at once, read in parts.
+    """Similarities over all validation samples, read in parts.
 
     Args:
-        samples: which.
-        text: ``(M, E)`` unit; its device is where they are computed.
+        samples: the validation samples.
+        text: ``(M, E)`` unit vectors; similarities are computed on their device.
         changing: whether features change between two calls (a backbone in training).
     """
 
@@ -173,7 +172,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """``(M,)`` mean over the cells, for each of several bottlenecks ``(M, D)``, in one reading."""
+        """``(M,)`` mean over the cells for each of several bottlenecks ``(M, D)``, in one pass over the data."""
         if self._means is None or self.changing:
             self._means = self._mean_rows()
         device = self.text.device
@@ -202,13 +201,13 @@ class Validation:
 
     @torch.no_grad()
     def pooled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarity of the maps' means over the cells, which are what a head sees and what LF-CBM filters by.
+        """Similarities of the maps' means over the cells, which the head sees and by which LF-CBM filters.
 
-        Cubes leave the similarity to a few images, so of some dozens it is mostly chance.
+        The cubes make a few images dominate, so with a few dozen images the similarity is mostly chance.
 
         Returns:
             ``(M,)`` similarities, and the upper ends of their one-sided 95 % intervals (Poisson bootstrap over images;
-            1, the largest similarity, for fewer images than :data:`FEWEST_RESAMPLED`).
+            1, the maximum, for fewer images than :data:`FEWEST_RESAMPLED`).
         """
         device = self.text.device
         n = len(self.samples.rows)

@@ -1,4 +1,4 @@
-"""The options of `fit_salf_cbm`: checked together, before anything long begins."""
+"""The options of `fit_salf_cbm`, checked together before the long steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from captum_concepts.vlm.dense import AdaptiveRegions
 
 @dataclass(frozen=True)
 class FitOptions:
-    """The options of :func:`~captum_concepts.models.salf_cbm.fit.fit_salf_cbm`, which declares what they mean."""
+    """The options of :func:`~captum_concepts.models.salf_cbm.fit.fit_salf_cbm`, documented there."""
 
     prompt: Any
     lam: float | None
@@ -91,7 +91,7 @@ def checked_options(given: Mapping[str, Any], vocabulary: Vocabulary) -> FitOpti
 
 
 def _numbers(weights: Any) -> Any:
-    """As JSON keeps them."""
+    """``weights`` as JSON represents them."""
     if weights is None or isinstance(weights, str):
         return weights
     return [float(weight) for weight in weights]
@@ -101,7 +101,7 @@ def checked_vocabulary(concepts: Vocabulary | Sequence[str]) -> Vocabulary:
     """The concepts as a vocabulary.
 
     Raises:
-        InputError: none, or one twice.
+        InputError: no concepts, or a repeated one.
     """
     vocabulary = concepts if isinstance(concepts, Vocabulary) else Vocabulary(concepts)
     if not len(vocabulary):
@@ -119,7 +119,7 @@ def checked_vocabulary(concepts: Vocabulary | Sequence[str]) -> Vocabulary:
 
 
 def input_size(images: LabeledImages, transform: Transform | None) -> tuple[int, int]:
-    """Height and width of what the backbone sees."""
+    """The height and width of the backbone's input."""
     image = images.source[0][None]
     shown = image if transform is None else transform(image)
     if not isinstance(shown, Tensor) or shown.ndim != 4 or len(shown) != 1:
@@ -129,7 +129,7 @@ def input_size(images: LabeledImages, transform: Transform | None) -> tuple[int,
 
 
 def transform_fingerprint(transform: Transform | None, image: Tensor) -> str | None:
-    """By what it does to an image: rounded, so that another machine's last bit makes no difference."""
+    """A fingerprint of the transform's effect on an image, rounded so that it is the same on other machines."""
     if transform is None:
         return None
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`fit_salf_cbm`: from a backbone, a vision-language model and labeled images to a SALFCBM, step by step, resumable."""
+"""`fit_salf_cbm`: train a SALFCBM from a backbone, a vision-language model and labeled images, in resumable steps."""
 
 from __future__ import annotations
 
@@ -127,89 +127,86 @@ def fit_salf_cbm(
 ) -> SALFCBM:
     """Train a spatially-aware, label-free concept bottleneck model (Benou and Riklin Raviv, "Show and Tell", 2025).
 
-    1. Drop concepts that the images, unmarked, do not show (:func:`present_concepts`).
-    2. Embed every marked region of every image (:class:`~captum_concepts.store.RegionEmbeddingStore`).
+    1. Drop concepts that the images, without visual prompts, do not show (:func:`present_concepts`).
+    2. Embed every visual prompt of every image (:class:`~captum_concepts.store.RegionEmbeddingStore`).
     3. Compute the backbone's features on the grid, once if the disk has room (:func:`cache_features`).
     4. Train the 1 x 1 bottleneck by the cubic cosine similarity (:func:`fit_bottleneck`).
-    5. Drop concepts that it cannot follow on validation images (:func:`interpretable_concepts`).
+    5. Drop concepts that the bottleneck cannot predict on validation images (:func:`interpretable_concepts`).
     6. Pool, standardize, and fit a sparse or dense head (:func:`compute_activations`, :func:`fit_head`).
 
-    Each step can be called alone. The result of a step is written atomically into ``store_path`` under the digest of
-    what it was computed from. So a fit that was killed resumes when it is called again, and ends with the same model;
-    after a change of settings only what depends on them is computed anew, next to the old results, and why is logged
-    (logger ``captum_concepts``). Regions of another encoder, prompt or data set are refused, because they are what
-    takes long: use another ``store_path``.
+    Each step can be called alone. The result of a step is written atomically to ``store_path`` under the digest of
+    what it was computed from. A killed fit therefore resumes when called again and ends with the same model. After a
+    change of settings only the affected steps are recomputed, next to the old results, and the reason is logged
+    (logger ``captum_concepts``). Regions of another encoder, prompt or data set are refused because they take longest
+    to compute; use another ``store_path``.
 
     Under ``torch.distributed`` (``torchrun``; all processes call this with the same arguments and see one file system)
-    each process embeds its share and computes its share of every batch; all return the model that one process would
-    have returned. Any number of processes resumes what others began: embeddings and features have the same bytes, the
-    bottleneck (whose gradients are summed over processes) agrees to rounding.
+    each process embeds its part of the images and computes its part of every batch; all return the model that one
+    process would have returned. Any number of processes can resume a fit. Embeddings and features then have the same
+    bytes, and the bottleneck (whose gradients are summed over processes) agrees to rounding.
 
     Args:
         backbone: the network; it takes ``model_transform`` of the images. It becomes ``model.backbone``, frozen and in
             evaluation mode, unless ``train_backbone``; to train yours further pass ``copy.deepcopy(backbone)``.
-        layer: where its features are read, a module or dotted name; NCHW, NHWC or tokens.
-        images: labeled images: a data set whose items begin with an image and its label, such as ``ImageFolder`` with
-            a transform; a loader of one; ``(images, labels)``; a folder of class folders. Of one size, the same each
-            time: normalizing belongs into ``model_transform``, random augmentation nowhere. Labels are those of the
-            items.
+        layer: the layer that provides the features (NCHW, NHWC or tokens), as a module or dotted name.
+        images: labeled images, as a data set whose items begin with an image and its label, such as ``ImageFolder``
+            with a transform; a loader of one; ``(images, labels)``; or a folder of class folders. All have one size and
+            are the same at each access: normalize in ``model_transform``, and do not augment randomly. Labels are those
+            of the items.
         encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`.
-        concepts: texts, or a :class:`~captum_concepts.concepts.Vocabulary` with its templates and its report of drops.
+        concepts: texts, or a :class:`~captum_concepts.concepts.Vocabulary` with its templates and report of drops.
         num_classes: L; labels are 0..L-1 and every class has images.
-        store_path: folder for all results. If it cannot be written (a read-only disk), what is finished there is used,
-            and nothing is kept.
+        store_path: folder for all results. If it is read-only, finished results are used and new ones are not kept.
         val_data: for early stopping, the interpretability cutoff and the reported accuracy; None holds out
             ``validation_fraction`` of the training images for the first two.
-        lam, nonzeros_per_class, head, alpha, class_weights: of the head, see :func:`fit_head`.
+        lam, nonzeros_per_class, head, alpha, class_weights: see :func:`fit_head`.
         head_tol: see :func:`~captum_concepts.solvers.fit_elastic_net`.
         grid: rows and columns; None takes the prompt's, or 7 x 7.
         prompt: how regions are shown to the encoder, a :class:`~captum_concepts.vlm.RegionPrompt` or
             ``DenseRegions``; None takes ``RegionPrompt("circle", grid)``.
-        regions_per_image: draw the prompt of only so many cells of each image, those that differ most from the rest of
-            it, and estimate the others from one pass more (``vlm.dense.AdaptiveRegions``). On scenes a quarter of the
-            cells gives .98 of the NRA of all with an encoder whose dense regions are good (a ConvNet), .79 with a small
-            vision transformer, whose are not, and .70 where there are none. None draws all.
-        cls_token: join a ViT's CLS token to every patch token.
+        regions_per_image: number of cells per image whose prompts are drawn, those that differ most from the rest of
+            the image; the others are estimated from one more pass (``vlm.dense.AdaptiveRegions``). This works best with
+            encoders whose dense regions are good, such as ConvNets. None draws all.
+        cls_token: concatenate a ViT's CLS token to every patch token.
         layout, prefix_tokens: how the layer's output is read, see :class:`~captum_concepts.FeatureActivationMap`.
         class_names: names of the classes; None takes those of the data if they fit.
-        multi_label: the classes do not exclude each other: labels are ``(N, L)`` of 0 and 1, and each class gets a
-            logistic head of its own. None: if some image has none or several.
+        multi_label: the classes are not mutually exclusive. Labels are ``(N, L)`` of 0 and 1, and each class gets its
+            own logistic head. None: True if some image has no class or several.
         model_transform: from a batch of images to the backbone's input, e.g. ``torchvision.transforms.Normalize``.
             The finished model takes transformed images, as the backbone does.
-        encoder_transform: from a batch of images to the RGB images in [0, 1] that the encoder sees. None: images of
-            one channel are repeated, images of three are taken as they are; others need it.
-        presence_cutoff: least mean of a concept's five highest similarities among the training images as they are,
-            unmarked, as published; 0.25 belongs to CLIP ViT-B/16. "auto": what three quarters of everyday words (apple,
-            armchair, ...) do not exceed, because the scale is the encoder's own; it may drop concepts that few images
-            show. With 20 concepts or more "auto" also refuses, after a few percent of the images, words that fit them
-            no better than everyday words. None leaves this filter out. It costs one pass of the encoder per image and
-            comes first.
-        interpretability_cutoff: least validation similarity of a concept's activations, the means of its maps (LF-CBM's
-            0.45). Only a concept that is surely below is dropped: one whose 95 % interval (bootstrap over the held-out
-            images) ends below; fewer than 20 images drop none. None leaves this filter out. If no concept reaches it,
-            all are kept, with a warning.
+        encoder_transform: from a batch of images to the RGB images in [0, 1] that the encoder sees. None repeats the
+            channel of one-channel images and leaves three-channel images unchanged; others need a transform.
+        presence_cutoff: minimum mean of a concept's five highest similarities to the training images, without visual
+            prompts. The default 0.25 is the published value for CLIP ViT-B/16. "auto": the 75th percentile of everyday
+            words (apple, armchair, ...), on the encoder's own scale; it may drop concepts that few images show. With 20
+            concepts or more "auto" also refuses, after a few percent of the images, concepts that fit them no better
+            than everyday words. None disables this filter. It comes first and costs one encoder pass per image.
+        interpretability_cutoff: minimum validation similarity of a concept's activations, the means of its maps
+            (LF-CBM's 0.45). A concept is dropped only if its 95 % interval (bootstrap over the held-out images) ends
+            below the cutoff; with fewer than 20 images none is dropped. None disables this filter. If no concept
+            reaches the cutoff, all are kept, with a warning.
         validation_fraction: see ``val_data``.
-        train_backbone: train a copy of the backbone together with the bottleneck, on features computed on the fly, its
-            batch statistics fixed; otherwise the backbone is frozen.
+        train_backbone: train a copy of the backbone together with the bottleneck, on features computed on the fly and
+            with fixed batch statistics; otherwise the backbone is frozen.
         bottleneck: a :class:`BottleneckSettings`, or a dictionary of its fields.
-        seed: of everything random. Same seed, data, ``prompt_batch_size`` and number of processes: same bits.
-        cache_features: True, False, or "auto": if the cache fits ``max_cache_bytes``, or half of the free disk.
+        seed: random seed. The same seed, data, ``prompt_batch_size`` and number of processes give the same bits.
+        cache_features: True, False, or "auto": True if the cache fits ``max_cache_bytes``, or half of the free disk.
+        max_cache_bytes: see ``cache_features``.
         feature_dtype: of the cache, ``torch.float16`` or ``torch.float32``.
         batch_size: images per forward pass of the backbone.
-        prompt_batch_size: marked images per forward pass of the encoder; None finds the fastest by a short trial.
-        num_workers: processes that read images ahead.
-        show_progress: show bars.
+        prompt_batch_size: visual prompts per forward pass of the encoder; None finds the fastest by a short trial.
+        num_workers: processes that load images.
+        show_progress: show progress bars.
 
     Returns:
-        A :class:`~captum_concepts.SALFCBM` in evaluation mode. Its ``metadata`` records what it was trained on, which
-        concepts were dropped and why, the validation similarity of each one kept (of its maps cell by cell, and as
-        ``"pooled_similarity"`` of their means), the accuracies, and the history of the training
-        (``metadata["history"]``, lists to plot). ``print(model)`` and ``metadata["advice"]`` say how far its rules can
-        be believed and what to change.
+        A :class:`~captum_concepts.SALFCBM` in evaluation mode. Its ``metadata`` records the training data, the dropped
+        concepts with reasons, the validation similarity of each kept concept (of its maps cell by cell, and of their
+        means as ``"pooled_similarity"``), the accuracies, and the training history (``metadata["history"]``, lists to
+        plot). ``print(model)`` and ``metadata["advice"]`` report how far its rules can be trusted and what to change.
 
     Raises:
-        InputError: unusable data or settings, before the long steps if possible; no concept is present.
-        ArtifactError: ``store_path`` holds the regions of something else, is damaged, or is in use.
+        InputError: unusable data or settings (raised before the long steps if possible), or no concept is present.
+        ArtifactError: the regions in ``store_path`` do not match, or it is damaged or in use.
 
     Example:
         >>> import tempfile
@@ -259,7 +256,7 @@ def bound_arguments(arguments: Sequence[Any], options: Mapping[str, Any]) -> dic
 
 
 def prepare(given: Mapping[str, Any]) -> FitRun:
-    """Check the arguments of :func:`fit_salf_cbm`, and open the data."""
+    """The run of :func:`fit_salf_cbm` with these arguments, checked and with the data opened."""
     if hasattr(given["images"], "encode_image"):
         raise InputError(
             "fit_salf_cbm takes the images before the encoder: fit_salf_cbm(backbone, layer, images, encoder, "
@@ -286,7 +283,7 @@ def prepare(given: Mapping[str, Any]) -> FitRun:
 
 
 class Split:
-    """One data set on its way: images, regions, features."""
+    """One data set in the course of a fit: images, regions, features."""
 
     def __init__(self, name: str, images: LabeledImages, live: LiveFeatures) -> None:
         self.name, self.images, self.live = name, images, live
@@ -295,12 +292,11 @@ class Split:
         self.made_from: dict[str, Any] = {}
 
     def samples(self, rows: Tensor) -> Samples:
-        """Some of its images."""
         return Samples(self.features, self.regions, rows)
 
 
 class FitRun:
-    """One fit: construct it, which checks what can be checked without long work, then :meth:`run`."""
+    """One fit. The constructor runs all fast checks, and :meth:`run` does the work."""
 
     def __init__(
         self,
@@ -320,7 +316,7 @@ class FitRun:
         self.backbone = copy.deepcopy(backbone) if options.train_backbone else backbone
         self.place: Layer = self.layer if options.train_backbone else layer
         self.vocabulary = vocabulary
-        self.text = vocabulary.encode(encoder)  # fails now, not after hours, if a concept has no text
+        self.text = vocabulary.encode(encoder)  # fails early if a concept has no text
         warn_of_same_embeddings(list(vocabulary), self.text)
         self.class_names = options.class_names or _fitting(train.class_names, num_classes)
         self.multi_label = train.multi_label
@@ -336,9 +332,8 @@ class FitRun:
         self.text = self.text.to(self.device)
 
     def run(self) -> SALFCBM:
-        """All steps."""
         steps = StepFolder(self.path, read_only=self.read_only)
-        vocabulary = self._present(steps)  # first: it needs one pass of the encoder per image
+        vocabulary = self._present(steps)  # first, because it needs one encoder pass per image
         for split in self.splits:
             self._embed(split)
         for split in self.splits:
@@ -450,13 +445,13 @@ class FitRun:
         return kept
 
     def _look_first(self, train: Split, texts: Tensor, cutoff: Any) -> None:
-        """Refuse, after a few percent of the images, words that do not fit them."""
+        """Refuse, after a few percent of the images, concepts that do not fit them."""
         rows = first_images(len(train.images))
         if not rows or first_decides(read_manifest(self.path / "images-train") is not None):
             return
         try:
             store = self._store("first", train, WHOLE, Subset(train.images.shown, rows))
-        except CaptumConceptsError:  # the pass over all images says it with the right number
+        except CaptumConceptsError:  # the pass over all images reports it with the right image index
             return
         m, k = len(self.text), max(1, round(TOP_IMAGES * len(rows) / len(train.images)))
         presence = concept_presence(store, texts, k=k).cpu()
@@ -496,7 +491,7 @@ class FitRun:
         }
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """Which images train the bottleneck, and which validate it: those of val_data, or some held out."""
+        """The training and validation rows of the bottleneck (all of ``val_data``, or held-out training images)."""
         everything = torch.arange(len(self.splits[0].images))
         if len(self.splits) > 1:
             return everything, torch.arange(len(self.splits[1].images))

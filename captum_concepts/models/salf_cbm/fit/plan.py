@@ -1,4 +1,4 @@
-"""What a fit would take: bytes, seconds by a short trial, processes. Nothing is written."""
+"""An estimate of the disk space, time and processes of a fit, without writing anything."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from captum_concepts.models.salf_cbm.fit.pipeline import FitRun, bound_arguments
 from captum_concepts.store import RegionEmbeddingStore, device_of, module_of
 from captum_concepts.vlm import RegionPrompt
 
-#: Passes over the activations that a path of sparse heads takes, roughly.
+#: Approximate passes over the activations for a path of sparse heads.
 _HEAD_PASSES = 150
 _TRIAL_IMAGES = 8
 
 
 @dataclass(frozen=True)
 class FitPlan:
-    """What a fit would take.
+    """The estimated disk space, time and processes of a fit.
 
     Attributes:
-        images: of each data set.
+        images: number of images per data set.
         cells, concepts, classes, embedding_dim, feature_dim: sizes.
-        bytes: on disk, by folder.
+        bytes: disk space per folder.
         free_bytes: on the disk of ``store_path``.
         cached: whether the backbone's features would be cached.
-        seconds: by step, of one process. The bottleneck's is for all its epochs, at most.
+        seconds: per step, for one process; for the bottleneck an upper limit, with all its epochs.
         within_hours: see :attr:`processes`.
     """
 
@@ -52,16 +52,16 @@ class FitPlan:
 
     @property
     def total_seconds(self) -> float:
-        """Of one process."""
+        """The seconds of all steps, for one process."""
         return sum(self.seconds.values())
 
     @property
     def processes(self) -> int:
-        """Machines (or accelerators) like this one that are done within :attr:`within_hours`; all steps are shared."""
+        """The number of machines (or accelerators) like this one that finish within :attr:`within_hours`."""
         return max(1, math.ceil(self.total_seconds / 3600 / self.within_hours))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The plan as a JSON-serializable dictionary."""
         found = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return found | {"total_seconds": self.total_seconds, "processes": self.processes}
 
@@ -88,21 +88,20 @@ class FitPlan:
 
 
 def plan_salf_cbm(*arguments: Any, within_hours: float = 24.0, **options: Any) -> FitPlan:
-    """What :func:`fit_salf_cbm` with the same arguments would take: disk, time and processes. Writes nothing.
+    """The disk space, time and processes that :func:`fit_salf_cbm` needs with the same arguments; writes nothing.
 
-    A few images go through encoder and backbone, and a few steps of the bottleneck are taken on random numbers; the
-    rest is multiplication. Times are those of this machine as busy as it is now, without reading from a slow disk or
-    communication between processes.
+    The estimate extrapolates from a few images through the encoder and backbone and a few bottleneck steps on random
+    numbers. Times are for this machine under its current load, without slow disks or communication between processes.
 
     Args:
         arguments, options: as for :func:`fit_salf_cbm`.
-        within_hours: for which the number of processes is worked out.
+        within_hours: time limit that determines the number of processes.
 
     Returns:
-        A :class:`FitPlan`: ``print`` it, or take ``as_dict()``.
+        A :class:`FitPlan`, to ``print`` or convert with ``as_dict()``.
 
     Raises:
-        InputError: ``within_hours`` is not positive; whatever ``fit_salf_cbm``, encoder or backbone refuse.
+        InputError: ``within_hours`` is not positive, or ``fit_salf_cbm``, the encoder or the backbone refuse the input.
     """
     number("within_hours", within_hours, lambda hours: hours > 0, "a positive number")
     run = prepare(bound_arguments(arguments, options))
@@ -143,7 +142,7 @@ def plan_salf_cbm(*arguments: Any, within_hours: float = 24.0, **options: Any) -
 
 
 def _time_encoder(run: FitRun) -> tuple[float, float, int]:
-    """Seconds of the regions of an image, of an image as it is, and the width of an embedding."""
+    """Seconds for all regions of an image, seconds for the plain image, and the embedding dimension."""
     prompt, encoder, device = run.options.prompt, run.encoder, device_of(run.encoder)
     image = run.splits[0].images.shown[0][None].to(device)
     with torch.no_grad(), evaluation_mode(module_of(encoder)):
@@ -160,7 +159,7 @@ def _time_encoder(run: FitRun) -> tuple[float, float, int]:
 
 
 def _time_step(run: FitRun, embedding_dim: int) -> float:
-    """Seconds an image of a bottleneck's step, from a few cells of random numbers."""
+    """Seconds per image of a bottleneck step, from a few cells of random numbers."""
     cells, live = len(run.options.prompt), run.splits[0].live
     total = min(run.options.bottleneck.batch_size, len(run.splits[0].images))
     few = min(cells, 4)
@@ -179,14 +178,14 @@ def _time_step(run: FitRun, embedding_dim: int) -> float:
 
 
 def _time_product(run: FitRun) -> float:
-    """Seconds an image of the two matrix products of a pass of the head."""
+    """Seconds per image of the two matrix products in a pass of the head."""
     x = torch.rand(2048, len(run.text), device=run.device, dtype=torch.float32)
     weight = torch.rand(run.num_classes, len(run.text), device=run.device, dtype=torch.float32)
     return _timed(lambda: (x @ weight.T).T @ x, run.device) / len(x)
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the faster of two runs behind a first one."""
+    """Seconds of the faster of two runs after a warm-up run."""
     work()
     found = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""How a bottleneck is trained: the settings, checked."""
+"""Settings of the bottleneck's training."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from captum_concepts.models.salf_cbm.fit.data import FEWEST
 
 @dataclass(frozen=True)
 class BottleneckSettings:
-    """How :func:`fit_bottleneck` trains.
+    """The settings of :func:`fit_bottleneck`.
 
     Args:
         init: ``"least_squares"``, the ridge fit of P by the features (its strength chosen on the validation images),
             or ``"random"``, as published.
-        lr: Adam's rate, on features of unit variance. Where no progress is made it is multiplied by 0.3, twice, each
-            time from the best weights.
-        batch_size: images of a step; the similarity is taken over them. An epoch is cut into equal batches.
-        max_epochs: at most so many; 0 keeps the start.
-        patience: epochs (and at least 50 steps) without a higher validation similarity after which the rate is lowered,
-            or, the third time, training ends.
-        backbone_lr: rate of a backbone that is trained too.
-        seed: of the start, the order and the choice of images.
+        lr: Adam's learning rate, on features of unit variance. Without progress it is multiplied by 0.3, at most twice,
+            and training continues from the best weights.
+        batch_size: images per step, over which the similarity is computed. An epoch is split into equal batches.
+        max_epochs: maximum number of epochs; 0 keeps the initial weights.
+        patience: epochs (and at least 50 steps) without a higher validation similarity after which the learning rate is
+            lowered or, the third time, training ends.
+        backbone_lr: learning rate of the backbone, if it is also trained.
+        seed: of the initialization, the order and the choice of images.
     """
 
     init: str = "least_squares"

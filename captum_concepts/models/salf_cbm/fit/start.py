@@ -1,4 +1,4 @@
-"""Where the bottleneck's training starts: the least-squares fit of P by the features, in closed form."""
+"""Initialization of the bottleneck by the closed-form least-squares fit of P by the features."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from captum_concepts.models.salf_cbm.fit.objective import Samples, by_cell, cell
 from captum_concepts.models.salf_cbm.fit.steps import all_reduce
 from captum_concepts.store import world
 
-#: Images that the second moments are taken from: enough for 2,048 channels at 49 places each.
+#: Maximum images for the second moments, enough for 2,048 channels at 49 cells each.
 MOST_IMAGES = 20_000
-#: Strengths of the ridge penalty that are tried, on features of unit variance.
+#: Candidate strengths of the ridge penalty, on features of unit variance.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 
     @property
     def scale(self) -> Tensor:
-        """``(D,)``: one over each channel's standard deviation, 0 for a channel that never changes."""
+        """``(D,)``: one over each channel's standard deviation, 0 for a constant channel."""
         deviation = self.features.diagonal().clamp_min(0).sqrt()
         typical = deviation.square().mean().sqrt()
         if not typical > 0:
@@ -37,7 +37,7 @@ class Moments(NamedTuple):
 
 @torch.no_grad()
 def gather_moments(samples: Samples, device: torch.device, *, seed: int = 0, batch_size: int = 256) -> Moments:
-    """One pass over the images, or over a random :data:`MOST_IMAGES` of them; processes share the work."""
+    """The moments from one pass over at most :data:`MOST_IMAGES` random images, divided among the processes."""
     rows = samples.rows
     if len(rows) > MOST_IMAGES:
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MOST_IMAGES]
@@ -49,7 +49,7 @@ def gather_moments(samples: Samples, device: torch.device, *, seed: int = 0, bat
     sums = [torch.zeros(shape, dtype=wide, device=device) for shape in ((count, d), (count, e), (d, d), (d, e))]
     for features, embeddings in samples.batches(mine.split(batch_size)):
         for where in cells_of(count, len(features) * max(d, e)):
-            # In single precision the weak directions would be noise, amplified by the inverse.
+            # In single precision, weak directions would be noise that the inverse amplifies.
             f, g = (by_cell(values, where, device).to(wide) for values in (features, embeddings))
             sums[0][where] += f.sum(1)
             sums[1][where] += g.sum(1)
@@ -61,10 +61,10 @@ def gather_moments(samples: Samples, device: torch.device, *, seed: int = 0, bat
 
 
 def least_squares(moments: Moments, text: Tensor, strengths: tuple[float, ...] = STRENGTHS) -> list[Tensor]:
-    r"""Bottlenecks ``(M, D)`` that minimise :math:`\sum |W f - T e|^2 + \lambda |W|^2` on features of unit variance.
+    r"""Bottlenecks ``(M, D)`` that minimize :math:`\sum |W f - T e|^2 + \lambda |W|^2` on features of unit variance.
 
-    P is not needed: with C and G the second moments of features, and of features and embeddings,
-    :math:`W = T G^T (C + \lambda I)^{-1}`. One eigendecomposition serves all strengths.
+    With C and G the second moments of features, and of features and embeddings, the solution is
+    :math:`W = T G^T (C + \lambda I)^{-1}`, which does not need P. One eigendecomposition serves all strengths.
 
     Args:
         moments: C and G.
@@ -72,7 +72,7 @@ def least_squares(moments: Moments, text: Tensor, strengths: tuple[float, ...] =
         strengths: the :math:`\lambda`.
 
     Returns:
-        One float64 tensor for each, in units of the features times :attr:`Moments.scale`.
+        One float64 tensor per strength, in units of the features times :attr:`Moments.scale`.
     """
     scale = moments.scale
     values, vectors = torch.linalg.eigh(scale[:, None] * moments.features * scale)

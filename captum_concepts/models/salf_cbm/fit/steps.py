@@ -1,4 +1,4 @@
-"""Results of the steps of a fit on disk: each one whole or not there, found again only by what it was made from."""
+"""Results of the steps of a fit, stored atomically under a digest of what they were computed from."""
 
 from __future__ import annotations
 
@@ -32,23 +32,22 @@ _INFO = {"step": text(), "made_from": mapping_of(anything), "sums": mapping_of(t
 
 
 class StepResult(NamedTuple):
-    """What a step gave: tensors, and notes that JSON can hold."""
+    """The result of a step: tensors, and notes that JSON can represent."""
 
     tensors: dict[str, Tensor]
     notes: dict[str, Any]
 
 
 class StepFolder:
-    """A folder of step results, one file each, named by the step and a digest of what it was made from.
+    """A folder of step results, one file each, named by the step and a digest of what it was computed from.
 
-    So a result is used again exactly when everything it depends on is the same; after a change of settings it is
-    computed anew beside the old one, which stays for whoever goes back to it. Why it is computed is logged (logger
-    ``captum_concepts``, level INFO). Under ``torch.distributed`` the first process reads and writes, the others get its
-    values.
+    A result is reused only if everything it depends on is the same. After a change of settings it is recomputed next to
+    the old result, which is kept. The reason is logged (logger ``captum_concepts``, level INFO). Under
+    ``torch.distributed`` the first process reads and writes, and the others receive its values.
 
     Args:
         path: the folder, created if missing.
-        read_only: keep nothing.
+        read_only: write nothing.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -57,7 +56,7 @@ class StepFolder:
             path.mkdir(parents=True, exist_ok=True)
 
     def file(self, step: str, made_from: Mapping[str, Any]) -> Path:
-        """Where the result of ``step`` is or will be."""
+        """The path of the result of ``step``, whether or not it exists."""
         return self.path / f"{step}-{digest(made_from)}.safetensors"
 
     def run(
@@ -69,8 +68,7 @@ class StepFolder:
         arrays: Mapping[str, Array],
         notes: Check,
     ) -> StepResult:
-        """The stored result, or else that of ``compute``, which is stored; ``arrays`` and ``notes`` say what a stored
-        one must be."""
+        """The stored result, checked against ``arrays`` and ``notes``, or else that of ``compute``, which is stored."""
         found = self.load(step, made_from, arrays=arrays, notes=notes)
         if found is not None:
             say(f"{step}: taken from an earlier run")
@@ -83,7 +81,7 @@ class StepFolder:
     def load(
         self, step: str, made_from: Mapping[str, Any], *, arrays: Mapping[str, Array], notes: Check
     ) -> StepResult | None:
-        """The stored result, or None where there is none or its file is damaged (which is logged)."""
+        """The stored result; None if there is none or its file is damaged (which is logged)."""
         found: StepResult | None = None
         if world()[0] == 0:
             found = self._read(step, made_from, arrays, notes)
@@ -94,7 +92,7 @@ class StepFolder:
         return found
 
     def save(self, step: str, made_from: Mapping[str, Any], result: StepResult) -> None:
-        """Write a result, whole or not at all; all processes fail if the first one cannot."""
+        """Write a result atomically; all processes fail if the first one cannot."""
         all_or_none(lambda: self._write(step, made_from, result))
 
     def _write(self, step: str, made_from: Mapping[str, Any], result: StepResult) -> None:
@@ -104,7 +102,7 @@ class StepFolder:
             save_artifact(self.file(step, made_from), _KIND, info, result.tensors)
 
     def remove(self, step: str, made_from: Mapping[str, Any]) -> None:
-        """Forget a result that is of no use any more."""
+        """Delete a result that is no longer needed."""
         if world()[0] == 0 and not self.read_only:
             self.file(step, made_from).unlink(missing_ok=True)
 
@@ -131,7 +129,7 @@ class StepFolder:
             return None
 
     def _why(self, step: str, made_from: Mapping[str, Any]) -> str:
-        """What differs from the latest other result of this step, for the log."""
+        """The difference from the latest other result of this step, for the log."""
         others = [p for p in self.path.glob(f"{step}-*.safetensors") if p != self.file(step, made_from)]
         if not others or world()[0] != 0:
             return ""
@@ -147,12 +145,12 @@ class StepFolder:
 
 
 def digest(made_from: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits of the JSON form."""
+    """Twelve hexadecimal digits of a hash of the JSON form."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def say(message: str) -> None:
-    """Log once, not once a process."""
+    """Log ``message`` once, not once per process."""
     if world()[0] == 0:
         logger.info(message)
 
@@ -165,7 +163,7 @@ def all_reduce(values: Tensor) -> Tensor:
 
 
 def first_decides(value: bool) -> bool:
-    """The first process' answer to what each might answer differently (clocks, free disk)."""
+    """The first process's value where processes might differ (clocks, free disk)."""
     if world()[1] > 1:
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0)
@@ -174,7 +172,7 @@ def first_decides(value: bool) -> bool:
 
 
 def share_of(count: int) -> range:
-    """This process' run of ``count`` things."""
+    """This process's contiguous part of ``count`` items."""
     rank, size = world()
     return range(rank * count // size, (rank + 1) * count // size)
 
