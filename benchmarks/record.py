@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -140,6 +141,17 @@ def _wait() -> None:
 
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def peak_mib(start_again: bool = False) -> float:
+    """The most memory so far; with ``start_again`` what is held now, and the peak is counted from here on."""
+    status = Path("/proc/self/status")
+    if status.exists():  # of this program alone: a new process inherits the other one's ru_maxrss
+        if start_again:
+            Path("/proc/self/clear_refs").write_text("5")
+        return float(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def write(name: str, record: dict[str, Any]) -> Path:

@@ -22,7 +22,6 @@ from captum_concepts import metrics
 Explainer = Callable[[Tensor, Tensor], Tensor]  # images (R, 3, H, W), targets (R,) -> maps (R, h, w)
 
 WITH_MASKS = ("nra", "nra_exact", "specificity", "hit_rate", "iou", "box_iou", "epg")
-WITH_SCORES = ("average_drop", "increase_in_confidence")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """NRA: time against the published per-pixel loop and a plain vectorised version, and memory of 1,000 maps.
 
-    python -m benchmarks.run.nra [--maps 32] [--repeats 5] [--output FILE.json]
+    python -m benchmarks.run.nra [--maps 32] [--repeats 5]
 
 All versions run in one process, one after another in every repeat, on one thread; the time is the median over
 repeats of the time a map. The values are compared as well. Memory is the growth of the process's peak while the
@@ -10,19 +10,17 @@ metric runs, in a fresh process for each number of maps, after inputs of that si
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.record import RESULTS, environment
+from benchmarks.record import environment, peak_mib, write
+from benchmarks.report.renderers import nra_speed
 
 SIZE = 224
 
@@ -106,10 +104,6 @@ def timings_of(maps: Tensor, masks: Tensor, kind: str, repeats: int) -> dict[str
     }
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-
-
 def memory_of(n: int) -> float:
     from captum_concepts import metrics
 
@@ -117,34 +111,15 @@ def memory_of(n: int) -> float:
     masks = torch.zeros(n, SIZE, SIZE, dtype=torch.bool)
     masks[:, 40:140, 60:160] = True
     metrics.nra(maps[:1], masks[:1])
-    before = peak_mb()
+    before = peak_mib()
     metrics.nra(maps, masks)
-    return peak_mb() - before
-
-
-def markdown(record: dict) -> str:
-    lines = [
-        "| maps | published loop, ms | plain vectorised, ms | nra, ms | nra exact, ms | × loop | × plain |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in record["timings"]:
-        ms = row["ms_per_map"]
-        cells = [f"{ms[k]:.2f}" for k in ("published_loop", "plain_vectorised", "nra", "nra_exact")]
-        cells += [f"{row['times_faster_than_loop']:.0f}", f"{row['times_faster_than_plain']:.1f}"]
-        lines.append(f"| {row['maps']} | " + " | ".join(cells) + " |")
-    growth = ", ".join(f"{n} maps {mb:.1f} MB" for n, mb in record["peak_growth_mb"].items())
-    lines += [
-        "",
-        f"Peak memory beyond the inputs: {growth}.",
-    ]
-    return "\n".join(lines)
+    return peak_mib() - before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS / "nra.json")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -164,11 +139,8 @@ def main() -> None:
         "timings": measured,
         "peak_growth_mb": growth,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.output.with_name(f".{options.output.name}.partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    partial.replace(options.output)
-    print(markdown(record))
+    write("nra", record)
+    print("\n".join(nra_speed(record)))
 
 
 if __name__ == "__main__":

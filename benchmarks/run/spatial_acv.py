@@ -16,8 +16,6 @@ import dataclasses
 import gc
 import json
 import math
-import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from captum.attr import LayerGradientXActivation
 from torch import Tensor, nn
 
 from benchmarks.data.photographs import real_models
-from benchmarks.record import RESULTS, environment, median_times, table, write
+from benchmarks.record import RESULTS, environment, median_times, peak_mib, table, write
 from captum_concepts.activations import spatial_activations
 from captum_concepts.activations.receptive_field import strongest_crops
 from captum_concepts.attr.layer_sweep import layer_sweep
@@ -222,7 +220,7 @@ def memory(model: nn.Module, layer: str) -> dict[str, float]:
 
     def peak() -> float:
         gc.collect()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return peak_mib()
 
     class Images:
         def __init__(self, n: int, seed: int) -> None:

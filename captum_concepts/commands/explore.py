@@ -150,9 +150,9 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
             )
         names = list(folders)  # in order, as torchvision's ImageFolder numbers them
     paths = [path for files in folders.values() for path in files] or find_images([settings.data])
-    labels = [name for name, files in folders.items() for _ in files] or None
-    shown = loaded.open(paths, labels=labels if labels is not None else False)
-    prepared = loaded.open(paths, labels=labels if labels is not None else False, normalize=loaded.preprocessing)
+    labels = [name for name, files in folders.items() for _ in files] or False
+    shown = loaded.open(paths, labels=labels)
+    prepared = loaded.open(paths, labels=labels, normalize=loaded.preprocessing)
     audit = audit_dataset(
         explainer.method,
         prepared,

@@ -61,23 +61,9 @@ TRIAL = {
 }
 _REQUIRED = ("model", "encoder", "train", "concepts", "store", "output")
 _OWN = (
-    *_REQUIRED,
-    "weights",
-    "layer",
-    "size",
-    "resize",
-    "num_classes",
-    "encoder_weights",
-    "val",
-    "templates",
-    "clean",
-    "filter",
-    "classes",
-    "prompt",
-    "device",
-    "skip_unreadable",
-    "within_hours",
-)
+    *_REQUIRED, "weights", "layer", "size", "resize", "num_classes", "encoder_weights", "val", "templates", "clean",
+    "filter", "classes", "prompt", "device", "skip_unreadable", "within_hours",
+)  # fmt: skip
 _WORDS = list_of(text(), least=1)
 #: Types of the entries that :func:`fit_salf_cbm` does not check itself.
 _TYPES = {

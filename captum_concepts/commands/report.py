@@ -155,23 +155,23 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
         shown: dict[str, Any] = {
             key: summary[key] for key in ("model", "method", "layer", "size", "resize") if key in summary
         }
-        settings = replace(settings, model=settings.model or str(summary.get("model", "the model")))
         settings = replace(
-            settings, size=settings.size or shown.get("size"), resize=settings.resize or shown.get("resize")
-        )
+            settings, model=settings.model or shown.get("model"), size=settings.size or shown.get("size"),
+            resize=settings.resize or shown.get("resize"),
+        )  # fmt: skip
     else:
-        whole = ConceptExplanation.load(source) if source.is_file() else None
-        if whole is None:
+        if not source.is_file():
             raise InputError(
                 f"no saved explanations at {source}; give a folder of 'explain --save' or a .safetensors file"
             )
+        whole = ConceptExplanation.load(source)
         if len(paths) != len(whole):
             raise InputError(
                 f"{len(paths)} images for the {len(whole)} explanations of {source}; give them in its order"
             )
         entries = [{"image": str(path), "explanation": one} for path, one in zip(paths, whole, strict=True)]
         names, shown = settings.class_names, {"explanations": source.name}
-        settings = replace(settings, model=settings.model or "the model")
+    settings = replace(settings, model=settings.model or "the model")
     prints = {} if source.is_dir() else {"Fingerprints": {"explanations file": _digest(source)}}
     with open_report(settings, names, {"Settings": shown, **prints}, failed) as page:
         truths = folder_labels([Path(entry["image"]) for entry in entries], names) or [None] * len(entries)

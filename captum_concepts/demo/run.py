@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -279,15 +279,10 @@ def _row(method: str, model: str, question: str, maps: Tensor, masks: Tensor, pi
 
 def _concept_row(method: str, model: str, question: str, maps: Tensor, queries: Any, picture: str) -> DemoRow:
     """A row on all concepts that are present in the images."""
-    present = queries.presence
-    masks = queries.masks[present]
-    own = maps[present]
-    centre = center_gaussian(len(masks), (masks.shape[-2], masks.shape[-1]))
-    return DemoRow(
-        method, model, question, len(masks),
-        nra=_mean(nra(own, masks)), nra_centre=_mean(nra(centre, masks)), epg=_mean(epg(own, masks)),
-        specificity=_mean(concept_specificity(maps, queries.masks)[present]), picture=picture,
-    )  # fmt: skip
+    masks = queries.masks[queries.presence]
+    row = _row(method, model, question, maps[queries.presence], masks, picture)
+    special = concept_specificity(maps, queries.masks)[queries.presence]
+    return replace(row, specificity=_mean(special))
 
 
 def _mean(values: Tensor) -> float:

@@ -14,6 +14,7 @@ from captum_concepts.datasets import CaptionedScenes, Scene
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.models.salf_cbm import SALFCBM
 from captum_concepts.models.salf_cbm.fit import fit_salf_cbm
+from captum_concepts.models.salf_cbm.regions import coverage, region_mask
 from captum_concepts.vlm import RegionPrompt
 
 #: Number of training scenes (with 49 visual prompts each), of scenes searched for mistakes, and of epochs.
@@ -138,6 +139,7 @@ def _try(model: SALFCBM, scenes: Scene, i: int, called: int, k: int) -> Correcti
     before, after = model.intervene(x, concept, beta=beta, units="std", boxes=box)
     with torch.no_grad():
         map_before = (model.concept_maps(x)[0, j] - model.concept_mean[j]) / model.concept_std[j]
+    share = coverage(region_mask(1, (x.shape[2], x.shape[3]), model.grid, boxes=box), model.grid)[0]
     names = model.class_names or []
     return Correction(
         image=scenes.image[i],
@@ -149,16 +151,7 @@ def _try(model: SALFCBM, scenes: Scene, i: int, called: int, k: int) -> Correcti
         seen=[(seen.concepts[n], float(seen.scores[0, n])) for n in sorted({*range(4), max(at, 4)})],
         beta=beta,
         map_before=map_before,
-        map_after=map_before + beta * cells_of(box, size, tuple(map_before.shape)),
+        map_after=map_before + beta * share,
         before=before.softmax(1)[0].detach(),
         after=after.softmax(1)[0].detach(),
     )
-
-
-def cells_of(box: tuple[float, ...], size: float, grid: tuple[int, ...]) -> Tensor:
-    """``(h, w)`` fraction of each position that the box covers."""
-    spans = []
-    for low, high, cells in ((box[1], box[3], grid[0]), (box[0], box[2], grid[1])):
-        edges = torch.linspace(0, size, cells + 1)
-        spans.append((edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) / (size / cells))
-    return spans[0][:, None] * spans[1]

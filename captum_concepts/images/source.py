@@ -495,16 +495,12 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
 
 
 def _open_path(source: str | os.PathLike[str], reading: Reading, own: dict[str, Any]) -> ImageSource:
-    root = Path(source)
-    files = find_images(source)
-    if not root.is_dir():
-        names = names_of(files)
-        return ImageSource(_Files(files), reading, index=range(len(files)), names=names, **own)
-    names = names_of(files, root)
-    classes = sorted({name.split("/")[0] for name in names})
-    if own["labels"] is False or any("/" not in name for name in names):
-        return ImageSource(_Files(files), reading, index=range(len(files)), names=names, **own)
-    own["labels"] = [classes.index(name.split("/")[0]) for name in names]
+    root, files = Path(source), find_images(source)
+    names = names_of(files, root if root.is_dir() else None)
+    classes = None
+    if root.is_dir() and own["labels"] is not False and all("/" in name for name in names):
+        classes = sorted({name.split("/")[0] for name in names})
+        own["labels"] = [classes.index(name.split("/")[0]) for name in names]
     return ImageSource(_Files(files), reading, index=range(len(files)), names=names, class_names=classes, **own)
 
 

@@ -11,6 +11,7 @@ from drawings import compare_with_baseline
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.demo import show_and_tell
 from captum_concepts.demo._corrections_figure import corrections_figure
+from captum_concepts.models.salf_cbm.regions import coverage, region_mask
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +65,8 @@ def test_the_edited_concept_is_not_in_the_object(scenes, found):
 
 def test_the_map_after_is_the_map_before_and_beta_in_the_box(found):
     for c in found.shown:
-        share = show_and_tell.cells_of(c.box, 64, (7, 7))
+        share = coverage(region_mask(1, (64, 64), (7, 7), boxes=c.box), (7, 7))[0]
         assert torch.allclose(c.map_after - c.map_before, c.beta * share, atol=1e-4)
-
-
-def test_share_of_cells_by_counting_points():
-    box = (10.0, 3.0, 41.5, 30.0)
-    at = (torch.arange(4200) + 0.5) / 4200 * 64
-    inside = ((at >= box[1]) & (at < box[3])).float()[:, None] * ((at >= box[0]) & (at < box[2])).float()
-    slow = torch.nn.functional.avg_pool2d(inside[None], (4200 // 5, 4200 // 7))[0]
-    assert torch.allclose(show_and_tell.cells_of(box, 64, (5, 7)), slow, atol=2e-3)
 
 
 def test_the_picture_is_drawn_as_before():

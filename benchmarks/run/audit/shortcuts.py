@@ -35,7 +35,7 @@ from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.vlm import RegionPrompt
 
 SIZE, SEED = 64, 60_001
-CE_FAM, RESNET, SMALL = "ConceptFusionMap", ["layer2", "layer3", "layer4"], ["2", "5", "8", "11"]
+RESNET, SMALL = ["layer2", "layer3", "layer4"], ["2", "5", "8", "11"]
 #: Class by class: the planted ground (not the bundled networks'), another object's color, its texture.
 PAIRS = {
     "ground": {"red circle": "snow", "striped circle": "wood", "red square": "sand", "striped square": "water",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.record import add_functions, environment, functions, sources, write
+from benchmarks.record import add_functions, environment, functions, peak_mib, sources, write
 
 SIDE = 24
 METHODS = ["SpatialACV", "SALFCBM", "DiscoveredConcepts", "ConceptFusionMap"]
@@ -111,7 +110,7 @@ def child(args: argparse.Namespace) -> None:
         audit = audit_dataset(method, data, labels=labels, n_bootstrap=args.bootstrap, store_path=folder / "parts")
         audit.save(Path(args.folder) / f"audit{args.rank}.safetensors")
     spent = (time.process_time() - start) / args.images
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mib()
     print("RESULT", json.dumps([spent, peak, functions()]), flush=True)
     if args.world > 1:
         torch.distributed.barrier()

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -28,7 +26,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from benchmarks.record import RESULTS, environment, table, write
+from benchmarks.record import RESULTS, environment, peak_mib, write
+from benchmarks.report import renderers
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.models import ConceptTranslator
 
@@ -90,17 +89,6 @@ def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
         function()
         times.append(time.process_time() - start)
     return sorted(times)[len(times) // 2]
-
-
-def peak_mib(start_again: bool = False) -> float:
-    """The most memory so far; with ``start_again`` what is held now, and the peak is counted from here on."""
-    status = Path("/proc/self/status")
-    if status.exists():  # of this program alone: a new process inherits the other one's ru_maxrss
-        if start_again:
-            Path("/proc/self/clear_refs").write_text("5")
-        return float(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Setting:
@@ -205,20 +193,7 @@ def main() -> None:
         "memory": memory,
     }
     write("ce_fam", record)
-    columns = ["what", "concepts", "layers", "forwards", "forwards a concept", "faster than the loop"]
-    lines = [
-        [r["what"], r["concepts"], r["layers"], r["forwards"], r["forwards"] / r["concepts"],
-         r.get("times_faster_than_the_published_loop", "")] for r in rows
-    ]  # fmt: skip
-    kept = [[m["concepts"], m.get("map_layer", "auto"), m.get("gradient", "total"), m.get("batch_size", 32), m["mib"]]
-            for m in memory]  # fmt: skip
-    report = (
-        f"# Cost of ConceptFusionMap (ResNet-50, one image, in bare forwards)\n\n{table(columns, lines)}\n\n"
-        "Peak memory less the maps themselves, after a bare forward, each row in a process of its own:\n\n"
-        f"{table(['concepts', 'layer', 'gradient', 'batch_size', 'MiB'], kept)}\n"
-    )
-    (RESULTS / "ce_fam.md").write_text(report)
-    print(report)
+    print("\n".join(renderers.anything(record)))
     picture(rows)
 
 

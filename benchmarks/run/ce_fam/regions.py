@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks.data.photographs import Files, real_models
 from benchmarks.data.published import TOP_1, TOP_4
-from benchmarks.record import RESULTS, environment, table, write
+from benchmarks.record import RESULTS, environment, write
 from benchmarks.report import renderers
 from captum_concepts import demo, published
 from captum_concepts.activations import Layers, gradients_enabled, spatial_activations
@@ -302,9 +302,6 @@ def sensitivity(tasks: list[Task], count: int) -> None:
     reading.TEMPERATURE = constants.TEMPERATURE
     facts = {task.name: {**task.facts, "images": len(task.images[:count])} for task in tasks}
     write("concept_regions_sensitivity", {"environment": environment(), **facts, "given": given, "rows": rows})
-    text = table(list(rows[0]), [list(row.values()) for row in rows])
-    head = f"# Constants of the fused map, one changed at a time\n\nAs given: {given}. {facts}"
-    (RESULTS / "concept_regions_sensitivity.md").write_text(f"{head}\n\n{text}\n")
 
 
 NO_CHOICE = "no layer to choose"
@@ -462,11 +459,9 @@ def main() -> None:
 
 
 def keep(name: str, record: dict[str, Any]) -> None:
-    """Write the record and its page."""
+    """Write the record, and print its section of the page."""
     write(f"concept_regions_{name}", record)
-    report = "\n".join([f"# Concept regions, {name}", "", str(record["data"]), "", *renderers.regions(record)])
-    (RESULTS / f"concept_regions_{name}.md").write_text(report)
-    print(report)
+    print("\n".join(renderers.regions(record)))
 
 
 def deleted(

@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.data.scenes import trained
-from benchmarks.record import RESULTS, environment, table, write
+from benchmarks.record import environment, write
+from benchmarks.report import renderers
+from benchmarks.run.map_tables import interval
 from captum_concepts.activations import capture
 from captum_concepts.attr.concept_fusion_map import ConceptFusionMap
 from captum_concepts.datasets import CaptionedScenes
@@ -73,7 +74,6 @@ def main() -> None:
     record: dict[str, Any] = {"environment": environment(), "arguments": vars(args), "seeds": [0, 1, 2, 3]}
     models = {"unbiased": train(fair_scenes.image, fair_scenes.label, args.epochs, 0),
               "biased": train(biased_scenes.image, biased_scenes.label, args.epochs, 0)}  # fmt: skip
-    lines = []
     for name, model in models.items():
         with torch.no_grad():
             right = (model(test.image - 0.5).argmax(1) == test.label).float().mean().item()
@@ -102,8 +102,7 @@ def main() -> None:
                 "sum_of_evidence": evidence.mean().item(),
             }
             record[name]["contributions"][setting] = entry
-            lines.append([name, right, setting, *entry.values()])
-            print(lines[-1], flush=True)
+            print(name, right, setting, entry, flush=True)
     base = explainer(models["unbiased"], fair_scenes, words)
     x = test.image - 0.5
     with torch.no_grad():
@@ -120,40 +119,16 @@ def main() -> None:
     maps["activation energy"] = energy.reshape(n, 1, *energy.shape[-2:]).expand(-1, t, -1, -1)
     maps["centre Gaussian"] = center_gaussian(1, (32, 32)).reshape(1, 1, 32, 32).expand(n, t, -1, -1)
     maps["random"] = torch.rand(n, t, 8, 8, generator=torch.Generator().manual_seed(0))
-    table_rows = []
-    rng = np.random.default_rng(0)
     record["regions"] = {}
     groups = {"all": list(range(t)), **{k: [words.index(w) for w in v] for k, v in fair.concept_groups.items()}}
     for name, value in maps.items():
         scores = {"nra": nra(value, test.masks), "specificity": concept_specificity(value, test.masks)}
-        draws = rng.integers(0, n, (500, n))
-        entry = {}
-        for key, number in scores.items():
-            each = np.array([[row.nansum().item(), (~row.isnan()).sum().item()] for row in number])
-            means = each[draws].sum(1)
-            low, high = np.quantile(means[:, 0] / means[:, 1], [0.025, 0.975])
-            entry[key] = [float(each[:, 0].sum() / each[:, 1].sum()), float(low), float(high)]
+        of_image = torch.arange(n).repeat_interleave(t)
+        entry: dict[str, Any] = {key: interval(one.flatten(), of_image) for key, one in scores.items()}
         entry["nra_by_kind"] = {k: float(scores["nra"][:, v].nanmean()) for k, v in groups.items()}
         record["regions"][name] = entry
-        cells = [f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for v in (entry["nra"], entry["specificity"])]
-        table_rows.append([name, *cells, *(f"{entry['nra_by_kind'][k]:.3f}" for k in fair.concept_groups)])
     write("ce_fam_scenes", record)
-    head = [
-        "network",
-        "accuracy, independent grounds",
-        "layer",
-        "ground is the largest",
-        "ground",
-        "the class' concepts",
-        "sum",
-    ]
-    report = (
-        f"# ConceptFusionMap against truth\n\nContributions to the true class on scenes with planted grounds:\n\n"
-        f"{table(head, lines)}\n\nRegions on held-out scenes, unbiased network:\n\n"
-        f"{table(['method', 'NRA', 'specificity', *fair.concept_groups], table_rows)}\n"
-    )
-    (RESULTS / "ce_fam_scenes.md").write_text(report)
-    print(report)
+    print("\n".join(renderers.truth(record)))
 
 
 if __name__ == "__main__":

@@ -10,20 +10,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
-import sys
 
 import torch
 import torchvision
 from captum.attr import LayerGradCam
 
-from benchmarks.record import environment, median_times, table, write
+from benchmarks.record import environment, median_times, peak_mib, table, write
 from captum_concepts import FeatureActivationMap
-
-
-def peak_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main() -> None:

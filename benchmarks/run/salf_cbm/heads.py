@@ -90,17 +90,3 @@ def install(model: Any, head: Head) -> None:
     weight, bias = head.result.raw()
     model.head.weight.copy_(weight)
     model.head.bias.copy_(bias)
-
-
-def accuracy_lines(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """For a Markdown table."""
-    lines = []
-    for row in rows:
-        mean, low, high = row["accuracy"]
-        count = row.get("nonzeros_a_class_mean")
-        shown = "" if count is None else f"{count:.1f}"
-        lines.append([row["model"], row["head"], row["inputs"] or "", shown, f"{mean:.3f} [{low:.3f}, {high:.3f}]"])
-    return lines
-
-
-ACCURACY_COLUMNS = ["model", "head", "inputs", "nonzeros a class", "accuracy"]

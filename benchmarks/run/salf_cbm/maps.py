@@ -11,16 +11,8 @@ from torch import Tensor
 
 from captum_concepts.metrics import average_precision, concept_specificity, nra, pixel_accuracy, segmentation_counts
 
-#: Columns of a table of maps: key, heading.
-COLUMNS = {
-    "nra": "NRA",
-    "nra_exact": "NRA exact",
-    "specificity": "specificity",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_iou": "mIoU",
-    "mean_iou_half": "mIoU, half of the range",
-    "average_precision": "mAP",
-}
+#: Columns of a table of maps.
+COLUMNS = ("nra", "nra_exact", "specificity", "pixel_accuracy", "mean_iou", "mean_iou_half", "average_precision")
 DRAWS = 1000
 
 
@@ -79,11 +71,6 @@ def summary(scores: dict[str, list[Tensor]], leave_out: Sequence[str] = ()) -> d
         for key, values in scores.items()
         if key not in leave_out
     }
-
-
-def cells(row: dict[str, list[float]]) -> list[str]:
-    """Mean and interval as a table shows them."""
-    return [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in row.values()]
 
 
 def accuracy_interval(hits: Sequence[bool], seed: int = 0) -> list[float]:

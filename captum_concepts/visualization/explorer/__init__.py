@@ -19,7 +19,7 @@ from torch import Tensor
 
 from captum_concepts._artifacts import write_atomically
 from captum_concepts._checks import integer, name_positions
-from captum_concepts._undo import unharming
+from captum_concepts._undo import evaluation_mode, unharming
 from captum_concepts.errors import InputError
 from captum_concepts.explanation import SEEN, ConceptExplainer, ConceptExplanation
 from captum_concepts.images import ImageSource
@@ -313,16 +313,9 @@ def _presence(model: Any, inputs: Tensor, rows: list[int]) -> Tensor | None:
 
 
 def _looked(model: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps and logits in evaluation mode; the model's own mode is restored."""
-    modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            return model.concept_maps(inputs).double().cpu(), model(inputs).double().cpu()
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Maps and logits in evaluation mode."""
+    with evaluation_mode(model if isinstance(model, torch.nn.Module) else [], autocast=False), torch.no_grad():
+        return model.concept_maps(inputs).double().cpu(), model(inputs).double().cpu()
 
 
 def _targets(target: Any, logits: Tensor, start: int, model: Any) -> list[int]:

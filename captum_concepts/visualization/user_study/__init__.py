@@ -39,7 +39,6 @@ QUESTIONS = {
     "accuracy": "Does “{label}” describe a common concept shared by these images?",
 }
 STRATA = ("top", "rest")
-_HERE = Path(__file__).parent
 _SIDE, _BYTES = 224, 24_000
 _KEY = table(
     {
@@ -125,12 +124,12 @@ class UserStudy:
             }
             for name, neuron in self.neurons.items()
         ]
-        page = template("study.html", _HERE).render(
+        page = template("user_study/study.html").render(
             title=self.title,
             items=items,
             fingerprint=self.fingerprint,
-            style=asset("study.css", _HERE),
-            script=asset("study.js", _HERE),
+            style=asset("user_study/study.css"),
+            script=asset("user_study/study.js"),
         )
         key = {
             "format": "captum_concepts.UserStudy/1",

@@ -323,9 +323,10 @@ def test_workers_read_the_images(tmp_path, monkeypatch):
         loader(self, *arguments, **options)
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", watch)
-    alone = fit(tmp_path / "alone", cache_features=False)
+    few = {"max_epochs": 3}  # each begins a process
+    alone = fit(tmp_path / "alone", cache_features=False, bottleneck=few)
     assert not any(seen)
-    helped = fit(tmp_path / "helped", cache_features=False, num_workers=1)
+    helped = fit(tmp_path / "helped", cache_features=False, bottleneck=few, num_workers=1)
     assert set(seen) == {1}
     assert all(torch.equal(value, state(alone)[name]) for name, value in state(helped).items())
 
