@@ -33,9 +33,10 @@ from captum_concepts._checks import (
     unique_names,
 )
 from captum_concepts._undo import unharming
-from captum_concepts.activations import check_images, find_model, full_precision, gradients_enabled
+from captum_concepts.activations import check_images, evaluation_mode, find_model, full_precision, gradients_enabled
 from captum_concepts.activations.layers import Layer, Layers
 from captum_concepts.attr.batches import joined, placed
+from captum_concepts.attr.origin import origin
 from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError, LayerError
 from captum_concepts.explanation import ConceptExplanation, Selection
@@ -228,6 +229,7 @@ class DiscoveredConcepts(LayerAttribution):
             "prefix_tokens": self.prefix_tokens,
             "explained": self.explained,
             "named": self.name_scores is not None,
+            "model": origin(Layers.resolve(self.forward_func, self.layer))["model"],
         }
         tensors = {
             "directions": self.directions, "scales": self.scales, "center": self.center,
@@ -245,7 +247,7 @@ class DiscoveredConcepts(LayerAttribution):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ArtifactError: damaged, or of a layer that does not exist here.
+            ArtifactError: damaged, of another model, or of a layer that does not exist here.
         """
         schema = table(
             {
@@ -255,7 +257,8 @@ class DiscoveredConcepts(LayerAttribution):
                 "prefix_tokens": nothing_or(json_number()),
                 "explained": nothing_or(json_number()),
                 "named": flag,
-            }
+            },
+            {"model": text()},
         )
         arrays = {
             "directions": Array("float", ("K", "C")),
@@ -270,9 +273,14 @@ class DiscoveredConcepts(LayerAttribution):
         )  # fmt: skip
         with opened as (info, tensors):
             try:
-                Layers.resolve(forward_func, info["layer"] if layer is None else layer)
+                layers = Layers.resolve(forward_func, info["layer"] if layer is None else layer)
             except LayerError as error:
                 raise ArtifactError(f"{path} was saved for a layer that does not exist here: {error}") from error
+            if info.get("model") not in (None, origin(layers)["model"]):  # earlier versions did not write it
+                raise ArtifactError(
+                    f"{path} was saved for another model: class, parameters or dtype of this one differ; discover "
+                    "concepts again in it"
+                )
             prefix = info["prefix_tokens"]
             return cls(
                 forward_func,
@@ -524,7 +532,8 @@ def _shown(
         if encoder is not None:
             shown = batch.images.to(images.device)  # the encoder has a dtype of its own
             shown = shown if transform is None else transform(shown)
-            embedded.append(encoder.encode_image(shown).detach().float().cpu())
+            with evaluation_mode(find_model(encoder) or find_model(encoder.encode_image)):
+                embedded.append(encoder.encode_image(shown).detach().float().cpu())
     return torch.cat(scores), F.normalize(torch.cat(embedded[1:] or embedded), dim=-1)
 
 

@@ -351,6 +351,8 @@ def audit_dataset(
     if top_k is not None:
         integer("top_k", top_k)
     concepts = unique_names(explainer.concepts, "concept")
+    if getattr(explainer, "multi_label", False):
+        raise InputError("an audit needs classes that exclude each other, but this model has multi_label=True")
     given = {} if labels is None else {"labels": labels}
     source = inputs_for(model_of(explainer), data, transform=transform, **given)
     if source.streamed:
@@ -364,6 +366,9 @@ def audit_dataset(
     if len(names) != outputs:
         raise InputError(f"{len(names)} class_names for a model with {outputs} outputs")
     true = _true_classes(source, names)
+    names = [
+        name if names.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(names)
+    ]  # as ImageNet's cranes
     proper = _belonging(belongs, names, concepts)
     probe = [*first.probabilities[0].tolist(), *first.scores[0].tolist()]
     settings: dict[str, Any] = {
@@ -460,6 +465,8 @@ def _true_classes(source: ImageSource, names: Sequence[str]) -> Tensor | None:
         labels = [class_name(k, source.class_names) for k in labels]
     for label in labels:
         class_name(label, names)
+        if isinstance(label, str) and names.count(label) > 1:
+            raise InputError(f"label {label!r} is the name of {names.count(label)} classes; pass indices as labels")
     return target_indices(list(labels), len(source), len(names), names, what="class")
 
 

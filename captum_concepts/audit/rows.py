@@ -124,7 +124,8 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
             probabilities = _probabilities(torch.cat(heard))
         elif model_of(explainer) is explainer and hasattr(explainer, "head"):
             with torch.no_grad():
-                probabilities = _probabilities(explainer.head(scores))
+                dtype = next(explainer.head.parameters()).dtype  # the scores of a model in half precision are not
+                probabilities = _probabilities(explainer.head(scores.to(dtype)))
         else:
             probabilities = class_probabilities(explainer, inputs)
         moved = made.contributions[:, order].float().cpu()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import integer, number
 from captum_concepts.concepts._report import Drop
 from captum_concepts.concepts._words import ARTICLES, key, tidy
 from captum_concepts.concepts.similarity import Similarity
@@ -103,6 +104,10 @@ def drop_absent(concepts: Sequence[str], activations: Tensor, *, k: int = 5, cut
         k: see above; all images if there are fewer.
         cutoff: see above.
     """
+    if not isinstance(activations, Tensor):
+        raise InputError(f"activations must be a tensor, got {type(activations).__name__}")
+    integer("k", k)
+    number("cutoff", cutoff, lambda _: True, "a finite number")
     if activations.ndim not in (1, 2) or activations.shape[-1] != len(concepts) or 0 in activations.shape[:-1]:
         raise InputError(
             f"activations must be (N, {len(concepts)}) or ({len(concepts)},), got {tuple(activations.shape)}"

@@ -28,7 +28,7 @@ from captum_concepts.concepts import filters
 from captum_concepts.concepts._report import Drop, VocabularyReport
 from captum_concepts.concepts._words import tidy
 from captum_concepts.concepts.similarity import Similarity, TextSimilarity, embed_texts, without_embedding
-from captum_concepts.errors import ArtifactError, InputError, did_you_mean
+from captum_concepts.errors import ArtifactError, InputError, did_you_mean, shortened
 from captum_concepts.images import read_text
 from captum_concepts.images.text import names_in
 
@@ -243,8 +243,12 @@ class Vocabulary:
         """Write ``.txt`` (one concept per line) or ``.json`` (with templates, sources and report), atomically."""
         path = Path(path)
         if path.suffix.lower() == ".txt":
-            if any("\n" in concept for concept in self.concepts):
-                raise InputError("a concept contains a line break; clean() the vocabulary, or save it as .json")
+            lost = [concept for concept in self.concepts if "\r" in concept or list(names_in(concept)) != [concept]]
+            if lost:
+                raise InputError(
+                    f"{shortened(lost[0])} cannot be a line of a text file, where lines begin with # are comments and "
+                    "spaces around concepts do not count; clean() the vocabulary, or save it as .json"
+                )
             write_atomically(path, "\n".join(self.concepts) + "\n")
         elif path.suffix.lower() == ".json":
             write_atomically(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")

@@ -232,6 +232,7 @@ def train(name: str, output: Path, *, seed: int = 0, save_every: int = 250, **ch
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m captum_concepts.demo.train", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"models to train, of {list(RUNS)}; default: all")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder for weights and records")

@@ -175,6 +175,24 @@ def test_a_layer_that_never_changes_has_no_concepts():
     assert bool(found.scores(images).isfinite().all())
 
 
+def test_the_encoder_runs_in_evaluation_mode():
+    class Dropping(nn.Module, Eye):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.9)
+
+        def encode_image(self, images: Tensor) -> Tensor:
+            return self.drop(Eye.encode_image(self, images))
+
+    images, _ = patches(60)
+    made = [
+        discover_concepts(Mixer(), "mix", images, n_concepts=3, encoder=encoder, words=Eye.words)
+        for encoder in (Eye(), Dropping().train())
+    ]
+    assert made[0].concepts == made[1].concepts
+    assert torch.equal(made[0].name_scores, made[1].name_scores)
+
+
 def test_saved_for_another_model(tmp_path):
     images, _ = patches()
     path = discover_concepts(Mixer(), "mix", images, n_concepts=2).save(tmp_path / "found.safetensors")
@@ -183,7 +201,10 @@ def test_saved_for_another_model(tmp_path):
     wider = Mixer()
     wider.mix, wider.head = nn.Conv2d(3, 6, 1), nn.Linear(6, 4)
     with pytest.raises(LayerError, match="6 channels"):
-        DiscoveredConcepts.load(path, wider).concept_maps(torch.rand(1, 3, 8, 8))
+        DiscoveredConcepts(wider, "mix", torch.eye(8)[:2], ["a", "b"]).concept_maps(torch.rand(1, 3, 8, 8))
+    for other in (wider, Mixer().double()):
+        with pytest.raises(ArtifactError, match="saved for another model"):
+            DiscoveredConcepts.load(path, other)
 
 
 @pytest.mark.parametrize(

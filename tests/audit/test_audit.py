@@ -505,6 +505,31 @@ class TestRuns:
             columns = [list(explainer.concepts).index(name) for name in chosen.concepts]
             torch.testing.assert_close(rows.contributions[:, columns], chosen.contributions.float(), equal_nan=True)
 
+    def test_a_model_in_half_precision(self):
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+        salf = SALFCBM(net, "1", ["dark", "light", "red"], num_classes=2).eval()
+        images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        expected = look(salf, images, 1).probabilities
+        found = look(salf.bfloat16(), images.bfloat16(), 1).probabilities
+        torch.testing.assert_close(found, expected, atol=8 * 2**-8, rtol=0)  # a few roundings of logits about 1
+
+    def test_classes_that_do_not_exclude_each_other_are_refused(self):
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+        salf = SALFCBM(net, "1", ["dark", "light"], num_classes=2, multi_label=True).eval()
+        with pytest.raises(InputError, match="multi_label=True"):
+            audit_dataset(salf, torch.rand(12, 3, 8, 8), labels=[0, 1] * 6)
+
+    def test_two_classes_of_one_name(self):
+        audit = audited(2.5, class_names=["crane", "crane"])
+        assert audit.class_names == ["crane (0)", "crane (1)"]
+        expected = audited(2.5)
+        assert [(s.class_name[-2], s.concept, s.effect) for s in audit.suspects()] == [
+            (str("ab".index(s.class_name)), s.concept, s.effect) for s in expected.suspects()
+        ]
+        images, _ = scenes(20, 0)
+        with pytest.raises(InputError, match="name of 2 classes"):
+            audit_dataset(Truth(Net(2.5)), images, labels=["crane"] * 20, class_names=["crane", "crane"])
+
     @pytest.mark.parametrize("stored", [False, True])
     def test_each_image_is_read_once(self, tmp_path, stored):
         """And a few again: the first, those of suspects. Also those whose rows are there: they may be others by now."""

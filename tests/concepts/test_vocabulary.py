@@ -96,8 +96,11 @@ class TestFiles:
             Vocabulary.load()
         with pytest.raises(InputError, match=r"\.txt or \.json"):
             Vocabulary(["a"]).save(tmp_path / "a.csv")
-        with pytest.raises(InputError, match="line break"):
-            Vocabulary(["a\nb"]).save(tmp_path / "a.txt")
+        for concept in ("a\nb", "a\rb", "#hashtag", " a", "a "):
+            with pytest.raises(InputError, match="cannot be a line of a text file"):
+                Vocabulary(["b", concept]).save(tmp_path / "a.txt")
+            Vocabulary(["b", concept]).save(tmp_path / "a.json")
+            assert list(Vocabulary.load(tmp_path / "a.json")) == ["b", concept]
 
 
 class TestTemplates:
@@ -249,6 +252,11 @@ class TestFilters:
         assert list(Vocabulary(["x", "y"]).present_in(more)) == ["x", "y"]  # .27 for the five, .225 for six
         with pytest.raises(InputError):
             Vocabulary(["x", "y"]).present_in(more, k=6)
+        for options in ({"k": 0}, {"k": -1}, {"k": 1.5}, {"cutoff": float("nan")}, {"cutoff": "auto"}):
+            with pytest.raises(InputError, match=next(iter(options))):
+                Vocabulary(["x", "y"]).present_in(more, **options)
+        with pytest.raises(InputError, match="must be a tensor"):
+            Vocabulary(["x", "y"]).present_in(more.numpy())
 
     def test_a_limit_at_the_value_itself_drops(self):
         exact = lambda first, second: torch.full((len(first), len(second)), 0.5)  # noqa: E731

@@ -669,7 +669,7 @@ class SALFCBM(
             other.load_state_dict(one.state_dict())
         new_last.weight.copy_(last.weight[columns])
         new.head.weight.copy_(self._head_weight()[:, columns])
-        new.head.bias.copy_(self.head.bias)
+        new.head.bias.copy_(self.head.bias if self.head.bias is not None else torch.zeros_like(new.head.bias))
         for name in ("concept_mean", "concept_std", *PRESENCE):
             value = getattr(self, name)
             setattr(new, name, None if value is None else value[columns].clone())
@@ -881,8 +881,8 @@ class SALFCBM(
             size: ``(H, W)`` of the result; None takes that of the images.
 
         Raises:
-            InputError: no such concept (the message suggests the nearest names), ``class_names`` missing, or an invalid
-                threshold.
+            InputError: no such concept (the message suggests the nearest names), an invalid threshold, or a model
+                without ``class_names`` whose concepts are not one prompt per class, in the order of the classes.
             TargetError: an invalid target.
         """
         if threshold != "mean" and (isinstance(threshold, (str, bool)) or not 0 <= threshold <= 1):

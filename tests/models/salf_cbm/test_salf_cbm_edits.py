@@ -161,6 +161,13 @@ class TestWithout:
         assert new.freeze_backbone
         assert new.backbone is model.backbone
 
+    def test_a_head_without_a_bias(self):
+        model, x = conv_model(), pictures()
+        weight = model.head.weight
+        model.head = torch.nn.Linear(*reversed(weight.shape), bias=False)
+        model.head.weight = weight
+        torch.testing.assert_close(model.select_concepts(list(range(5)))(x), model(x))
+
     def test_a_bottleneck_of_ones_own_is_not_copied_in_part(self):
         model = conv_model()
         model.bottleneck = torch.nn.Conv2d(model.feature_dim, len(CONCEPTS), 1)

@@ -292,6 +292,7 @@ class Split:
         self.made_from: dict[str, Any] = {}
 
     def samples(self, rows: Tensor) -> Samples:
+        """Features and regions of these images."""
         return Samples(self.features, self.regions, rows)
 
 
@@ -310,6 +311,11 @@ class FitRun:
         path: Path,
         options: FitOptions,
     ) -> None:
+        if options.train_backbone and not any(parameter.requires_grad for parameter in backbone.parameters()):
+            raise InputError(
+                "train_backbone=True, but every parameter of the backbone is frozen, as a fit without it leaves them; "
+                "call backbone.requires_grad_(True) first"
+            )
         self.encoder, self.num_classes, self.path, self.options = encoder, num_classes, path, options
         self.read_only, self.scratch = False, path
         self.layer = layer_name(backbone, layer)
@@ -332,6 +338,7 @@ class FitRun:
         self.text = self.text.to(self.device)
 
     def run(self) -> SALFCBM:
+        """The fitted model."""
         steps = StepFolder(self.path, read_only=self.read_only)
         vocabulary = self._present(steps)  # first, because it needs one encoder pass per image
         for split in self.splits:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from salf_tiny import Colours, backbone, fit, images_and_labels, state
 
-from captum_concepts.errors import ArtifactError
+from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.models.salf_cbm.fit import bottleneck
 from captum_concepts.store.lock import FolderLock
 
@@ -57,6 +57,12 @@ def test_features_of_the_same_weights_with_other_settings_are_refused(tmp_path):
     other[1] = torch.nn.ReLU()
     with pytest.raises(ArtifactError, match="other settings"):
         fit(tmp_path, network=other)
+
+
+def test_a_frozen_backbone_cannot_be_trained(tmp_path):
+    with pytest.raises(InputError, match=r"requires_grad_\(True\) first"):
+        fit(tmp_path, network=backbone().requires_grad_(False), train_backbone=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("live", [False, True])
