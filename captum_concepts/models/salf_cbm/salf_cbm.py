@@ -661,8 +661,11 @@ class SALFCBM(
         for part in (new.bottleneck, new.head):
             part.to(device=self.concept_mean.device, dtype=self.concept_mean.dtype)
         new._reading = self._reading
-        for judged in ("accuracy", "support", "advice"):  # computed for the old rules
+        for judged in ("accuracy", "head", "support", "advice"):  # computed for the old rules
             new.metadata.pop(judged, None)
+        for judged in ("similarity", "pooled_similarity"):
+            if isinstance(of_each := new.metadata.get(judged), dict):
+                new.metadata[judged] = {name: value for name, value in of_each.items() if name in concepts}
         *first, last = self._convolutions()
         *new_first, new_last = new._convolutions()
         for one, other in zip(first, new_first, strict=True):

@@ -178,8 +178,9 @@ def check_head(head: str, lam: float | None, nonzeros_per_class: float | None, c
         )
     if lam is not None:
         number("lam", lam, lambda value: value >= 0, "a number of at least 0")
-    if nonzeros_per_class is not None and not 0 < nonzeros_per_class <= concepts:
-        raise InputError(f"nonzeros_per_class={nonzeros_per_class} must lie in (0, {concepts}], the number of concepts")
+    if nonzeros_per_class is not None:
+        allowed = f"in (0, {concepts}], the number of concepts"
+        number("nonzeros_per_class", nonzeros_per_class, lambda value: 0 < value <= concepts, allowed)
 
 
 def check_columns(labels: Tensor, num_classes: int) -> None:
@@ -193,9 +194,12 @@ def check_class_weights(weights: str | Sequence[float] | None, num_classes: int)
     if weights is None or isinstance(weights, str):
         one_of("class_weights", weights, (None, "balanced"))
         return
-    given = torch.as_tensor(weights, dtype=torch.float64)
+    allowed = f"{num_classes} positive numbers or 'balanced'"
+    try:
+        given = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"class_weights must be {allowed}, got {shortened(weights)}") from error
     if given.shape != (num_classes,) or not bool(((given > 0) & given.isfinite()).all()):
-        allowed = f"{num_classes} positive numbers or 'balanced'"
         raise InputError(f"class_weights must be {allowed}, got {shortened(weights)}")
 
 
@@ -436,9 +440,13 @@ def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALF
         InputError: wrong number of labels, or labels of the other kind.
         TargetError: no such class.
     """
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
     if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
         labels = target_indices(list(labels), len(labels), model.num_classes, model.class_names or (), what="class")
-    labels = torch.as_tensor(labels).cpu()
+    try:
+        labels = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels must be class indices or names, got {shortened(labels)}") from error
     if (labels.ndim == 2) != model.multi_label:
         wanted = f"(N, {model.num_classes}) of 0 and 1" if model.multi_label else "(N,) class indices or names"
         raise InputError(
