@@ -203,8 +203,14 @@ class TestWithout:
         assert torch.equal(named.head.weight, new.head.weight)
         with pytest.raises(TargetError, match="Did you mean 'car'"):
             refit_head(part, x, ["cars"] * 90)
-        model.metadata["accuracy"] = {"validation": 0.9}
-        assert "accuracy" not in model.without("grass").metadata
+        with pytest.raises(InputError, match="must be class indices or names, got None"):
+            refit_head(part, x, None)
+        for options in ({"nonzeros_per_class": "3"}, {"class_weights": {0: 1.0}}):
+            with pytest.raises(InputError, match=next(iter(options))):
+                refit_head(part, x, labels, **options)
+        model.metadata |= {"accuracy": {"validation": 0.9}, "pooled_similarity": dict.fromkeys(CONCEPTS, 0.5)}
+        assert not {"accuracy", "head"} & set(new.without("wheels").metadata)
+        assert list(model.without("grass").metadata["pooled_similarity"]) == [c for c in CONCEPTS if c != "grass"]
 
 
 def labels_for(model, x, seed=0):
