@@ -1,4 +1,4 @@
-"""From a model and a layer to activation maps (N, C, h, w), whatever the architecture."""
+"""Activation maps (N, C, h, w) of the layers of any architecture."""
 
 from captum_concepts._captum import output_tensor
 from captum_concepts._undo import evaluation_mode, hooked

@@ -1,4 +1,4 @@
-"""Raw attention of vision transformers: what the class token of a block looks at."""
+"""Raw attention of vision transformers, from the class token of a block to the patches."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ def attention_maps(
     prefix_tokens: int | None = None,
     additional_forward_args: Any = None,
 ) -> Tensor:
-    r"""``(N, heads, h, w)``: the raw attention of a vision transformer.
+    r"""``(N, heads, h, w)`` raw attention of a vision transformer.
+
+    The map is the row of the class token and the columns of the patches of one block's attention,
 
     .. math:: A = \mathrm{softmax}(Q K^T / \sqrt{d})
 
-    of one block, the row of the class token and the columns of the patches; the mean over all rows where there is no
-    class token. It knows no class and no concept; SALF-CBM's paper shows it next to its maps (Figure 9).
+    or the mean over all rows without a class token. It depends on neither class nor concept; SALF-CBM's paper compares
+    it with its maps (Figure 9).
 
     Args:
         forward_func: the model, one of its methods, or any callable. The weights are read from its forward
             pass, whether it uses torch's fused kernel, ``nn.MultiheadAttention``, or products and a softmax.
         inputs: images ``(N, C, H, W)``.
-        block: which of the attentions, in the order in which they run; -1: the last one.
-        prefix_tokens: tokens before the grid; None infers it.
+        block: index of the attention in execution order; -1 is the last one.
+        prefix_tokens: number of tokens before the grid; None infers it.
         additional_forward_args: passed to ``forward_func`` after the inputs.
 
     Raises:
         LayerError: no self-attention over all tokens of an image ran (a convolutional network, or attention within
-            windows), or no such block.
-        LayoutError: the tokens are no grid of the images' size.
+            windows), or the block does not exist.
+        LayoutError: the tokens do not form a grid for the images' size.
 
     Example:
         >>> from captum_concepts import demo
@@ -58,7 +60,7 @@ def attention_maps(
     seen = _Softmaxes(len(images))
     fast = torch.backends.mha.get_fastpath_enabled()
     with undone(lambda: torch.backends.mha.set_fastpath_enabled(fast)):
-        torch.backends.mha.set_fastpath_enabled(False)  # a whole block in one kernel shows no weights
+        torch.backends.mha.set_fastpath_enabled(False)  # a fused block does not expose its weights
         with eager_mode(), torch.no_grad(), evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), seen:
             forward_func(*given, *forward_arguments(additional_forward_args))
     if not seen.rows:
@@ -74,7 +76,7 @@ def attention_maps(
 
 
 class _Softmaxes(TorchDispatchMode):
-    """Keeps, of every softmax over the tokens of an image, the first row and the mean over the rows."""
+    """Records the first row and the mean over the rows of every softmax over the tokens of an image."""
 
     def __init__(self, examples: int) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""One forward pass, many layers: record, substitute and differentiate layer outputs without changing the model.
+"""Records, replaces and differentiates the outputs of many layers in one forward pass, without changing the model.
 
-Methods use :class:`~captum_concepts.activations.Layers`, which resolves names to modules once; a model that is trained
+Methods use :class:`~captum_concepts.activations.Layers`, which resolves names to modules once. A model that is trained
 through one of its layers uses :func:`read_layer`, which stops the forward pass there.
 
-Compilation belongs to the process, not to a thread. Calls that overlap in several threads share one mode, and the last
-call to finish restores it.
+Compilation is a setting of the process, not of a thread. Calls that overlap in several threads share one mode, and the
+last call to finish restores it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from captum_concepts.errors import (
 
 Inputs = Tensor | tuple[Tensor, ...]
 
-_eager: set[object] = set()  # the running calls that want no compiled graphs
-_stance: list[Any] = []  # torch's, while there are any
+_eager: set[object] = set()  # the running calls that disable compiled graphs
+_stance: list[Any] = []  # torch's stance, while there are any
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Captured:
         returned: what ``forward_func`` returned; :attr:`output` reads it as one tensor.
         layers: the captured tensor of each layer, in order, in the layer's own layout. With ``gradient=True`` they are
             the tensors to differentiate the output with respect to.
-        order: the numbers of the layers in the order in which they ran.
+        order: indices of the layers in execution order.
         originals: the same tensors before a ``substitute`` replaced them.
-        final: the ``"softmax"`` or ``"sigmoid"`` that ``logits=True`` left out; None: there was none.
+        final: the ``"softmax"`` or ``"sigmoid"`` that ``logits=True`` left out; None if there was none.
     """
 
     returned: Any
@@ -80,7 +80,7 @@ class Captured:
 
 @contextmanager
 def gradients_enabled() -> Iterator[None]:
-    """Let autograd record inside, also when called under ``torch.no_grad()`` or ``torch.inference_mode()``."""
+    """A context in which autograd records, also under ``torch.no_grad()`` or ``torch.inference_mode()``."""
     found = torch.is_grad_enabled()
     with outside_inference_mode(), undone(lambda: torch._C._set_grad_enabled(found)):
         torch._C._set_grad_enabled(True)
@@ -88,13 +88,13 @@ def gradients_enabled() -> Iterator[None]:
 
 
 def outside_inference_mode() -> Any:
-    """A context outside of ``torch.inference_mode()``; one that does nothing where that is the case already."""
+    """A context outside of ``torch.inference_mode()``; it does nothing if that is already the case."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @contextmanager
 def eager_mode() -> Iterator[None]:
-    """Let compiled modules and functions run eagerly meanwhile, because compiled graphs skip new hooks."""
+    """A context in which compiled modules and functions run eagerly, because compiled graphs skip new hooks."""
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         yield
         return
@@ -135,12 +135,12 @@ def capture_modules(
 
     Args:
         run: the model without wrappers that would run copies or graphs, or any callable.
-        modules, names: what to record and how messages refer to it.
-        parts: all modules of the model, to be held in evaluation mode; None if the model is not known.
+        modules, names: the modules to record, and their names in messages.
+        parts: all modules of the model, to be kept in evaluation mode; None if the model is unknown.
         substitute: for some of ``modules``.
     """
     arguments = (*check_inputs(inputs), *forward_arguments(additional_forward_args))
-    if gradient:  # they may be a layer's input, and get its history: the caller's tensors must not
+    if gradient:  # a layer's input gets a history, which the caller's tensors must not
         arguments = tuple(part.detach().clone() if isinstance(part, Tensor) else part for part in arguments)
     unique = dict(zip(modules, names, strict=True))
     parts = None if parts is None else list(parts)
@@ -160,7 +160,7 @@ def capture_modules(
             try:
                 with input_errors(arguments, parts):
                     output = run(*map(_normal, arguments))
-            except RuntimeError as error:  # an operation in place on what was linked, or on another view of it
+            except RuntimeError as error:  # an in-place operation on a linked tensor, or on another view of it
                 linked = recorder.linked and _IN_PLACE.search(str(error)) is not None
                 if not linked:
                     raise
@@ -203,10 +203,10 @@ def capture_modules(
     )
 
 
-#: What torch says of an operation in place that it cannot record.
+#: torch's error for an in-place operation that it cannot record.
 _IN_PLACE = re.compile(r"in-?place")
 _CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
-#: What networks say of images of a size that they do not take: torch's layers, torchvision, timm, transformers.
+#: Errors for images of an unsupported size, from torch's layers, torchvision, timm and transformers.
 _SIZE = re.compile(
     r"[Kk]ernel size can't be greater|[Oo]utput size is too small|shapes cannot be multiplied|"
     r"[Pp]adding size should be less|(height|width|size).{0,40}(doesn't|does not|must) match|"
@@ -217,14 +217,14 @@ _SIZE = re.compile(
 
 @contextmanager
 def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) -> Iterator[None]:
-    """A context for a forward pass: errors about channels, dtype, size or device of the images, in terms of the images.
+    """A context for a forward pass that explains errors about channels, dtype, size or device of the images.
 
     Args:
         arguments: of the model.
-        parts: its modules, or None if they are not known.
+        parts: its modules, or None if they are unknown.
 
     Raises:
-        InputError: instead of such an error.
+        InputError: the forward pass raised such an error.
     """
     try:
         yield
@@ -280,7 +280,7 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
 def _ran_inside(
     module: nn.Module, name: str, run: Callable[..., Any], arguments: Any, parts: Iterable[nn.Module] | None
 ) -> str | None:
-    """The last module inside one that did not run, which ran once."""
+    """The name of the last module inside ``module``, which did not run, that ran once."""
     inside = {child: f"{name}.{child_name}" for child_name, child in module.named_modules() if child is not module}
     ran: list[nn.Module] = []
     with (
@@ -294,7 +294,7 @@ def _ran_inside(
 
 
 class _FinalActivations(TorchFunctionMode):
-    """Records what goes into the last softmaxes and sigmoids of a forward pass."""
+    """Records the inputs of the last softmaxes and sigmoids of a forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class _FinalActivations(TorchFunctionMode):
         return result
 
     def undone(self, output: Any) -> tuple[Any, str | None]:
-        """What went into the call that made the model's output, and its name; the output itself if none did."""
+        """The input and name of the softmax or sigmoid that returned the model's output; else the output and None."""
         if not self.calls:
             return output, None
         tensor = output_tensor(output)
@@ -329,10 +329,10 @@ _PASSES = re.compile(
 
 
 def final_activation(output: Tensor) -> str | None:
-    """``"softmax"`` or ``"sigmoid"`` if the output is that of one, as its autograd graph tells; else None.
+    """``"softmax"`` or ``"sigmoid"`` if the output is that of one, according to its autograd graph; else None.
 
-    Where the probability is close to 0 or 1 its gradient vanishes, and a map of it shows next to nothing of the surest
-    prediction; ``Layers.run(..., logits=True)`` gives the output before it.
+    The gradient of a probability close to 0 or 1 vanishes, and so does a map of the most certain predictions.
+    ``Layers.run(..., logits=True)`` returns the output before the softmax or sigmoid.
 
     >>> scores = torch.rand(2, 5, requires_grad=True)
     >>> final_activation(scores.softmax(1)[:, 2]), final_activation(scores * 2)
@@ -351,11 +351,11 @@ def final_activation(output: Tensor) -> str | None:
 
 @dataclass
 class _Recorder:
-    """The hooks of one forward pass and what they have recorded.
+    """The hooks of one forward pass and the tensors they recorded.
 
     Args:
-        parts: the modules of the model, whose own tensors stay as they are.
-        link: let a layer's input go on as itself, wherever else it goes.
+        parts: the modules of the model, whose own tensors stay unchanged.
+        link: pass a layer's input on as the same tensor, which may also be used elsewhere.
     """
 
     names: Mapping[nn.Module, str]
@@ -372,7 +372,7 @@ class _Recorder:
     def at_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook."""
         tensor, rebuild = first_tensor(output, f"layer {self.names[module]!r} returns")
-        # nn.Identity, dropout in evaluation mode and nn.ReLU(inplace=True) return their input, which may go elsewhere.
+        # nn.Identity, dropout in evaluation mode and nn.ReLU(inplace=True) return their input, also used elsewhere.
         given = list(tensors_in((args, kwargs)))
         shared = any(_same_memory(tensor, other) for other in given)
         return rebuild(self._take(module, tensor, shared, any(tensor is other for other in given)))
@@ -387,9 +387,9 @@ class _Recorder:
         return rebuild(self._take(module, tensor, True, True)), kwargs
 
     def _take(self, module: nn.Module, given: Tensor, shared: bool, is_input: bool) -> Tensor:
-        """Record a tensor (a copy, where its memory is ``shared``) and return what continues in its place.
+        """Record a tensor (a copy if its memory is ``shared``) and return the tensor that replaces it.
 
-        What is a layer's input may go elsewhere too, for example along a shortcut, so the tensor itself continues.
+        A layer's input may also be used elsewhere, for example in a shortcut, so the tensor itself is passed on.
         """
         tensor = given
         if module in self.record:
@@ -404,7 +404,7 @@ class _Recorder:
         if self.gradient and is_input and not first and given.requires_grad and self.link and not self.replace:
             return self._watch(module, given)
         if self.gradient and first:
-            tensor = tensor.detach()  # what is upstream of the first layer is never differentiated
+            tensor = tensor.detach()  # nothing upstream of the first layer is differentiated
         if shared:
             tensor = tensor.clone()
         if module in self.replace:
@@ -419,31 +419,31 @@ class _Recorder:
         self.record[module] = tensor
         if module not in self.replace:
             if shared and not self.gradient:
-                return given  # what was recorded is a copy
+                return given  # the recorded tensor is a copy
             if is_input and first and self._may_link(given):
                 return given if self._link(given, tensor) else self._watch(module, given)
-        # A copy continues, so that an in-place operation after the layer cannot overwrite what was recorded.
+        # Pass on a copy, so that an in-place operation after the layer cannot overwrite the recorded tensor.
         return tensor.clone()
 
     def _may_link(self, given: Tensor) -> bool:
-        """Whether it was made in this forward pass, without a history."""
+        """Whether ``given`` was created in this forward pass, without a history."""
         if not self.link or given.requires_grad or given.is_inference():
             return False
         own = (t for m in self.parts for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
         return not any(_same_memory(given, other) for other in own)
 
     def _link(self, given: Tensor, recorded: Tensor) -> bool:
-        """Make ``given``, wherever it goes, a copy of what was recorded; False where torch does not stand that."""
+        """Make ``given``, wherever it is used, a copy of ``recorded``; False if torch does not allow that."""
         self.linked = True
         try:
             given.copy_(recorded)
-        except RuntimeError:  # a view that was made while gradients were disabled
+        except RuntimeError:  # a view created while gradients were disabled
             return False
         without_history_in_the_end(given)
         return True
 
     def _watch(self, module: nn.Module, given: Tensor) -> Tensor:
-        """Record ``given`` itself, which nothing may change afterwards."""
+        """Record ``given`` itself, which must not change afterwards."""
         self.linked = True
         if not given.requires_grad:
             given.requires_grad_()
@@ -453,7 +453,7 @@ class _Recorder:
         return given
 
     def gradients_put_off(self) -> bool:
-        """Whether the model itself has disabled gradients again since the first layer."""
+        """Whether the model has disabled gradients again since the first layer."""
         return self.gradient and bool(self.record) and not torch.is_grad_enabled()
 
 
@@ -465,9 +465,9 @@ class _ReachedError(BaseException):
 def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
     """The output of one layer of ``model(*args)``, differentiable; nothing after the layer is computed.
 
-    The model runs as it is: in its own training mode, and recorded by autograd if gradients are enabled. The forward
-    pass ends at the layer, unless a module around it is watched by the user's hooks, which would then not run.
-    Compilers and exporters see a forward pass that runs through; what nothing reads they remove.
+    The model runs in its own training mode, and autograd records it if gradients are enabled. The forward pass ends at
+    the layer, unless a module around it has hooks of the user, which would then not run. Compilers and exporters see a
+    complete forward pass, from which they remove unused operations.
 
     Args:
         model: without a wrapper (see :func:`unwrap`).
@@ -519,7 +519,7 @@ def _read_compiled(model: nn.Module, layer: nn.Module, name: str, args: Any) -> 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         recorded.append(_tensor_of(output, name).clone())  # an in-place ReLU may follow
 
-    # torch._dynamo traces neither register_forward_hook nor an assignment into an OrderedDict; it does trace this.
+    # torch._dynamo traces neither register_forward_hook nor an assignment into an OrderedDict, but this.
     kept = layer._forward_hooks
     layer._forward_hooks = {**kept, "captum_concepts": hook}  # type: ignore[dict-item]
     try:
@@ -533,11 +533,11 @@ def _read_compiled(model: nn.Module, layer: nn.Module, name: str, args: Any) -> 
 
 
 def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The inputs as a tuple, one of them a batch of images ``(N, C, H, W)``.
+    """The inputs as a tuple, of which one is a batch of images ``(N, C, H, W)``.
 
     Raises:
-        InputError: not a tensor, an empty batch, or integer pixels.
-        LayoutError: none of them is a batch of images: a single image, a volume, a video, a sequence.
+        InputError: an input is not a tensor, the batch is empty, or pixels are integers.
+        LayoutError: none of them is a batch of images (but a single image, a volume, a video, a sequence).
     """
     parts = check_inputs(inputs)
     require_images(parts)
@@ -545,7 +545,7 @@ def check_images(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def require_images(parts: Sequence[Tensor]) -> None:
-    """Refuse inputs none of which is a batch of images; see :func:`check_images`."""
+    """Raise if no input is a batch of images; see :func:`check_images`."""
     if parts and all(isinstance(part, Tensor) and part.ndim != 4 for part in parts):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts[:5])
         if any(part.ndim == 3 for part in parts):
@@ -559,10 +559,10 @@ def require_images(parts: Sequence[Tensor]) -> None:
 
 
 def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The inputs as a tuple, after a check for mistakes that would otherwise give a wrong map without an error.
+    """The inputs as a tuple, checked for mistakes that would otherwise silently lead to a wrong map.
 
     Raises:
-        InputError: not a tensor, an empty batch, or integer pixels.
+        InputError: an input is not a tensor, the batch is empty, or pixels are integers.
     """
     parts = inputs if isinstance(inputs, tuple) else (inputs,)
     if not parts or not all(isinstance(part, Tensor) for part in parts):
@@ -588,13 +588,13 @@ def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def images_among(inputs: Inputs) -> Tensor | None:
-    """The (first) images ``(N, C, H, W)`` of one or several inputs; None where there are none."""
+    """The (first) images ``(N, C, H, W)`` of one or several inputs; None if there are none."""
     parts = inputs if isinstance(inputs, tuple) else (inputs,)
     return next((part for part in parts if part.ndim == 4), None)
 
 
 def batch_size(inputs: Inputs) -> int:
-    """The number of examples N: that of the images, where there are several inputs."""
+    """The number of examples N, of the images if there are several inputs."""
     images = images_among(inputs)
     first = inputs[0] if isinstance(inputs, tuple) else inputs
     return (first if images is None else images).shape[0]
@@ -608,10 +608,10 @@ def forward_arguments(additional_forward_args: Any) -> tuple[Any, ...]:
 
 
 def _warn_of_nan(output: Any, layers: Mapping[str, Tensor], arguments: tuple[Any, ...]) -> None:
-    """NaN weights, or half precision that overflows: ReLU's gradient hides it, and a map would look sound."""
+    """Warn of NaN from weights or half-precision overflow, which ReLU's gradient would hide in a map."""
     broken = [name for name, values in layers.items() if values.is_floating_point() and _has_nonfinite(values.detach())]
     scores = [values.detach() for values in tensors_in(output) if values.is_floating_point()]
-    # Infinite scores are meant where a model rules classes out; infinite activations are not.
+    # Infinite scores may be intended, to exclude classes; infinite activations are not.
     where = f"layer {broken[0]!r}" if broken else "the model's output" if any(map(_has_nan, scores)) else ""
     inputs = [a.detach() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     if where and not any(map(_has_nonfinite, inputs)):
@@ -628,12 +628,12 @@ def _has_nan(values: Tensor) -> bool:
 
 
 def _has_nonfinite(values: Tensor) -> bool:
-    # A sum is NaN or infinite whenever a value is, and costs a fraction of a full isfinite mask.
+    # A sum is NaN or infinite if any value is, and costs a fraction of a full isfinite mask.
     return not bool(values.sum(dtype=torch.float32).isfinite()) and not bool(values.isfinite().all())
 
 
 def _normal(value: Any) -> Any:
-    """Tensors made under inference_mode() cannot be recorded by autograd; their copies can."""
+    """A copy of tensors created under inference_mode(), which autograd cannot record; other values unchanged."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
@@ -659,7 +659,7 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def first_tensor(value: Any, name: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The (first) floating-point tensor in what a layer returns or takes, and how to put another in its place."""
+    """The (first) floating-point tensor in a layer's output or input, and a function that replaces it."""
     if isinstance(value, Tensor):
         return value, lambda new: new
     keyed = list(enumerate(value)) if isinstance(value, (tuple, list)) else []

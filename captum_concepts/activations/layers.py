@@ -1,4 +1,4 @@
-"""From a model and layers to activation maps: names become modules once, then travel as one value."""
+"""Activation maps of a model's layers, which are resolved once from names to modules."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ _WRAPPER_PARTS = ("module", "_orig_mod")  # what DataParallel and torch.compile 
 @unharming
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """Layers of one model, resolved: what every method reads maps from.
+    """Resolved layers of one model, from which all methods read maps.
 
-    Make one with :meth:`resolve`, at the start of a call, and pass it on instead of names. A module added to the model
-    later is not part of it.
+    Create one with :meth:`resolve` at the start of a call, and pass it on instead of names. It does not include modules
+    added to the model later.
 
     Args:
         forward_func: the model, one of its methods, or any callable that runs it.
-        model: the module behind ``forward_func``; None if that is not known.
+        model: the module that ``forward_func`` runs; None if unknown.
         modules: the L layers.
-        names: their dotted names, or class names where the model is not known.
-        named: all modules of the model by dotted name; None if the model is not known.
+        names: their dotted names, or class names if the model is unknown.
+        named: all modules of the model by dotted name; None if the model is unknown.
         layout, prefix_tokens: hints of the user, see :func:`~captum_concepts.activations.infer_layout`.
 
     Example:
@@ -81,13 +81,13 @@ class Layers:
         layout: str = "auto",
         prefix_tokens: int | None = None,
     ) -> Layers:
-        """Look up ``layers`` (modules or dotted names, one or several) in the model behind ``forward_func``.
+        """Look up ``layers`` (modules or dotted names, one or several) in the model that ``forward_func`` runs.
 
-        The parts that DataParallel and ``torch.compile`` insert into names may be present or not.
+        Names may contain the parts that DataParallel and ``torch.compile`` insert, or leave them out.
 
         Raises:
-            LayerError: no such name; the nearest names are listed.
-            InputError: an unknown layout, or a negative number of prefix tokens.
+            LayerError: a name does not exist; the message lists the nearest names.
+            InputError: the layout is unknown, or the number of prefix tokens negative.
         """
         if layout not in LAYOUTS:
             raise InputError(f"layout must be one of {LAYOUTS}, got {layout!r}")
@@ -117,7 +117,7 @@ class Layers:
         return len(self.modules)
 
     def __getitem__(self, index: int | Sequence[int]) -> Layers:
-        """One or some of the layers, alone."""
+        """A subset of the layers."""
         chosen = [index] if isinstance(index, int) else index
         return replace(self, modules=tuple(self.modules[k] for k in chosen), names=tuple(self.names[k] for k in chosen))
 
@@ -129,7 +129,7 @@ class Layers:
 
     @functools.cached_property
     def traits(self) -> ModelTraits:
-        """What the model tells about its grids and prefix tokens."""
+        """Grids and prefix tokens according to the model's modules and parameters."""
         return ModelTraits.of(self.named or {})
 
     def run(
@@ -149,8 +149,8 @@ class Layers:
                 :meth:`capture`.
 
         Raises:
-            LayerError: as :meth:`capture`.
-            LayoutError: a layer has no grid of positions, or more than one reading fits.
+            LayerError: as for :meth:`capture`.
+            LayoutError: a layer has no grid of positions, or more than one layout fits.
         """
         images = inputs if isinstance(inputs, tuple) else (inputs,)
         if self.layout == "auto":
@@ -163,7 +163,7 @@ class Layers:
         examples = batch = batch_size(inputs)
         samples = result.originals
         if batch > 1 and self.layout == "auto" and any(r.ndim == 3 and r.shape[:2] == (batch, batch) for r in samples):
-            # As many tokens as examples: a single example shows which dimension is which.
+            # With as many tokens as examples, only a single example shows which dimension is which.
             options["additional_forward_args"] = take_rows(additional_forward_args, slice(1), batch)
             samples, examples = self.capture(take_rows(inputs, slice(1), batch), **options).layers, 1
         layouts = tuple(
@@ -187,10 +187,10 @@ class Layers:
     def layout_of(
         self, output: Tensor, batch: int, images: Sequence[Tensor], module: nn.Module | None, name: str
     ) -> Layout:
-        """How the output of a layer for ``batch`` examples is read, if all inputs that are images agree.
+        """The layout of a layer's output for ``batch`` examples, if it is the same for all inputs that are images.
 
         Raises:
-            LayoutError: there is no grid, or more than one reading fits.
+            LayoutError: there is no grid, or more than one layout fits.
         """
         sizes = list(dict.fromkeys((part.shape[2], part.shape[3]) for part in images if part.ndim == 4))
         readings: list[Layout] = []
@@ -232,27 +232,27 @@ class Layers:
         substitute: Mapping[Layer, Callable[[Tensor], Tensor]] | None = None,
         logits: bool = False,
     ) -> Captured:
-        """Run the model once and record the layers in their own layout, whatever it is.
+        """Run the model once and record the layers in their own layout.
 
         Args:
             inputs: one tensor or a tuple, passed as positional arguments.
             additional_forward_args: passed after the inputs, as in Captum.
             gradient: make ``output`` differentiable with respect to the recorded tensors (differentiate inside
-                :func:`gradients_enabled`). Nothing upstream of the first layer is recorded by autograd, so a
-                backward pass never goes further down, and it works with frozen weights.
+                :func:`gradients_enabled`). Autograd records nothing upstream of the first layer, so a backward pass
+                stops there, and it works with frozen weights.
             substitute: ``{layer: function}`` for some of the layers, by module or name; the layer's output is replaced
                 by ``function(output)``, which may have another batch size, and recorded after that.
-            attribute_to_layer_input: take each layer's (first) input instead of its output.
-            logits: if the model's output is that of a final softmax or sigmoid, return what went into it, so that
-                gradients do not vanish where the probability is close to 0 or 1 (see :func:`final_activation`).
+            attribute_to_layer_input: record each layer's (first) input instead of its output.
+            logits: if the model ends in a softmax or sigmoid, return its input as the output, so that gradients do not
+                vanish for probabilities close to 0 or 1 (see :func:`final_activation`).
 
         Hooks, training mode, buffers and ``.grad`` of the model are unchanged afterwards, also after an exception;
-        evaluation mode draws no random numbers. Other threads may run the same model meanwhile; their calls are not
-        recorded.
+        evaluation mode draws no random numbers. Other threads may run the same model at the same time; their calls are
+        not recorded.
 
         Raises:
             LayerError: a layer did not run, or ran more than once.
-            InputError: bad inputs, or a substitute for something that is not one of the layers.
+            InputError: the inputs are invalid, or a substitute is for a module that is not one of the layers.
         """
         # Calling a wrapper (DataParallel, torch.compile) would run copies or graphs that skip the hooks.
         direct = self.model is not None and isinstance(self.forward_func, nn.Module)
@@ -285,10 +285,10 @@ class SpatialActivations:
         returned: what the model returned.
         raw: each layer's tensor in its own layout; :meth:`gradients` differentiates with respect to them.
         layouts: how each of them is read as ``(N, C, h, w)``.
-        names: how messages refer to the layers.
-        order: the numbers of the layers in the order in which they ran.
-        source: what was run, to be run again where a message needs to name another layer.
-        final: the ``"softmax"`` or ``"sigmoid"`` that ``logits=True`` left out; None: there was none.
+        names: names of the layers in messages.
+        order: indices of the layers in execution order.
+        source: the forward pass, to be repeated if a message needs to name another layer.
+        final: the ``"softmax"`` or ``"sigmoid"`` that ``logits=True`` left out; None if there was none.
     """
 
     returned: Any
@@ -324,13 +324,12 @@ class SpatialActivations:
     def gradient_maps(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Gradients with respect to :attr:`raw` as maps ``(N, C, h, w)``, never silently zero.
 
-        The patches of a ViT's last block, when only CLS is read, have a gradient of exactly zero, and so would a map
-        computed from it. A gradient that is zero throughout (a saturated softmax, dead units) is a result, with a
-        warning.
+        If only CLS is read, the patches of a ViT's last block have a gradient of exactly zero, which raises. Other
+        gradients that are zero everywhere (a saturated softmax, dead units) are returned with a warning.
 
         Raises:
-            LayerError: a layer is not on the way to the output, or only its prefix tokens are; a layer to use instead
-                is named.
+            LayerError: a layer is not on the path to the output, or only its prefix tokens are; the message names a
+                layer to use instead.
         """
         maps = []
         for name, layout, gradient in zip(self.names, self.layouts, gradients, strict=True):
@@ -362,10 +361,10 @@ class SpatialActivations:
 
 @contextmanager
 def gradient_errors(names: Sequence[str]) -> Iterator[None]:
-    """A context for a backward pass to the layers of these ``names``: what torch cannot do, in terms of the layers.
+    """A context for a backward pass to the layers ``names``, which explains torch's checkpointing error.
 
     Raises:
-        LayerError: a part of the model after a layer is checkpointed in the way that gives no such gradients.
+        LayerError: a part of the model after a layer is checkpointed with ``use_reentrant=True``.
     """
     try:
         yield
@@ -382,7 +381,7 @@ def gradient_errors(names: Sequence[str]) -> Iterator[None]:
 def capture(
     forward_func: Callable[..., Any], inputs: Inputs, layers: Layer | Sequence[Layer], **options: Any
 ) -> Captured:
-    """One forward pass, for a single use: ``Layers.resolve(forward_func, layers).capture(inputs, **options)``."""
+    """The result of ``Layers.resolve(forward_func, layers).capture(inputs, **options)``, for a single use."""
     return Layers.resolve(forward_func, layers).capture(inputs, **options)
 
 
@@ -396,7 +395,7 @@ def spatial_activations(
     prefix_tokens: int | None = None,
     **options: Any,
 ) -> SpatialActivations:
-    """One forward pass, for a single use: ``Layers.resolve(forward_func, layers, ...).run(inputs, **options)``.
+    """The result of ``Layers.resolve(forward_func, layers, ...).run(inputs, **options)``, for a single use.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Flatten())
     >>> spatial_activations(net, torch.rand(2, 3, 16, 16), "0").maps[0].shape
@@ -409,7 +408,7 @@ def spatial_activations(
 
 
 def find_model(forward_func: Callable[..., Any]) -> nn.Module | None:
-    """The module behind ``forward_func``: itself, the owner of a bound method, or what a partial wraps."""
+    """The module that ``forward_func`` runs: itself, the owner of a bound method, or that of a wrapped partial."""
     while True:
         if isinstance(forward_func, functools.partial):
             forward_func = forward_func.func
@@ -422,10 +421,7 @@ def find_model(forward_func: Callable[..., Any]) -> nn.Module | None:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile`` and (Distributed)DataParallel wrappers.
-
-    Their copies and compiled graphs do not run hooks reliably; the module inside computes the same.
-    """
+    """The module inside ``torch.compile`` and (Distributed)DataParallel wrappers, which do not run hooks reliably."""
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module
@@ -436,12 +432,12 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def resolve_layer(forward_func: Callable[..., Any], layer: Layer) -> nn.Module:
-    """The module that ``layer`` refers to; see :meth:`Layers.resolve`, which does several at once."""
+    """The module that ``layer`` refers to; :meth:`Layers.resolve` resolves several at once."""
     return Layers.resolve(forward_func, [layer]).modules[0]
 
 
 def layer_name(forward_func: Callable[..., Any], layer: Layer) -> str:
-    """The dotted name of ``layer`` in the model, or its class name where it has none."""
+    """The dotted name of ``layer`` in the model, or its class name if it has none."""
     return layer if isinstance(layer, str) else Layers.resolve(forward_func, [layer]).names[0]
 
 
@@ -481,15 +477,12 @@ def _name(named: Mapping[str, nn.Module], layer: Layer) -> str:
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """At least fp32, so that sums over channels and positions do not round."""
+    """``tensor`` in at least fp32, so that sums over channels and positions do not round."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def any_reading(output: Any) -> Tensor:
-    """A scalar that stands for whatever may be read from the output; of many tensors, from any of them.
-
-    Its weights differ, because the sum of normalized embeddings, or of their squares, is constant.
-    """
+    """A scalar that depends on every entry of the output, unlike sums, which are constant for normalized embeddings."""
     try:
         parts = [output_tensor(output)]
     except TargetError:
@@ -503,7 +496,7 @@ def any_reading(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Source:
-    """One forward pass, to be repeated on its first example where a message needs more than it recorded."""
+    """One forward pass, to be repeated on its first example if a message needs more than it recorded."""
 
     layers: Layers
     inputs: Inputs
@@ -517,7 +510,7 @@ class _Source:
         return take_rows(self.inputs, slice(1), batch), take_rows(self.additional_forward_args, slice(1), batch)
 
     def nearest_reaching(self, name: str) -> str | None:
-        """The last layer before layer ``name`` of the same type, or else block, whose positions reach the output."""
+        """The last layer before ``name`` of the same type, else the last block, whose positions reach the output."""
         if self.layers.named is None:
             return None
         inputs, extra = self.first
@@ -525,7 +518,7 @@ class _Source:
         modules = list(dict.fromkeys(self.layers.named.values()))
         before = modules[: modules.index(target)] if target in modules else modules
         same = [m for m in before if type(m) is type(target)]
-        # A norm or an encoder of another type than its blocks: the blocks themselves.
+        # For a norm or an encoder of another type than its blocks, consider the blocks themselves.
         blocks = [c for m in modules if isinstance(m, (nn.Sequential, nn.ModuleList)) for c in m.children()]
         nested = {m for block in blocks for m in list(block.modules())[1:]}
         blocks = [block for block in blocks if block not in nested]
@@ -536,7 +529,7 @@ class _Source:
         return None
 
     def gradient_stop(self, name: str) -> str | None:
-        """The module after layer ``name`` that no gradient passes, in words."""
+        """A description of the module after layer ``name`` that no gradient passes."""
         if self.layers.named is None:
             return None
         inputs, extra = self.first
@@ -579,11 +572,11 @@ class _Source:
 
 
 def reaches_output(layer: Layers, inputs: Inputs, *, additional_forward_args: Any = None) -> bool:
-    """Whether the positions of one layer influence the model's output, by one forward and backward pass."""
+    """Whether the positions of one layer influence the model's output, from one forward and backward pass."""
     try:
         with gradients_enabled(), warnings_filtered("ignore", InputWarning):
             result = layer.run(inputs, additional_forward_args=additional_forward_args, gradient=True)
-            result = replace(result, source=None)  # the caller is a search already
+            result = replace(result, source=None)  # no search inside a search
             return bool(result.gradients(any_reading(result.returned))[0].any())
     except (InputError, RuntimeError, AttributeError):
         return False  # no grid, does not run, or has no gradient

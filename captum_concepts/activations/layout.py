@@ -1,4 +1,4 @@
-"""Any layer's output as maps ``(N, C, h, w)``: CNNs, ViTs with any prefix tokens, Swin, ConvNeXt, CLIP."""
+"""Layouts that read a layer's output as maps ``(N, C, h, w)``, for CNNs, ViTs, Swin, ConvNeXt and CLIP."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LAYOUTS = ("auto", "NCHW", "NHWC", "NLC", "LNC")
 Grid = tuple[int, int]
 Size = tuple[int, int]
 
-MOST_PREFIX_TOKENS = 16  # more than that is taken for a wrong guess
-# Where the model does not tell: CLS, CLS and distillation, four registers with or without CLS.
+MOST_PREFIX_TOKENS = 16  # a larger number is considered a wrong guess
+# For models without such parameters: CLS, CLS and distillation, four registers with or without CLS.
 USUAL_PREFIXES = frozenset({0, 1, 2, 4, 5})
 _PREFIX_PARAMETER = re.compile(
     r"(^|\.)(cls|class|dist|distillation|reg|register|storage)_(token|embed|embedding)s?(_\d+)?$"
@@ -35,7 +35,7 @@ _HARMLESS_BUFFER = re.compile("position_id|num_batches_tracked|relative_")
 
 @functools.cache
 def _reorderings(kind: type[nn.Module]) -> str:
-    """What is named after a reordering in a module's class: itself, its methods, or what ``forward`` calls."""
+    """The names after a reordering in a module's class: the class, its methods, and names in ``forward``."""
     if kind.__module__.partition(".")[0] == "torch" or issubclass(kind, torch.jit.ScriptModule):
         return ""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
@@ -45,15 +45,15 @@ def _reorderings(kind: type[nn.Module]) -> str:
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """What a model's modules and parameters tell about its grids, read once.
+    """Traits of a model's modules and parameters that determine its grids.
 
     Args:
-        patch_stride: the stride of the patch embedding: the first image convolution, if kernel and stride are equal.
-        prefix_parts: how many tokens each of the CLS, distillation and register parameters has.
-        positions: the lengths of the position embeddings.
-        convolutional: it has convolutions, and nothing but the head works on the last dimension.
-        volumetric: it has 3-d convolutions, so its tokens may be cells of a volume or a video.
-        reorders: its code names an operation that may change the order of tokens.
+        patch_stride: stride of the patch embedding, the first image convolution, if kernel and stride are equal.
+        prefix_parts: number of tokens of each of the CLS, distillation and register parameters.
+        positions: lengths of the position embeddings.
+        convolutional: the model has convolutions, and no layer norm, attention or permutation.
+        volumetric: the model has 3-d convolutions, so its tokens may be cells of a volume or a video.
+        reorders: the model's code names an operation that may change the order of tokens.
         unrolls: that operation is Hiera's.
     """
 
@@ -67,7 +67,7 @@ class ModelTraits:
 
     @staticmethod
     def of(modules: Mapping[str, nn.Module]) -> ModelTraits:
-        """Read the traits off all named modules of a model."""
+        """The traits of all named modules of a model."""
         first: nn.Conv2d | None = None
         last_dimension = volumetric = False
         prefixes: dict[nn.Parameter, int] = {}
@@ -113,12 +113,12 @@ class ModelTraits:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where example, channel and position lie in a layer's output.
+    """The order of examples, channels and positions in a layer's output.
 
     Args:
-        kind: ``"NCHW"``, ``"NHWC"``, ``"NLC"`` (batch first tokens) or ``"LNC"`` (tokens first).
-        grid: ``(h, w)``, the rows and columns of positions.
-        prefix_tokens: tokens before the grid: CLS, distillation, registers.
+        kind: ``"NCHW"``, ``"NHWC"``, ``"NLC"`` (batch-first tokens) or ``"LNC"`` (tokens first).
+        grid: ``(h, w)`` rows and columns of positions.
+        prefix_tokens: number of tokens before the grid (CLS, distillation, registers).
 
     Example:
         >>> tokens = torch.rand(2, 1 + 6, 8)
@@ -132,7 +132,7 @@ class Layout:
     prefix_tokens: int = 0
 
     def maps(self, output: Tensor) -> Tensor:
-        """``(N, C, h, w)``: a view of ``output`` without its prefix tokens."""
+        """``(N, C, h, w)`` view of ``output`` without its prefix tokens."""
         if self.kind == "NCHW":
             return output
         if self.kind == "NHWC":
@@ -141,7 +141,7 @@ class Layout:
         return tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
 
     def prefix(self, output: Tensor) -> Tensor:
-        """``(N, P, C)``: the prefix tokens; P is 0 for layouts without tokens."""
+        """``(N, P, C)`` prefix tokens; P is 0 for layouts without tokens."""
         if self.kind in ("NCHW", "NHWC"):
             return self.maps(output).flatten(2).transpose(1, 2)[:, :0]
         tokens = output.transpose(0, 1) if self.kind == "LNC" else output
@@ -159,22 +159,22 @@ def infer_layout(
     model: nn.Module | ModelTraits | None = None,
     name: str = "",
 ) -> Layout:
-    """Read the layout off a layer's output, the input's size and the layer's type.
+    """The layout of a layer's output, inferred from its shape, the input's size and the layer's type.
 
     Args:
         output: the layer's output.
         batch: the number of examples N in it.
-        image_size: ``(H, W)`` of the images; None where the inputs are not images: then a layout has to be given, and
-            tokens are refused, because a number of tokens that happens to be square does not make them a square.
-        layout: one of :data:`LAYOUTS`; anything but ``"auto"`` is taken as given.
-        prefix_tokens: how many tokens precede the grid; None infers it.
-        module: the layer, whose type decides where sizes alone do not.
-        model: the model (or its traits), whose patch embedding and CLS, distillation and register tokens tell the
+        image_size: ``(H, W)`` of the images; None if the inputs are not images. Then ``layout`` is required, and tokens
+            are rejected, because a square number of tokens need not be a square grid.
+        layout: one of :data:`LAYOUTS`; anything but ``"auto"`` is used as passed.
+        prefix_tokens: number of tokens before the grid; None infers it.
+        module: the layer, whose type decides if sizes alone do not.
+        model: the model (or its traits), whose patch embedding and CLS, distillation and register tokens determine the
             token grid.
-        name: how error messages refer to the layer.
+        name: name of the layer in error messages.
 
     Raises:
-        LayoutError: there is no grid, or more than one reading fits; the message shows the shape and the keyword.
+        LayoutError: there is no grid, or more than one layout fits; the message shows the shape and the keyword.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {LAYOUTS}, got {layout!r}")
@@ -233,7 +233,7 @@ def infer_layout(
 def _may_be_channels_first(
     shape: tuple[int, ...], image_size: Size | None, module: nn.Module | None, traits: ModelTraits
 ) -> bool:
-    """Whether the last dimension of ``(N, L, C)`` is as likely to be the positions, as in a flattened (N, C, h * w)."""
+    """Whether the last dimension of ``(N, L, C)`` may equally be the positions, as in a flattened (N, C, h * w)."""
     if module is None:
         return False
     for leaf in reversed(list(module.modules())):
@@ -249,12 +249,12 @@ def _may_be_channels_first(
 
 
 def _misfit(h: int, w: int, image_size: tuple[int, int] | None) -> float:
-    """How far, in cells, an h x w grid is from coming from the image by one stride; infinite if it cannot."""
+    """Distance, in cells, of an h x w grid from one of the image with a single stride; infinite if too large."""
     if image_size is None:
         return math.inf
     height, width = image_size
     off = max(abs(w - width * h / height), abs(h - height * w / width))
-    # Rounding and unpadded borders cost about a cell, on fine grids a little more.
+    # Rounding and unpadded borders cost about a cell, slightly more on fine grids.
     allowed = 1.0 + max(h, w) / 80
     return off if off <= allowed and h <= height + 2 and w <= width + 2 else math.inf
 
@@ -285,7 +285,7 @@ def _image_kind(
 
 
 def _channel_hint(module: nn.Module | None) -> tuple[str, int] | None:
-    """Layout and channel count of ``module``'s output, where all its typed leaves agree on the layout."""
+    """Layout and channel count of ``module``'s output, if all its typed leaves agree on the layout."""
     first: list[int] = []
     last: list[int] = []
     for leaf in module.modules() if module is not None else ():
@@ -305,7 +305,7 @@ def _channel_hint(module: nn.Module | None) -> tuple[str, int] | None:
 
 
 def _is_norm_2d(norm: nn.LayerNorm) -> bool:
-    """ConvNeXt's LayerNorm over the channels of (N, C, h, w), a subclass in torchvision, timm and transformers."""
+    """Whether it is ConvNeXt's LayerNorm over the channels of (N, C, h, w) (torchvision, timm, transformers)."""
     return type(norm).__name__.endswith("2d") or getattr(norm, "data_format", "") == "channels_first"
 
 
@@ -314,7 +314,7 @@ def _is_leaf(module: nn.Module | None) -> bool:
 
 
 def _is_dense(output: Tensor) -> bool:
-    """Not a permuted view, which a module of convolutions may end with."""
+    """Whether it is not a permuted view, which a module of convolutions may end with."""
     return output.is_contiguous() or output.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -326,7 +326,7 @@ def _is_attention(output: Tensor) -> bool:
 def _token_kind(shape: tuple[int, ...], batch: int, module: nn.Module | None, layer: str) -> str:
     first, second = shape[0] == batch, shape[1] == batch
     if first and second:
-        # torch's transformer layers know which dimension is the batch.
+        # torch's transformer layers specify which dimension is the batch.
         part = module.layers[0].self_attn if isinstance(module, nn.TransformerEncoder) else module
         flag = getattr(part, "batch_first", getattr(getattr(part, "self_attn", None), "batch_first", None))
         if isinstance(part, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and isinstance(flag, bool):
@@ -367,7 +367,7 @@ def token_grid(
 
 
 def pyramid(image_size: Size, stride: Size) -> list[set[Grid]]:
-    """The grid of the model's patches, and what halving it makes of it; cut off or padded at the border."""
+    """The grids of the model's patches and of repeated halvings, rounded down or up at the border."""
     height, width = image_size[0] / stride[0], image_size[1] / stride[1]
     levels = [{(math.floor(height), math.floor(width)), (math.ceil(height), math.ceil(width))}]
     while any(min(grid) > 1 for grid in levels[-1]):
@@ -380,11 +380,11 @@ def pyramid(image_size: Size, stride: Size) -> list[set[Grid]]:
 def token_grids(
     length: int, image_size: Size | None, prefix_tokens: int | None, traits: ModelTraits
 ) -> tuple[int, set[Grid]]:
-    """The grids that ``length`` tokens can be, by the best evidence that fits any, and how far-fetched that is.
+    """The rank of the best evidence that fits any grid of ``length`` tokens, and the grids that fit it.
 
-    The best is the model's own (0): the stride of its patches and the number of its prefix tokens. Then such a grid
-    halved (1), or any stride (2). A sequence that does not fit the model's own (pruned or merged tokens, text, latents)
-    is no grid, even if its length happens to be a square.
+    The best evidence (0) is the stride of the model's patches and the number of its prefix tokens, followed by a
+    halving of that grid (1) and any stride (2). A sequence that does not match the model (pruned or merged tokens,
+    text, latents) has no grid, even if its length is a square number.
     """
     for evidence, grids, prefixes in _attempts(length, image_size, prefix_tokens, traits):
         fits = {(h, w) for h, w in grids if h * w > 1 and length - h * w in prefixes}
@@ -406,7 +406,7 @@ def _attempts(
         yield 0, first, own[0]
         whole = _is_whole_sequence(length, sum(parts), traits)
         side = math.isqrt(max(length - sum(parts), 0))
-        if whole and side > 1:  # the model makes its own square of images of any size
+        if whole and side > 1:  # the model resizes images of any size to a square
             yield 1, {(side, side)}, own[0]
         yield from ((level, grids, prefixes) for level, grids in enumerate(levels) for prefixes in own)
         if prefix_tokens is None:
@@ -421,7 +421,7 @@ def _attempts(
 
 
 def _any_stride(image_size: Size) -> Iterator[set[Grid]]:
-    """Grids of one stride: first strides that divide the image, then rounded, then rounded differently each way."""
+    """Grids of one stride: first strides that divide the image, then rounded ones, then rounded per dimension."""
     height, width = image_size
     strides = range(1, max(image_size) + 1)
     cuts = (math.floor, math.ceil)
@@ -439,5 +439,5 @@ def _subset_sums(parts: tuple[int, ...]) -> set[int]:
 
 
 def _is_whole_sequence(length: int, prefix: int, traits: ModelTraits) -> bool:
-    """Whether the model has as many position embeddings: then no token is missing, the model resizes its images."""
+    """Whether the model has as many position embeddings, so that no token is missing and it resizes its images."""
     return bool(traits.positions & {length, length - prefix})

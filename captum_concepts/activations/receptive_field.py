@@ -1,4 +1,4 @@
-"""What part of the image a position of a layer can see, and the crops of the strongest positions."""
+"""Receptive fields of a layer's positions, and image crops of the strongest positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from captum_concepts.errors import InputError, LayerError
 
 
 class ReceptiveField(NamedTuple):
-    """A box of pixels: rows ``top`` to ``bottom``, columns ``left`` to ``right``, the ends excluded."""
+    """A box of pixels, rows ``top`` to ``bottom`` and columns ``left`` to ``right``, ends excluded."""
 
     top: int
     left: int
@@ -28,18 +28,18 @@ class ReceptiveField(NamedTuple):
     right: int
 
     def crop(self, image: Tensor) -> Tensor:
-        """The box of ``image`` ``(..., H, W)``."""
+        """The pixels of the box in ``image`` ``(..., H, W)``."""
         return image[..., self.top : self.bottom, self.left : self.right]
 
 
 class Crop(NamedTuple):
-    """One strong position and what it sees.
+    """One strong position with the pixels of its receptive field.
 
     Attributes:
-        image: ``(C, h, w)`` the pixels of the receptive field.
-        example: which image.
+        image: ``(C, h, w)`` pixels of the receptive field.
+        example: index of the image.
         position: ``(row, column)`` in the layer's grid.
-        value: of the map there.
+        value: value of the map there.
         field: the box in the image.
     """
 
@@ -61,12 +61,12 @@ def receptive_field(
     layout: str = "auto",
     prefix_tokens: int | None = None,
 ) -> ReceptiveField:
-    """The pixels that can influence one position of a layer, exactly, for any architecture.
+    """The exact box of pixels that can influence one position of a layer, for any architecture.
 
-    Rows (columns) of the input become NaN, and bisection finds the largest border of the image that can be NaN while
-    the position is not. So strides, dilations, odd paddings, branches and pooling need no special case, dead ReLUs and
-    zero weights do not shrink the box, and with attention or squeeze-and-excitation, through which every position sees
-    everything, the box is the whole image.
+    Rows (columns) of the input are set to NaN, and bisection finds the largest border of the image that can be NaN
+    while the position is not. So strides, dilations, odd paddings, branches and pooling need no special case, and dead
+    ReLUs and zero weights do not shrink the box. With attention or squeeze-and-excitation, which connect all positions,
+    the box is the whole image.
 
     Args:
         model: the model, one of its methods, or a callable.
@@ -77,11 +77,11 @@ def receptive_field(
         layout, prefix_tokens: as in :func:`~captum_concepts.activations.infer_layout`.
 
     Returns:
-        The box, cut at the borders of the image.
+        The box, clipped to the image.
 
     Raises:
         InputError: the position is outside the grid.
-        LayerError: the position sees nothing of the image, or is NaN whatever the image.
+        LayerError: the position does not depend on the image, or is NaN for a gray image.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=2, padding=1), torch.nn.MaxPool2d(2))
@@ -97,9 +97,9 @@ def receptive_field(
 
     def is_spoilt(images: Tensor) -> list[bool]:
         with (
-            warnings_filtered("ignore"),  # NaN inputs here; oneDNN speaks up when it is switched off
+            warnings_filtered("ignore"),  # NaN inputs; oneDNN also warns when it is disabled
             torch.no_grad(),
-            # The plain kernels: fast ones (Winograd, FFT) mix neighbouring outputs and would spread the NaN.
+            # Use plain kernels, because fast ones (Winograd, FFT) mix neighboring outputs and would spread the NaN.
             torch.backends.cudnn.flags(enabled=False),
             torch.backends.mkldnn.flags(enabled=False),
         ):
@@ -115,14 +115,14 @@ def receptive_field(
         raise LayerError(f"position {position} of layer {name!r} does not depend on the image")
 
     def spoil(edge: int, lines: int) -> Tensor:
-        """The image with ``lines`` rows or columns spoilt from one edge: 0 top, 1 left, 2 bottom, 3 right."""
+        """The image with ``lines`` NaN rows or columns from one edge: 0 top, 1 left, 2 bottom, 3 right."""
         bad = image.clone()
         along = bad if edge % 2 == 0 else bad.transpose(2, 3)
         start = 0 if edge < 2 else along.shape[2] - lines
         along[:, :, start : start + lines] = torch.nan
         return bad
 
-    # free[e]: so many lines from edge e can be spoilt unnoticed; full[e]: so many cannot.
+    # free[e] lines from edge e can be NaN without effect on the position; full[e] lines cannot.
     free, full = [0, 0, 0, 0], [height, width, height, width]
     while any(b - a > 1 for a, b in zip(free, full, strict=True)):
         middle = [(a + b) // 2 for a, b in zip(free, full, strict=True)]
@@ -143,19 +143,19 @@ def effective_receptive_field(
     layout: str = "auto",
     prefix_tokens: int | None = None,
 ) -> ReceptiveField:
-    """The part of one image that does most of the influencing of one position.
+    """The box of pixels of one image that have most of the influence on one position.
 
-    Of what a deep layer can see, the middle counts most (Luo et al., *Understanding the Effective Receptive Field in
-    Deep Convolutional Neural Networks*, 2016). With g the absolute gradient of half the squared norm of the
-    position's activation by the pixels, the box spans the middle ``share`` of g's sum, for rows and for columns.
+    The center of the receptive field of a deep layer has the most influence (Luo et al., *Understanding the Effective
+    Receptive Field in Deep Convolutional Neural Networks*, 2016). With g the absolute gradient of half the squared norm
+    of the position's activation by the pixels, the box spans the middle ``share`` of g's sum, for rows and for columns.
 
     Args:
         model, layer, position, layout, prefix_tokens: as in :func:`receptive_field`.
         image: ``(C, H, W)`` or ``(1, C, H, W)``; the field depends on it.
-        share: in (0, 1]; 1 gives every pixel with a gradient.
+        share: in (0, 1]; 1 includes every pixel with a gradient.
 
     Raises:
-        InputError: more than one image, a share out of range, or a position outside the grid.
+        InputError: there is more than one image, ``share`` is out of range, or the position is outside the grid.
         LayerError: no pixel has a gradient.
     """
     batch = check_images(image.unsqueeze(0) if image.ndim == 3 else image)[0]
@@ -184,7 +184,7 @@ def effective_receptive_field(
 
 
 def _middle(weights: Tensor, share: float) -> tuple[int, int]:
-    """The shortest range that leaves at most ``(1 - share) / 2`` of the sum on either side, the end excluded."""
+    """The shortest range with at most ``(1 - share) / 2`` of the sum on either side, end excluded."""
     below = weights.cumsum(0) / weights.sum()
     above = weights.flip(0).cumsum(0) / weights.sum()
     cut = (1 - share) / 2 + 1e-9
@@ -205,21 +205,21 @@ def strongest_crops(
     layout: str = "auto",
     prefix_tokens: int | None = None,
 ) -> list[Crop]:
-    """What the positions with the highest values of a map see (paper, Fig. 2D).
+    """Image crops of the receptive fields of the positions with the highest values of a map (paper, Fig. 2D).
 
     Args:
-        model, layer: what the map was computed from.
+        model, layer: the model and layer that the map was computed from.
         inputs: the images ``(N, C, H, W)``.
-        maps: ``(N, h, w)`` or ``(N, 1, h, w)``: relevance or contribution of one concept.
-        k: how many crops, strongest first; fewer if there are not so many.
-        lowest: take the lowest values instead.
-        per_image: most crops of one image, so that one image does not fill the list.
-        share: None cuts out all that a position can see, which is nearly the whole image at deep layers; 0.9, say,
-            the :func:`effective_receptive_field`.
+        maps: ``(N, h, w)`` or ``(N, 1, h, w)`` concept map or sensitivity of one concept.
+        k: maximum number of crops, strongest first.
+        lowest: use the lowest values instead.
+        per_image: maximum number of crops per image.
+        share: None crops the whole :func:`receptive_field`, which is nearly the whole image at deep layers; a value
+            such as 0.9 crops the :func:`effective_receptive_field`.
         layout, prefix_tokens: as in :func:`receptive_field`.
 
     Raises:
-        InputError: the maps do not fit the images.
+        InputError: the maps do not match the images.
     """
     images = check_images(inputs)[0]
     flat = maps.squeeze(1) if maps.ndim == 4 and maps.shape[1] == 1 else maps

@@ -1,4 +1,4 @@
-"""Which layers of a model have a grid of positions, and which to choose."""
+"""The layers of a model that have a grid of positions, and suggestions which to choose."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from captum_concepts.errors import InputError, InputWarning, LayerError
 
 @dataclass(frozen=True)
 class SurveyedLayer:
-    """A layer that can be explained.
+    """A layer with a grid of positions, which can be explained.
 
     Args:
         name: its dotted name.
@@ -47,14 +47,14 @@ class SurveyedLayer:
 def survey_layers(
     forward_func: Callable[..., Any], inputs: Inputs, *, additional_forward_args: Any = None
 ) -> list[SurveyedLayer]:
-    """The layers with a grid, in the order they finish, determined by one forward pass of the first example (twice).
+    """The layers with a grid, in the order they finish, from one forward pass of two copies of the first example.
 
-    Of a layer that returns a tuple or a mapping, the first floating-point tensor counts, as in
-    :meth:`Layers.capture`. Layers that run more than once, or whose output has no grid or more than one reading, are
+    For a layer that returns a tuple or a mapping, the first floating-point tensor is used, as in
+    :meth:`Layers.capture`. Layers that run more than once, or whose output has no grid or more than one layout, are
     left out.
 
     Raises:
-        InputError: ``forward_func`` is a plain function, whose model is not known.
+        InputError: ``forward_func`` is a plain function, whose model is unknown.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> [(layer.name, layer.channels, layer.layout.grid) for layer in survey_layers(net, torch.rand(1, 3, 16, 16))]
@@ -77,8 +77,8 @@ def suggest_layer(
     example, the projections inside an attention.
 
     Args:
-        for_gradients: leave out layers that only linear operations follow, judged by the gradients of two different
-            images (:func:`followed_by_linear`): there the gradient is the same for every image.
+        for_gradients: leave out layers that only linear operations follow, where the gradient is the same for every
+            image (see :func:`followed_by_linear`).
 
     Raises:
         LayerError: there is none.
@@ -101,8 +101,9 @@ def suggest_layer(
 def suggest_stages(
     forward_func: Callable[..., Any], inputs: Inputs, most: int = 4, *, additional_forward_args: Any = None
 ) -> list[str]:
-    """The last stage of each of the ``most`` coarsest grids, from fine to coarse; where there are fewer grids, filled
-    up with blocks of the coarsest.
+    """The last stage of each of the ``most`` coarsest grids, from fine to coarse.
+
+    If there are fewer grids, blocks of the coarsest are added.
 
     Raises:
         LayerError: there is none.
@@ -114,7 +115,7 @@ def suggest_stages(
     stages = stages[: names.index(last) + 1]
     grid = stages[-1].layout.grid
     ends: dict[tuple[int, int], str] = {}
-    for layer in stages:  # of one grid, the last of the outermost: what is inside a block is no stage
+    for layer in stages:  # the last of the outermost layers of a grid, because layers inside a block are not stages
         known = ends.get(layer.layout.grid)
         if known is None or layer.name.count(".") <= known.count("."):
             ends[layer.layout.grid] = layer.name
@@ -132,11 +133,11 @@ def suggest_stages(
 
 
 def followed_by_linear(layers: Layers, inputs: Inputs, *, additional_forward_args: Any = None) -> tuple[bool, ...]:
-    """For each layer whether the gradient of the output there is the same for every image.
+    """Whether the gradient of the output at each layer is the same for every image.
 
-    So it is where only linear operations follow (global average pooling and the classifier, for example): a map of
-    gradients then says nothing about the image. It is judged by the gradients of two different images: the first
-    example, and its mirror image with noise. A final softmax or sigmoid does not count.
+    That is the case if only linear operations follow (global average pooling and the classifier, for example); a map of
+    gradients is then independent of the image. The function compares the gradients of the first example and of its
+    mirror image with noise. A final softmax or sigmoid is ignored.
 
     Raises:
         LayerError: a layer did not run, or has no gradient.
@@ -149,7 +150,7 @@ def followed_by_linear(layers: Layers, inputs: Inputs, *, additional_forward_arg
     parts, extra = check_images(first), repeat_rows(extra, 2, 1)
     noise = torch.Generator().manual_seed(0)
     same = [True] * len(layers)
-    for strength in (1, 4, 16):  # of similar small images, gradients may agree by chance
+    for strength in (1, 4, 16):  # gradients of similar small images may agree by chance
         if any(same):
             agree = _agree(layers, parts, extra, strength, noise)
             same = [one and other for one, other in zip(same, agree, strict=True)]
@@ -159,7 +160,7 @@ def followed_by_linear(layers: Layers, inputs: Inputs, *, additional_forward_arg
 def _agree(
     layers: Layers, parts: tuple[Tensor, ...], extra: Any, strength: float, noise: torch.Generator
 ) -> Iterator[bool]:
-    """For each layer whether the gradient there is the same for an image and for its mirror image with noise."""
+    """Whether the gradient at each layer is the same for an image and for its mirror image with noise."""
 
     def pair(part: Tensor) -> Tensor:
         if part.ndim != 4 or not part.is_floating_point():
@@ -178,7 +179,7 @@ def _agree(
         one, other = gradient.detach().float()
         tolerance = 1e-4 if gradient.element_size() >= 4 else 3e-2
         largest = float(gradient.abs().max())
-        # Where activations are NaN, a rectifier has no gradient, and nothing can be told.
+        # NaN activations have no gradient after a rectifier, so the comparison is undecided.
         finite = bool(raw.isfinite().all())
         yield finite and largest > 0 and float((one - other).abs().max()) <= tolerance * largest
 
@@ -202,7 +203,7 @@ def _survey(
         )
     first, extra = _first(inputs, extra)
     images = check_images(first)
-    # Twice, because one example cannot show which dimension is the batch.
+    # Use two copies, because one example cannot show which dimension is the batch.
     twice = repeat_rows(images, 2, 1)
     names = {
         module: name

@@ -1,4 +1,4 @@
-"""Whether tokens lie where they are read: each layer is tried, where nothing vouches for it."""
+"""Checks that tokens are in the assumed order, by a test of each layer for which this is not known."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from captum_concepts.errors import InputError, InputWarning, LayoutError
 if TYPE_CHECKING:
     from captum_concepts.activations.layers import Layers
 
-#: Their tokens are in the order of the image's rows, after the prefix tokens that their parameters name.
+#: Libraries whose tokens are in row-major order, after the prefix tokens that their parameters name.
 _LIBRARIES = ("torchvision", "timm", "open_clip", "transformers", "captum_concepts")
-# The layouts of a layer that have been found to be in order, and whether they are of its input.
+# The layouts of each layer that passed the test, and whether they are of its input.
 _ordered: weakref.WeakKeyDictionary[nn.Module, set[tuple[Layout, bool]]] = weakref.WeakKeyDictionary()
 
 
@@ -33,9 +33,7 @@ def check_order(
     additional_forward_args: Any = None,
     attribute_to_layer_input: bool = False,
 ) -> None:
-    """Make sure that tokens are in the order of the image's rows, in models that may reorder them.
-
-    See :func:`misordered`.
+    """Raise if the tokens of a layer are not in the order of the image's rows; see :func:`misordered`.
 
     Raises:
         LayoutError: the tokens of a layer are in another order.
@@ -56,13 +54,13 @@ def misordered(
     additional_forward_args: Any = None,
     attribute_to_layer_input: bool = False,
 ) -> dict[int, str]:
-    """The layers whose tokens are not in the order of the image's rows, by number, each with what to say of it.
+    """The layers whose tokens are not in the order of the image's rows, by index, each with its error message.
 
     Some models sort tokens into windows (Hiera's mask units, for example), by their scores, or at random. In others the
-    class token stands last, or columns come before rows. Patches of the first image are changed: the tokens that change
-    most by far have to be at or next to that position. It costs one forward pass per grid, once, of a model whose code
-    names a reordering, whose tokens are not the patches of the images as they are given (it resizes or crops them
-    itself), or which comes from no library.
+    class token is last, or columns come before rows. The test changes patches of the first image; the tokens that
+    change most by far must be at or next to the same position. It costs one forward pass per grid, once, if the model's
+    code names a reordering, if tokens are not the patches of the original images (the model resizes or crops them
+    itself), or if the model is not from a known library.
     """
     images = [part for part in (inputs if isinstance(inputs, tuple) else (inputs,)) if part.ndim == 4]
     if len(images) != 1:
@@ -119,8 +117,10 @@ def _as_patches(layers: Layers, layout: Layout, size: tuple[int, int]) -> bool:
 
 
 def _by_a_library(layers: Layers, name: str, size: tuple[int, int]) -> bool:
-    """Whether a library's network makes the tokens of a layer. What wraps it may resize images, which only shows in the
-    shape of others than squares."""
+    """Whether a library's network computes the tokens of a layer.
+
+    Code around it may resize images, which is only visible in the shape of images that are not square.
+    """
     steps = name.split(".") if name else []
     for depth in range(len(steps) + 1):
         owner = (layers.named or {}).get(".".join(steps[:depth]))
@@ -131,7 +131,7 @@ def _by_a_library(layers: Layers, name: str, size: tuple[int, int]) -> bool:
 
 
 def _disorder(name: str, change: Tensor, cells: Sequence[tuple[int, int]], unrolls: bool) -> str | None:
-    """What is wrong with a layer whose maps change by ``change`` ``(K, h, w)`` for each of ``cells``; None: nothing."""
+    """The error message for a layer whose maps change by ``change`` ``(K, h, w)`` for each of ``cells``, or None."""
     _, h, w = change.shape
     strays, hits = _strays(change, cells)
     if 2 * len(strays) > len(cells):
@@ -150,7 +150,7 @@ def _disorder(name: str, change: Tensor, cells: Sequence[tuple[int, int]], unrol
 
 
 def _shift(name: str, change: Tensor, cells: Sequence[tuple[int, int]]) -> str | None:
-    """:func:`_disorder` of patches that are read some places too early or too late; None: they are not."""
+    """The error message for patches that are read some positions too early or too late, or None."""
     w = change.shape[2]
     places = [int(one.argmax()) - (i * w + j) for (i, j), one in zip(cells, change, strict=True)]
     shift, times = Counter(places).most_common(1)[0]
@@ -166,14 +166,14 @@ def _shift(name: str, change: Tensor, cells: Sequence[tuple[int, int]]) -> str |
 
 
 def _spread(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """Up to six cells of a grid, whose numbers differ between row by row and other usual orders."""
+    """Up to six cells of a grid whose indices differ between row-major and other usual orders."""
     h, w = grid
     cells = [(0, w - 1), (h - 1, 0), (h // 2, w // 3), (h // 3, w // 2), (1 % h, w - 1), (h - 1, 1 % w)]
     return list(dict.fromkeys(cells))
 
 
 def _changed(images: Tensor, cells: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
-    """Copies of one image; in each but the first, the pixels of one cell are another pattern."""
+    """Copies of one image; in each but the first, the pixels of one cell are replaced by another pattern."""
     images = images.clone()
     scale = images[0].float().std().nan_to_num() + 0.1
     for copy, (i, j) in zip(images[1:], cells, strict=True):
@@ -188,7 +188,7 @@ def _changed(images: Tensor, cells: Sequence[tuple[int, int]], grid: tuple[int, 
 def _strays(
     change: Tensor, cells: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[tuple[int, int], tuple[int, int]]], int]:
-    """The cells whose change ``(K, h, w)`` appears far from them, with where, and the number of the others."""
+    """The cells whose change ``(K, h, w)`` appears far from them, with its position, and the number of the others."""
     h, w = change.shape[1:]
     reach = 1 if min(h, w) > 3 else 0
     strays, hits = [], 0

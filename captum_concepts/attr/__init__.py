@@ -1,1 +1,1 @@
-"""The attribution methods; each file holds one."""
+"""The attribution methods, one per module."""

@@ -1,4 +1,4 @@
-"""Inputs of a method in batches: tensors as Captum takes them, or images from whatever holds them."""
+"""Batches of a method's inputs, from tensors as Captum takes them or from any source of images."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Result = TypeVar("Result")
 def opened(
     source: Any, model: nn.Module | None, *, labels: Any = False, transform: Any = None, image_size: Any = None
 ) -> ImageSource:
-    """Images from whatever holds them, as ``model`` wants them; see :func:`captum_concepts.images.inputs_for`."""
+    """Images from any source, preprocessed for ``model``; see :func:`captum_concepts.images.inputs_for`."""
     if isinstance(source, ImageSource):
         return source if labels in (None, False) else open_images(source, labels=labels)
     if model is None and isinstance(source, Tensor) and source.is_floating_point():
-        return open_images(source, mode="any", labels=labels)  # nothing says how many channels there must be
+        return open_images(source, mode="any", labels=labels)  # the number of channels is unknown
     return inputs_for(model, source, size=image_size, transform=transform, labels=labels)
 
 
 def as_inputs(inputs: Any, model: nn.Module | None) -> Inputs | ImageSource:
-    """Tensors as they are, anything else as images that ``model`` wants to see."""
+    """Tensors unchanged, anything else as images preprocessed for ``model``."""
     if isinstance(inputs, ImageSource):
         return inputs
     parts = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -50,27 +50,27 @@ def count(inputs: Inputs | ImageSource) -> int:
 
 
 def first_example(inputs: Inputs | ImageSource, model: nn.Module | None) -> Inputs:
-    """The first example as a batch."""
+    """The first example, as a batch of one."""
     return next(_cut(inputs, 1, model))
 
 
 def image_names(inputs: Inputs | ImageSource) -> list[str] | None:
-    """The names of images that were read; None for tensors."""
+    """The names of images from a source; None for tensors."""
     return inputs.names if isinstance(inputs, ImageSource) else None
 
 
 def placed(images: Tensor, model: nn.Module | None) -> Tensor:
-    """``images`` on the device and in the dtype of the model."""
+    """``images`` moved to the device and dtype of the model."""
     parameters = model.parameters() if model is not None else ()
     parameter = next((p for p in parameters if p.is_floating_point()), None)
     return images if parameter is None else images.to(parameter.device, parameter.dtype)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The results of batches in one tensor.
+    """The results of all batches in one tensor.
 
     Raises:
-        InputError: they are maps of different sizes, because the images are.
+        InputError: the maps differ in size, because the images do.
     """
     sizes = dict.fromkeys(tuple(part.shape[1:]) for part in parts)
     if len(sizes) > 1:
@@ -90,19 +90,19 @@ def each_batch(
     batch_size: int,
     model: nn.Module | None,
 ) -> list[Result]:
-    """``run(inputs, extra, target)`` of at most ``batch_size`` examples at a time.
+    """The results of ``run(inputs, extra, target)`` for at most ``batch_size`` examples at a time.
 
     Args:
         run: the function.
         inputs: from :func:`as_inputs`.
-        extra: additional arguments; tensors of N rows are cut, other values are passed as they are.
-        target: in any form Captum accepts; one entry per example is cut.
-        batch_size: the most examples per call. A batch for which the device has no memory is halved.
-        model: takes images that are read to its device and dtype.
+        extra: additional arguments; tensors of N rows are sliced, other values are passed unchanged.
+        target: in any form Captum accepts; one entry per example is sliced.
+        batch_size: maximum number of examples per call. A batch that does not fit into device memory is halved.
+        model: images from a source are moved to its device and dtype.
 
     Raises:
-        InputError: bad inputs.
-        TargetError: a list of targets that is not one per example.
+        InputError: the inputs are invalid.
+        TargetError: a list of targets does not have one entry per example.
     """
     halving = Halving("batch_size")
     return [
@@ -127,7 +127,7 @@ def _batches(
 
 
 def in_parts(inputs: Inputs | ImageSource, batch_size: int, model: nn.Module | None) -> Iterator[tuple[slice, Inputs]]:
-    """At most ``batch_size`` examples at a time, with their place among all of ``inputs``."""
+    """At most ``batch_size`` examples at a time, with their rows in ``inputs``."""
     start = 0
     for part in _cut(inputs, batch_size, model):
         rows = slice(start, start + count(part))
@@ -140,7 +140,7 @@ def _cut(inputs: Inputs | ImageSource, batch_size: int, model: nn.Module | None)
         for batch in batches(inputs, batch_size):
             yield placed(batch.images, model)
     elif isinstance(inputs, tuple):
-        n = count(inputs)  # what has other than N rows belongs to all images
+        n = count(inputs)  # tensors without N rows apply to all images
         for start in range(0, n, batch_size):
             yield take_rows(inputs, slice(start, start + batch_size), n)
     else:
@@ -148,6 +148,6 @@ def _cut(inputs: Inputs | ImageSource, batch_size: int, model: nn.Module | None)
 
 
 def _halves(batch: Batch) -> list[Batch]:
-    """A batch as two of half as many examples; a single example remains one."""
+    """A batch split into two halves; a single example remains one batch."""
     inputs, extra, target = batch
     return list(_batches(inputs, extra, target, -(-count(inputs) // 2)))

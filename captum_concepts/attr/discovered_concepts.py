@@ -1,4 +1,4 @@
-"""Concepts without words: what a layer distinguishes, by a sparse dictionary of its equalized activations."""
+"""Unsupervised concepts of a layer, from a sparse dictionary of its equalized activations."""
 
 from __future__ import annotations
 
@@ -44,39 +44,39 @@ from captum_concepts.images import batches, inputs_for, thumbnails
 from captum_concepts.vlm import check_encoder
 
 _FORMAT = "captum_concepts.DiscoveredConcepts/2"
-_LEAST = 0.01  # of the largest variance: principal components with less are not raised to the others' level
-#: Penalty on a weight, in standard deviations of an equalized component: few concepts at each position.
+_LEAST = 0.01  # fraction of the largest variance; weaker principal components are not raised to the others' level
+#: Penalty per weight, in standard deviations of an equalized component; it keeps few concepts at each position.
 SPARSITY = 0.75
-_SEEN = 1000  # images that scale the scores and name the concepts, at most
+_SEEN = 1000  # maximum number of images that scale the scores and name the concepts
 UNNAMED = "unnamed"
 
 
 @unharming
 class DiscoveredConcepts(LayerAttribution):
-    r"""Concepts that :func:`discover_concepts` found in a layer: where each is, and how much it moves an output.
+    r"""Maps, scores and contributions of the concepts that :func:`discover_concepts` found in a layer.
 
     A concept is a direction :math:`h_k` in the layer's channels. With the mean :math:`m` and the unit :math:`u` (about
-    the standard deviation) of each channel over the images of the discovery, :math:`x_{ij} = (A_{ij} - m) / u`,
+    the standard deviation) of each channel over the discovery images, :math:`x_{ij} = (A_{ij} - m) / u`,
     :math:`g_k` the direction :math:`h_k / u` at unit length, and an output :math:`F_c`,
 
     .. math::
         M_k(i, j) = \max\Bigl(\frac{g_k^T x_{ij}}{\lVert x_{ij} \rVert}, 0\Bigr) \qquad
         S_{k \to c}(i, j) = \max(g_k^T x_{ij}, 0) \; (u \, g_k)^T \frac{\partial F_c}{\partial A_{ij}}
 
-    are the concept maps and the contributions per position: to first order what removing the part of the activation
-    along the direction takes from the output, exactly so if only linear operations follow the layer. Directions need
-    not be orthogonal, so contributions of several concepts overlap.
+    are the concept maps and the contributions per position. A contribution is, to first order, the decrease in the
+    output if the component of the activation along the direction is removed. It is exact if only linear operations
+    follow the layer. Directions need not be orthogonal, so contributions of several concepts overlap.
 
     Args:
         forward_func: the model, one of its methods, or any callable that returns the outputs to explain.
         layer: the layer, as a module or a dotted name.
-        directions: ``(K, C)``; scaled to unit length.
+        directions: ``(K, C)``, scaled to unit length.
         concepts: K unique names.
         center: ``(C,)`` mean activation; None: 0.
         channel_scales: ``(C,)`` unit of each channel; None: 1.
-        scales: ``(K,)`` mean of each concept's squared similarity over the images of the discovery.
-        name_scores: ``(K,)`` how well the name fits (correlation of the concept's score with the encoder's similarity
-            over the images), NaN where unnamed; or None.
+        scales: ``(K,)`` mean of each concept's squared similarity over the discovery images; None: 1.
+        name_scores: ``(K,)`` fit of each name (correlation of the concept's score with the encoder's similarity over
+            the images), NaN where unnamed; or None.
         explained: fraction of the activations' variance in the span of the directions.
         layout, prefix_tokens: how the layer is read, as in :class:`~captum_concepts.SpatialACV`.
         batch_size: images per forward pass.
@@ -85,7 +85,7 @@ class DiscoveredConcepts(LayerAttribution):
     2018, arXiv:1806.10206), with signed directions.
     """
 
-    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    #: Explaining all concepts costs as much as explaining a few (``audit_dataset`` calls ``explain`` once).
     explains_all_at_once = True
 
     def __init__(
@@ -109,7 +109,7 @@ class DiscoveredConcepts(LayerAttribution):
             raise InputError("directions must be a tensor (K, C) of finite numbers")
         self.directions = full_precision(directions.detach())
         lengths = self.directions.norm(dim=1, keepdim=True)
-        if bool(((lengths - 1).abs() > 1e-6).any()):  # saved ones stay as they are, to the bit
+        if bool(((lengths - 1).abs() > 1e-6).any()):  # saved directions stay bit-identical
             self.directions = F.normalize(self.directions, dim=1)
         self.concepts = unique_names(concepts, "concept", len(directions))
         width = directions.shape[1]
@@ -133,14 +133,14 @@ class DiscoveredConcepts(LayerAttribution):
         return f"DiscoveredConcepts(layer {layer!r}, {len(self.concepts)} concepts, {named} named{share})"
 
     def concept_maps(self, inputs: Any, concepts: Any = None) -> Tensor:
-        """``(N, K, h, w)``: how similar each position is to each concept, from 0 to 1."""
+        """``(N, K, h, w)`` similarity of each position to each concept, from 0 to 1."""
         columns = name_positions(concepts, self.concepts)
         return self._each(inputs, None, lambda part, _: self._similar(part)[0][:, columns])
 
     def scores(self, inputs: Any) -> Tensor:
-        """``(N, K)``: share of the positions' variation along each concept, relative to the discovery's images.
+        """``(N, K)`` fraction of the positions' variation along each concept, relative to the discovery images.
 
-        The share is the mean squared similarity of the positions; 1 is the average over the discovery's images.
+        The fraction is the mean squared similarity over positions; 1 is its average over the discovery images.
         """
         return self._each(inputs, None, lambda part, _: self._similar(part)[1])
 
@@ -152,16 +152,16 @@ class DiscoveredConcepts(LayerAttribution):
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
     ) -> Tensor:
-        """``(N, K, h, w)``: the contribution of each concept at each position to the output ``target``.
+        """``(N, K, h, w)`` contributions of each concept at each position to the output ``target``.
 
         Args:
             inputs: images.
-            target: the output, in any form Captum accepts; None: the predicted one.
+            target: the output, in any form Captum accepts; None selects the predicted one.
             additional_forward_args: passed to ``forward_func`` after the inputs.
-            attribute_to_layer_input: must be False: the directions are those of the layer's output.
+            attribute_to_layer_input: must be False, because the directions are those of the layer's output.
 
         Raises:
-            TargetError: a target that does not fit the outputs.
+            TargetError: the target does not match the outputs.
             LayerError: the output does not depend on the layer.
         """
         if attribute_to_layer_input:
@@ -170,7 +170,7 @@ class DiscoveredConcepts(LayerAttribution):
         return self._each(inputs, target, lambda part, goal: self._contributions(part, goal, extra)[0])
 
     def contributions(self, inputs: Any, target: Any = None, concepts: Any = None) -> Tensor:
-        """``(N, K)``: :meth:`attribute`, summed over positions; signed, in units of the output."""
+        """``(N, K)`` signed contributions, :meth:`attribute` summed over positions, in units of the output."""
         columns = name_positions(concepts, self.concepts)
         return self._each(inputs, target, lambda part, goal: self._contributions(part, goal)[0].sum((2, 3))[:, columns])
 
@@ -184,7 +184,7 @@ class DiscoveredConcepts(LayerAttribution):
         rank_by: str = "scores",
         contributions: bool = True,
     ) -> ConceptExplanation:
-        """What, where and how much: see :class:`~captum_concepts.explanation.ConceptExplainer`."""
+        """Scores, maps and contributions; see :class:`~captum_concepts.explanation.ConceptExplainer`."""
         n = len(check_images(inputs)[0])
         if rank_by == "contributions" and not contributions:
             raise InputError("rank_by='contributions' needs contributions=True")
@@ -243,11 +243,11 @@ class DiscoveredConcepts(LayerAttribution):
     def load(
         cls, path: str | os.PathLike[str], forward_func: Callable[..., Any], layer: Layer | None = None
     ) -> DiscoveredConcepts:
-        """Read what :meth:`save` wrote, for the same model.
+        """Load a file that :meth:`save` wrote, for the same model.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ArtifactError: damaged, of another model, or of a layer that does not exist here.
+            ArtifactError: the file is damaged, of another model, or its layer does not exist in this model.
         """
         schema = table(
             {
@@ -310,11 +310,11 @@ class DiscoveredConcepts(LayerAttribution):
         return self._read(self._layers().run(inputs).maps[0])[:2]
 
     def _unit_directions(self) -> Tensor:
-        """``(K, C)``, in the channels' units."""
+        """``(K, C)`` directions in the channels' units."""
         return F.normalize(self.directions / self.channel_scales.to(self.directions), dim=1)
 
     def _read(self, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of activations ``(N, C, h, w)``: the concept maps, ``(N, K)`` scores, and the parts along the directions."""
+        """Concept maps, ``(N, K)`` scores and components along the directions, of activations ``(N, C, h, w)``."""
         rows = full_precision(maps.detach())
         if rows.shape[1] != self.directions.shape[1]:
             raise LayerError(f"the directions have {self.directions.shape[1]} entries, but the layer has "
@@ -322,13 +322,13 @@ class DiscoveredConcepts(LayerAttribution):
         center, units = self.center.to(rows), self.channel_scales.to(rows)
         rows = (rows - center[:, None, None]) / units[:, None, None]
         along = torch.einsum("nchw,kc->nkhw", rows, self._unit_directions().to(rows)).clamp(min=0).contiguous()
-        least = 1e-5 * float((center / units).norm()) + 1e-12  # a difference of rounding is similar to nothing
+        least = 1e-5 * float((center / units).norm()) + 1e-12  # rounding differences have no similarity
         similar = along / rows.norm(dim=1, keepdim=True).clamp(min=least)
         scales = self.scales.to(similar).clamp(min=torch.finfo(similar.dtype).tiny)
         return similar, similar.square().mean((2, 3)) / scales, along
 
     def _contributions(self, inputs: Any, target: Any, extra: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Contributions and concept maps per position, the scores, and the outputs explained."""
+        """Contributions and concept maps per position, scores, and the explained outputs."""
         with gradients_enabled():
             seen = self._layers().run(inputs, additional_forward_args=extra, gradient=True)
             output = output_tensor(seen.output)
@@ -361,35 +361,34 @@ def discover_concepts(
     batch_size: int = 32,
     show_progress: bool = False,
 ) -> DiscoveredConcepts:
-    r"""Find the concepts that a layer distinguishes, without any words, and name them if there are words.
+    r"""Discover the concepts that a layer distinguishes, and name them if ``words`` are passed.
 
-    A sample of positions of all images is read. Each channel is divided by its standard deviation, and the
-    ``n_concepts`` leading principal components are raised to equal variance: what is weak counts as much as what is
-    strong. For these z, a dictionary of ``n_concepts`` directions d of either sign, with weights w at least 0,
-    minimizes :math:`\tfrac12 \lVert z - \sum_k w_k d_k \rVert^2 + \lambda \sum_k w_k`: few concepts at a position.
-    The directions that best rebuild the activations from these weights are the concepts. Memory is ``max_rows`` rows,
-    whatever the number of images.
+    Positions are sampled from all images. Each channel is divided by its standard deviation, and the ``n_concepts``
+    leading principal components are scaled to equal variance, so weak features count as much as strong ones. For these
+    z, a dictionary of ``n_concepts`` signed directions d with nonnegative weights w minimizes
+    :math:`\tfrac12 \lVert z - \sum_k w_k d_k \rVert^2 + \lambda \sum_k w_k`, which leaves few concepts per position.
+    The concepts are the directions that best reconstruct the activations from these weights.
 
-    With ``encoder`` and ``words``, each concept is named by the word whose similarity to the images, as the encoder
-    sees them, correlates most with the concept's score over the images (at most 1,000 of them). If that correlation is
-    no higher than the highest of any word for shuffled images (95 % of 200 draws), it is called ``"unnamed"``.
+    With ``encoder`` and ``words``, each concept is named by the word whose similarity to the images, according to the
+    encoder, correlates most with the concept's score over at most 1,000 images. It is called ``"unnamed"`` if this
+    correlation does not exceed the 95th percentile, over 200 shuffles of the images, of the highest of any word.
 
     Args:
         forward_func, layer, layout, prefix_tokens: see :class:`DiscoveredConcepts`.
-        images: whatever holds images, see ``images.inputs_for``.
-        n_concepts: K.
+        images: any source of images, see ``images.inputs_for``.
+        n_concepts: number K of concepts.
         encoder: an :class:`~captum_concepts.vlm.ImageTextEncoder`; needs ``words``.
         words: the words to choose names from.
-        max_rows: positions in the sample, an equal number from each image.
-        sparsity: :math:`\lambda`, in [0, 1), in standard deviations: more of it leaves fewer concepts at a position.
-        seed: of the sample and of the factorization's start.
-        transform: from a file or PIL image to the model's input, in place of its own preprocessing.
-        encoder_transform: from the model's input to the encoder's images; None passes them as they are.
+        max_rows: number of positions to sample, the same number from each image and at least one.
+        sparsity: :math:`\lambda`, in [0, 1), in standard deviations; higher values leave fewer concepts per position.
+        seed: seed of the sample and of the factorization's initialization.
+        transform: converts a file or PIL image to the model's input, instead of the model's own preprocessing.
+        encoder_transform: converts the model's input to the encoder's; None passes it unchanged.
         batch_size: images per forward pass.
-        show_progress: show bars.
+        show_progress: show progress bars.
 
     Raises:
-        InputError: fewer positions than concepts, an encoder without words or the reverse, an option out of range.
+        InputError: there are too few positions, only one of ``encoder`` and ``words``, or an option is out of range.
         LayerError, LayoutError: the layer is unknown, does not run, or has no grid.
 
     Example:
@@ -434,8 +433,8 @@ def factorize(
 ) -> tuple[Tensor, float]:
     """``(K, C)`` unit directions of centered rows, and the fraction of their variance in the directions' span.
 
-    Alternating coordinate descent (HALS with signed directions) on equalized principal components, from rows that lie
-    far apart.
+    The method is alternating coordinate descent (HALS with signed directions) on equalized principal components,
+    initialized with rows that are far apart.
     """
     variance, axes = torch.linalg.eigh((rows.T @ rows / len(rows)).double())
     variance, axes = variance[-n_concepts:].clamp(min=0), axes[:, -n_concepts:]
@@ -447,14 +446,14 @@ def factorize(
         descend(weights, directions @ directions.T, z @ directions.T - sparsity, 2)
         gram, cross = weights.T @ weights, weights.T @ z
         for k in range(n_concepts):
-            if gram[k, k] <= 0:  # in no use: another row
+            if gram[k, k] <= 0:  # unused, so replaced by a random row
                 directions[k] = z[int(torch.randint(len(z), (), generator=generator))]
             else:
                 directions[k] += (cross[k] - gram[k] @ directions) / gram[k, k]
             directions[k] = F.normalize(directions[k], dim=0)
     descend(weights, directions @ directions.T, z @ directions.T - sparsity, 20)
     weights = (weights - weights.mean(0)).double()
-    back = directions.double() @ (axes * raised).T  # where a concept is in no use
+    back = directions.double() @ (axes * raised).T  # for unused concepts
     ridge = 1e-6 * len(rows)
     gram = weights.T @ weights + ridge * torch.eye(n_concepts, dtype=weights.dtype)
     made = F.normalize(torch.linalg.solve(gram, weights.T @ rows.double() + ridge * back), dim=1)
@@ -465,7 +464,7 @@ def factorize(
 
 
 def descend(weights: Tensor, gram: Tensor, cross: Tensor, sweeps: int) -> Tensor:
-    """``(R, K)`` weights at least 0, in place: coordinate descent on ``w gram w / 2 - cross w``, row by row.
+    """``(R, K)`` nonnegative weights after coordinate descent on ``w gram w / 2 - cross w`` per row, in place.
 
     >>> descend(torch.zeros(1, 2), torch.eye(2), torch.tensor([[2.0, -3.0]]), 1)
     tensor([[2., 0.]])
@@ -478,7 +477,7 @@ def descend(weights: Tensor, gram: Tensor, cross: Tensor, sweeps: int) -> Tensor
 
 
 def _far_apart(rows: Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """Rows of different directions: each next one is drawn in proportion to its squared distance from those before."""
+    """Indices of rows of different directions, each drawn by energy times squared cosine distance from the others."""
     unit = F.normalize(rows, dim=1)
     energy = rows.square().sum(1)
     chosen = [int(torch.multinomial(energy.float() + 1e-12, 1, generator=generator))]
@@ -494,7 +493,7 @@ def _far_apart(rows: Tensor, count: int, generator: torch.Generator) -> list[int
 def _sampled_rows(
     layers: Layers, source: Any, max_rows: int, batch_size: int, generator: torch.Generator, show_progress: bool
 ) -> Tensor:
-    """``(R, C)`` activations of positions."""
+    """``(R, C)`` activations of sampled positions."""
     from tqdm import tqdm
 
     count = len(source)
@@ -530,7 +529,7 @@ def _shown(
         images = placed(batch.images, model)
         scores.append(made._similar(images)[1].cpu())
         if encoder is not None:
-            shown = batch.images.to(images.device)  # the encoder has a dtype of its own
+            shown = batch.images.to(images.device)  # the encoder may use another dtype than the model
             shown = shown if transform is None else transform(shown)
             with evaluation_mode(find_model(encoder) or find_model(encoder.encode_image)):
                 embedded.append(encoder.encode_image(shown).detach().float().cpu())
@@ -540,7 +539,7 @@ def _shown(
 def _names(
     scores: Tensor, similarity: Tensor, words: list[str], generator: torch.Generator
 ) -> tuple[list[str], Tensor]:
-    """The word that goes with each concept, and how well; unique names."""
+    """A unique name for each concept, and its correlation with the word (NaN if unnamed)."""
     found, taught = _standardized(scores), _standardized(similarity)
     correlation = found.T @ taught
     shuffled = [found[torch.randperm(len(found), generator=generator)].T @ taught for _ in range(200)]

@@ -88,13 +88,13 @@ _ARRAYS = {
 
 @dataclass(frozen=True)
 class SimilarityRule:
-    r"""What FAM needs to know about a similarity s of embeddings f to references r.
+    r"""A similarity s of embeddings f to references r, with its derivative.
 
     Args:
-        scores: embeddings ``(N, D)`` and the bank ``(K, D)`` to ``(N, K)``.
-        slope: embeddings and one reference each, ``(N, D)``, to :math:`\partial s / \partial f`, with norms constant.
-        unit: of the scores, for people.
-        shares: ``(N, D)`` what each dimension adds to s; None: :math:`f \, \partial s / \partial f`.
+        scores: maps embeddings ``(N, D)`` and the bank ``(K, D)`` to ``(N, K)``.
+        slope: maps embeddings and one reference each, ``(N, D)``, to :math:`\partial s / \partial f` at constant norms.
+        unit: display name of the unit of the scores.
+        shares: ``(N, D)`` contribution of each dimension to s; None: :math:`f \, \partial s / \partial f`.
         free_of_length: s depends only on the direction of f.
     """
 
@@ -113,7 +113,7 @@ def _length(rows: Tensor) -> Tensor:
     return rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
-#: All similarities by name: another one is another entry.
+#: All similarities by name.
 SIMILARITIES: Mapping[str, SimilarityRule] = {
     "cosine": SimilarityRule(
         scores=lambda f, bank: _unit(f) @ _unit(bank).T,
@@ -134,7 +134,7 @@ Similarity = str | Callable[[Tensor, Tensor], Tensor]
 
 
 def _rule_of(function: Callable[[Tensor, Tensor], Tensor]) -> SimilarityRule:
-    """A user's own function of two ``(N, D)`` tensors, differentiated by autograd."""
+    """The rule of a user-defined function of two ``(N, D)`` tensors, differentiated by autograd."""
 
     def values(f: Tensor, r: Tensor) -> Tensor:
         found = function(f, r)
@@ -163,10 +163,10 @@ def _rule_of(function: Callable[[Tensor, Tensor], Tensor]) -> SimilarityRule:
 
 
 class _Rows(TorchFunctionMode):
-    """Copies every tensor with one row per example that the model computes from the layer, in order.
+    """Copies, in order, of all tensors with one row per example that the model computes from the layer.
 
-    ``eps`` is that of the coarsest numbers among all that it computes from the layer: a model in single precision may
-    round to half precision inside (autocast), and one in half precision may return single.
+    ``eps`` is that of the coarsest dtype the model computes from the layer. A single-precision model may round to half
+    precision internally (autocast), and a half-precision model may return single precision.
     """
 
     def __init__(self, examples: int) -> None:
@@ -186,7 +186,7 @@ class _Rows(TorchFunctionMode):
         return result
 
     def like(self, embedding: Tensor, output: Tensor | None = None) -> list[Tensor]:
-        """Those of the embedding's size, as ``(N, D)``; of these, those that an ``output`` was computed from."""
+        """Copies of the embedding's size, as ``(N, D)``; with ``output``, only those that it was computed from."""
         used = None if output is None else _graph(output)
         rows = []
         for value, node in self.found:
@@ -199,7 +199,7 @@ class _Rows(TorchFunctionMode):
 
 
 def _graph(output: Tensor) -> set[Any]:
-    """The operations that a tensor was computed with."""
+    """The autograd nodes that a tensor was computed with."""
     seen, open_ = set(), [output.grad_fn]
     while open_:
         node = open_.pop()
@@ -214,10 +214,10 @@ class _Pass:
     """One forward pass.
 
     Args:
-        maps: ``(N, C, h, w)`` of the layer; ``embedding`` ``(N, D)``; both in full precision, detached.
-        seen: what the embedding is differentiated with respect to.
+        maps: ``(N, C, h, w)`` of the layer; ``embedding`` is ``(N, D)``; both in full precision, detached.
+        seen: the activations that the embedding is differentiated with respect to.
         point: ``(N, D)``, differentiable; ``point * factor`` is the embedding, where ``factor`` ``(N, 1)`` is constant.
-        pooled: ``(N, 1)``: the embedding is this times the mean of the maps; None where it is not.
+        pooled: ``(N, 1)`` ratio of the embedding to the mean of the maps; None if they are not parallel.
         channelwise: ``(N,)`` bool: dimension k of the embedding depends on channel k alone.
     """
 
@@ -230,26 +230,26 @@ class _Pass:
     channelwise: Tensor
 
     def gradients(self, slope: Tensor, numbers: Sequence[int]) -> tuple[Tensor, ...]:
-        """``(N, C, h, w)`` for some of the layers: the derivative of ``(embedding * slope).sum()``."""
+        """``(N, C, h, w)`` derivatives of ``(embedding * slope).sum()`` for some of the layers."""
         seed = (slope * self.factor).to(self.point)
         seen = refinement.only(self.seen, numbers)
         return tuple(map(full_precision, seen.gradients(self.point * seed, retain_graph=True)))
 
     def gradient(self, slope: Tensor) -> Tensor:
-        """That of the explained layer."""
+        """The derivative for the explained layer."""
         return self.gradients(slope, (0,))[0]
 
 
 def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: SimilarityRule, exact: bool) -> _Pass:
-    """Run the model, and choose what its embedding is differentiated at.
+    """Run the model and choose the tensor at which the similarity is differentiated.
 
-    The cosine is a function of the direction of the embedding. So it is differentiated at the first tensor that has
-    this direction, however the model divides by the norm afterwards. Other similarities depend on the length, so
-    only a norm that the model makes constant is held.
+    The cosine depends only on the direction of the embedding, so it is differentiated at the first tensor that has
+    this direction, regardless of how the model normalizes it afterwards. Other similarities depend on the length, so
+    the norm is held constant only where the model itself makes it constant.
 
     Args:
         layers: the explained layer, and the stages of a refinement.
-        exact: differentiate at the output itself (a user's own similarity).
+        exact: differentiate at the output itself (a user-defined similarity).
     """
     check_images(inputs)
     examples = count(inputs)
@@ -265,7 +265,7 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
     at_output = _Pass(maps, embedding, seen, output, one, None, one[:, 0] < 0)
     if exact:
         return at_output
-    # Within the rounding of half precision, attention that is nearly even looks like a mean; its gradient does not.
+    # In half precision, nearly uniform attention looks like a mean, although its gradient differs.
     known = None if coarse else _mean_pool_factor(maps, embedding, tolerance, any_length=rule.free_of_length)
     if known is not None and len(layers) == 1:
         return replace(at_output, pooled=known, channelwise=one[:, 0] > 0)
@@ -291,7 +291,7 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
 
 
 def _factor(one: Tensor, other: Tensor) -> Tensor:
-    """``(N, 1)``: the multiple of ``other`` that is closest to ``one``."""
+    """``(N, 1)`` factors by which ``other`` comes closest to ``one``."""
     tiny = torch.finfo(other.dtype).tiny
     return (one * other).sum(1, keepdim=True) / other.square().sum(1, keepdim=True).clamp_min(tiny)
 
@@ -303,7 +303,7 @@ def _parallel(row: Tensor, embedding: Tensor, tolerance: float) -> bool:
 
 
 def _mean_pool_factor(maps: Tensor, embedding: Tensor, tolerance: float, *, any_length: bool) -> Tensor | None:
-    """``(N, 1)``: a with f = a z for the mean z of the maps; a is 1 or 1/|z| unless it may be ``any_length``."""
+    """``(N, 1)`` factors a with f = a z for the mean z of the maps, or None; only 1 or 1/|z| unless ``any_length``."""
     if maps.shape[1] != embedding.shape[1]:
         return None
     z = maps.mean((2, 3))
@@ -316,12 +316,12 @@ def _mean_pool_factor(maps: Tensor, embedding: Tensor, tolerance: float, *, any_
 
 
 def _length_is_constant(at_output: _Pass, held: _Pass, eps: float) -> Tensor:
-    """``(N,)`` bool: whatever the layer computes, the embedding has this length, up to the rounding of gradients."""
+    """``(N,)`` bool: whether the embedding's length is independent of the layer, up to the rounding of gradients."""
     return _influence(at_output, at_output.embedding) <= max(1e-3, 16 * eps) * _influence(held, held.embedding)
 
 
 def _hides_its_norm(run: _Pass) -> bool:
-    """Whether embeddings have length 1 and the layer moves them, but never their length."""
+    """Whether embeddings have length 1 and the layer changes their direction but not their length."""
     if bool(((run.embedding.norm(dim=1) - 1).abs() > 1e-2).any()):
         return False
     signs = torch.ones_like(run.embedding)
@@ -331,16 +331,16 @@ def _hides_its_norm(run: _Pass) -> bool:
 
 
 def _influence(run: _Pass, slope: Tensor) -> Tensor:
-    """``(N,)``: how much the layer's activations move ``(embedding * slope).sum()``."""
-    with warnings_filtered("ignore", InputWarning):  # a gradient of zero is an answer here
+    """``(N,)`` influence of the layer's activations on ``(embedding * slope).sum()``."""
+    with warnings_filtered("ignore", InputWarning):  # a gradient of zero is valid here
         return (run.gradient(slope) * run.maps).abs().sum((1, 2, 3))
 
 
 def _channelwise(run: _Pass, tolerance: float, coarse: bool) -> Tensor:
     """``(N,)`` bool: dimension k of the embedding depends on channel k alone (mean, maximum, GeM pooling).
 
-    Then, and with probability 1 only then, random weights w of the dimensions multiply the gradient at channel k by
-    :math:`w_k`. In half precision weights of 1 and 2 and their negatives, which round nothing, are drawn four times.
+    If so, and with probability 1 only if so, random weights w of the dimensions scale the gradient at channel k by
+    :math:`w_k`. In half precision, the weights are drawn four times from ±1 and ±2, which cause no rounding.
     """
     generator = torch.Generator().manual_seed(0)
     width = run.embedding.shape[1]
@@ -362,7 +362,7 @@ def embedding_of(output: Any) -> Tensor:
     """A model's output as ``(N, D)`` embeddings; trailing dimensions of size 1 are dropped.
 
     Raises:
-        InputError: it is not such a tensor.
+        InputError: the output is not such a tensor.
     """
     if isinstance(output, Tensor) and output.ndim > 2 and all(size == 1 for size in output.shape[2:]):
         output = output.flatten(1)
@@ -376,7 +376,7 @@ def embedding_of(output: Any) -> Tensor:
 
 
 def normalized(contribution: Tensor, how: str) -> Tensor:
-    """Each example's contributions, normalized; equal contributions get weight 1 by min-max, but 0 if they are 0."""
+    """Each example's normalized contributions; with min-max, equal contributions become 1, or 0 if they are 0."""
     if how == "none":
         return contribution
     if how == "l1":
@@ -390,49 +390,49 @@ def normalized(contribution: Tensor, how: str) -> Tensor:
 
 @unharming
 class FeatureActivationMap(LayerAttribution):
-    r"""Where in the image the similarity to a reference embedding comes from (FAM).
+    r"""Maps of where the similarity between an image and a reference embedding comes from (Feature Activation Map).
 
-    For few-shot, contrastive, retrieval and vision-language models, which have no classifier head. With the layer's
-    maps :math:`A_k`, the embedding :math:`f = T(A)` and a reference :math:`r`, the contribution of channel k to
-    the similarity :math:`s(f, r)` is
+    FAM explains models without a classifier head, such as few-shot, contrastive, retrieval and vision-language models.
+    With the layer's maps :math:`A_k`, the embedding :math:`f = T(A)` and a reference :math:`r`, the contribution of
+    channel k to the similarity :math:`s(f, r)` is
 
     .. math:: c_k = \sum_{ij} A_{kij} \, \frac{\partial s(f, r)}{\partial A_{kij}}
 
-    with the norms of the cosine constant, wherever and however the model divides by them. If T pools by mean, maximum
-    or GeM, this is :math:`z_k \, \partial s / \partial z_k` of the pooled z, and
-    :math:`z_k r_k / (|f| |r|)` if f is the mean z itself, which takes no backward pass. For euclidean, if dimension
-    k of f reads channel k alone, it is :math:`c_k = -(f_k - r_k)^2`. The map is :math:`M = \sum_k w_k A_k`.
+    with the norms of the cosine held constant, wherever the model divides by them. If T pools by mean, maximum or GeM,
+    this equals :math:`z_k \, \partial s / \partial z_k` of the pooled z. If f is the mean z itself, it equals
+    :math:`z_k r_k / (|f| |r|)` and needs no backward pass. For euclidean, if dimension k of f depends on channel k
+    alone, it is :math:`c_k = -(f_k - r_k)^2`. The map is :math:`M = \sum_k w_k A_k`.
 
     Args:
         forward_func: maps images to embeddings ``(N, D)``: a model, one of its methods, or any callable.
         layer: the layer to read maps from, as a module or a dotted name; usually the last with a grid.
-        references: ``(K, D)`` bank: class prototypes (see :meth:`fit`), gallery items, text embeddings.
-        reference_names: K unique names; ``target`` may then be a name. Without names they are "0", "1", ...
+        references: ``(K, D)`` bank of class prototypes (see :meth:`fit`), gallery items or text embeddings.
+        reference_names: K unique names; ``target`` may then be a name. None uses "0", "1", ...
         similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (:math:`-|f - r|^2`) or a differentiable function of
             two ``(N, D)`` tensors that returns ``(N,)``. A norm that the model itself divides by is held constant
             for the first three.
-        normalize: of the contributions of each example, ``"minmax"`` to [0, 1] (the paper's), ``"l1"``
-            (divided by the sum of absolute values, signed) or ``"none"``. With ``"minmax"`` the maps of different
-            references do not compare.
-        weights: ``"contribution"`` (the paper's: w is the normalized c), or ``"gradient"``: w is
-            :math:`\partial s / \partial z_k` alone, never normalized. For mean pooling, a linear T without
-            bias, and cosine or dot, the mean of the map over its positions then equals the similarity.
-        refine: False: the published map. True, or a list of layers: a sharper one, see below.
+        normalize: normalization of each example's contributions: ``"minmax"`` to [0, 1] (as in the paper), ``"l1"``
+            (signed, divided by the sum of absolute values) or ``"none"``. With ``"minmax"``, maps of different
+            references are not comparable.
+        weights: ``"contribution"`` (as in the paper) uses the normalized c as w, and ``"gradient"`` uses
+            :math:`\partial s / \partial z_k` without normalization. With mean pooling, a linear T without
+            bias, and cosine or dot, the mean of the gradient-weighted map over positions equals the similarity.
+        refine: False returns the published map; True, or a list of layers, returns a sharper one (see below).
         layout: ``"auto"``, ``"NCHW"``, ``"NHWC"``, ``"NLC"`` or ``"LNC"``.
-        prefix_tokens: tokens before the grid; None infers it.
-        batch_size: the most images per forward pass. Results do not depend on it beyond rounding.
+        prefix_tokens: number of tokens before the grid; None infers it.
+        batch_size: maximum number of images per forward pass. It affects results only by rounding.
 
-    Refined maps (``refine=True``). The published map weights whole channels of one layer. Here each position l of each
-    stage of the network up to the layer has its own evidence, :math:`e = \sum_k (A_k - A^0_k) \, \partial (s_r -
-    \tfrac{1}{2} \bar s) / \partial A_k`: signed, beyond what an image without content (each image's mean color) has
-    there, and less half of what speaks for the other likely references (:math:`\bar s`). The positive evidence of all
-    stages, in equal parts, then spreads along the network's feature affinity and the image's colors, as in
-    ``ConceptFusionMap(map_layer="fused")``. Maps are in [0, 1], on a grid of up to 1,024 positions; ``normalize`` and
-    ``weights`` do not matter. It costs a second forward pass, and a backward pass through the network for each
-    reference. ``docs/methods/fam.md`` compares both with maps that know no reference. A list names the stages instead.
+    The published map weights whole channels of one layer. With ``refine=True``, each position of each stage of the
+    network up to the layer has its own signed evidence, :math:`e = \sum_k (A_k - A^0_k) \, \partial (s_r -
+    \tfrac{1}{2} \bar s) / \partial A_k`. It is measured relative to an image without content (each image's mean color),
+    and half of the evidence for the other likely references (:math:`\bar s`) is subtracted. The positive evidence of
+    all stages, weighted equally, then spreads along the network's feature affinity and the image's colors, as in
+    ``ConceptFusionMap(map_layer="fused")``. Refined maps are in [0, 1], on a grid of up to 1,024 positions, and ignore
+    ``normalize`` and ``weights``. They cost a second forward pass, and one backward pass through the network per
+    reference. A list names the stages explicitly. ``docs/methods/fam.md`` compares both maps with baselines.
 
     Raises:
-        InputError: an option that does not exist, or names that do not fit the references.
+        InputError: an option does not exist, or the names do not match the references.
 
     Reference:
         Liao, Y., Gao, Y., Zhang, W. *Feature Activation Map: Visual Explanation of Deep Learning Models for Image
@@ -478,7 +478,7 @@ class FeatureActivationMap(LayerAttribution):
         self.normalize = normalize
         self.weights = weights
         self.refine = refinement.checked(refine)
-        self._stages: dict[Any, list[str]] = {}  # of a network, once they were looked for
+        self._stages: dict[Any, list[str]] = {}  # cached per network
         self.layout = layout
         self.prefix_tokens = prefix_tokens
         self.batch_size = integer("batch_size", batch_size)
@@ -511,7 +511,7 @@ class FeatureActivationMap(LayerAttribution):
 
         Args:
             inputs: images ``(N, 3, H, W)`` as ``forward_func`` takes them, or a tuple of tensors.
-            target: the reference to explain: an index or name, or one per example (1-d tensor or list).
+            target: index or name of the reference to explain, or one per example (1-d tensor or list).
                 None explains each example's most similar reference; ``torch.arange(N)`` explains pairs.
             additional_forward_args: passed to ``forward_func`` after the inputs.
             attribute_to_layer_input: read the layer's input instead of its output.
@@ -520,8 +520,8 @@ class FeatureActivationMap(LayerAttribution):
             ``(N, 1, h, w)`` in the layer's grid, fp32 (or fp64); resize it with ``LayerAttribution.interpolate``.
 
         Raises:
-            TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
-            LayerError: unknown, not reached or repeated layer, one without a grid, or one whose positions do not
+            TargetError: the target has the wrong type, length or range (also an ``AssertionError``).
+            LayerError: the layer is unknown, not reached or repeated, has no grid, or its positions do not
                 influence the embedding.
         """
         layers, rule, exact = self._layers(), self._rule(), callable(self.similarity)
@@ -554,7 +554,7 @@ class FeatureActivationMap(LayerAttribution):
 
         Args:
             inputs: images.
-            concepts: names or indices of references; None takes all.
+            concepts: names or indices of references; None selects all.
             additional_forward_args: passed to ``forward_func`` after the inputs.
         """
         return self._explain(
@@ -572,20 +572,20 @@ class FeatureActivationMap(LayerAttribution):
         contributions: bool = True,  # noqa: ARG002
         additional_forward_args: Any = None,
     ) -> ConceptExplanation:
-        """Similarities and maps: the references most similar to each image.
+        """Scores and maps of the references most similar to each image.
 
         Args:
-            inputs: images as tensors, or whatever :func:`captum_concepts.images.inputs_for` reads: a folder, paths, PIL
+            inputs: images as tensors, or anything :func:`captum_concepts.images.inputs_for` reads: a folder, paths, PIL
                 images, a data set, a loader.
             target: recorded as the explained reference; None records each image's most similar reference.
             concepts: names or indices of references to explain instead of the most similar.
-            top_k: references per image, each image's own; None takes all. Only their maps are computed.
-            rank_by: ``"scores"``; a similarity has no contributions to a class.
-            contributions: there are none; here because all methods have it.
+            top_k: number of references selected for each image; None selects all. Only their maps are computed.
+            rank_by: must be ``"scores"``, because a similarity has no contributions to a class.
+            contributions: ignored; part of the common signature of all methods.
             additional_forward_args: passed to ``forward_func`` after the inputs.
 
         Returns:
-            Scores ``(N, T)`` and maps ``(N, T, h, w)`` of the T references that any of the images selected.
+            Scores ``(N, T)`` and maps ``(N, T, h, w)`` of the T references selected for at least one image.
         """
         if rank_by != "scores":
             one_of("rank_by", rank_by, ("scores",))
@@ -618,23 +618,23 @@ class FeatureActivationMap(LayerAttribution):
         image_size: int | None = None,
         show_progress: bool = False,
     ) -> FeatureActivationMap:
-        """Take class prototypes as references: the mean embedding of each class (Snell et al., 2017).
+        """Set the references to class prototypes, the mean embedding of each class (Snell et al., 2017).
 
         Args:
-            images: whatever :func:`captum_concepts.images.open_images` reads: a tensor ``(n, 3, H, W)``, a list, a
+            images: anything :func:`captum_concepts.images.open_images` reads: a tensor ``(n, 3, H, W)``, a list, a
                 folder with one folder per class, a data set or a loader of ``(image, label)``. Float tensors are
-                passed to the model as they are.
-            labels: one per image, integers or names; None takes those of the data set or the folders.
-            transform: PIL image to tensor, for files and PIL images; None reads them at the model's own size and
-                normalizes them, if the library that the model comes from says how, else in [0, 1].
-            image_size: of files without ``transform``; None takes the model's own, else 224.
+                passed to the model unchanged.
+            labels: one per image, integers or names; None uses those of the data set or the folders.
+            transform: converts a PIL image to a tensor, for files and PIL images. None reads them at the model's input
+                size, normalized if the model's library specifies how, else in [0, 1].
+            image_size: size of files without ``transform``; None uses the model's, else 224.
             show_progress: show a progress bar.
 
         Returns:
             The same object, with ``references`` ``(K, D)`` and ``reference_names`` in sorted order of the labels.
 
         Raises:
-            InputError: labels are missing, or not one per image; an embedding is NaN (names the image).
+            InputError: labels are missing or not one per image, or an embedding is NaN (the message names the image).
         """
         model = find_model(self.forward_func)
         source = opened(images, model, labels=labels, transform=transform, image_size=image_size)
@@ -659,17 +659,18 @@ class FeatureActivationMap(LayerAttribution):
         transform: Callable[[Any], Any] | None = None,
         image_size: int | None = None,
     ) -> FeatureActivationMap:
-        """Learn from labeled images how similar an image that shows a reference's class is; explanations then have
-        ``presence``, the probability that it does. Use other images than those of :meth:`fit`.
+        """Fit the probability that an image shows a reference's class, given its score, on labeled images.
+
+        Explanations then report this probability as ``presence``. Use other images than those of :meth:`fit`.
 
         Args:
-            images: whatever :func:`captum_concepts.images.open_images` reads.
-            labels: per image a reference (name or index), a list of them, or None for no reference; or a bool table
-                ``(n, K)``.
+            images: anything :func:`captum_concepts.images.open_images` reads.
+            labels: for each image a reference (name or index), a list of them, or None for no reference; or a bool
+                tensor ``(n, K)``.
             transform, image_size: as in :meth:`fit`.
 
         Returns:
-            The same object. The calibration is saved with it.
+            The same object. :meth:`save` includes the calibration.
         """
         model = find_model(self.forward_func)
         source = opened(images, model, transform=transform, image_size=image_size)
@@ -679,11 +680,11 @@ class FeatureActivationMap(LayerAttribution):
         return self
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write references, names, options, calibration and the model's fingerprint as one file, atomically.
+        """Write references, names, options, calibration and the model's fingerprint to one file, atomically.
 
         Raises:
             NotFittedError: there are no references.
-            InputError: the similarity is a function, which is code and not data.
+            InputError: the similarity is a function, which cannot be saved.
         """
         if self.references is None:
             raise NotFittedError("there are no references to save; pass references=(K, D), or call fit(images, labels)")
@@ -707,12 +708,12 @@ class FeatureActivationMap(LayerAttribution):
     def load(
         cls, path: str | os.PathLike[str], forward_func: Callable[..., Any], layers: Layer | None = None
     ) -> FeatureActivationMap:
-        """Read what :meth:`save` wrote.
+        """Load a file that :meth:`save` wrote.
 
         Args:
             path: the file.
-            forward_func: the model that the references come from.
-            layers: the layer; None takes the name in the file.
+            forward_func: the model that computed the references.
+            layers: the layer; None uses the name in the file.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -769,7 +770,7 @@ class FeatureActivationMap(LayerAttribution):
         return full_precision(embedding_of(output))
 
     def _bank(self, embedding: Tensor) -> Tensor:
-        """The references as ``(K, D)`` on the embedding's device, checked."""
+        """The validated references ``(K, D)`` on the embedding's device."""
         references = self.references
         if references is None:
             raise NotFittedError(
@@ -795,7 +796,7 @@ class FeatureActivationMap(LayerAttribution):
     def _explain(
         self, layers: Layers, inputs: Any, concepts: Any, top_k: int | None, extra: Any
     ) -> tuple[Selection, Tensor, Tensor, Tensor]:
-        """Each image's own references, all scores ``(N, K)``, maps ``(N, k, h, w)`` of the selected ones, the best."""
+        """The selection per image, all scores ``(N, K)``, maps ``(N, k, h, w)`` of the selected, the best per image."""
         rule, names = self._rule(), self.concepts
         layers = refinement.with_stages(layers, self.refine, self._stages, as_inputs(inputs, layers.model), extra)
 
@@ -814,7 +815,7 @@ class FeatureActivationMap(LayerAttribution):
         self, layers: Layers, run: _Pass, bank: Tensor, scores: Tensor, index: Tensor, inputs: Inputs, extra: Any,
         of_input: bool,
     ) -> Tensor:  # fmt: skip
-        """``(N, J, h, w)`` of the references ``index`` ``(N, J)``."""
+        """``(N, J, h, w)`` maps of the references ``index`` ``(N, J)``."""
         if self.refine is False:
             return torch.stack([self._map(run, bank[column]) for column in index.T], 1)
         sharper = refinement.prepare(layers, run.seen, inputs, extra, of_input)
@@ -828,7 +829,7 @@ class FeatureActivationMap(LayerAttribution):
         return torch.cat(found, 1)
 
     def _map(self, run: _Pass, references: Tensor) -> Tensor:
-        """``(N, h, w)``: the map of one reference per example."""
+        """``(N, h, w)`` maps of one reference per example."""
         rule = self._rule()
         slope = rule.slope(run.embedding, references)
         if run.pooled is not None:

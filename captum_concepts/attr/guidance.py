@@ -1,4 +1,4 @@
-"""Concept examples and negatives as named sets of images, from whatever holds them."""
+"""Concept examples and negative examples as named sets of images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def named_sets(given: Any, what: str, read: Read) -> dict[str, ImageSource]:
         read: opens the images of a set.
 
     Raises:
-        InputError: nothing there, a name twice, or a type that contains no images.
+        InputError: there is no set, a name repeats, or the type is not supported.
     """
     listed = isinstance(given, (list, tuple)) and all(isinstance(item, Concept) for item in given)
     if isinstance(given, Mapping):

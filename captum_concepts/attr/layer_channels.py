@@ -1,4 +1,4 @@
-"""A layer's own channels as concepts: what they respond to, before anybody gives them a name."""
+"""A layer's channels as concepts, with or without names."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ METHOD = "LayerChannels"
 class LayerChannels:
     """The channels of a layer as a :class:`~captum_concepts.explanation.ConceptExplainer`.
 
-    A channel's score is the mean of its map over the positions. Network dissection reads single channels like this, and
-    so does the baseline of a user study: with ``visualization.most_activating`` it shows what a channel responds to.
+    A channel's score is the mean of its map over the positions, as in network dissection. It is the baseline of user
+    studies: ``visualization.most_activating`` shows what each channel responds to.
 
     Args:
         forward_func: the model, one of its methods, or any callable.
         layer: a module or a dotted name.
-        example: images as for ``forward_func``; one of them is run to count the channels.
-        labels: words for channels by number, such as CLIP-Dissect gives them; a labeled channel is called
+        example: images for ``forward_func``; one of them is run to count the channels.
+        labels: text labels by channel number, for example from CLIP-Dissect. A labeled channel is named
             ``"beak (channel 17)"``, others ``"channel 17"``.
         layout, prefix_tokens: how the layer is read, as in :class:`~captum_concepts.SpatialACV`.
         batch_size: images per forward pass.
 
     Attributes:
         concepts: the names.
-        labels: ``{name: word}``.
+        labels: ``{name: label}``.
 
     Raises:
-        LayerError, LayoutError: unknown layer, or one without a grid.
-        InputError: a label for a channel that does not exist.
+        LayerError, LayoutError: the layer is unknown or has no grid.
+        InputError: a label belongs to a channel that does not exist.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
@@ -75,11 +75,11 @@ class LayerChannels:
         self.labels = {self.concepts[k]: word for k, word in words.items()}
 
     def scores(self, inputs: Any) -> Tensor:
-        """``(N, C)``: mean of each channel over the positions."""
+        """``(N, C)`` mean of each channel over the positions."""
         return torch.cat([maps.mean((2, 3)) for maps in self._each(as_inputs(inputs, self._layers.model))])
 
     def concept_maps(self, inputs: Any, concepts: Any = None) -> Tensor:
-        """``(N, T, h, w)``: the activations; ``concepts``: names or numbers, None: all."""
+        """``(N, T, h, w)`` activations of ``concepts`` (names or indices; None selects all)."""
         columns = name_positions(concepts, self.concepts)
         return torch.cat([maps[:, columns] for maps in self._each(as_inputs(inputs, self._layers.model))])
 
@@ -93,7 +93,7 @@ class LayerChannels:
         rank_by: str = "scores",
         contributions: bool = True,  # noqa: ARG002
     ) -> ConceptExplanation:
-        """The channels that respond most, with their maps. A channel alone has no contribution."""
+        """The channels that respond most, with their maps. Channels have no contributions."""
         if rank_by == "contributions":
             raise InputError("channels have no contributions; use rank_by='scores'")
         opened = as_inputs(inputs, self._layers.model)

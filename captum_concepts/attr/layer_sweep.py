@@ -1,4 +1,4 @@
-"""The same concepts at several layers: :meth:`SpatialACV.layer_sweep` as a function."""
+"""The same concepts at several layers, with :meth:`SpatialACV.layer_sweep` as a function."""
 
 from captum_concepts.attr.spatial_acv import SpatialACV
 from captum_concepts.attr.spatial_acv.sweep import LayerSweep

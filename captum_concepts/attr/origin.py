@@ -19,10 +19,10 @@ def origin(layers: Layers) -> dict[str, str]:
 
 
 def check_origin(path: str | os.PathLike[str], make: Callable[[], Method], info: Mapping[str, Any]) -> Method:
-    """What ``make`` constructs, if it has the layer and the model that a file was saved for.
+    """The object that ``make`` constructs, if its layer and model are those that a file was saved for.
 
     Raises:
-        ArtifactError: says which of them differs.
+        ArtifactError: the layer or the model differs; the message reports which.
     """
     try:
         made = make()

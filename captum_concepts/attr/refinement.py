@@ -1,4 +1,4 @@
-"""Sharper maps: evidence beyond that of an image without content, spread within what the network sees as alike."""
+"""Refined maps: evidence relative to an image without content, spread over positions with similar features."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from captum_concepts.attr.concept_fusion import regions
 from captum_concepts.errors import InputError
 from captum_concepts.images import ImageSource
 
-#: ``True`` finds the stages of the network, a list names them, ``False`` leaves the published map.
+#: ``True`` infers the stages of the network, a list names them, ``False`` keeps the published map.
 Refine = bool | Sequence[Layer]
-CONTRAST = 0.5  # share of the others' evidence that is subtracted
+CONTRAST = 0.5  # fraction of the others' evidence that is subtracted
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """What turns evidence into refined maps, for the N images of one forward pass.
+    """Content and affinities that turn evidence into refined maps, for the N images of one forward pass.
 
     Args:
-        numbers: of the layers that are read, in the order in which they run; the explained one, number 0, is the last.
+        numbers: indices of the layers read, in execution order; the explained layer, index 0, is the last.
         content: ``(N, C_l, h_l, w_l)`` for each of them: activations minus those of the image without content.
         affinity: ``(N, P, P)``, see :func:`~captum_concepts.attr.concept_fusion.regions.feature_affinity`.
-        grid: of the refined map.
+        grid: size of the refined map.
     """
 
     numbers: tuple[int, ...]
@@ -49,7 +49,7 @@ def checked(refine: Any) -> Refine:
     """``refine`` as a bool, or as a list of layers.
 
     Raises:
-        InputError: it is neither.
+        InputError: ``refine`` is neither.
     """
     if isinstance(refine, bool):
         return refine
@@ -61,15 +61,15 @@ def checked(refine: Any) -> Refine:
 def with_stages(
     layers: Layers, refine: Refine, known: dict[Any, list[str]], inputs: Inputs | ImageSource, extra: Any
 ) -> Layers:
-    """``layers``, one, followed by the stages of the network that ``refine`` asks for, if it does.
+    """``layers`` (a single layer), followed by the stages of the network that ``refine`` asks for, if any.
 
     Args:
-        known: stages that were found before; those found now are added.
-        inputs: of all examples; the first is run where stages are to be found.
+        known: cache of the stages found earlier, updated in place.
+        inputs: all examples; the first is run if the stages must be inferred.
         extra: additional arguments of all examples.
 
     Raises:
-        InputError: the network behind ``forward_func`` is not known, so that its stages cannot be found.
+        InputError: the stages cannot be inferred, because the network that ``forward_func`` runs is unknown.
     """
     if refine is False:
         return layers
@@ -93,16 +93,16 @@ def with_stages(
 
 
 def prepare(layers: Layers, seen: SpatialActivations, inputs: Inputs, extra: Any, of_input: bool) -> Refinement:
-    """Run the images without content, and compare positions.
+    """The :class:`Refinement` of a forward pass.
 
-    Padding and position embeddings leave marks that have nothing to do with what is in the image; they are in an
-    image of one color too. So each image is run once more, painted in its own mean color, and the difference counts.
+    Padding and position embeddings affect activations independently of the image content, even for an image of one
+    color. So each image is run once more, painted in its own mean color, and the difference is used.
 
     Args:
         layers: from :func:`with_stages`.
         seen: their run on ``inputs``.
         extra: additional arguments of that run.
-        of_input: it read the layers' inputs.
+        of_input: whether that run read the layers' inputs.
     """
     numbers = tuple(seen.order[: seen.order.index(0) + 1])
     with torch.no_grad():
@@ -116,7 +116,7 @@ def prepare(layers: Layers, seen: SpatialActivations, inputs: Inputs, extra: Any
 
 
 def only(seen: SpatialActivations, numbers: Sequence[int]) -> SpatialActivations:
-    """``seen`` of some of its layers, so that only these need a gradient."""
+    """``seen`` restricted to some of its layers, so that only these need a gradient."""
     return replace(
         seen,
         raw=tuple(seen.raw[k] for k in numbers),
@@ -126,7 +126,7 @@ def only(seen: SpatialActivations, numbers: Sequence[int]) -> SpatialActivations
 
 
 def without_content(inputs: Inputs) -> Inputs:
-    """Each image painted in its own mean color; what is no image stays.
+    """Each image painted in its own mean color; other tensors are unchanged.
 
     >>> without_content(torch.tensor([[[[1.0, 3.0]]]]))
     tensor([[[[2., 2.]]]])
@@ -139,10 +139,10 @@ def without_content(inputs: Inputs) -> Inputs:
 
 
 def contrast(scores: Tensor, target: Tensor) -> Tensor:
-    """``(N, K)`` weights of the concepts' evidence: 1 for the target, and minus half for the others together.
+    """``(N, K)`` weights of the concepts' evidence: 1 for the target, and -1/2 in total for the others.
 
-    The others count by how likely they are: the softmax of their scores, in standard deviations over all concepts. So
-    what speaks for all of them alike, "there is a thing", counts half.
+    The others are weighted by the softmax of their scores, in standard deviations over all concepts. So evidence that
+    supports all concepts equally, such as the presence of any object, counts half.
 
     Args:
         scores: ``(N, K)``.
@@ -160,7 +160,7 @@ def contrast(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def names(refine: Refine, layers: Layers) -> bool | list[str]:
-    """``refine`` for a file."""
+    """``refine`` with layers as names, for saving."""
     if isinstance(refine, bool):
         return refine
     return list(Layers.resolve(layers.forward_func, refine).names)

@@ -1,4 +1,4 @@
-"""`load`: any saved explainer, by what its file says it is."""
+"""`load` for saved explainers of any method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from captum_concepts._artifacts import open_safetensors
 from captum_concepts.errors import ArtifactError, listing
 
-#: Where the class is whose ``save`` writes this format. A method that is saved is one line.
+#: The module of each class with a ``save`` method.
 KINDS = {
     "ConceptFusionMap": "captum_concepts.attr.concept_fusion_map",
     "DiscoveredConcepts": "captum_concepts.attr.discovered_concepts",
@@ -23,8 +23,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     """The class whose ``save`` wrote ``path``: a name of :data:`KINDS`, or ``"SALFCBM"`` for a folder.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ArtifactError: it is no saved explainer.
+        FileNotFoundError: the path does not exist.
+        ArtifactError: the file is not a saved explainer.
     """
     path = Path(path)
     if path.is_dir():
@@ -41,17 +41,16 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def load(path: str | os.PathLike[str], model: Any, layers: Any = None) -> Any:
-    """A saved explainer of any method, for its model.
+    """The explainer saved in ``path``, of any method, for its model.
 
     Args:
-        path: a file of ``save``, or a folder of ``SALFCBM.save_pretrained``.
-        model: what it explains: the same model as when it was saved (for a ``SALFCBM`` its backbone, or None to build
-            it by name).
-        layers: only where the saved names do not lead to the layers (modules of a plain function).
+        path: a file written by ``save``, or a folder written by ``SALFCBM.save_pretrained``.
+        model: the model that the explainer was saved for (for a ``SALFCBM`` its backbone, or None to build it by name).
+        layers: needed only if the saved names do not identify the layers (modules of a plain function).
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ArtifactError: damaged, not a saved explainer, or of another model.
+        FileNotFoundError: the path does not exist.
+        ArtifactError: the file is damaged, is not a saved explainer, or was saved for another model.
 
     Example:
         >>> import tempfile, torch

@@ -1,4 +1,4 @@
-"""Whatever holds images, as tensors: the only reader of the package, and what models want to see."""
+"""The package's image reader, which opens any source of images and preprocesses them for a model."""
 
 from captum_concepts.images.files import (
     IMAGE_FORMATS,

@@ -1,4 +1,4 @@
-"""Image files and folders: which files are images, and one image as a tensor."""
+"""Image files and folders, and the reader of one image as a tensor."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from captum_concepts._undo import warnings_filtered
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning, printable, shortened
 from captum_concepts.images.pixels import Reading, orientation, placement, turned
 
-#: Files with these endings are images when a folder is searched; a file that is named itself may have any ending.
+#: File suffixes of images when a folder is searched; a file that is passed itself may have any suffix.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif",
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-#: The formats that are read, as Pillow calls them, told by the content of a file and not by its name. Others are
-#: refused before any code of theirs runs: some start programs (EPS: Ghostscript), or belong to plug-ins.
+#: The formats that are read, in Pillow's terms, recognized by content instead of file name. Others are rejected before
+#: any of their code runs, because some start programs (EPS starts Ghostscript) or belong to plug-ins.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-#: Larger files are refused before they are decoded, because a few kilobytes can claim gigabytes of pixels.
+#: Larger images are rejected before decoding, because a few kilobytes can claim gigabytes of pixels.
 MOST_PIXELS = 100_000_000
-#: So are large images of which a byte of the file would be so many pixels: only an empty picture compresses as far.
+#: Large images with more pixels per byte of the file are rejected too, because only empty images compress as far.
 MOST_PIXELS_PER_BYTE, SMALL_PIXELS = 50_000, 10_000_000
-#: `explain` writes this file into its output folder, and such a folder is no place to look for photographs.
+#: `explain` writes this file into its output folder, which is not searched for images.
 EXPLAINED = "explanations.json"
 
 _PREVIEW = 254  # the tag NewSubfileType of TIFF
 
 
 def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The image files among ``paths``: folders are searched recursively, patterns (``"a/**/*.png"``) are expanded.
+    """The image files among ``paths``; folders are searched recursively, patterns (``"a/**/*.png"``) are expanded.
 
-    What systems leave behind is passed over in folders: hidden files and folders (``._a.jpg``,
-    ``.ipynb_checkpoints``), ``__MACOSX``, files with other endings than :data:`IMAGE_SUFFIXES`. Sorted by path.
+    Files of a folder or pattern are sorted by path. Hidden files and folders (``._a.jpg``, ``.ipynb_checkpoints``),
+    ``__MACOSX``, and files with other suffixes than :data:`IMAGE_SUFFIXES` are skipped.
 
     Raises:
-        InputError: a path does not exist, or there is no image at all.
+        InputError: a path does not exist, or there is no image.
 
     Warns:
-        InputWarning: a folder inside cannot be opened, or holds the pictures that `explain` drew; it is passed over.
+        InputWarning: a folder inside was skipped, because it cannot be opened or contains the figures of `explain`.
 
     >>> find_images("no/such/folder")
     Traceback (most recent call last):
@@ -82,7 +82,7 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 def class_folders(root: str | os.PathLike[str]) -> dict[str, list[Path]]:
-    """Images by class, for a folder that contains one folder per class; classes in sorted order.
+    """Images by class, in sorted order, of a folder that contains one folder per class.
 
     Raises:
         InputError: there are no class folders, or one contains no image.
@@ -97,9 +97,9 @@ def class_folders(root: str | os.PathLike[str]) -> dict[str, list[Path]]:
 
 
 def names_of(files: Iterable[Path], root: Path | None = None) -> list[str]:
-    """Names that tell the files apart: relative to ``root``, or the file name with as many folders as needed.
+    """Unique names of the files, relative to ``root``, or the file name with as many folders as needed.
 
-    What cannot be printed (control characters, bytes that are no UTF-8) is written as an escape.
+    Control characters and bytes that are not UTF-8 are escaped.
 
     >>> names_of([Path("x/cat/1.jpg"), Path("x/dog/1.jpg")])
     ['cat/1.jpg', 'dog/1.jpg']
@@ -117,7 +117,7 @@ def names_of(files: Iterable[Path], root: Path | None = None) -> list[str]:
 
 
 def _walk(root: Path) -> list[Path]:
-    """The images under ``root``; links to folders are followed, in circles only once."""
+    """The images under ``root``; links to folders are followed, cyclic ones only once."""
     files: list[Path] = []
     seen: set[str] = set()
     passed: list[str] = []
@@ -149,11 +149,11 @@ def _is_image(path: Path) -> bool:
 
 @contextmanager
 def opened_image(file: Any, kind: str = "an image", name: str | None = None) -> Iterator[Any]:
-    """The open PIL image of a path, a binary file or a PIL image; decode it inside the ``with``.
+    """The open PIL image of a path, a binary file or a PIL image, to be decoded inside the ``with``.
 
     Raises:
-        InputError: not an image of :data:`IMAGE_FORMATS`, broken, more than :data:`MOST_PIXELS` pixels, or many more
-            than a file of its length can show (refused before decoding).
+        InputError: the file is not an image of :data:`IMAGE_FORMATS`, is broken, or claims more than
+            :data:`MOST_PIXELS` pixels or too many for its length (checked before decoding).
 
     Warns:
         InputWarning: the file has several frames or pages; the first is read.
@@ -163,7 +163,7 @@ def opened_image(file: Any, kind: str = "an image", name: str | None = None) -> 
     name = printable(file if isinstance(file, (str, os.PathLike)) else "the image") if name is None else name
     try:
         with (
-            # The limit here is the stated one, and the rest of Pillow's remarks concern metadata.
+            # MOST_PIXELS replaces Pillow's limit, and its other warnings are about metadata.
             warnings_filtered("ignore", Image.DecompressionBombWarning),
             warnings_filtered("ignore", UserWarning, module=r"PIL\."),
         ):
@@ -174,17 +174,17 @@ def opened_image(file: Any, kind: str = "an image", name: str | None = None) -> 
                 with _open(file, kind, name) as image:
                     _check_first_page(image, kind, name)
                     yield _within_limit(image, name)
-    except (CaptumConceptsError, Warning, NameError, ImportError):  # the last two: mistakes in code, not in a file
+    except (CaptumConceptsError, Warning, NameError, ImportError):  # the last two are errors in code, not in a file
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} claims more than {MOST_PIXELS:,} pixels") from error
-    except Exception as error:  # a broken file: decoders raise whatever they stumble over, struct.error to RuntimeError
+    except Exception as error:  # decoders raise many types for broken files, from struct.error to RuntimeError
         reason = f"{type(error).__name__} {error}"[:200]
         raise InputError(f"{name} cannot be read as {kind}: {reason}") from error
 
 
 def _open(file: Any, kind: str, name: str) -> Any:
-    """Pillow's image of a file, by one of :data:`IMAGE_FORMATS`; nothing is decoded."""
+    """The undecoded PIL image of a file of one of :data:`IMAGE_FORMATS`."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(file, (str, os.PathLike)) and os.path.exists(file) and not os.path.isfile(file):  # noqa: PTH110, PTH113
@@ -200,19 +200,19 @@ def _open(file: Any, kind: str, name: str) -> Any:
 
 
 def _check_first_page(image: Any, kind: str, name: str) -> None:
-    """Whether the first page of a file is what the file is about."""
+    """Raise if the first page of a file is a preview, and warn of several pages."""
     if image.format == "TIFF" and int(image.tag_v2.get(_PREVIEW, 0)) & 1:
         raise InputError(
             f"{name} cannot be read as {kind}: its first page is a preview, as in raw files of cameras; develop it and "
             "save the result as TIFF, PNG or JPEG"
         )
-    # The other pictures of an MPO are the depth or the gains of one photograph.
+    # The other frames of an MPO are the depth or the gains of one photograph.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         warnings.warn(f"{name} has several frames or pages; the first is read", InputWarning, stacklevel=3)
 
 
 def _content(file: Any) -> str:
-    """What a file is by its first bytes. They are compared; the code that reads such files is not run."""
+    """A description of a file's content by its first bytes, without running the code that reads such files."""
     from PIL import Image
 
     if hasattr(file, "seek"):
@@ -221,7 +221,7 @@ def _content(file: Any) -> str:
     else:
         with Path(file).open("rb") as opened:
             start = opened.read(16)
-    # What Pillow itself asks before it opens a file; a text is its remark that support for the format is missing.
+    # Pillow's own test before it opens a file; it returns a string if support for the format is missing.
     found = [known for known, (_, fits) in Image.OPEN.items() if fits is not None and len(start) == 16 and fits(start)]
     damaged = [known for known in found if known in IMAGE_FORMATS]
     if damaged:
@@ -230,7 +230,7 @@ def _content(file: Any) -> str:
 
 
 def _check_format(image: Any, name: str) -> None:
-    """A PIL image that somebody else opened and nobody decoded yet: its format must be one that is read, too."""
+    """Raise if an undecoded PIL image, opened elsewhere, has a format that is not read."""
     if getattr(image, "fp", None) is not None and image.format not in (*IMAGE_FORMATS, "MPO"):
         raise InputError(
             f"{name} is an open {image.format} file that is not decoded yet, and only {', '.join(IMAGE_FORMATS)} are "
@@ -242,7 +242,7 @@ def _within_limit(image: Any, name: str) -> Any:
     pixels = image.width * image.height
     if pixels > MOST_PIXELS:
         raise InputError(f"{name} claims {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
-    # Not decoded yet (a decoded image has no parts): Pillow leaves black what no strip or tile of a TIFF describes.
+    # In an undecoded TIFF (a decoded one has no parts), Pillow leaves areas without strips or tiles black.
     if (
         image.format == "TIFF"
         and image.tile
@@ -271,7 +271,7 @@ def read_image(file: Any, reading: Reading, name: str | None = None) -> Tensor:
             made = reading.tensor_of(upright) if reading.transform is None else reading.eight_bits(upright)
         except InputError as error:
             raise InputError(f"{printable(file) if name is None else name}: {error}") from error
-    # Outside the with block, because an error of the user's own transform is not a broken file.
+    # Outside the with block, because an error of the user's transform does not mean a broken file.
     return reading.normalized(made) if reading.transform is None else reading.transformed(made)
 
 
@@ -279,14 +279,14 @@ def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None 
     """An image file as float32 in [0, 1], ``(3, H, W)``.
 
     Args:
-        path: the file, of one of :data:`~captum_concepts.images.IMAGE_FORMATS` (told by its content). Of an animation
-            or several pages, the first is read, with a warning.
+        path: the file, of one of :data:`~captum_concepts.images.IMAGE_FORMATS` (recognized by its content). The first
+            of several frames or pages is read, with a warning.
         size: ``(H, W)``, or one side for a square; None keeps the file's own size.
         options: further fields of :class:`~captum_concepts.images.Reading`, such as ``resize="squash"``,
             ``mode="L"``, ``bands=(0, 1, 2)`` or ``value_range=(0, 4095)``.
 
     Raises:
-        InputError: not an image, broken, more than :data:`MOST_PIXELS` pixels, or a value range that must be given.
+        InputError: the file is not an image, broken or larger than :data:`MOST_PIXELS`, or ``value_range`` is required.
 
     Example:
         >>> import tempfile
@@ -303,11 +303,11 @@ def load_image(path: str | os.PathLike[str], size: int | tuple[int, int] | None 
 
 
 class Photograph(NamedTuple):
-    """A whole photograph to be drawn, and the part of it that a model saw.
+    """A whole photograph for display, and the part of it that a model saw.
 
     Args:
-        picture: ``(C, h, w)`` in [0, 1], upright; padded like the model's input if that is padded.
-        seen: ``(x0, y0, x1, y1)``, the part that the model saw, in pixels of the upright photograph.
+        picture: ``(C, h, w)`` in [0, 1], upright, and padded like the model's input if that is padded.
+        seen: ``(x0, y0, x1, y1)`` of the part that the model saw, in pixels of the upright photograph.
         crop: the same in pixels of ``picture``, for ``panel(crop=)``; None if the model saw all of it.
     """
 
@@ -317,15 +317,15 @@ class Photograph(NamedTuple):
 
 
 def load_photograph(path: str | os.PathLike[str], reading: Reading, longest: int = 512) -> Photograph:
-    """The whole photograph of which a model saw what ``reading`` shows it.
+    """The whole photograph, and the part of it that a model saw through ``reading``.
 
     Args:
         path: the file.
-        reading: how the model's input was read: ``open_images(...).reading``.
-        longest: its longer side in pixels at most; smaller photographs keep their size.
+        reading: how the model's input was read, ``open_images(...).reading``.
+        longest: maximum length of its longer side in pixels; smaller photographs keep their size.
 
     Raises:
-        InputError: see :func:`load_image`; or ``reading`` has a transform, which does not say what it cuts off.
+        InputError: see :func:`load_image`; or ``reading`` has a transform, whose crop is unknown.
 
     Example:
         >>> import tempfile
@@ -352,7 +352,7 @@ def load_photograph(path: str | os.PathLike[str], reading: Reading, longest: int
         shown = replace(reading, size=size, resize="squash", crop=1.0, normalize=None)
         place = placement(height, width, reading.size or size, resize=reading.resize, crop=reading.crop)
         if reading.size is not None and reading.resize == "pad":
-            # As large as the photograph at this scale, in the shape of the input.
+            # Large enough for the photograph at this scale, with the aspect ratio of the input.
             factor = max(size[0] / place.height, size[1] / place.width)
             padded = tuple(max(round(side * factor), 1) for side in reading.size)
             shown = replace(reading, size=padded, normalize=None)

@@ -1,4 +1,4 @@
-"""Which images these are: digests of all their pixels, for caches and stores."""
+"""Digests of all pixels of images, which identify them in caches and stores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from captum_concepts.images.source import MOST_WORKERS, open_images
 
 
 def digest(image: Tensor, size: int = 16) -> bytes:
-    """``size`` bytes that depend on every pixel of ``image``, as float32 on the CPU.
+    """A digest of ``size`` bytes of every pixel of ``image``, as float32 on the CPU.
 
     >>> import torch
     >>> digest(torch.zeros(1, 2, 2)) == digest(torch.zeros(1, 2, 2)) != digest(torch.ones(1, 2, 2))
@@ -26,7 +26,7 @@ def fingerprint(source: Any, *, num_workers: int = 0, **options: Any) -> str:
     """A digest of all images of ``source``, their sizes and their order, as they are read with ``options``.
 
     Args:
-        source: whatever :func:`~captum_concepts.images.open_images` accepts. It is read once, one image at a time.
+        source: anything :func:`~captum_concepts.images.open_images` accepts; it is read once, one image at a time.
         num_workers: processes that read ahead.
         options: of ``open_images``.
 

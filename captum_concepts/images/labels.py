@@ -1,4 +1,4 @@
-"""Class labels in the forms people have them, as integers or names; whatever is ambiguous is refused."""
+"""Class labels in common forms as integers or names; ambiguous ones raise."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LABEL_KEYS = ("label", "labels", "target", "targets", "y", "cls", "class")
 
 
 def label_of(value: Any, what: str = "the label") -> Label:
-    """One label: an integer or a name, a 0-d or one-element tensor, or a one-hot vector (its position).
+    """The integer or name of one label, which may be a 0-d or one-element tensor, or a one-hot vector (its index).
 
     Raises:
-        InputError: NaN, a fraction, a vector that is not one-hot, something else.
+        InputError: the label is NaN, a fraction, a vector that is not one-hot, or something else.
 
     >>> label_of(torch.tensor(3)), label_of([0, 0, 1]), label_of("cat")
     (3, 2, 'cat')
@@ -64,15 +64,15 @@ def label_of(value: Any, what: str = "the label") -> Label:
 
 
 def checked_labels(labels: Any, count: int | None = None) -> list[int] | list[str]:
-    """One label per image as a list of integers or a list of names.
+    """One label per image, as a list of integers or a list of names.
 
     Args:
-        labels: a list of numbers, names, 0-d tensors or one-hot vectors; a tensor or array ``(N,)``, ``(N, 1)`` or
+        labels: a list of numbers, names, 0-d tensors or one-hot vectors, or a tensor or array ``(N,)``, ``(N, 1)`` or
             one-hot ``(N, K)``.
-        count: how many there must be.
+        count: required number of labels.
 
     Raises:
-        InputError: another number, NaN, multi-hot rows, or names and numbers mixed.
+        InputError: the number differs, labels are NaN or multi-hot, or names and numbers are mixed.
 
     >>> checked_labels([torch.tensor(0), torch.tensor(4)])
     [0, 4]
@@ -99,10 +99,10 @@ def checked_labels(labels: Any, count: int | None = None) -> list[int] | list[st
 
 
 def class_name(label: Label, names: Sequence[str]) -> str:
-    """The name that an integer label stands for; a name is itself.
+    """The class name of an integer label; a name is returned unchanged.
 
     Raises:
-        InputError: the number of no class.
+        InputError: there is no class with that index.
 
     >>> class_name(1, ["cat", "dog"])
     'dog'
@@ -115,10 +115,10 @@ def class_name(label: Label, names: Sequence[str]) -> str:
 
 
 def known_labels(dataset: Any) -> Sequence[Any] | None:
-    """The labels that a data set is known to yield, without reading its images; None: read the items.
+    """The labels that a data set is known to yield, without reading its images; None if the items must be read.
 
-    Lists such as ``.targets`` are believed only of classes whose ``__getitem__`` is known to return them: a data set
-    that relabels in its own ``__getitem__`` may still carry the old list.
+    Lists such as ``.targets`` are used only for classes whose ``__getitem__`` is known to return them, because a data
+    set that relabels in its own ``__getitem__`` may still have the old list.
     """
     get = getattr(type(dataset), "__getitem__", None)
     home = getattr(get, "__module__", "").split(".")[0]
@@ -146,7 +146,7 @@ def known_labels(dataset: Any) -> Sequence[Any] | None:
 
 
 def known_classes(dataset: Any) -> list[str] | None:
-    """The names of a data set's classes, if it carries them: ``classes``, or the features of Hugging Face."""
+    """The class names of a data set, from ``classes`` or the features of Hugging Face, or None."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     if isinstance(dataset, ConcatDataset):

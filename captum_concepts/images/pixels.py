@@ -1,4 +1,4 @@
-"""From stored pixels to ``(C, H, W)`` in [0, 1]: modes, depths, transparency, bands and the one resizing."""
+"""Stored pixels as ``(C, H, W)`` in [0, 1], with modes, depths, transparency, bands and resizing."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 @dataclass(frozen=True)
 class Reading:
-    r"""How images are read: the options of :func:`~captum_concepts.images.open_images` and ``load_image``.
+    r"""The options by which :func:`~captum_concepts.images.open_images` and ``load_image`` read images.
 
     Args:
         size: ``(H, W)`` in pixels, or one side for a square; None keeps each image's own size.
-        mode: ``"RGB"``: three channels, gray is repeated; ``"L"``: one channel, the luma of ITU-R 601;
-            ``"any"``: tensors keep the channels they have, files are read as RGB.
-        resize: with ``size``, ``"crop"`` scales the image until it covers ``size`` and cuts out the center;
+        mode: ``"RGB"`` is three channels (gray is repeated), ``"L"`` one channel (the luma of ITU-R 601); with
+            ``"any"``, tensors keep their channels and files are read as RGB.
+        resize: with ``size``, ``"crop"`` scales the image until it covers ``size`` and crops the center;
             ``"squash"`` changes its aspect ratio; ``"pad"`` shows all of it, on ``background``.
         interpolation: ``"bicubic"`` (default), ``"bilinear"``, ``"lanczos"``, ``"box"`` or ``"nearest"``; always
             antialiased. Files and tensors are resized by the same code (Pillow's).
-        crop: unless padded, the fraction of the side to keep: 224 / 256 cuts as torchvision's "resize to 256,
-            crop 224" does.
-        background: gray value in [0, 1] under transparent pixels and beside padded images; 1 is white.
-        bands: indices of the stored channels to take, as they are stored: ``(0, 1, 2)`` of a 4-band file. None
-            composes transparency over ``background``, and refuses tensors with more channels than ``mode`` has.
+        crop: unless padded, the fraction of the side to keep; 224 / 256 matches torchvision's "resize to 256,
+            crop 224".
+        background: gray value in [0, 1] under transparent pixels and around padded images; 1 is white.
+        bands: indices of the stored channels to read unchanged, such as ``(0, 1, 2)`` of a 4-band file. None
+            composes transparency over ``background``, and rejects tensors with more channels than ``mode`` has.
         value_range: pixel values that become 0 and 1. None: 8 bits 0 to 255; 16 bits 0 to 65535; 32-bit integers
             0 to 65535 if all values are, else 0 to :math:`2^{31}-1`; floats 0 to 1 if all are, else as integers.
-            A 32-bit image whose maximum is at most 255 is read as 8 bits, with a warning. Negative values are
-            refused, because nothing tells which of them is black.
-        transform: replaces all of the above: a function of the upright 8-bit PIL image (of tensors: the tensor) that
+            A 32-bit image whose maximum is at most 255 is read as 8 bits, with a warning. Negative values raise,
+            because it is unknown which of them is black.
+        transform: replaces all of the above by a function of the upright 8-bit PIL image (or of the tensor) that
             returns a tensor ``(C, H, W)``.
         normalize: a function of images in [0, 1], such as a model's :class:`Preprocessing`, applied last. Float
-            tensors are then taken to be what the model wants to see already, and stay as they are.
+            tensors are then assumed to be preprocessed, and stay unchanged.
 
     Raises:
-        InputError: an option out of range.
+        InputError: an option is out of range.
     """
 
     size: Any = None
@@ -96,7 +96,7 @@ class Reading:
         """A PIL image as ``(C, H, W)``, resized."""
         if self.bands is not None or image.mode in ("F", "I") or image.mode.startswith("I;"):
             planes = self._channels(self._resized(torch.from_numpy(self._stored(image))))
-            gray = self.mode == "any" and self.bands is None and len(planes) == 1  # as a file of 8 bits
+            gray = self.mode == "any" and self.bands is None and len(planes) == 1  # as for files of 8 bits
             return planes.expand(3, -1, -1) if gray else planes
         image = self.eight_bits(image)
         if self.size is not None:
@@ -106,7 +106,7 @@ class Reading:
         return torch.empty(pixels.shape).copy_(pixels).div_(255)  # one copy: a photograph may have 100 million pixels
 
     def eight_bits(self, image: Any) -> Any:
-        """A PIL image as RGB (or L) of 8 bits, transparency composed over the background."""
+        """A PIL image as 8-bit RGB (or L), with transparency composed over the background."""
         from PIL import Image
 
         if image.mode in ("F", "I") or image.mode.startswith("I;"):
@@ -118,7 +118,7 @@ class Reading:
         return image.convert("L" if self.mode == "L" else "RGB")
 
     def _stored(self, image: Any) -> NDArray[np.float32]:
-        """``(C, H, W)`` in [0, 1]: the channels as they are stored."""
+        """``(C, H, W)`` stored channels in [0, 1]."""
         if image.mode in ("1", "P"):
             image = image.convert("L" if image.mode == "1" else "RGB")
         pixels = np.asarray(image)
@@ -131,12 +131,12 @@ class Reading:
         return np.clip(scaled, 0, 1).astype(np.float32)
 
     def fit(self, image: Any, interpolation: str | None = None, fill: Any = None) -> Any:
-        """A PIL image of any mode at ``size``: the one resizing of the package.
+        """A PIL image of any mode, resized to ``size``.
 
         Args:
             image: the image.
-            interpolation: in place of the field of that name, as label images need "nearest".
-            fill: the pixel value beside a padded image; None takes the background.
+            interpolation: replaces the field of that name, as label images need "nearest".
+            fill: pixel value around a padded image; None uses the background.
         """
         from PIL import Image
 
@@ -159,7 +159,7 @@ class Reading:
     # ------------------------------------------------------------------------------------------------------ tensors
 
     def from_tensor(self, images: Tensor) -> Tensor:
-        """Float images ``(C, H, W)`` or ``(N, C, H, W)`` of a tensor: uint8 / 255, bands, channels, resized."""
+        """Float images ``(C, H, W)`` or ``(N, C, H, W)`` from a tensor, scaled, with ``bands``, ``mode`` and size."""
         self.check_pixels(images)
         if self.normalize is not None and images.is_floating_point():
             return self._channels(self._chosen(images).detach())
@@ -170,21 +170,21 @@ class Reading:
         return self.normalized(self._channels(self._resized(self._scaled(self._chosen(images).detach()))))
 
     def check_pixels(self, images: Tensor) -> None:
-        """Refuse tensors without pixels or values, and sparse ones."""
+        """Raise for tensors without pixels or values, and for sparse ones."""
         if images.layout != torch.strided or images.is_meta or 0 in images.shape[-3:]:
             what = "no values" if images.is_meta else "no pixels"
             what = what if images.layout == torch.strided else f"the layout {images.layout}"
             raise InputError(f"images of shape {tuple(images.shape)} have {what}; pass dense tensors (N, C, H, W)")
 
     def _chosen(self, images: Tensor) -> Tensor:
-        """The chosen bands, or all if the mode allows as many."""
+        """The chosen bands, or all if ``mode`` allows their number."""
         if self.bands is None:
             self._check_channels(images)
             return images
         return images[..., list(_within(self.bands, images.shape[-3], "tensor")), :, :]
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the model wants to see them."""
+        """Images in [0, 1], normalized for the model."""
         return images if self.normalize is None else self.normalize(images)
 
     def _scaled(self, images: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class Reading:
         return out.reshape(*images.shape[:-2], *self.size).to(images.device, images.dtype)
 
     def transformed(self, image: Any) -> Tensor:
-        """What the user's transform makes of an image."""
+        """The tensor that the user's transform returns for an image."""
         assert self.transform is not None
         made = self.transform(image)
         if not isinstance(made, Tensor) or made.ndim != 3 or not made.is_floating_point():
@@ -258,20 +258,20 @@ class Reading:
 
 
 def orientation(image: Any) -> int:
-    """The EXIF orientation of a PIL image, 1 (upright) to 8; 1 where its metadata are damaged or say nothing.
+    """The EXIF orientation of a PIL image, 1 (upright) to 8; 1 if its metadata are damaged or missing.
 
-    The image is decoded first, because Pillow turns TIFF files then.
+    The image is decoded first, because Pillow rotates TIFF files then.
     """
     image.load()
     try:
         found = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged metadata end in any of a dozen types; the pixels are whole, and shown as stored
+    except Exception:  # damaged metadata raise many types; the pixels are intact, and shown as stored
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def turned(image: Any, orientation: int) -> Any:
-    """A PIL image as its EXIF orientation wants it shown."""
+    """A PIL image with an EXIF orientation applied."""
     from PIL import Image
 
     turn = Image.Transpose
@@ -281,7 +281,7 @@ def turned(image: Any, orientation: int) -> Any:
 
 
 class Placement(NamedTuple):
-    """Which part of an image ``(left, top, right, bottom)``, in its own pixels, is shown at ``height x width``."""
+    """The part of an image ``(left, top, right, bottom)``, in its own pixels, that is shown at ``height x width``."""
 
     left: float
     top: float
@@ -292,7 +292,7 @@ class Placement(NamedTuple):
 
 
 def placement(height: int, width: int, size: Size, *, resize: str = "crop", crop: float = 1.0) -> Placement:
-    """Where the pixels of an image of ``height x width`` go when it is read at ``size``.
+    """The :class:`Placement` of an image of ``height x width`` when it is read at ``size``.
 
     >>> placement(300, 400, (224, 224))
     Placement(left=50.0, top=0.0, right=350.0, bottom=300.0, height=224, width=224)
@@ -360,7 +360,7 @@ def _checked_range(value_range: Any) -> tuple[float, float] | None:
 
 
 def _range(pixels: NDArray[Any], sixteen: bool) -> tuple[float, float]:
-    """Which values mean 0 and 1; see :class:`Reading`."""
+    """The pixel values that become 0 and 1; see :class:`Reading`."""
     if pixels.dtype == np.uint8:
         return 0, 255
     if sixteen:

@@ -1,4 +1,4 @@
-"""The preprocessing a model was trained with, from the metadata of the library it comes from."""
+"""The preprocessing a model was trained with, from the metadata of its library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SIZE = either(
 )
 _VALUES = nothing_or(either(list_of(number(-1e6, 1e6), least=1, most=1024), number(-1e6, 1e6)))
 _DEVIATION = nothing_or(either(list_of(number(1e-6, 1e6), least=1, most=1024), number(1e-6, 1e6)))
-#: What is used of an image processor's file.
+#: The fields that are used of an image processor's file.
 _PROCESSOR = table(
     {},
     {
@@ -43,17 +43,17 @@ _PROCESSOR = table(
 
 @dataclass(frozen=True)
 class Preprocessing:
-    r"""What a model wants to see: images of ``size`` whose channels are ``(image - mean) / std``.
+    r"""A model's input format: images of ``size`` whose channels are ``(image - mean) / std``.
 
-    Calling it normalizes images in [0, 1]; ``open_images(source, preprocessing=p)`` reads them in its size.
+    Calling it normalizes images in [0, 1]; ``open_images(source, preprocessing=p)`` reads them at its size.
 
     Args:
-        size: ``(H, W)``, or None if any size fits.
+        size: ``(H, W)``, or None for any size.
         mean, std: per channel, or one value for all.
         interpolation: see :class:`~captum_concepts.images.Reading`.
         crop: fraction of the covering side that is kept.
         resize: ``"crop"``, ``"squash"`` or ``"pad"``.
-        source: where this was found, in words.
+        source: description of where it was found.
 
     Example:
         >>> import torch
@@ -77,11 +77,11 @@ class Preprocessing:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """The options of ``Reading`` that give images this size: size, resize, interpolation and crop."""
+        """The options of ``Reading`` for images of this size (size, resize, interpolation and crop)."""
         return {name: getattr(self, name) for name in ("size", "resize", "interpolation", "crop")}
 
     def undo(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] from normalized ones, for pictures."""
+        """Images in [0, 1] from normalized ones, for figures."""
         mean, std = self._moments(images)
         return images * std + mean
 
@@ -100,9 +100,9 @@ class Preprocessing:
 
 
 def input_channels(model: Any) -> int | None:
-    """How many channels a model's images have: those that its first image convolution takes; None if it has none.
+    """The number of channels of a model's images, from its first image convolution; None if it has none.
 
-    12, 48 or 192 are taken for three channels of blocks of 2, 4 or 8 pixels (space to depth).
+    12, 48 and 192 are read as three channels of blocks of 2, 4 or 8 pixels (space to depth).
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     found = next((m.in_channels for m in modules if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
@@ -110,7 +110,7 @@ def input_channels(model: Any) -> int | None:
 
 
 def preprocessing_of(model: Any) -> Preprocessing | None:
-    """The preprocessing that a model, or what describes one, was trained with; None if nothing says so.
+    """The preprocessing that a model was trained with, from the model or a description; None if unknown.
 
     Args:
         model: a timm model; a torchvision model, weights (``ResNet50_Weights.DEFAULT``) or ``weights.transforms()``;
@@ -118,11 +118,11 @@ def preprocessing_of(model: Any) -> Preprocessing | None:
             processor or its configuration as a dict; the name of a model, ``"resnet50"`` or
             ``"timm/resnet50"`` (torchvision's, if both have one). Nothing is downloaded.
 
-    A torchvision model does not carry the name of its weights: it is recognized by its architecture, and the default
-    weights of that architecture are assumed. ``source`` of the result says what was used.
+    A torchvision model does not store the name of its weights. It is recognized by its architecture, and the default
+    weights of that architecture are assumed. ``source`` of the result reports what was used.
 
     Raises:
-        InputError: an unknown name.
+        InputError: the name is unknown.
 
     Example:
         >>> print(preprocessing_of("efficientnet_b1"))  # doctest: +NORMALIZE_WHITESPACE
@@ -170,7 +170,7 @@ def _of_name(name: str) -> Preprocessing:
 
 
 def _of_transforms(transforms: Any, source: str) -> Preprocessing:
-    """torchvision's presets; those for detection only convert to floats."""
+    """The preprocessing of torchvision's presets, of which those for detection only convert to floats."""
     crop, resize = (_side(getattr(transforms, name, None)) for name in ("crop_size", "resize_size"))
     size = crop or resize
     return Preprocessing(
@@ -190,7 +190,7 @@ def _side(value: Any) -> int | None:
 
 
 def _of_torchvision(model: nn.Module) -> Preprocessing | None:
-    """By the number of parameters, which is unique to each architecture, whatever its number of classes."""
+    """The preprocessing by the number of parameters, unique to each architecture for any number of classes."""
     if not type(model).__module__.startswith("torchvision.models"):
         return None
     import torchvision
@@ -256,7 +256,7 @@ def _of_open_clip(model: nn.Module) -> Preprocessing | None:
 
 
 def _of_hugging_face(model: nn.Module) -> Preprocessing | None:
-    """From the image processor's file beside the weights, in a folder or the local cache."""
+    """The preprocessing in the image processor's file next to the weights, in a folder or the local cache."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not isinstance(name, str) or not name:
         return None
@@ -267,7 +267,7 @@ def _of_hugging_face(model: nn.Module) -> Preprocessing | None:
 
         try:
             path = try_to_load_from_cache(name, _FILE)
-        except HFValidationError:  # a path that is not there
+        except HFValidationError:  # a path that does not exist
             return None
     if not isinstance(path, (str, os.PathLike)):
         return None
@@ -276,7 +276,7 @@ def _of_hugging_face(model: nn.Module) -> Preprocessing | None:
 
 
 def _of_processor(config: Mapping[str, Any], source: str) -> Preprocessing:
-    """An image processor's configuration of Hugging Face transformers."""
+    """The preprocessing in an image processor's configuration of Hugging Face transformers."""
     size, interpolation = config.get("size"), _RESAMPLE.get(config.get("resample", 3), "bicubic")
     sides, short = _sides(size)
     crop_sides = _sides(config.get("crop_size"))[0] if config.get("do_center_crop", False) else None
@@ -307,7 +307,7 @@ def _three(values: Any) -> tuple[float, ...]:
 
 
 def _sides(size: Any) -> tuple[tuple[int, int] | None, bool]:
-    """(height, width), and whether it is the shorter side that was given."""
+    """(height, width), and whether only the shorter side was specified."""
     if isinstance(size, int):
         return (size, size), True
     if isinstance(size, Mapping):
@@ -321,7 +321,7 @@ def _sides(size: Any) -> tuple[tuple[int, int] | None, bool]:
 
 
 def _for_channels(found: Preprocessing, model: nn.Module) -> Preprocessing:
-    """Mean and deviation for a model that takes another number of channels than its pretrained version."""
+    """``found`` with averaged mean and deviation if the model has another number of channels."""
     channels = input_channels(model) or len(found.mean)
     if channels == len(found.mean) or len(found.mean) == 1:
         return found

@@ -1,4 +1,4 @@
-"""Whatever holds images, as a sequence of tensors with names and labels, and as batches."""
+"""Images from any source, as a sequence of tensors with names and labels, and as batches."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from captum_concepts.images.labels import LABEL_KEYS, checked_labels, known_clas
 from captum_concepts.images.pixels import Reading
 from captum_concepts.images.preprocessing import Preprocessing, input_channels, preprocessing_of
 
-#: Each worker is a process with pipes of its own; more of them end in "too many open files".
+#: Each worker is a process with its own pipes; more of them end in "too many open files".
 MOST_WORKERS = 256
 IMAGE_KEYS = ("image", "images", "pixel_values", "img", "inputs", "jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some images: ``images`` float ``(B, C, H, W)``, their ``labels`` (None without), ``names`` and ``indices``."""
+    """A batch of float ``images`` ``(B, C, H, W)`` with ``labels`` (None without), ``names`` and ``indices``."""
 
     images: Tensor
     labels: list[int] | list[str] | None
@@ -43,7 +43,7 @@ class Batch:
 
 
 class _NoLength(InputError, TypeError):
-    """``len`` of a stream: Python's own functions that only ask for a hint expect a TypeError."""
+    """The error of ``len`` of a stream, a TypeError because Python's length hints expect one."""
 
 
 class _Item(NamedTuple):
@@ -52,15 +52,15 @@ class _Item(NamedTuple):
 
 
 class ImageSource(Dataset[Tensor]):
-    """Images in a fixed order, read when asked for; made by :func:`open_images`.
+    """A lazily read sequence of images in a fixed order, created by :func:`open_images`.
 
-    ``len(source)`` images; ``source[i]`` is a float tensor ``(C, H, W)``. Iterating reads one after another, and
-    :func:`batches` reads several at a time. A source of a stream (an ``IterableDataset`` or a generator) has no length
-    and no numbers, but can be iterated.
+    It contains ``len(source)`` images, and ``source[i]`` is a float tensor ``(C, H, W)``. Iterating reads one after
+    another, and :func:`batches` reads several at a time. A stream (an ``IterableDataset`` or a generator) has no length
+    and no indices, but can be iterated.
 
     Attributes:
         reading: the options by which images are read.
-        class_names: names of the classes that integer labels stand for, or None.
+        class_names: class names of integer labels, or None.
         streamed: True for a stream.
     """
 
@@ -85,9 +85,9 @@ class ImageSource(Dataset[Tensor]):
         self._names = names
         self._given = None if labels is False else labels  # of the items in the order of index
         self._with_labels = labels is not False
-        self._seen: dict[int, Any] = {}  # labels that items brought
+        self._seen: dict[int, Any] = {}  # labels found in items
         self._broken: dict[int, str] = {}  # position among all items -> reason
-        self._kept: list[int] | None = None  # positions of the readable ones, once all were looked at
+        self._kept: list[int] | None = None  # positions of the readable ones, once all were read
 
     # ------------------------------------------------------------------------------------------------------ sequence
 
@@ -120,8 +120,8 @@ class ImageSource(Dataset[Tensor]):
     def labels(self) -> list[int] | list[str] | None:
         """One label per image, or None if there are none.
 
-        Taken from ``labels=``, from class folders, or from the items: unless the data set is known to yield what it
-        lists, all items are read for it, once.
+        Labels come from ``labels=``, from class folders, or from the items. All items are read once for their labels,
+        unless the data set is known to yield the labels that it lists.
         """
         if not self._with_labels or (self._index is None and self._given is None):
             return None
@@ -143,7 +143,7 @@ class ImageSource(Dataset[Tensor]):
 
     @property
     def names(self) -> list[str]:
-        """One name per image: its path as far as it tells the images apart, else "image 0" and so on."""
+        """One name per image, the end of its path that makes it unique, else "image 0" and so on."""
         if self._index is None:
             raise InputError("these images come from a stream; their names are those of the batches")
         return [self._name(i) for i in self._positions()]
@@ -157,12 +157,12 @@ class ImageSource(Dataset[Tensor]):
 
     @property
     def preprocessing(self) -> Preprocessing | None:
-        """What the images were normalized by, if they were."""
+        """The preprocessing that normalized the images, or None."""
         return self.reading.normalize if isinstance(self.reading.normalize, Preprocessing) else None
 
     @property
     def skipped(self) -> list[dict[str, str]]:
-        """What ``skip_broken`` left out so far, as ``{"image": path or name, "reason": ...}``."""
+        """The images that ``skip_broken`` left out so far, as ``{"image": path or name, "reason": ...}``."""
         files = self._data if isinstance(self._data, _Files) and self._index is not None else None
         return [
             {"image": self._name(i) if files is None or self._index is None else printable(files[self._index[i]]),
@@ -189,7 +189,7 @@ class ImageSource(Dataset[Tensor]):
         )
 
     def _labelled(self, labels: Any) -> ImageSource:
-        """The same images with other labels, or (False) none."""
+        """The same images with other labels, or without labels (False)."""
         made = copy(self)
         made._with_labels, made._seen = labels is not False, {}
         if labels is False:
@@ -219,14 +219,14 @@ class ImageSource(Dataset[Tensor]):
         return self._kept
 
     def _read(self, position: int) -> tuple[Tensor, Any]:
-        """The image at a position among all items, and the label that its item brings."""
+        """The image at a position among all items, and the label of its item."""
         assert self._index is not None
         item = self._data[self._index[position]]
         if self._collate is not None:
             item = self._collate([item])
         name = self._name(position)
         image, label = split_item(item, name)
-        many = isinstance(image, (list, tuple)) and len(image) == 1  # of a collate_fn that keeps lists
+        many = isinstance(image, (list, tuple)) and len(image) == 1  # from a collate_fn that keeps lists
         tensor = to_tensor(image[0] if many else image, self.reading, name)
         if many or tensor.ndim == 4:
             if tensor.ndim == 4 and len(tensor) != 1:
@@ -298,7 +298,7 @@ class _Files(list[Path]):
 
 
 class _Reader(Dataset[Any]):
-    """Reads one image by position, in a worker process too; a broken one becomes ``(None, reason)``."""
+    """A reader of single images by position, for worker processes too; a broken one becomes ``(None, reason)``."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
@@ -327,31 +327,30 @@ def open_images(
     preprocessing: Preprocessing | None = None,
     **options: Any,
 ) -> ImageSource:
-    """Images from whatever holds them, as one sequence of float tensors ``(C, H, W)`` in [0, 1].
+    """Images from any source, as one sequence of float tensors ``(C, H, W)`` in [0, 1].
 
     Args:
         source: a tensor or array ``(N, C, H, W)``; a list of tensors, PIL images, arrays or paths; one path, a folder
             or a pattern such as ``"photos/*.jpg"``; a ``Dataset``, ``IterableDataset`` or ``DataLoader``, also of
-            Hugging Face; one PIL image; ``(images, labels)``; a dict that holds a batch. Items may be images,
-            tuples that begin with one and go on with its label, or dicts with ``image``, ``images``, ``pixel_values``,
-            ``img`` or ``inputs`` and perhaps ``label``. An ``ImageSource`` may get other labels,
-            and is else returned unchanged.
+            Hugging Face; one PIL image; ``(images, labels)``; a dict that contains a batch. Items may be images, tuples
+            of an image and its label, or dicts with ``image``, ``images``, ``pixel_values``, ``img`` or ``inputs`` and
+            optionally ``label``. An ``ImageSource`` is returned unchanged, or with other labels.
         size, mode, transform, resize, bands: see :class:`~captum_concepts.images.Reading`; tensors in another range
-            than [0, 1] (normalized ones) stay as they are.
-        labels: one per image, in the order of ``source``; None takes those of class folders or items; False ignores
+            than [0, 1] (normalized ones) are unchanged.
+        labels: one per image, in the order of ``source``; None uses those of class folders or items; False ignores
             them.
         skip_broken: leave out images that cannot be read, and list them in ``.skipped``; otherwise the first raises.
-        preprocessing: takes size, interpolation, resize and crop from a model's
-            :class:`~captum_concepts.images.Preprocessing`. Images are not normalized: call it with a batch for that.
+        preprocessing: a model's :class:`~captum_concepts.images.Preprocessing`, whose size, interpolation, resize and
+            crop are used. Images are not normalized; call it with a batch for that.
         options: further fields of ``Reading``: ``interpolation``, ``crop``, ``background``, ``value_range``,
             ``normalize``.
 
     A ``DataLoader`` is read through its data set and ``collate_fn``, one item at a time and in the data set's order,
-    so that shuffling, ``drop_last`` and workers change nothing; a sampler of its own decides which images and in which
-    order. Random augmentation in the data set stays random.
+    so shuffling, ``drop_last`` and workers have no effect, but a custom sampler determines the images and their order.
+    Random augmentation in the data set stays random.
 
     Raises:
-        InputError: no images, labels that do not fit, labels beside a loader that draws images in another order.
+        InputError: there are no images, or labels do not match the images or the order in which a loader draws them.
 
     Example:
         >>> import torch
@@ -397,24 +396,24 @@ def inputs_for(
     transform: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> ImageSource:
-    """What ``model`` wants to see, from whatever holds images.
+    """Images from any source, preprocessed for ``model``.
 
-    Files, PIL images, arrays and integer tensors are read in the model's own size and normalized, if the library it
-    comes from says how (:func:`preprocessing_of`), else read in [0, 1] at ``size``. Float tensors are taken to be
-    prepared already and stay as they are. ``.preprocessing`` of the result says what was done.
+    Files, PIL images, arrays and integer tensors are read at the model's input size and normalized if the model's
+    library specifies how (:func:`preprocessing_of`), else read in [0, 1] at ``size``. Float tensors are assumed to be
+    preprocessed and stay unchanged. ``.preprocessing`` of the result reports what was done.
 
     Args:
         model: a module, a :class:`Preprocessing`, or anything that ``preprocessing_of`` accepts.
         source: see :func:`open_images`. An ``ImageSource`` is returned unchanged.
-        size: ``(H, W)``, or one side, in place of the model's; 224 where nothing tells it.
-        transform: prepares files, PIL images and integer tensors instead.
-        options: further ones of :func:`open_images`, such as ``labels`` or ``skip_broken``.
+        size: ``(H, W)``, or one side, instead of the model's; 224 if both are unknown.
+        transform: preprocesses files, PIL images and integer tensors instead.
+        options: further options of :func:`open_images`, such as ``labels`` or ``skip_broken``.
 
     Raises:
         InputError: see :func:`open_images`.
 
     Warns:
-        InputWarning: images are read though neither the model nor ``size`` says how.
+        InputWarning: images are read, but neither the model nor ``size`` or ``transform`` specifies how.
 
     Example:
         >>> import torch
@@ -446,7 +445,7 @@ def inputs_for(
 
 
 def _is_read(source: Any) -> bool:
-    """Do images have to be read: is it a path, a PIL image, pixels as integers, or some of these?"""
+    """Whether images have to be read, from paths, PIL images, integer pixels, or a list of these."""
     if isinstance(source, (list, tuple)):
         return any(_is_read(one) for one in source[:1])
     if isinstance(source, Tensor):
@@ -460,7 +459,7 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
         return _open_path(source, reading, own)
     if isinstance(source, DataLoader):
         return _open_loader(source, reading, labels, own)
-    if isinstance(source, np.ndarray) and source.dtype.kind in "OUS":  # of paths or images, as tables have them
+    if isinstance(source, np.ndarray) and source.dtype.kind in "OUS":  # of paths or images, as in tables
         source = source.tolist()
     if isinstance(source, (Tensor, np.ndarray)):
         if source.ndim == 3:
@@ -470,7 +469,7 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
         if isinstance(source, Tensor):
             reading.check_pixels(source)
         if isinstance(source, Tensor) and reading.transform is None:
-            reading.from_tensor(source[:1])  # refuses channels and dtypes at once
+            reading.from_tensor(source[:1])  # raises early for wrong channels and dtypes
         return ImageSource(source, reading, index=range(len(source)), **own)
     if _is_pil(source) or callable(getattr(source, "read", None)):
         return ImageSource([source], reading, index=range(1), **own)
@@ -505,7 +504,7 @@ def _open_path(source: str | os.PathLike[str], reading: Reading, own: dict[str, 
 
 
 def _open_loader(loader: DataLoader[Any], reading: Reading, labels: Any, own: dict[str, Any]) -> ImageSource:
-    """A loader through its data set; as it comes where that is impossible."""
+    """A loader's images through its data set, or as a stream of batches if that is impossible."""
     data: Any = loader.dataset
     classes = known_classes(data)
     automatic = loader.batch_sampler is not None
@@ -537,7 +536,7 @@ def _own_batches(loader: DataLoader[Any]) -> bool:
 
 
 class _Once:
-    """An iterator that says so when it is read a second time."""
+    """An iterator that raises when it is read a second time."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self.iterator: Iterator[Any] | None = iterator
@@ -559,16 +558,16 @@ def batches(
     num_workers: int | None = None,
     **options: Any,
 ) -> Iterator[Batch]:
-    """Batches of at most ``batch_size`` images, in order, whatever batches the source itself comes in.
+    """Batches of at most ``batch_size`` images, in order, independent of batches in the source.
 
     Args:
         source: an :class:`ImageSource`, or anything that :func:`open_images` accepts with ``options``.
-        batch_size: the largest number of images in memory at once; images of another size start a new batch.
-        device: where the images go.
-        num_workers: processes that read ahead; None takes those of a ``DataLoader``, else none.
+        batch_size: maximum number of images in memory at once; images of another size start a new batch.
+        device: device to move the images to.
+        num_workers: number of processes that read ahead; None uses those of a ``DataLoader``, else none.
 
     Raises:
-        InputError: see :func:`open_images`; on reading, an image or a label that cannot be used.
+        InputError: see :func:`open_images`; while reading, an image or a label is invalid.
     """
     batch_size = integer("batch_size", batch_size)
     opened = open_images(source, **options)
@@ -577,7 +576,7 @@ def batches(
 
 
 def of_files(source: ImageSource) -> bool:
-    """Whether the images come from files; asking ``source.files`` reads them all where broken ones are skipped."""
+    """Whether the images come from files, unlike ``source.files`` without reading them all for ``skip_broken``."""
     return not source.streamed and isinstance(source._data, _Files)
 
 
@@ -609,7 +608,7 @@ def _batch(
         labels = [label_of(label, f"the label of {name}") for label, name in zip(found, names, strict=True)]
     if images is None:
         images = torch.stack([image for _, image, _ in rows])
-    if source._broken:  # numbers among the readable ones
+    if source._broken:  # indices among the readable ones
         lost = sorted(source._broken)
         indices = [position - bisect_left(lost, position) for position in indices]
     return Batch(images if device is None else images.to(device), labels, names, indices)  # type: ignore[arg-type]
@@ -619,15 +618,15 @@ def _batch(
 
 
 def to_tensor(image: Any, reading: Reading | None = None, name: str | None = None) -> Tensor:
-    """One image, of whatever kind, as a float tensor ``(C, H, W)``; a tensor ``(N, C, H, W)`` keeps its N.
+    """One image of any kind as a float tensor ``(C, H, W)``; a tensor ``(N, C, H, W)`` keeps its N.
 
     Args:
         image: a tensor, array, PIL image, path, open file, or undecoded image of Hugging Face.
         reading: how it is read.
-        name: how messages call it; None for its path.
+        name: its name in messages; None uses its path.
 
     Raises:
-        InputError: something else, a broken file, or channels that do not fit.
+        InputError: the type is not supported, the file is broken, or the channels do not match.
     """
     reading = reading or Reading()
     if isinstance(image, Mapping):
@@ -660,7 +659,7 @@ def split_item(item: Any, name: str) -> _Item:
                 f"{name} is a dict with the keys {[str(k) for k in item][:10]}; its image must be under one of "
                 f"{', '.join(IMAGE_KEYS[:5])}"
             )
-        if "masks" in item:  # an example with masks: what is under "target" belongs to them
+        if "masks" in item:  # in an example with masks, "target" belongs to them
             return _Item(item[key], getattr(item, "label", None))
         label = next((item[key] for key in LABEL_KEYS if key in item), None)
         return _Item(item[key], _label_like(label))
@@ -676,7 +675,7 @@ def split_item(item: Any, name: str) -> _Item:
 
 
 def _label_like(label: Any) -> Any:
-    """The label, unless it is an annotation of another kind: boxes, masks, captions of a detection data set."""
+    """The label, or None for another annotation (boxes, masks, captions of a detection data set)."""
     if isinstance(label, Mapping) or (isinstance(label, (list, tuple)) and label and isinstance(label[0], Mapping)):
         return None
     return None if getattr(label, "ndim", 0) > 2 else label
@@ -705,7 +704,7 @@ def _has_numbers(source: Any) -> bool:
 
 
 def _is_stack(value: Any, paths: bool = False) -> bool:
-    """Whether this holds several images: a 4-d tensor or array, or a list of images, of paths too if asked."""
+    """Whether this contains several images, as a 4-d tensor or array, or a list of images (or of ``paths``)."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 4
     first = value[0] if isinstance(value, (list, tuple)) and value else None
@@ -717,10 +716,10 @@ def _is_pil(value: Any) -> bool:
 
 
 def _from_array(pixels: np.ndarray[Any, Any], name: str) -> Tensor:
-    """An array as a tensor, channels first. Arrays mostly come with channels last."""
+    """An array, which usually has channels last, as a tensor with channels first."""
     if pixels.ndim == 2:
         pixels = pixels[None]
-    if pixels.dtype.kind == "f" or not pixels.dtype.isnative:  # arrays are of 64 bits unless they are told otherwise
+    if pixels.dtype.kind == "f" or not pixels.dtype.isnative:  # arrays have 64 bits by default
         pixels = pixels.astype(np.float32 if pixels.dtype.kind == "f" else pixels.dtype.newbyteorder("="))
     first, last = pixels.shape[-3], pixels.shape[-1]
     if last in (1, 3, 4) and first not in (1, 3, 4):
@@ -735,12 +734,12 @@ def _described(value: Any) -> str:
 
 
 def as_seen(image: Tensor, preprocessing: Preprocessing | None = None) -> Tensor:
-    """``(3, H, W)`` in [0, 1] from a model's input, for people to look at.
+    """``(3, H, W)`` in [0, 1] from a model's input, for display.
 
     Args:
-        image: ``(C, H, W)``. One channel is gray; of more than three the first three are shown; values of an unknown
-            range are stretched to [0, 1].
-        preprocessing: what the image was normalized by, which is undone.
+        image: ``(C, H, W)``. One channel is gray, of more than three the first three are shown, and values of an
+            unknown range are stretched to [0, 1].
+        preprocessing: the normalization of the image, which is undone.
     """
     image = image.detach().float().cpu()
     if preprocessing is not None and not _in_range(image):
@@ -757,9 +756,9 @@ def _in_range(image: Tensor) -> bool:
 
 
 def thumbnails(inputs: Any, most: int = 8, side: int = 160) -> list[Tensor]:
-    """Small pictures, ``(3, h, w)`` in uint8, of the first ``most`` images of what a method was given.
+    """Thumbnails ``(3, h, w)`` in uint8 of the first ``most`` images, for tensors ``(N, C, H, W)`` and files.
 
-    Tensors ``(N, C, H, W)`` and files are shown. There are none of other sources: reading an item again may change it.
+    Other sources have none, because an item may change when it is read again.
     """
     first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
     preprocessing = None

@@ -1,4 +1,4 @@
-"""Text files from outside, in whatever encoding editors write them."""
+"""Readers of text, JSON and word-list files in common encodings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff",
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    r"""The text of a file in UTF-8, UTF-16 or, where it is neither, cp1252; line ends are ``\n``, no byte order mark.
+    r"""The text of a file in UTF-8, UTF-16 or otherwise cp1252, with ``\n`` line ends and no byte order mark.
 
     Raises:
-        InputError: there is no such file, it cannot be read, or it is not text.
+        InputError: the file does not exist, cannot be read, or is not text.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "words.txt"
@@ -53,10 +53,10 @@ def read_json(path: str | os.PathLike[str], *kinds: type) -> Any:
 
     Args:
         path: the file.
-        kinds: what its top level may be (``dict``, ``list``); none: anything.
+        kinds: allowed types of its top level (``dict``, ``list``); without any, all are allowed.
 
     Raises:
-        InputError: the file cannot be read, is not JSON, or holds something else.
+        InputError: the file cannot be read, is not valid JSON, or has another top level.
     """
     try:
         value = parse_json(read_text(path))
@@ -71,10 +71,10 @@ def read_json(path: str | os.PathLike[str], *kinds: type) -> Any:
 
 
 def read_words(path: str | os.PathLike[str]) -> list[str]:
-    """Names from a file: concepts, or classes in the order of a model's outputs.
+    """The names in a file, such as concepts, or classes in the order of a model's outputs.
 
     A text file has one name per line; empty lines, and those that begin with ``#``, are skipped. A JSON file is a list
-    of names, or an object between class indices and names in either direction (``{"0": "tench"}``, ``{"tench": 0}``).
+    of names, or an object that maps class indices to names or the reverse (``{"0": "tench"}``, ``{"tench": 0}``).
     A name may also be a list that ends in it, as in ImageNet's ``{"0": ["n01440764", "tench"]}``.
 
     Raises:
@@ -98,7 +98,7 @@ def read_words(path: str | os.PathLike[str]) -> list[str]:
 
 
 def names_in(text: str) -> list[str]:
-    """One name per line, without comments and empty lines.
+    """The names in ``text``, one per line, without comments and empty lines.
 
     >>> names_in("# sky\\nsky\\n\\n sea ")
     ['sky', 'sea']
@@ -116,7 +116,7 @@ def _word(item: Any, path: Path) -> str:
 
 
 def _in_order(names: dict[str, Any], path: Path) -> list[Any]:
-    """The names of an object that maps indices to names, or names to indices."""
+    """The names, by index, of an object that maps indices to names or names to indices."""
     if all(type(value) is int for value in names.values()):
         pairs = {index: name for name, index in names.items()}
     else:

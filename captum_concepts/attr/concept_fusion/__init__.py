@@ -1,4 +1,4 @@
-"""CE-FAM: concepts of a classifier through a translator to a vision-language model."""
+"""CE-FAM: concepts of a classifier, from a translator to the embedding space of a vision-language model."""
 
 from captum_concepts.attr.concept_fusion.concept_fusion_map import ConceptFusionMap
 

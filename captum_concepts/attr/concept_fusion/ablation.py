@@ -1,4 +1,4 @@
-"""Channels of a layer ablated one after another: in the translator (relevance), in the classifier (contribution)."""
+"""Cumulative channel ablation, in the translator (relevance) and in the classifier (contribution)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from captum_concepts.models.concept_translator import ConceptTranslator
 
 FILLS = ("layer_mean", "channel_mean", "zero")
 CLASS_PROBABILITIES = ("auto", "softmax", "sigmoid")
-PUBLISHED = 20  # K, in networks whose layers have hundreds of channels
-SHARE = 0.25  # of a layer's channels, where that is fewer
-_LIKELY = 0.5  # outputs in [0, 1] below this may be logits of a network without training
+PUBLISHED = 20  # K of the paper, for networks whose layers have hundreds of channels
+SHARE = 0.25  # maximum fraction of a layer's channels
+_LIKELY = 0.5  # outputs in [0, 1] below this may be logits of an untrained network
 
 
 def rank_channels(beta: Tensor, pooled: Tensor, count: int, share: float = 1.0) -> Tensor:
-    """``(N, J, K)``: the channels of largest ``beta_k * z_k``, strongest first.
+    """``(N, J, K)`` channels of largest ``beta_k * z_k``, strongest first.
 
-    K is ``count``, but at most ``share`` of the channels there are, and at least one.
+    K is ``count``, but at most the fraction ``share`` of the channels, and at least one.
     """
     order = (beta * pooled.unsqueeze(1)).argsort(dim=-1, descending=True, stable=True)
     return order[..., : min(count, max(1, int(share * beta.shape[-1])))]
 
 
 def relative_drop(before: Tensor, after: Tensor) -> Tensor:
-    """``(p_0 - p_i) / p_0`` from logarithms, which also holds where p_0 underflows; bounded below by -exp(80)."""
+    """``(p_0 - p_i) / p_0`` from logarithms, valid also where p_0 underflows, and bounded below by -exp(80)."""
     return -torch.expm1((after - before).clamp(max=80.0))
 
 
@@ -40,12 +40,12 @@ def relative_drop(before: Tensor, after: Tensor) -> Tensor:
 def layer_relevance(
     translator: nn.Module, pooled: Sequence[Tensor], ranked: Sequence[Tensor], bank: TextBank, index: Tensor
 ) -> Tensor:
-    """``(N, J, L)``: mean relative drop of the concept's probability over 1..K ablated channels of each layer.
+    """``(N, J, L)`` mean relative drop of the concept's probability over 1..K ablated channels of each layer.
 
     Args:
         pooled: ``(N, C_l)`` per layer.
-        ranked: ``(N, J, K_l)`` per layer, the channels to ablate, see :func:`rank_channels`.
-        index: ``(N, J)`` the concepts.
+        ranked: ``(N, J, K_l)`` channels to ablate per layer, see :func:`rank_channels`.
+        index: ``(N, J)`` concepts.
     """
     columns = []
     start = 0
@@ -57,7 +57,7 @@ def layer_relevance(
             linear = translator.first
             hidden = linear(translator.concatenate(list(pooled)))
             drop = z.unsqueeze(1).expand(-1, j, -1).gather(-1, order) - mean[:, None, None]
-            # Masking k channels is a rank-k change of the first Linear's output: its cumulative sum, not k forwards.
+            # Masking k channels is a rank-k change of the first Linear's output, so a cumulative sum replaces k passes.
             change = linear.weight.T[start + order] * drop.unsqueeze(-1).to(linear.weight)
             masked = translator.after_first(hidden[:, None, None] - change.cumsum(2))
             base = translator.after_first(hidden)
@@ -72,7 +72,7 @@ def layer_relevance(
 
 
 def _masked_forward(translator: nn.Module, whole: Sequence[Tensor], layer: int, ranked: Tensor, mean: Tensor) -> Tensor:
-    """``(N, J, K, D)`` of any translator, by running it on the masked inputs themselves."""
+    """``(N, J, K, D)`` outputs of any translator on the masked inputs."""
     n, j, k = ranked.shape
     gone = cumulative_masks(ranked, whole[layer].shape[-1])
     rows = []
@@ -91,19 +91,19 @@ def cumulative_masks(ranked: Tensor, channels: int) -> Tensor:
 
 
 def class_link(requested: str, output: Any, final: str | None) -> str:
-    """How the classifier's output becomes probabilities: ``"softmax"``, ``"sigmoid"``, or ``"none"`` (it is them).
+    """The link from the classifier's output to probabilities: ``"softmax"``, ``"sigmoid"``, or ``"none"`` (identity).
 
     Args:
-        requested: ``"softmax"`` or ``"sigmoid"`` of the logits; ``"auto"``: what the classifier itself ends in;
-            otherwise the sigmoid of a single output, and the softmax of several.
+        requested: ``"softmax"`` or ``"sigmoid"`` of the logits. ``"auto"`` uses the one that the classifier ends in,
+            otherwise the sigmoid of a single output and the softmax of several, unless they are probabilities already.
         output: of the classifier, before ``final``.
-        final: the softmax or sigmoid that the classifier ends in, if it does.
+        final: the softmax or sigmoid that the classifier ends in, if any.
 
     Raises:
         InputError: the output is not ``(N, classes)``.
 
     Warns:
-        InputWarning: several outputs that look like probabilities of independent labels.
+        InputWarning: several outputs look like probabilities of independent labels.
     """
     if not isinstance(output, Tensor) or output.ndim not in (1, 2):
         what = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
@@ -131,7 +131,7 @@ def class_link(requested: str, output: Any, final: str | None) -> str:
 
 
 def class_log_probability(output: Tensor, target: int, link: str) -> Tensor:
-    """``(N,)`` log probability of class ``target``, accurate also where the probability is nearly 1."""
+    """``(N,)`` log probability of class ``target``, accurate also for probabilities near 1."""
     output = full_precision(output.detach())
     output = output.unsqueeze(1) if output.ndim == 1 else output
     if link == "softmax":
@@ -155,26 +155,26 @@ def contribution_curves(
     fill: str,
     rows: int,
 ) -> Tensor:
-    """``(J, K)`` relative drops of the target's probability for ONE example.
+    """``(J, K)`` relative drops of the target's probability for one example.
 
     The ablated copies enter at the layer, inside its hook, so the network upstream of it runs once. Layers on other
-    paths (a skip connection) still hold one row, which broadcasts; where the model does not stand that, the input is
+    paths (a skip connection) still have one row, which broadcasts; if the model does not support that, the input is
     repeated instead.
 
     Args:
-        layer: the one layer.
+        layer: the single layer.
         inputs, extra: of this example, batch size 1.
         pooled: ``(C,)``.
-        ranked: ``(J, K)`` the channels to ablate, strongest first.
-        base: ``(1, classes)`` the unchanged output.
+        ranked: ``(J, K)`` channels to ablate, strongest first.
+        base: ``(1, classes)`` unchanged output.
         link: of :func:`class_link`.
-        rows: copies in one forward.
+        rows: copies per forward pass.
 
     Raises:
         LayerError: the output does not depend on the layer.
 
     Warns:
-        InputWarning: the fill leaves the output unchanged, or the class has probability 0, or NaN.
+        InputWarning: the fill does not change the output, or the class has probability 0 or NaN.
     """
     channels = pooled.shape[0]
     value = {"layer_mean": pooled.mean().expand(channels), "channel_mean": pooled, "zero": torch.zeros_like(pooled)}
@@ -195,12 +195,12 @@ def contribution_curves(
     curves = []
     moved = changed = False
     for part in masks.split(max(rows - 1, 1)):
-        # The first copy stays unchanged: it tells whether the expansion is sound.
+        # The first copy stays unchanged, to verify the expansion.
         mask = torch.cat([torch.zeros_like(part[:1]), part]).reshape(shape)
 
         def ablate(raw: Tensor, mask: Tensor = mask) -> Tensor:
             nonlocal changed
-            # Prefix tokens (CLS) hold the same channels: without them a channel would not be gone.
+            # Prefix tokens (CLS) contain the same channels, so they are ablated too.
             new = torch.where(mask, filled.to(raw), raw)
             changed = changed or not torch.equal(new, raw.expand_as(new))
             return new

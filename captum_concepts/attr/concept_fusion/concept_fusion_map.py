@@ -1,4 +1,4 @@
-"""CE-FAM: what concepts a classifier saw, where, and how much each moved the prediction, for any words."""
+"""CE-FAM: zero-shot concept scores, maps and contributions for a trained classifier."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 GRADIENTS = ("total", "branch")
 MAP_LAYERS = ("auto", "fused")
-#: No encoder's scale or bias comes near; beyond, single precision ends.
+#: Far beyond any encoder's scale or bias, and within the precision of fp32.
 _MOST_LOGIT = 1e6
 _RENAMED = {
     "layer": "map_layer=",
@@ -59,7 +59,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _of_an_instance(method: Method) -> Method:
-    """A method that was once called on the class, which now raises with the new spelling."""
+    """An instance method that raises with the new spelling when it is called on the class, as older versions did."""
 
     @functools.wraps(method)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,63 +90,61 @@ class ConceptFusionMap(LayerAttribution):
     Args:
         forward_func: the classifier, returning logits ``(N, classes)``: a module, one of its methods, or any callable.
         layers: the layers that the translator reads, as modules or dotted names, in the translator's order. They need
-            not lie on one path. For a ViT: the last block's tokens after the final norm.
-        translator: a fitted :class:`ConceptTranslator`, or any module from a list of ``(N, C_l)`` to ``(N, D)``. None:
-            :meth:`fit` trains one.
-        concepts: T unique names, or None for words that come later (:meth:`with_concepts`).
-        text_embeddings: ``(T, D)``, of any length; None without a translator: :meth:`fit` asks its encoder.
-        map_layer: where maps and contributions are computed. ``"auto"``: each concept's most relevant layer
-            (published); an index into ``layers``; ``"fused"``: maps from all layers, see below.
-        link: ``"softmax"`` or ``"sigmoid"``. None: what the encoder of :meth:`fit` says, else ``"softmax"``. Under a
-            softmax a single concept always scores 1 (a warning says so), and its layer relevance is 0.
-        logit_scale, logit_bias: of the VLM. None: those of the encoder of :meth:`fit`, else 100 and 0 (CLIP).
-        gradient: ``"total"`` (published): :math:`\partial S / \partial A^l` also through the layers downstream of l;
-            ``"branch"``: every :math:`z^l` is a free input, so no backward pass enters the classifier. At the last
-            layer they agree.
+            not lie on one path. For a ViT, use the last block's tokens after the final norm.
+        translator: a fitted :class:`ConceptTranslator`, or any module that maps a list of ``(N, C_l)`` to ``(N, D)``.
+            None: :meth:`fit` trains one.
+        concepts: T unique names, or None to add them later (:meth:`with_concepts`).
+        text_embeddings: ``(T, D)``, of any length. None without a translator: :meth:`fit` queries its encoder.
+        map_layer: where maps and contributions are computed: ``"auto"`` (published) is each concept's most relevant
+            layer, an integer is an index into ``layers``, and ``"fused"`` combines maps of all layers (see below).
+        link: ``"softmax"`` or ``"sigmoid"``; None uses that of the encoder of :meth:`fit`, else ``"softmax"``. Under a
+            softmax, a single concept always scores 1 (with a warning), and its layer relevance is 0.
+        logit_scale, logit_bias: of the VLM; None uses those of the encoder of :meth:`fit`, else 100 and 0 (CLIP).
+        gradient: ``"total"`` (published) computes :math:`\partial S / \partial A^l` also through the layers downstream
+            of l. ``"branch"`` treats every :math:`z^l` as a free input, so no backward pass enters the classifier. At
+            the last layer they agree.
         n_channels: K, the number of channels ablated for layer relevance and contributions.
         channel_share: maximum fraction of a layer's channels to ablate, at least one channel. None: 0.25 if
             ``n_channels`` is 20, otherwise no limit.
-        fill: what replaces an ablated channel in the classifier: ``"layer_mean"`` (the mean of the layer's pooled
-            vector), ``"channel_mean"`` (its own mean, which keeps the pooled value) or ``"zero"``.
+        fill: replaces an ablated channel in the classifier: ``"layer_mean"`` (the mean of the layer's pooled vector),
+            ``"channel_mean"`` (the channel's mean, which keeps the pooled value) or ``"zero"``.
         class_probability: how contributions read the classifier's output: ``"softmax"`` or ``"sigmoid"`` (independent
-            labels) of its logits. ``"auto"``: what the classifier itself ends in; otherwise the sigmoid of a single
-            output, and the softmax of several. A final softmax or sigmoid is left out and computed again from its
-            logits, so a saturated probability loses nothing.
+            labels) of its logits. ``"auto"`` uses the softmax or sigmoid that the classifier ends in, otherwise the
+            sigmoid of a single output and the softmax of several. A final softmax or sigmoid is recomputed from its
+            logits, so saturated probabilities lose no precision.
         layout, prefix_tokens: how layers are read, as in :class:`FeatureActivationMap`.
-        batch_size: bound of images, and of images times concepts, in flight at once. Results do not depend on it, or on
-            the other images of a batch, beyond rounding: a value of a fused map by at most 40 ``logit_scale`` eps,
-            with eps the machine epsilon (1e-4 for a scale of 20 in fp32). An embedding that is off by eps moves a
-            logit by 2 ``logit_scale`` eps, and what is then divided by its own size is divided by at least 1/20.
-        calibrated: read scores as the held-out images of :meth:`fit` say: the translator's mean logit of each word is
-            subtracted and the softmax gets a temperature. False: the published formula. The paper's settings together:
-            ``**published.CONCEPT_FUSION_MAP``.
+        batch_size: maximum number of images, and of images times concepts, processed at once. It and the other images
+            of a batch affect results only by rounding, a value of a fused map by at most 40 ``logit_scale`` eps, with
+            eps the machine epsilon (1e-4 for a scale of 20 in fp32).
+        calibrated: calibrate scores with statistics of :meth:`fit`: the translator's mean logit per concept is
+            subtracted, and the softmax gets a temperature. False uses the published formula;
+            ``**published.CONCEPT_FUSION_MAP`` selects all settings of the paper.
 
-    Fused maps (``map_layer="fused"``). The published map weights whole channels of one layer. Here the evidence of a
-    position at layer l is
+    The published map weights whole channels of one layer. With ``map_layer="fused"``, the evidence of a position at
+    layer l is
 
     .. math:: E_l = \sum_k A^l_k \, \frac{\partial S'}{\partial A^l_k}, \qquad
         S' = S^t - \tfrac12 \, u \log \sum_{s \ne t} \exp(S^s / u), \quad u = 3
 
-    with its sign (HiResCAM's product; rectifying the gradient first finds objects, not the concept). The second term
-    subtracts what supports other likely concepts as well. The positive parts of all layers are added with equal energy:
-    late layers know the concept, early ones its position. A layer counts less where the concept's relevance lies
-    upstream of it, and where it disagrees with the other layers. One more layer is what the translator reads at each
-    position alone: a gradient says what would change the concept, this what is seen there. Three steps of a random walk
-    on the network's feature affinity (and the image's colors, on a grid finer than coarse layers have) then spread the
-    evidence over the rest of the object. Averaging cannot create evidence: without any, the map is zero. Values are
-    fractions of the map's strongest position, in [0, 1].
+    with its sign (HiResCAM's product; rectifying the gradient first finds objects instead of the concept). The second
+    term subtracts evidence that also supports other likely concepts. The positive evidence of all layers is added with
+    equal energy, because late layers encode the concept and early ones its position. A layer has less weight if the
+    concept's relevance lies upstream of it, or if it disagrees with the other layers. The translator's output at each
+    position alone counts as one more layer. Three steps of a random walk on the network's feature affinity and the
+    image's colors then spread the evidence over the rest of the object. Without any evidence the map is zero. Values
+    are fractions of the map's strongest position, in [0, 1].
 
-    Use ``"fused"`` if the region is what you want (compared with the published map in
-    ``benchmarks/results/concept_regions_*.md``), and ``"auto"`` for the published method, or where the region must
-    belong to the one layer whose channels :meth:`contributions` ablates.
+    Use ``"fused"`` to localize concepts (``benchmarks/results/concept_regions_*.md`` compares it with the published
+    map). Use ``"auto"`` for the published method, or if the map must belong to the layer whose channels
+    :meth:`contributions` ablates.
 
     Attributes:
-        history_: of :meth:`fit`: lists ``"train_loss"``, ``"val_loss"``, ``"val_cosine"``, ``"lr"``, one entry per
+        history_: lists ``"train_loss"``, ``"val_loss"``, ``"val_cosine"`` and ``"lr"`` of :meth:`fit`, one entry per
             epoch.
 
     Raises:
-        InputError: empty, duplicate or unnamed concepts; texts that fit neither them nor the translator; an unknown
-            option.
+        InputError: concepts are empty, duplicate or unnamed, text embeddings do not match them or the translator, or an
+            option is unknown.
 
     Reference:
         *CE-FAM: Concept-Based Explanation via Fusion of Activation Maps.* ICCV 2025, arXiv:2509.23849.
@@ -219,7 +217,7 @@ class ConceptFusionMap(LayerAttribution):
             )
         self._layers()
 
-    #: Captum's ``target`` of :meth:`attribute` is a concept here, never a class.
+    #: ``target`` of :meth:`attribute` is a concept, never a class.
     target_is_concept = True
 
     # ------------------------------------------------------------ what, where, how much
@@ -232,23 +230,23 @@ class ConceptFusionMap(LayerAttribution):
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
     ) -> Tensor:
-        """Where a concept is, in Captum's words; :meth:`concept_maps` says the same with the concepts' names.
+        """Concept maps with Captum's signature; :meth:`concept_maps` returns the same maps by name.
 
         Args:
-            inputs: tensors as ``forward_func`` takes them, or whatever :func:`captum_concepts.images.inputs_for` reads
-                as the model wants it: files, folders, PIL images, a data set with a length.
+            inputs: tensors as ``forward_func`` takes them, or anything :func:`captum_concepts.images.inputs_for` reads
+                and preprocesses for the model: files, folders, PIL images, a data set with a length.
             target: a concept (never a class), by index or name, or one per example (1-d tensor or list). None: all T.
             additional_forward_args: passed to ``forward_func`` after the inputs.
             attribute_to_layer_input: read the layers' inputs; the translator must have been fitted on those.
 
         Returns:
-            ``(N, 1, h, w)`` for one concept per example, ``(N, T, h, w)`` for None; at least 0, fp32 or fp64. The grid
-            is the layer's own if ``map_layer`` is an index; the finest of ``layers`` for ``"auto"``; a whole multiple
-            or fraction of that with at most 1,024 positions for ``"fused"``.
+            ``(N, 1, h, w)`` for one concept per example, ``(N, T, h, w)`` for None; nonnegative, fp32 or fp64. The grid
+            is that of the layer if ``map_layer`` is an index, the finest of ``layers`` for ``"auto"``, and an integer
+            multiple or fraction of the finest with at most 1,024 positions for ``"fused"``.
 
         Raises:
-            TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
-            LayerError: an unknown, unreached or repeated layer, or one without a grid.
+            TargetError: the target has the wrong type, length or range (also an ``AssertionError``).
+            LayerError: a layer is unknown, not reached or repeated, or has no grid.
         """
         names, inputs = self._names(), self._opened(inputs)
         batch = count(inputs)
@@ -259,7 +257,7 @@ class ConceptFusionMap(LayerAttribution):
         return self._maps(inputs, index, additional_forward_args, attribute_to_layer_input)
 
     def concept_maps(self, inputs: Any, concepts: Any = None, *, additional_forward_args: Any = None) -> Tensor:
-        """``(N, T, h, w)`` *where* each concept is, whatever the class; see :meth:`attribute`.
+        """``(N, T, h, w)`` maps of *where* each concept is, independent of the class; see :meth:`attribute`.
 
         Args:
             inputs: as for :meth:`attribute`.
@@ -280,14 +278,14 @@ class ConceptFusionMap(LayerAttribution):
         return torch.cat(parts)
 
     def scores(self, inputs: Any, *, additional_forward_args: Any = None) -> Tensor:
-        """``(N, T)`` *what*: probabilities in [0, 1], summing to 1 under a softmax."""
+        """``(N, T)`` probabilities of *what* is present, in [0, 1]; they sum to 1 under a softmax."""
         return self._bank().probability(self.logits(inputs, additional_forward_args=additional_forward_args))
 
     def layer_relevance(self, inputs: Any, concepts: Any = None, *, additional_forward_args: Any = None) -> Tensor:
-        """``(N, T, L)``: how much each layer carries each concept.
+        """``(N, T, L)`` relevance of each layer to each concept.
 
-        The mean over i = 1..K of the relative drop (S_0 - S_i) / S_0 of the concept's probability, where the i channels
-        of largest beta_k z_k are replaced, in the translator's input, by the mean of the layer's pooled vector.
+        It is the mean over i = 1..K of the relative drop (S_0 - S_i) / S_0 of the concept's probability, with the i
+        channels of largest beta_k z_k replaced, in the translator's input, by the mean of the layer's pooled vector.
 
         Args:
             inputs: as for :meth:`attribute`.
@@ -313,7 +311,7 @@ class ConceptFusionMap(LayerAttribution):
         return_curve: bool = False,
         additional_forward_args: Any = None,
     ) -> Any:
-        """``(N, T)`` *how much* each concept moves the probability of a class.
+        """``(N, T)`` contributions, *how much* each concept changes the probability of a class.
 
         Args:
             inputs: as for :meth:`attribute`.
@@ -323,8 +321,8 @@ class ConceptFusionMap(LayerAttribution):
             additional_forward_args: passed to ``forward_func`` after the inputs.
 
         Returns:
-            ``(N, T)``: mean over i = 1..K of (p_0 - p_i) / p_0 of the class probability (see ``class_probability``), at
-            most 1; negative where the concept opposes the class. With ``return_curve`` also
+            ``(N, T)`` mean over i = 1..K of (p_0 - p_i) / p_0 of the class probability (see ``class_probability``), at
+            most 1, and negative where the concept opposes the class. With ``return_curve`` also
             ``(N, T, n_channels + 1)``, which starts at 0 and is constant beyond the layer's channels.
 
         Raises:
@@ -357,20 +355,21 @@ class ConceptFusionMap(LayerAttribution):
         contributions: bool = True,
         additional_forward_args: Any = None,
     ) -> ConceptExplanation:
-        """What, where and how much together, for each image its own concepts.
+        """Scores, maps and contributions of the top concepts of each image.
 
         Args:
             inputs: as for :meth:`attribute`.
             target: the class whose probability contributions refer to; None: each example's predicted class.
-            concepts: explain just these (names or indices), in this order; ``top_k`` is then ignored.
-            top_k: how many concepts per image, those of its highest scores; None: all T.
+            concepts: explain only these (names or indices), in this order, and ignore ``top_k``.
+            top_k: number of concepts per image, the highest-ranked ones; None: all T.
             rank_by: ``"scores"``, or ``"contributions"`` (by magnitude; computes those of all T concepts).
-            contributions: False leaves the ablations of the classifier out: what and where alone.
+            contributions: False skips the ablations and returns scores and maps only.
             additional_forward_args: passed to ``forward_func`` after the inputs.
 
         Returns:
-            Scores of all concepts that any image selected; maps (equal to :meth:`concept_maps`) and contributions of
-            each image's own, at the cost of ``top_k`` concepts per image. ``layer`` names where they come from.
+            Scores of all concepts selected for at least one image, and maps (equal to :meth:`concept_maps`) and
+            contributions of the concepts selected for each image, at the cost of ``top_k`` concepts per image.
+            ``layer`` names the layers they come from.
         """
         one_of("rank_by", rank_by, RANKINGS)
         if rank_by == "contributions" and not contributions and concepts is None:
@@ -445,39 +444,40 @@ class ConceptFusionMap(LayerAttribution):
         """Train a translator from the classifier to ``encoder``, without labels.
 
         Args:
-            images: whatever :func:`~captum_concepts.images.open_images` reads: a tensor ``(n, 3, H, W)``, a folder, a
-                Dataset, a DataLoader. Float tensors are what the classifier takes; files, PIL images and integer
-                arrays are read in [0, 1] and normalized for the classifier as the library it comes from says.
+            images: anything :func:`~captum_concepts.images.open_images` reads: a tensor ``(n, 3, H, W)``, a folder, a
+                Dataset, a DataLoader. Float tensors are passed to the classifier unchanged; files, PIL images and
+                integer arrays are read in [0, 1] and normalized as the classifier's library specifies.
             encoder: any object with ``encode_image(images) -> (N, D)``, ``encode_text(list) -> (T, D)``,
-                ``logit_scale`` and ``logit_bias``, and perhaps ``link`` (``"softmax"`` or ``"sigmoid"``).
-            concepts: words that the similarity loss uses and the map starts with (a Vocabulary is encoded in its
-                templates). None: those of the constructor, or none: :meth:`with_concepts` adds them later.
-            training: see :class:`~captum_concepts.models.Training`: ``optimizer``, ``epochs``, ``batch_size``, ``lr``.
-            crops: random crops of each image that are further training images. Classifier and encoder run on them too,
-                so a fit costs 1 + ``crops`` times as much; they also tell how sure the encoder is (:meth:`presence`).
+                ``logit_scale`` and ``logit_bias``, and optionally ``link`` (``"softmax"`` or ``"sigmoid"``).
+            concepts: concepts for the similarity loss and the fitted map (a Vocabulary is encoded in its templates).
+                None uses those of the constructor, if any; :meth:`with_concepts` adds them later.
+            training: ``optimizer``, ``epochs``, ``batch_size``, ``lr``; see :class:`~captum_concepts.models.Training`.
+            crops: number of random crops per image, used for training and to estimate the encoder's certainty
+                (:meth:`presence`). Classifier and encoder run on them too, so a fit costs 1 + ``crops`` times as much.
             seed: of crops, split, initial weights and order.
-            similarity_weight: of the similarity loss, for embeddings that are 10 long as CLIP's are (balanced alike for
-                others, see :func:`~captum_concepts.models.fit_translator`); 0 leaves it out.
+            similarity_weight: weight of the similarity loss for embeddings of length 10, as in CLIP (rebalanced for
+                others, see :func:`~captum_concepts.models.fit_translator`); 0 disables it.
             hidden: of the translator, see :class:`ConceptTranslator`.
-            image_size: of files and PIL images; None: the classifier's own if that is known, else 224.
-            model_transform, encoder_transform: applied to each batch of images for the classifier, for the encoder.
-            cache_dir: keep activations and embeddings there; a killed run resumes, another fit reuses them. A cache of
-                another model, encoder, layer, layout, transform or other images is refused.
+            image_size: of files and PIL images; None uses the classifier's if known, else 224.
+            model_transform, encoder_transform: applied to each batch of images for the classifier and the encoder.
+            cache_dir: folder for activations and embeddings, from which an interrupted run resumes and other fits read.
+                A cache of another model, encoder, layer, layout, transform or of other images is rejected.
             memory_budget: bytes of cached rows above which they go to disk.
-            show_progress: progress bars.
+            show_progress: show progress bars.
 
-        Under ``torchrun`` every process reads its part of the images, and all take the same steps. A cache has the same
-        bytes whatever number of processes wrote it, so one process resumes what several began.
+        Under ``torchrun`` every process reads its part of the images, and all take the same steps. The cache is
+        byte-identical for any number of processes, so one process can resume what several began.
 
         Returns:
             This map, fitted.
 
         Raises:
-            InputError: no images, an unknown option, or a word the encoder does not know (named); before training.
-            ArtifactError: a foreign cache.
+            InputError: there are no images, an option is unknown, or the encoder does not know a concept (the message
+                names it); raised before training.
+            ArtifactError: the cache does not match.
 
         Warns:
-            ConvergenceWarning: the loss became NaN, and the best weights so far are kept; or the translator agrees with
+            ConvergenceWarning: the loss became NaN (the best weights so far are kept), or the translator agrees with
                 the encoder no better than chance.
         """
         options = Training.of(training)
@@ -527,14 +527,15 @@ class ConceptFusionMap(LayerAttribution):
         return self
 
     def with_concepts(self, concepts: Sequence[str] | Vocabulary, encoder: Any) -> Self:
-        """A copy with other words, without training.
+        """A copy with other concepts, without training.
 
         Args:
-            concepts: unique names, or a Vocabulary, which is encoded in its templates; the encoder may know any text.
-            encoder: the one the translator was fitted to.
+            concepts: unique names, any text that the encoder knows, or a Vocabulary, which is encoded in its templates.
+            encoder: the encoder that the translator was fitted to.
 
         Raises:
-            InputError: a word the encoder does not know (named), an empty or duplicate list, another width.
+            InputError: the encoder does not know a concept (named), concepts are empty or duplicate, or the width
+                differs.
         """
         check_encoder(encoder, words=True)
         names, text = encode(concepts, encoder)
@@ -546,17 +547,17 @@ class ConceptFusionMap(LayerAttribution):
         """A copy with other options of the constructor, such as ``map_layer`` or ``gradient``.
 
         Raises:
-            InputError: an unknown option, or a value that is not allowed.
+            InputError: an option is unknown, or a value is not allowed.
         """
         _refuse({name: value for name, value in changed.items() if name not in _OPTIONS})
         return self._copy(self.concepts, self.text_embeddings, changed)
 
     def calibrate(self, images: Any, labels: Any) -> Self:
-        """Fit :meth:`presence` to your own labels instead of the encoder's verdicts, in place.
+        """Fit :meth:`presence` to your own labels instead of the encoder's predictions, in place.
 
         Args:
-            images: as for :meth:`attribute`; some hundred, not among the training images.
-            labels: which concepts are in which image: ``(N, T)`` of 0 and 1 (NaN: unknown), or N lists of names.
+            images: as for :meth:`attribute`; a few hundred that are not among the training images.
+            labels: the concepts in each image, as ``(N, T)`` of 0 and 1 (NaN: unknown), or N lists of names.
 
         Returns:
             This map.
@@ -573,16 +574,16 @@ class ConceptFusionMap(LayerAttribution):
         return self
 
     def presence(self, inputs: Any, *, additional_forward_args: Any = None) -> Tensor | None:
-        """``(N, T)`` *how sure*: probability that each concept is there; None if nothing was measured.
+        """``(N, T)`` probability that each concept is present; None if it was not measured.
 
-        From the encoder's own verdicts on held-out images of :meth:`fit`, on each image and on crops of it, or from
-        labels (:meth:`calibrate`). It never says more than was right there.
+        It is fitted to the encoder's predictions on held-out images of :meth:`fit` and on crops of them, or to labels
+        (:meth:`calibrate`), and does not exceed the highest rate observed there.
         """
         return self._presence(self.logits(inputs, additional_forward_args=additional_forward_args))
 
     @property
     def reliability_(self) -> Tensor | None:
-        """``(T, 3)``: correlation of each concept's logit with the encoder's on held-out images, and its 95 % interval.
+        """``(T, 3)`` correlations of each concept's logit with the encoder's on held-out images, and 95 % intervals.
 
         None if the translator was not fitted here.
         """
@@ -590,7 +591,7 @@ class ConceptFusionMap(LayerAttribution):
 
     @property
     def trust(self) -> str:
-        """One sentence on how far to believe the scores."""
+        """One sentence on the reliability of the scores."""
         if self.concepts is None:
             return "not measured: there are no concepts yet"
         trust, curve = self._trust(), self.presence_
@@ -599,7 +600,7 @@ class ConceptFusionMap(LayerAttribution):
         return trust.sentence() + (f"; presence from {curve.source}" if curve is not None else "")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write translator, words, options and what is known about them into one safetensors file, atomically."""
+        """Write translator, concepts, options, history and calibration to one safetensors file, atomically."""
         return file.save(path, self, {name: getattr(self, name) for name in _OPTIONS})
 
     @classmethod
@@ -609,16 +610,16 @@ class ConceptFusionMap(LayerAttribution):
         forward_func: Callable[..., Any],
         layers: Sequence[Layer] | None = None,
     ) -> Self:
-        """Read what :meth:`save` wrote.
+        """Load a file that :meth:`save` wrote.
 
         Args:
             path: the file.
             forward_func: the same classifier.
-            layers: only if the saved names do not lead to them (modules of a plain function).
+            layers: needed only if the saved names do not identify the layers (modules of a plain function).
 
         Raises:
             FileNotFoundError: there is no such file.
-            ArtifactError: broken, or saved for another classifier or other layers.
+            ArtifactError: the file is damaged, or was saved for another classifier or other layers.
         """
         with file.load(path, forward_func, layers) as saved:
             made = cls(forward_func, *saved.arguments, **saved.options)
@@ -642,7 +643,7 @@ class ConceptFusionMap(LayerAttribution):
 
     @property
     def layer(self) -> Sequence[Layer]:
-        """What Captum's wrappers read and assign: ``layers``."""
+        """``layers``, under the name that Captum's wrappers read and assign."""
         return self.layers
 
     @layer.setter
@@ -660,7 +661,6 @@ class ConceptFusionMap(LayerAttribution):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _check(self) -> None:
-        """Refuse options and words that cannot be meant."""
         if isinstance(self.map_layer, (str, bool)):
             one_of("map_layer", self.map_layer, MAP_LAYERS, f"or an index from 0 to {len(self.layers) - 1}")
         else:
@@ -700,7 +700,7 @@ class ConceptFusionMap(LayerAttribution):
         return list(self.concepts)
 
     def _trust(self) -> Trust:
-        """The words and what is known about them; computed once for the same words."""
+        """The concepts and their calibration, cached until one of its inputs changes."""
         names = tuple(self._names())
         text, held_out = self.text_embeddings, self.held_out_
         scale = 100.0 if self.logit_scale is None else float(self.logit_scale)
@@ -741,7 +741,6 @@ class ConceptFusionMap(LayerAttribution):
         )
 
     def _opened(self, inputs: Any) -> Inputs | ImageSource:
-        """Tensors as they are, anything else as images that the model wants to see."""
         return as_inputs(inputs, find_model(self.forward_func))
 
     def _maps(self, inputs: Inputs | ImageSource, index: Tensor, extra: Any, of_input: bool = False) -> Tensor:
@@ -755,7 +754,7 @@ class ConceptFusionMap(LayerAttribution):
         return None if curve is None else curve(odds(trust.bank.to(logits), logits))
 
     def _layer_names(self, setup: Setup, selection: Selection, choice: Tensor) -> Any:
-        """Where each map comes from; nothing for concepts that an image did not select."""
+        """The layer of each map, empty for concepts not selected for an image."""
         if setup.fused:
             return "fused"
         if setup.fixed is not None:
@@ -788,7 +787,7 @@ _OPTIONS = tuple(
 
 
 def _refuse(options: Mapping[str, Any]) -> None:
-    """Raise for options that are unknown or have another name now."""
+    """Raise for options that are unknown or were renamed."""
     for name in options:
         if name in _RENAMED:
             raise InputError(f"ConceptFusionMap: {name}= is called {_RENAMED[name]} now")

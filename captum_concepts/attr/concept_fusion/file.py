@@ -1,4 +1,4 @@
-"""A ConceptFusionMap as one file: safetensors, with names and options as JSON in its header."""
+"""A ConceptFusionMap as one safetensors file, with names and options as JSON in its header."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from captum_concepts.attr.concept_fusion.concept_fusion_map import ConceptFusionMap
 
 _FORMAT = "captum_concepts.ConceptFusionMap/2"
-#: What format 1 called the entries; it had its options in a table of their own.
+#: Format versions, each with the entries that were renamed since.
 _FORMATS: dict[str, dict[str, str]] = {_FORMAT: {}, "captum_concepts.ConceptFusionMap/1": {"layer": "map_layer"}}
 _OPTIONS_1 = {"probability": "link", "chunk_size": "batch_size"}
 _TEXT = "text_embeddings"
@@ -65,7 +65,7 @@ _INFO = table(
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What a file contains: the constructor's arguments after ``forward_func``, its options, and what a fit left."""
+    """The content of a file: the constructor's arguments after ``forward_func``, its options and the fit's results."""
 
     arguments: tuple[Any, ...]
     options: dict[str, Any]
@@ -111,7 +111,7 @@ def save(path: str | os.PathLike[str], explainer: ConceptFusionMap, options: Map
 def load(
     path: str | os.PathLike[str], forward_func: Callable[..., Any], layers: Sequence[Layer] | None
 ) -> Iterator[Saved]:
-    """Read it, after checking that it belongs to ``forward_func``; wrong content is an error of the file."""
+    """The content of a file, checked to belong to ``forward_func``; an error in the content is one of the file."""
     with open_artifact(path, _FORMATS, "a saved ConceptFusionMap", info=_INFO) as (info, tensors):
         named = Layers.resolve(forward_func, [])
         if named.model is not None:
@@ -150,7 +150,7 @@ def load(
 
 
 def _translator(info: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module | None) -> ConceptTranslator:
-    with torch.device("meta"):  # sizes come from the file: nothing is allocated before the tensors fit them
+    with torch.device("meta"):  # sizes come from the file, so nothing is allocated before the tensors match them
         translator = ConceptTranslator(info["in_channels"], info["embedding_dim"], hidden=info["hidden"])
     state = {name.removeprefix("translator."): tensor for name, tensor in tensors.items()}
     translator.load_state_dict(state, assign=True)
@@ -159,7 +159,7 @@ def _translator(info: Mapping[str, Any], tensors: Mapping[str, Tensor], model: n
 
 
 def _group(tensors: dict[str, Tensor], prefix: str, names: Sequence[str]) -> dict[str, Tensor] | None:
-    """The tensors of one value, taken out; None if there is none of them."""
+    """The tensors of one object, removed from ``tensors``; None if all are missing."""
     found = {name: tensors.pop(prefix + name) for name in names if prefix + name in tensors}
     if found and len(found) < len(names):
         raise ValueError(f"it has {sorted(found)} of {prefix}* but not all of {list(names)}")

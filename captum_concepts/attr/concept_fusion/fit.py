@@ -1,4 +1,4 @@
-"""The fit of a ConceptFusionMap: images into pairs, pairs into a translator, and what held-out images tell of it."""
+"""The fit of a ConceptFusionMap: pairs from images, a translator from pairs, and statistics from held-out images."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from captum_concepts.models.concept_translator import (
     fit_translator,
 )
 
-_HELD_OUT = 512  # images kept in the file at most
+_HELD_OUT = 512  # maximum number of images kept in the file
 _ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit leaves behind."""
+    """The result of a fit."""
 
     translator: ConceptTranslator
     history: dict[str, list[float]]
@@ -35,10 +35,7 @@ class Fitted:
 
 
 def link_of(encoder: Any) -> str:
-    """``"softmax"`` or ``"sigmoid"``: what the encoder says as ``link`` or ``probability``, else by its name.
-
-    A zero bias says nothing: a SigLIP's may be zero, and a CLIP has none.
-    """
+    """The encoder's ``link`` or ``probability``, else ``"sigmoid"`` if ``logit_bias`` is not 0, else ``"softmax"``."""
     for name in ("link", "probability"):
         said = getattr(encoder, name, None)
         if isinstance(said, str):
@@ -63,12 +60,12 @@ def train(
     **collecting: Any,
 ) -> Fitted:
     """A fitted translator on the classifier's device."""
-    # Iterating a DataLoader draws a seed, and creating layers draws weights: the caller's random state is unchanged.
+    # Iterating a DataLoader draws a seed, and creating layers draws weights; the caller's random state is unchanged.
     with torch.random.fork_rng(devices=[]):
         pairs = collect_pairs(layers, encoder, images, seed=seed, show_progress=show_progress, **collecting)
         width = pairs.embedding_dim
         if hidden is None and pairs.images > 1024 and training.from_examples:
-            hidden = (2048, 1024)  # each unit of the first layer is one example
+            hidden = (2048, 1024)  # each unit of the first layer comes from one example
         translator = ConceptTranslator(pairs.in_channels, width, hidden=hidden)
     if text is not None and text.shape[1] != width:
         raise InputError(f"the encoder returns images of width {width} and texts of width {text.shape[1]}")
@@ -91,7 +88,7 @@ def train(
 
 @torch.no_grad()
 def _held_out(translator: ConceptTranslator, pairs: TrainingPairs, held_out: Tensor) -> HeldOut:
-    """What later words are judged by."""
+    """The embeddings that concepts are calibrated on, including those added later."""
     device = translator.first.weight.device
 
     def unit(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""From one forward pass to the derivative of many concept logits at many layers."""
+"""Derivatives of many concept logits at many layers, from one forward pass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from captum_concepts.activations import Inputs, Layers, SpatialActivations, full
 from captum_concepts.activations.layers import gradient_errors
 from captum_concepts.errors import InputWarning
 
-# Gradients at once: more than sixteen passes of a ResNet-50, since a batch of sixteen is a fifth faster than one of
-# five (below it PyTorch's 1 x 1 convolutions take the slow path on one thread).
+# Gradient entries at once: more than 16 passes of a ResNet-50, since smaller batches are slower (on one thread,
+# PyTorch's 1 x 1 convolutions then take the slow path).
 _ENTRIES = 2**25
 
 Derivatives = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
@@ -30,15 +30,15 @@ Derivatives = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
 
 @dataclass(frozen=True)
 class ConceptPass:
-    """One forward of the classifier and the translator.
+    """One forward pass of the classifier and the translator.
 
     Args:
         seen: layers and output of the classifier.
         maps: each layer as ``(N, C, h, w)``, detached, at least fp32.
         pooled: their means over the positions, ``(N, C)``.
-        embedding: ``(N, D)`` the translator's output, differentiable at ``sources``.
+        embedding: ``(N, D)`` output of the translator, differentiable at ``sources``.
         sources: the layers' raw tensors (total gradient) or the pooled vectors (branch gradient).
-        branch: which of the two.
+        branch: whether ``sources`` are the pooled vectors.
     """
 
     seen: SpatialActivations
@@ -51,14 +51,14 @@ class ConceptPass:
     def derivatives(self, count: int, *, chunk: int, evidence: bool = False, only: int | None = None) -> Derivatives:
         """A function from cotangents to the derivatives at every layer.
 
-        Both results are linear in the cotangent: where more than D are asked, those of a basis are computed once and
-        combined, so that D backward passes are enough for any number of concepts.
+        Both results are linear in the cotangent. For more than D cotangents, the derivatives of a basis are computed
+        once and combined, so D backward passes are enough for any number of concepts.
 
         Args:
-            count: how many cotangents an example will be asked in all.
-            chunk: how many to push through the network at once.
-            evidence: also give the signed evidence.
-            only: the one layer to differentiate at; the other betas are zero, and nothing in front of it is entered.
+            count: total number of cotangents per example.
+            chunk: number of cotangents per backward pass.
+            evidence: also return the signed evidence.
+            only: the single layer to differentiate at; the other betas are zero, and no layer before it is entered.
         """
 
         def direct(cotangents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -115,7 +115,7 @@ def concept_pass(
     additional_forward_args: Any = None,
     attribute_to_layer_input: bool = False,
 ) -> ConceptPass:
-    """Run classifier and translator once, recording for a backward pass (call it with gradients enabled)."""
+    """Run classifier and translator once, recording for a backward pass (requires gradients to be enabled)."""
     seen = layers.run(
         inputs,
         additional_forward_args=additional_forward_args,
@@ -138,10 +138,10 @@ def concept_pass(
 
 
 def vector_products(output: Tensor, sources: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor, ...]:
-    """``cotangents[i] @ d output / d source`` for every i at once: ``(c, *source.shape)`` for each source.
+    """``(c, *source.shape)`` products ``cotangents[i] @ d output / d source`` of every i, for each source.
 
-    A few backward passes at once where every operation has a batching rule (``torch.func.vmap``; the older
-    ``is_grads_batched`` falls back to a loop inside, and copies), otherwise one after another.
+    Backward passes are batched with ``torch.func.vmap`` if every operation has a batching rule (the older
+    ``is_grads_batched`` falls back to an internal loop, and copies), and run one after another otherwise.
     """
     cotangents = cotangents.to(output)
 
@@ -155,7 +155,7 @@ def vector_products(output: Tensor, sources: Sequence[Tensor], cotangents: Tenso
     if len(cotangents) > 1:
         together = max(1, _ENTRIES // sum(source.numel() for source in sources))
         try:
-            # A missing batching rule is announced by a warning and then runs slower than the plain loop.
+            # A missing batching rule raises a warning and then runs slower than the plain loop.
             with warnings_filtered("error", UserWarning, "There is a performance drop"):
                 return torch.func.vmap(one, chunk_size=min(together, len(cotangents)))(cotangents)
         except (RuntimeError, NotImplementedError, ValueError, Warning) as error:

@@ -1,4 +1,4 @@
-"""What the translator reads at each position of the layers alone."""
+"""Concept evidence of single positions, from the translator."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from captum_concepts.activations import full_precision
 from captum_concepts.attr.concept_fusion.regions import TEMPERATURE, coarser_grid, resize
 from captum_concepts.attr.concept_fusion.words import TextBank
 
-_MOST_CELLS = 256  # each is one row of the translator: in all about a quarter of a ResNet-50's forward pass
-_ROWS = 4096  # of the translator at once
-_ENTRIES = 2**22  # of cells x concepts at once
-_NOTHING = 1e-5  # differences that rounding makes
+_MOST_CELLS = 256  # each is one row of the translator, in total about a quarter of a ResNet-50's forward pass
+_ROWS = 4096  # translator inputs at once
+_ENTRIES = 2**22  # cells x concepts at once
+_NOTHING = 1e-5  # rounding differences
 
 
 @dataclass(frozen=True)
 class LocalReading:
-    r"""Each cell of the layers, given to the translator as if it were the whole image.
+    r"""The translator's embedding of each cell of the layers, read as if the cell were the whole image.
 
-    A gradient says what would change the concept; this says what is seen here. The cells are the layers' own features,
-    so a late layer's cell has seen its surroundings.
+    A gradient measures what would change the concept; a local reading measures what is present at the cell. A late
+    layer's cell also depends on its surroundings, within its receptive field.
 
     Args:
         unit: ``(N, P, D)`` unit embeddings of the cells.
-        log_sum: ``(N, P)``: :math:`\log \sum_t \exp(S^t / u)` over all concepts.
+        log_sum: ``(N, P)`` values :math:`\log \sum_t \exp(S^t / u)` over all concepts.
         bank: the concepts.
         grid: of the P cells.
     """
@@ -39,13 +39,12 @@ class LocalReading:
     grid: tuple[int, int]
 
     def excess(self, index: Tensor) -> Tensor:
-        r"""``(N, J, h, w)`` in [0, 1): how much likelier concept ``index[n, j]`` is here than on average.
+        r"""``(N, J, h, w)`` excess, in [0, 1), of the likelihood of concept ``index[n, j]`` over its mean.
 
         .. math:: \max(q_p - \operatorname{mean}_p q_p, 0), \quad q_p = \frac{P_p}{\max_p P_p}, \quad
             P_p = \frac{\exp(S^t_p / u)}{\sum_s \exp(S^s_p / u)}
 
-        A reading that is the same everywhere gives zeros. A single concept has no others to compete with: there the
-        sum is left out.
+        A uniform reading returns zeros. For a single concept, the sum is left out.
         """
         logit = self.bank.scale * torch.einsum("npd,njd->njp", self.unit, self.bank.direction[index])
         logit = logit + self.bank.offset[index].unsqueeze(-1)
@@ -56,12 +55,12 @@ class LocalReading:
 
 @torch.no_grad()
 def read_locally(translator: nn.Module, maps: Sequence[Tensor], grid: tuple[int, int], bank: TextBank) -> LocalReading:
-    """Run the translator on every cell.
+    """The :class:`LocalReading` of the translator on every cell.
 
     Args:
-        translator: from a list of ``(n, C_l)`` to ``(n, D)``.
-        maps: ``(N, C_l, h_l, w_l)`` each. Finer layers are averaged over the cell, coarser ones interpolated.
-        grid: of the cells; divided by the smallest whole number that leaves at most 256.
+        translator: maps a list of ``(n, C_l)`` to ``(n, D)``.
+        maps: ``(N, C_l, h_l, w_l)`` each; finer layers are averaged over the cell, coarser ones interpolated.
+        grid: of the cells, divided by the smallest integer that leaves at most 256.
     """
     grid = coarser_grid(grid, _MOST_CELLS)
     columns = []

@@ -1,4 +1,4 @@
-"""A ConceptFusionMap at the start of a call: names are modules, texts a bank, options checked. What it computes."""
+"""The resolved layers, concepts and options of one ConceptFusionMap call, and its computations."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from captum_concepts.images import ImageSource
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What one call works with.
+    """The resolved arguments of one call.
 
     Args:
         layers: of the classifier, in the translator's order.
-        translator: from a list of ``(N, C_l)`` to ``(N, D)``.
+        translator: maps a list of ``(N, C_l)`` to ``(N, D)``.
         bank: the concepts.
-        fixed: number of the layer that maps come from; None: each concept's most relevant one.
-        fused: maps of all layers together.
-        branch: gradients of the translator alone.
-        n_channels, share: how many channels are ablated, see :func:`~ablation.rank_channels`.
+        fixed: index of the layer that maps come from; None: each concept's most relevant one.
+        fused: fuse the maps of all layers.
+        branch: use gradients of the translator alone.
+        n_channels, share: number of channels to ablate, see :func:`~ablation.rank_channels`.
         fill, class_probability: see :class:`ConceptFusionMap`.
-        batch_size: bound of images, and of images times concepts, at once.
+        batch_size: maximum number of images, and of images times concepts, at once.
     """
 
     layers: Layers
@@ -55,7 +55,7 @@ class Setup:
     def passes(
         self, inputs: Inputs | ImageSource, extra: Any, of_input: bool = False, *, gradient: bool = True
     ) -> Iterator[tuple[slice, Part]]:
-        """One part of at most ``batch_size`` examples after another, with its place in the batch."""
+        """Parts of at most ``batch_size`` examples, each with its rows in the batch."""
         batch = count(inputs)
         for rows, own in in_parts(inputs, self.batch_size, self.layers.model):
             own_extra = take_rows(extra, rows, batch)
@@ -78,12 +78,12 @@ class Setup:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some examples after one forward pass, and everything that is asked about them.
+    """Some examples after one forward pass, and the computations on them.
 
     Args:
-        setup: how.
-        inputs, extra: the examples and what else the classifier takes.
-        seen: classifier and translator.
+        setup: the call's resolved arguments.
+        inputs, extra: the examples and the classifier's additional arguments.
+        seen: the forward pass of classifier and translator.
     """
 
     setup: Setup
@@ -98,15 +98,15 @@ class Part:
 
     @functools.cached_property
     def link(self) -> str:
-        """How the classifier's output becomes probabilities."""
+        """The link from the classifier's output to probabilities."""
         return ablation.class_link(self.setup.class_probability, self.seen.seen.output, self.seen.seen.final)
 
     def logits(self) -> Tensor:
-        """``(N, T)`` of the concepts."""
+        """``(N, T)`` logits of the concepts."""
         return self.bank.logits(self.seen.embedding.detach())
 
     def classes(self, target: Any, rows: slice, batch: int) -> Tensor:
-        """``(N,)`` the class that ``target`` of the whole batch says; None: the predicted one."""
+        """``(N,)`` classes of these rows, from the ``target`` of the whole batch; None: the predicted ones."""
         output = self.seen.seen.output
         _ = self.link  # checks the output's shape
         count = 1 if output.ndim == 1 else output.shape[1]
@@ -115,25 +115,25 @@ class Part:
         return target_indices(target, batch, count, what="class")[rows]
 
     def class_probability(self, classes: Tensor) -> Tensor:
-        """``(N,)`` the classifier's probability of ``classes``."""
+        """``(N,)`` probabilities of ``classes`` from the classifier."""
         output = self.seen.seen.output.detach()
         link = self.link
         each = zip(output.split(1), classes.tolist(), strict=True)
         return torch.cat([ablation.class_log_probability(one, target, link).exp() for one, target in each])
 
     def layer_relevance(self, index: Tensor) -> Tensor:
-        """``(N, J, L)`` of the concepts ``index``."""
+        """``(N, J, L)`` relevance of the layers to the concepts ``index``."""
         rows = [self._relevance(self._ranked(betas), part) for part, betas, _ in self._chunks(index)]
         return torch.cat(rows, 1).detach()
 
     def maps(self, index: Tensor) -> Tensor:
-        """``(N, J, h, w)`` of the concepts ``index``."""
+        """``(N, J, h, w)`` maps of the concepts ``index``."""
         return self.explained(index, contributions=False)[0]
 
     def explained(self, index: Tensor, *, contributions: bool, maps: bool = True) -> tuple[Tensor, Tensor, Channels]:
         """Maps ``(N, J, h, w)``, the layer of each concept ``(N, J)``, and the channels :meth:`contributions` needs.
 
-        What is not asked for is empty. Channels are ranked once, for relevance and contributions.
+        Results that are not requested are empty. Channels are ranked once, for relevance and contributions.
         """
         fixed = self.setup.fixed
         only = fixed if fixed is not None or len(self.setup.layers) > 1 else 0
@@ -146,7 +146,7 @@ class Part:
         for part, betas, _ in self._chunks(index, only=only):
             ranked = self._ranked(betas, only) if contributions or only is None else []
             if only is None:
-                relevance = self._relevance(ranked, part)  # of equally relevant layers the last
+                relevance = self._relevance(ranked, part)  # the last of equally relevant layers
                 choices.append(relevance.shape[-1] - 1 - relevance.flip(-1).argmax(-1))
             else:
                 choices.append(torch.full(part.shape, only, device=part.device))
@@ -159,8 +159,7 @@ class Part:
         return drawn, torch.cat(choices, 1), channels
 
     def contributions(self, choice: Tensor, channels: Channels, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """``(N, J)`` contributions and ``(N, J, K + 1)`` curves, of the layers and channels of :meth:`explained`; K is
-        ``n_channels``, or the channels of the widest layer where there are fewer."""
+        """``(N, J)`` contributions and ``(N, J, K + 1)`` curves, K at most the channels of the widest layer."""
         setup, seen = self.setup, self.seen
         length = min(setup.n_channels, max(pooled.shape[-1] for pooled in seen.pooled))
         curve = seen.maps[0].new_zeros((*choice.shape, length + 1))
@@ -182,7 +181,7 @@ class Part:
                     seen.seen.output[one],
                     link=link,
                     fill=setup.fill,
-                    # A small layer may have more copies for the same memory as the largest with batch_size.
+                    # A small layer allows more copies in the memory that the largest needs for batch_size.
                     rows=setup.batch_size * max(1, max(sizes) // sizes[number]),
                 ).to(curve)
                 mean[i, here] = drops.mean(-1)
@@ -197,11 +196,11 @@ class Part:
         """``(index, betas, evidence)`` of one bounded part of the concepts after another.
 
         Args:
-            fused: with contrast, and with evidence.
-            only: the one layer to differentiate at; the other betas are zero.
+            fused: with contrast and evidence.
+            only: the single layer to differentiate at; the other betas are zero.
         """
         h, bank = self.seen.embedding.detach(), self.bank
-        # Without a pass through the classifier, and without relevances, a row costs hardly anything.
+        # Without a pass through the classifier and without relevances, rows are cheap.
         room = self.setup.batch_size * (16 if self.seen.branch and only is not None else 1)
         chunk = max(1, room // len(h))
         derive = self.seen.derivatives(index.shape[1], chunk=chunk, evidence=fused, only=only)
@@ -210,7 +209,7 @@ class Part:
             yield (part, *derive(bank.slopes(h, part, contrast, regions.TEMPERATURE)))
 
     def _ranked(self, betas: Sequence[Tensor], only: int | None = None) -> Channels:
-        """The channels to ablate per layer, strongest first; none where ``only`` another layer is asked."""
+        """The channels to ablate per layer, strongest first; empty for layers other than ``only``."""
         setup = self.setup
         return [
             ablation.rank_channels(beta, z, setup.n_channels, setup.share)

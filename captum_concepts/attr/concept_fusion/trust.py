@@ -1,4 +1,4 @@
-"""Whether a concept is there: what held-out images, or the user's own labels, say of a ConceptFusionMap's scores."""
+"""Calibration of a ConceptFusionMap's scores, on held-out images or the user's labels."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 from captum_concepts.attr.concept_fusion.words import TextBank
 from captum_concepts.errors import InputError
 
-_ENOUGH = 20  # held-out images below which nothing is claimed
-_BIN = 40  # entries whose mean is one knot of a presence curve, at the top
-_GROWTH = 1.15  # of the bins downwards
+_ENOUGH = 20  # minimum number of held-out images for any claim
+_BIN = 40  # entries averaged to the top knot of a presence curve
+_GROWTH = 1.15  # of the bin size, downwards
 _TEMPERATURES = tuple(2 ** (k / 4) for k in range(-8, 25))  # 1/4 to 64
-#: Weight of the VLM's verdict on a whole held-out image, beside those on its crops: for the temperature, for presence.
+#: Weight of the VLM's prediction on a whole held-out image relative to its crops, for the temperature and for presence.
 _WHOLE, _WHOLE_PRESENCE = 1 / 3, 2 / 3
-#: Presence reads the odds of a broader softmax than the scores: several words may be there, so runners-up count less.
+#: Presence reads the odds of a broader softmax than the scores, because several concepts may be present.
 _BROADER = 1.5
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """What a fit keeps of its images to judge words, also those that come later.
+    """Embeddings that a fit keeps to calibrate concepts, including those added later.
 
     Args:
-        mean: ``(D,)`` of the translator's unit embeddings of the training images.
-        teacher_mean: ``(D,)`` of the VLM's.
-        student: ``(M, D)`` the translator's unit embeddings of the held-out images.
-        teacher: ``(M, V, D)`` the VLM's, of the image and its V - 1 crops.
+        mean: ``(D,)`` mean of the translator's unit embeddings of the training images.
+        teacher_mean: ``(D,)`` mean of the VLM's.
+        student: ``(M, D)`` unit embeddings of the held-out images from the translator.
+        teacher: ``(M, V, D)`` unit embeddings from the VLM, of the image and its V - 1 crops.
         independent: False if no image could be held out.
     """
 
@@ -44,13 +44,13 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A monotone, piecewise linear function of a logit to a probability.
+    """A monotone, piecewise linear function from a logit to a probability.
 
     Args:
         logits: ``(K,)`` ascending.
         values: ``(K,)`` in [0, 1], not descending.
-        images: on how many images it was fitted.
-        source: what said what is present, in words.
+        images: number of images that it was fitted on.
+        source: description of the labels that it was fitted to.
     """
 
     logits: Tensor
@@ -59,7 +59,7 @@ class Curve:
     source: str
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Values at ``logits`` of any shape; those of the first and last knot beyond them."""
+        """Values at ``logits`` of any shape, constant beyond the first and last knot."""
         x, y = self.logits.to(logits), self.values.to(logits)
         if len(x) == 1:
             return y[0].expand_as(logits).clone()
@@ -72,7 +72,7 @@ class Curve:
     def fit(cls, logits: Tensor, present: Tensor, images: int, source: str) -> Curve:
         """Isotonic regression of ``present`` (in [0, 1]) on ``logits``, over bins that are smallest at the top.
 
-        The value of a bin is that of ``n + 1`` entries, one of which is a half: 40 of 40 are not certainty.
+        A bin's value is the mean of its n entries and one entry of 1/2, so 40 of 40 is not certainty.
         """
         order = logits.flatten().argsort()
         x, y = logits.flatten()[order].double(), present.flatten()[order].double()
@@ -98,16 +98,16 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class Trust:
-    """What is known about the words of a bank.
+    """The calibration of a bank's concepts and their agreement with the VLM.
 
     Args:
-        bank: the words, centered and with the temperature of the held-out images.
-        presence: from odds to a probability; None if nothing is known.
-        reliability: ``(T, 3)`` correlation of each word's logit with the VLM's on held-out images, and its 95 %
-            interval; None if nothing is known.
-        agreement: fraction of held-out images whose first word is the VLM's, each less its own mean.
-        chance: of two independent choices of as frequent words.
-        images: the number of held-out images.
+        bank: the concepts, centered and with the temperature of the held-out images.
+        presence: maps odds to a probability; None if unknown.
+        reliability: ``(T, 3)`` correlation of each concept's logit with the VLM's on held-out images, and its 95 %
+            interval; None if unknown.
+        agreement: fraction of held-out images whose top concept is the VLM's, both centered.
+        chance: agreement of independent choices with the same frequencies.
+        images: number of held-out images; 0 if none could be held out.
     """
 
     bank: TextBank
@@ -119,14 +119,14 @@ class Trust:
 
     @property
     def no_better_than_chance(self) -> bool:
-        """Whether enough held-out images say that the translator did not learn these words."""
+        """Whether enough held-out images show that the translator did not learn these concepts."""
         if self.images < _ENOUGH or len(self.bank.names) < 2:
             return False
         error = math.sqrt(max(self.chance * (1 - self.chance), 1e-12) / self.images)
         return self.agreement < self.chance + 1.64 * error
 
     def sentence(self) -> str:
-        """One line for people."""
+        """A one-line summary."""
         if not self.images or self.reliability is None:
             return "not measured (fit on images, or calibrate(images, labels))"
         if self.images < _ENOUGH:
@@ -144,7 +144,7 @@ class Trust:
 
 
 def odds(bank: TextBank, logits: Tensor) -> Tensor:
-    """``(..., T)`` log odds of a softmax of ``_BROADER`` temperature (or the logits), which presence is read from."""
+    """``(..., T)`` log odds that presence is read from, of a ``_BROADER`` softmax, or the logits under a sigmoid."""
     scaled = logits / bank.temperature
     if bank.link == "sigmoid" or len(bank.names) == 1:
         return scaled
@@ -157,13 +157,12 @@ def odds(bank: TextBank, logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def judge(bank: TextBank, held_out: HeldOut | None) -> Trust:
-    """What the held-out images say about the words of ``bank``, and the bank that they make of it.
+    """The :class:`Trust` in the concepts of ``bank``, calibrated on the held-out images.
 
-    Centering: the mean logit of each word over the training images is subtracted, the translator's from its own and the
-    VLM's from its own: a regression that knows little says what is common, and some words are near every image in a
-    VLM. A sigmoid, which is absolute, gets the VLM's mean logit instead. The temperature makes the softmax as sure as
-    it is right on held-out images, where right is what the VLM says of the image and of crops of it: a VLM that changes
-    its mind was not sure either.
+    Logits of translator and VLM are centered by their own mean per concept over the training images, because a weak
+    regression predicts what is common, and some texts are close to every image in a VLM. A sigmoid is absolute, so its
+    mean logit is set to the VLM's instead. The temperature calibrates the softmax on held-out images against the VLM's
+    predictions on the image and on crops of it, whose disagreement measures the VLM's uncertainty.
     """
     if held_out is None or held_out.student.shape[1] != bank.direction.shape[1]:
         return Trust(bank)
@@ -178,7 +177,7 @@ def judge(bank: TextBank, held_out: HeldOut | None) -> Trust:
     verdicts = vlm.probability(taught)
 
     def said(weight: float) -> Tensor:
-        """``(M, T)`` what the VLM says of each image, and of crops of it."""
+        """``(M, T)`` predictions of the VLM on each image and its crops."""
         whole = verdicts[:, 0]
         return weight * whole + (1 - weight) * verdicts[:, 1:].mean(1) if teacher.shape[1] > 1 else whole
 
@@ -200,7 +199,7 @@ def judge(bank: TextBank, held_out: HeldOut | None) -> Trust:
 
 
 def correlations(one: Tensor, other: Tensor) -> Tensor:
-    """``(T, 3)``: Pearson's correlation of each column, and Fisher's 95 % interval; 0 for a constant column."""
+    """``(T, 3)`` Pearson correlation of each column and its Fisher 95 % interval; 0 for a constant column."""
     n = len(one)
     a, b = (m.double() - m.double().mean(0) for m in (one, other))
     r = (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-12)
@@ -213,7 +212,7 @@ def presence_table(labels: Any, names: Sequence[str], count: int) -> Tensor:
     """``(N, T)`` of 0 and 1, NaN where unknown, from the forms that ``calibrate`` accepts.
 
     Raises:
-        InputError: neither a table nor a list of the concepts of each image.
+        InputError: the labels are neither a table nor a list of the concepts of each image.
     """
     if not isinstance(labels, Tensor):
         rows = list(labels)

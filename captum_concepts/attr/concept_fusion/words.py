@@ -1,4 +1,4 @@
-"""The concepts of a ConceptFusionMap as one value: names, directions in the embedding space, how a logit is read."""
+"""The concepts of a ConceptFusionMap as one object: names, directions in the embedding space, and the link."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ LINKS = ("softmax", "sigmoid")
 
 @dataclass(frozen=True)
 class TextBank:
-    r"""T concepts and how an embedding h becomes a logit and a probability of each.
+    r"""T concepts, with a logit and a probability of each for an embedding h.
 
     .. math:: S^t = \text{scale} \, \frac{h}{|h|} \cdot d_t + b_t
 
     Args:
         names: the T concepts.
-        direction: ``(T, D)``: the unit text embeddings, or what was made of them.
+        direction: ``(T, D)`` unit text embeddings, or directions computed from them.
         offset: ``(T,)``.
-        scale: of the cosine.
-        link: ``"softmax"`` (concepts compete, CLIP) or ``"sigmoid"`` (each for itself, SigLIP).
-        temperature: by which logits are divided before the link.
+        scale: scale of the cosine.
+        link: ``"softmax"`` (concepts compete, CLIP) or ``"sigmoid"`` (independent concepts, SigLIP).
+        temperature: divides logits before the link.
     """
 
     names: tuple[str, ...]
@@ -44,20 +44,20 @@ class TextBank:
         return replace(self, direction=self.direction.to(like), offset=self.offset.to(like))
 
     def logits(self, h: Tensor) -> Tensor:
-        """``(..., T)`` of embeddings ``(..., D)``."""
+        """``(..., T)`` logits of embeddings ``(..., D)``."""
         return self.scale * (F.normalize(h, dim=-1) @ self.direction.T) + self.offset
 
     def probability(self, logits: Tensor) -> Tensor:
-        """``(..., T)`` in [0, 1]."""
+        """``(..., T)`` probabilities in [0, 1]."""
         logits = logits / self.temperature
         return logits.softmax(-1) if self.link == "softmax" else logits.sigmoid()
 
     def log_probability(self, h: Tensor, index: Tensor) -> Tensor:
-        """``log`` of the probability of concept ``index`` (same leading shape as h, one concept each).
+        """Log probability of concept ``index`` (same leading shape as h, one concept each).
 
-        In double precision: relevances are differences of it, and fused maps divide by their sum.
+        It is in double precision, because relevances are differences of it, and fused maps divide by their sum.
         """
-        if h.device.type != "mps":  # which has no double precision
+        if h.device.type != "mps":  # no double precision on MPS
             h = h.double()
         self = self.to(h)
         if self.link == "softmax":
@@ -66,7 +66,7 @@ class TextBank:
         return F.logsigmoid((self.scale * cosine + self.offset[index]) / self.temperature)
 
     def slopes(self, h: Tensor, index: Tensor, contrast: float = 0.0, temperature: float = 1.0) -> Tensor:
-        r"""``(N, J, D)``: derivative of the logit of concept ``index[n, j]`` at the embedding ``h[n]``.
+        r"""``(N, J, D)`` derivatives of the logit of concept ``index[n, j]`` at the embedding ``h[n]``.
 
         With ``contrast`` c and ``temperature`` u it is the derivative of
         :math:`S^t - c \, u \log \sum_{s \ne t} \exp(S^s / u)`.
@@ -83,7 +83,7 @@ class TextBank:
 
 
 def log_softmax_at(logits: Tensor, index: Tensor) -> Tensor:
-    """``logits.log_softmax(-1)`` at ``index``, accurate also where it is nearly 0 (a probability of nearly 1)."""
+    """``logits.log_softmax(-1)`` at ``index``, accurate also near 0 (a probability near 1)."""
     own = index.unsqueeze(-1)
     others = logits.scatter(-1, own, -torch.inf).logsumexp(-1)
     return F.logsigmoid(logits.gather(-1, own).squeeze(-1) - others)
@@ -93,7 +93,7 @@ def encode(concepts: Sequence[str] | Vocabulary, encoder: Any) -> tuple[list[str
     """The names and their unit text embeddings ``(T, D)``; a Vocabulary is encoded in its templates.
 
     Raises:
-        InputError: no name, one twice, or one that the encoder does not know (named).
+        InputError: there is no name, a duplicate, or one that the encoder does not know (the message names it).
     """
     names = unique_names(concepts, "concept")
     if not names:
@@ -103,10 +103,10 @@ def encode(concepts: Sequence[str] | Vocabulary, encoder: Any) -> tuple[list[str
 
 
 def check_words(concepts: Any, text: Any, width: int | None) -> None:
-    """Refuse names and text embeddings that do not fit each other or the translator's output.
+    """Check that names and text embeddings match each other and the translator's output.
 
     Raises:
-        InputError: says which, and what to pass.
+        InputError: they do not; the message reports which, and what to pass.
     """
     if concepts is None:
         if text is not None:

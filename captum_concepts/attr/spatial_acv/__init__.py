@@ -1,4 +1,4 @@
-"""Spatial Activation Concept Vectors: where a layer encodes a concept, and where it moves the prediction."""
+"""Spatial Activation Concept Vectors, maps of where a layer encodes a concept and where it affects the prediction."""
 
 from captum_concepts.attr.spatial_acv.spatial_acv import SpatialACV
 

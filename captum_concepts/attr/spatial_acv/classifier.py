@@ -1,4 +1,4 @@
-"""Linear classifiers of rows: the package's own, or any of Captum's."""
+"""Linear classifiers of rows, from the package or from Captum."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Trainer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # x, y, row
 
 
 def logistic_trainer(lam: float) -> Trainer:
-    """L2 logistic regression with the package's solver; the weaker the penalty, the finer it has to be solved."""
+    """L2 logistic regression with the package's solver, at a smaller tolerance for a weaker penalty."""
     tol = max(1e-5 * min(1.0, lam / 0.01), 1e-12)
 
     def train(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         basis = None
         if len(x) < x.shape[1] and x.device.type != "mps":
-            # Fewer rows than channels: with a ridge the solution lies in the span of the rows, so the same problem
-            # has as many unknowns as rows (x = R^T Q^T, w = Q u, |w| = |u|).
+            # With a ridge and fewer rows than channels, the solution lies in the span of the rows, so the problem
+            # has only as many unknowns as rows (x = R^T Q^T, w = Q u, |w| = |u|).
             basis, triangle = torch.linalg.qr(x.T)
             x = triangle.T.contiguous()
         result = fit_elastic_net(x, y, lam, alpha=0.0, loss="logistic", num_classes=2, sample_weight=weight, tol=tol)
@@ -40,7 +40,7 @@ def captum_trainer(classifier: Any, seed: int) -> Trainer:
     """Any ``captum.concept`` ``Classifier``; it has no intercept, so one is fitted to its projections."""
 
     def train(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        # It takes no row weights: both classes get equally many rows instead.
+        # It does not support row weights, so both classes get equally many rows instead.
         generator = torch.Generator().manual_seed(seed)
         sides = [(y == label).nonzero().flatten() for label in (LABEL_NEGATIVE, LABEL_CONCEPT)]
         least = min(map(len, sides))
@@ -69,13 +69,13 @@ def _shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def calibrate(x: Tensor, y: Tensor, weight: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """``(a * direction, b)``: logistic regression on the projection alone, slightly penalised, by Newton steps."""
+    """``(a * direction, b)`` of a slightly penalized logistic regression on the projection alone, by Newton steps."""
     projection = (x @ direction).double() if x.device.type != "mps" else x @ direction
     spread = projection.std().clamp_min(1e-12)
     z, t, weight = projection / spread, (y == LABEL_CONCEPT).to(projection), weight.to(projection)
     design = torch.stack([z, torch.ones_like(z)], 1)
     theta = torch.zeros(2, dtype=z.dtype, device=z.device)
-    theta[0] = torch.sign((z * (2 * t - 1) * weight).sum())  # from the right side: the sign of the data
+    theta[0] = torch.sign((z * (2 * t - 1) * weight).sum())  # start with the sign of the data
     ridge = torch.tensor([1e-3, 1e-9], dtype=z.dtype, device=z.device) * weight.sum()
     for _ in range(50):
         p = torch.sigmoid(design @ theta)
@@ -85,14 +85,14 @@ def calibrate(x: Tensor, y: Tensor, weight: Tensor, direction: Tensor) -> tuple[
         theta = theta - step.clamp(-2, 2)
         if float(step.abs().max()) < 1e-8:
             break
-    # A direction is never turned round here: that it points away from the concept must show in the accuracy.
+    # The direction is never reversed; if it points away from the concept, the accuracy must show it.
     slope = (theta[0].abs() / spread).clamp_min(1e-12)
     return direction * slope.to(direction), theta[1].to(direction)
 
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seed the global random states that third-party classifiers draw from, and put them back."""
+    """Seed the global random states that third-party classifiers draw from, and restore them."""
     import numpy as np
 
     states = random.getstate(), np.random.get_state()  # noqa: NPY002

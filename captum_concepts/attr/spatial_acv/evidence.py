@@ -1,4 +1,4 @@
-"""Is it the stripes? What an output loses without a concept, against other classes, other concepts and chance."""
+"""The margin an output loses without a concept, compared with other classes, other concepts and chance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from captum_concepts.attr.spatial_acv.fit import FittedVectors
 from captum_concepts.attr.spatial_acv.statistics import t_tail
 from captum_concepts.explanation import short
 
-#: Least fraction of the margin that a concept must carry to decide.
+#: Minimum fraction of the margin that a concept must carry to decide.
 LEAST_SHARE = 0.05
 
 
@@ -27,11 +27,11 @@ class ConceptEvidence:
 
     Args:
         concepts: K names.
-        target: ``(N,)`` the output, or None where the model has only one.
+        target: ``(N,)`` the output, or None if the model has only one.
         margins: ``(N,)`` the output minus the mean of the others.
-        effects: ``(N, K)`` what the margin loses without the concept.
+        effects: ``(N, K)`` decrease of the margin without the concept.
         shares: ``(N, K)`` effect / |margin|.
-        p_values: ``(N, K)`` of "another direction would do as much there", or None without random sets.
+        p_values: ``(N, K)`` of "another direction has the same effect there", or None without random sets.
         decides: ``(N, K)`` bool.
     """
 
@@ -44,7 +44,7 @@ class ConceptEvidence:
     decides: Tensor
 
     def first(self) -> list[str | None]:
-        """For each image the deciding concept with the largest effect, or None where no concept decides."""
+        """For each image the deciding concept with the largest effect, or None if no concept decides."""
         best = self.effects.masked_fill(~self.decides, -torch.inf).argmax(1).tolist()
         return [self.concepts[k] if bool(row[k]) else None for k, row in zip(best, self.decides, strict=True)]
 
@@ -66,13 +66,13 @@ class ConceptEvidence:
 def effects_of(
     layers: Layers, fitted: FittedVectors, inputs: Inputs, extra: Any, target: Any, steps: int
 ) -> tuple[Tensor, ...]:
-    r"""Margins ``(N,)``, effects and p-values ``(N, K)``, and the explained outputs ``(N,)`` if outputs have numbers.
+    r"""Margins ``(N,)``, effects, p-values, the strongest other vectors' effects (``(N, K)`` each), outputs ``(N,)``.
 
     Where the layer encodes concept k at position (i, j), its projection is lowered to the threshold of the classifier,
     :math:`A'_{ij} = A_{ij} - \max(S_k(i, j) - \tau_k, 0) \, v_k`. The effect is the margin at A minus that at A',
-    as an integral of gradients on the way, :math:`\sum_{ij} (A_{ij} - A'_{ij})^T \bar g_{ij}`. The same gradients
-    tell what any other unit vector u would do at these positions in this amount,
-    :math:`\sum_{ij} |A_{ij} - A'_{ij}| \, u^T \bar g_{ij}`.
+    as an integral of gradients along the path, :math:`\sum_{ij} (A_{ij} - A'_{ij})^T \bar g_{ij}`. The same gradients
+    yield the effect of any other unit vector u at these positions and amounts,
+    :math:`\sum_{ij} |A_{ij} - A'_{ij}| \, u^T \bar g_{ij}`. The outputs are left out if they have no index.
 
     Args:
         layers: the layer.
@@ -133,7 +133,7 @@ def effects_of(
 
 
 def _margin(output: Tensor, target: Any) -> Tensor:
-    """The target output minus the mean of the others, ``(N,)``."""
+    """``(N,)`` target output minus the mean of the others."""
     chosen = select_output(output, target)
     if output.ndim != 2 or output.shape[1] < 2:
         return chosen
@@ -145,7 +145,7 @@ def _repeated(target: Any, copies: int) -> Any:
 
 
 def explained_index(output: Any, target: Any) -> Tensor | None:
-    """``(N,)`` the index of the explained output, the highest where ``target`` is None; None for other shapes."""
+    """``(N,)`` index of the explained output, the highest if ``target`` is None; None for other shapes."""
     if not isinstance(output, Tensor) or output.ndim != 2:
         return None
     if target is None:
@@ -155,7 +155,7 @@ def explained_index(output: Any, target: Any) -> Tensor | None:
     try:
         index = torch.as_tensor(target, device=output.device).flatten()
     except (TypeError, ValueError, RuntimeError):
-        return None  # select_output refuses it
+        return None  # select_output raises
     if index.is_floating_point() or index.dtype == torch.bool:
         return None
     index = index.long() % output.shape[1]

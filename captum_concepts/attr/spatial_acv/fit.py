@@ -1,4 +1,4 @@
-"""From sets of images to concept vectors, their held-out accuracy, and what can be said about each concept."""
+"""Concept vectors from sets of images, with their held-out accuracy and statistics."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from captum_concepts.errors import InputError, listing
 from captum_concepts.images import ImageSource, batches
 
 ALPHA = 0.05
-#: The penalty of the authors' notebook: scikit-learn's ``C=1``, on the sum of the losses of rows that are not scaled.
+#: The penalty of the authors' notebook, scikit-learn's ``C=1`` on the sum of the losses of unscaled rows.
 PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """The options of ``SpatialACV.fit`` that are numbers; see there."""
+    """The numeric options of ``SpatialACV.fit``."""
 
     n_random: int = 0
     seed: int = 0
@@ -62,18 +62,18 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class FittedVectors:
-    """The fitted state: everything that is saved.
+    """The fitted state, which is saved.
 
     Args:
         names: K concepts.
         vectors: ``(K, C)`` unit rows.
         slopes, intercepts: ``(K,)`` of the probability.
-        accuracies, contrasts: ``(K,)``; intervals ``(K, 2)``; p_values ``(K,)`` or None.
+        accuracies, contrasts: ``(K,)``; intervals are ``(K, 2)``, p_values ``(K,)`` or None.
         rows: counts for each concept.
         of_input: fitted on the layer's input.
         presence_slopes, presence_intercepts: ``(K,)`` of :class:`PresenceCurve`; None in files of earlier versions.
         reliability: ``(K, 3)`` of :class:`PresenceCurve`.
-        presence_source: what presence was calibrated on, in words.
+        presence_source: description of the data that presence was calibrated on.
         null_vectors: ``(K, 2 R, C)`` of :func:`null_directions`; None without random sets.
     """
 
@@ -95,28 +95,28 @@ class FittedVectors:
 
     @property
     def significant(self) -> Tensor | None:
-        """``(K,)`` bool: p below 0.05; None without p-values."""
+        """``(K,)`` bool, p < 0.05; None without p-values."""
         return None if self.p_values is None else self.p_values < ALPHA
 
     def probability(self, projected: Tensor) -> Tensor:
-        """``(N, K, h, w)`` the classifier's probability at each position, from projections."""
+        """``(N, K, h, w)`` probabilities of the classifier at each position, from projections."""
         slopes, intercepts = (t.to(projected).view(1, -1, 1, 1) for t in (self.slopes, self.intercepts))
         return torch.sigmoid(projected * slopes + intercepts)
 
     def evidence(self, projected: Tensor) -> Tensor:
-        """``(N, K)``: mean logit of the strongest tenth of the positions, from projections ``(N, K, h, w)``."""
+        """``(N, K)`` mean logits of the strongest tenth of the positions, from projections ``(N, K, h, w)``."""
         slopes, intercepts = (t.to(projected).view(1, -1, 1) for t in (self.slopes, self.intercepts))
         return evidence(projected.flatten(2) * slopes + intercepts)
 
     def scores(self, projected: Tensor) -> Tensor:
-        """``(N, K)`` the probability that an image shows the concept, from projections ``(N, K, h, w)``."""
+        """``(N, K)`` probabilities that an image shows the concept, from projections ``(N, K, h, w)``."""
         found = self.evidence(projected)
         if self.presence_slopes is None or self.presence_intercepts is None:
             return torch.sigmoid(found)
         return torch.sigmoid(found * self.presence_slopes.to(found) + self.presence_intercepts.to(found))
 
     def trust(self) -> str:
-        """One sentence: how well held-out images with a concept are separated from those without it."""
+        """One sentence on how well held-out images with and without a concept are separated."""
         measured = self.accuracies if self.reliability is None else self.reliability[:, 0]
         low = self.intervals[:, 0] if self.reliability is None else self.reliability[:, 1]
         what = "accuracy of positions" if self.reliability is None else "AUROC of images"
@@ -149,15 +149,15 @@ class FittedVectors:
 
 @dataclass(frozen=True)
 class FittedConcept:
-    """One concept's vector and how well it separates images it was not fitted on.
+    """One concept's vector and its accuracy on held-out images.
 
     Args:
-        vector: ``(C,)`` unit length, towards the concept.
+        vector: ``(C,)`` of unit length, towards the concept.
         slope, intercept: the probability of the concept at an activation a is sigmoid(slope * a.v + intercept).
         accuracy: held-out balanced accuracy of positions, chance 0.5.
         interval: its 95 % confidence interval.
         contrast: held-out (mean of a.v on the concept - on the negatives) / their standard deviation.
-        presence: whether an image shows the concept.
+        presence: the probability that an image shows the concept.
     """
 
     vector: Tensor
@@ -181,15 +181,15 @@ def fit_vectors(
     classifier: Any,
     show_progress: bool,
 ) -> FittedVectors:
-    """Fit every concept against the negatives.
+    """The vectors and statistics of every concept against the negatives.
 
     Args:
-        maps_of: images to activation maps ``(n, C, h, w)``.
+        maps_of: converts images to activation maps ``(n, C, h, w)``.
         concepts, negatives: as in ``SpatialACV.fit``.
-        options: the numbers.
+        options: the numeric options.
         read: opens a set of images.
-        model: takes the images.
-        batch_size: the most images per forward pass.
+        model: images are moved to its device and dtype.
+        batch_size: maximum number of images per forward pass.
         classifier: a Captum ``Classifier`` or None.
         show_progress: show a bar over images, then one over concepts.
     """
@@ -264,7 +264,7 @@ def _pairs(
     rows_of: Callable[[dict[str, ImageSource], int], GuidanceRows],
     max_rows: int,
 ) -> Iterator[tuple[str, GuidanceRows, GuidanceRows]]:
-    """Each concept with its rows and the rows its negatives come from, never more than ``max_rows`` at once."""
+    """Each concept with its rows and the rows its negatives come from, at most ``max_rows`` at once."""
     if others is not None:
         bank = rows_of(others, max_rows // 2)
         for name, source in sets.items():
@@ -276,7 +276,7 @@ def _pairs(
 
 
 def _without(bank: GuidanceRows, name: str, rows: GuidanceRows) -> GuidanceRows:
-    """The negatives of one concept: all but its own images, and those of a set that has its name."""
+    """The negatives of one concept, without its own images and without a set of its name."""
     own = set(rows.digests)
     left = bank.select(lambda digest, origin: digest not in own and origin != name)
     if not left.digests:
@@ -299,12 +299,12 @@ def _counts(rows: GuidanceRows, against: GuidanceRows) -> dict[str, int]:
 
 
 def fit_concept(problem: Problem, train: Trainer, lam: float | None = None, seed: int = 0) -> FittedConcept:
-    """The concept's vector from all rows, its accuracy from fits that left images out.
+    """The concept's vector from all rows, and its accuracy from cross-validation over images.
 
     Args:
         problem: the rows.
         train: the classifier.
-        lam: its L2 penalty, if it is the package's logistic regression: the interval is then that of refits.
+        lam: L2 penalty of the package's logistic regression, whose interval comes from refits; None for others.
         seed: of the bootstrap.
     """
     right = torch.zeros(len(problem.label), dtype=torch.float64)
@@ -319,7 +319,7 @@ def fit_concept(problem: Problem, train: Trainer, lam: float | None = None, seed
         per_image = mean_by_image(((score > 0) == (y == LABEL_CONCEPT)).float(), problem.image[held], len(right))
         right += per_image.cpu().double()
         contrasts.append(_contrast(score, y))
-    # An image of which the row budget left nothing says nothing.
+    # Ignore images without rows in the budget.
     present = (torch.bincount(problem.image, minlength=len(problem.label)) > 0).cpu()
     error = None
     if lam is not None and problem.x.device.type != "mps":
@@ -341,7 +341,7 @@ def fit_concept(problem: Problem, train: Trainer, lam: float | None = None, seed
 def _train(problem: Problem, rows: Tensor | slice, train: Trainer) -> tuple[Tensor, Tensor]:
     x, y = problem.x[rows], problem.y[rows]
     positive = y == LABEL_CONCEPT
-    # Both classes weigh the same however many images each has; so chance is 0.5 and the intercept means something.
+    # Both classes have equal weight for any number of images, so chance is 0.5 and the intercept is meaningful.
     half = len(y) / 2
     weight = torch.where(positive, half / positive.sum().clamp_min(1), half / (~positive).sum().clamp_min(1))
     return train(x, y, weight.to(x.dtype))

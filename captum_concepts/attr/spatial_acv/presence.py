@@ -1,4 +1,4 @@
-"""Is the concept in the image at all? A probability per image, from images that were held out of the fit."""
+"""The probability that an image shows a concept, calibrated on images held out of the fit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from captum_concepts.attr.spatial_acv.problem import LABEL_CONCEPT, Problem
 from captum_concepts.solvers import fit_calibration
 
-#: Fraction of an image's positions whose mean is its evidence: one bright position is no evidence, and a concept need
-#: not fill the image.
+#: Fraction of an image's positions whose mean is its evidence: more than a single bright position, less than the image.
 STRONGEST = 0.1
 #: The smallest fraction of a mosaic that shows the concept.
 SMALLEST = 1 / 16
@@ -36,7 +35,7 @@ class PresenceCurve:
 
 
 def evidence(logits: Tensor) -> Tensor:
-    """``(...)``: the mean of the strongest tenth of the positions, from logits ``(..., P)``.
+    """``(...)`` mean of the strongest tenth of the positions, from logits ``(..., P)``.
 
     >>> evidence(torch.tensor([[0.0] * 18 + [4.0, 2.0]]))
     tensor([3.])
@@ -45,15 +44,15 @@ def evidence(logits: Tensor) -> Tensor:
 
 
 def presence_curve(problem: Problem, scores: Sequence[tuple[Tensor, Tensor]], seed: int) -> PresenceCurve:
-    """Calibrate on mosaics of held-out positions.
+    """The :class:`PresenceCurve` calibrated on mosaics of held-out positions.
 
-    Concept examples show the concept everywhere; images to be explained do so in some places. So half of the mosaics
-    are the positions of a negative image, and in the other half a random fraction of them, from all down to a
-    sixteenth, are replaced by positions of a concept example. Both are held out of the classifier that scores them.
+    Concept examples show the concept everywhere, images to be explained only at some positions. So half of the mosaics
+    consist of positions of a negative image, and in the other half a random fraction of them, from 1/16 to all, is
+    replaced by positions of a concept example. Both are held out of the classifier that scores them.
 
     Args:
-        problem: whose folds they are.
-        scores: per fold the logits ``(m,)`` of the held-out rows, and the image of each.
+        problem: the rows and their folds.
+        scores: logits ``(m,)`` of the held-out rows, and the image of each, per fold.
         seed: of the mosaics.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +66,7 @@ def presence_curve(problem: Problem, scores: Sequence[tuple[Tensor, Tensor]], se
         starts = counts.cumsum(0) - counts
         sides = [(concept[numbers] == side).nonzero().flatten() for side in (False, True)]
         if not all(map(len, sides)):
-            continue  # the row budget left nothing of a side
+            continue  # no rows of a side within the row budget
         negative, positive = (
             logits[_drawn(side, starts, counts, share, generator)] for side in sides
         )  # (share, positions) each
@@ -84,14 +83,14 @@ def presence_curve(problem: Problem, scores: Sequence[tuple[Tensor, Tensor]], se
 
 
 def _drawn(side: Tensor, starts: Tensor, counts: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """``(n, positions)``: row numbers of random positions of n random images of ``side``."""
+    """``(n, positions)`` row indices of random positions of n random images of ``side``."""
     image = side[torch.randint(len(side), (n,), generator=generator)][:, None]
     place = torch.rand(n, _POSITIONS, generator=generator) * counts[image]
     return starts[image] + place.long().clamp(max=counts[image] - 1)
 
 
 def _auroc(values: Tensor, truth: Tensor, positives: int, negatives: int) -> tuple[float, float, float]:
-    """AUROC and its 95 % interval (Hanley and McNeil, 1982) for that many images on either side."""
+    """AUROC and its 95 % interval (Hanley and McNeil, 1982) for the given numbers of images."""
     up, down = values[truth], values[~truth]
     auc = float(((up[:, None] > down).double() + 0.5 * (up[:, None] == down).double()).mean())
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)

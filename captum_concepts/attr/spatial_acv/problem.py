@@ -1,4 +1,4 @@
-"""Concept and negatives as one table of rows, whose images are dealt to folds."""
+"""Concept and negatives as one table of rows, with the fold of each image."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LABEL_CONCEPT, LABEL_NEGATIVE = 1, 0
 
 @dataclass(frozen=True)
 class Problem:
-    """Both classes as one table, centred and divided by one number, so that ``lam`` means the same at any layer.
+    """Both classes as one table, centered and divided by one number, so that ``lam`` means the same at any layer.
 
-    One number, not one per channel: then the solution turns with the features, and channels that hardly vary are
-    not blown up.
+    A common number instead of one per channel makes the solution rotate with the features and does not amplify
+    channels that hardly vary.
     """
 
     x: Tensor
@@ -31,7 +31,7 @@ class Problem:
 
     @property
     def folds(self) -> int:
-        """How many folds there are."""
+        """The number of folds."""
         return int(self.fold.max()) + 1
 
     def rows_in(self, fold: int) -> Tensor:
@@ -40,10 +40,10 @@ class Problem:
 
 
 def make_problem(concept: GuidanceRows, negatives: GuidanceRows, name: str, folds: int, seed: int) -> Problem:
-    """Join concept and negatives and deal their images to folds.
+    """The rows of concept and negatives, with their images assigned to folds.
 
     Raises:
-        InputError: fewer than two different images on a side, or a layer that is the same everywhere.
+        InputError: there are fewer than two different images on a side, or the layer is constant.
     """
     for rows, what in ((concept, f"concept {name!r}"), (negatives, f"the negatives of {name!r}")):
         if len(rows.digests) < 2:
@@ -79,7 +79,7 @@ def make_problem(concept: GuidanceRows, negatives: GuidanceRows, name: str, fold
 
 
 def mean_by_image(values: Tensor, image: Tensor, images: int) -> Tensor:
-    """``(I,)`` or ``(I, R)``: mean of ``(m,)`` or ``(m, R)`` over the rows of each image; 0 for images without rows."""
+    """``(I,)`` or ``(I, R)`` mean of ``(m,)`` or ``(m, R)`` over the rows of each image; 0 for images without rows."""
     total = values.new_zeros(images, *values.shape[1:]).index_add_(0, image, values)
     count = torch.bincount(image, minlength=images).clamp_min(1).to(values)
     return total / count.view(-1, *[1] * (values.ndim - 1))

@@ -1,4 +1,4 @@
-"""Every position of every guidance image is a row: gathered in one pass, under a budget, seeded."""
+"""Rows of activations, one per position of every concept example, sampled in one pass within a budget."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from captum_concepts.images import digest
 
 @dataclass(frozen=True)
 class GuidanceRows:
-    """Rows of one or several sets of guidance images.
+    """Rows of one or several sets of concept or negative examples.
 
     Args:
         x: ``(m, C)`` activations.
-        image: ``(m,)`` which image each row is from; equal images have equal numbers.
-        digests: what tells the images apart, by number.
-        origins: the set each image was read from, by number.
+        image: ``(m,)`` image number of each row; identical images have the same number.
+        digests: content digest of each image, by number.
+        origins: the set each image was first read from, by number.
         counts: how often each image was read, by number.
-        positions: how many rows each image had before the budget cut them, by number.
+        positions: number of rows of each image before sampling, by number.
     """
 
     x: Tensor
@@ -38,16 +38,16 @@ class GuidanceRows:
 
     @property
     def images(self) -> int:
-        """How many images were read, repeated ones included."""
+        """The number of images read, including repeated ones."""
         return sum(self.counts)
 
     @property
     def seen(self) -> int:
-        """How many rows there were before the budget cut them."""
+        """The number of rows before sampling."""
         return sum(self.positions)
 
     def select(self, keep: Callable[[bytes, str], bool]) -> GuidanceRows:
-        """Only the rows of images for which ``keep(digest, origin)``."""
+        """The rows of images for which ``keep(digest, origin)`` is true."""
         kept = torch.tensor([keep(*pair) for pair in zip(self.digests, self.origins, strict=True)], dtype=torch.bool)
         if bool(kept.all()):
             return self
@@ -64,7 +64,7 @@ class GuidanceRows:
 
 
 def rows_of(maps: Tensor) -> Tensor:
-    """``(n, h*w, C)``: the activation at each position, from maps ``(n, C, h, w)``.
+    """``(n, h*w, C)`` activations at each position, from maps ``(n, C, h, w)``.
 
     >>> maps = torch.arange(8.0).view(1, 2, 2, 2)
     >>> rows_of(maps)[0, 1], maps[0, :, 0, 1]
@@ -76,19 +76,19 @@ def rows_of(maps: Tensor) -> Tensor:
 def gather(
     batches: Iterable[tuple[str, Tensor]], maps_of: Callable[[Tensor], Tensor], budget: int, seed: int
 ) -> GuidanceRows:
-    """Run every image once and keep at most ``budget`` rows, a seeded uniform sample of all positions.
+    """At most ``budget`` rows, a seeded uniform sample of the positions of all images, each run once.
 
-    Each position draws a key from ``(seed, set, image)`` and the smallest keys stay, so memory is bounded without
-    knowing the number of images, and the sample does not depend on how images are batched.
+    Each position draws a key from ``(seed, set, image)`` and the smallest keys are kept, so memory is bounded for an
+    unknown number of images, and the sample does not depend on how images are batched.
 
     Args:
         batches: ``(set name, images)`` one after another.
-        maps_of: images to activation maps ``(n, C, h, w)``.
-        budget: most rows to keep.
+        maps_of: converts images to activation maps ``(n, C, h, w)``.
+        budget: maximum number of rows to keep.
         seed: of the sample.
 
     Raises:
-        InputError: NaN or infinite activations, or a layer whose channel count depends on the image.
+        InputError: activations are NaN or infinite, or the layer's channel count depends on the image.
     """
     buffer: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, keys, image numbers
     numbers: dict[bytes, int] = {}
@@ -127,7 +127,7 @@ def gather(
 
 
 def merge(parts: Sequence[GuidanceRows]) -> GuidanceRows:
-    """Several gatherings as one; an image that is in two of them stays one image."""
+    """The rows of several sets as one; an image that is in two of them stays one image."""
     numbers: dict[bytes, int] = {}
     origins: list[str] = []
     counts: list[int] = []
@@ -150,7 +150,7 @@ def merge(parts: Sequence[GuidanceRows]) -> GuidanceRows:
 
 
 def _smallest(buffer: list[tuple[Tensor, Tensor, Tensor]], budget: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of the ``budget`` smallest keys, in the order they came."""
+    """The rows of the ``budget`` smallest keys, in their original order."""
     key = torch.cat([part[1] for part in buffer])
     order = key.argsort()[:budget].sort().values
     x = torch.cat([part[0] for part in buffer])

@@ -1,4 +1,4 @@
-"""Spatial Activation Concept Vectors: where a layer encodes a concept, and where it moves the prediction."""
+"""Spatial Activation Concept Vectors, maps of where a layer encodes a concept and where it affects the prediction."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ _ARRAYS = {
     "reliability": Array("float", ("K", 3), optional=True),
     "null_vectors": Array("float", ("K", None, "C"), optional=True),
 }
-#: Names of earlier versions and what they are now.
+#: Names of earlier versions, with their replacements.
 _RENAMED = {
     "relevance": "concept_maps(inputs, concepts=None, probability=False)",
     "concept_names": "concepts",
@@ -91,9 +91,9 @@ _RENAMED = {
 
 @unharming
 class SpatialACV(LayerAttribution):
-    r"""Spatial Activation Concept Vectors (SACV): TCAV, position by position.
+    r"""TCAV per position, with concept maps and conceptual sensitivities (Spatial Activation Concept Vectors, SACV).
 
-    Every position of every concept example is one training row; a linear classifier separates the concept's rows from
+    Every position of every concept example is one training row. A linear classifier separates the concept's rows from
     the negatives' rows, and :math:`v_k` is its weight vector, of unit length, pointing towards the concept. With the
     layer's activations A and an output :math:`F_c`,
 
@@ -107,21 +107,21 @@ class SpatialACV(LayerAttribution):
         forward_func: the model, one of its methods, or any callable that returns the outputs to explain.
         layer: the layer to read, as a module or a dotted name.
         classifier: None for the package's L2 logistic regression, or any ``captum.concept`` ``Classifier``.
-        refine: False: concept maps as published. True, or a list of layers: sharper ones, see below.
+        refine: False returns concept maps as published; True, or a list of layers, returns sharper ones (see below).
         layout: ``"auto"``, ``"NCHW"``, ``"NHWC"``, ``"NLC"`` or ``"LNC"``.
-        prefix_tokens: tokens before the grid; None infers it.
-        batch_size: the most images in one forward pass, in fitting and in explaining. Results do not depend on it
-            beyond rounding.
+        prefix_tokens: number of tokens before the grid; None infers it.
+        batch_size: maximum number of images per forward pass, for fitting and explaining. It affects results only by
+            rounding.
 
-    Refined concept maps (``refine=True``). The projection of a position counts beyond that of an image without content
-    (each image's mean color), which takes out what padding leaves at the borders, and less half of the projections on
-    the other concepts that the image shows. What is positive spreads along the feature affinity of the network's stages
-    and the image's colors; the map is in [0, 1], on a grid of up to 1,024 positions. It costs a second forward pass. A
-    list names the stages instead of True. Scores, contributions and :meth:`attribute` stay as they are.
+    With ``refine=True``, the projection of each position is measured relative to an image without content (each image's
+    mean color), which removes padding artifacts at the borders, and half of the projections on the other concepts that
+    the image shows is subtracted. Positive values spread along the feature affinity of the network's stages and the
+    image's colors. The map is in [0, 1], on a grid of up to 1,024 positions, and costs a second forward pass. A list
+    names the stages explicitly. Scores, contributions and :meth:`attribute` are unchanged.
 
     After :meth:`fit` there are ``vectors`` (K, C), ``concepts``, and for each concept ``accuracies_``,
     ``confidence_intervals_``, ``contrasts_``, ``p_values_``, ``significant_`` and ``rows_``; ``summary()`` prints them.
-    ``visualization.panel(acv.explain(images), images, significant=acv.significant_)`` draws the maps, gray where a
+    ``visualization.panel(acv.explain(images), images, significant=acv.significant_)`` draws the maps, in gray if a
     concept is *not encoded here*.
 
     Inside ``captum.concept.TCAV(..., layer_attr_method=SpatialACV(model, layer))``, fitted or not, it returns the
@@ -130,8 +130,8 @@ class SpatialACV(LayerAttribution):
 
     Reference:
         Wang, A., Lee, W.-N. *Exploring Concept Contribution Spatially: Hidden Layer Interpretation with Spatial
-        Activation Concept Vector.* arXiv:2205.11511, 2022. The published notebook reshapes (C, HW) to (HW, C) where it
-        must transpose, and gives the concept label 0, which reverses the vector; here it is as the paper says.
+        Activation Concept Vector.* arXiv:2205.11511, 2022. The published notebook reshapes (C, HW) to (HW, C) instead
+        of transposing, and assigns label 0 to the concept, which reverses the vector; this class follows the paper.
 
     Example:
         >>> from captum_concepts.attr.spatial_acv import SpatialACV
@@ -146,7 +146,7 @@ class SpatialACV(LayerAttribution):
         (True, [True])
     """
 
-    #: ``explain`` of all concepts costs what it costs of a few (``audit_dataset`` asks once).
+    #: Explaining all concepts costs as much as explaining a few (``audit_dataset`` calls ``explain`` once).
     explains_all_at_once = True
 
     def __init__(
@@ -167,17 +167,17 @@ class SpatialACV(LayerAttribution):
             raise InputError(f"classifier must be a captum.concept Classifier or None, got {type(classifier).__name__}")
         self.classifier = classifier
         self.refine = refinement.checked(refine)
-        self._stages: dict[Any, list[str]] = {}  # of a network, once they were looked for
+        self._stages: dict[Any, list[str]] = {}  # cached per network
         self.layout = layout
         self.prefix_tokens = prefix_tokens
         self.batch_size = integer("batch_size", batch_size)
         self._fitted: FittedVectors | None = None
-        self._linear: str | None = None  # what to do if only linear operations follow; None: not known, '': they do not
-        self._layers()  # an unknown layer is refused now
+        self._linear: str | None = None  # advice if only linear operations follow; '' if others do, None if unknown
+        self._layers()  # raises for an unknown layer
 
     @classmethod
     def get_name(cls) -> str:
-        """Captum would spell the class's name "Spatial A C V"."""
+        """``"Spatial ACV"``, which Captum would spell "Spatial A C V"."""
         return "Spatial ACV"
 
     def __getattr__(self, name: str) -> Any:
@@ -228,40 +228,39 @@ class SpatialACV(LayerAttribution):
         attribute_to_layer_input: bool = False,
         show_progress: bool = False,
     ) -> SpatialACV:
-        r"""Learn the vectors from concept examples: images whose whole content shows the concept.
+        r"""Learn the vectors from concept examples, images that show the concept everywhere.
 
         Args:
-            concepts: ``{name: images}`` or a list of ``captum.concept.Concept``. Images are whatever
+            concepts: ``{name: images}`` or a list of ``captum.concept.Concept``. Images are anything
                 :func:`captum_concepts.images.open_images` reads: a tensor ``(n, 3, H, W)``, a list, a folder, a data
-                set, a loader. Float tensors are passed to the model as they are.
-            negatives: the same, all sets pooled, or one set alone. None takes the other concepts (*which* of them is
-                it?); images like those to be explained (*is* it there?) find a concept better in them. An image that
-                also belongs to the concept is never its negative, nor is a set that has its name: ``{"striped": ...,
-                "dotted": ...}`` gives each concept its own.
-            n_random: random sets for ``p_values_``; 0 for none, 20 or more recommended. The test asks whether the
-                concept's images can be separated from the negatives at this layer: held-out-by-image balanced accuracy
-                of a linear discriminant, against the same with the labels permuted among whole images ``n_random``
-                times, by the predictive t distribution (one-sided), Holm-adjusted over the concepts.
+                set, a loader. Float tensors are passed to the model unchanged.
+            negatives: the same, with all sets pooled, or one set alone. None uses the other concepts, to learn *which*
+                concept an image shows. Images like those to be explained teach *whether* it is present, which locates a
+                concept better. Images of a concept are never its negatives, nor is the set with its name, so
+                ``{"striped": ..., "dotted": ...}`` gives each concept its own.
+            n_random: number of random sets for ``p_values_``; 0 for none, 20 or more recommended. The test is whether
+                the concept's images can be separated from the negatives at this layer. It compares the balanced
+                accuracy of a linear discriminant, held out by image, with that for labels permuted among whole images
+                ``n_random`` times, by the predictive t distribution (one-sided), Holm-adjusted over the concepts.
             seed: of the folds, of the random sets and of the row sample.
-            lam: L2 penalty of the default classifier, for features divided by their common standard deviation. A strong
-                one turns the vector from the best filter (small ``lam``) towards the difference of the means, which is
-                the concept's own direction; the default costs about a point of accuracy on real textures. To tell
-                concepts apart that look alike, a small one is better (0.003 on the scenes of ``benchmarks``).
-                ``"published"``: that of the authors' notebook, scikit-learn's ``LogisticRegression`` with ``C=1`` on
-                the features as they are.
-            folds: parts that the images are assigned to for held-out accuracy.
-            max_rows: row budget: the concept keeps at most half of it and the negatives the other half (without
+            lam: L2 penalty of the default classifier, for features divided by their common standard deviation. A small
+                ``lam`` learns the best filter. A large one turns the vector towards the difference of the means, the
+                concept's own direction; the default costs about a point of accuracy on real textures. Use a small one
+                to separate similar concepts (0.003 on the scenes of ``benchmarks``). ``"published"`` is that of the
+                authors' notebook, scikit-learn's ``LogisticRegression`` with ``C=1`` on unscaled features.
+            folds: number of folds of images for held-out accuracy.
+            max_rows: row budget. The concept keeps at most half of it and the negatives the other half (without
                 ``negatives``, each of the K sets keeps 1/K), a seeded uniform sample of all positions; ``rows_``
-                reports it. Memory is a few times ``max_rows`` times C floats, whatever the number of images.
-            transform: PIL image to tensor, for files and PIL images; None reads them at the model's own size and
-                normalizes them, if the library that the model comes from says how, else in [0, 1].
-            image_size: of files without ``transform``; None takes the model's own, else 224.
+                reports it. Memory is a few times ``max_rows`` times C floats, for any number of images.
+            transform: converts a PIL image to a tensor, for files and PIL images. None reads them at the model's input
+                size, normalized if the model's library specifies how, else in [0, 1].
+            image_size: size of files without ``transform``; None uses the model's, else 224.
             attribute_to_layer_input: learn in the layer's input instead of its output.
             show_progress: show a progress bar over images and one over concepts.
 
         Raises:
-            InputError: fewer than 2 different images on a side, concept and negatives identical, an empty folder, a
-                name twice, NaN activations, a bad option.
+            InputError: there are fewer than 2 different images on a side, concept and negatives are identical, a folder
+                is empty, a name repeats, activations are NaN, or an option is invalid.
             LayerError, LayoutError: the layer is unknown, does not run, or has no grid.
         """
         options = FitOptions(n_random, seed, lam, folds, max_rows, bool(attribute_to_layer_input))
@@ -294,9 +293,9 @@ class SpatialACV(LayerAttribution):
         show_progress: bool = False,
         **options: Any,
     ) -> LayerSweep:
-        """Fit the concepts at every layer and compare (paper, Fig. 2B: deep layers know stripes, early ones do not).
+        """Fit the concepts at every layer and compare the layers (paper, Fig. 2B).
 
-        Accuracy and contrast are held out by image and free of scale, so layers of any width and range compare.
+        Accuracy and contrast are held out by image and scale-free, so layers of any width and range are comparable.
 
         Args:
             forward_func: the model.
@@ -337,13 +336,15 @@ class SpatialACV(LayerAttribution):
 
     @property
     def accuracies_(self) -> Tensor:
-        """``(K,)`` held-out balanced accuracy of positions in [0, 1], chance 0.5; held out by image."""
+        """``(K,)`` balanced accuracy of positions on held-out images, in [0, 1], chance 0.5."""
         return self._need_fit().accuracies
 
     @property
     def confidence_intervals_(self) -> Tensor:
-        """``(K, 2)`` 95 % interval of the accuracy, by a bootstrap over images with refitting; with a ``classifier``,
-        Nadeau and Bengio's corrected t interval."""
+        """``(K, 2)`` 95 % interval of the accuracy, by a bootstrap over images with refitting.
+
+        With a ``classifier`` it is Nadeau and Bengio's corrected t interval.
+        """
         return self._need_fit().intervals
 
     @property
@@ -353,17 +354,17 @@ class SpatialACV(LayerAttribution):
 
     @property
     def p_values_(self) -> Tensor | None:
-        """``(K,)`` Holm-adjusted p-values (see ``fit``), or None where ``n_random=0``."""
+        """``(K,)`` Holm-adjusted p-values (see ``fit``), or None if ``n_random=0``."""
         return self._need_fit().p_values
 
     @property
     def significant_(self) -> Tensor | None:
-        """``(K,)`` bool, ``p_values_ < 0.05``: False means *not encoded here*. None where ``n_random=0``."""
+        """``(K,)`` bool, ``p_values_ < 0.05`` (False: *not encoded here*), or None if ``n_random=0``."""
         return self._need_fit().significant
 
     @property
     def rows_(self) -> dict[str, dict[str, int]]:
-        """For each concept how many images and rows were seen and how many rows the budget kept."""
+        """For each concept, the numbers of images and rows seen and of rows kept within the budget."""
         return self._need_fit().rows
 
     @property
@@ -373,11 +374,11 @@ class SpatialACV(LayerAttribution):
 
     @property
     def trust(self) -> str:
-        """One sentence on how far to believe the scores."""
+        """One sentence on the reliability of the scores."""
         return "not measured: there are no concepts yet" if self._fitted is None else self._fitted.trust()
 
     def summary(self) -> str:
-        """A table of the concepts: accuracy, interval, p-value, rows; a concept may be *not encoded here*."""
+        """A table of accuracy, interval, p-value and rows per concept, which may be *not encoded here*."""
         return self._need_fit().summary()
 
     # ---------------------------------------------------------------------------------------------------- explaining
@@ -390,13 +391,13 @@ class SpatialACV(LayerAttribution):
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
     ) -> Tensor:
-        """Conceptual sensitivity: where more of each concept would raise the target output.
+        """Conceptual sensitivity, positive where more of a concept would raise the target output.
 
         Args:
             inputs: images ``(N, 3, H, W)`` or a tuple of tensors.
-            target: the output to explain, in any form Captum accepts; None where the model returns ``(N,)``.
+            target: the output to explain, in any form Captum accepts; None if the model returns ``(N,)``.
             additional_forward_args: passed to ``forward_func`` after the inputs.
-            attribute_to_layer_input: must be as it was in :meth:`fit`.
+            attribute_to_layer_input: must be the same as in :meth:`fit`.
 
         Returns:
             ``(N, K, h, w)``, signed, in units of the output per unit of activation, fp32 (or fp64). Its sum over the
@@ -404,9 +405,9 @@ class SpatialACV(LayerAttribution):
 
         Raises:
             NotFittedError: before :meth:`fit`.
-            TargetError: a target of wrong type, length or range (an ``AssertionError`` as well).
-            LayerError: unknown, not reached or repeated layer, one without a grid, or one whose positions do not
-                influence the output. A gradient that is zero for every example warns (``InputWarning``).
+            TargetError: the target has the wrong type, length or range (also an ``AssertionError``).
+            LayerError: the layer is unknown, not reached or repeated, has no grid, or its positions do not influence
+                the output. A gradient that is zero for every example warns (``InputWarning``).
         """
         if self._asked_by_tcav is not None:
             asked, self._asked_by_tcav = self._layers().other(unwrap(self._asked_by_tcav)), None
@@ -434,12 +435,12 @@ class SpatialACV(LayerAttribution):
     def contributions(
         self, inputs: Any, target: Any = None, concepts: Any = None, additional_forward_args: Any = None
     ) -> Tensor:
-        """``(N, T)``: the derivative of the output along each concept, added at every position at once.
+        """``(N, T)`` derivatives of the output along each concept, added at every position at once.
 
         Args:
             inputs: images.
-            target: the output; None takes each example's highest output.
-            concepts: names or indices; None takes all.
+            target: the output; None selects each example's highest output.
+            concepts: names or indices; None selects all.
             additional_forward_args: passed to ``forward_func`` after the inputs.
         """
         fitted, layers = self._need_fit(), self._layers()
@@ -456,17 +457,17 @@ class SpatialACV(LayerAttribution):
     def concept_maps(
         self, inputs: Any, concepts: Any = None, *, probability: bool = False, additional_forward_args: Any = None
     ) -> Tensor:
-        """Where the layer encodes each concept.
+        """``(N, T, h, w)`` maps of where the layer encodes each concept.
 
         Args:
             inputs: images.
-            concepts: names or indices; None takes all.
-            probability: the classifier's probability of the concept at each position (slope and intercept
-                included, concept and negatives equally likely beforehand) instead of the bare projection.
+            concepts: names or indices; None selects all.
+            probability: return the classifier's probability of the concept at each position (with slope and
+                intercept, and equal priors of concept and negatives) instead of the projection.
             additional_forward_args: passed to ``forward_func`` after the inputs.
 
         Returns:
-            ``(N, T, h, w)``: the projection in units of the activation, or probabilities in [0, 1].
+            ``(N, T, h, w)`` projections in units of the activation, or probabilities in [0, 1].
         """
         if not isinstance(probability, bool):
             raise InputError(f"probability must be True or False, got {probability!r}")
@@ -489,10 +490,10 @@ class SpatialACV(LayerAttribution):
         return joined(self._each(maps, inputs, additional_forward_args, None)).contiguous()
 
     def scores(self, inputs: Any, additional_forward_args: Any = None) -> Tensor:
-        """``(N, K)``: the probability that an image shows each concept.
+        """``(N, K)`` probabilities that an image shows each concept.
 
-        It is read from the mean logit of the strongest tenth of the image's positions, calibrated on images that were
-        held out of the fit (:meth:`fit`) or on your own (:meth:`calibrate`).
+        They are computed from the mean logit of the strongest tenth of the image's positions, calibrated on images held
+        out of the fit (:meth:`fit`) or on your own (:meth:`calibrate`).
         """
         fitted, layers = self._need_fit(), self._layers()
 
@@ -502,11 +503,11 @@ class SpatialACV(LayerAttribution):
         return torch.cat(self._each(score, inputs, additional_forward_args, None))
 
     def tcav(self, inputs: Any, target: Any = None, additional_forward_args: Any = None) -> dict[str, Tensor]:
-        r"""TCAV scores: how the :meth:`contributions` of a set of images vary.
+        r"""TCAV scores of a set of images, from their :meth:`contributions`.
 
         Returns:
-            ``"sign_count"`` ``(K,)``: fraction of the examples with a positive contribution, in [0, 1];
-            ``"magnitude"`` ``(K,)``: mean contribution.
+            ``"sign_count"`` ``(K,)``, the fraction of examples with a positive contribution, in [0, 1], and
+            ``"magnitude"`` ``(K,)``, the mean contribution.
         """
         total = self.contributions(inputs, target, additional_forward_args=additional_forward_args)
         return {"sign_count": (total > 0).to(total.dtype).mean(0), "magnitude": total.mean(0)}
@@ -520,20 +521,20 @@ class SpatialACV(LayerAttribution):
         steps: int = 5,
         additional_forward_args: Any = None,
     ) -> ConceptEvidence:
-        r"""Is it the stripes? Which concepts an output would lose its margin without.
+        r"""The effect of each concept on an output's margin, and whether the concept decides the output.
 
         Wherever the layer encodes a concept, its projection is lowered to the classifier's threshold, and the loss of
-        margin (the target output minus the mean of the other outputs) is the concept's *effect*. A contribution says
-        what more of a concept would do; an effect says what the concept that is there does.
+        margin (the target output minus the mean of the other outputs) is the concept's *effect*. A contribution
+        measures what more of a concept would change; an effect measures what the concept in the image changes.
 
-        A concept *decides* if it carries at least a twentieth of the margin; if no other concept's vector, put in its
-        place at the same positions, would do as much; and if the effect is larger than that of directions that
-        separate something else at this layer (p < ``alpha``): permuted labels, and random halves of the other images.
-        The last needs ``fit(n_random=20)``; without it, nothing decides.
+        A concept *decides* if its effect is at least 5 % of the margin, if no other concept's vector would have the
+        same effect at the same positions, and if the effect is larger than that of directions for permuted labels and
+        for random halves of the negatives at this layer (p < ``alpha``). The last condition needs ``fit(n_random=20)``;
+        without it, no concept decides.
 
         Args:
             inputs: images.
-            target: the output; None takes each example's highest output.
+            target: the output; None selects each example's highest output.
             alpha: level of the comparison with other directions.
             steps: of the integral along which concepts are removed; each costs one pass per image and concept.
             additional_forward_args: passed to ``forward_func`` after the inputs.
@@ -572,16 +573,16 @@ class SpatialACV(LayerAttribution):
         contributions: bool = True,
         additional_forward_args: Any = None,
     ) -> ConceptExplanation:
-        """What, where and how much.
+        """Scores, maps and contributions of the top concepts of each image.
 
         Args:
-            inputs: images as tensors, or whatever :func:`captum_concepts.images.inputs_for` reads: a folder, paths, PIL
+            inputs: images as tensors, or anything :func:`captum_concepts.images.inputs_for` reads: a folder, paths, PIL
                 images, a data set, a loader.
-            target: the output that contributions refer to; None takes each example's highest output.
-            concepts: names or indices to explain instead of the leading ones.
-            top_k: concepts per image, each image's own; None takes all. Concepts *not encoded here* come last.
+            target: the output that contributions refer to; None selects each example's highest output.
+            concepts: names or indices to explain instead of the top concepts.
+            top_k: number of concepts selected for each image; None selects all. Concepts *not encoded here* come last.
             rank_by: ``"scores"`` or ``"contributions"`` (by magnitude).
-            contributions: False leaves them out, which takes no backward pass.
+            contributions: False skips them, and the backward pass.
             additional_forward_args: passed to ``forward_func`` after the inputs.
 
         Returns:
@@ -639,16 +640,16 @@ class SpatialACV(LayerAttribution):
         transform: Callable[[Any], Any] | None = None,
         image_size: int | None = None,
     ) -> SpatialACV:
-        """Learn :meth:`scores` from your own labeled images, of the kind to be explained; some dozens of each.
+        """Calibrate :meth:`scores` on your own labeled images, a few dozen of each of the kind to be explained.
 
         Args:
-            images: whatever :func:`captum_concepts.images.open_images` reads.
-            labels: per image the concepts it shows: a name or index, a list of them, or None; or a
-                bool table ``(n, K)``.
+            images: anything :func:`captum_concepts.images.open_images` reads.
+            labels: for each image the concepts it shows (a name or index, a list of them, or None), or a bool tensor
+                ``(n, K)``.
             transform, image_size: as in :meth:`fit`.
 
         Returns:
-            The same object. The calibration is saved with it.
+            The same object. :meth:`save` includes the calibration.
         """
         fitted, layers = self._need_fit(), self._layers()
         source = opened(images, layers.model, transform=transform, image_size=image_size)
@@ -670,7 +671,7 @@ class SpatialACV(LayerAttribution):
     # ------------------------------------------------------------------------------------------------------- storage
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write vectors, statistics and the model's fingerprint as one safetensors file, atomically."""
+        """Write vectors, statistics and the model's fingerprint to one safetensors file, atomically."""
         fitted, layers = self._need_fit(), self._layers()
         info = {
             "names": fitted.names,
@@ -689,12 +690,12 @@ class SpatialACV(LayerAttribution):
     def load(
         cls, path: str | os.PathLike[str], forward_func: Callable[..., Any], layers: Layer | None = None
     ) -> SpatialACV:
-        """Read what :meth:`save` wrote; maps are bit-identical to those before.
+        """Load a file that :meth:`save` wrote; maps are bit-identical to those of the saved object.
 
         Args:
             path: the file.
             forward_func: the model it was fitted on.
-            layers: the layer it was fitted on; None takes the name in the file.
+            layers: the layer it was fitted on; None uses the name in the file.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -730,7 +731,7 @@ class SpatialACV(LayerAttribution):
         return each_batch(run, as_inputs(inputs, model), extra, target, self.batch_size, model)
 
     def _drawn(self, layers: Layers, seen: SpatialActivations, projected: Tensor, inputs: Inputs, extra: Any) -> Tensor:
-        """``(N, K, h, w)``: projections as they are, or refined."""
+        """``(N, K, h, w)`` projections, refined if requested."""
         if self.refine is False:
             return projected
         fitted = self._need_fit()
@@ -741,7 +742,7 @@ class SpatialACV(LayerAttribution):
         return sharper.maps([torch.einsum("nkj,njhw->nkhw", torch.stack(weights, 1), content)])
 
     def _warn_if_linear(self, layers: Layers, inputs: Any, extra: Any) -> None:
-        """A gradient that is the same for every image explains no image; judged once."""
+        """Warn if the gradient is the same for every image and thus explains none; checked once."""
         if self._linear is None:
             n = count(inputs)
             part, extra = first_example(inputs, layers.model), take_rows(extra, slice(1), n)
@@ -752,7 +753,7 @@ class SpatialACV(LayerAttribution):
                     )
                     self._linear = self._other_layer(part, extra) if linear else ""
             except (InputError, RuntimeError, TypeError, AssertionError):
-                return  # what is wrong is said where the gradient is computed
+                return  # the error is raised where the gradient is computed
         if self._linear:
             warnings.warn(
                 f"only linear operations follow layer {layers.names[0]!r}, so contributions are the same for every "
@@ -769,7 +770,7 @@ class SpatialACV(LayerAttribution):
         return f"use layer {other!r} instead"
 
     def _demoted(self, values: Tensor, rank_by: str) -> Tensor:
-        """``values`` for ranking, with those of concepts that are not encoded below all others."""
+        """``values`` for ranking, with concepts that are not encoded below all others."""
         significant = self.significant_
         if significant is None or bool(significant.all()):
             return values
@@ -779,7 +780,7 @@ class SpatialACV(LayerAttribution):
 
 
 def _maps(layers: Layers, inputs: Inputs, extra: Any, of_input: bool) -> Tensor:
-    """``(N, C, h, w)`` of the layer, without gradients."""
+    """``(N, C, h, w)`` activations of the layer, without gradients."""
     with torch.no_grad():
         seen = layers.run(inputs, additional_forward_args=extra, attribute_to_layer_input=of_input)
     return seen.maps[0].detach()
@@ -791,7 +792,7 @@ def _gradient(
     """The pass, the gradient ``(N, C, h, w)`` of the target output, and the index of that output if it has one.
 
     Args:
-        best: ``target=None`` is each example's highest output.
+        best: ``target=None`` selects each example's highest output.
     """
     with gradients_enabled():
         seen = layers.run(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
@@ -803,7 +804,7 @@ def _gradient(
 
 
 def _project(maps: Tensor, fitted: FittedVectors) -> Tensor:
-    """``(N, K, h, w)``: the component of each position of ``(N, C, h, w)`` along each vector."""
+    """``(N, K, h, w)`` components of each position of ``(N, C, h, w)`` along each vector."""
     maps, vectors = full_precision(maps), fitted.vectors
     if vectors.shape[1] != maps.shape[1]:
         raise LayerError(f"the vectors have {vectors.shape[1]} channels, but the layer has {maps.shape[1]} now")
@@ -811,7 +812,7 @@ def _project(maps: Tensor, fitted: FittedVectors) -> Tensor:
 
 
 def _all_channels(layers: Layers, inputs: Inputs, extra: Any, target: Any, of_input: bool) -> Tensor:
-    """The gradient at a layer, in the layer's own layout, which is how Captum's TCAV flattens activations."""
+    """The gradient at a layer, in the layer's own layout, in which Captum's TCAV flattens activations."""
     with gradients_enabled():
         seen = layers.capture(inputs, additional_forward_args=extra, gradient=True, attribute_to_layer_input=of_input)
         value = select_output(seen.output, target)

@@ -1,4 +1,4 @@
-"""How far a held-out accuracy can be trusted: its interval, a permutation test, Student's t, Holm's correction."""
+"""Statistics of held-out accuracies: interval, permutation test, Student's t, Holm's correction."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def refitted_error(
 ) -> float:
     r"""Standard error of the held-out accuracy, by a bootstrap over images that refits the classifiers.
 
-    In each draw, images of both classes are drawn with replacement within their class. An image counts as often as it
-    was drawn both in the accuracy and in the training of the folds that do not hold it out. A refit is one Newton step
-    from the fold's own solution, so that all draws share one factorization:
+    In each draw, images are drawn with replacement within their class. An image counts as often as it was drawn, both
+    in the accuracy and in the training of the folds that do not hold it out. A refit is one Newton step from the
+    fold's own solution, so that all draws share one factorization:
 
     .. math:: \Delta w = -H^{-1} \sum_j (m_j - 1) \, g_j
 
-    with the gradient :math:`g_j` of image j's rows, and :math:`m_j` its number in the draw, scaled to equal class sums.
-    A resampled error counts what test and training images do together twice (Efron and Stein, 1981), so the usual
+    with the gradient :math:`g_j` of image j's rows, and :math:`m_j` its count in the draw, scaled to equal class sums.
+    A resampled error counts the interaction of test and training images twice (Efron and Stein, 1981), so the usual
     factor :math:`\sqrt{n / (n - 1)}` is left out.
 
     Args:
@@ -85,7 +85,7 @@ def refitted_error(
 
 
 def _balanced(times: Tensor, rows: Tensor, seen: Tensor, label: Tensor) -> Tensor:
-    """``(I, B)``: the draws minus 1, scaled so that a class weighs as much in each draw; 0 for held-out images."""
+    """``(I, B)`` draws minus 1, scaled so that a class has the same weight in each draw; 0 for held-out images."""
     scaled = times.clone()
     for side in (label, ~label):
         own = (side.to(seen.device) & seen).nonzero().flatten()
@@ -95,7 +95,7 @@ def _balanced(times: Tensor, rows: Tensor, seen: Tensor, label: Tensor) -> Tenso
 
 
 def _newton_steps(problem: Problem, rows: Tensor, weight: Tensor, bias: Tensor, lam: float, change: Tensor) -> Tensor:
-    """``(C + 1, B)``: how weight and bias change when images weigh ``1 + change``."""
+    """``(C + 1, B)`` changes of weight and bias when images have weight ``1 + change``."""
     x, y = problem.x[rows], problem.y[rows] == LABEL_CONCEPT
     p = torch.sigmoid(x @ weight + bias)
     mass = torch.where(y, 0.5 / y.sum(), 0.5 / (~y).sum()).to(x)
@@ -104,7 +104,7 @@ def _newton_steps(problem: Problem, rows: Tensor, weight: Tensor, bias: Tensor, 
     by_image[:, :-1].index_add_(0, problem.image[rows], x * residual[:, None])
     by_image[:, -1].index_add_(0, problem.image[rows], residual)
     curvature = mass * p * (1 - p)
-    if len(x) > _HESSIAN_ROWS:  # a sample will do for a standard error
+    if len(x) > _HESSIAN_ROWS:  # a sample is sufficient for a standard error
         keep = torch.linspace(0, len(x) - 1, _HESSIAN_ROWS, device=x.device).long()
         x, curvature = x[keep], curvature[keep] * (curvature.sum() / curvature[keep].sum().clamp_min(1e-30))
     ones = torch.cat([x, torch.ones_like(x[:, :1])], 1)
@@ -138,7 +138,7 @@ def t_tail(t: float, freedom: float) -> float:
 
 
 def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function, by Lentz's continued fraction."""
+    """Regularized incomplete beta function, by Lentz's continued fraction."""
     if x <= 0 or x >= 1:
         return 0.0 if x <= 0 else 1.0
     if x > (a + 1) / (a + b + 2):
@@ -163,7 +163,7 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: compare with the level itself, whatever the number of tests.
+    """Holm's step-down adjusted p-values, comparable with the level for any number of tests.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -177,19 +177,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def encoding_p_value(problem: Problem, n_random: int, seed: int) -> float:
-    r"""One-sided p-value of "images of the concept and of the negatives cannot be told apart at this layer".
+    r"""One-sided p-value of "images of the concept and of the negatives cannot be separated at this layer".
 
-    The statistic is the held-out-by-image balanced accuracy of a linear discriminant. Its null distribution comes
-    from ``n_random`` random sets: the labels are dealt anew among the images of each fold (all positions of an image
-    keep together, the class sizes stay), and everything is fitted again. With mean m and standard deviation s of the
-    R null values, the observed a is compared by
+    The statistic is the balanced accuracy of a linear discriminant, held out by image. Its null distribution comes
+    from ``n_random`` random sets: the labels are permuted among the images of each fold (which keeps all positions of
+    an image together and the class sizes), and everything is fitted again. With mean m and standard deviation s of
+    the R null values, the observed a is compared by
 
     .. math:: t = (a - m) / (s \sqrt{1 + 1/R}),
 
-    the predictive t distribution with R - 1 degrees of freedom: were the concept just another random set, a
-    would be one more draw. No p-value is smaller than 1 / (number of distinct ways to deal the labels).
+    with the predictive t distribution of R - 1 degrees of freedom, as if a were one more draw. No p-value is smaller
+    than 1 / (number of distinct ways to permute the labels).
 
-    A discriminant, because all its refits share one factorisation: a hundred random sets cost about one more fit.
+    All refits of a discriminant share one factorization, so a hundred random sets cost about one more fit.
     """
     labels = _random_labels(problem, n_random, seed)
     accuracy = _held_out_accuracy(problem, labels)
@@ -203,12 +203,12 @@ def encoding_p_value(problem: Problem, n_random: int, seed: int) -> float:
 
 
 def null_directions(problem: Problem, vector: Tensor, n_random: int, lam: float, seed: int) -> Tensor:
-    r"""``(2 R, C)`` unit vectors that separate what is not the concept, from the same images and as regularized.
+    r"""``(2 R, C)`` unit vectors that separate other sets of the same images, with the same regularization.
 
-    R of permuted labels among the images of concept and negatives, R of random halves of the negatives. Each is
-    one Newton step of the penalized logistic regression from zero, :math:`(\tfrac{1}{4} \Sigma + \lambda I)^{-1}
-    (\mu_1 - \mu_0)`, so that all share one factorization; with the true labels, this direction is nearly that of the
-    fitted vector. What they share with ``vector``, the concept's own, is removed.
+    The first R separate permuted labels of the images of concept and negatives, the others random halves of the
+    negatives. Each is one Newton step of the penalized logistic regression from zero, :math:`(\tfrac{1}{4} \Sigma +
+    \lambda I)^{-1} (\mu_1 - \mu_0)`, so that all share one factorization; with the true labels, this direction is
+    close to that of the fitted vector. Their component along ``vector``, the concept's own, is removed.
     """
     x, image, images = problem.x, problem.image, len(problem.label)
     generator = torch.Generator().manual_seed(seed)
@@ -236,7 +236,7 @@ def null_directions(problem: Problem, vector: Tensor, n_random: int, lam: float,
 
 
 def _random_labels(problem: Problem, n_random: int, seed: int) -> Tensor:
-    """``(I, 1 + R)`` bool: the true labels, then R random deals within each fold."""
+    """``(I, 1 + R)`` bool: the true labels, then R random permutations within each fold."""
     generator = torch.Generator().manual_seed(seed)
     label, fold = (problem.label == LABEL_CONCEPT).cpu(), problem.fold.cpu()
     labels = label[:, None].repeat(1, 1 + n_random)
@@ -256,7 +256,7 @@ def _relabelings(problem: Problem) -> float:
 
 
 def _held_out_accuracy(problem: Problem, labels: Tensor) -> Tensor:
-    """``(R,)`` balanced accuracy over all images, each judged by the fold's discriminant that did not see it."""
+    """``(R,)`` balanced accuracy over all images, each classified by the discriminant of the fold that held it out."""
     x, image, images = problem.x, problem.image, len(problem.label)
     sums = x.new_zeros(images, x.shape[1]).index_add_(0, image, x)
     counts = torch.bincount(image, minlength=images).to(x)

@@ -1,4 +1,4 @@
-"""The same concepts at several layers, side by side."""
+"""Comparison of the same concepts at several layers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from captum_concepts.errors import InputError
 
 @dataclass(frozen=True)
 class LayerSweep:
-    """What :meth:`SpatialACV.layer_sweep` found, for L layers and K concepts.
+    """Statistics of L layers and K concepts, from :meth:`SpatialACV.layer_sweep`.
 
     Args:
-        layers: L names, in the order given.
+        layers: L names, in the order passed.
         concepts: K names.
-        accuracies: ``(L, K)`` held-out balanced accuracy, chance 0.5; intervals ``(L, K, 2)`` its 95 % interval.
-        contrasts: ``(L, K)`` held-out relevance contrast, in standard deviations; 0 where nothing is seen.
+        accuracies: ``(L, K)`` held-out balanced accuracy, chance 0.5; intervals ``(L, K, 2)`` are its 95 % interval.
+        contrasts: ``(L, K)`` held-out relevance contrast, in standard deviations; 0 without separation.
         p_values: ``(L, K)`` Holm-adjusted over the concepts of a layer, or None.
         methods: the L fitted :class:`SpatialACV`.
     """
@@ -40,9 +40,9 @@ class LayerSweep:
         return {name: self.layers[row] for name, row in zip(self.concepts, rows, strict=True)}
 
     def plot(self) -> Any:
-        """A matplotlib figure: accuracy with its interval, and relevance contrast, over the layers.
+        """A matplotlib figure of accuracy with its interval, and of relevance contrast, over the layers.
 
-        A hollow point is a concept *not encoded here* (p >= 0.05).
+        A hollow point marks a concept *not encoded here* (p >= 0.05).
         """
         from matplotlib.figure import Figure
 
@@ -73,7 +73,7 @@ class LayerSweep:
 def sweep(
     make: Callable[[Layer], Any], layers: Sequence[Layer], fit: Callable[[Any], Any], show_progress: bool
 ) -> LayerSweep:
-    """``make`` a method of every layer, ``fit`` it, and compare."""
+    """The comparison of the methods that ``make`` returns for every layer and ``fit`` fits."""
     from tqdm import tqdm
 
     if isinstance(layers, (str, torch.nn.Module)) or not layers:
