@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_concepts._checks import number, with_weights
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, InputWarning
 
 
 @runtime_checkable
@@ -64,6 +65,9 @@ def check_encoder(encoder: Any, *, words: bool = False) -> None:
     Raises:
         InputError: methods are missing (for a model of transformers the message names ``vlm.from_transformers``), the
             logit scale or bias is not a number, or the weights are not loaded.
+
+    Warns:
+        InputWarning: texts will be embedded with dropout.
     """
     if isinstance(encoder, type):
         raise InputError(f"encoder is the class {encoder.__name__}; pass an instance of it, {encoder.__name__}(...)")
@@ -76,6 +80,15 @@ def check_encoder(encoder: Any, *, words: bool = False) -> None:
             value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
             if value is not None:
                 number(f"encoder.{name}", value, lambda v, name=name: v > 0 or name == "logit_bias", allowed)  # type: ignore[misc]
+        module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "model", None)
+        parts = module.modules() if words and isinstance(module, nn.Module) else ()
+        if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in parts):
+            warnings.warn(
+                "the encoder is in training mode and contains dropout, so its text embeddings are random; call its "
+                "module's eval() first",
+                InputWarning,
+                stacklevel=3,
+            )
         return
     kind = type(encoder).__name__
     if callable(getattr(encoder, "get_image_features", None)):
