@@ -13,14 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import own_folder
+from captum_concepts._artifacts import Array, open_artifact, own_folder, save_artifact
 from captum_concepts._checks import integer, one_of
 from captum_concepts._memory import Halving
 from captum_concepts.activations import evaluation_mode
 from captum_concepts.errors import ArtifactError, InputError, InputWarning
 from captum_concepts.models.salf_cbm.fit.data import LabeledImages, Transform
 from captum_concepts.models.salf_cbm.fit.steps import digest, first_decides, progress, say
-from captum_concepts.store import ShardReader, default_shard_rows, missing_shards, read_manifest
+from captum_concepts.store import ShardReader, default_shard_rows, missing_shards, read_manifest, world
 from captum_concepts.store.processes import fill_together
 
 #: float16's smallest normal number, below which precision is lost.
@@ -130,21 +130,31 @@ class CachedFeatures:
         return self._reader.rows("features", index)
 
 
-def check_first_features(kept: GridFeatures, source: LiveFeatures) -> None:
-    """Refuse a cache of a backbone with the same weights but other settings, such as another dilation.
+def check_first_image(path: Path, source: LiveFeatures, *, keep: bool) -> None:
+    """Refuse results of a backbone with the same weights but other settings, such as another dilation.
+
+    Args:
+        path: file with the first image's features, written by the first run.
+        source: the features now.
+        keep: write the file if there is none.
 
     Raises:
-        ArtifactError: the first image's features differ from the cached ones by more than rounding.
+        ArtifactError: the first image's features differ by more than rounding on another machine.
     """
-    if not isinstance(kept, CachedFeatures) or not len(kept):
-        return
     with torch.no_grad():
-        now, then = source.rows([0]).cpu(), kept.rows([0]).float()
-    rounding = 0.05 * float(now.norm()) + _SMALLEST  # of another machine, or of half precision in a deep network
-    if now.shape != then.shape or float((now - then).norm()) > rounding:
+        now, kind = source.rows([0]).cpu(), "captum_concepts.FirstImage/1"
+    if not path.exists():
+        if keep and world()[0] == 0:
+            save_artifact(path, kind, {}, {"features": now})
+        return
+    arrays = {"features": Array("float", (1, None, None))}
+    with open_artifact(path, kind, "the features of a first image", arrays=arrays) as (_, tensors):
+        then = tensors["features"]
+    rounding = 5e-3 if source.dtype in (torch.float32, torch.float64) else 5e-2
+    if now.shape != then.shape or float((now - then).norm()) > rounding * float(now.norm()) + _SMALLEST:
         raise ArtifactError(
-            f"the features at {kept.path} were computed by a backbone with the same weights but other settings, since "
-            "it computes something else now. Pass another store_path, or delete that folder"
+            f"the results in {path.parent} were computed by a backbone with the same weights but other settings, which "
+            "computes something else now. Pass another store_path, or delete that folder"
         )
 
 

@@ -35,7 +35,7 @@ from captum_concepts.models.salf_cbm.fit.data import FEWEST, LabeledImages, labe
 from captum_concepts.models.salf_cbm.fit.features import (
     GridFeatures,
     LiveFeatures,
-    check_first_features,
+    check_first_image,
     open_features,
 )
 from captum_concepts.models.salf_cbm.fit.filters import (
@@ -469,6 +469,9 @@ class FitRun:
         o = self.options
         made_from = self._features_from(split)
         split.made_from |= {"features": digest(made_from)}
+        check_first_image(
+            self.path / f"first-{split.name}-{digest(made_from)}.safetensors", split.live, keep=not self.read_only
+        )
         if o.train_backbone:
             return
         split.features = open_features(
@@ -481,7 +484,6 @@ class FitRun:
             dtype=o.feature_dtype,
             show_progress=o.show_progress,
         )
-        check_first_features(split.features, split.live)
 
     def _features_from(self, split: Split) -> dict[str, Any]:
         o = self.options

@@ -32,7 +32,7 @@ def no_encoding(monkeypatch):
 EARLY = [
     ({"lam": 0.1, "nonzeros_per_class": 3}, "not both"),
     ({"lam": -0.1}, "lam must be a number of at least 0"),
-    ({"lam": None, "nonzeros_per_class": 6}, r"must lie in \(0, 5\]"),
+    ({"lam": None, "nonzeros_per_class": 6}, r"must be in \(0, 5\]"),
     ({"lam": None, "nonzeros_per_class": 3, "head": "dense"}, "is for head='sparse'"),
     ({"head": "deep"}, "head must be one of 'sparse', 'dense'"),
     ({"words": []}, "there is no concept"),

@@ -51,12 +51,18 @@ def test_a_second_call_computes_nothing(tmp_path, monkeypatch, caplog):
     assert sum("taken from an earlier run" in line for line in logged(caplog)) == 5
 
 
-def test_features_of_the_same_weights_with_other_settings_are_refused(tmp_path):
-    fit(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"cache_features": False}, {"train_backbone": True}], ids=str)
+def test_results_of_the_same_weights_with_other_settings_are_refused(tmp_path, options):
+    fit(tmp_path, **options)
     other = backbone()
-    other[1] = torch.nn.ReLU()
+    other[0].padding_mode, other[0].padding, other[0].dilation = "reflect", (1, 1), (2, 2)
     with pytest.raises(ArtifactError, match="other settings"):
-        fit(tmp_path, network=other)
+        fit(tmp_path, network=other, **options)
+    other = backbone()
+    other[1] = torch.nn.Hardtanh()
+    with pytest.raises(ArtifactError, match="other settings"):
+        fit(tmp_path, network=other, **options)
+    fit(tmp_path, **options)
 
 
 def test_a_frozen_backbone_cannot_be_trained(tmp_path):
