@@ -41,6 +41,7 @@ from captum_concepts.concepts import embed_texts
 from captum_concepts.errors import ArtifactError, InputError, LayerError
 from captum_concepts.explanation import ConceptExplanation, Selection
 from captum_concepts.images import batches, inputs_for, thumbnails
+from captum_concepts.store.build import module_of
 from captum_concepts.vlm import check_encoder
 
 _FORMAT = "captum_concepts.DiscoveredConcepts/2"
@@ -224,12 +225,11 @@ class DiscoveredConcepts(LayerAttribution):
         """Write one safetensors file, atomically."""
         info = {
             "concepts": self.concepts,
-            "layer": Layers.resolve(self.forward_func, self.layer).names[0],
+            **origin(Layers.resolve(self.forward_func, self.layer)),
             "layout": self.layout,
             "prefix_tokens": self.prefix_tokens,
             "explained": self.explained,
             "named": self.name_scores is not None,
-            "model": origin(Layers.resolve(self.forward_func, self.layer))["model"],
         }
         tensors = {
             "directions": self.directions, "scales": self.scales, "center": self.center,
@@ -531,7 +531,7 @@ def _shown(
         if encoder is not None:
             shown = batch.images.to(images.device)  # the encoder may use another dtype than the model
             shown = shown if transform is None else transform(shown)
-            with evaluation_mode(find_model(encoder) or find_model(encoder.encode_image)):
+            with evaluation_mode(module_of(encoder)):
                 embedded.append(encoder.encode_image(shown).detach().float().cpu())
     return torch.cat(scores), F.normalize(torch.cat(embedded[1:] or embedded), dim=-1)
 

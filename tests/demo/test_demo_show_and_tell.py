@@ -11,7 +11,6 @@ from drawings import compare_with_baseline
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.demo import show_and_tell
 from captum_concepts.demo._corrections_figure import corrections_figure
-from captum_concepts.models.salf_cbm.regions import coverage, region_mask
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,17 @@ def test_the_edited_concept_is_not_in_the_object(scenes, found):
 
 def test_the_map_after_is_the_map_before_and_beta_in_the_box(found):
     for c in found.shown:
-        share = coverage(region_mask(1, (64, 64), (7, 7), boxes=c.box), (7, 7))[0]
+        # A pixel on the border of two cells counts for both: 64 pixels of 7 parts each are 7 cells of 64 parts.
+        pixel = torch.arange(64)
+        sides = [
+            ((pixel + 1).clamp(max=high) - pixel.clamp(min=low))
+            .clamp(min=0)
+            .repeat_interleave(7)
+            .reshape(7, 64)
+            .mean(1)
+            for low, high in ((c.box[1], c.box[3]), (c.box[0], c.box[2]))
+        ]
+        share = sides[0][:, None] * sides[1]
         assert torch.allclose(c.map_after - c.map_before, c.beta * share, atol=1e-4)
 
 

@@ -85,9 +85,9 @@ def told(model: nn.Module, maps: Tensor, presence: Tensor, concepts: list[str]) 
     return DiscoveredConcepts(model, LAYER, directions, concepts, center=center, channel_scales=unit).scores
 
 
-def peers(model: nn.Module, images: Tensor, count: int, seed: int) -> dict[str, Scores]:
-    """Those that are installed."""
-    maps = activations(model, images).clamp(min=0)
+def peers(model: nn.Module, maps: Tensor, count: int, seed: int) -> dict[str, Scores]:
+    """Those that are installed, of activations."""
+    maps = maps.clamp(min=0)
     found: dict[str, Scores] = {}
     try:
         from sklearn.decomposition import NMF
@@ -126,15 +126,16 @@ def one(seed: int, images: int, count: int, rows: list[list[Any]], entries: dict
     model, clip = demo.load("classifier"), demo.load("clip")
     known, new = (CaptionedScenes(images, seed=SEED + 10 * seed + k, size=SIZE).stack() for k in range(2))
     concepts = CaptionedScenes(1, seed=0, size=SIZE).concepts
-    probe = probed(activations(model, known.image), known.presence, activations(model, new.image), new.presence)
+    maps = activations(model, known.image)
+    probe = probed(maps, known.presence, activations(model, new.image), new.presence)
     encoded = probe >= 0.9
     start = time.process_time()
     found = discover_concepts(
         model, LAYER, known.image, n_concepts=count, encoder=clip, words=concepts, seed=seed, batch_size=100
     )
     seconds = time.process_time() - start
-    methods: dict[str, Scores] = {"discover_concepts": found.scores, **peers(model, known.image, count, seed)}
-    methods["probes' directions"] = told(model, activations(model, known.image), known.presence, concepts)
+    methods: dict[str, Scores] = {"discover_concepts": found.scores, **peers(model, maps, count, seed)}
+    methods["probes' directions"] = told(model, maps, known.presence, concepts)
     for name, scores in methods.items():
         values, chosen = matched(scores, known, new)
         entry: dict[str, Any] = {

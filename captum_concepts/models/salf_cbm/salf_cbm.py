@@ -663,7 +663,7 @@ class SALFCBM(
         new._reading = self._reading
         for judged in ("accuracy", "head", "support", "advice"):  # computed for the old rules
             new.metadata.pop(judged, None)
-        for judged in ("similarity", "pooled_similarity"):
+        for judged in ("validation_similarity", "pooled_similarity"):
             if isinstance(of_each := new.metadata.get(judged), dict):
                 new.metadata[judged] = {name: value for name, value in of_each.items() if name in concepts}
         *first, last = self._convolutions()

@@ -37,12 +37,12 @@ class Color(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.calls = 0
+        self.calls, self.offset = 0, 0.3
         self.register_buffer("text", torch.eye(3))
 
     def encode_image(self, images):
         self.calls += 1
-        return images.mean((2, 3)) - 0.3
+        return images.mean((2, 3)) - self.offset
 
     def encode_text(self, words):
         return self.text[[WORDS.index(w) for w in words]]
@@ -485,9 +485,8 @@ def test_a_cache_of_the_same_weights_with_other_settings_is_refused(tmp_path, ch
     if changed == "classifier":
         given["model"][0].dilation = (2, 2)
     else:
-        given["encoder"].encode_image = lambda images: images.amax((2, 3)) - 0.3
-        given["encoder"].encode_image.__qualname__ = Color.encode_image.__qualname__
-    with pytest.raises(ArtifactError, match=f"other settings of the {changed}|does not match"):
+        given["encoder"].offset = 0.5
+    with pytest.raises(ArtifactError, match=f"other settings of the {changed}"):
         fit(cache_dir=tmp_path, **given)
 
 

@@ -208,9 +208,11 @@ class TestWithout:
         for options in ({"nonzeros_per_class": "3"}, {"class_weights": {0: 1.0}}):
             with pytest.raises(InputError, match=next(iter(options))):
                 refit_head(part, x, labels, **options)
-        model.metadata |= {"accuracy": {"validation": 0.9}, "pooled_similarity": dict.fromkeys(CONCEPTS, 0.5)}
+        similarities = {f"{kind}_similarity": dict.fromkeys(CONCEPTS, 0.5) for kind in ("validation", "pooled")}
+        model.metadata |= {"accuracy": {"validation": 0.9}, **similarities}
         assert not {"accuracy", "head"} & set(new.without("wheels").metadata)
-        assert list(model.without("grass").metadata["pooled_similarity"]) == [c for c in CONCEPTS if c != "grass"]
+        for name in similarities:
+            assert list(model.without("grass").metadata[name]) == [c for c in CONCEPTS if c != "grass"]
 
 
 def labels_for(model, x, seed=0):

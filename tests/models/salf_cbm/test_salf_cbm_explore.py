@@ -53,10 +53,12 @@ class TestVideo:
                 yield frame
 
         gc.freeze()  # what other tests left behind need not be searched twelve times
-        for _ in model.explain_video(camera()):
-            gc.collect()
-            most = max(most, sum(frame() is not None for frame in alive))
-        gc.unfreeze()
+        try:
+            for _ in model.explain_video(camera()):
+                gc.collect()
+                most = max(most, sum(frame() is not None for frame in alive))
+        finally:
+            gc.unfreeze()
         assert len(alive) == 12
         assert most <= 2
 

@@ -194,12 +194,13 @@ def check_class_weights(weights: str | Sequence[float] | None, num_classes: int)
     if weights is None or isinstance(weights, str):
         one_of("class_weights", weights, (None, "balanced"))
         return
-    allowed = f"{num_classes} positive numbers or 'balanced'"
     try:
         given = torch.as_tensor(weights, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"class_weights must be {allowed}, got {shortened(weights)}") from error
-    if given.shape != (num_classes,) or not bool(((given > 0) & given.isfinite()).all()):
+        good = given.shape == (num_classes,) and bool(((given > 0) & given.isfinite()).all())
+    except (TypeError, ValueError, RuntimeError):
+        good = False
+    if not good:
+        allowed = f"{num_classes} positive numbers or 'balanced'"
         raise InputError(f"class_weights must be {allowed}, got {shortened(weights)}")
 
 
