@@ -51,7 +51,7 @@ def caltech(data: Path, train: int, test: int, seed: int) -> tuple[list[str], di
 
 
 class CropEncoder(nn.Module):
-    """ConSE for crops: ``channels_last`` and bfloat16, which a machine without a GPU does several times faster."""
+    """ConSE for crops, in ``channels_last``: faster on a CPU."""
 
     def __init__(self, conse: Any) -> None:
         super().__init__()
@@ -60,8 +60,7 @@ class CropEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            return self.conse.encode_image(images.contiguous(memory_format=torch.channels_last)).float()
+        return self.conse.encode_image(images.contiguous(memory_format=torch.channels_last))
 
     def encode_text(self, texts: list[str]) -> Tensor:
         return self.conse.encode_text(texts)

@@ -6,6 +6,7 @@ from captum_concepts.solvers.elastic_net import ElasticNetResult, fit_elastic_ne
 from captum_concepts.solvers.loss import LogisticLoss, MultinomialLoss
 from captum_concepts.solvers.path import ElasticNetPath, elastic_net_path
 from captum_concepts.solvers.penalty import ElasticNet
+from captum_concepts.solvers.relaxed import relaxed_fit
 
 __all__ = [
     "Calibration",
@@ -20,5 +21,6 @@ __all__ = [
     "fit_calibration",
     "fit_elastic_net",
     "lambda_max",
+    "relaxed_fit",
     "truth_table",
 ]

@@ -77,8 +77,7 @@ def caltech_101(
 
     The backbone never saw Caltech's labels, so its own head is a dense one on pooled features. "dense, of the library"
     is ``fit_head(head="dense", bottleneck=)`` as it is; the strength of the other dense heads is chosen on a tenth of
-    the training images. Crops are embedded at 128 px in bfloat16; LF-CBM gets one embedding of the whole image at 224
-    px, in full precision.
+    the training images. Crops are embedded at 128 px; LF-CBM gets one embedding of the whole image at 224 px.
     """
     names, files, labels = caltech(data, train, test, seed)
     encoder = real_models(data).ConSE()
