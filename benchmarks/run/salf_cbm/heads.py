@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.peers.salf_cbm import LAMS, Head, dense_head, scored, sparse_head
 from benchmarks.run.salf_cbm.maps import accuracy_interval
-from captum_concepts.models.salf_cbm.fit import fit_head
-from captum_concepts.solvers import fit_elastic_net
+from captum_concepts.models.salf_cbm.fit import fit_head, relax_head
+from captum_concepts.solvers import fit_elastic_net, relaxed_fit
 
 Split = tuple[Tensor, Tensor]
 
@@ -26,6 +27,7 @@ def heads(
     effective: int | None = None,
     lam: float | None = None,
     bottleneck: Tensor | None = None,
+    relaxed: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[int | None, Head]]:
     """A row for a sparse head of at most each of ``most`` nonzero weights a class, and one for a dense head.
 
@@ -37,6 +39,8 @@ def heads(
         on_average: they are means over the classes, see :func:`~salf_cbm_peers.sparse_head`.
         effective: one more row, of a head with so many effective concepts per class on average (NEC, VLG-CBM).
         lam: one more row, of a sparse head of this strength.
+        relaxed: one more row for each of ``most``, of the same weights refitted without the L1 penalty, at the strength
+            that ``relax_head`` takes by itself.
         bottleneck: one more row, of a dense head of the library: what made the inputs of the backbone's features.
 
     Returns:
@@ -49,6 +53,12 @@ def heads(
     found[None] = dense_head(*train, test, num_classes=num_classes)
     how = "about" if on_average else "at most"
     named = {"dense" if n is None else f"sparse, {how} {n} a class": head for n, head in found.items()}
+    if relaxed:
+        strength = inspect.signature(relax_head).parameters["lam"].default
+        for count in most:
+            support = found[count].result.weight != 0
+            fit = relaxed_fit(*train, support, strength, num_classes=num_classes, standardize=True)
+            named[f"sparse, {how} {count} a class, refitted"] = scored(fit, test)
     if effective is not None:
         averaged = sparse_head(*train, test, most=effective, num_classes=num_classes, on_average=True, lams=10)
         named[f"sparse, NEC={effective}"] = averaged

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from captum_concepts.errors import InputError, TargetError
 from captum_concepts.models.salf_cbm import SALFCBM
-from captum_concepts.models.salf_cbm.fit import fit_head, refit_head
+from captum_concepts.models.salf_cbm.fit import fit_head, refit_head, relax_head
 from captum_concepts.models.salf_cbm.presence import fit_presence
 
 
@@ -213,6 +213,80 @@ class TestWithout:
         assert not {"accuracy", "head"} & set(new.without("wheels").metadata)
         for name in similarities:
             assert list(model.without("grass").metadata[name]) == [c for c in CONCEPTS if c != "grass"]
+
+
+class TestRelaxedRules:
+    def model(self, **options):
+        model, x = conv_model(**options), pictures(90)
+        values = model.scores(x)[:, 1].contiguous()
+        labels = torch.bucketize(values, values.quantile(torch.tensor([0.3, 0.7])))
+        if model.multi_label:
+            labels = (labels[:, None] == torch.arange(3)).long()
+        return refit_head(model, x, labels, nonzeros_per_class=2), x, labels
+
+    @pytest.mark.parametrize("multi_label", [False, True])
+    @pytest.mark.parametrize("balanced", [False, True])
+    def test_the_same_concepts_and_the_best_weights(self, multi_label, balanced):
+        """Against a plain descent over the selected weights and the biases."""
+        model, x, labels = self.model(multi_label=multi_label)
+        weights = torch.tensor([1.0, 2.0, 0.5]).double() if balanced else torch.ones(3).double()
+        new = relax_head(model, x, labels, lam=0.01, class_weights=weights.tolist() if balanced else None, tol=1e-7)
+        chosen = model.head.weight != 0
+        assert torch.equal(new.head.weight != 0, chosen)
+        a = model.scores(x).double()
+        torch.testing.assert_close(new.scores(x).double(), a)
+
+        def loss(weight, bias):
+            logits = a @ (weight * chosen).T + bias
+            if multi_label:  # one problem per class
+                each = torch.where(labels > 0, weights, 1.0)
+                terms = F.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none")
+                value = ((each * terms).sum(0) / each.sum(0)).sum()
+            else:
+                value = F.cross_entropy(logits, labels, weights)
+            return value + 0.005 * (weight * chosen).square().sum()
+
+        free = [torch.zeros(3, 5).double().requires_grad_(), torch.zeros(3).double().requires_grad_()]
+        descent = torch.optim.LBFGS(free, max_iter=2000, tolerance_grad=1e-9, tolerance_change=0)
+
+        def closure():
+            descent.zero_grad()
+            value = loss(*free)
+            value.backward()
+            return value
+
+        descent.step(closure)
+        found = float(loss(new.head.weight.detach().double(), new.head.bias.detach().double()))
+        assert found == pytest.approx(float(loss(*free).detach()), abs=1e-5)
+        assert found < float(loss(model.head.weight.detach().double(), model.head.bias.detach().double())) - 0.01
+        assert new.metadata["head"]["objective"] == pytest.approx(found, abs=1e-5)
+        assert new.metadata["head"]["converged"]
+
+    def test_nothing_else_changes(self, tmp_path):
+        model, x, labels = self.model()
+        model.metadata["accuracy"] = {"validation": 0.9}
+        before = model.head.weight.clone()
+        new = relax_head(model, x, [model.class_names[int(label)] for label in labels])
+        assert torch.equal(model.head.weight, before)
+        torch.testing.assert_close(new.concept_maps(x), model.concept_maps(x))
+        assert "accuracy" not in new.metadata
+        new.save_pretrained(tmp_path)
+        assert SALFCBM.from_pretrained(tmp_path, backbone=model.backbone).metadata["head"]["relaxed"] == 90
+        assert F.cross_entropy(new(x), labels) < F.cross_entropy(model(x), labels) - 0.01
+
+    def test_bad(self):
+        model, x, labels = self.model()
+        with pytest.raises(InputError, match="lam must be a positive number; got 0"):
+            relax_head(model, x, labels, lam=0)
+        with pytest.raises(InputError, match="3 labels for 90 images"):
+            relax_head(model, x, labels[:3])
+        with pytest.raises(InputError, match="class_weights must be 3 positive numbers"):
+            relax_head(model, x, labels, class_weights=[1.0])
+        with pytest.raises(InputError, match=r"must be \(N,\) class indices or names, got \(90, 3\)"):
+            relax_head(model, x, torch.ones(90, 3))
+        dense = refit_head(model, x, labels, head="dense")
+        with pytest.raises(InputError, match="no weight of this head is zero; use refit_head"):
+            relax_head(dense, x, labels)
 
 
 def labels_for(model, x, seed=0):

@@ -9,7 +9,14 @@ from captum_concepts.models.salf_cbm.fit.filters import (
     interpretable_concepts,
     present_concepts,
 )
-from captum_concepts.models.salf_cbm.fit.head import Activations, HeadFit, compute_activations, fit_head, refit_head
+from captum_concepts.models.salf_cbm.fit.head import (
+    Activations,
+    HeadFit,
+    compute_activations,
+    fit_head,
+    refit_head,
+    relax_head,
+)
 from captum_concepts.models.salf_cbm.fit.objective import Samples
 from captum_concepts.models.salf_cbm.fit.pipeline import fit_salf_cbm
 from captum_concepts.models.salf_cbm.fit.plan import FitPlan, plan_salf_cbm
@@ -37,4 +44,5 @@ __all__ = [
     "plan_salf_cbm",
     "present_concepts",
     "refit_head",
+    "relax_head",
 ]

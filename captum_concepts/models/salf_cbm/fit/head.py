@@ -21,7 +21,7 @@ from captum_concepts.errors import InputError, InputWarning, shortened
 from captum_concepts.models.salf_cbm.fit.features import GridFeatures
 from captum_concepts.models.salf_cbm.fit.objective import ahead
 from captum_concepts.models.salf_cbm.fit.steps import all_reduce, digest, first_decides, progress, say, share_of
-from captum_concepts.solvers import ElasticNetResult, elastic_net_path, fit_elastic_net
+from captum_concepts.solvers import ElasticNetResult, elastic_net_path, fit_elastic_net, relaxed_fit
 from captum_concepts.solvers.elastic_net import open_problem
 from captum_concepts.store import ShardReader, default_shard_rows, missing_shards, read_manifest, world
 from captum_concepts.store.processes import fill_together
@@ -441,18 +441,7 @@ def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALF
         InputError: wrong number of labels, or labels of the other kind.
         TargetError: no such class.
     """
-    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
-    if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
-        labels = target_indices(list(labels), len(labels), model.num_classes, model.class_names or (), what="class")
-    try:
-        labels = torch.as_tensor(labels).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"labels must be class indices or names, got {shortened(labels)}") from error
-    if (labels.ndim == 2) != model.multi_label:
-        wanted = f"(N, {model.num_classes}) of 0 and 1" if model.multi_label else "(N,) class indices or names"
-        raise InputError(
-            f"labels of a model with multi_label={model.multi_label} must be {wanted}, got {tuple(labels.shape)}"
-        )
+    labels = _as_labels(model, labels)
     new = model.select_concepts(list(range(len(model.concepts))))
     std, mean = (full_precision(v).cpu() for v in (model.concept_std, model.concept_mean))
     pooled = full_precision(model.scores(images)).cpu() * std + mean
@@ -470,3 +459,84 @@ def refit_head(model: SALFCBM, images: Any, labels: Any, **options: Any) -> SALF
     new.metadata["head"] = {**fit.notes, "refitted": len(labels)}
     new.metadata.pop("accuracy", None)
     return new
+
+
+@torch.no_grad()
+def relax_head(
+    model: SALFCBM,
+    images: Any,
+    labels: Any,
+    *,
+    lam: float = 1e-3,
+    class_weights: str | Sequence[float] | None = None,
+    tol: float = 1e-4,
+    device: torch.device | str | None = None,
+) -> SALFCBM:
+    r"""A copy of ``model`` whose nonzero weights are refitted without the L1 penalty (relaxed lasso, Meinshausen 2007).
+
+    Each class keeps its concepts, and only the values of their weights change; the standardization stays. The fewer
+    weights per class, the stronger is the L1 penalty that selected them, and the more it shrank them.
+
+    Args:
+        model: a SALFCBM with a sparse linear head.
+        images: the training images, as for :meth:`~captum_concepts.SALFCBM.explain`.
+        labels: as for :func:`refit_head`.
+        lam: strength of the ridge penalty :math:`\tfrac{\lambda}{2} \|W\|_F^2`, positive.
+        class_weights, tol, device: as for :func:`fit_head`.
+
+    Raises:
+        InputError: wrong number of labels, labels of the other kind, or a head without zero weights.
+        TargetError: no such class.
+    """
+    labels = _as_labels(model, labels)
+    check_columns(labels, model.num_classes)
+    check_class_weights(class_weights, model.num_classes)
+    new = model.select_concepts(list(range(len(model.concepts))))
+    weight, bias = (full_precision(value).cpu() for value in (new.head.weight, new.head.bias))
+    if bool((weight != 0).all()):
+        raise InputError("relax_head is for a sparse head, but no weight of this head is zero; use refit_head")
+    activations = full_precision(model.scores(images)).cpu().double()
+    if len(labels) != len(activations):
+        raise InputError(f"{len(labels)} labels for {len(activations)} images")
+    weights = _class_weights(class_weights, labels, model.num_classes)
+    options: dict[str, Any] = {"tol": tol, "device": device}
+    if labels.ndim == 1:
+        options |= {"num_classes": model.num_classes, "warm_start": (weight, bias)}
+        each = None if weights is None else weights[labels.long()]
+        fits = [relaxed_fit(activations, labels, weight != 0, lam, sample_weight=each, **options)]
+    else:
+        fits = []
+        for k, own in enumerate(labels.long().T):
+            options |= {"loss": "logistic", "warm_start": (weight[k : k + 1], bias[k : k + 1])}
+            each = None if weights is None else torch.where(own > 0, weights[k], 1.0)
+            fits.append(relaxed_fit(activations, own, weight[k : k + 1] != 0, lam, sample_weight=each, **options))
+    new.head.weight.copy_(torch.cat([fit.weight for fit in fits]))
+    new.head.bias.copy_(torch.cat([fit.bias for fit in fits]))
+    new.metadata["head"] = {
+        "lam": lam,
+        "alpha": 0.0,
+        "objective": sum(fit.objective for fit in fits),
+        "gap": max(fit.gap for fit in fits),
+        "converged": all(fit.converged for fit in fits),
+        "nonzeros_per_class": float((new.head.weight != 0).double().sum(1).mean()),
+        "relaxed": len(labels),
+    }
+    new.metadata.pop("accuracy", None)
+    return new
+
+
+def _as_labels(model: SALFCBM, labels: Any) -> Tensor:
+    """``labels`` as class indices (N,), or (N, L) of 0 and 1, as the model's classes ask for."""
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    if isinstance(labels, Sequence) and any(isinstance(label, str) for label in labels):
+        labels = target_indices(list(labels), len(labels), model.num_classes, model.class_names or (), what="class")
+    try:
+        labels = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels must be class indices or names, got {shortened(labels)}") from error
+    if (labels.ndim == 2) != model.multi_label:
+        wanted = f"(N, {model.num_classes}) of 0 and 1" if model.multi_label else "(N,) class indices or names"
+        raise InputError(
+            f"labels of a model with multi_label={model.multi_label} must be {wanted}, got {tuple(labels.shape)}"
+        )
+    return labels
