@@ -272,7 +272,6 @@ class TestRelaxedRules:
         assert "accuracy" not in new.metadata
         new.save_pretrained(tmp_path)
         assert SALFCBM.from_pretrained(tmp_path, backbone=model.backbone).metadata["head"]["relaxed"] == 90
-        assert F.cross_entropy(new(x), labels) < F.cross_entropy(model(x), labels) - 0.01
 
     def test_bad(self):
         model, x, labels = self.model()
