@@ -157,6 +157,22 @@ def select_output(output: Any, target: Any) -> Tensor:
     return selected
 
 
+def check_target(output: Any, target: Any) -> None:
+    """Raise if ``target``, unless it is None, does not select one value per example; see :func:`select_output`.
+
+    Raises:
+        TargetError: ``target`` does not match ``output``.
+
+    >>> check_target(torch.zeros(1, 2), 2)
+    Traceback (most recent call last):
+    ...
+    captum_concepts.errors.TargetError: target 2 does not fit the model's output of shape (1, 2): index 2 is out of
+    bounds for dimension 1 with size 2
+    """
+    if target is not None:
+        select_output(output, target)
+
+
 def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *, what: str = "concept") -> Tensor:
     """``(n,)`` indices below ``size``, one per example, from any form of target that Captum accepts.
 

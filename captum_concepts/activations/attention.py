@@ -14,7 +14,7 @@ from captum_concepts._checks import integer
 from captum_concepts._undo import undone, unharming
 from captum_concepts.activations.capture import Inputs, check_images, eager_mode, evaluation_mode, forward_arguments
 from captum_concepts.activations.layers import find_model, full_precision
-from captum_concepts.activations.layout import ModelTraits, token_grid
+from captum_concepts.activations.layout import ModelTraits, check_prefix_tokens, token_grid
 from captum_concepts.errors import LayerError
 
 
@@ -55,6 +55,7 @@ def attention_maps(
         torch.Size([2, 4, 8, 8])
     """
     integer("block", block, least=-(10**6))
+    check_prefix_tokens(prefix_tokens)
     given = check_images(inputs)
     images, model = given[0], find_model(forward_func)
     seen = _Softmaxes(len(images))

@@ -24,7 +24,7 @@ from captum_concepts.activations.capture import (
     require_images,
     tensors_in,
 )
-from captum_concepts.activations.layout import LAYOUTS, Layout, ModelTraits, infer_layout
+from captum_concepts.activations.layout import LAYOUTS, Layout, ModelTraits, check_prefix_tokens, infer_layout
 from captum_concepts.activations.token_order import check_order
 from captum_concepts.errors import (
     InputError,
@@ -91,8 +91,7 @@ class Layers:
         """
         if layout not in LAYOUTS:
             raise InputError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-        if prefix_tokens is not None and prefix_tokens < 0:
-            raise InputError(f"prefix_tokens must be 0 or more, got {prefix_tokens}")
+        check_prefix_tokens(prefix_tokens)
         if not callable(forward_func) or isinstance(forward_func, type):
             got = (
                 f"the class {forward_func.__name__}" if isinstance(forward_func, type) else type(forward_func).__name__

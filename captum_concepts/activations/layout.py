@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +150,19 @@ class Layout:
         return tokens[:, : self.prefix_tokens]
 
 
+def check_prefix_tokens(prefix_tokens: Any) -> None:
+    """Raise unless ``prefix_tokens`` is None or a number of tokens.
+
+    >>> check_prefix_tokens(1.5)
+    Traceback (most recent call last):
+    ...
+    captum_concepts.errors.InputError: prefix_tokens must be 0 or more, as an integer, or None, got 1.5
+    """
+    whole = isinstance(prefix_tokens, Integral) and not isinstance(prefix_tokens, bool)
+    if prefix_tokens is not None and not (whole and int(prefix_tokens) >= 0):
+        raise InputError(f"prefix_tokens must be 0 or more, as an integer, or None, got {prefix_tokens!r}")
+
+
 def infer_layout(
     output: Tensor,
     batch: int,
@@ -178,8 +193,7 @@ def infer_layout(
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    if prefix_tokens is not None and prefix_tokens < 0:
-        raise InputError(f"prefix_tokens must be 0 or more, got {prefix_tokens}")
+    check_prefix_tokens(prefix_tokens)
     shape = tuple(output.shape)
     layer = f"layer {name!r}" if name else "the layer"
     if isinstance(model, nn.Module):

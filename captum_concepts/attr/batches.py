@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -119,6 +120,11 @@ def _batches(
     listed = isinstance(target, list) or (isinstance(target, Tensor) and target.ndim > 0 and target.numel() > 1)
     if listed and len(target) != n:
         raise TargetError(f"target has {len(target)} entries for {n} examples; pass one each, or a single int")
+    if isinstance(target, np.ndarray) and target.ndim and n > batch_size:
+        raise TargetError(
+            f"target is a NumPy array of shape {target.shape}, which is not cut into batches of {batch_size} images; "
+            "pass a list, as in target.tolist(), or torch.from_numpy(target)"
+        )
     if not isinstance(inputs, ImageSource) and n <= batch_size:
         yield inputs, extra, target
         return

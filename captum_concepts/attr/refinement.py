@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +75,11 @@ def with_stages(
         return layers
     forward_func = layers.forward_func
     if isinstance(refine, bool):
+        if not isinstance(forward_func, Hashable):
+            raise InputError(
+                "refine=True does not find the stages of the network (forward_func, a "
+                f"{type(forward_func).__name__}, has no hash); pass a list of layers"
+            )
         if forward_func not in known:
             first, more = first_example(inputs, layers.model), take_rows(extra, slice(1), count(inputs))
             try:

@@ -7,13 +7,14 @@ the compute device; only this module depends on how the rows are stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, shortened
 
 # Elements of one chunk of X, small enough for a CPU's caches (with the logits) or large enough to hide the launch
 # overhead of an accelerator's kernels.
@@ -142,7 +143,9 @@ def as_rows(
     Raises:
         InputError: wrong shapes, sparse or one-shot inputs, or invalid labels or weights.
     """
-    if chunk_size is not None and (isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1):
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral) or int(chunk_size) < 1
+    ):
         raise InputError(f"chunk_size must be a positive integer or None; got {chunk_size!r}")
     if isinstance(X, Tensor):
         if X.layout != torch.strided:
@@ -182,6 +185,7 @@ def as_rows(
         first = next((x for x, _ in read()), None)
         if first is None:
             raise InputError("X has no rows; at least two rows of two classes are needed")
+        check_numbers("a chunk of X", first)
         first = torch.as_tensor(first)
         if first.ndim != 2 or first.shape[1] == 0:
             raise InputError(f"every chunk of X must have shape (rows, features); the first has {tuple(first.shape)}")
@@ -226,7 +230,38 @@ def _compute_dtype(first: Any, device: torch.device) -> torch.dtype:
     return torch.float64 if wide and device.type != "mps" else torch.float32
 
 
+def check_numbers(name: str, value: Any) -> None:
+    """Raise for what torch cannot read as a tensor of numbers, and for masked entries, which it would read as numbers.
+
+    Raises:
+        InputError: text or objects, another byte order, negative strides, or masked entries.
+    """
+    if isinstance(value, np.ndarray):
+        if np.ma.is_masked(value):
+            raise InputError(f"{name} has {np.ma.count_masked(value)} masked entries; fill them in, or leave them out")
+        if value.dtype.kind not in "biufc" or value.dtype.itemsize > (16 if value.dtype.kind == "c" else 8):
+            raise InputError(
+                f"{name} has dtype {value.dtype}, not numbers that torch reads; pass for example "
+                "X.astype('float32'), and names of classes as np.unique(y, return_inverse=True)[1]"
+            )
+        if not value.dtype.isnative or any(stride < 0 for stride in value.strides):
+            what = "negative strides" if value.dtype.isnative else "another byte order"
+            raise InputError(
+                f"{name} is an array with {what}, which torch does not read; pass a copy, as in "
+                "array.astype(array.dtype.newbyteorder('='), order='C')"
+            )
+    elif not isinstance(value, Tensor):
+        try:
+            torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{name} must be numbers in a tensor, array or list, got {shortened(value)}; names of classes become "
+                "indices by np.unique(y, return_inverse=True)[1]"
+            ) from error
+
+
 def _as_float(x: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    check_numbers("X", x)
     if isinstance(x, np.ndarray):
         # Memory-mapped and read-only slices (one chunk) are copied, because torch refuses read-only memory.
         x = torch.from_numpy(np.array(x) if isinstance(x, np.memmap) or not x.flags.writeable else x)
@@ -238,6 +273,7 @@ def _as_float(x: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _as_labels(y: Any) -> Tensor:
+    check_numbers("y", y)
     labels = torch.as_tensor(y)
     if labels.ndim != 1:
         raise InputError(f"y must be one class index a row, shape (rows,); got {tuple(labels.shape)}")
@@ -252,9 +288,12 @@ def _as_labels(y: Any) -> Tensor:
 
 
 def _as_weight(weight: Any, device: torch.device) -> Tensor:
+    check_numbers("sample_weight", weight)
     values = torch.as_tensor(weight).detach()
     if values.ndim != 1:
         raise InputError(f"sample_weight must have shape (rows,); got {tuple(values.shape)}")
+    if values.is_complex():
+        raise InputError(f"sample_weight must be real; got {values.dtype}")
     values = values.to(device=device, dtype=accumulation_dtype(device))
     if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
         raise InputError("sample_weight must be finite and non-negative")

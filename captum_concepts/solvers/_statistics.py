@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -69,8 +70,7 @@ def gather_statistics(
     """
     if loss not in ("multinomial", "logistic"):
         raise InputError(f'loss must be "multinomial" or "logistic"; got {loss!r}')
-    if num_classes is not None and (isinstance(num_classes, bool) or int(num_classes) != num_classes):
-        raise InputError(f"num_classes must be an integer or None; got {num_classes!r}")
+    check_num_classes(num_classes)
     if loss == "logistic" and num_classes not in (None, 2):
         raise InputError(f'loss="logistic" is for two classes; got num_classes={num_classes}')
     acc = accumulation_dtype(rows.device)
@@ -134,6 +134,12 @@ def gather_statistics(
         mean=mean,
         std=std,
     )
+
+
+def check_num_classes(num_classes: int | None) -> None:
+    """Raise if ``num_classes`` is neither None nor an integer."""
+    if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, Integral)):
+        raise InputError(f"num_classes must be an integer or None; got {num_classes!r}")
 
 
 def _shared_shift(x: Tensor, reducer: Reducer, acc: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_concepts._checks import name_positions
-from captum_concepts.errors import InputError
+from captum_concepts.errors import InputError, shortened
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ def fit_calibration(scores: Tensor, truth: Tensor, weight: Tensor | None = None)
         truth: ``(N, T)`` bool.
         weight: ``(N,)`` or ``(N, T)`` of the examples; None weights all equally.
 
+    Raises:
+        InputError: wrong shapes, no example, NaN or infinite scores, truth other than 0 and 1, or a negative weight.
+
     Reference:
         Platt, J. *Probabilistic outputs for support vector machines.* Advances in Large Margin Classifiers, 1999.
 
@@ -49,14 +52,39 @@ def fit_calibration(scores: Tensor, truth: Tensor, weight: Tensor | None = None)
         >>> [round(p, 2) for p in calibrated(torch.tensor([[-2.0], [0.0], [2.0]]))[:, 0].tolist()]
         [0.22, 0.5, 0.78]
     """
+    check_calibration(scores, truth, weight)
     scores, truth = scores.detach().double().cpu(), truth.detach().cpu()
-    if scores.shape != truth.shape or scores.ndim != 2:
-        raise InputError(f"scores {tuple(scores.shape)} and truth {tuple(truth.shape)} must both be (N, T)")
     weights = torch.ones_like(scores) if weight is None else weight.detach().double().cpu()
     weights = weights[:, None].expand_as(scores) if weights.ndim == 1 else weights
     rows = [_platt(s, y, w) for s, y, w in zip(scores.T, truth.bool().T, weights.T, strict=True)]
     slopes, intercepts = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2).T
     return Calibration(slopes.float().contiguous(), intercepts.float().contiguous())
+
+
+def check_calibration(scores: Tensor, truth: Tensor, weight: Tensor | None) -> None:
+    """Raise for what :func:`fit_calibration` would calibrate wrongly.
+
+    Raises:
+        InputError: as there.
+    """
+    for name, value in (("scores", scores), ("truth", truth), ("weight", weight)):
+        if not isinstance(value, Tensor) and not (name == "weight" and value is None):
+            raise InputError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if scores.ndim != 2 or not len(scores) or scores.shape != truth.shape:
+        raise InputError(
+            f"scores {tuple(scores.shape)} and truth {tuple(truth.shape)} must both be (N, T), at least one row"
+        )
+    if not bool(scores.isfinite().all()):
+        raise InputError("scores contain NaN or infinite values; leave these examples out")
+    if not bool(((truth == 0) | (truth == 1)).all()):
+        raise InputError(f"truth must be bools, or numbers 0 and 1, got {shortened(truth.unique().tolist())}")
+    if weight is not None and tuple(weight.shape) not in ((len(scores),), tuple(scores.shape)):
+        raise InputError(
+            f"weight must be ({len(scores)},) or {tuple(scores.shape)} for scores {tuple(scores.shape)}, got "
+            f"{tuple(weight.shape)}"
+        )
+    if weight is not None and not bool((weight.isfinite() & (weight >= 0)).all()):
+        raise InputError("weight must be finite and non-negative")
 
 
 def _platt(scores: Tensor, truth: Tensor, weight: Tensor) -> tuple[float, float]:
@@ -102,11 +130,13 @@ def truth_table(labels: Any, concepts: Sequence[str], count: int) -> Tensor:
         count: the number of images.
 
     Raises:
-        InputError: wrong number of images, unknown concept, or a table of the wrong shape.
+        InputError: wrong number of images, unknown concept, a table of the wrong shape or with other values than 0 and
+            1, or lists of 0 and 1 that may be indices as well as a table.
 
     >>> truth_table(["a", ["a", "b"], None], ["a", "b"], 3).int().tolist()
     [[1, 0], [1, 1], [0, 0]]
     """
+    check_labels(labels, concepts, count)
     if isinstance(labels, Mapping):
         missing = [name for name in concepts if name not in labels]
         if missing:
@@ -125,3 +155,41 @@ def truth_table(labels: Any, concepts: Sequence[str], count: int) -> Tensor:
         if row is not None and not (isinstance(row, (list, tuple)) and not row):
             table[number, name_positions(row, concepts)] = True
     return table
+
+
+def check_labels(labels: Any, concepts: Sequence[str], count: int) -> None:
+    """Raise for labels that :func:`truth_table` would misread.
+
+    Raises:
+        InputError: as there.
+    """
+    if isinstance(labels, str) or not (isinstance(labels, Iterable) or hasattr(labels, "tolist")):
+        raise InputError(
+            "labels must be a list with one concept, list of concepts or None per image, a bool table, or {concept: "
+            f"bools}}; got {shortened(labels)}"
+        )
+    if isinstance(labels, Mapping):
+        for name in concepts:
+            if name in labels:
+                check_column(name, labels[name], count)
+    rows = labels if isinstance(labels, (list, tuple)) else []
+    digits = [
+        isinstance(row, (list, tuple))
+        and len(row) == len(concepts)
+        and all(isinstance(value, int) and not isinstance(value, bool) and value in (0, 1) for value in row)
+        for row in rows
+    ]
+    if len(concepts) > 1 and rows and all(digits):
+        raise InputError(
+            f"labels {shortened(labels)} may be a table of 0 and 1 as well as lists of indices; pass a table as a bool "
+            "tensor, as in torch.tensor(labels).bool(), or lists of names"
+        )
+
+
+def check_column(name: str, values: Any, count: int) -> None:
+    try:
+        column = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels[{name!r}] must be {count} bools, got {shortened(values)}") from error
+    if column.shape != (count,) or not bool(((column == 0) | (column == 1)).all()):
+        raise InputError(f"labels[{name!r}] must be {count} bools, one per image, got {shortened(values)}")

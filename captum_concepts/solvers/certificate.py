@@ -19,7 +19,7 @@ from torch import Tensor
 
 from captum_concepts.errors import InputError
 from captum_concepts.solvers._objective import Evaluation, Objective
-from captum_concepts.solvers._rows import as_rows
+from captum_concepts.solvers._rows import as_rows, check_numbers
 from captum_concepts.solvers._statistics import Reducer
 from captum_concepts.solvers.loss import TIGHT_TAU
 from captum_concepts.solvers.penalty import ElasticNet
@@ -144,6 +144,8 @@ def elastic_net_certificate(
 
 def params_from(objective: Objective, weight: Any, bias: Any) -> Tensor:
     """The parameters (O, D + 1) of the classes that have rows, from weight and bias of all K classes."""
+    check_numbers("weight", weight)
+    check_numbers("bias", bias)
     weight, bias = torch.as_tensor(weight).detach(), torch.as_tensor(bias).detach()
     logistic = objective.loss.num_outputs == 1
     n_out = 1 if logistic else objective.stats.num_classes

@@ -14,7 +14,7 @@ from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning
 from captum_concepts.solvers._objective import Objective
 from captum_concepts.solvers._quasi_newton import Outcome, ProximalQuasiNewton
 from captum_concepts.solvers._rows import as_rows
-from captum_concepts.solvers._statistics import Reducer
+from captum_concepts.solvers._statistics import Reducer, check_num_classes
 from captum_concepts.solvers.certificate import params_from
 from captum_concepts.solvers.penalty import ElasticNet
 
@@ -69,6 +69,8 @@ class ElasticNetResult:
 
     def decision_function(self, X: Tensor) -> Tensor:
         """Logits (N, K) or (N, 1) of unstandardized features (N, D)."""
+        if not isinstance(X, Tensor):
+            raise InputError(f"X must be a torch.Tensor (N, D), got {type(X).__name__}; pass torch.as_tensor(X)")
         weight, bias = self.raw()
         return X.to(weight) @ weight.T + bias
 
@@ -213,6 +215,7 @@ def open_problem(
     process_group: Any,
 ) -> Objective:
     """The objective of checked rows, with their statistics; warns about classes without rows."""
+    check_num_classes(num_classes)
     rows = as_rows(
         X, y, sample_weight=sample_weight, device=device, chunk_size=chunk_size, num_outputs_hint=num_classes or 1
     )

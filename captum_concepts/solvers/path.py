@@ -6,11 +6,12 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
-from captum_concepts.errors import InputError, InputWarning
+from captum_concepts.errors import InputError, InputWarning, shortened
 from captum_concepts.solvers._quasi_newton import ProximalQuasiNewton
 from captum_concepts.solvers.elastic_net import ElasticNetResult, largest_lambda, open_problem, solve_problem
 from captum_concepts.solvers.penalty import ElasticNet
@@ -96,6 +97,7 @@ def elastic_net_path(
     """
     if lam_ratio is None:
         lam_ratio = 1e-3 if nonzeros_per_class is None else 1e-6
+    check_path_numbers(lams, nonzeros_per_class, n_lams, lam_ratio)
     _check_path(lams, nonzeros_per_class, n_lams, lam_ratio)
     objective = open_problem(
         X, y, num_classes=num_classes, loss=loss, sample_weight=sample_weight, standardize=standardize,
@@ -159,6 +161,20 @@ def _bisect(done: dict[float, ElasticNetResult], at: Any, target: float) -> None
         if bracket is None or bracket[0].lam < bracket[1].lam * (1 + 1e-9):
             return
         at(math.sqrt(bracket[0].lam * bracket[1].lam))
+
+
+def check_path_numbers(lams: Any, target: Any, n_lams: Any, lam_ratio: Any) -> None:
+    """Raise if an option of the path is not a number, or ``lams`` not a list of numbers."""
+    if lams is not None:
+        try:
+            [float(lams[i]) for i in range(len(lams))]
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(f"lams must be a list of numbers or None; got {shortened(lams)}") from error
+    for name, value in (("nonzeros_per_class", target), ("lam_ratio", lam_ratio)):
+        if value is not None and not isinstance(value, Real):
+            raise InputError(f"{name} must be a number or None; got {shortened(value)}")
+    if not isinstance(n_lams, Integral):
+        raise InputError(f"n_lams must be an integer of at least 2; got {shortened(n_lams)}")
 
 
 def _check_path(lams: Sequence[float] | None, target: float | None, n_lams: int, lam_ratio: float) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_concepts import demo
 from captum_concepts.activations import attention_maps
-from captum_concepts.errors import LayerError
+from captum_concepts.errors import InputError, LayerError
 
 
 class Block(nn.Module):
@@ -103,6 +103,8 @@ def test_transformers_of_the_libraries(library):
 def test_networks_without_attention_are_refused():
     with pytest.raises(LayerError, match="for vision transformers"):
         attention_maps(demo.load("classifier"), torch.rand(1, 3, 64, 64))
+    with pytest.raises(InputError, match="prefix_tokens must be 0 or more"):
+        attention_maps(demo.load("vit"), torch.rand(1, 3, 64, 64), prefix_tokens="1")
 
 
 def test_attention_within_windows_is_not_that_of_an_image():

@@ -37,8 +37,9 @@ def test_names_modules_and_one_layer_alone(net) -> None:
 def test_options_are_checked_when_resolved(net) -> None:
     with pytest.raises(InputError, match="layout must be one of"):
         Layers.resolve(net, "0", layout="nchw")
-    with pytest.raises(InputError, match="prefix_tokens must be 0 or more"):
-        Layers.resolve(net, "0", prefix_tokens=-1)
+    for number in (-1, 1.5, "1", True, torch.ones(2)):
+        with pytest.raises(InputError, match="prefix_tokens must be 0 or more, as an integer, or None"):
+            Layers.resolve(net, "0", prefix_tokens=number)
     with pytest.raises(LayerError, match="no layer 'x'"):
         Layers.resolve(net, ["0", "x"])
 

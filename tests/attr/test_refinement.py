@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -165,3 +166,17 @@ def test_what_cannot_be_refined_is_said_so(net, images, bank, acv):
     assert FeatureActivationMap(lambda x: net(x), net.c, bank, refine=[net.a, net.b]).attribute(images, 0).any()
     with pytest.raises(InputError, match="a refined map has no probability"):
         acv.concept_maps(images, probability=True)
+
+
+def test_a_callable_without_a_hash_needs_a_list_of_layers(net, images, bank):
+    @dataclass
+    class Call:  # a dataclass has no hash
+        model: nn.Module
+
+        def __call__(self, images: Tensor) -> Tensor:
+            return self.model(images)
+
+    layer = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    with pytest.raises(InputError, match=r"Call, has no hash.*; pass a list of layers"):
+        FeatureActivationMap(Call(net), layer, bank, refine=True).attribute(images, target=0)
+    assert FeatureActivationMap(Call(net), layer, bank, refine=[layer]).attribute(images, target=0).isfinite().all()

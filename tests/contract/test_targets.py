@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -155,7 +156,7 @@ def test_multi_hot_targets_are_named(target):
 
 
 @pytest.mark.parametrize("target", ["dog", {0: 1}, {1}, 2**70, ["a"] * 4, 1.0, True, torch.ones(4, 2).long()], ids=str)
-@pytest.mark.parametrize("method", ["attribute", "explain", "contributions"])
+@pytest.mark.parametrize("method", ["attribute", "explain", "contributions", "evidence"])
 def test_what_is_no_index_of_a_class_is_refused_by_methods_that_select_outputs(method, target):
     with pytest.raises(TargetError, match="target"):
         getattr(sacv(), method)(IMAGES, target=target)
@@ -165,3 +166,31 @@ def test_arrays_are_indices_for_methods_that_select_outputs():
     found = sacv().attribute(IMAGES, target=np.array([0, 1, 1, 0]))
     assert torch.equal(found, sacv().attribute(IMAGES, target=[0, 1, 1, 0]))
     assert torch.equal(sacv().attribute(IMAGES, target=np.int64(1)), sacv().attribute(IMAGES, target=1))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [2, -3, torch.tensor(7), [0, 1, 2, 0], torch.tensor([0, 1, 0, 5]), (0, 1), range(4), torch.zeros(4, 1).long()],
+)
+@pytest.mark.parametrize("method", ["attribute", "explain", "contributions", "evidence"])
+def test_a_target_that_the_output_does_not_have_is_no_other_output(method, target):
+    """Evidence took the index modulo the number of outputs."""
+    with pytest.raises(TargetError, match="target"):
+        getattr(sacv(), method)(IMAGES, target=target)
+
+
+@pytest.mark.parametrize("target", [-1, (1,), [(1,), (0,), (1,), (0,)], np.int64(1), torch.tensor([1])], ids=str)
+def test_evidence_is_for_the_output_that_attribute_explains(target):
+    scores = sacv().forward_func(IMAGES)
+    wanted = select_output(scores, target)
+    found = sacv().evidence(IMAGES, target=target).target
+    assert torch.equal(scores.gather(1, found[:, None])[:, 0], wanted)
+
+
+@pytest.mark.parametrize("method", ["attribute", "explain", "contributions", "evidence"])
+def test_an_array_of_targets_that_is_not_cut_into_batches_is_named(method):
+    acv = copy.copy(sacv())
+    acv.batch_size = 3
+    with pytest.raises(TargetError, match=r"target is a NumPy array of shape \(4,\).*target.tolist\(\)"):
+        getattr(acv, method)(IMAGES, target=np.array([0, 1, 1, 0]))
+    getattr(acv, method)(IMAGES, target=[0, 1, 1, 0])

@@ -203,3 +203,69 @@ def test_the_bias_does_not_drift_along_the_shift_of_all_classes(alpha):
         assert result.converged
         assert result.n_iter < 30
         assert abs(float(torch.as_tensor(result.bias).mean())) < 1e-5
+
+
+X = np.random.default_rng(0).normal(size=(12, 3))
+Y = np.arange(12) % 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"X": X[::-1]}, "X is an array with negative strides"),
+        ({"X": X[:, ::-1]}, "X is an array with negative strides"),
+        ({"X": [X[:6], X[6:, ::-1]]}, "X is an array with negative strides"),
+        ({"y": Y[::-1]}, "y is an array with negative strides"),
+        ({"X": X.astype(">f4")}, "X is an array with another byte order"),
+        ({"y": Y.astype(">i4")}, "y is an array with another byte order"),
+        ({"X": X.astype(object)}, "X has dtype object, not numbers"),
+        ({"X": X.astype(np.longdouble)}, "X has dtype .*, not numbers"),
+        ({"y": np.array(list("abc") * 4)}, r"y has dtype <U1, not numbers.*np.unique\(y, return_inverse=True\)"),
+        ({"y": list("abc") * 4}, r"y must be numbers in a tensor, array or list, got \['a', 'b'"),
+        ({"y": {0: 1}}, "y must be numbers"),
+        ({"X": "text"}, "a chunk of X must be numbers"),
+        ({"sample_weight": "text"}, "sample_weight must be numbers"),
+        ({"sample_weight": np.ones(12)[::-1]}, "sample_weight is an array with negative strides"),
+        ({"sample_weight": np.ones(12) + 0j}, "sample_weight must be real"),
+        ({"chunk_size": "a"}, "chunk_size must be a positive integer"),
+        ({"chunk_size": 1.0}, "chunk_size must be a positive integer"),
+        ({"chunk_size": float("inf")}, "chunk_size must be a positive integer"),
+        ({"num_classes": "abc"}, "num_classes must be an integer"),
+        ({"num_classes": 3.0}, "num_classes must be an integer"),
+        ({"num_classes": float("nan")}, "num_classes must be an integer"),
+        ({"warm_start": ("a", "b")}, "weight must be numbers"),
+    ],
+)
+def test_what_torch_does_not_read_is_refused_in_words(changed, message):
+    with pytest.raises(InputError, match=message):
+        fit_elastic_net(**{"X": X, "y": Y, "lam": 0.1, **changed})
+
+
+def test_masked_entries_are_no_numbers():
+    """The values under the mask were used."""
+    with pytest.raises(InputError, match="X has 1 masked entries; fill them in"):
+        fit_elastic_net(np.ma.masked_array(X, mask=X[0, 0] == X), Y, 0.1)
+    plain = fit_elastic_net(np.ma.masked_array(X), Y, 0.1)
+    assert torch.equal(plain.weight, fit_elastic_net(X, Y, 0.1).weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lams": 0.1}, "lams must be a list of numbers"),
+        ({"lams": ["a"]}, "lams must be a list of numbers"),
+        ({"lams": (lam for lam in [0.1])}, "lams must be a list of numbers"),
+        ({"nonzeros_per_class": "3"}, "nonzeros_per_class must be a number"),
+        ({"lam_ratio": "a"}, "lam_ratio must be a number"),
+        ({"n_lams": float("nan")}, "n_lams must be an integer of at least 2"),
+        ({"n_lams": 3.0}, "n_lams must be an integer of at least 2"),
+    ],
+)
+def test_options_of_a_path_are_numbers(options, message):
+    with pytest.raises(InputError, match=message):
+        elastic_net_path(X, Y, **options)
+
+
+def test_logits_are_of_tensors():
+    with pytest.raises(InputError, match=r"X must be a torch.Tensor \(N, D\), got ndarray"):
+        fit_elastic_net(X, Y, 0.1).decision_function(X)

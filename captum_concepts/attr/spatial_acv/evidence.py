@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts._captum import select_output
+from captum_concepts._captum import check_target, select_output
 from captum_concepts._checks import repeat_rows
 from captum_concepts.activations import Inputs, Layers, full_precision, gradients_enabled
 from captum_concepts.attr.batches import count
@@ -84,6 +84,7 @@ def effects_of(
     of_input = fitted.of_input
     plain = layers.run(inputs, additional_forward_args=extra, attribute_to_layer_input=of_input)
     layout, output = plain.layouts[0], plain.output
+    check_target(output, target)
     index = explained_index(output, target)
     goal = target if index is None else index
     margins = full_precision(_margin(output, goal)).detach()

@@ -46,7 +46,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         integer("n_random", self.n_random, least=0)
-        integer("seed", self.seed, least=0)
+        integer("seed", self.seed, least=0, most=2**63 - 1)
         integer("folds", self.folds, least=2)
         integer("max_rows", self.max_rows, least=16)
         if self.n_random == 1:

@@ -538,6 +538,10 @@ class SpatialACV(LayerAttribution):
             alpha: level of the comparison with other directions.
             steps: of the integral along which concepts are removed; each costs one pass per image and concept.
             additional_forward_args: passed to ``forward_func`` after the inputs.
+
+        Raises:
+            NotFittedError: before :meth:`fit`.
+            TargetError: the target has the wrong type, length or range (also an ``AssertionError``).
         """
         fitted, layers = self._need_fit(), self._layers()
         steps = integer("steps", steps)

@@ -879,7 +879,16 @@ def test_gray_examples_are_read_as_rgb_and_four_channels_are_refused():
 
 @pytest.mark.parametrize(
     "option",
-    [{"n_random": -1}, {"n_random": 1}, {"folds": 1}, {"max_rows": 3}, {"lam": 0.0}, {"seed": "x"}, {"n_random": True}],
+    [
+        {"n_random": -1},
+        {"n_random": 1},
+        {"folds": 1},
+        {"max_rows": 3},
+        {"lam": 0.0},
+        {"seed": "x"},
+        {"seed": 2**63},
+        {"n_random": True},
+    ],
 )
 def test_bad_options_are_refused(planted, option):
     with pytest.raises(InputError, match=next(iter(option))):
