@@ -9,6 +9,7 @@ import sys
 import weakref
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from captum_concepts.visualization import (
     ColorScale,
     as_image,
     heatmap_figure,
+    legend,
     overlay,
     panel,
     save_figure,
@@ -224,6 +226,8 @@ class TestOverlay:
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"saturation": -1}, "saturation"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"vmin": 1, "vmax": 0}, "vmin must be less"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"signed": "maybe"}, "signed must be"),
+            (torch.rand(3, 4, 4), torch.tensor([[0, 3e38]]), {}, "too large to draw"),
+            (torch.rand(3, 4, 4), torch.tensor([[-9e37, 0]]), {}, "too large to draw"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"cmap": "no such map"}, "color map"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"mode": "cubic"}, "mode must be"),
             (torch.full((3, 4, 4), 300), torch.rand(2, 2), {}, "0 to 255"),
@@ -404,6 +408,34 @@ class TestPanel:
         assert len(set(second[:3])) == 1
         assert len(set(first[:3])) > 1
 
+    def test_flags_with_names_go_to_their_concepts(self):
+        """An explanation has its strongest concept first, a fitted method has the order of its fit."""
+        e = ConceptExplanation(["b", "a"], torch.tensor([[0.9, 0.1]]), torch.rand(1, 2, 3, 3), rank_by="scores")
+        fitted = SimpleNamespace(concepts=["a", "unused", "b"], significant_=torch.tensor([False, True, True]))
+        flags = dict(zip(fitted.concepts, fitted.significant_, strict=True))
+        for given in (fitted, flags, torch.tensor([True, False]), [[True, False]]):
+            drawn = [a for a in panel(e, torch.rand(1, 3, 16, 16), significant=given).axes if a.images]
+            gray = [
+                a.get_label() for a in drawn if np.ptp(np.asarray(a.images[0].get_array(), dtype=int), -1).max() == 0
+            ]
+            assert gray == ["a"]
+        fitted.significant_ = None  # not tested
+        assert "not encoded here" not in strings_of(panel(e, torch.rand(1, 3, 16, 16), significant=fitted))
+
+    @pytest.mark.parametrize("contributions", [True, False])
+    @pytest.mark.parametrize("scale", ["row", "map", "panel"])
+    def test_an_image_that_selected_none_of_the_concepts_says_so(self, scale, contributions):
+        selected = torch.tensor([[True, False, True], [False, True, False]])
+        e = dataclasses.replace(explanation(2, 3, contributions), selected=selected)
+        for one in (e["stripes"], e[["stripes", "grass"]]):
+            figure = panel(one, torch.rand(2, 3, 32, 32), scale=scale, class_names=["tabby", "tiger"])
+            check_layout(figure)
+            assert [" ".join(s.split()) for s in strings_of(figure)].count("none of these concepts is selected") == 1
+            assert [a.get_label() for a in figure.axes if a.images] == ["input", *one.concepts, "input"]
+            check_layout(legend(one, torch.rand(2, 3, 32, 32)))
+        with pytest.raises(InputError, match="none of the 1 concepts is selected for any of the 1 images"):
+            panel(e[1:, "stripes"], torch.rand(1, 3, 32, 32))
+
     @pytest.mark.parametrize("scale", ["row", "panel"])
     def test_the_bars_of_a_row_reach_its_own_end(self, scale):
         """Bars of a row with small contributions are no slivers, unless one scale for the whole panel is asked for."""
@@ -503,6 +535,9 @@ sys.exit("matplotlib.pyplot" in sys.modules or settings() != before)
         [
             ({"significant": torch.ones(2)}, "significant"),
             ({"significant": torch.ones(3)}, "must be bool"),
+            ({"significant": {"stripes": True}}, r"lacks \['a concept"),
+            ({"significant": dict.fromkeys(explanation().concepts, 0.3)}, "must be bool"),
+            ({"significant": "all"}, "significant must be a fitted SpatialACV"),
             ({"image_names": ["one"]}, "image_names"),
             ({"class_names": ["one"]}, "no name for target 1"),
             ({"top_k": 0}, "top_k"),
