@@ -56,6 +56,12 @@ def explanation(n: int = 2, t: int = 3, contributions: bool = True) -> ConceptEx
     )
 
 
+def pixels_of(figure: Figure) -> memoryview:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.buffer_rgba()
+
+
 def lightness(colours: np.ndarray) -> np.ndarray:
     """CIE L* of sRGB colours."""
     c = colours[..., :3]
@@ -231,6 +237,7 @@ class TestOverlay:
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"cmap": "no such map"}, "color map"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"mode": "cubic"}, "mode must be"),
             (torch.full((3, 4, 4), 300), torch.rand(2, 2), {}, "0 to 255"),
+            (np.full((4, 4), 40_000, np.uint16), torch.rand(2, 2), {}, "0 to 255, got 40000"),
             ("cat.jpg", torch.rand(2, 2), {}, "cat.jpg cannot be read"),
         ],
     )
@@ -343,6 +350,18 @@ class TestLayout:
         e = explanation(2, 3)
         e = ConceptExplanation(e.concepts, e.scores * scale, e.maps * scale, e.contributions * scale, e.target)
         check_layout(panel(e, torch.rand(2, 3, 32, 32), map_label="value"))
+
+    @pytest.mark.parametrize("own", [{"image.origin": "lower"}, {"pcolor.shading": "nearest"}])
+    def test_images_stay_upright_and_color_bars_whole_under_settings_of_the_user(self, own):
+        """With its origin below, an image was upside down, and its outlines were elsewhere."""
+        e, image = explanation(1, 2), torch.linspace(0, 1, 30 * 40).reshape(1, 30, 40).expand(3, -1, -1)
+        drawn = []
+        for settings in ({}, own):
+            with rc_context(settings):
+                figures = panel(e, image, boxes=(2, 3, 20, 9)), legend(e, image), heatmap_figure(image, e.maps[0, 0])
+                drawn.append([np.asarray(pixels_of(figure)) for figure in figures])
+        for usual, other in zip(*drawn, strict=True):
+            assert np.array_equal(usual, other)
 
     def test_twenty_images_of_different_shapes(self):
         generator = torch.Generator().manual_seed(0)
