@@ -124,6 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Standard output is reserved for the result; whatever a model or a library prints goes to standard error.
     """
+    if sys.stderr is None:  # closed, as by `2>&-`
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123
+            return main(arguments)
     options = vars(parser().parse_args(arguments))
     command, as_json = options.pop("command"), options.pop("json")
     own = {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}

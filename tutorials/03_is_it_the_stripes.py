@@ -115,7 +115,7 @@ panel(
     scenes.image[shown],
     top_k=3,
     class_names=data.classes,
-    significant=acv.significant_,
+    significant=acv,
     title="Where layer3 sees each texture, and what more of it would do to “striped square”",
     map_label="relevance",
 )

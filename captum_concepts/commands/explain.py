@@ -286,10 +286,9 @@ def line_of(entry: dict[str, Any]) -> str:
     predicted = ""
     if "target" in entry and entry.get("target_probability") is not None:
         predicted = f"{entry['target']} {entry['target_probability']:.2f} <- "
-    presence = entry.get("presence", {})
+    chances = {name: chance for name, chance in entry.get("presence", {}).items() if chance is not None}
     words = [
-        f"{name} {'n/a' if score is None else short(score)}"
-        + (" (not seen)" if (presence.get(name) or 1) < SEEN else "")
+        f"{name} {'n/a' if score is None else short(score)}" + (" (not seen)" if chances.get(name, 1) < SEEN else "")
         for name, score in entry["top"].items()
     ]
     return f"{printable(entry['image'])}: {predicted}" + ", ".join(words)

@@ -169,6 +169,8 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
             raise InputError(
                 f"{len(paths)} images for the {len(whole)} explanations of {source}; give them in its order"
             )
+        if (order := _other_order(paths, whole.image_names)) is not None:
+            raise InputError(f"{source} explains {order}; give the images in its order")
         entries = [{"image": str(path), "explanation": one} for path, one in zip(paths, whole, strict=True)]
         names, shown = settings.class_names, {"explanations": source.name}
     settings = replace(settings, model=settings.model or "the model")
@@ -188,6 +190,15 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
                 failed.append({"image": printable(entry["image"]), "reason": str(error)})
         done = len(page)
     return {"report": settings.report, "explained": done, "failed": failed}
+
+
+def _other_order(paths: Sequence[Path], names: Sequence[str] | None) -> str | None:
+    """The first saved names, if one of them belongs to another image than the one in its place; otherwise None."""
+    ends = [path.as_posix() for path in paths]
+    for end, name in zip(ends, names or (), strict=False):
+        if not end.endswith(name) and any(other.endswith(name) for other in ends):
+            return ", ".join(map(printable, (names or ())[:5])) + (", ..." if len(ends) > 5 else "")
+    return None
 
 
 def _picture(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size: int | None, resize: str) -> Tensor:

@@ -318,7 +318,7 @@ class FigureCanvas(Canvas):
         axes = self.axes(place, label=label)
         array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         extent = None if size is None else (0, size[1], size[0], 0)
-        axes.imshow(array, interpolation="antialiased", aspect="auto", extent=extent)
+        axes.imshow(array, interpolation="antialiased", aspect="auto", extent=extent, origin="upper")
         axes.set_axis_off()
         return axes
 
@@ -341,7 +341,8 @@ class FigureCanvas(Canvas):
         axes = self.axes((x, y, BAR_WIDTH, height), label="colorbar")
         edges = torch.linspace(scale.low, scale.high, 257).numpy()
         values = ((edges[1:] + edges[:-1]) / 2)[:, None]
-        axes.pcolormesh([0, 1], edges, values, cmap=scale.colormap(), vmin=scale.low, vmax=scale.high)
+        colors, low, high = scale.colormap(), scale.low, scale.high
+        axes.pcolormesh([0, 1], edges, values, cmap=colors, vmin=low, vmax=high, shading="flat")
         axes.set_ylim(scale.low, scale.high)
         axes.set_axis_off()
 

@@ -30,7 +30,15 @@ from captum_concepts.visualization.canvas import (
 )
 from captum_concepts.visualization.inputs import strongest_images
 from captum_concepts.visualization.overlay import as_images, filled, gray, upsample
-from captum_concepts.visualization.panels import check_explanation, class_of, ordered, picture_size, significance
+from captum_concepts.visualization.panels import (
+    NONE_SELECTED,
+    check_explanation,
+    check_selected,
+    class_of,
+    ordered,
+    picture_size,
+    significance,
+)
 from captum_concepts.visualization.regions import edges
 
 if TYPE_CHECKING:
@@ -85,9 +93,8 @@ def legend(
         >>> figure = legend(e, torch.rand(1, 3, 32, 32))
     """
     explanation = check_explanation("legend", explanation, images).to("cpu")
-    n, t = len(explanation), len(explanation.concepts)
-    if not n or not t:
-        raise InputError(f"nothing to draw: {n} images, {t} concepts")
+    n = len(explanation)
+    check_selected(explanation)
     integer("top_k", top_k, most=len(COLORS))
     one_of("rank_by", rank_by, (*RANKINGS, None))
     number("threshold", threshold, lambda v: 0 < v <= 1, "in (0, 1]")
@@ -96,7 +103,7 @@ def legend(
     names = explanation.image_names if image_names is None else image_names
     if names is not None and len(names) != n:
         raise InputError(f"{len(names)} image_names for {n} images")
-    flags = significance(significant, n, t)
+    flags = significance(significant, explanation.concepts, n)
     rows = [ordered(explanation, i, flags[i], rank_by, top_k) for i in range(n)]
     sizes = [picture_size(picture, cell_size) for picture in pictures]
     large = [at_print_size(picture, max(size)) for picture, size in zip(pictures, sizes, strict=True)]
@@ -138,6 +145,8 @@ def legend(
         for j in range(len(states)):
             axes.add_collection(_border(winner == j, COLORS[j]), autolim=False)
         x = _MARGIN + 2 * cell_size + 2 * _GAP
+        if not states:
+            canvas.text(x, y, fit(NONE_SELECTED, words + 0.22, DETAIL, lines=3), ha="left", va="top", color=FAINT)
         for j, (name, detail) in enumerate(lines[i]):
             area = float((winner == j).float().mean())
             place, color = (x, y + j * pitch + 0.02, 0.14, 0.14), COLORS[j] if area else "none"
@@ -168,7 +177,7 @@ def _segments(
     usual = "deviation" in one.score_unit
     drawn = [not state and not (usual and one.scores[0, j] <= 0) for j, state in enumerate(states)]
     strongest = max((float(m.max()) for m, yes in zip(large, drawn, strict=True) if yes), default=0.0)
-    relative = []
+    relative = [torch.full(size, -1.0)] if not large else []
     for own, yes in zip(large, drawn, strict=True):
         top = float(own.max())
         claimed = yes and top > 0

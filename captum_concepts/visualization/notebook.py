@@ -77,8 +77,8 @@ def _html(
     class_names: Any = None,
 ) -> str:
     explanation = explanation.to("cpu")
-    n, t = len(explanation), len(explanation.concepts)
-    flags = significance(significant, n, t)
+    n = len(explanation)
+    flags = significance(significant, explanation.concepts, n)
     signed = schemes([[m.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).float() for m in explanation.maps]])
     images = []
     for i in range(min(n, _MOST)):

@@ -112,6 +112,7 @@ def _unit_range(image: Tensor) -> Tensor:
     if image.dtype == torch.bool:
         return image.float()
     if not image.is_floating_point():
+        image = image.long()  # torch compares no unsigned integers of more than 8 bits
         if image.min() < 0 or image.max() > 255:
             raise InputError(f"an image of integers must lie in 0 to 255, got {int(image.min())} to {int(image.max())}")
         return image.float() / 255

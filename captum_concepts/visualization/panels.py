@@ -57,6 +57,8 @@ SCALES = {
     "row": "the maps of a row share one color scale",
     "panel": "all maps share one color scale",
 }
+#: Note on an image without a concept of its own, such as one that did not select the only one of ``e["stripes"]``.
+NONE_SELECTED = "none of these concepts is selected"
 #: Maximum number of concepts per image if ``top_k`` is None.
 MOST = 8
 _MARGIN, _ABOVE, _GAP, _ROW_GAP, _FOOT_GAP = 0.12, 0.05, 0.1, 0.18, 0.1
@@ -98,7 +100,9 @@ def panel(
         title: title above the figure.
         class_names: names of the targets, by index; None: the explanation's own.
         image_names: names above the inputs; None: the explanation's own.
-        significant: ``(T,)`` or ``(N, T)`` bool; where False, the concept is gray and labeled "not encoded here".
+        significant: a fitted ``SpatialACV``, a mapping of concepts to bool, or ``(T,)`` or ``(N, T)`` bool in the order
+            of ``explanation.concepts`` (``SpatialACV.significant_`` has the order of the fit, which differs); where
+            False, the concept is gray and labeled "not encoded here".
         points, boxes, mask: the queried region, in pixels of ``images`` as in ``SALFCBM.explain_region``, which is
             outlined on the inputs.
         crop: ``(x0, y0, x1, y1)`` in pixels, or one per image: the part of the photograph that the model saw and the
@@ -165,9 +169,8 @@ def _panel(
 ) -> Any:  # fmt: skip
     """The canvas that ``surface`` creates for a width and a height, with :func:`panel` drawn on it."""
     explanation = check_explanation("panel", explanation, images)
-    n, t = len(explanation), len(explanation.concepts)
-    if not n or not t:
-        raise InputError(f"nothing to draw: {n} images, {t} concepts")
+    n = len(explanation)
+    check_selected(explanation)
     pictures = as_images(images, n)
     limit = MOST if top_k is None else integer("top_k", top_k)
     one_of("rank_by", rank_by, (*RANKINGS, None))
@@ -177,7 +180,7 @@ def _panel(
     if names is not None and len(names) != n:
         raise InputError(f"{len(names)} image_names for {n} images")
     explanation = explanation.to("cpu")
-    flags = significance(significant, n, t)
+    flags = significance(significant, explanation.concepts, n)
     sizes = [(p.shape[1], p.shape[2]) for p in pictures]
     regions = outlines(sizes, (explanation.maps.shape[2], explanation.maps.shape[3]), points, boxes, mask)
     crops = [None] * n if crop is None else crop_boxes(crop, sizes)
@@ -207,11 +210,40 @@ def check_explanation(function: str, explanation: Any, images: Any) -> ConceptEx
     raise InputError(f"{function} needs a ConceptExplanation, got {type(explanation).__name__}{hint}")
 
 
-def significance(significant: Any, n: int, t: int) -> Tensor:
-    """``(n, t)`` bool; all True for None."""
-    if significant is None:
+def check_selected(explanation: ConceptExplanation) -> None:
+    """Check that there is an image, and a concept that is selected for one of them.
+
+    Raises:
+        InputError: there is nothing to draw.
+    """
+    n, t = len(explanation), len(explanation.concepts)
+    if not n or not t:
+        raise InputError(f"nothing to draw: {n} images, {t} concepts")
+    if not bool(explanation.selected.any()):
+        raise InputError(f"nothing to draw: none of the {t} concepts is selected for any of the {n} images")
+
+
+def significance(significant: Any, concepts: Sequence[str], n: int) -> Tensor:
+    """``(n, t)`` bool for the t ``concepts``, looked up by name where the flags have names; all True for None.
+
+    >>> significance({"sand": True, "grass": False}, ["grass", "sand"], 1)
+    tensor([[False,  True]])
+    """
+    t = len(concepts)
+    if hasattr(significant, "significant_") and hasattr(significant, "concepts"):  # a fitted method
+        fitted = significant.significant_
+        significant = None if fitted is None else dict(zip(significant.concepts, fitted.tolist(), strict=True))
+    if significant is None or not t:
         return torch.ones(n, t, dtype=torch.bool)
-    flags = torch.as_tensor(significant).detach().cpu()
+    if isinstance(significant, Mapping):
+        if missing := [name for name in concepts if name not in significant]:
+            raise InputError(f"significant lacks {missing[:5]}; give True or False for each concept")
+        significant = [significant[name] for name in concepts]
+    try:
+        flags = torch.as_tensor(significant).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        wanted = "a fitted SpatialACV, a mapping of concepts to bool, or flags"
+        raise InputError(f"significant must be {wanted}, got {type(significant).__name__}") from error
     if tuple(flags.shape) not in ((t,), (n, t)):
         raise InputError(f"significant must be ({t},) or ({n}, {t}), got {tuple(flags.shape)}")
     if flags.dtype != torch.bool:
@@ -247,7 +279,7 @@ def ordered(
         seen = one.presence is None or not float(one.presence[0, j]) < SEEN
         state[name] = ("" if seen else NOT_SEEN) if encoded[explanation.index(name)] else NOT_ENCODED
     order = sorted(one.concepts, key=lambda name: ("", NOT_SEEN, NOT_ENCODED).index(state[name]))[:limit]
-    return one[order], [state[name] for name in order]
+    return one[:, order], [state[name] for name in order]
 
 
 def class_of(one: ConceptExplanation, names: Sequence[str] | Mapping[int, str] | None) -> str | None:
@@ -349,6 +381,8 @@ def make_row(shown: ConceptExplanation, states: list[str], cell: Cell, class_nam
     if target is not None:
         sure = "" if shown.target_probability is None else f" {in_words(float(shown.target_probability))}"
         heading.append(fit(f"target: {target}{sure}", size, DETAIL, lines=2))
+    if not states:
+        heading.append(fit(NONE_SELECTED, size, DETAIL, lines=2))
     row = Row(cell, shown, states, width, height, heading, [])
     row.captions = _captions(row, target, size)
     if row.with_bars:
@@ -356,7 +390,7 @@ def make_row(shown: ConceptExplanation, states: list[str], cell: Cell, class_nam
         row.bars_caption = [fit(words, BARS + 0.2, NAME, weight="bold")]
         if shown.contribution_unit:
             row.bars_caption.append(fit(shown.contribution_unit, BARS + 0.2, DETAIL, lines=2))
-        lines = int(row.body / len(states) / (DETAIL * LEADING / 72))
+        lines = int(row.body / max(len(states), 1) / (DETAIL * LEADING / 72))
         row.bar_names = [fit(name, _LABELS, DETAIL, lines=min(max(lines, 1), 3)) for name in shown.concepts]
     return row
 
@@ -498,7 +532,7 @@ def _draw_row(
             canvas.outline(axes, frame(row.cell.crop), "white")
         if state != NOT_ENCODED if per_map else j == last and any(row.encoded):
             canvas.colorbar(x + cell - indent + BAR_GAP, y, max(row.height, SHORTEST), scale, label)
-    if row.with_bars:
+    if row.with_bars and row.states:
         canvas.caption(columns.bars + BARS / 2, y - _ABOVE, row.bars_caption)
         canvas.bars(columns.bars, y, BARS, row.body, row.bar_names, row.contributions, row.states, row.bound)
 

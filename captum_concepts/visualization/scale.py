@@ -30,7 +30,8 @@ class ColorScale:
         cmap: a matplotlib color map or its name; None: :data:`SEQUENTIAL` or, if signed, :data:`DIVERGING`.
 
     Raises:
-        InputError: the ends are not finite or not in order; the color map is unknown (raised on first use).
+        InputError: the ends are not finite, not in order, or more than 1e38 apart; the color map is unknown (raised on
+            first use).
 
     Example:
         >>> scale = ColorScale.of(torch.tensor([[-1.0, 0.0, 2.0]]))
@@ -48,6 +49,8 @@ class ColorScale:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise InputError(f"a color scale needs finite vmin < vmax, got {self.low:g} and {self.high:g}")
+        if self.high - self.low > 1e38:  # differences of such numbers overflow in float32
+            raise InputError(f"values from {self.low:g} to {self.high:g} are too large to draw; divide them")
 
     @classmethod
     def of(

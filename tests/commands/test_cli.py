@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from captum_concepts.__main__ import main, parser, run
+from captum_concepts.commands.explain import line_of
 from captum_concepts.commands.models import load_model, without_head
 from captum_concepts.datasets import CaptionedScenes
 from captum_concepts.errors import InputError, InputWarning
@@ -296,6 +297,19 @@ def test_the_installed_console_script_runs():
         pytest.skip("the console script is not installed (pip install of this version makes it)")
     ran = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout.split()[0]) == (0, "captum_concepts")
+
+
+def test_closed_standard_error(model_file, photos, tmp_path, capsys, monkeypatch):
+    """As by `2>&-`: what would be said there is dropped, and the command does its work."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["explain", str(photos), "--model", model_file, "--output", str(tmp_path / "out"), "--size", "64"]) == 1
+    assert sys.stderr is None
+    assert "explained at layer" in capsys.readouterr().out
+
+
+def test_what_is_not_seen_is_marked_however_unlikely_it_is():
+    entry = {"image": "a.jpg", "top": {"x": 0.3, "y": 0.2, "z": None}, "presence": {"x": 0.0, "y": 0.9, "z": None}}
+    assert line_of(entry) == "a.jpg: x 0.3 (not seen), y 0.2, z n/a"
 
 
 def test_version():

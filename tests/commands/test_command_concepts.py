@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -218,6 +219,17 @@ class TestReport:
         assert "Two &lt;b&gt;images" in (tmp_path / "r.html").read_text()
         assert main(["report", images[0], *options]) == 2
         assert "1 images for the 2 explanations" in capsys.readouterr().err
+
+    def test_of_one_file_whose_images_have_names(self, scenes, tmp_path, capsys):
+        """Maps never land on the image of another name; names that are no files are of no use here."""
+        e = ConceptExplanation(["a", "b"], torch.rand(2, 2), torch.rand(2, 2, 4, 4), image_names=["00.png", "01.png"])
+        options = ["--explanations", str(e.save(tmp_path / "e.safetensors")), "--output", str(tmp_path / "r.html")]
+        images = [str(scenes / "00.png"), str(scenes / "01.png")]
+        assert main(["report", *images, *options]) == 0
+        assert main(["report", *reversed(images), *options]) == 2
+        assert "explains 00.png, 01.png; give the images in its order" in capsys.readouterr().err
+        dataclasses.replace(e, image_names=["first", "second"]).save(tmp_path / "e.safetensors")
+        assert main(["report", *reversed(images), *options]) == 0
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

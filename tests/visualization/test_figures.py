@@ -217,6 +217,12 @@ class TestInANotebook:
         assert "<style" not in html
         assert repr(show(e, torch.rand(3, 30, 40))) == repr(e)
 
+    def test_an_image_that_selected_none_of_the_concepts(self):
+        selected = torch.tensor([[True, False], [False, True]])
+        e = ConceptExplanation(["a", "b"], torch.rand(2, 2), torch.rand(2, 2, 3, 3), selected=selected)
+        assert e["a"]._repr_html_().count("Map of") == 1
+        assert show(e["a"], torch.rand(2, 3, 8, 8))._repr_html_().count("<img") == 3
+
     def test_without_images_the_maps_alone(self):
         html = corners()._repr_html_()
         assert html.count("<img") == 3

@@ -254,6 +254,43 @@ class TestPictures:
         page = read(report(e, images(), tmp_path / "s.html", significant=own))
         assert len(page.all("g")) == 5
 
+    def test_flags_stay_with_their_concepts_where_images_have_other_orders(self, tmp_path):
+        scores = torch.tensor([[0.1, 0.9, 0.5], [0.9, 0.1, 0.5]])
+        e = ConceptExplanation(["a", "b", "c"], scores, torch.rand(2, 3, 4, 4), rank_by="scores")
+        some = dataclasses.replace(e, selected=torch.tensor([[True, True, False], [True, True, True]]))
+        flags = torch.tensor([True, False, True])
+        sources = (e, [e], iter([e[0, :], e[1, :]]), some)
+        ways = (flags, flags.tolist(), flags.expand(2, 3), dict(zip("cba", [True, False, True], strict=True)))
+        for source, given in [*zip(sources, [flags] * 4, strict=True), *((some, way) for way in ways)]:
+            page = read(report(source, images(), tmp_path / "r.html", significant=given))
+            said = [d["aria-label"] for d in page.all("svg") if "not encoded here" in d["aria-label"]]
+            assert said == ["Map of b: not encoded here"] * 2
+
+    def test_flags_of_an_explainer_go_by_its_own_concepts(self, tmp_path):
+        class Explainer:
+            concepts = ("a", "b")
+
+            def scores(self, inputs):
+                return torch.tensor([[0.1, 0.9]]).expand(len(inputs), -1)
+
+            def concept_maps(self, inputs, concepts=None):
+                return torch.ones(len(inputs), 2, 2, 2)
+
+            def explain(self, inputs, target=None, *, concepts=None, top_k=5, rank_by="scores", contributions=True):
+                shown = self.scores(inputs).flip(1)
+                return ConceptExplanation(["b", "a"], shown, self.concept_maps(inputs), rank_by=rank_by)
+
+        page = read(report(Explainer(), images(), tmp_path / "r.html", significant=torch.tensor([True, False])))
+        said = [d["aria-label"] for d in page.all("svg") if "not encoded here" in d["aria-label"]]
+        assert said == ["Map of b: not encoded here"] * 2
+
+    def test_an_image_that_selected_none_of_the_concepts_is_shown_and_says_so(self, tmp_path):
+        e = explanation(2, 3, selected=torch.tensor([[True, True, False], [False, True, True]]))
+        page = read(report(e["concept 0"], images(), tmp_path / "r.html"))
+        assert page.wrong == []
+        assert page.text.count("none of these concepts is selected") == 2  # in the index, and on the card
+        assert [d["aria-label"].split(":")[0] for d in page.all("svg")] == ["Input", "Map of concept 0", "Input"]
+
     @pytest.mark.parametrize("what", ["noise", "photograph"])
     def test_twenty_images_of_eight_concepts_stay_below_5_MB(self, what, tmp_path, request):
         if what == "noise":  # what compresses worst: the bound holds for everything

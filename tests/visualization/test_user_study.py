@@ -113,6 +113,10 @@ class TestSampling:
     def test_refused(self):
         with pytest.raises(InputError, match=r"12 of them in the stratum 'top'; n_neurons=13"):
             made(n_neurons=13)
+        with pytest.raises(InputError, match=r"models must be a mapping by the names of the models.*got Thresholds"):
+            user_study(Thresholds(), IMAGES, INTERPRETABILITY)
+        with pytest.raises(InputError, match=r"interpretability must be a mapping.*got Tensor"):
+            user_study({"a": Thresholds()}, IMAGES, torch.rand(40))
         with pytest.raises(InputError, match="the models are"):
             user_study({"a": Thresholds()}, IMAGES, INTERPRETABILITY)
         with pytest.raises(InputError, match="must be 40 finite numbers, got 39"):

@@ -9,6 +9,7 @@ import sys
 import weakref
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from captum_concepts.visualization import (
     ColorScale,
     as_image,
     heatmap_figure,
+    legend,
     overlay,
     panel,
     save_figure,
@@ -52,6 +54,12 @@ def explanation(n: int = 2, t: int = 3, contributions: bool = True) -> ConceptEx
     return ConceptExplanation(
         names, torch.rand(n, t, generator=generator), maps, how, torch.arange(n), "layer4", "test"
     )
+
+
+def pixels_of(figure: Figure) -> memoryview:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.buffer_rgba()
 
 
 def lightness(colours: np.ndarray) -> np.ndarray:
@@ -224,9 +232,12 @@ class TestOverlay:
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"saturation": -1}, "saturation"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"vmin": 1, "vmax": 0}, "vmin must be less"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"signed": "maybe"}, "signed must be"),
+            (torch.rand(3, 4, 4), torch.tensor([[0, 3e38]]), {}, "too large to draw"),
+            (torch.rand(3, 4, 4), torch.tensor([[-9e37, 0]]), {}, "too large to draw"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"cmap": "no such map"}, "color map"),
             (torch.rand(3, 4, 4), torch.rand(2, 2), {"mode": "cubic"}, "mode must be"),
             (torch.full((3, 4, 4), 300), torch.rand(2, 2), {}, "0 to 255"),
+            (np.full((4, 4), 40_000, np.uint16), torch.rand(2, 2), {}, "0 to 255, got 40000"),
             ("cat.jpg", torch.rand(2, 2), {}, "cat.jpg cannot be read"),
         ],
     )
@@ -340,6 +351,18 @@ class TestLayout:
         e = ConceptExplanation(e.concepts, e.scores * scale, e.maps * scale, e.contributions * scale, e.target)
         check_layout(panel(e, torch.rand(2, 3, 32, 32), map_label="value"))
 
+    @pytest.mark.parametrize("own", [{"image.origin": "lower"}, {"pcolor.shading": "nearest"}])
+    def test_images_stay_upright_and_color_bars_whole_under_settings_of_the_user(self, own):
+        """With its origin below, an image was upside down, and its outlines were elsewhere."""
+        e, image = explanation(1, 2), torch.linspace(0, 1, 30 * 40).reshape(1, 30, 40).expand(3, -1, -1)
+        drawn = []
+        for settings in ({}, own):
+            with rc_context(settings):
+                figures = panel(e, image, boxes=(2, 3, 20, 9)), legend(e, image), heatmap_figure(image, e.maps[0, 0])
+                drawn.append([np.asarray(pixels_of(figure)) for figure in figures])
+        for usual, other in zip(*drawn, strict=True):
+            assert np.array_equal(usual, other)
+
     def test_twenty_images_of_different_shapes(self):
         generator = torch.Generator().manual_seed(0)
         sizes = torch.randint(16, 65, (20, 2), generator=generator).tolist()
@@ -403,6 +426,34 @@ class TestPanel:
         first, second = (bar.get_facecolor() for bar in axes_of(figure, "contributions")[0].patches)
         assert len(set(second[:3])) == 1
         assert len(set(first[:3])) > 1
+
+    def test_flags_with_names_go_to_their_concepts(self):
+        """An explanation has its strongest concept first, a fitted method has the order of its fit."""
+        e = ConceptExplanation(["b", "a"], torch.tensor([[0.9, 0.1]]), torch.rand(1, 2, 3, 3), rank_by="scores")
+        fitted = SimpleNamespace(concepts=["a", "unused", "b"], significant_=torch.tensor([False, True, True]))
+        flags = dict(zip(fitted.concepts, fitted.significant_, strict=True))
+        for given in (fitted, flags, torch.tensor([True, False]), [[True, False]]):
+            drawn = [a for a in panel(e, torch.rand(1, 3, 16, 16), significant=given).axes if a.images]
+            gray = [
+                a.get_label() for a in drawn if np.ptp(np.asarray(a.images[0].get_array(), dtype=int), -1).max() == 0
+            ]
+            assert gray == ["a"]
+        fitted.significant_ = None  # not tested
+        assert "not encoded here" not in strings_of(panel(e, torch.rand(1, 3, 16, 16), significant=fitted))
+
+    @pytest.mark.parametrize("contributions", [True, False])
+    @pytest.mark.parametrize("scale", ["row", "map", "panel"])
+    def test_an_image_that_selected_none_of_the_concepts_says_so(self, scale, contributions):
+        selected = torch.tensor([[True, False, True], [False, True, False]])
+        e = dataclasses.replace(explanation(2, 3, contributions), selected=selected)
+        for one in (e["stripes"], e[["stripes", "grass"]]):
+            figure = panel(one, torch.rand(2, 3, 32, 32), scale=scale, class_names=["tabby", "tiger"])
+            check_layout(figure)
+            assert [" ".join(s.split()) for s in strings_of(figure)].count("none of these concepts is selected") == 1
+            assert [a.get_label() for a in figure.axes if a.images] == ["input", *one.concepts, "input"]
+            check_layout(legend(one, torch.rand(2, 3, 32, 32)))
+        with pytest.raises(InputError, match="none of the 1 concepts is selected for any of the 1 images"):
+            panel(e[1:, "stripes"], torch.rand(1, 3, 32, 32))
 
     @pytest.mark.parametrize("scale", ["row", "panel"])
     def test_the_bars_of_a_row_reach_its_own_end(self, scale):
@@ -503,6 +554,9 @@ sys.exit("matplotlib.pyplot" in sys.modules or settings() != before)
         [
             ({"significant": torch.ones(2)}, "significant"),
             ({"significant": torch.ones(3)}, "must be bool"),
+            ({"significant": {"stripes": True}}, r"lacks \['a concept"),
+            ({"significant": dict.fromkeys(explanation().concepts, 0.3)}, "must be bool"),
+            ({"significant": "all"}, "significant must be a fitted SpatialACV"),
             ({"image_names": ["one"]}, "image_names"),
             ({"class_names": ["one"]}, "no name for target 1"),
             ({"top_k": 0}, "top_k"),

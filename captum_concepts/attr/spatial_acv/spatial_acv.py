@@ -121,7 +121,7 @@ class SpatialACV(LayerAttribution):
 
     After :meth:`fit` there are ``vectors`` (K, C), ``concepts``, and for each concept ``accuracies_``,
     ``confidence_intervals_``, ``contrasts_``, ``p_values_``, ``significant_`` and ``rows_``; ``summary()`` prints them.
-    ``visualization.panel(acv.explain(images), images, significant=acv.significant_)`` draws the maps, in gray if a
+    ``visualization.panel(acv.explain(images), images, significant=acv)`` draws the maps, in gray if a
     concept is *not encoded here*.
 
     Inside ``captum.concept.TCAV(..., layer_attr_method=SpatialACV(model, layer))``, fitted or not, it returns the
@@ -359,7 +359,8 @@ class SpatialACV(LayerAttribution):
 
     @property
     def significant_(self) -> Tensor | None:
-        """``(K,)`` bool, ``p_values_ < 0.05`` (False: *not encoded here*), or None if ``n_random=0``."""
+        """``(K,)`` bool in the order of ``concepts``, ``p_values_ < 0.05`` (False: *not encoded here*), or None if
+        ``n_random=0``. For figures pass ``significant=`` this object, as explanations have another order."""
         return self._need_fit().significant
 
     @property

@@ -38,13 +38,21 @@ from captum_concepts.visualization.inputs import (
     warn_of_unknown_class,
 )
 from captum_concepts.visualization.overlay import ALPHA, MODES, as_images, each_image
-from captum_concepts.visualization.panels import absence, check_explanation, class_of, crop_boxes, ordered, significance
+from captum_concepts.visualization.panels import (
+    NONE_SELECTED,
+    absence,
+    check_explanation,
+    class_of,
+    crop_boxes,
+    ordered,
+    significance,
+)
 from captum_concepts.visualization.pictures import Picture, figure_uri, gradient, map_picture, photo, place_in_words
 from captum_concepts.visualization.regions import outlines
 from captum_concepts.visualization.scale import ColorScale, schemes
 from captum_concepts.visualization.templates import asset, template
 
-_NOTHING = object()
+_NOTHING: Any = object()
 #: Maximum number of classes, and of concepts, to filter by; the most frequent ones are kept.
 _FILTERS = 300
 #: Images per page, so that each page opens instantly.
@@ -109,8 +117,8 @@ def report(
         class_names: names of the targets, by index; None: the explanation's own.
         top_k: concepts per image.
         rank_by: ``"scores"``, ``"contributions"`` (by magnitude), or None for the explanation's own order.
-        significant: ``(T,)`` bool, such as ``SpatialACV.significant_``; where False, the concept is pale and labeled
-            "not encoded here". For a single explanation also ``(N, T)``.
+        significant: as in :func:`panel`, in the order of the concepts of ``source``; where False, the concept is pale
+            and labeled "not encoded here".
         crop: the part of the photograph that the model saw, ``(x0, y0, x1, y1)`` in pixels, for all images.
         settings: settings of the run to show in a table; nested mappings become sections. Versions, method, layers and
             a fingerprint of each input's pixels are added.
@@ -147,16 +155,18 @@ def report(
         images_per_page=images_per_page, scale=scale, alpha=alpha, cmap=cmap, signed=signed, mode=mode,
     )  # fmt: skip
     total = len(source) if isinstance(source, ConceptExplanation) else None
-    several = significant is not None and torch.as_tensor(significant).ndim == 2 and total is not None and total > 1
     rows: Iterable[tuple[Any, Any, dict[str, Any]]]
     if isinstance(source, ConceptExplainer):
         how = {"top_k": top_k, **({} if rank_by is None else {"rank_by": rank_by})}
         images = source_of(source, images, transform)
         total = None if images.streamed or images.skip_broken else len(images)  # else unknown
-        rows = _explained(source, images, target, transform, integer("batch_size", batch_size), how)
+        flags = _by_name(significant, source.concepts, 1)[0]
+        explained = _explained(source, images, target, transform, integer("batch_size", batch_size), how)
+        rows = ((example, picture, {**found, "significant": flags}) for example, picture, found in explained)
     else:
-        pairs = zip_longest(_examples(source), each_image(images), fillvalue=_NOTHING)
-        rows = ((example, picture, {}) for example, picture in pairs)
+        pairs = zip_longest(_examples(source, significant), each_image(images), fillvalue=_NOTHING)
+        rows = ((_NOTHING, picture, {}) if pair is _NOTHING else (pair[0], picture, {"significant": pair[1]})
+                for pair, picture in pairs)  # fmt: skip
     if isinstance(source, ConceptExplanation):
         writer.fix_scheme([source])
     if hasattr(source, "decision_rules"):
@@ -174,8 +184,7 @@ def report(
                 raise InputError(f"{'more' if example is _NOTHING else 'fewer'} images than explained examples ({i})")
             given = {"name": _next(names, "image_names", i), "label": _next(truths, "labels", i)}
             own = {**found, **{key: value for key, value in given.items() if value is not None}}
-            flags = significant[i] if several else significant
-            writer.add(example, [picture], significant=flags, crop=crop, **own)
+            writer.add(example, [picture], crop=crop, **own)
         for what, left in (("image_names", names), ("labels", truths)):
             if left is not None and next(left, _NOTHING) is not _NOTHING:
                 raise InputError(f"more {what} than examples ({len(writer)})")
@@ -189,7 +198,13 @@ def _next(values: Iterator[Any] | None, what: str, i: int) -> Any:
     return value
 
 
-def _examples(explanations: Any) -> Iterator[ConceptExplanation]:
+def _by_name(significant: Any, concepts: Sequence[str], n: int) -> list[dict[str, bool]]:
+    """The flags of each of n images by concept, because an image's own concepts have another order."""
+    return [dict(zip(concepts, row, strict=True)) for row in significance(significant, concepts, n).tolist()]
+
+
+def _examples(explanations: Any, significant: Any) -> Iterator[tuple[ConceptExplanation, dict[str, bool]]]:
+    """Iterate over explanations of one image and their flags."""
     if not isinstance(explanations, Iterable):
         raise InputError(
             "source must be a ConceptExplanation, an iterable of them or an explainer, "
@@ -198,7 +213,10 @@ def _examples(explanations: Any) -> Iterator[ConceptExplanation]:
     for one in [explanations] if isinstance(explanations, ConceptExplanation) else explanations:
         if not isinstance(one, ConceptExplanation):
             raise InputError(f"source must contain ConceptExplanation, got {type(one).__name__}")
-        yield from one
+        flags = _by_name(significant, one.concepts, len(one))
+        for i in range(len(one)):
+            own = one[i]  # with its own concepts; without any, the card shows the image and says so
+            yield own if own.concepts else one[i, :], flags[i]
 
 
 def _explained(
@@ -327,7 +345,7 @@ class ReportWriter:
             images: N images as in :func:`panel`, or a single image for one example.
             name: heading of the card, followed by a number if there are several examples; None: the explanation's own.
             label: true class of the image, by index or name; only for a single example.
-            significant: ``(T,)`` or ``(N, T)`` bool; where False, the concept is pale, without a map.
+            significant: as in :func:`panel`; where False, the concept is pale, without a map.
             crop, points, boxes, mask: as in :func:`panel`.
 
         Raises:
@@ -345,7 +363,7 @@ class ReportWriter:
         if label is not None and n != 1:
             raise InputError(f"a label is for one image, but the explanation has {n}; add them one by one")
         pictures = as_images(images, n)
-        flags = significance(significant, n, t)
+        flags = significance(significant, explanation.concepts, n)
         self.fix_scheme([explanation])
         sizes = [(p.shape[1], p.shape[2]) for p in pictures]
         regions = outlines(sizes, (explanation.maps.shape[2], explanation.maps.shape[3]), points, boxes, mask)
@@ -661,8 +679,8 @@ class _Known:
     how: bool = False
 
     def note(self, card: Card, picture: Tensor, one: ConceptExplanation) -> None:
-        best = card.rows[0]
-        said = [card.target or "", f"{best.name} {best.score.text}"]
+        best = f"{card.rows[0].name} {card.rows[0].score.text}" if card.rows else NONE_SELECTED
+        said = [card.target or "", best]
         pixels = (picture * 255).round().byte().contiguous()
         digest = hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()[:32]
         self.images.append((card.name, f"{picture.shape[2]} x {picture.shape[1]}", digest))

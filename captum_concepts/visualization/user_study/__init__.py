@@ -197,6 +197,10 @@ def user_study(
     """
     integer("n_neurons", n_neurons)
     number("top_fraction", top_fraction, lambda f: 0 < f < 1, "in (0, 1)")
+    for what, given in (("models", models), ("interpretability", interpretability)):
+        if not isinstance(given, Mapping):
+            wanted = "by the names of the models, such as {'SALF-CBM': ...}"
+            raise InputError(f"{what} must be a mapping {wanted}, got {type(given).__name__}")
     if set(models) != set(interpretability) or not models:
         raise InputError(f"interpretability is of {sorted(interpretability)}, but the models are {sorted(models)}")
     draw = torch.Generator().manual_seed(seed)

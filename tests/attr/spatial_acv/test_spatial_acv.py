@@ -6,6 +6,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation, NoiseTunnel
@@ -817,9 +818,14 @@ def test_the_picture_greys_what_is_not_encoded(planted):
     sets = {"noise": noise, "planted": planted["concept"]}
     acv = SpatialACV(planted["net"], "at").fit(sets, planted["negatives"], n_random=20)
     x = planted["test"][:1]
-    figure = panel(acv.explain(x), x[:, :3], significant=acv.significant_)
+    e = acv.explain(x)
+    assert (acv.concepts, e.concepts) == (["noise", "planted"], ["planted", "noise"])  # two orders
+    figure = panel(e, x[:, :3], significant=acv)
     words = [text.get_text() for text in figure.findobj(Text)]
     assert sum("not encoded here" in text for text in words) == 1
+    drawn = {a.get_label(): np.asarray(a.images[0].get_array(), dtype=int) for a in figure.axes if a.images}
+    assert np.ptp(drawn["noise"], axis=-1).max() == 0
+    assert np.ptp(drawn["planted"], axis=-1).max() > 30
     every = panel(acv.explain(x), x[:, :3], significant=torch.tensor([True, True]))
     assert not any("not encoded here" in text.get_text() for text in every.findobj(Text))
 
