@@ -242,7 +242,7 @@ def test_without_head_gives_the_input_of_the_last_linear_layer():
         (["--model", "{file}:build", "--encoder", "demo:clip"], "--encoder would have no effect"),
         (["--model", "{file}:build", "--similarity", "dot"], "--similarity would have no effect"),
         (["--model", "{file}:build", "--title", "x"], "--title would have no effect"),
-        (["--model", "{file}:build", "--words", "words.csv"], "words need a translator"),
+        (["--model", "{file}:build", "--words", "words.csv"], "text concepts need a translator"),
     ],
 )
 def test_bad_settings_exit_with_2_and_say_why(arguments, message, model_file, photos, tmp_path, capsys):
@@ -380,8 +380,8 @@ class TestWords:
         ("more", "message"),
         [
             (["--words", "red"], "--train DIR"),
-            (["--words", "red", "--train", "{scenes}"], "--words needs --encoder"),
-            (["--words", " , ", "--train", "{scenes}", "--encoder", "demo:clip"], "names no word"),
+            (["--words", "red", "--train", "{scenes}"], "--words requires --encoder"),
+            (["--words", " , ", "--train", "{scenes}", "--encoder", "demo:clip"], "contains no concept"),
             (["--words", "red,zebra", "--train", "{scenes}", "--encoder", "demo:clip"], "zebra"),
             (["--words", "red,sky", "--train", "{scenes}", "--encoder", "ViT-B-32"], "--encoder-weights"),
             (["--explainer", "missing.safetensors"], "no explainer file at missing.safetensors"),
