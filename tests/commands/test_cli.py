@@ -104,7 +104,7 @@ def test_a_model_of_pixels_is_told_what_to_do(photos, tmp_path, capsys):
     (tmp_path / "pixels.py").write_text("from torch import nn\n\ndef build():\n    return nn.Conv2d(3, 2, 1)\n")
     line = ["explain", str(photos), "--model", f"{tmp_path / 'pixels.py'}:build", "--output", str(tmp_path / "out")]
     assert main([*line, "--size", "32"]) == 2
-    assert "gives (1, 2, 32, 32), not (N, classes)" in (said := capsys.readouterr().err)
+    assert "returns (1, 2, 32, 32), not (N, classes)" in (said := capsys.readouterr().err)
     assert "captum_concepts.targets" in said
 
 
