@@ -87,9 +87,9 @@ def text(*allowed: str, longest: int = 10_000, pattern: str | None = None) -> Ch
         if allowed and value not in allowed:
             raise Unfit(where, value, f"one of {listing(allowed)}")
         if not isinstance(value, str) or len(value) > longest:
-            raise Unfit(where, value, f"a text of at most {longest:,} characters")
+            raise Unfit(where, value, f"a string of at most {longest:,} characters")
         if pattern is not None and not re.fullmatch(pattern, value):
-            raise Unfit(where, value, f"a text of the form {pattern}")
+            raise Unfit(where, value, f"a string that matches {pattern}")
         return value
 
     return check
@@ -151,7 +151,7 @@ def table(fields: Mapping[str, Check], optional: Mapping[str, Check] | None = No
             raise Unfit(where, value, f"an object with the key {missing[0]!r}.{has}")
         if unknown:
             hint = did_you_mean(str(unknown[0]), known)
-            raise Unfit(where, value, f"an object without the unknown key {shortened(unknown[0])}.{hint}")
+            raise Unfit(where, value, f"an object without the unrecognized key {shortened(unknown[0])}.{hint}")
         return {key: known[key](one, f"{where}.{key}" if where else key) for key, one in value.items() if key in known}
 
     return check
@@ -309,7 +309,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         there = stat.S_IFREG
     if not (stat.S_ISREG(there) or stat.S_ISLNK(there)):
-        raise InputError(f"{path} is {'a folder' if stat.S_ISDIR(there) else 'no file'}; give the name of a file")
+        raise InputError(
+            f"{path} is {'a folder' if stat.S_ISDIR(there) else 'not a regular file'}; pass the name of a file"
+        )
     partial = path.with_name(f".{_short(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
     partial.unlink(missing_ok=True)
     try:
@@ -353,7 +355,9 @@ def own_folder(path: Path) -> Path:
         ArtifactError: it is a link, which could point anywhere.
     """
     if path.is_symlink():
-        raise ArtifactError(f"{path} is a symbolic link, and nothing is written through links; replace it by a folder")
+        raise ArtifactError(
+            f"{path} is a symbolic link, and files are not written through links; replace it with a folder"
+        )
     return path
 
 
@@ -457,7 +461,7 @@ def open_artifact(
         keys = kinds[found_kind]
         found = parse_json(metadata[_INFO])
         if not isinstance(found, dict):
-            raise ArtifactError(f"{path} is not {what}: its header contains no JSON object")
+            raise ArtifactError(f"{path} is not {what}: its header does not contain a JSON object")
         found = check_json({keys.get(name, name): one for name, one in found.items()}, info, str(path))
         names = {keys.get(name, name): name for name in file.keys()}  # noqa: SIM118
         if arrays is not None:

@@ -152,7 +152,7 @@ def select_output(output: Any, target: Any) -> Tensor:
     if selected.ndim != 1:
         raise TargetError(
             f"target {shortened(target)} selects values of shape {tuple(selected.shape)} from the output of shape "
-            f"{shape}; give a target that selects one value per example"
+            f"{shape}; pass a target that selects one value per example"
         )
     return selected
 
@@ -202,7 +202,7 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
             return list(names).index(value)
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TargetError(
-                f"target {shortened(target)} is not allowed: give {_ALLOWED}{named}, indexing {size} {plural}"
+                f"target {shortened(target)} is not allowed; pass {_ALLOWED}{named}, indexing {size} {plural}"
             )
         try:
             index = operator.index(value)
@@ -216,7 +216,7 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
     if isinstance(target, np.ndarray):
         target = target.tolist()
     if isinstance(target, Tensor) and target.is_floating_point():
-        raise TargetError(f"target has dtype {target.dtype}: give {_ALLOWED}{named}")
+        raise TargetError(f"target has dtype {target.dtype}; pass {_ALLOWED}{named}")
     if isinstance(target, Tensor) and target.numel() != 1:
         values = target.tolist()
     elif isinstance(target, list):
@@ -224,7 +224,7 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
     else:
         return torch.full((n,), one(target), dtype=torch.long)
     if len(values) != n:
-        raise TargetError(f"target has {len(values)} entries for {n} examples; give one each, or a single int")
+        raise TargetError(f"target has {len(values)} entries for {n} examples; pass one per example, or a single int")
     return torch.tensor([one(value) for value in values], dtype=torch.long)
 
 
@@ -239,6 +239,6 @@ def _refuse_table(target: Any) -> None:
         said = shortened(target)
     if table:
         raise TargetError(
-            f"target {said} is a table: give {_ALLOWED}. A multi-hot or one-hot target has to become indices: explain "
-            "one output per call, or repeat the images"
+            f"target {said} is two-dimensional; pass {_ALLOWED}. Convert a multi-hot or one-hot target to indices, "
+            "explaining one output per call or repeating the images"
         )

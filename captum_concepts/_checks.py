@@ -83,7 +83,7 @@ def with_weights(what: str, model: Any) -> None:
     weights = list(model.parameters()) if isinstance(model, nn.Module) else []
     if weights and all(weight.is_meta for weight in weights):
         raise InputError(
-            f"{what} lies on the meta device, so its weights have no values; load them first, as in "
+            f"{what} is on the meta device, so its weights have no values; load them first, for example with "
             "load_state_dict(weights, assign=True)"
         )
 
@@ -108,11 +108,11 @@ def unique_names(names: Any, what: str, count: int | None = None) -> list[str]:
     if repeated:
         more = f" and {len(repeated) - 10} others" if len(repeated) > 10 else ""
         raise InputError(
-            f"each {what} may be named once; named more than once: {repeated[:10]}{more}; leave the others out, "
-            f"or tell them apart, as in {repeated[0] + ' 2'!r}"
+            f"{what} names must be unique; named more than once: {repeated[:10]}{more}. Remove the duplicates, or "
+            f"rename them, as in {repeated[0] + ' 2'!r}"
         )
     if count is not None and len(listed_names) != count:
-        raise InputError(f"{len(listed_names)} {what} names for {count}; pass one for each")
+        raise InputError(f"{len(listed_names)} {what} names for {count}; pass one name for each")
     return listed_names
 
 
@@ -124,8 +124,8 @@ def warn_of_same_embeddings(names: Sequence[str], text: Tensor) -> None:
     """
     for other, name in same_rows(names, text):
         warnings.warn(
-            f"{other!r} and {name!r} are the same to the encoder, so they share one probability and one map; leave "
-            "one of them out",
+            f"{other!r} and {name!r} have the same text embedding, so they have the same scores and maps; remove one "
+            "of them",
             InputWarning,
             stacklevel=3,
         )
@@ -180,8 +180,8 @@ def warn_of_batch_statistics(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             warnings.warn(
-                f"{name!r} is a batch norm without running statistics (track_running_stats=False): what the model says "
-                "of an image, and each result here, depends on the other images of its batch and on batch_size",
+                f"{name!r} is a batch norm without running statistics (track_running_stats=False): the model's output "
+                "for an image, and every result here, depends on the other images of its batch and on batch_size",
                 InputWarning,
                 stacklevel=3,
             )
@@ -212,10 +212,10 @@ def name_positions(key: Any, names: Sequence[str], what: str = "concept") -> lis
     else:
         chosen = positions(keys, len(names), what)
     if not chosen:
-        raise InputError(f"no {what} is selected; name at least one, or pass None for all")
+        raise InputError(f"no {what} is selected; pass at least one, or None for all")
     if len(set(chosen)) != len(chosen):
         repeated = sorted({names[i] for i in chosen if chosen.count(i) > 1})
-        raise InputError(f"each {what} may be selected once; selected more than once: {repeated[:10]}")
+        raise InputError(f"{_plural(what)} were selected more than once: {repeated[:10]}; select each once")
     return chosen
 
 
@@ -303,7 +303,7 @@ def finite_images(values: Tensor, images: Sequence[Any], what: str) -> None:
         name = images[int((~finite).nonzero()[0]) * len(images) // len(values)]
         named = name if isinstance(name, str) else f"image {name}"
         raise InputError(
-            f"{what} of {named} contains NaN or infinite values; leave the image out, or look for such values in its "
+            f"{what} of {named} contains NaN or infinite values; remove the image, or look for such values in its "
             "pixels or in the model"
         )
 

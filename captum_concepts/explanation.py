@@ -254,7 +254,7 @@ class ConceptExplanation:
         object.__setattr__(self, "pictures", list(self.pictures)[:n])
         for name in ("method", "score_unit", "contribution_unit"):
             if not isinstance(getattr(self, name), str):
-                raise InputError(f"{name} must be a text, got {getattr(self, name)!r}")
+                raise InputError(f"{name} must be a string, got {getattr(self, name)!r}")
         one_of("rank_by", self.rank_by, ("", *RANKINGS))
         self._check_names()
         self._check_layer()
@@ -280,7 +280,7 @@ class ConceptExplanation:
             raise InputError(f"selected must be bool, got {self.selected.dtype}")
         devices = {str(v.device) for v in (getattr(self, name) for name in _TENSORS) if v is not None}
         if len(devices) > 1:
-            raise InputError(f"all tensors must lie on one device, got {sorted(devices)}; use .to(device)")
+            raise InputError(f"all tensors must be on one device, got {sorted(devices)}; use .to(device)")
         for name in ("presence", "target_probability"):
             value = getattr(self, name)
             if value is not None and bool(((value < 0) | (value > 1)).any()):
@@ -344,7 +344,7 @@ class ConceptExplanation:
         """
         if isinstance(key, tuple):
             if len(key) != 2:
-                raise InputError(f"index with [images] or [images, concepts], got {len(key)} parts")
+                raise InputError(f"index an explanation with [images] or [images, concepts]; got {len(key)} indices")
             return self._columns(key[1])._rows(key[0])
         if isinstance(key, str) or (isinstance(key, list) and key and isinstance(key[0], str)):
             return self._columns(key)

@@ -54,8 +54,8 @@ class SemanticSegmentation(nn.Module):
         if isinstance(region, Tensor):
             if region.ndim != 2 or region.dtype != torch.bool or not region.any():
                 raise InputError(
-                    f"region must be a bool mask (H, W) with a pixel that is True, got {tuple(region.shape)} "
-                    f"{region.dtype}"
+                    "region must be a bool mask (H, W) with at least one pixel that is True, got "
+                    f"{tuple(region.shape)} {region.dtype}"
                 )
             self.register_buffer("mask", region[None, None].float(), persistent=False)
         else:
@@ -186,8 +186,8 @@ class Box(nn.Module):
         beyond = torch.cat([-boxes, boxes - boxes.new_tensor([width, height] * 2)], 1).amax(1) > 1
         if bool(beyond.any()):
             raise InputError(
-                f"box {tuple(boxes[beyond][0].tolist())} reaches outside of the image, which is {width} wide and "
-                f"{height} high; boxes are in pixels of the images that the model gets"
+                f"box {tuple(boxes[beyond][0].tolist())} extends outside of the image, which is {width} wide and "
+                f"{height} high; boxes are in pixels of the model's input"
             )
         if bool((boxes <= 1).all()) and max(size) > 1:
             raise InputError(
@@ -265,7 +265,7 @@ def _check_aspect(mask: Sequence[int], image: tuple[int, int] | None) -> None:
     (h, w), (height, width) = mask, image
     if max(abs(h - height * w / width), abs(w - width * h / height)) > 1:
         raise InputError(
-            f"region is a mask of {h} x {w} pixels, which is no resized version of images of {height} x {width}"
+            f"region is a mask of {h} x {w} pixels, which is not a resized version of images of {height} x {width}"
         )
 
 

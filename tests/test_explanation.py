@@ -66,7 +66,7 @@ class TestInvariants:
             ({"layer": ("abcd", "efgh", "ijkl")}, "3 rows of 4 names"),
             ({"layer": [[1] * T] * N}, "3 rows of 4 names"),
             ({"layer": None}, "3 rows of 4 names"),
-            ({"method": 3}, "method must be a text"),
+            ({"method": 3}, "method must be a string"),
             ({"concepts": None}, "list of names"),
             ({"scores": torch.rand(N, T, device="meta")}, "one device"),
             ({"presence": torch.full((N, T), 1.5)}, "probabilities in"),

@@ -61,7 +61,7 @@ def test_a_class_that_no_pixel_has_scores_zero():
 def test_what_is_no_segmentation_is_refused():
     with pytest.raises(InputError, match="'predicted', 'all'"):
         SemanticSegmentation(Pixels(), "everything")
-    with pytest.raises(InputError, match="a pixel that is True"):
+    with pytest.raises(InputError, match="at least one pixel that is True"):
         SemanticSegmentation(Pixels(), torch.zeros(4, 4, dtype=torch.bool))
     for net in (nn.Flatten(), Pixels(lambda y: y.argmax(1, keepdim=True))):
         with pytest.raises(InputError, match=r"no logits \(N, L, h, w\)"):
@@ -230,7 +230,7 @@ def test_half_precision_counts_every_pixel(region):
 def test_a_mask_of_another_aspect_ratio_is_refused():
     mask = np.ones((16, 16), dtype=bool)
     assert SemanticSegmentation(Pixels(), mask)(red_left()).shape == (1, 2)
-    with pytest.raises(InputError, match="16 x 16 pixels, which is no resized version of images of 8 x 4"):
+    with pytest.raises(InputError, match="16 x 16 pixels, which is not a resized version of images of 8 x 4"):
         SemanticSegmentation(Pixels(), mask)(red_left()[..., :4])
 
 

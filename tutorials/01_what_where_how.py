@@ -34,9 +34,9 @@ classifier = demo.load("classifier-spurious")  # a small ResNet: 64 px RGB in [0
 familiar = CaptionedScenes(200, seed=101, size=64, spurious=0.9).stack()
 data = CaptionedScenes(200, seed=102, size=64)
 field = data.stack()
-for name, scenes in (("usual grounds", familiar), ("mixed grounds", field)):
+for name, scenes in (("usual backgrounds", familiar), ("mixed backgrounds", field)):
     accuracy = (classifier(scenes.image).argmax(1) == scenes.label).float().mean()
-    print(f"{name}: {accuracy:.0%} right")
+    print(f"{name}: accuracy {accuracy:.0%}")
 
 # %% [markdown]
 # ## What, where and how much
@@ -63,7 +63,7 @@ chosen = wrong[against.amin(1).argsort()[:3]]
 titles = [f"{data.classes[field.label[i]]}, called {data.classes[predicted[i]]}" for i in chosen]
 explanation = cefam.explain(field.image[chosen], target=field.label[chosen], top_k=len(data.concepts))
 
-# %% picture="ce_fam" alt="Three misclassified scenes; for each, four words with their regions and contributions; the ground speaks against the true class"
+# %% picture="ce_fam" alt="Three misclassified scenes; for each, four concepts with their maps and contributions; the background opposes the true class"
 panel(
     explanation,
     field.image[chosen],
@@ -89,7 +89,7 @@ panel(
 usual = [data.concepts[data.planted_grounds[field.label[i]]] for i in wrong]
 moved = torch.stack([data.draw(int(i), ground=ground).image for i, ground in zip(wrong, usual, strict=True)])
 repaired = (classifier(moved).argmax(1) == field.label[wrong]).float().mean()
-print(f"{len(wrong)} errors; on the usual ground of their class {repaired:.0%} of them are right")
+print(f"{len(wrong)} errors; on the usual background of their class {repaired:.0%} of them are correct")
 
 # %% [markdown]
 # The next number covers all of these errors instead of three. It is the fraction of errors in which the concept that
@@ -100,9 +100,9 @@ print(f"{len(wrong)} errors; on the usual ground of their class {repaired:.0%} o
 every = cefam.contributions(field.image[wrong], target=field.label[wrong])
 grounds = [data.concepts.index(word) for word in data.concept_groups["ground"]]
 leads = torch.isin(every.argmin(1), torch.tensor(grounds)).float().mean()
-print(f"a ground leads in {leads:.0%} of the errors (by chance {len(grounds) / len(data.concepts):.0%})")
+print(f"a background ranks first in {leads:.0%} of the errors (chance {len(grounds) / len(data.concepts):.0%})")
 
-# %% alt="Contributions to the true class of misclassified scenes, by kind of word: the scene's own ground is far below the others"
+# %% alt="Contributions to the true class of misclassified scenes, by kind of concept: the scene's own background is far below the others"
 there = field.presence[wrong]
 is_ground = torch.zeros_like(there)
 is_ground[:, grounds] = True

@@ -50,7 +50,7 @@ print(fam, tuple(fam.references.shape))
 order = [data.classes.index(name) for name in fam.concepts]  # sorted by name
 truth = torch.tensor([order.index(k) for k in queries.label])
 similarity = fam.scores(queries.image)  # (48, 6) cosines
-print(f"{(similarity.argmax(1) == truth).float().mean():.0%} of {len(data)} queries right (chance 17%)")
+print(f"{(similarity.argmax(1) == truth).float().mean():.0%} of {len(data)} queries correct (chance 17%)")
 
 # %% picture="fam" alt="Three scenes, each with the maps of its similarity to three class prototypes"
 missed = int(torch.nonzero(similarity.argmax(1) != truth)[0])
@@ -90,7 +90,7 @@ fam.save("prototypes.safetensors")
 again = FeatureActivationMap.load("prototypes.safetensors", encoder)
 new = CaptionedScenes(1, seed=2026, size=64).stack()
 print(again.explain(new.image, top_k=3))
-print("truth:", data.classes[new.label[0]])
+print("true label:", data.classes[new.label[0]])
 
 # %% [markdown]
 # ## Text: a vision-language model
@@ -154,7 +154,7 @@ found = cosines.topk(4).indices
 for i in found:
     print(f"{cosines[i]:.3f}  {gallery.caption[i]}")
 
-# %% picture="fam_retrieval" alt="Four images found for a text, each with the map of its similarity to the text"
+# %% picture="fam_retrieval" alt="Four images retrieved for a text, each with the map of its similarity to the text"
 maps = FeatureActivationMap(clip, layer, text, normalize="l1").attribute(gallery.image[found], target=0)[:, 0]
 high = float(maps.max())
 figure, axes = plt.subplots(1, 5, figsize=(10, 2.7), layout="constrained", width_ratios=[1, 1, 1, 1, 0.06])

@@ -40,7 +40,7 @@ scenes = data.stack()
 
 # %%
 def filled(patch: torch.Tensor, size: int) -> torch.Tensor:
-    """A picture of ``size`` pixels, filled with a patch and its mirror images."""
+    """An image of ``size`` pixels, filled with a patch and its mirror images."""
     while min(patch.shape[1:]) < size:
         patch = torch.cat([patch, patch.flip(1)], 1)
         patch = torch.cat([patch, patch.flip(2)], 2)
@@ -48,7 +48,7 @@ def filled(patch: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def patches(texture: str, scenes, most: int = 30) -> torch.Tensor:
-    """Inner squares of objects with this texture, as pictures."""
+    """Inner squares of objects with this texture, as images."""
     wanted, found = data.concepts.index(texture), []
     parts = scenes.image, scenes.objects, scenes.boxes, scenes.object_masks
     for image, objects, boxes, masks in zip(*parts, strict=True):
@@ -94,7 +94,7 @@ layers = ["act1", "layer1", "layer2", "layer3", "layer4"]
 sweep = layer_sweep(model, layers, concepts, torch.cat([others, shuffled[30:60]]), n_random=20)
 print(sweep.best())
 
-# %% picture="sacv_layers" alt="Held-out accuracy and relevance contrast of stripes and of a concept that does not exist, over five layers"
+# %% picture="sacv_layers" alt="Held-out accuracy and map contrast of stripes and of a concept that does not exist, over five layers"
 sweep.plot()
 
 # %% [markdown]
@@ -107,7 +107,7 @@ sweep.plot()
 acv = SpatialACV(model, "layer3").fit(guidance, n_random=20)  # each texture against the other three
 print(acv.summary())
 
-# %% picture="sacv" alt="Three scenes with the relevance maps of three textures and bars of their contribution to the class"
+# %% picture="sacv" alt="Three scenes with the concept maps of three textures and bars of their contributions to the class"
 shown = [i for i in range(len(data)) if data.classes[scenes.label[i]] == "striped square"][:3]
 explanation = acv.explain(scenes.image[shown], target=scenes.label[shown])
 panel(
@@ -146,7 +146,7 @@ for name in ("striped square", "dotted star", "red circle"):
 relevance = F.interpolate(acv.concept_maps(scenes.image, "striped"), (64, 64))[:, 0]
 striped = scenes.masks[:, data.concepts.index("striped")]
 objects = scenes.object_masks.any(1)
-for name, mask in (("striped objects", striped), ("other objects", objects & ~striped), ("ground", ~objects)):
+for name, mask in (("striped objects", striped), ("other objects", objects & ~striped), ("background", ~objects)):
     print(f"{name}: {relevance[mask].mean():+.2f}")
 
 # %% [markdown]

@@ -72,7 +72,7 @@ scores = cefam.scores(scenes.image)
 truth = scenes.presence[:, [data.concepts.index(word) for word in words.concepts]]
 for k, word in enumerate(words.concepts):
     there, not_there = scores[truth[:, k], k].mean(), scores[~truth[:, k], k].mean()
-    print(f"{word:8s} mean score where it is {there:.2f}, where it is not {not_there:.2f}")
+    print(f"{word:8s} mean score if present {there:.2f}, if absent {not_there:.2f}")
 
 # %% [markdown]
 # ## Where: maps
@@ -148,7 +148,7 @@ moved = {
     for name, one in (("independent grounds", ours), ("planted grounds", other))
 }
 for name, values in moved.items():
-    print(f"trained on {name}: mean |contribution| of the scene's ground {values.abs().mean():.2f}")
+    print(f"trained on {name}: mean |contribution| of the scene's background {values.abs().mean():.2f}")
 
 # %%
 figure, axes = plt.subplots(figsize=(6.4, 2.4), layout="constrained")

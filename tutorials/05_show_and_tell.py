@@ -120,7 +120,7 @@ for name in data.classes:
 #
 # The contributions and the head's bias add up to the logit. Nothing else enters it.
 
-# %% picture="salf_cbm" alt="Three scenes with the maps of the concepts that decided, and bars of their contributions"
+# %% picture="salf_cbm" alt="Three scenes with the maps of the decisive concepts, and bars of their contributions"
 right = model(test.image).argmax(1) == test.label
 chosen = [int(torch.nonzero((test.label == c) & right)[0]) for c in (0, 3, 4)]
 explanation = model.explain(test.image[chosen], top_k=None)
@@ -241,8 +241,8 @@ leaning = fit_salf_cbm(
 )
 alike = CaptionedScenes(300, seed=62, size=64, spurious=0.95).stack()
 elsewhere = CaptionedScenes(300, seed=63, size=64).stack()
-print(f"accuracy where the ground gives the class away {accuracy(leaning, alike):.2f}", end=", ")
-print(f"on any ground {accuracy(leaning, elsewhere):.2f}")
+print(f"accuracy where the background reveals the class {accuracy(leaning, alike):.2f}", end=", ")
+print(f"on any background {accuracy(leaning, elsewhere):.2f}")
 
 # %% [markdown]
 # **A wrong decision.** This dotted star is classified as something else because of its background (the code calls it
@@ -261,7 +261,7 @@ wrong = [
 ]
 i = wrong[0]
 image, box = elsewhere.image[[i]], elsewhere.boxes[i, 0]
-print("in truth:", elsewhere.caption[i])
+print("true caption:", elsewhere.caption[i])
 print(leaning.explain(image, top_k=2))
 print("in the star's box:", leaning.explain_region(image, boxes=box, top_k=4))
 print("rule of dotted star:", [(concept, round(w, 1)) for concept, w in leaning.decision_rules("dotted star", top_k=3)])
@@ -293,12 +293,12 @@ independent = CaptionedScenes(120, seed=64, size=64).stack()
 taught = refit_head(leaning.without(grounds), independent.image, independent.label, nonzeros_per_class=6)
 for name, one in {
     "as trained": leaning,
-    "grounds out of the rules": repaired,
-    "rules fitted again": taught,
+    "backgrounds removed": repaired,
+    "rules refitted": taught,
     "the backbone itself": spurious_backbone,
 }.items():
-    print(f"{name:25s} shortcut holds: {accuracy(one, alike):.2f}   any ground: {accuracy(one, elsewhere):.2f}")
-print("kept with the model:", repaired.metadata["edits"][0])
+    print(f"{name:25s} shortcut holds: {accuracy(one, alike):.2f}   any background: {accuracy(one, elsewhere):.2f}")
+print("saved with the model:", repaired.metadata["edits"][0])
 
 # %% [markdown]
 # You can also edit by hand instead of in code: `explore(leaning, elsewhere.image, labels=elsewhere.label.tolist())`

@@ -131,12 +131,12 @@ print(f"held-out IoU {(said & truth).sum() / (said | truth).sum():.2f}")
 
 # %%
 def area(images: torch.Tensor) -> torch.Tensor:
-    """(N,): how much of each image is called striped (soft, so that it has a gradient)."""
+    """(N,): fraction of each image classified as striped (soft, so that it has a gradient)."""
     return segmenter(images).sigmoid().mean((1, 2))
 
 
 def inside(word: str, most: int = 24) -> torch.Tensor:
-    """Pictures of nothing but this texture: patches from inside objects, mirrored until they fill 64 pixels."""
+    """Images of this texture alone: patches from inside objects, mirrored until they fill 64 pixels."""
     found = []
     parts = scenes.image, scenes.objects, scenes.boxes, scenes.object_masks
     for image, things, boxes, masks in zip(*parts, strict=True):
@@ -156,7 +156,7 @@ textures = {word: inside(word) for word in data.concept_groups["texture"]}
 acv = SpatialACV(area, segmenter.body).fit(textures, n_random=20)
 scores = acv.tcav(scenes.image[240:])
 for word, sign, p in zip(acv.concepts, scores["sign_count"], acv.p_values_, strict=True):
-    print(f"{word:10s} p {p:.0e}   more of it enlarges the striped area in {sign:.0%} of the images")
+    print(f"{word:10s} p {p:.0e}   increasing it enlarges the striped area in {sign:.0%} of the images")
 
 # %% [markdown]
 # Save the fitted vectors and use them on a new image, as in the other tutorials. A plain function has no fingerprint of
@@ -212,7 +212,7 @@ for _step in range(120):
 detector.eval()
 test, label, spot = scans(100, seed=1)
 with torch.no_grad():
-    print(f"held out: {((detector(test)[:, 0] > 0) == (label == 1)).float().mean():.0%} right")
+    print(f"held out: {((detector(test)[:, 0] > 0) == (label == 1)).float().mean():.0%} correct")
 
 # %%
 fam = FeatureActivationMap(
@@ -278,7 +278,7 @@ for channels, images in inputs.items():
         prompt=DenseRegions(7),
         encoder_transform=None if channels == 1 else lambda stored: stored[:, :3],
     )
-    print(f"{channels} channels, {model.metadata['accuracy']['validation']:.0%} of all decisions right on new scenes")
+    print(f"{channels} channels, {model.metadata['accuracy']['validation']:.0%} of all decisions correct on new scenes")
     print("  star:", ", ".join(f"{concept} {weight:+.2f}" for concept, weight in model.decision_rules("star", 3)))
     print(" ", model.trust)
 

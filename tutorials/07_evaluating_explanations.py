@@ -88,7 +88,7 @@ for other in ("LayerGradCam", "activation energy", "centre Gaussian"):
 # %% [markdown]
 # The next figure shows the maps of one scene, the median of FAM's NRA, each on its own color scale.
 
-# %% alt="One scene and its maps by LayerGradCam, FAM, activation energy, a centre Gaussian and random"
+# %% alt="One scene and its maps by LayerGradCam, FAM, activation energy, a center Gaussian and random"
 quality = nra(explainers["FAM"].attribute(scenes.image, target=scenes.label)[:, 0], scenes.object_masks[:, 0])
 i = int(quality.argsort()[len(quality) // 2])
 figure, axes = plt.subplots(1, 6, figsize=(10, 2.1), layout="constrained")

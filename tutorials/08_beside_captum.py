@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Beside Captum: one line each
+# # Alongside Captum: one-line replacements
 #
 # You have a Captum pipeline. The methods here are Captum attributions with `attribute(inputs, target=...)`, a layer,
 # and the same targets. Each replacement below is therefore one line, and `NoiseTunnel`, `LayerAttribution.interpolate`,

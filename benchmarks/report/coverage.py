@@ -67,7 +67,7 @@ def worse_on_purpose(records: dict[str, Record]) -> str:
     lines = [
         [way, *("{} of {}".format(*row[c]) if c in row else "" for c in columns)] for way, row in sorted(found.items())
     ]
-    return table(["made worse by", *(COLUMNS[c][0] for c in columns)], lines) if lines else ""
+    return table(["degraded by", *(COLUMNS[c][0] for c in columns)], lines) if lines else ""
 
 
 def names(record: Any) -> Iterator[str]:
@@ -95,7 +95,7 @@ def whereabouts(records: dict[str, Record]) -> dict[str, list[str]]:
 def peers_table(records: dict[str, Record]) -> str:
     """A table of :func:`whereabouts`; a peer without a row says so."""
     lines = [
-        [peer, ", ".join(f"`{name}`" for name in found) or "**no row: not installed where these were recorded**"]
+        [peer, ", ".join(f"`{name}`" for name in found) or "**no row: not installed when these were recorded**"]
         for peer, found in whereabouts(records).items()
     ]
     return table(["peer", "records"], lines)

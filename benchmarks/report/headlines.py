@@ -36,14 +36,14 @@ def _beside(rows: dict[str, Record], key: str, names: dict[str, str], digits: in
     return "; ".join(f"{shown} {fixed(value[0], digits)}" for shown, value in found.items())
 
 
-BLIND = {"activation energy": "activation energy", "centre Gaussian": "centre Gaussian", "random": "random"}
+BLIND = {"activation energy": "activation energy", "centre Gaussian": "center Gaussian", "random": "random"}
 
 
 def _fam_cost(r: Record) -> list[Line]:
     ratio = r["ratio_to_bare_forward"]
     peers = ("captum LayerGradCam", "pytorch-grad-cam GradCAM")
     beside = "; ".join(f"{n} {number(ratio[n])}" for n in peers if n in ratio)
-    return [("FAM, cost of a map in bare forwards (ResNet-50)", number(ratio["FAM, embedding = pooled maps"]), beside)]
+    return [("FAM, cost of a map in forward passes (ResNet-50)", number(ratio["FAM, embedding = pooled maps"]), beside)]
 
 
 def _fam_quality(r: Record) -> list[Line]:
@@ -72,8 +72,8 @@ def _sacv_scenes(r: Record) -> list[Line]:
         if {"textures", "grounds"} <= own.keys():
             none = bracketed(own["grounds"]["nothing claimed"])
             found = bracketed(own["textures"]["right texture claimed first"])
-            lines.append((f"SACV, texture that decides a class first, {layer}", found,
-                          f"classes that no texture decides, nothing claimed: {none}"))  # fmt: skip
+            lines.append((f"SACV, decisive texture of a class ranked first, {layer}", found,
+                          f"classes without a decisive texture, none reported: {none}"))  # fmt: skip
     for row in _rows(r, "is the texture there?"):
         if row["texture"] == "all":
             beside = f"best constant {fixed(row['of the best constant'], 3)}"
@@ -93,7 +93,7 @@ def _regions(r: Record) -> list[Line]:
         "single channel (WWW": "WWW",
         **BLIND,
     }
-    name = 'CE-FAM, `map_layer="fused"`, words on COCO'
+    name = 'CE-FAM, `map_layer="fused"`, text concepts on COCO'
     return [
         (f"{name}, {what}", bracketed(rows["fused"][key]), _beside(rows, key, names))
         for key, what in (("nra", "NRA"), ("specificity", "specificity"))
@@ -111,7 +111,7 @@ def _words(r: Record) -> list[Line]:
         **BLIND,
     }
     return [
-        (f'CE-FAM, `map_layer="fused"`, words on scenes, {what}', bracketed(rows["CE-FAM, fused"][key]),
+        (f'CE-FAM, `map_layer="fused"`, text concepts on scenes, {what}', bracketed(rows["CE-FAM, fused"][key]),
          _beside(rows, key, names))
         for key, what in (("nra", "NRA"), ("specificity", "specificity"))
         if "CE-FAM, fused" in rows
@@ -144,13 +144,13 @@ def _salf(r: Record) -> list[Line]:
         beside = "; ".join(f"{model} {bracketed(heads[model, head]['accuracy'])}" for model, head in known
                            if (model, head) in heads)  # fmt: skip
         own = bracketed(heads["SALF-CBM", few]["accuracy"])
-        lines.append(("SALF-CBM, accuracy on scenes, at most 5 concepts a class", own, beside))
+        lines.append(("SALF-CBM, accuracy on scenes, at most 5 concepts per class", own, beside))
     rows = _part(r, "maps of the 21 words on scenes")
     if "SALF-CBM" in rows:
         names = {"LF-CBM, activation map of the concept unit": "LF-CBM, activation map of the unit", **BLIND}
         for key, what in (("nra", "NRA"), ("specificity", "specificity")):
             own = bracketed(rows["SALF-CBM"][key])
-            lines.append((f"SALF-CBM, words on scenes, {what}", own, _beside(rows, key, names)))
+            lines.append((f"SALF-CBM, text concepts on scenes, {what}", own, _beside(rows, key, names)))
     return lines
 
 
@@ -160,12 +160,12 @@ def _solver(r: Record) -> list[Line]:
     one = r["peers"]["solvers"]
     names = [n for n in ("plain FISTA", "scikit-learn saga", "glm_saga, its own stop") if n in one]
     beside = "; ".join(f"{n} {number(one[n]['cpu'])}" for n in names)
-    return [("Elastic-net solver, CPU seconds to a certificate", number(one["ours"]["cpu"]), beside)]
+    return [("Elastic-net solver, CPU seconds to the duality-gap tolerance", number(one["ours"]["cpu"]), beside)]
 
 
 def _nra(r: Record) -> list[Line]:
     row = r["timings"][0]["ms_per_map"]
-    beside = f"published loop {number(row['published_loop'])}; vectorised {number(row['plain_vectorised'])}"
+    beside = f"published loop {number(row['published_loop'])}; vectorized {number(row['plain_vectorised'])}"
     return [("NRA of a 224 px map, ms", number(row["nra"]), beside)]
 
 
@@ -198,7 +198,7 @@ def open_questions(record: Record) -> str:
             blind = max((r for r in rows if r.get("kind") == "blind"), key=lambda r: r["nra"][0])
             shown = [f"{r['method']} {bracketed(r['nra'])}" for r in (tried[0], best, blind)]
             lines.append([one["title"], *shown])
-    head = ["question", "as published: NRA", "best of those tried", "best of those that know no concept"]
+    head = ["question", "as published: NRA", "best tried", "best concept-agnostic baseline"]
     return table(head, lines) if lines else ""
 
 
@@ -210,4 +210,4 @@ def headlines(records: dict[str, Record]) -> str:
             lines += make(records[name])
         except (KeyError, TypeError, IndexError):
             continue
-    return table(["what", "here", "beside it, in the same run"], [list(line) for line in lines])
+    return table(["measurement", "this package", "others, in the same run"], [list(line) for line in lines])

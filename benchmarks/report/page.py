@@ -28,37 +28,37 @@ PAGE = "README.md"
 MARK = "> **Stale**:"
 START, END = "<!-- benchmark-table -->", "<!-- /benchmark-table -->"
 
-HEAD = """# What was measured
+HEAD = """# Benchmark results
 
-Made by `python -m benchmarks.report.page` from the JSON files beside it; none of the numbers is typed, and a test
-compares the two. `make bench` runs the short ones (minutes), `make bench-full` all that `benchmarks/run/suite.py` lists
-(about two hours on 2 cores); both end with this page. Run by hand: SALF-CBM on Caltech-101, by grid and radius, and its
-epoch; the constants of the fused map; of the solver all but the peers; audits. Each part states when, where and with
-which versions it was recorded; parts are recorded one by one, so these differ. A record knows the code that ran (older
-ones: the modules that were imported; checks do not count): where that has changed when the page is made, it is marked
-stale.
+`python -m benchmarks.report.page` generates this page from the JSON records next to it, and a test compares the two.
+`make bench` runs the short benchmarks (minutes), and `make bench-full` all that `benchmarks/run/suite.py` lists (about
+two hours on 2 cores); both then regenerate this page. These are run by hand: SALF-CBM on Caltech-101, by grid and
+radius, and its epoch; the constants of the fused map; the solver except for its peers; audits. Each part states when,
+where and with which versions it was recorded. Parts are recorded separately, so these differ. A record lists the code
+that ran (older records: the imported modules; checks do not count); if that code has changed since, the record is
+marked stale.
 
-How to read the tables. Brackets are 95 % intervals, bootstrap over images unless a part says otherwise. **NRA** says
-how well a map finds its region without a threshold; its published baseline gives random maps about 0.15, the exact
-one 0.04 to 0.08 (0 for a constant map; values below are cut off). **Specificity** is NRA less that of the image's other
-concepts' maps on the same mask: 0 for any map that knows no concept. *Random*, *centre Gaussian* and
-*activation energy* know none: a map that is not above them has shown nothing, however good it looks. Rows in
-italics are maps made worse on purpose, exchanged between images or made
-for a target that is not there; a table in which they do not fall says little. **Average drop** and **increase in
-confidence** keep what the map shows and paint the rest in the image's mean colour; they reward maps that show much.
-Arrows show which direction is better.
+How to read the tables: brackets contain 95 % intervals, bootstrapped over images unless a part states otherwise.
+**NRA** is a threshold-free accuracy of the region. Random maps score about 0.15 with its published baseline and 0.04 to
+0.08 with the exact one (a constant map scores 0; negative values are clipped). **Specificity** is NRA minus that of the
+other concepts' maps of the image on the same mask, so it is 0 for any concept-agnostic map. *Random*, *centre Gaussian*
+and *activation energy* are concept-agnostic baselines: a map that does not exceed them shows nothing about the concept,
+however good it looks. Rows in italics are degraded maps, either permuted between images or computed for an absent
+target; a table in which they do not score lower is not informative. **Average drop** and **increase in confidence**
+keep what the map shows and fill the rest with the image's mean color; they favor maps that show much. Arrows show which
+direction is better.
 """
 
-QUESTIONS = """Other similarities, poolings, layers of a vision transformer, and class activation methods where there
-is a head. The best of several is the best by chance, too: the intervals are in the tables below."""
+QUESTIONS = """Other similarities, poolings and layers of a vision transformer, and class activation methods for models
+with a head. The best of several is partly the best by chance; the tables below contain the intervals."""
 
-WORSE = """In how many tables a value falls (average drop: rises) when the maps are made worse on purpose. Few images or
-targets that look alike are the reasons where it does not."""
+WORSE = """The number of tables in which a value falls (average drop: rises) when the maps are degraded. Where it does
+not, the table has few images, or targets that look alike."""
 
-PAPERS = """The data of these tables cannot be had offline. The commands follow the protocols and are tested on tiny
-trees in the data sets' own formats; a table that was filled has a section of its own."""
+PAPERS = """The data of these tables is not available offline. The commands follow the protocols and are tested on tiny
+trees in the data sets' own formats; a table that was filled has its own section."""
 
-PEERS = "Which records have a row of each peer, and of the maps that know no concept."
+PEERS = "Records that have a row of each peer and of the concept-agnostic baselines."
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -95,11 +95,11 @@ def page(
         marks: :func:`stale`.
     """
     made = sections.sections(records, pictures or [], marks or {})
-    lines = [HEAD, "## In short", "", headlines(records), ""]
+    lines = [HEAD, "## Summary", "", headlines(records), ""]
     asked = open_questions(records.get("fam_quality", {}))
-    lines += ["## What FAM's paper leaves open", "", QUESTIONS, "", asked, ""] if asked else []
+    lines += ["## Open questions of FAM's paper", "", QUESTIONS, "", asked, ""] if asked else []
     worse = worse_on_purpose(records)
-    lines += ["## Made worse on purpose", "", WORSE, "", worse, ""] if worse else []
+    lines += ["## Degraded maps", "", WORSE, "", worse, ""] if worse else []
     lines += ["## Peers", "", PEERS, "", peers_table(records), "", "## Contents", ""]
     lines += [f"- [{one.title}](#{one.anchor})" for one in made]
     waiting = papers(records)

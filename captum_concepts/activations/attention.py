@@ -67,7 +67,7 @@ def attention_maps(
     if not seen.rows:
         raise LayerError("no self-attention over all tokens of an image ran; attention_maps is for vision transformers")
     if not -len(seen.rows) <= block < len(seen.rows):
-        raise LayerError(f"block={block}, but {len(seen.rows)} attentions ran; -1 is the last one")
+        raise LayerError(f"block={block}, but {len(seen.rows)} attention blocks ran; -1 selects the last one")
     first, mean = seen.rows[block]
     size = (images.shape[-2], images.shape[-1])
     traits = ModelTraits() if model is None else ModelTraits.of(dict(model.named_modules()))

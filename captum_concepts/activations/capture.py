@@ -234,8 +234,8 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
         said = str(error)
         if isinstance(error, TypeError) and "positional argument" in said:
             raise InputError(
-                f"the model cannot be called with {len(arguments)} tensors ({said[:200]}); a tuple of inputs is one "
-                "argument each, several images are one tensor (N, C, H, W)"
+                f"the model cannot be called with {len(arguments)} tensors ({said[:200]}); each tensor of a tuple is "
+                "a separate argument, so pass several images as one tensor (N, C, H, W)"
             ) from error
         for images in (a for a in arguments if isinstance(a, Tensor) and a.ndim == 4 and a.is_floating_point()):
             found = _CHANNELS.search(said)
@@ -246,33 +246,34 @@ def input_errors(arguments: tuple[Any, ...], parts: Iterable[nn.Module] | None) 
                 elif images.shape[1] < int(found[1]):  # files are read as RGB
                     hint = f"files with more bands: images.inputs_for(model, files, bands=range({found[1]}))"
                 raise InputError(
-                    f"inputs of shape {tuple(images.shape)} have {found[2]} channels, (N, C, H, W), where the model "
-                    f"takes {found[1]}; {hint}"
+                    f"inputs of shape {tuple(images.shape)}, read as (N, C, H, W), have {found[2]} channels, but the "
+                    f"model takes {found[1]}; {hint}"
                 ) from error
             parameters = [p for part in parts or () for p in part.parameters(recurse=False) if p.is_floating_point()]
             devices = {p.device for p in parameters}
             if devices and images.device not in devices and "device" in said:
                 places = ", ".join(sorted(map(str, devices)))
                 raise InputError(
-                    f"inputs are on the device {images.device} and the model on {places}; move one of them, as in "
+                    f"inputs are on device {images.device}, but the model is on {places}; move one of them, as in "
                     "inputs.to(device)"
                 ) from error
             dtypes = {p.dtype for p in parameters}
             if dtypes and images.dtype not in dtypes:
                 kinds = ", ".join(sorted(map(str, dtypes)))
                 raise InputError(
-                    f"inputs are {images.dtype} and the model's weights {kinds} ({said[:200]}); convert one of them"
+                    f"inputs are {images.dtype}, but the model's weights are {kinds} ({said[:200]}); convert one of "
+                    "them"
                 ) from error
             if _SIZE.search(said):
                 raise InputError(
                     f"the model does not take images of {images.shape[2]} x {images.shape[3]} pixels ({said[:200]}); "
-                    "resize them to a size that it takes"
-                    + ("; or the cause is another argument" if len(arguments) > 1 else "")
+                    "resize them to a size that it accepts"
+                    + (", or check the other arguments" if len(arguments) > 1 else "")
                 ) from error
         if "Inference tensors cannot be saved" in said:
             raise InputError(
-                "the model's weights were made under torch.inference_mode(), so nothing can be differentiated; build "
-                "and load the model outside of it, or pass copy.deepcopy(model)"
+                "the model's weights were created under torch.inference_mode(), so gradients cannot be computed; "
+                "build and load the model outside of it, or pass copy.deepcopy(model)"
             ) from error
         raise
 
@@ -550,11 +551,12 @@ def require_images(parts: Sequence[Tensor]) -> None:
         shapes = ", ".join(str(tuple(part.shape)) for part in parts[:5])
         if any(part.ndim == 3 for part in parts):
             raise LayoutError(
-                f"no batch dimension; pass image[None]: inputs of shape {shapes} are not a batch of images (N, C, H, W)"
+                f"inputs of shape {shapes} have no batch dimension; pass a batch of images (N, C, H, W), for example "
+                "image[None]"
             )
         raise LayoutError(
-            f"inputs of shape {shapes} are not images (N, C, H, W); volumes, videos and features have no 2-d grid of "
-            "positions"
+            f"inputs of shape {shapes} are not images (N, C, H, W); volumes, videos and feature vectors are not "
+            "supported"
         )
 
 
@@ -568,22 +570,22 @@ def check_inputs(inputs: Inputs) -> tuple[Tensor, ...]:
     if not parts or not all(isinstance(part, Tensor) for part in parts):
         kinds = [type(part).__name__ for part in parts]
         raise InputError(
-            f"inputs must be a torch.Tensor or a tuple of tensors, got {listing(kinds)}; make one batch (N, 3, H, W), "
-            "for example torch.stack(images) of tensors"
+            f"inputs must be a torch.Tensor or a tuple of tensors, got {listing(kinds)}; pass one batch (N, 3, H, W), "
+            "for example torch.stack(images)"
         )
     if any(part.layout != torch.strided or part.is_meta for part in parts):
         raise InputError("inputs must be dense tensors with values; got a sparse one, or one on the meta device")
     images = images_among(parts)
     images = parts[0] if images is None else images
     if images.ndim == 0 or images.numel() == 0:
-        raise InputError(f"inputs of shape {tuple(images.shape)} contain no example; pass a batch (N, 3, H, W)")
+        raise InputError(f"inputs of shape {tuple(images.shape)} contain no examples; pass a batch (N, 3, H, W)")
     if not images.is_floating_point():
         raise InputError(
-            f"inputs have dtype {images.dtype}; convert pixels to floating point the way the model was trained, "
-            "for example images.float() / 255"
+            f"inputs have dtype {images.dtype}; convert pixels to floating point as in the model's training, for "
+            "example images.float() / 255"
         )
     if any(part.is_floating_point() and _has_nonfinite(part.detach()) for part in parts):
-        warnings.warn("the inputs contain NaN or infinite values; so will the result", InputWarning, stacklevel=3)
+        warnings.warn("the inputs contain NaN or infinite values, and so will the result", InputWarning, stacklevel=3)
     return parts
 
 

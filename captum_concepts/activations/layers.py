@@ -107,8 +107,9 @@ class Layers:
         for name, module in zip(names, modules, strict=True):
             if isinstance(module, torch.jit.ScriptModule):
                 raise LayerError(
-                    f"layer {name!r} is part of a torch.jit model, whose layers cannot be read: it runs no hooks. Pass "
-                    "the original torch.nn.Module; load_state_dict(scripted.state_dict()) gives it the same weights"
+                    f"layer {name!r} is part of a torch.jit model, whose layers cannot be read because it does not "
+                    "run hooks. Pass the original torch.nn.Module; load_state_dict(scripted.state_dict()) loads the "
+                    "same weights"
                 )
         return cls(forward_func, model, modules, names, named, layout, prefix_tokens)
 
@@ -213,9 +214,8 @@ class Layers:
             readings += [reading] if reading not in readings else []
         if len(readings) > 1:
             raise LayoutError(
-                f"layer {name!r} returns {tuple(output.shape)}, and the inputs are images of the sizes "
-                f"{listing(sizes)}: it can be read as {listing(readings, 2)}; pass one of the images by "
-                "additional_forward_args"
+                f"layer {name!r} returns {tuple(output.shape)}, and the inputs are images of sizes {listing(sizes)}, "
+                f"so it can be read as {listing(readings, 2)}; pass one of the images through additional_forward_args"
             )
         if not readings and failure is not None:
             raise failure
@@ -335,10 +335,10 @@ class SpatialActivations:
             if gradient is None:
                 stop = self.source.gradient_stop(name) if self.source else None
                 raise LayerError(
-                    f"the result does not depend on layer {name!r}: no gradient passes {stop}; "
-                    "choose a layer after that, or a model without it"
+                    f"the result does not depend on layer {name!r}: no gradient passes {stop}; choose a layer "
+                    "after it, or a model without it"
                     if stop
-                    else f"the result does not depend on layer {name!r}; choose one on the way to the output"
+                    else f"the result does not depend on layer {name!r}; choose a layer that the output depends on"
                 )
             maps.append(layout.maps(gradient))
             if maps[-1].any():

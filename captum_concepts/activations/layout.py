@@ -214,21 +214,25 @@ def infer_layout(
             )
         kind = layout if layout != "auto" else _image_kind(output, image_size, module, traits, layer)
         if kind not in ("NCHW", "NHWC"):
-            raise LayoutError(f"{layer} returns {shape}, four dimensions; layout={kind!r} is for three (tokens)")
+            raise LayoutError(
+                f"{layer} returns {shape}, which has four dimensions; layout={kind!r} is for three (tokens)"
+            )
         return Layout(kind, (shape[2], shape[3]) if kind == "NCHW" else (shape[1], shape[2]))
     if output.ndim == 3:
         kind = layout if layout != "auto" else _token_kind(shape, batch, module, layer)
         if kind not in ("NLC", "LNC"):
-            raise LayoutError(f"{layer} returns {shape}, three dimensions; layout={kind!r} is for four (images)")
+            raise LayoutError(
+                f"{layer} returns {shape}, which has three dimensions; layout={kind!r} is for four (images)"
+            )
         if shape[0 if kind == "NLC" else 1] != batch:
             raise LayoutError(
-                f"{layer} returns {shape}, which read as {kind} is not a batch of {batch} examples; choose the block "
-                "around a windowed attention, or another layout="
+                f"{layer} returns {shape}, which, read as {kind}, is not a batch of {batch} examples; choose the "
+                "block around a windowed attention, or pass another layout="
             )
         if traits.volumetric:
             raise LayoutError(
-                f"{layer} returns {shape}, tokens of a model with 3-d convolutions: they may be cells of a volume or a "
-                "video, which have no 2-d grid"
+                f"{layer} returns {shape}, the tokens of a model with 3-d convolutions: they may be cells of a volume "
+                "or a video, which are not a 2-d grid"
             )
         length = shape[1 if kind == "NLC" else 0]
         grid, prefix = token_grid(length, image_size, prefix_tokens, traits, layer, shape)
@@ -346,8 +350,8 @@ def _token_kind(shape: tuple[int, ...], batch: int, module: nn.Module | None, la
         if isinstance(part, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) and isinstance(flag, bool):
             return "NLC" if flag else "LNC"
         raise LayoutError(
-            f"{layer} returns {shape} for {batch} examples, which fits batch first and tokens first; pass layout='NLC' "
-            "or layout='LNC'"
+            f"{layer} returns {shape} for {batch} examples, which fits both batch first and tokens first; pass "
+            "layout='NLC' or layout='LNC'"
         )
     if first or second:
         return "NLC" if first else "LNC"

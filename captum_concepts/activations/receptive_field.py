@@ -160,7 +160,7 @@ def effective_receptive_field(
     """
     batch = check_images(image.unsqueeze(0) if image.ndim == 3 else image)[0]
     if len(batch) != 1 or not 0 < share <= 1:
-        raise InputError(f"give one image and a share in (0, 1], got {tuple(image.shape)} and {share!r}")
+        raise InputError(f"pass one image and share= a fraction in (0, 1], got {tuple(image.shape)} and {share!r}")
     resolved = Layers.resolve(model, layer, layout=layout, prefix_tokens=prefix_tokens)
     name, recorded = resolved.names[0], []
 
@@ -225,7 +225,7 @@ def strongest_crops(
     flat = maps.squeeze(1) if maps.ndim == 4 and maps.shape[1] == 1 else maps
     if flat.ndim != 3 or len(flat) != len(images):
         raise InputError(
-            f"maps must be ({len(images)}, h, w) or ({len(images)}, 1, h, w), one concept's, got {tuple(maps.shape)}"
+            f"maps must be ({len(images)}, h, w) or ({len(images)}, 1, h, w), for one concept, got {tuple(maps.shape)}"
         )
     if k < 1 or per_image < 1:
         raise InputError(f"k and per_image must be at least 1, got {k} and {per_image}")

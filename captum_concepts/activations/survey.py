@@ -198,8 +198,8 @@ def _survey(
         raise InputError("forward_func is a plain function; pass a torch.nn.Module or one of its methods")
     if isinstance(layers.model, torch.jit.ScriptModule):
         raise LayerError(
-            "the layers of a torch.jit model cannot be read: it runs no hooks. Pass the original torch.nn.Module; "
-            "load_state_dict(scripted.state_dict()) gives it the same weights"
+            "the layers of a torch.jit model cannot be read because it does not run hooks. Pass the original "
+            "torch.nn.Module; load_state_dict(scripted.state_dict()) loads the same weights"
         )
     first, extra = _first(inputs, extra)
     images = check_images(first)

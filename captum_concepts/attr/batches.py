@@ -39,7 +39,7 @@ def as_inputs(inputs: Any, model: nn.Module | None) -> Inputs | ImageSource:
     if all(isinstance(part, Tensor) for part in parts):
         first = check_images(inputs)[0]
         if first.ndim == 3 and first.shape[0] in (1, 3):
-            raise InputError(f"no batch dimension; pass image[None] instead of an image of shape {tuple(first.shape)}")
+            raise InputError(f"an image of shape {tuple(first.shape)} has no batch dimension; pass image[None]")
         tensors: Inputs = inputs
         return tensors
     return opened(inputs, model)
@@ -77,8 +77,8 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     if len(sizes) > 1:
         found = listing([" x ".join(map(str, size[-2:])) for size in sizes])
         raise InputError(
-            f"images of different sizes have maps of different sizes ({found}), which are not one tensor; explain them "
-            "one by one, or read them at one size: images.open_images(source, size=...)"
+            f"images of different sizes have maps of different sizes ({found}), which do not fit in one tensor; "
+            "explain them one by one, or read them at one size with images.open_images(source, size=...)"
         )
     return torch.cat(list(parts))
 
@@ -119,7 +119,7 @@ def _batches(
     n = count(inputs)
     listed = isinstance(target, list) or (isinstance(target, Tensor) and target.ndim > 0 and target.numel() > 1)
     if listed and len(target) != n:
-        raise TargetError(f"target has {len(target)} entries for {n} examples; pass one each, or a single int")
+        raise TargetError(f"target has {len(target)} entries for {n} examples; pass one per example, or a single int")
     if isinstance(target, np.ndarray) and target.ndim and n > batch_size:
         raise TargetError(
             f"target is a NumPy array of shape {target.shape}, which is not cut into batches of {batch_size} images; "

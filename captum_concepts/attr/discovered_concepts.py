@@ -188,7 +188,7 @@ class DiscoveredConcepts(LayerAttribution):
         """Scores, maps and contributions; see :class:`~captum_concepts.explanation.ConceptExplainer`."""
         n = len(check_images(inputs)[0])
         if rank_by == "contributions" and not contributions:
-            raise InputError("rank_by='contributions' needs contributions=True")
+            raise InputError("rank_by='contributions' requires contributions=True")
         similar, found, moves, outputs = [], [], [], []
         for start in range(0, n, self.batch_size):
             rows = slice(start, start + self.batch_size)
@@ -317,8 +317,8 @@ class DiscoveredConcepts(LayerAttribution):
         """Concept maps, ``(N, K)`` scores and components along the directions, of activations ``(N, C, h, w)``."""
         rows = full_precision(maps.detach())
         if rows.shape[1] != self.directions.shape[1]:
-            raise LayerError(f"the directions have {self.directions.shape[1]} entries, but the layer has "
-                             f"{rows.shape[1]} channels now")  # fmt: skip
+            raise LayerError(f"the directions have {self.directions.shape[1]} entries, but the layer now has "
+                             f"{rows.shape[1]} channels")  # fmt: skip
         center, units = self.center.to(rows), self.channel_scales.to(rows)
         rows = (rows - center[:, None, None]) / units[:, None, None]
         along = torch.einsum("nchw,kc->nkhw", rows, self._unit_directions().to(rows)).clamp(min=0).contiguous()
@@ -402,7 +402,7 @@ def discover_concepts(
     integer("n_concepts", n_concepts)
     integer("max_rows", max_rows)
     if (encoder is None) != (words is None):
-        raise InputError("naming needs both encoder= and words=")
+        raise InputError("naming requires both encoder= and words=; pass both")
     if encoder is not None:
         check_encoder(encoder, words=True)
     number("sparsity", sparsity, lambda share: 0 <= share < 1, "in [0, 1)")

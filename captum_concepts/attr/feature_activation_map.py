@@ -142,7 +142,7 @@ def _rule_of(function: Callable[[Tensor, Tensor], Tensor]) -> SimilarityRule:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(
                 f"the similarity function must turn two ({len(f)}, {f.shape[1]}) tensors into one value per pair, "
-                f"({len(f)},), but gave {shape}"
+                f"({len(f)},), but returned {shape}"
             )
         return found
 
@@ -150,7 +150,9 @@ def _rule_of(function: Callable[[Tensor, Tensor], Tensor]) -> SimilarityRule:
         point = f.detach().requires_grad_()
         found = values(point, r)
         if not found.requires_grad:
-            raise InputError("the similarity function must be differentiable in its first argument; it is constant")
+            raise InputError(
+                "the similarity function must be differentiable with respect to its first argument, but it is constant"
+            )
         return torch.autograd.grad(found.sum(), point)[0]
 
     def scores(f: Tensor, bank: Tensor) -> Tensor:
@@ -369,8 +371,8 @@ def embedding_of(output: Any) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim != 2:
         what = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise InputError(
-            f"forward_func must return one embedding per image, (N, D), but returns {what}; pass the part of the "
-            "model that does (model.encode_image for CLIP, or a function that selects the embedding)"
+            f"forward_func must return one embedding per image, (N, D), but it returns {what}; pass the part of the "
+            "model that returns the embedding (model.encode_image for CLIP, or a function that selects it)"
         )
     return output
 
@@ -754,7 +756,9 @@ class FeatureActivationMap(LayerAttribution):
         with tqdm(desc="images", unit="img", disable=not show_progress) as bar:
             for batch in batches(source, self.batch_size):
                 if batch.labels is None:
-                    raise InputError("labels are missing: pass labels=, or a folder, data set or loader that has them")
+                    raise InputError(
+                        "labels are missing; pass labels=, or a folder, data set or loader that includes them"
+                    )
                 images = placed(batch.images, find_model(self.forward_func))
                 parts = halving(lambda part: self._embed(part, None), images, lambda part: part.chunk(2))
                 embeddings = torch.cat(parts)
@@ -780,7 +784,7 @@ class FeatureActivationMap(LayerAttribution):
         if not isinstance(references, Tensor) or references.ndim != 2 or not references.is_floating_point():
             raise InputError(f"references must be a floating-point tensor (K, D), got {shape}")
         if not len(references):
-            raise InputError("references has no row; pass at least one reference embedding")
+            raise InputError("references is empty; pass at least one reference embedding")
         if references.shape[1] != embedding.shape[1]:
             raise InputError(
                 f"references have width {references.shape[1]}, but forward_func returns embeddings of width "
@@ -790,7 +794,9 @@ class FeatureActivationMap(LayerAttribution):
         if not bank.isfinite().all():
             raise InputError(f"references contain NaN or infinite values in rows {_rows(~bank.isfinite().all(1))}")
         if self._rule().free_of_length and not bank.any(1).all():
-            raise InputError(f"references rows {_rows(~bank.any(1))} are all zero, which has no direction to compare")
+            raise InputError(
+                f"references rows {_rows(~bank.any(1))} are all zero and have no direction to compare; remove them"
+            )
         return bank
 
     def _explain(

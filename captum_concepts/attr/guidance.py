@@ -48,7 +48,7 @@ def named_sets(given: Any, what: str, read: Read) -> dict[str, ImageSource]:
 def _opened(name: str, source: Any, read: Read) -> ImageSource:
     if isinstance(source, Concept):
         if source.data_iter is None:
-            raise InputError(f"the captum Concept {name!r} has no data_iter; pass it a DataLoader of images")
+            raise InputError(f"the captum Concept {name!r} has no data_iter; construct it with a DataLoader of images")
         source = source.data_iter
     if hasattr(source, "__next__") and not hasattr(source, "read"):
         raise InputError(f"{name!r} is an iterator, which can be read only once; pass a list or a DataLoader")

@@ -70,7 +70,7 @@ class LayerChannels:
         words = dict(labels or {})
         unknown = [key for key in words if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < count]
         if unknown:
-            raise InputError(f"labels are words by channel number, 0 to {count - 1}; got {unknown[:5]!r}")
+            raise InputError(f"labels must map channel indices, 0 to {count - 1}, to names; got {unknown[:5]!r}")
         self.concepts = [f"{words[k]} (channel {k})" if k in words else f"channel {k}" for k in range(count)]
         self.labels = {self.concepts[k]: word for k, word in words.items()}
 

@@ -168,7 +168,9 @@ class ConceptAudit:
             InputError: the audit was made without labels.
         """
         if self.suspected is None:
-            raise InputError("suspects need the true classes; pass labels= to audit_dataset, or a data set with labels")
+            raise InputError(
+                "suspects require the true classes; pass labels= to audit_dataset, or a data set with labels"
+            )
         return list(self.suspected)
 
     def to_records(self, kind: str = "drivers") -> list[dict[str, Any]]:
@@ -282,7 +284,7 @@ class ConceptAudit:
             lines += [f"    {suspect.sentence()}" for suspect in self.suspected[:5]]
         if self.not_told_apart:
             lines.append(
-                f"  not tested, since the explainer does not tell which images show them: "
+                "  not tested, because the explainer does not separate images that show them: "
                 f"{len(self.not_told_apart)} of {len(self.concepts)} concepts ({listing(self.not_told_apart, 5)})"
             )
         return "\n".join(lines)
@@ -352,11 +354,11 @@ def audit_dataset(
         integer("top_k", top_k)
     concepts = unique_names(explainer.concepts, "concept")
     if getattr(explainer, "multi_label", False):
-        raise InputError("an audit needs classes that exclude each other, but this model has multi_label=True")
+        raise InputError("an audit requires mutually exclusive classes, but this model has multi_label=True")
     given = {} if labels is None else {"labels": labels}
     source = inputs_for(model_of(explainer), data, transform=transform, **given)
     if source.streamed:
-        raise InputError("an audit reads some images twice; pass a data set with items by number instead of a stream")
+        raise InputError("an audit reads some images twice; pass an indexable data set instead of a stream")
     if not len(source):
         raise InputError("data contains no images")
     known = class_names if class_names is not None else getattr(explainer, "class_names", None) or source.class_names

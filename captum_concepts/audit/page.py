@@ -36,7 +36,9 @@ def write_page(audit: ConceptAudit, path: str | os.PathLike[str], images: Any, t
     """
     source = None if images is None else open_images(images)
     if source is not None and len(source) != len(audit):
-        raise InputError(f"{len(source)} images for an audit of {len(audit)}; pass the audited ones, in their order")
+        raise InputError(
+            f"{len(source)} images for an audit of {len(audit)}; pass the audited images in the same order"
+        )
 
     def picture(i: int, heatmap: Tensor | None, top: float) -> dict[str, Any]:
         shown = None

@@ -72,7 +72,7 @@ def model_of(explainer: Any) -> Callable[[Tensor], Any]:
     """
     found = getattr(explainer, "forward_func", explainer)
     if not callable(found):
-        raise InputError(f"{type(explainer).__name__} has neither forward_func nor a forward of its own")
+        raise InputError(f"{type(explainer).__name__} has neither forward_func nor its own forward method")
     return found
 
 
@@ -178,7 +178,7 @@ def collect_rows(
 
     rank, size = world()
     if size > 1 and folder is None:
-        raise InputError("several processes need store_path=, a folder that all of them see")
+        raise InputError("several processes require store_path=, a folder that all of them can access")
     starts = list(range(0, len(source), part_size))
     made: dict[int, Rows] = {}
 
@@ -219,7 +219,8 @@ def _check_images(path: Path, rows: Rows, images: Iterator[tuple[str, Tensor]]) 
     for k, (name, image) in enumerate(images):
         if k >= len(codes) or _code(image).tolist() != codes[k]:
             raise ArtifactError(
-                f"{path} belongs to another audit: {name} has other pixels, or was not there; use another store_path"
+                f"{path} belongs to another audit: {name} has different pixels, or was not in it; use another "
+                "store_path"
             )
 
 
@@ -229,7 +230,7 @@ def _read(path: Path, settings: dict[str, Any]) -> Rows:
         changed = {key for key in {*info, *settings} if not _same(info.get(key), settings.get(key), key)}
         if changed:
             what = ", ".join(sorted(changed))[:200]
-            raise ArtifactError(f"{path} belongs to another audit (different: {what}); use another store_path")
+            raise ArtifactError(f"{path} belongs to another audit, with different {what}; use another store_path")
         return Rows(**tensors)
 
 

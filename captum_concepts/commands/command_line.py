@@ -252,7 +252,7 @@ def _models(options: dict[str, Any], as_json: bool) -> Outcome:
 
     if options["find"] is not None:
         if options["model"] is not None:
-            raise InputError("give either MODEL or --find PATTERN")
+            raise InputError("pass either MODEL or --find PATTERN")
         names = find_models(options["find"])
         lines = [f"{source}: {', '.join(found)}" for source, found in names.items() if found]
         return Outcome(json.dumps(names, indent=2) if as_json else "\n".join(lines))
@@ -311,7 +311,7 @@ def _report(options: dict[str, Any], as_json: bool) -> Outcome:
 
         missing = [what for what, given in (("--model", options["model"]), ("IMAGE", options["images"])) if not given]
         if missing:
-            raise InputError(f"give {' and '.join(missing)}, or --explanations PATH")
+            raise InputError(f"pass {' and '.join(missing)}, or --explanations PATH")
         made = explain(ExplainSettings(**options))
         done = len(made["explained"])
         lines = [line_of(entry) for entry in made["explained"]]

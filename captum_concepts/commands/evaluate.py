@@ -85,8 +85,8 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     matched = [known[row] for row in columns]
     if not matched:
         raise InputError(
-            f"no name of the data set ({', '.join(known[:8])}, ...) is one of the explainer's "
-            f"({', '.join(list(explainer.concepts)[:8])}, ...); give --words, or --classes with the data set's names"
+            f"none of the data set's concepts ({', '.join(known[:8])}, ...) is one of the explainer's "
+            f"({', '.join(list(explainer.concepts)[:8])}, ...); pass --words, or --classes with the data set's names"
         )
     print(f"{len(matched)} of the {len(known)} concepts of the data set can be explained", file=sys.stderr)
     total = len(data) if settings.limit is None else min(settings.limit, len(data))
@@ -121,22 +121,22 @@ def open_data(settings: EvaluateSettings, preprocessing: Preprocessing) -> tuple
     if settings.data.startswith("demo:"):
         number = settings.data.removeprefix("demo:scenes:")
         if not number.isdigit() or int(number) < 1:
-            raise InputError(f"{settings.data!r} is not demo:scenes:N, N a number of scenes")
+            raise InputError(f"{settings.data!r} is not demo:scenes:N, where N is a number of scenes")
         settings.refuse(("format", "split", "min_area", "unlabelled"), "it goes with a folder of images and masks")
         side = preprocessing.size[0] if preprocessing.size else 224
         scenes = CaptionedScenes(int(number), seed=settings.seed + 1_000_003, size=side)
         return scenes, list(scenes.concepts)
     if settings.format not in FORMATS:
-        raise InputError(f"--format {settings.format!r} is none of {', '.join(FORMATS)}")
+        raise InputError(f"--format {settings.format!r} is not one of {', '.join(FORMATS)}")
     options: dict[str, Any] = {**preprocessing.geometry, "min_area": settings.min_area}
     if settings.split is not None:
         if settings.format == "folder":
-            raise InputError("a folder of images/ and masks/ has no --split")
+            raise InputError("--split does not apply to a folder of images/ and masks/; leave it out")
         options["split"] = settings.split
     if settings.unlabelled is not None:
         if settings.format not in ("folder", "coco"):
             raise InputError(
-                f"--unlabelled is for --format folder and coco; {settings.format} says what its pixels are"
+                f"--unlabelled is for --format folder and coco; {settings.format} defines what its pixels are"
             )
         options["unlabelled"] = settings.unlabelled
     data = FORMATS[settings.format](settings.data, **options)
@@ -221,13 +221,14 @@ def _metric_names(given: str) -> list[str]:
             raise InputError(f"{name} measures a score, not a region; call captum_concepts.metrics.{name} from Python")
         if name in WORD_METRICS:
             raise InputError(
-                f"{name} asks whether words are right, not where; call captum_concepts.metrics.evaluate from Python"
+                f"{name} measures whether concepts are detected, not where; call captum_concepts.metrics.evaluate "
+                "from Python"
             )
         if name not in MASK_METRICS:
             hint = did_you_mean(name, MASK_METRICS)
-            raise InputError(f"no metric {name!r}; there are {', '.join(MASK_METRICS)}.{hint}")
+            raise InputError(f"there is no metric {name!r}; known: {', '.join(MASK_METRICS)}.{hint}")
     if not names:
-        raise InputError(f"--metrics names none; there are {', '.join(MASK_METRICS)}")
+        raise InputError(f"--metrics is empty; pass some of {', '.join(MASK_METRICS)}")
     return names
 
 

@@ -159,8 +159,8 @@ class PictureFolder:
             for key in ("model", "method", "layer", "size", "resize", "classes") if self._earlier else ():
                 if self._earlier.get(key, self._summary[key]) != self._summary[key]:
                     raise InputError(
-                        f"{printable(self.path)} holds explanations of another run ({key}: "
-                        f"{shortened(self._earlier[key])}, not {shortened(self._summary[key])}); give another folder"
+                        f"{printable(self.path)} contains explanations of another run ({key}: "
+                        f"{shortened(self._earlier[key])}, not {shortened(self._summary[key])}); pass another folder"
                     )
             self._stems = self._named()
             self._begun = {str(path.absolute()): self._stems[path] for path in self._images}

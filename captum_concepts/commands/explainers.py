@@ -134,8 +134,8 @@ def _outputs(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor) ->
         outputs = output_tensor(loaded.model(probe))
     if outputs.ndim != 2:
         raise InputError(
-            f"{settings.model} gives {tuple(outputs.shape)}, not (N, classes). Of a model of boxes, pixels or points, "
-            "explain one number per image, from Python: captum_concepts.targets"
+            f"{settings.model} returns {tuple(outputs.shape)}, not (N, classes). For a model of boxes, pixels or "
+            "keypoints, explain one number per image from Python; see captum_concepts.targets"
         )
     names = _class_names(settings, loaded, outputs.shape[1])
     layer = settings.layer or suggest_layer(loaded.model, probe)
@@ -191,14 +191,14 @@ def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, fail
         if settings.words is None or settings.train is None:
             missing = f"no explainer file at {file}; " if file else ""
             raise InputError(
-                f"{missing}words need a translator: to train one, give --words, --encoder and --train DIR (some "
-                "thousand such images)"
+                f"{missing}text concepts need a translator; to train one, pass --words, --encoder and --train DIR "
+                "(some thousand such images)"
             )
         made = fit_words(settings, loaded, failed)
         if file is not None:
             made.save(file)
     if made.concepts is None:
-        raise InputError(f"{file} was fitted without words; give --words and --encoder")
+        raise InputError(f"{file} was fitted without concepts; pass --words and --encoder")
     with torch.no_grad():
         outputs = output_tensor(loaded.model(probe))
     names = _class_names(settings, loaded, outputs.shape[1])
@@ -220,7 +220,7 @@ def fit_words(settings: ModelSettings, loaded: LoadedModel, failed: Failed) -> C
 def encoder_of(settings: ModelSettings) -> Any:
     """The vision-language model of ``--encoder``."""
     if settings.encoder is None:
-        raise InputError("--words needs --encoder: demo:clip, an open_clip name, or FILE.py:FUNCTION")
+        raise InputError("--words requires --encoder: demo:clip, an open_clip name, or FILE.py:FUNCTION")
     return load_encoder(settings.encoder, settings.encoder_weights)
 
 
@@ -232,9 +232,9 @@ def word_list(words: str | Sequence[str]) -> list[str]:
         return read_words(words)
     found = [word.strip() for word in words.split(",") if word.strip()]
     if len(found) == 1 and Path(found[0]).suffix.lower() in (".txt", ".csv", ".json", ".md", ".tsv", ".list"):
-        raise InputError(f"no file of words at {found[0]}")
+        raise InputError(f"there is no concept file at {found[0]}")
     if not found:
         raise InputError(
-            f"--words {shortened(words)} names no word and is no file; give 'stripes, grass, sky' or a file"
+            f"--words {shortened(words)} contains no concept and is not a file; pass 'stripes, grass, sky' or a file"
         )
     return found

@@ -117,15 +117,15 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
     written = {"--output": out, "--save": settings.save, "--explainer": new_explainer(settings)}
     check_outputs(vars(settings), written)
     artifact("--save", settings.save)
-    settings.refuse(("references", "similarity"), "an audit is of a classifier's outputs, not of similarities")
+    settings.refuse(("references", "similarity"), "an audit explains a classifier's outputs, not similarities")
     before = None if settings.against is None else ConceptAudit.load(settings.against)
     if condition is not None and condition[0] != "suspects" and before is None:
-        raise InputError(f"--fail-on {settings.fail_on!r} compares with an earlier audit; give --against FILE")
+        raise InputError(f"--fail-on {settings.fail_on!r} compares with an earlier audit; pass --against FILE")
     has_concepts = settings.explainer is not None or settings.words is not None
     if condition is not None and condition[0] != "accuracy_change" and not has_concepts:
         raise InputError(
-            f"--fail-on {settings.fail_on!r} needs concepts other than the model's own classes, none of which can be a "
-            "shortcut to another; give --explainer, or --words"
+            f"--fail-on {settings.fail_on!r} needs concepts other than the model's own classes, since a class cannot "
+            "be a shortcut to another; pass --explainer or --words"
         )
     loaded = settings.load()
     failed: Failed = []
@@ -145,8 +145,8 @@ def _audited(settings: AuditSettings) -> dict[str, Any]:
     ):
         if names is not None and len(names) != len(folders):
             raise InputError(
-                f"{settings.data} has {len(folders)} class folders and the model {len(names)} outputs; give --classes "
-                "FILE with the names of the outputs, which the folders bear"
+                f"{settings.data} has {len(folders)} class folders, but the model has {len(names)} outputs; pass "
+                "--classes FILE with the names of the outputs, as the folders are named"
             )
         names = list(folders)  # in order, as torchvision's ImageFolder numbers them
     paths = [path for files in folders.values() for path in files] or find_images([settings.data])

@@ -41,7 +41,7 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
     """
     if (settings.concepts is None) == (settings.train is None):
         raise InputError(
-            "give either --concepts DIR (one folder of images a concept), or --train DIR with --encoder and --words"
+            "pass either --concepts DIR (one folder of images per concept), or --train DIR with --encoder and --words"
         )
     out = Path(settings.output)
     check_outputs(vars(settings), {"--output": out})
@@ -62,8 +62,8 @@ def fit_concepts(settings: FitConceptsSettings) -> dict[str, Any]:
 
 def _vectors(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed) -> dict[str, Any]:
     if settings.words is not None or settings.layers is not None:
-        raise InputError("--words and --layers go with --train; for --concepts DIR give one --layer")
-    settings.refuse(("encoder", "encoder_weights"), "they go with --train")
+        raise InputError("--words and --layers are for --train; with --concepts DIR pass one --layer")
+    settings.refuse(("encoder", "encoder_weights"), "they are for --train")
 
     def files(paths: list[Path], what: str) -> ImageSource:
         return readable(loaded.open(paths, normalize=loaded.preprocessing), failed, what)
@@ -72,7 +72,9 @@ def _vectors(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed)
     concepts = {name: files(paths, f"concept {name!r}") for name, paths in folders.items()}
     negatives = None if settings.negatives is None else files(find_images(settings.negatives), "negatives")
     if negatives is None and len(concepts) == 1:
-        raise InputError(f"{settings.concepts} holds one concept only; say what it is told from: --negatives DIR")
+        raise InputError(
+            f"{settings.concepts} contains a single concept; pass --negatives DIR with images to separate it from"
+        )
     layer = settings.layer or suggest_layer(loaded.model, loaded.empty())
     acv = SpatialACV(loaded.model, layer, batch_size=settings.batch_size)
     acv.fit(concepts, negatives, n_random=settings.n_random, seed=settings.seed, show_progress=True)
@@ -94,13 +96,13 @@ def _vectors(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed)
 
 def _words(settings: FitConceptsSettings, loaded: LoadedModel, failed: Failed) -> dict[str, Any]:
     if settings.negatives is not None or settings.layer is not None:
-        raise InputError("--negatives and --layer go with --concepts; for --train DIR give --layers A,B,C")
-    settings.refuse(("n_random", "seed"), "they go with --concepts")
+        raise InputError("--negatives and --layer are for --concepts; with --train DIR pass --layers A,B,C")
+    settings.refuse(("n_random", "seed"), "they are for --concepts")
     made = fit_words(settings, loaded, failed)
     history = made.history_ or {}
     last = {name: round(values[-1], 6) for name, values in history.items() if values}
     words = list(made.concepts or [])
-    said = f"{len(words)} words" if words else "no words yet (give --words to explain)"
+    said = f"{len(words)} concepts" if words else "no concepts yet (pass --words to explain)"
     text = f"CE-FAM translator: {said}, layers {', '.join(map(str, made.layers))}\n" + "\n".join(
         f"{name.replace('_', ' ')}: {value:.4g}" for name, value in last.items()
     )

@@ -48,7 +48,7 @@ def fit_salf(settings: FitSettings) -> dict[str, Any]:
     config = read_config(settings.config)
     out = Path(str(config["output"]))
     if out.exists() and not out.is_dir():
-        raise InputError(f"output {out} is a file; give a folder")
+        raise InputError(f"output {out} is a file; pass a folder")
     if not settings.dry_run:
         files = {f"output, file {name}:": out / name for name in _FILES}
         check_outputs({**config, "config": settings.config}, files, make_folders=False)
@@ -78,20 +78,20 @@ def _check_folders(config: Mapping[str, Any], out: Path) -> None:
     """
     store = Path(str(config["store"]))
     if _inside(store, out) and _inside(out, store):
-        raise InputError(f"output and store are the same folder, {printable(out)}; give each its own")
+        raise InputError(f"output and store are the same folder, {printable(out)}; pass a separate folder for each")
     for name in ("train", "val"):
         images = Path(str(config.get(name)))
         for what, folder in (("output", out), ("store", store)):
             if images.is_dir() and _inside(folder, images):
                 raise InputError(
-                    f"{what} {printable(folder)} lies in the folder of {name}, whose folders are the classes; give "
-                    "another"
+                    f"{what} {printable(folder)} is inside the folder of {name}, whose subfolders are the classes; "
+                    "pass another"
                 )
     there = [name for name in _FILES if (out / name).exists()]
     if there and not _is_ours(out):
         raise InputError(
-            f"output {printable(out)} holds a {there[0]} that is not of a SALF-CBM and would be replaced; give another "
-            "folder"
+            f"output {printable(out)} contains a {there[0]} that does not belong to a SALF-CBM and would be "
+            "overwritten; pass another folder"
         )
 
 
@@ -146,9 +146,9 @@ def report_text(report: Mapping[str, Any]) -> str:
         "# SALF-CBM",
         f"- accuracy: {scores['train']:.1%} on training images, {validation} on validation images",
         f"- concepts: {kept['kept']} of {kept['started']} kept; dropped: {dropped}",
-        f"- validation similarity: {sum(similarity) / len(similarity):.3f} on average, "
-        f"{min(similarity):.3f} to {max(similarity):.3f}; of the maps, cell by cell, {sum(of_maps) / len(of_maps):.3f}",
-        f"- head: {report['head']['nonzeros_per_class']:.3g} weights a class, lam {report['head']['lam']:.3g}",
+        f"- validation similarity: {sum(similarity) / len(similarity):.3f} on average, {min(similarity):.3f} to "
+        f"{max(similarity):.3f}; per grid cell of the maps {sum(of_maps) / len(of_maps):.3f}",
+        f"- head: {report['head']['nonzeros_per_class']:.3g} weights per class, lam {report['head']['lam']:.3g}",
         f"- trust: {report['trust']}",
         *(["", "What to change:", "", *(f"- {line}" for line in report["advice"])] if report["advice"] else []),
         "",

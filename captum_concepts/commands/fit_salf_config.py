@@ -99,30 +99,30 @@ def help_text() -> str:
     """Help on the configuration, with examples."""
     options = ", ".join(sorted(fit_options()))
     return f"""\
-the configuration is JSON; relative paths are relative to the folder the command runs in:
+the configuration is a JSON file; relative paths are relative to the current folder:
 
 {json.dumps(EXAMPLE, indent=2)}
 
-  model, weights, layer, size, resize, num_classes, encoder, encoder_weights, device: as the options of explain
-  train, val: a folder with one folder of images a class, or demo:scenes:N (the bundled synthetic scenes)
-  concepts: a list, a file (one a line, or JSON), or "classes" for "An image of a CLASS"
-  templates: texts with {{}} for the concept; clean: true drops near duplicates;
-  filter: drops what is too long or too similar, e.g. {{"max_length": 30, "class_cutoff": 0.85}};
-    with "similarity": false only by length and class name, for encoders that know certain texts only
-  classes: a file of class names, in the order of the folders
+  model, weights, layer, size, resize, num_classes, encoder, encoder_weights, device: as for explain
+  train, val: a folder with one folder of images per class, or demo:scenes:N (the bundled synthetic scenes)
+  concepts: a list, a file (one per line, or JSON), or "classes" for "An image of a CLASS"
+  templates: texts with {{}} for the concept; clean: true removes near-duplicates
+  filter: removes concepts that are too long or too similar, e.g. {{"max_length": 30, "class_cutoff": 0.85}};
+    "similarity": false filters only by length and class name, for encoders with a fixed vocabulary
+  classes: a file with the class names, in the order of the folders
   prompt: {{"kind": "circle", "crop" or "blur", "grid": 7, "radius": 32, ...}} (RegionPrompt), or one encoder pass per
           image: {{"kind": "dense", "grid": 7}} (DenseRegions)
-  regions_per_image: 11 draws the prompt of 11 cells of each image only, where they differ most from the rest of it
-  skip_unreadable: true looks at every image first and leaves out what cannot be read
-  within_hours: what the dry run works the number of machines out for (default: 24)
-  and of fit_salf_cbm: {options}
+  regions_per_image: 11 prompts only 11 cells of each image, those that differ most from the rest of it
+  skip_unreadable: true reads every image first and leaves out those that cannot be read
+  within_hours: time limit for which the dry run computes the number of machines (default: 24)
+  options of fit_salf_cbm: {options}
 
-without network, in a few minutes:
+an example that runs offline in a few minutes:
 
 {json.dumps(TRIAL, indent=2)}
 
 several processes: torchrun --nproc-per-node 4 -m captum_concepts fit-salf --config FILE
-interrupted or killed, the same command goes on where it was.
+if interrupted or killed, repeat the same command to resume.
 
 """
 
@@ -135,15 +135,15 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(path)
     if not is_there(file):
-        raise InputError(f"no configuration at {file}")
+        raise InputError(f"there is no configuration file at {file}")
     config = read_json(file, dict)
     missing = [name for name in _REQUIRED if config.get(name) is None]
     if missing:
-        raise InputError(f"{file} does not say {', '.join(missing)}; see fit-salf --help for an example")
+        raise InputError(f"{file} lacks {', '.join(missing)}; see fit-salf --help for an example")
     known = [*_OWN, *fit_options()]
     for name in config:
         if name not in known:
-            raise InputError(f"{file} has an unknown entry {name!r}.{did_you_mean(name, known)}")
+            raise InputError(f"{file} has an unknown key {name!r}.{did_you_mean(name, known)}")
     return dict(check_json(config, table({}, {**dict.fromkeys(known, anything), **_TYPES}), str(file), InputError))
 
 
@@ -229,7 +229,7 @@ def _vocabulary(config: Mapping[str, Any], names: list[str], encoder: Any) -> Vo
         made = Vocabulary.from_classes(names)
     elif isinstance(given, str):
         if not is_there(Path(given)):
-            raise InputError(f"no file of concepts at {given}; give a file, a list, or 'classes'")
+            raise InputError(f"there is no concept file at {given}; pass a file, a list, or 'classes'")
         made = Vocabulary.load(given)
     elif isinstance(given, list):
         made = Vocabulary(given)

@@ -85,7 +85,7 @@ def labelled_images(source: Any, size: int, failed: Failed | None = None, *, see
     if source.startswith("demo:"):
         number = source.removeprefix("demo:scenes:")
         if not number.isdigit() or int(number) == 0:
-            raise InputError(f"{source!r} is not demo:scenes:N, N a number of scenes")
+            raise InputError(f"{source!r} is not demo:scenes:N, where N is a number of scenes")
         scenes = CaptionedScenes(int(number), seed=seed, size=size)
         return LabelledImages(scenes, scenes.classes, scenes.labels.tolist())
     folders = class_folders(source)  # raises for a folder without class folders, or with empty ones

@@ -66,7 +66,7 @@ def list_layers(settings: ModelsSettings) -> dict[str, Any]:
         InputError: an unknown model.
     """
     if settings.model is None:
-        raise InputError("name a model, or give --find PATTERN to look for one")
+        raise InputError("pass a model name, or --find PATTERN to search for one")
     loaded = load_model(
         settings.model,
         weights=settings.weights,

@@ -95,7 +95,7 @@ def load_model(
     """
     own = name.startswith("demo:") or ".py:" in name
     if own and num_classes is not None:
-        raise InputError(f"--num-classes is for torchvision and timm names; {name} has the outputs that it has")
+        raise InputError(f"--num-classes is for torchvision and timm names; the number of outputs of {name} is fixed")
     if own and weights is not None and (name.startswith("demo:") or weights == "pretrained"):
         raise InputError(f"--weights {weights}: {name} comes with its weights; leave --weights out")
     if name.startswith("demo:"):
@@ -148,7 +148,7 @@ def _bundled(name: str) -> LoadedModel:
     from captum_concepts.datasets import CaptionedScenes
 
     if name not in ("classifier", "vit"):
-        raise InputError(f"no bundled model {name!r}; there are demo:classifier and demo:vit")
+        raise InputError(f"there is no bundled model {name!r}; pass demo:classifier or demo:vit")
     model = demo.load(name)
     return LoadedModel(model, _preprocessing(model), CaptionedScenes(1, seed=0, size=64).classes)
 
@@ -227,12 +227,12 @@ def _from_zoo(name: str, weights: str | None, num_classes: int | None, random_we
     if not in_torchvision and not timm.is_model(name):
         hint = did_you_mean(name, [*torchvision.models.list_models(module=torchvision.models), *timm.list_models()])
         raise InputError(
-            f"neither torchvision nor timm has a model {name!r}.{hint} A file is given as FILE.py:FUNCTION"
+            f"neither torchvision nor timm has a model {name!r}.{hint} Pass your own model as FILE.py:FUNCTION"
         )
     if weights is None and not random_weights:
         raise InputError(
-            f"{name} has random weights unless you say --weights FILE (local .safetensors or .pt), or --weights "
-            "pretrained (downloads them)"
+            f"{name} has random weights without --weights; pass --weights FILE (local .safetensors or .pt) or "
+            "--weights pretrained (downloads them)"
         )
     pretrained = weights == "pretrained"
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
@@ -298,7 +298,9 @@ def load_encoder(name: str, weights: str | None = None) -> Any:
         check_encoder(made, words=True)
         return made
     if weights is None:
-        raise InputError(f"open_clip's {name} needs --encoder-weights: a local file, or a pretrained tag (downloads)")
+        raise InputError(
+            f"open_clip's {name} requires --encoder-weights: a local file, or a pretrained tag (downloads)"
+        )
     from captum_concepts.vlm import OpenCLIPEncoder
 
     return OpenCLIPEncoder.from_pretrained(name, weights)

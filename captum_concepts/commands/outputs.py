@@ -32,18 +32,18 @@ def check_outputs(
     """
     empty = [name for name, path in outputs.items() if path is not None and not os.fspath(path)]
     if empty:
-        raise InputError(f"{empty[0]} is empty; give the name of a file")
+        raise InputError(f"{empty[0]} is empty; pass the name of a file")
     given = [(name, Path(path)) for name, path in outputs.items() if path is not None]
     for name, path in given:
         what = f"{name} {printable(path)}"
         if os.path.isdir(path):  # noqa: PTH112
-            raise InputError(f"{what} is a folder; give the name of a file")
+            raise InputError(f"{what} is a folder; pass the name of a file")
         if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
             raise InputError(f"{what} cannot be written: it is not a regular file")
         if (used := next(_conflicts(path, read), None)) is not None:
-            raise InputError(f"{what} would replace a file that {used} reads; give another name")
+            raise InputError(f"{what} would overwrite a file that {used} reads; pass another name")
         if any(other != name and _same(path, one) for other, one in given):
-            raise InputError(f"{what} is named twice; give each output its own name")
+            raise InputError(f"{what} is used twice; pass a different name for each output")
         try:
             if make_folders:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def html(option: str, output: str) -> Path:
         InputError: it is a folder, or does not end in ``.html`` or ``.htm``.
     """
     if Path(output).is_dir():
-        raise InputError(f"{output} is a folder; give the name of an HTML file")
+        raise InputError(f"{output} is a folder; pass the name of an HTML file")
     if Path(output).suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{option} {printable(output)} is an HTML page; its name must end in .html")
     return Path(output)
@@ -90,14 +90,14 @@ def check_folder(output: str | os.PathLike[str], read: Mapping[str, Any], files:
         InputError: the folder is searched for images, contains one of them, or is not writable.
     """
     if not os.fspath(output):
-        raise InputError("--output is empty; give the name of a folder")
+        raise InputError("--output is empty; pass the name of a folder")
     out = Path(output)
     shown = printable(out)
     searched = [path for name in _IMAGES for path in _paths(name, read) if path.is_dir()]
     if any(_same(out, folder) for folder in searched) or any(_same(out, file.parent) for file in files):
         raise InputError(
-            f"--output {shown} contains images that are read, and pictures would be written among them; give another "
-            f"folder, such as {printable(out / 'explained')}"
+            f"--output {shown} contains input images, and figures would be written among them; pass another folder, "
+            f"such as {printable(out / 'explained')}"
         )
     try:
         if os.path.lexists(out) and not out.is_dir():

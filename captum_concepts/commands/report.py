@@ -150,7 +150,7 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
         summary = read_index(source)
         entries = [entry for entry in summary["explained"] if "explanation" in entry]
         if not entries:
-            raise InputError(f"{source / EXPLAINED} names no saved explanations; run 'explain' with --save")
+            raise InputError(f"{source / EXPLAINED} lists no saved explanations; run 'explain' with --save")
         names = settings.class_names or summary.get("classes") or None
         shown: dict[str, Any] = {
             key: summary[key] for key in ("model", "method", "layer", "size", "resize") if key in summary
@@ -162,12 +162,14 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
     else:
         if not source.is_file():
             raise InputError(
-                f"no saved explanations at {source}; give a folder of 'explain --save' or a .safetensors file"
+                f"there are no saved explanations at {source}; pass a folder written by 'explain --save' or a "
+                ".safetensors file"
             )
         whole = ConceptExplanation.load(source)
         if len(paths) != len(whole):
             raise InputError(
-                f"{len(paths)} images for the {len(whole)} explanations of {source}; give them in its order"
+                f"{len(paths)} images for the {len(whole)} explanations of {source}; pass one image per explanation, "
+                "in the same order"
             )
         if (order := _other_order(paths, whole.image_names)) is not None:
             raise InputError(f"{source} explains {order}; give the images in its order")
@@ -212,14 +214,14 @@ def _picture(entry: Mapping[str, Any], folder: Path, given: Sequence[Path], size
         return load_image(named[0], size, resize=resize)
     if folder.is_dir() and _resolved(path).is_relative_to(folder.resolve()):
         return load_image(path, size, resize=resize)
-    raise InputError(f"{printable(path)} is not in {folder}; to have it read, name it: report IMAGE --explanations DIR")
+    raise InputError(f"{printable(path)} is not in {folder}; pass it by name: report IMAGE --explanations DIR")
 
 
 def _inside(folder: Path, name: str) -> Path:
     """Path of a file in the folder or its subfolders."""
     file = folder / name
     if _resolved(file) != folder.resolve() / name:  # through a link or a parent folder
-        raise ArtifactError(f"{folder / EXPLAINED} names {shortened(name)}, which is no file of its folder")
+        raise ArtifactError(f"{folder / EXPLAINED} names {shortened(name)}, which is not a file in its folder")
     return file
 
 
@@ -266,7 +268,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         return dict(read_json(folder / EXPLAINED, _INDEX, "an index of 'explain'"))
     except FileNotFoundError:
-        raise InputError(f"no {EXPLAINED} in {folder}; it is written by 'explain --save --output {folder}'") from None
+        raise InputError(
+            f"there is no {EXPLAINED} in {folder}; write it with 'explain --save --output {folder}'"
+        ) from None
 
 
 def _digest(file: Path) -> str:

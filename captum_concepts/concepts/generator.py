@@ -84,15 +84,13 @@ def generate_concepts(
             while len(known) < repeats:
                 answer = generator(question)
                 if not isinstance(answer, str):
-                    raise InputError(
-                        f"the generator must answer with text, got {type(answer).__name__} to {question!r}"
-                    )
+                    raise InputError(f"the generator must return text, got {type(answer).__name__} for {question!r}")
                 known.append(answer)
                 if path is not None:
                     write_atomically(path, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
             found = [concept for answer in known[:repeats] for concept in parse_list(answer)]
             if not found:
-                warnings.warn(f"no concept in the answer to {question!r}", InputWarning, stacklevel=2)
+                warnings.warn(f"the answer to {question!r} contains no concept", InputWarning, stacklevel=2)
             for concept in found:
                 owners = sources.setdefault(concept, [])
                 if name not in owners:

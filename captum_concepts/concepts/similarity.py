@@ -37,7 +37,9 @@ class TextSimilarity:
         self.encoders = list(encoders) if isinstance(encoders, (list, tuple)) else [encoders]
         given = [1.0] * len(self.encoders) if weights is None else [float(w) for w in weights]
         if not self.encoders or len(given) != len(self.encoders) or min(given) < 0 or sum(given) <= 0:
-            raise InputError(f"{len(self.encoders)} encoders need as many weights, not negative; got {weights}")
+            raise InputError(
+                f"{len(self.encoders)} encoders need the same number of non-negative weights; got {weights}"
+            )
         self.weights = [w / sum(given) for w in given]
 
     def __call__(self, first: Sequence[str], second: Sequence[str]) -> Tensor:
@@ -71,8 +73,8 @@ def embed_texts(encoder: Any, texts: Sequence[str], *, distinct: bool = True) ->
     function = encoder.encode_text if hasattr(encoder, "encode_text") else encoder
     if not callable(function) or (function is encoder and hasattr(encoder, "get_text_features")):
         raise InputError(
-            f"{type(encoder).__name__} has no encode_text; see vlm.ImageTextEncoder, and for models of transformers "
-            "vlm.from_transformers"
+            f"{type(encoder).__name__} has no encode_text; see vlm.ImageTextEncoder, or vlm.from_transformers for "
+            "models of the transformers library"
         )
     try:
         found = function(list(texts))
@@ -100,8 +102,8 @@ def _check_distinct(texts: Sequence[str], embeddings: Tensor) -> None:
     for other, text in same_rows(texts, embeddings):
         if " ".join(other.casefold().split()) != " ".join(text.casefold().split()):
             raise InputError(
-                f"the encoder has one and the same embedding for {shortened(other)} and {shortened(text)}; it cannot "
-                "separate them. Shorten them, or remove one"
+                f"the encoder returns the same embedding for {shortened(other)} and {shortened(text)}, so it cannot "
+                "separate them; shorten them, or remove one"
             )
 
 

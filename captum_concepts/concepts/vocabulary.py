@@ -96,13 +96,13 @@ class Vocabulary:
         report: VocabularyReport | None = None,
     ) -> None:
         if isinstance(concepts, str):
-            raise InputError(f"concepts must be a list of texts, got the one text {concepts!r}")
+            raise InputError(f"concepts must be a list of strings, got the single string {concepts!r}")
         if not isinstance(concepts, Iterable):
-            raise InputError(f"concepts must be a list of texts, got {concepts!r}")
+            raise InputError(f"concepts must be a list of strings, got {concepts!r}")
         self.concepts = tuple(concepts)
         if not all(isinstance(concept, str) for concept in self.concepts):
             wrong = next(concept for concept in self.concepts if not isinstance(concept, str))
-            raise InputError(f"concepts must be texts, got {wrong!r}")
+            raise InputError(f"concepts must be strings, got {wrong!r}")
         given = (templates,) if isinstance(templates, str) else None if templates is None else tuple(templates)
         self.templates = None if given is None else tuple(_template(t) for t in given)
         self.sources = {name: tuple(classes) for name, classes in (sources or {}).items()}
@@ -190,7 +190,7 @@ class Vocabulary:
             InputError: no concept is left (the message reports the reasons), or one has no text embedding.
         """
         if isinstance(classes, str):
-            raise InputError(f"classes must be a list of names, got the one text {classes!r}")
+            raise InputError(f"classes must be a list of names, got the single string {classes!r}")
         now = self
         if max_length is not None:
             now = now._with(*filters.drop_too_long(now.concepts, max_length))
@@ -246,8 +246,8 @@ class Vocabulary:
             lost = [concept for concept in self.concepts if "\r" in concept or list(names_in(concept)) != [concept]]
             if lost:
                 raise InputError(
-                    f"{shortened(lost[0])} cannot be a line of a text file, where lines begin with # are comments and "
-                    "spaces around concepts do not count; clean() the vocabulary, or save it as .json"
+                    f"{shortened(lost[0])} cannot be saved in a text file, where lines that begin with # are comments "
+                    "and spaces around concepts are removed; clean() the vocabulary, or save it as .json"
                 )
             write_atomically(path, "\n".join(self.concepts) + "\n")
         elif path.suffix.lower() == ".json":
@@ -302,7 +302,7 @@ class Vocabulary:
             stored = {"templates": saved["templates"], "sources": saved["sources"], "report": report}
             return cls(saved["concepts"], **{**stored, **options})
         except InputError as error:
-            raise ArtifactError(f"{path} is not a vocabulary as save() writes it: {error}") from error
+            raise ArtifactError(f"{path} is not a vocabulary written by save(): {error}") from error
 
 
 def _template(template: str) -> str:
@@ -320,7 +320,7 @@ def _fill(template: str, word: str) -> str:
 
 def _text(path: Path) -> str:
     if not is_there(path):
-        raise FileNotFoundError(f"there is no file of concepts at {path}")
+        raise FileNotFoundError(f"there is no concept file at {path}")
     try:
         return read_text(path)
     except InputError as error:
@@ -342,5 +342,7 @@ def _read(path: Path) -> Iterator[tuple[str, str | None]]:
     groups = found.items() if isinstance(found, dict) else [(None, found)]
     for owner, concepts in groups:
         if not isinstance(concepts, list) or not all(isinstance(concept, str) for concept in concepts):
-            raise ArtifactError(f"{path} must contain a list of texts, or a dictionary of class names and such lists")
+            raise ArtifactError(
+                f"{path} must contain a list of strings, or a dictionary from class names to such lists"
+            )
         yield from ((concept, owner) for concept in concepts)

@@ -62,7 +62,9 @@ def read_ids(path: str | os.PathLike[str], encoding: str = "index") -> Ids:
         raise InputError(f"no label image at {path}")
     with opened_image(path, "a label image") as file:
         if file.format == "JPEG":
-            raise InputError(f"{path} is a JPEG, which changes values: ids of pixels need PNG or another exact format")
+            raise InputError(
+                f"{path} is a JPEG, which changes pixel values; label ids need PNG or another lossless format"
+            )
         mode, pixels = file.mode, np.array(file)
     if encoding == "index":
         if pixels.ndim != 2:
@@ -96,8 +98,8 @@ def check_turn(size: Any, stored: Any, turn: int, mask: str, photo: str) -> None
     """Warn if the size of a mask leaves open whether it was drawn on the pixels as stored or as displayed."""
     if turn != 1 and size == stored and (turn < 5 or stored[0] == stored[1]):
         warnings.warn(
-            f"{photo} is shown turned (EXIF orientation {turn}), and {mask} is taken to be drawn on the pixels as they "
-            "are stored; if it was drawn on the picture as shown, save the photograph without that orientation",
+            f"{photo} is displayed rotated (EXIF orientation {turn}), and {mask} is assumed to match the pixels as "
+            "stored; if it was drawn on the image as displayed, save the photograph without that orientation",
             InputWarning,
             stacklevel=2,
         )

@@ -72,7 +72,7 @@ class Broden(SegmentationDataset):
         labels = {}
         for row in _rows(label, ["number", "name", "category"]):
             if not _NUMBER.fullmatch(row["number"]):
-                raise InputError(f"{label} has the label number {row['number']!r}, which is no number")
+                raise InputError(f"{label} has the label number {row['number']!r}, which is not a number")
             # "object(1203);part(17)" lists each category with its frequency
             labels[int(row["number"])] = row["name"], tuple(re.findall(r"([^;(]+)(?:\([^)]*\))?", row["category"]))
         rows = _rows(index, ["image", "split", *self.categories])
@@ -118,7 +118,7 @@ def _rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
         raise InputError(f"{path} lacks the columns {missing}; it has {reader.fieldnames}")
     short = next((i for i, row in enumerate(rows) if any(row[name] is None for name in columns)), None)
     if short is not None:
-        raise InputError(f"{path} is cut short or broken in row {short + 2}")
+        raise InputError(f"{path} is truncated or damaged in row {short + 2}")
     if not rows:
-        raise InputError(f"{path} holds no rows")
+        raise InputError(f"{path} contains no rows")
     return rows

@@ -83,7 +83,7 @@ class COCOPanoptic(SegmentationDataset):
     ) -> None:
         self.root, self.split = Path(root), split
         if not (things or stuff):
-            raise InputError("things=False and stuff=False leave no concept")
+            raise InputError("things=False and stuff=False leave no concept; pass at least one as True")
         path = self.root / "annotations" / f"panoptic_{split}.json" if annotations is None else Path(annotations)
         self._json = require(path, tree=_TREE, where=_WHERE)
         self._images = Path(images) if images is not None else self.root / split
@@ -94,7 +94,7 @@ class COCOPanoptic(SegmentationDataset):
         index = check_json(read_json(path, dict), _SCHEMA, what, InputError)
         categories = {c["id"]: (c["name"], bool(c.get("isthing", 1))) for c in index["categories"]}
         if len(categories) != len(index["categories"]):
-            raise InputError(f"{path} has several categories of one id")
+            raise InputError(f"{path} has several categories with the same id")
         # Categories may start from 0, which is void in the PNG, so void pixels get an id that no category has.
         self._nothing = next(i for i in itertools.count() if i not in categories)
         self.background = frozenset({self._nothing})

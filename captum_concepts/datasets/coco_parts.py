@@ -77,7 +77,7 @@ class COCOParts(SegmentationDataset):
         for file in files:
             self._items += _read(require(file, tree=_TREE, where=_WHERE), ids)
         if not self._items:
-            raise InputError(f"{self.annotations} names no image")
+            raise InputError(f"{self.annotations} lists no image")
         super().__init__({i: name for name, i in ids.items()}, **options)
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ def _read(file: Path, ids: dict[str, int]) -> list[tuple[str, str, tuple[int, in
     found = check_json(read_json(file, dict), _SCHEMA, what, InputError)
     names = {c["id"]: ids.setdefault(c["name"], len(ids) + 1) for c in found["categories"]}
     if len(names) != len(found["categories"]):
-        raise InputError(f"{file} has several categories of one id")
+        raise InputError(f"{file} has several categories with the same id")
     segments: dict[Any, list[tuple[int, Any]]] = {image["id"]: [] for image in found["images"]}
     for a in found["annotations"]:
         if a["image_id"] not in segments or a["category_id"] not in names:

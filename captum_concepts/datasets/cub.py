@@ -68,7 +68,7 @@ class CUB(SegmentationDataset):
         parts = dict(self._pairs("parts/parts.txt"))
         kept = sorted(i for i in files if split is None or train.get(i) == (split == "train"))
         if not kept:
-            raise InputError(f"{self.root / 'train_test_split.txt'} puts no image into split={split!r}")
+            raise InputError(f"{self.root / 'train_test_split.txt'} assigns no image to split={split!r}")
         missing = [i for i in kept if i not in labels]
         if missing:
             raise InputError(f"{self.root / 'image_class_labels.txt'} has no label of image {missing[0]}")
@@ -83,7 +83,7 @@ class CUB(SegmentationDataset):
         part_rows = {i: row for row, i in enumerate(sorted(parts))}
         for i, part, x, y, visible in places.tolist():
             if int(part) not in part_rows:
-                raise InputError(f"{self.root / 'parts/part_locs.txt'} has the part {part:g}, which parts.txt does not")
+                raise InputError(f"{self.root / 'parts/part_locs.txt'} has part {part:g}, which is not in parts.txt")
             if int(i) in order:
                 self._points[order[int(i)], part_rows[int(part)]] = x, y, visible
         self.attribute_names, self.attributes, self.certainty = self._read_attributes(order)
@@ -121,7 +121,7 @@ class CUB(SegmentationDataset):
         lines = [line.split(maxsplit=1) for line in read_text(path).split("\n") if line.strip()]
         bad = next((i for i, line in enumerate(lines) if len(line) != 2 or not _NUMBER.fullmatch(line[0])), None)
         if bad is not None or not lines:
-            raise InputError(f"{path} must have lines of a number and a name; line {(bad or 0) + 1} has not")
+            raise InputError(f"{path} must have a number and a name on every line; line {(bad or 0) + 1} does not")
         return [(int(i), text.strip()) for i, text in lines]
 
     def _numbers(self, name: str, columns: int) -> np.ndarray[Any, Any]:

@@ -161,7 +161,7 @@ class PascalVOC(SegmentationDataset):
             raise InputError(f"split={split!r} must be one of {known} in {lists}.{did_you_mean(split, known)}")
         self._names = read_text(lists / f"{split}.txt").split()
         if not self._names:
-            raise InputError(f"{lists / split}.txt names no image")
+            raise InputError(f"{lists / split}.txt lists no image")
         super().__init__({i + 1: name for i, name in enumerate(VOC_CLASSES)}, **options)
 
     def __len__(self) -> int:
@@ -179,7 +179,7 @@ def _voc_root(root: Path) -> Path:
         for inner in (root / "VOCdevkit", root):
             years = sorted(inner.glob("VOC*/JPEGImages"))
             if len(years) > 1:
-                raise InputError(f"{inner} holds several years, choose one: {[str(y.parent) for y in years]}")
+                raise InputError(f"{inner} contains several years; choose one: {[str(y.parent) for y in years]}")
             if years:
                 return years[0].parent
     return root

@@ -76,7 +76,7 @@ class ImageNetS(SegmentationDataset):
             for image, mask in paired(images / wnid, masks / wnid):
                 self._files.append((image, mask, index[wnid], classes.get(wnid)))
         if not self._files:
-            raise InputError(f"{images} holds no class folders. Expected tree:\n{_TREE}")
+            raise InputError(f"{images} contains no class folders. Expected tree:\n{_TREE}")
         super().__init__(dict(enumerate(names_of(self.wnids), start=1)), **options)
 
     def __len__(self) -> int:
@@ -99,13 +99,13 @@ def _class_table(root: Path, given: Any, folders: list[str]) -> list[str]:
             return folders
         else:
             raise InputError(
-                f"{root} holds {len(folders)} class folders, so the class ids cannot be read off them: put {pattern} "
-                f"into it or give categories=, from {_WHERE}"
+                f"{root} contains {len(folders)} class folders, so the class ids cannot be inferred from them; add "
+                f"{pattern} to it or pass categories=, from {_WHERE}"
             )
     wnids = read_text(Path(given)).split() if isinstance(given, (str, os.PathLike)) else [str(w) for w in given]
     wrong = [w for w in wnids if not re.fullmatch(r"n\d{8}", w)]
     if wrong or not wnids or len(set(wnids)) < len(wnids):
         what = f"got {wrong[:3]}" if wrong else "one is named twice" if wnids else "it is empty"
         raise InputError(f"the class table {given if isinstance(given, (str, os.PathLike)) else 'categories='} must "
-                         f"hold one WordNet id (n01443537) a line: {what}")  # fmt: skip
+                         f"contain one WordNet id (n01443537) per line: {what}")  # fmt: skip
     return wnids

@@ -88,7 +88,7 @@ class ImageNetSegmentation(SegmentationDataset):
         except _BROKEN as error:
             raise InputError(f"{source} cannot be read: {error}") from error
         if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
-            raise InputError(f"{source} must be a uint8 RGB picture, got {pixels.dtype} {pixels.shape}")
+            raise InputError(f"{source} must be a uint8 RGB image, got {pixels.dtype} {pixels.shape}")
         layer = Layer(_binary(mask), f"value/gt of {source}")
         return Annotation(np.ascontiguousarray(pixels), [layer], f"{i}", label=label, label_id=1)
 
@@ -99,13 +99,13 @@ class ImageNetSegmentation(SegmentationDataset):
                 h5py = import_module("h5py")  # optional, and without types
             except ImportError as error:
                 raise InputError(
-                    f"{self.path.name} is an HDF5 file: install h5py (pip install h5py), or give a folder converted "
+                    f"{self.path.name} is an HDF5 file: install h5py (pip install h5py), or pass a folder converted "
                     f"elsewhere:\n{_TREE}"
                 ) from error
             try:
                 self._open = os.getpid(), h5py.File(self.path, "r")
             except OSError as error:
-                raise InputError(f"{self.path} is broken or no MATLAB v7.3 (HDF5) file: {error}") from error
+                raise InputError(f"{self.path} is damaged or not a MATLAB v7.3 (HDF5) file: {error}") from error
         return self._open[1]
 
     def _read_index(self) -> list[tuple[int, int | None]]:
@@ -128,7 +128,7 @@ class ImageNetSegmentation(SegmentationDataset):
             ) from error
         kept: list[tuple[int, int | None]] = [(i, label) for i, label in enumerate(labels) if label is not None]
         if not kept:
-            raise InputError(f"no picture of {self.path} has a class of ImageNet-1k")
+            raise InputError(f"no image of {self.path} has a class of ImageNet-1k")
         return kept
 
 

@@ -69,7 +69,7 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
                 raise InputError(f"unknown concept {name!r} among {len(by_name)}.{did_you_mean(name, by_name)}")
         self.reading = Reading(size, resize=resize, interpolation=interpolation, crop=crop)
         if not isinstance(min_area, (int, float)) or not 0 <= min_area < 1:
-            raise InputError(f"min_area={min_area!r} must be a share of the picture in [0, 1)")
+            raise InputError(f"min_area={min_area!r} must be a fraction of the image in [0, 1)")
         self.min_area = float(min_area)
         self.regions = one_of("regions", regions, REGIONS)
         self._known = frozenset(names)
@@ -132,7 +132,7 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
             values = _values(ids)
             unknown = [v for v in values if v not in self._known | self.void | self.background | {OUTSIDE}]
             if unknown:
-                raise InputError(f"{layer.source} holds the label ids {unknown[:8]}, which the index does not name")
+                raise InputError(f"{layer.source} contains the label ids {unknown[:8]}, which the index does not list")
             for value in values:
                 if value in self.void or value == OUTSIDE:
                     void |= ids == value
@@ -143,7 +143,7 @@ class SegmentationDataset(Dataset[SegmentedImage], ABC):
 
     def _label_row(self, annotation: Annotation) -> int:
         if annotation.label_id is None:
-            raise InputError(f'regions="label" needs a class for each picture, but {type(self).__name__} has none')
+            raise InputError(f'regions="label" needs a class for each image, but {type(self).__name__} has none')
         if annotation.label_id not in self._row:
             raise InputError(
                 f"the class of {annotation.name} is not among the concepts; regions='label' needs them all"

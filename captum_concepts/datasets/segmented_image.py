@@ -128,7 +128,9 @@ def collate_segmented(items: Sequence[SegmentedImage]) -> SegmentedBatch:
     """
     sizes = sorted({tuple(item.image.shape[-2:]) for item in items})
     if len(sizes) != 1:
-        raise InputError(f"a batch needs images of one size, got {sizes or 'no images'}: give the data set size=")
+        raise InputError(
+            f"a batch needs images of one size, got {sizes or 'no images'}; construct the data set with size="
+        )
     first = items[0]
     labels = [item.label for item in items]
     ignore = torch.stack([item.ignore for item in items])

@@ -24,7 +24,7 @@ def inside(folder: Path, name: str, index: str | Path) -> Path:
         InputError: the name leads out of the folder.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{index} names {shortened(str(name))}, which is not in {folder}, and is not followed")
+        raise InputError(f"{index} names {shortened(str(name))}, which is not in {folder}, so it is not read")
     return folder / name
 
 

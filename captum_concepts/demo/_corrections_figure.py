@@ -62,7 +62,7 @@ def corrections_figure(model: SALFCBM, found: Sequence[Correction], title: str, 
 
 
 def _rules(canvas: FigureCanvas, model: SALFCBM, names: list[str], top: float, width: float) -> None:
-    canvas.text(_MARGIN, top, Fitted("What each class goes by: the largest weights of its sparse rule", NAME),
+    canvas.text(_MARGIN, top, Fitted("What each class relies on: the largest weights of its sparse rule", NAME),
                 ha="left", va="top", fontweight="bold")  # fmt: skip
     rules = [model.decision_rules(c, _RULES) for c in range(len(names))]
     weights = [weight for rule in rules for _, weight in rule]
@@ -82,7 +82,7 @@ def _correction(canvas: FigureCanvas, c: Correction, names: list[str], columns: 
     picture = at_print_size(c.image, _CELL)
     axes = canvas.picture((columns[0], y, _CELL, _CELL), picture, "input", (c.image.shape[-2], c.image.shape[-1]))
     canvas.outline(axes, frame(c.box))
-    _caption(canvas, middle[0], y, f"called {c.called}", f"in truth: {c.truth}", _CELL)
+    _caption(canvas, middle[0], y, f"predicted: {c.called}", f"true label: {c.truth}", _CELL)
     _caption(canvas, columns[1] + _BAR / 2 - 0.2, y, "seen in the box", "standard deviations", _BAR + 0.9)
     top = max(v for _, v in c.seen)
     colours = [POSITIVE if word == c.concept else ABSENT for word, _ in c.seen]
@@ -94,7 +94,7 @@ def _correction(canvas: FigureCanvas, c: Correction, names: list[str], columns: 
     for x, heat in ((columns[2], c.map_before), (columns[3], c.map_after)):
         canvas.picture((x, y, _CELL, _CELL), blend(picture, heat, scale), c.concept)
     canvas.colorbar(columns[3] + _CELL + BAR_GAP, y, _CELL, scale)
-    _caption(canvas, columns[4] + 0.35, y, "class", "grey before, coloured after the edit", 2.4)
+    _caption(canvas, columns[4] + 0.35, y, "class", "gray before, colored after the edit", 2.4)
     pitch = _CELL / len(names)
     for k, name in enumerate(names):
         bold = "bold" if name in (c.truth, c.called) else "normal"

@@ -137,7 +137,7 @@ class PhotoResult:
     def __str__(self) -> str:
         lines = [f"{one.photo}: {one.predicted} ({one.probability:.2f})" for one in self.photos]
         lines += [f"{one['image']}: not read ({one['reason']})" for one in self.skipped]
-        return "\n".join([*lines, f"what, where and how much on one page: {self.page}"])
+        return "\n".join([*lines, f"all explanations on one page: {self.page}"])
 
 
 def explain_photos(

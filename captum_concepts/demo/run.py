@@ -65,7 +65,7 @@ class DemoResult:
         return {"output": str(self.output), "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        head = ["method", "model", "explained", "regions", "NRA", "NRA of a centre Gaussian", "EPG", "specificity"]
+        head = ["method", "model", "explained", "regions", "NRA", "NRA of a centered Gaussian", "EPG", "specificity"]
         cells = []
         for r in self.rows:
             special = "" if r.specificity is None else f"{r.specificity:.2f}"
@@ -75,7 +75,7 @@ class DemoResult:
         lines = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) for line in [head, *cells]]
         lines.insert(1, "-" * len(lines[0]))
         pictures = "\n".join(f"  {self.output / r.picture}" for r in self.rows)
-        return "\n".join(lines) + f"\n\nPictures:\n{pictures}\n\nPage (open it in a browser):\n  {self.output / PAGE}"
+        return "\n".join(lines) + f"\n\nFigures:\n{pictures}\n\nPage (open it in a browser):\n  {self.output / PAGE}"
 
 
 def run_demo(output: str | os.PathLike[str] = "demo_output", *, seed: int = 0) -> DemoResult:
@@ -117,7 +117,7 @@ def few_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
             out / f"fam_{name}.png",
             f"FAM, refined: similarity to class prototypes, {name} {layer}",
         )
-        question = "class of the main object, 5 examples a class"
+        question = "class of the main object, 5 examples per class"
         rows.append(_row("FAM", name, question, maps, queries.object_masks[:, 0], picture))
     return rows
 
@@ -130,8 +130,8 @@ def zero_shot(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     text = clip.encode_text(scenes.concepts)
     fam = FeatureActivationMap(clip, layer, text, reference_names=scenes.concepts, normalize="l1")
     explanation = fam.explain(queries.image)
-    picture = _picture(queries.image, explanation, out / "fam_clip.png", "FAM: similarity to words, CLIP image tower")
-    return [_concept_row("FAM", "clip", "21 words", fam.concept_maps(queries.image), queries, picture)]
+    picture = _picture(queries.image, explanation, out / "fam_clip.png", "FAM: similarity to text, CLIP image encoder")
+    return [_concept_row("FAM", "clip", "21 concepts", fam.concept_maps(queries.image), queries, picture)]
 
 
 def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
@@ -145,12 +145,12 @@ def textures(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     columns = [scenes.concepts.index(word) for word in words]
     significant = torch.as_tensor(acv.significant_)[[words.index(c) for c in explanation.concepts]]
     picture = _picture(
-        queries.image, explanation, out / "sacv_classifier.png", "SACV: where layer2 sees each texture",
+        queries.image, explanation, out / "sacv_classifier.png", "SACV: where layer2 encodes each texture",
         class_names=scenes.classes, significant=significant,
     )  # fmt: skip
     one = queries._replace(masks=queries.masks[:, columns], presence=queries.presence[:, columns])
     maps = acv.concept_maps(queries.image, words)
-    return [_concept_row("SACV", "classifier", "4 textures, from tiles", maps, one, picture)]
+    return [_concept_row("SACV", "classifier", "4 textures, from example tiles", maps, one, picture)]
 
 
 def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
@@ -170,9 +170,9 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
         cefam.calibrate(known.image, known.presence)
         maps = cefam.attribute(queries.image)
         predicted = model(queries.image).argmax(1)
-        title, chosen = "CE-FAM: what, where and how much for the true class", list(range(SHOWN))
+        title, chosen = "CE-FAM: what, where and how much, for the true class", list(range(SHOWN))
         if name == "classifier-spurious":
-            title = "CE-FAM: wrong predictions; what supports (red) and opposes (blue) the true class"
+            title = "CE-FAM: wrong predictions, and what supports (red) and opposes (blue) the true class"
             wrong = torch.nonzero(predicted != queries.label).flatten()[:12]
             grounds = scenes.concept_groups["ground"]
             against = cefam.contributions(queries.image[wrong], target=queries.label[wrong], concepts=grounds)
@@ -181,15 +181,15 @@ def words_and_grounds(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
             chosen = wrong[ground.argsort()[:SHOWN]].tolist()
         images, target = queries.image[chosen], queries.label[chosen]
         named = [(scenes.classes[int(queries.label[i])], scenes.classes[int(predicted[i])]) for i in chosen]
-        titles = [true if true == said else f"{true}, called {said}" for true, said in named]
+        titles = [true if true == said else f"{true}, predicted as {said}" for true, said in named]
         explanation = cefam.explain(images, target=target, top_k=len(scenes.concepts))
         picture = _picture(
             images, explanation, out / f"ce_fam_{name}.png", title, class_names=scenes.classes, image_names=titles
         )
-        rows.append(_concept_row("CE-FAM", name, "21 words", maps, queries, picture))
+        rows.append(_concept_row("CE-FAM", name, "21 concepts", maps, queries, picture))
     settings = {"model": name, "layers": layers, "training images": len(training), "seed": scenes.seed}
     report(
-        explanation, images, out / PAGE, title="Wrong predictions, in words", class_names=scenes.classes,
+        explanation, images, out / PAGE, title="Wrong predictions, explained by concepts", class_names=scenes.classes,
         image_names=titles, settings=settings,
     )  # fmt: skip
     return rows
@@ -205,16 +205,16 @@ def rules_and_corrections(scenes: CaptionedScenes, out: Path) -> list[DemoRow]:
     found = show_and_tell.find_corrections(model, search)
     right = float((show_and_tell.logits(model, search.image).argmax(1) == search.label).float().mean())
     note = (
-        f"SALFCBM   ·   trained on {show_and_tell.TRAIN} scenes, right on {right:.1%} of {len(search.label)} others   "
-        f"·   {found.corrected} of the {found.wrong} wrong predictions are corrected by taking one concept, "
-        "which is not there, back to its usual value in one box"
+        f"SALFCBM   ·   trained on {show_and_tell.TRAIN} scenes, accuracy {right:.1%} on {len(search.label)} others   "
+        f"·   {found.corrected} of the {found.wrong} wrong predictions are corrected by resetting one absent concept "
+        "to its usual value in one box"
     )
-    title = "SALF-CBM: what a model goes by, and wrong predictions corrected by one edit of one concept in one box"
+    title = "SALF-CBM: what a model relies on, and wrong predictions corrected by editing one concept in one box"
     name = "salf_cbm_classifier.png"
     save_figure(corrections_figure(model, found.shown, title, note), out / name)
     queries = scenes.stack()
     maps = model.concept_maps(queries.image).detach()
-    return [_concept_row("SALF-CBM", "classifier", "21 words", maps, queries, name)]
+    return [_concept_row("SALF-CBM", "classifier", "21 concepts", maps, queries, name)]
 
 
 def texture_guidance(known: CaptionedScenes, most: int = 100) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

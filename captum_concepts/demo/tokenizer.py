@@ -40,7 +40,7 @@ class WordTokenizer:
     def __init__(self, words: Sequence[str], context_length: int = 24) -> None:
         self.words = list(words)
         if not self.words or len(set(self.words)) != len(self.words):
-            raise InputError("words must be a list of at least one word without repetition")
+            raise InputError("words must be a non-empty list of distinct words")
         self.context_length = int(context_length)
         self._ids = {word: i + 2 for i, word in enumerate(self.words)}
 
@@ -56,7 +56,7 @@ class WordTokenizer:
         for row, text in zip(ids, texts, strict=True):
             words = _WORD.findall(text.lower())
             if not words:
-                raise InputError(f"the text {text!r} has no word")
+                raise InputError(f"the text {text!r} contains no word")
             if len(words) + 2 > length:
                 raise InputError(f"the text {text!r} has {len(words)} words; at most {length - 2} fit")
             for word in words:

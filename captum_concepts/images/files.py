@@ -56,7 +56,7 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     for one in given:
         path = Path(one)
         if not str(one):
-            raise InputError("the path of the images is empty; pass '.' for the folder you are in")
+            raise InputError("the path of the images is empty; pass '.' for the current folder")
         try:
             is_folder, is_file = path.is_dir(), path.is_file()
         except OSError as error:  # a name that is too long, for example
@@ -77,7 +77,7 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
             raise InputError(f"no file or folder at {printable(path)}")
     if not files:
         shown = ", ".join(map(printable, given[:5])) or "an empty list"
-        raise InputError(f"no image in {shown}; image files end in {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"there is no image in {shown}; image files end in {', '.join(IMAGE_SUFFIXES)}")
     return files
 
 
@@ -89,10 +89,12 @@ def class_folders(root: str | os.PathLike[str]) -> dict[str, list[Path]]:
     """
     root = Path(root)
     if not os.path.isdir(root):  # noqa: PTH112 - unlike Path.is_dir, False for a name that is too long
-        raise InputError(f"no folder at {printable(root)}")
+        raise InputError(f"there is no folder at {printable(root)}")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not _is_junk(path.name))
     if not folders:
-        raise InputError(f"{root} contains no folders; put the images of each class into a folder named like the class")
+        raise InputError(
+            f"{root} contains no folders; put the images of each class into a folder named after the class"
+        )
     return {folder.name: find_images(folder) for folder in folders}
 
 
@@ -337,7 +339,7 @@ def load_photograph(path: str | os.PathLike[str], reading: Reading, longest: int
         (torch.Size([3, 400, 600]), (200.0, 0.0, 1000.0, 800.0), (100.0, 0.0, 500.0, 400.0))
     """
     if reading.transform is not None:
-        raise InputError("a transform does not say which part of the photograph it shows; pass size= and resize=")
+        raise InputError("the part of the photograph that a transform shows is unknown; pass size= and resize= instead")
     with opened_image(path) as image:
         width, height = image.size
         scale = min(longest / max(width, height), 1.0)

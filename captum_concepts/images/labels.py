@@ -110,7 +110,7 @@ def class_name(label: Label, names: Sequence[str]) -> str:
     if isinstance(label, str):
         return label
     if not 0 <= label < len(names):
-        raise InputError(f"label {label} is the number of no class: there are {len(names)}, 0 to {len(names) - 1}")
+        raise InputError(f"label {label} is out of range: there are {len(names)} classes, 0 to {len(names) - 1}")
     return names[label]
 
 

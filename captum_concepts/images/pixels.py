@@ -83,7 +83,7 @@ class Reading:
         if self.transform is not None and not callable(self.transform):
             raise InputError(f"transform must be a function of an image, got {type(self.transform).__name__}")
         if self.transform is not None and self.size is not None:
-            raise InputError("size and transform were both given; let the transform resize, or leave it out")
+            raise InputError("size and transform were both passed; resize in the transform, or leave one of them out")
 
     # ---------------------------------------------------------------------------------------- files and PIL images
 
@@ -214,7 +214,8 @@ class Reading:
             return
         if images.shape[-1] in (1, 3, 4):
             raise InputError(
-                f"images have shape {tuple(images.shape)}, channels last; pass channels first: images.movedim(-1, -3)"
+                f"images have shape {tuple(images.shape)}, channels last; pass channels first, as in "
+                "images.movedim(-1, -3)"
             )
         example = (0, 1, 2) if channels > 3 else (0,)
         raise InputError(
@@ -366,15 +367,15 @@ def _range(pixels: NDArray[Any], sixteen: bool) -> tuple[float, float]:
     if sixteen:
         return 0, 65535
     if not np.isfinite(pixels).all():
-        raise InputError("the image contains NaN or infinite pixels; replace them")
+        raise InputError("the image contains NaN or infinite pixels; replace them first")
     low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
     whole = pixels.dtype.kind in "iu"
     if not whole and low >= -1e-3 and high <= 1 + 1e-3:
         return 0, 1
     if low < 0 or high > 2**31 - 1 or (not whole and high > 65535):
         raise InputError(
-            f"the image has {'integer' if whole else 'float'} pixels from {low:g} to {high:g}, and which of them is "
-            "black and white is not known; pass value_range=(darkest, brightest)"
+            f"the image has {'integer' if whole else 'float'} pixels from {low:g} to {high:g}, and it is unknown "
+            "which of them are black and white; pass value_range=(darkest, brightest)"
         )
     top = 255 if high <= 255 else 65535 if high <= 65535 else 2**31 - 1
     if top == 255 or (not whole and not (pixels == np.round(pixels)).all()):

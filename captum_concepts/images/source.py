@@ -94,8 +94,8 @@ class ImageSource(Dataset[Tensor]):
     def __len__(self) -> int:
         if self._index is None:
             raise _NoLength(
-                "these images come from a stream, which has no length; iterate it, or pass a data set with items by "
-                "number, such as a list"
+                "these images come from a stream, which has no length; iterate over it, or pass an indexable data "
+                "set, such as a list"
             )
         return len(self._positions())
 
@@ -145,7 +145,9 @@ class ImageSource(Dataset[Tensor]):
     def names(self) -> list[str]:
         """One name per image, the end of its path that makes it unique, else "image 0" and so on."""
         if self._index is None:
-            raise InputError("these images come from a stream; their names are those of the batches")
+            raise InputError(
+                "these images come from a stream, so their names are known only per batch; iterate over it"
+            )
         return [self._name(i) for i in self._positions()]
 
     @property
@@ -174,7 +176,7 @@ class ImageSource(Dataset[Tensor]):
         """The images at these positions, in this order, with their labels and names."""
         chosen = [self._positions()[i] for i in positions] if self._index is not None else []
         if self._index is None:
-            raise _NoLength("a stream has no numbers; pass a data set with items by number")
+            raise _NoLength("a stream cannot be indexed; pass an indexable data set")
         labels = self.labels if self._given is not None else None
         return ImageSource(
             self._data,
@@ -367,11 +369,11 @@ def open_images(
     reading = Reading(mode=mode, **{**options, **{name: value for name, value in given.items() if value is not None}})
     if isinstance(source, ImageSource):
         if skip_broken > source.skip_broken or reading not in (Reading(), source.reading):
-            raise InputError("these images are open already; pass their source with the new options")
+            raise InputError("these images are already open; pass their source with the new options")
         return source if labels is None else source._labelled(labels)
     if isinstance(source, tuple) and len(source) == 2 and _is_stack(source[0], paths=True) and not _is_stack(source[1]):
         if labels is not None and labels is not False:
-            raise InputError("labels were given twice: in the source (images, labels) and as labels=")
+            raise InputError("labels were passed twice: in the source (images, labels) and as labels=; pass them once")
         source, labels = source[0], source[1] if labels is None else labels
     if isinstance(source, Mapping) and not hasattr(source, "column_names"):
         source, found = split_item(source, "the source")
@@ -463,7 +465,7 @@ def _opened(source: Any, reading: Reading, labels: Any, skip_broken: bool) -> Im
         source = source.tolist()
     if isinstance(source, (Tensor, np.ndarray)):
         if source.ndim == 3:
-            raise InputError(f"no batch dimension in an image of shape {tuple(source.shape)}; pass image[None]")
+            raise InputError(f"an image of shape {tuple(source.shape)} has no batch dimension; pass image[None]")
         if source.ndim != 4:
             raise InputError(f"images must be (N, C, H, W), got shape {tuple(source.shape)}")
         if isinstance(source, Tensor):
@@ -514,8 +516,8 @@ def _open_loader(loader: DataLoader[Any], reading: Reading, labels: Any, own: di
     whole = isinstance(sampler, RandomSampler) and not sampler.replacement and len(sampler) == len(data)
     if labels is not None and labels is not False and not isinstance(sampler, SequentialSampler):
         raise InputError(
-            f"labels= cannot be matched to a DataLoader that draws its images by a {type(sampler).__name__} (as "
-            "shuffle=True does); pass the data set itself, or a data set that yields (image, label)"
+            f"labels= cannot be matched to a DataLoader that draws its images with a {type(sampler).__name__} (as "
+            "shuffle=True does); pass the data set itself, or one that yields (image, label)"
         )
     if isinstance(sampler, SequentialSampler) or whole:
         index: Sequence[Any] = range(len(data))
@@ -665,7 +667,7 @@ def split_item(item: Any, name: str) -> _Item:
         return _Item(item[key], _label_like(label))
     if isinstance(item, (tuple, list)):
         if not item:
-            raise InputError(f"{name} is empty; an item is an image, or begins with one")
+            raise InputError(f"{name} is empty; an item must be an image, or begin with one")
         if len(item) > 1 and all(_is_image_like(part) for part in item):
             return _Item(list(item), None)
         return _Item(item[0], _label_like(item[1]) if len(item) > 1 else None)
@@ -725,7 +727,9 @@ def _from_array(pixels: np.ndarray[Any, Any], name: str) -> Tensor:
     if last in (1, 3, 4) and first not in (1, 3, 4):
         pixels = np.moveaxis(pixels, -1, -3)
     elif last in (1, 3, 4) and first in (1, 3, 4):
-        raise InputError(f"{name} is an array {pixels.shape}, whose channels may be first or last; pass a tensor")
+        raise InputError(
+            f"{name} is an array {pixels.shape}, whose channels may be first or last; pass a tensor (N, C, H, W)"
+        )
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 

@@ -75,7 +75,7 @@ def _items(data: Any) -> Iterator[Any]:
     if isinstance(data, Tensor) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise InputError(f"data must yield (inputs, masks[, target]), got {type(data).__name__}")
     if isinstance(data, Mapping):
-        raise InputError("data is one dict; put it into a list: [data]")
+        raise InputError("data is a single dict; pass it in a list: [data]")
     by_number = hasattr(data, "__len__") and hasattr(type(data), "__getitem__")
     if by_number and not isinstance(data, (torch.utils.data.IterableDataset, torch.utils.data.DataLoader)):
         return (data[i] for i in range(len(data)))  # a Dataset need not raise IndexError at its end

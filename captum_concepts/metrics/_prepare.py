@@ -149,7 +149,7 @@ def check_maps(maps: Tensor, name: str = "maps") -> Tensor:
     if maps.ndim not in (3, 4) or 0 in maps.shape[-2:]:
         raise InputError(f"{name} must be (N, h, w), (N, 1, h, w) or (N, T, h, w), got {tuple(maps.shape)}")
     if maps.is_complex():
-        raise InputError(f"{name} must hold real numbers, got {maps.dtype}")
+        raise InputError(f"{name} must contain real numbers, got {maps.dtype}")
     maps = maps.detach()
     if maps.is_floating_point():
         return maps
@@ -193,7 +193,7 @@ def prepare(
     if tuple(maps.shape[:-2]) not in fits:
         wanted = " or ".join(str((*f, "h", "w")).replace("'", "") for f in fits)
         raise InputError(
-            f"maps {tuple(maps.shape)} do not fit masks {tuple(masks.shape)}: give maps {wanted}, one map for one mask"
+            f"maps {tuple(maps.shape)} do not match masks {tuple(masks.shape)}; pass maps {wanted}, one map per mask"
         )
     if maps.device != masks.device:
         raise InputError(f"maps are on {maps.device} but masks on {masks.device}; move one to the other")
@@ -214,15 +214,15 @@ def prepare(
 def _regions(masks: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | None]:
     if masks.dtype == torch.bool:
         if ignore_index is not None:
-            raise InputError("ignore_index needs integer masks; for bool masks give ignore=, a bool tensor")
+            raise InputError("ignore_index requires integer masks; for bool masks pass ignore=, a bool tensor")
         return masks, None
     if masks.is_complex():
         raise InputError(f"masks must be bool, integer or float, got {masks.dtype}")
     if str(masks.dtype) in ("torch.uint16", "torch.uint32", "torch.uint64"):
-        raise InputError(f"torch does not compare {masks.dtype}; pass masks.long()")
+        raise InputError(f"torch cannot compare {masks.dtype}; pass masks.long()")
     if masks.is_floating_point():
         if ignore_index is not None:
-            raise InputError(f"ignore_index needs integer masks, got {masks.dtype}; give ignore= instead")
+            raise InputError(f"ignore_index requires integer masks, got {masks.dtype}; pass ignore= instead")
         if bool(masks.isnan().any()):
             raise InputError("masks contain NaN; mark pixels of unknown label with ignore=, a bool tensor")
         return masks > 0.5, None

@@ -24,9 +24,9 @@ def layer_names(model: nn.Module, layers: Sequence[str] | None) -> list[str]:
             if name not in known:
                 raise InputError(f"the model has no module {name!r}.{did_you_mean(name, own)}")
             if next(known[name].parameters(), None) is None:
-                raise InputError(f"module {name!r} has no parameters to randomise")
+                raise InputError(f"module {name!r} has no parameters to randomize")
     if not names:
-        raise InputError("the model has no parameters to randomise")
+        raise InputError("the model has no parameters to randomize")
     return names
 
 

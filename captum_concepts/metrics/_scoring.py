@@ -116,12 +116,12 @@ class Scorer:
         if out.ndim == 2 and self.target is not None:
             chosen = self.target[rows].to(out.device)
             if bool(((chosen < -out.shape[1]) | (chosen >= out.shape[1])).any()):
-                raise TargetError(f"target {chosen.tolist()} is out of range for {out.shape[1]} scores an image")
+                raise TargetError(f"target {chosen.tolist()} is out of range for {out.shape[1]} scores per image")
             out = out.gather(1, (chosen % out.shape[1])[:, None])
         if out.numel() != len(images) or out.ndim > 2:
             raise InputError(
-                f"score_fn returned {tuple(out.shape)} for {len(images)} images: return ({len(images)},), "
-                "or (images, K) and give target="
+                f"score_fn returned {tuple(out.shape)} for {len(images)} images: return ({len(images)},), or (images, "
+                "K) and pass target="
             )
         out = out.reshape(-1).to(torch.float64 if out.dtype == torch.float64 else torch.float32)
         low = {"raw": -torch.inf, "probability": 0.0, "similarity": -1.0}[self.scores]

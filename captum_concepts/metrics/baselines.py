@@ -21,7 +21,7 @@ def center_gaussian(n: int, size: tuple[int, int], *, sigma: float = 0.25) -> Te
     tensor([[[0.8007, 1.0000, 0.8007]]])
     """
     if not sigma > 0:
-        raise InputError(f"sigma must be positive (a share of the image's side), got {sigma}")
+        raise InputError(f"sigma must be positive (a fraction of the image's side), got {sigma}")
     check_size(size)
     rows, cols = ((torch.arange(s) + 0.5) / s - 0.5 for s in size)
     heat = torch.exp(-(rows[:, None] ** 2 + cols**2) / (2 * sigma**2))
@@ -46,7 +46,7 @@ class Blind:
 
     def __init__(self, n_maps: int | None) -> None:
         if n_maps is not None and n_maps < 1:
-            raise InputError(f"n_maps must be positive, or None for one map an image, got {n_maps}")
+            raise InputError(f"n_maps must be positive, or None for one map per image, got {n_maps}")
         self.n_maps = n_maps
 
     def _one(self, image: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def concept_location(
     known = points.isfinite().all(2)
     x, y = points.nan_to_num(0).unbind(2)
     if not bool((~known | ((x >= 0) & (x < width) & (y >= 0) & (y < height))).all()):
-        raise InputError(f"points must lie in the image, 0 <= x < {width} and 0 <= y < {height}; NaN for none")
+        raise InputError(f"points must be inside the image, 0 <= x < {width} and 0 <= y < {height}, or NaN for none")
     large = resize_maps(maps.reshape(n * t, *maps.shape[2:]), (height, width), mode=mode).flatten(1)
     at = (y.floor() * width + x.floor()).long().reshape(-1, 1).to(large.device)
     value = large.gather(1, at)
@@ -220,7 +220,7 @@ def concept_task_leakage(
     y = _codes(labels.detach().cpu())
     entropy = _information(y, y)
     if entropy <= 0:
-        raise InputError("labels are all the same; leakage is measured against several classes")
+        raise InputError("labels are all the same; leakage needs at least two classes")
     found = []
     for own, known in zip(values.T, true.T, strict=True):
         told = _information(_codes(own), y) if counted else _between(own, y, k)
@@ -256,7 +256,7 @@ def interconcept_leakage(predicted: Tensor, truth: Tensor, *, discrete: bool | N
     """
     values, true, counted = _leakage_inputs(predicted, truth, discrete, k)
     if values.shape[1] < 2:
-        raise InputError("leakage between concepts needs two of them")
+        raise InputError("leakage between concepts needs at least two concepts")
 
     def shared(columns: list[Tensor], neighbors: int | None) -> Tensor:
         def told(a: Tensor, b: Tensor) -> float:
@@ -347,7 +347,7 @@ def _leakage_inputs(predicted: Tensor, truth: Tensor, discrete: bool | None, k: 
     if not bool(values.isfinite().all()):
         raise InputError("predicted contains NaN or infinite values")
     if not bool((true == true.round()).all()):
-        raise InputError("truth must be bool or integers: whether each concept is there, or which value it has")
+        raise InputError("truth must be bool or integers: whether each concept is present, or which value it has")
     counted = bool((values == values.round()).all()) if discrete is None else bool(discrete)
     if len(values) < (2 if counted else k + 2):
         raise InputError(f"{len(values)} examples are too few; pass at least {2 if counted else k + 2}")

@@ -67,7 +67,10 @@ def epg(
         elif normalize == "relu":
             values = values.clamp(min=0)
         elif bool((values < 0).any()):
-            raise InputError("maps have negative values, whose energy has no share; use normalize='minmax' or 'relu'")
+            raise InputError(
+                "maps have negative values, whose energy is not a fraction of the total; use normalize='minmax' or "
+                "'relu'"
+            )
         values = values * valid if chunk.ignore is not None else values
         total = values.sum(1)
         values = torch.where((total > 0)[:, None], values, valid.to(values.dtype))

@@ -158,10 +158,12 @@ def evaluate(
     one_of("channels", channels, ("sum", "abs_sum"))
     for name, one in named.items():
         if not (isinstance(one, ConceptExplanation) or callable(getattr(one, "attribute", one))):
-            raise InputError(f"explainer {name!r} has no attribute() and is not callable: {type(one).__name__}")
+            raise InputError(
+                f"explainer {name!r} is a {type(one).__name__}, which has no attribute() and is not callable"
+            )
     words = Words.of(named, data, concepts)
     if words is None and any(isinstance(metric, w.WordMetric) for metric in measures.values()):
-        raise InputError(f"{', '.join(WORD_METRICS)} need ConceptExplainers and the names of the data's concepts")
+        raise InputError(f"{', '.join(WORD_METRICS)} require ConceptExplainers and data that names its concepts")
     kept = {(e, k): Samples() for e in named for k in measures}
     _warn_of_raw_images(named, data, transform)
     seen = 0
@@ -258,7 +260,7 @@ class Words:
     def statistics(self, metric: Any, name: str, explainer: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Statistics of a metric of reported concepts over the vocabulary."""
         if not self.vocabulary or batch.masks is None:
-            raise InputError(f"{type(metric).__name__} needs masks and the names of the data's concepts")
+            raise InputError(f"{type(metric).__name__} requires masks and data that names its concepts")
         if name not in self.columns:  # a baseline, or bare maps, reports no concepts
             nothing = torch.zeros(len(batch))
             return nothing[:, None], nothing, nothing
@@ -270,11 +272,12 @@ class Words:
             values = explainer.explain(batch.inputs, concepts=wanted, contributions=False).presence
             if values is None:
                 raise InputError(
-                    f"explainer {name!r} has no presence to judge; fit or calibrate it with held-out images"
+                    f"explainer {name!r} does not decide which concepts are present; fit or calibrate it with "
+                    "held-out images"
                 )
         elif metric.values == "contributions":
             if not isinstance(explainer, ContributionExplainer):
-                raise InputError(f"explainer {name!r} has no contributions, which {type(metric).__name__} looks at")
+                raise InputError(f"explainer {name!r} has no contributions, which {type(metric).__name__} requires")
             values = explainer.contributions(batch.inputs, concepts=wanted)
         else:
             columns = [list(explainer.concepts).index(word) for word in wanted]
@@ -287,8 +290,9 @@ class Words:
         assert masks is not None
         if masks.ndim == 3:
             raise InputError(
-                f"{', '.join(WORD_METRICS)} need all that an image shows, but each example is one mask; give masks "
-                "(T, H, W) with T names: the readers of datasets themselves, not their pairs() or a collated batch"
+                f"{', '.join(WORD_METRICS)} need all concepts of an image, but each example is one mask; pass masks "
+                "(T, H, W) with T names, that is the data sets of captum_concepts.datasets themselves, not their "
+                "pairs() or a collated batch"
             )
         names = batch.concepts if batch.concepts is not None else self.vocabulary
         shown = masks.flatten(-2).any(-1)
@@ -368,7 +372,7 @@ def _measures(
         else:
             raise InputError(f"a metric is a name, a streaming metric or a function, got {type(metric).__name__}")
         if (name or default) in out:
-            raise InputError(f"two metrics are called {name or default!r}; give a dict name -> metric")
+            raise InputError(f"two metrics are called {name or default!r}; pass a dict name -> metric")
         out[name or default] = found
     return out
 
@@ -398,8 +402,8 @@ def _maps(
         found = explainer.attribute(batch.inputs, **({} if batch.target is None else {"target": batch.target}))
         if answers and isinstance(found, Tensor) and found.ndim == 4 and found.shape[1] > 1:
             raise InputError(
-                f"explainer {name!r} returns {found.shape[1]} maps for one mask per image; name the concept of each by "
-                "the key 'concepts'"
+                f"explainer {name!r} returns {found.shape[1]} maps for one mask per image; name the concept of each "
+                "under the key 'concepts'"
             )
     else:
         extra = {"target": batch.target, "concepts": batch.concepts}
@@ -407,7 +411,7 @@ def _maps(
     if isinstance(found, ConceptExplanation):
         if len(found.concepts) > 1 and not several:
             raise InputError(
-                f"explainer {name!r} explains {len(found.concepts)} concepts: give masks (N, T, H, W), one for each, "
+                f"explainer {name!r} explains {len(found.concepts)} concepts; pass masks (N, T, H, W), one for each, "
                 "or select one with explanation[:, name]"
             )
         found = found.maps
@@ -458,7 +462,7 @@ def _parameters(function: Callable[..., Any]) -> Sequence[str]:
 def _statistics(metric: ExampleMetric, name: str, batch: Batch, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(metric, s._ScoreMetric):
         if maps.ndim == 4 and maps.shape[1] > 1:
-            raise InputError(f"metric {name!r} needs one map an image, got {tuple(maps.shape)}")
+            raise InputError(f"metric {name!r} needs one map per image, got {tuple(maps.shape)}")
         goal = batch.target if batch.score_target is None else batch.score_target
         return metric.statistics(batch.inputs, maps, target=goal)
     if batch.masks is None:

@@ -60,11 +60,11 @@ class SanityResult:
     def __str__(self) -> str:
         low, high = self.interval
         reading = (
-            "passed: the maps depend on what was randomised"
+            "passed: the maps depend on what was randomized"
             if self.passed
-            else "FAILED: the maps are (or may be) much the same after randomisation"
+            else "FAILED: the maps are (or may be) nearly the same after randomization"
         )
-        lines = [f"{self.check} randomisation {reading}."]
+        lines = [f"{self.check} randomization {reading}."]
         lines.append(f"similarity {self.value:.3f} [{low:.3f}, {high:.3f}], passes up to {self.threshold:g}")
         lines += [
             f"  {name or '(model)'}: {float(row.nanmean()):.3f}"
@@ -175,7 +175,7 @@ def parameter_randomization(
     if show_progress:
         from tqdm import tqdm
 
-        steps = tqdm(names, desc="parameter randomisation", unit="layer")
+        steps = tqdm(names, desc="parameter randomization", unit="layer")
     before = run(inputs)
     found = []
     with restored(model):

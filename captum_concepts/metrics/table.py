@@ -144,7 +144,7 @@ class EvaluationTable:
         a, b = self.row(first, metric), self.row(second, metric)
         keys = (first, metric), (second, metric)
         if any(key not in self.resamples for key in keys):
-            raise InputError("compare needs resamples: call evaluate with n_bootstrap above 0")
+            raise InputError("compare requires bootstrap resamples; call evaluate with n_bootstrap above 0")
         differences = self.resamples[keys[0]] - self.resamples[keys[1]]
         differences = differences[~np.isnan(differences)]
         tail = (1 - self.confidence) / 2

@@ -78,7 +78,7 @@ class Rows:
             if self._labels is None:
                 y = _as_labels(y_raw).to(self.device)
                 if y.shape[0] != x.shape[0]:
-                    raise InputError(f"a chunk of X has {x.shape[0]} rows, but its labels number {y.shape[0]}")
+                    raise InputError(f"a chunk of X has {x.shape[0]} rows, but {y.shape[0]} labels")
             else:
                 if stop > self._labels.shape[0]:
                     raise InputError(f"X has more rows than y, which has {self._labels.shape[0]}")
@@ -166,7 +166,7 @@ def as_rows(
         if source.ndim != 2 or source.shape[0] == 0 or source.shape[1] == 0:
             raise InputError(f"X must have shape (rows, features), both at least 1; got {tuple(source.shape)}")
         if y is None:
-            raise InputError("y is None: give labels, or pass X as an iterable of (x, y) pairs")
+            raise InputError("y is None; pass labels, or pass X as an iterable of (x, y) pairs")
         n_features = int(source.shape[1])
         step = chunk_size or _auto_chunk(n_features, num_outputs_hint, target)
         read = _slices(source, step)
@@ -179,7 +179,7 @@ def as_rows(
         if isinstance(X, Iterator):
             raise InputError(
                 "X is a one-shot iterator, but the solver reads the rows many times; pass a list of chunks or an "
-                "object whose __iter__ starts afresh"
+                "object whose __iter__ starts from the beginning"
             )
         read = _pairs(X, y is None)
         first = next((x for x, _ in read()), None)
@@ -276,14 +276,14 @@ def _as_labels(y: Any) -> Tensor:
     check_numbers("y", y)
     labels = torch.as_tensor(y)
     if labels.ndim != 1:
-        raise InputError(f"y must be one class index a row, shape (rows,); got {tuple(labels.shape)}")
+        raise InputError(f"y must be one class index per row, shape (rows,); got {tuple(labels.shape)}")
     if labels.is_complex():
-        raise InputError(f"y must hold class indices; got {labels.dtype}")
+        raise InputError(f"y must contain class indices; got {labels.dtype}")
     if labels.is_floating_point():
         if not bool(torch.isfinite(labels).all()):
-            raise InputError("y contains NaN or infinite values; it must hold class indices 0, 1, ...")
+            raise InputError("y contains NaN or infinite values; it must contain class indices 0, 1, ...")
         if bool((labels != labels.round()).any()):
-            raise InputError("y holds fractions; it must hold class indices 0, 1, ...")
+            raise InputError("y contains fractions; it must contain class indices 0, 1, ...")
     return labels.detach().long()
 
 

@@ -111,7 +111,7 @@ def elastic_net_path(
     if lams is None:
         top = largest_lambda(objective, alpha)
         if not math.isfinite(top):
-            raise InputError("alpha=0 has no lambda_max to start a path from; give lams")
+            raise InputError("alpha=0 has no lambda_max to start a path from; pass lams")
         order = [top * lam_ratio ** (i / max(n_lams - 1, 1)) for i in range(n_lams)]
     else:
         order = sorted({float(lam) for lam in lams}, reverse=True)
@@ -180,7 +180,7 @@ def check_path_numbers(lams: Any, target: Any, n_lams: Any, lam_ratio: Any) -> N
 def _check_path(lams: Sequence[float] | None, target: float | None, n_lams: int, lam_ratio: float) -> None:
     if lams is not None:
         if len(lams) == 0:
-            raise InputError("lams is empty; give at least one strength, or None for the default path")
+            raise InputError("lams is empty; pass at least one strength, or None for the default path")
         for lam in lams:
             ElasticNet(float(lam), 0.0)
     if target is not None and (isinstance(target, bool) or not target > 0):

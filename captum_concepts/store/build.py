@@ -110,8 +110,8 @@ class Source:
             raise InputError(f"prompt must be a RegionPrompt or DenseRegions, got {type(self.regions).__name__}")
         if isinstance(self.regions, DenseRegions) and not callable(getattr(self.encoder, "encode_regions", None)):
             raise InputError(
-                f"DenseRegions needs an encoder with encode_regions, which {type(self.encoder).__name__} has not; use "
-                "RegionPrompt('crop'), which works with every encoder"
+                f"DenseRegions requires an encoder with encode_regions, which {type(self.encoder).__name__} does not "
+                "have; use RegionPrompt('crop'), which works with every encoder"
             )
         if self.dtype not in DTYPES.values():
             raise InputError(f"dtype={self.dtype} must be torch.float16 or torch.float32")
@@ -205,7 +205,8 @@ def plan(path: Path, source: Source, *, batch_size: int | None, shard_rows: int 
         found = _continued(path, found, count, shard_rows)
     if found.total != count:
         raise ArtifactError(
-            f"{what} has {found.total} images, the data has {count}; add images with extend(), or build elsewhere"
+            f"{what} has {found.total} images, but the data has {count}; add images with extend(), or build in "
+            "another folder"
         )
     return found
 

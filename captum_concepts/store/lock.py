@@ -68,8 +68,8 @@ class FolderLock:
         while (created := self._created_without_locks()) is None:  # held by a process that may be dead
             if not self._holder_is_dead() and time.monotonic() >= end:
                 raise ArtifactError(
-                    f"{self._message()}. This file system has no locks, so the file of a killed process stays: if none "
-                    f"writes there, remove {self._file}"
+                    f"{self._message()}. This file system does not support locks, so the lock file of a killed "
+                    f"process remains; if no process is writing, remove {self._file}"
                 )
             time.sleep(0.1)
         if not created:
@@ -91,7 +91,9 @@ class FolderLock:
             return
         own = stat.S_ISREG(there.st_mode) and there.st_nlink <= 1 and there.st_size < 1000
         if not own or self._note()[: len(_NOTE)] not in ("", _NOTE):
-            raise ArtifactError(f"{self._file} is not a lock of this package; nothing was changed, move it away")
+            raise ArtifactError(
+                f"{self._file} is not a lock file of this package, so nothing was changed; move it away"
+            )
 
     def _created_without_locks(self) -> bool | None:
         """False if the file system has locks. Otherwise the file itself is the lock: True if it was created here, None

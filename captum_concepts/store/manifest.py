@@ -165,7 +165,7 @@ def _published(found: Manifest, file: Path) -> Manifest:
     started = check_json(found.info["extension"], _EXTENSION, str(file))["first"]
     ends = [end for _, end in found.spans]
     if started not in ends:
-        raise ArtifactError(f"{file} is damaged: its shards and its extension do not fit")
+        raise ArtifactError(f"{file} is damaged: its shards and its extension do not match")
     info = {**{key: value for key, value in found.info.items() if key != "extension"}, "images": started}
     return replace(found, rows=found.rows[: ends.index(started) + 1], info=info, growing=False)
 

@@ -53,7 +53,7 @@ def all_or_none(work: Callable[[], Any]) -> None:
         raise failure
     failed = [f"process {r}: {outcome}" for r, outcome in enumerate(outcomes) if outcome is not None]
     if failed:
-        raise CaptumConceptsError(f"process {rank} has done its part, but " + "; ".join(failed))
+        raise CaptumConceptsError(f"process {rank} has finished its part, but " + "; ".join(failed))
 
 
 @contextmanager

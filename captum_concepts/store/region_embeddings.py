@@ -91,7 +91,7 @@ class RegionEmbeddingStore:
             arrays=building.stored_arrays(self.prompt, self.dtype),
         )
         if not len(self._reader):
-            raise ArtifactError(f"the store at {self.path} is damaged: it has no shard")
+            raise ArtifactError(f"the store at {self.path} is damaged: it has no shards")
         self.fingerprint: dict[str, Any] = self._reader.fingerprint
         notes = [check_json(note, _NOTES, f"a shard of {self.path}") for note in self._reader.notes]
         bounds = [part["error_bound"] for part in (manifest.info, *notes) if "error_bound" in part]
@@ -405,13 +405,13 @@ class RegionEmbeddingStore:
             raise InputError(f"index must be one number, a slice, or a list of numbers, got {index!r}")
         wanted = np.atleast_1d(rows).astype(np.int64)
         if wanted.size and (wanted.min() < -count or wanted.max() >= count):
-            raise InputError(f"images {wanted.min()} to {wanted.max()} are asked of a store of {count}")
+            raise InputError(f"images {wanted.min()} to {wanted.max()} were requested from a store of {count}")
         return np.where(wanted < 0, wanted + count, wanted), rows.ndim == 0
 
     def _text(self, text: Any) -> Tensor:
         if not isinstance(text, Tensor):
             if self.encoder is None:
-                raise InputError("texts need the encoder: open the store with encoder=, or pass embeddings (M, D)")
+                raise InputError("texts require the encoder; open the store with encoder=, or pass embeddings (M, D)")
             text = embed_texts(self.encoder, [text] if isinstance(text, str) else text)
         if text.ndim == 1:
             text = text[None]
@@ -437,7 +437,7 @@ def _source(path: Path, data: Any, encoder: Any, num_workers: int) -> Source:
     """The source for writing more of the store at ``path``, with its prompt and precision."""
     manifest = building.stored_manifest(path)
     if encoder is None:
-        raise InputError("pass the encoder that made the store")
+        raise InputError("pass the encoder that the store was computed with")
     prompt, dtype, _ = building.stored_settings(path, manifest)
     images = UniformImages(data, num_workers)
     return Source(images, encoder, prompt, images.shape, dtype)

@@ -233,8 +233,8 @@ def check_unclaimed(path: Path) -> None:
     """
     if (found := next(iter(_shard_files(path)), None)) is not None:
         raise ArtifactError(
-            f"{path} has no {MANIFEST}, but {found.name}: a store that lost its manifest, or files of something else. "
-            "Nothing was changed; use another folder, or move the files away"
+            f"{path} has no {MANIFEST}, but {found.name}: either the store lost its manifest, or the files belong to "
+            "something else. Nothing was changed; use another folder, or move the files away"
         )
 
 
@@ -265,7 +265,9 @@ def unlisted_shards(path: Path, manifest: Manifest) -> list[Path]:
         if _number(file.name) < len(manifest.rows):
             continue
         if file.name not in manifest.checksums and _store_of(file) != manifest.identity:
-            raise ArtifactError(f"{file} is not a shard of the store in its folder; nothing was changed, move it away")
+            raise ArtifactError(
+                f"{file} is not a shard of the store in its folder, so nothing was changed; move it away"
+            )
         found.append(file)
     return found
 
@@ -383,7 +385,7 @@ class ShardWriter:
         if self._kinds is None:
             self._kinds = kinds if not self.rows else _kinds(open_shard(self.path, self._manifest, 0).tensors)
         if kinds != self._kinds:
-            raise InputError(f"rows must be {self._kinds} as before, got {kinds}")
+            raise InputError(f"rows must be {self._kinds}, as in earlier calls; got {kinds}")
         self._pending.append({name: tensor.detach().cpu() for name, tensor in tensors.items()})
         self._waiting += next(iter(counts.values()))
         while self._waiting >= self.shard_rows:
@@ -451,8 +453,8 @@ class ShardReader:
             rows = manifest.total - sum(manifest.rows[number] for number in missing)
             files = f", missing: {listing([shard_name(number) for number in missing], 3)}" if missing else ""
             raise ArtifactError(
-                f"the store at {self.path} is unfinished: {rows} rows are there{files}. Make the call that writes it "
-                "again: it computes what is missing"
+                f"the store at {self.path} is unfinished: it contains {rows} rows{files}. Repeat the call that writes "
+                "it to compute the missing ones"
             )
         self._manifest = manifest
         self._shards = [open_shard(self.path, manifest, number, arrays) for number in range(len(manifest.rows))]
@@ -502,7 +504,9 @@ class ShardReader:
         source = self._first(name)
         wanted = torch.as_tensor(index, dtype=torch.long).contiguous()
         if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(self):
-            raise InputError(f"rows {int(wanted.min())} to {int(wanted.max())} are asked of a store of {len(self)}")
+            raise InputError(
+                f"rows {int(wanted.min())} to {int(wanted.max())} were requested from a store of {len(self)}"
+            )
         out = source.new_empty(len(wanted), *source.shape[1:])
         which = torch.bucketize(wanted, self._ends, right=True)
         for number in which.unique().tolist():

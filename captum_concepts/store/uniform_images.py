@@ -31,8 +31,8 @@ class UniformImages:
         self.num_workers = num_workers or self.source.num_workers
         if self.source.streamed:
             raise InputError(
-                "the data is a stream, but rows of a store need numbers; pass a tensor, a list, a folder or a data set "
-                "with a length"
+                "the data is a stream, which cannot be indexed; pass a tensor, a list, a folder or a data set with a "
+                "length"
             )
         if not len(self.source):
             raise InputError("data contains no image")
@@ -87,6 +87,6 @@ def check_digests(source: UniformImages, stored: Sequence[int], indices: Sequenc
     for index, expected, image in zip(indices, stored, source.read(indices), strict=True):
         if digest(image) != expected:
             raise ArtifactError(
-                f"{what} was computed from other data: image {index} has other pixels than the one that was embedded "
-                "(another data set, order or resizing, or a data set that returns random crops)"
+                f"{what} was computed from other data: image {index} has different pixels from the one that was "
+                "embedded (another data set, order or resizing, or a data set that returns random crops)"
             )

@@ -165,7 +165,7 @@ def legend(
 
 def _line(one: ConceptExplanation, j: int, state: str, area: float) -> tuple[str, str]:
     score = f"score {in_words(float(one.scores[0, j]))} {one.score_unit}".strip()
-    part = f"{max(100 * area, 1):.0f} % of the image" if area else "claims no pixel"
+    part = f"{max(100 * area, 1):.0f} % of the image" if area else "no pixels assigned"
     return one.concepts[j], f"{state or score} · {part}"
 
 
@@ -234,12 +234,12 @@ def sankey(
         Figure 3 of Benou, I., Riklin Raviv, T. *Show and Tell.* CVPR 2025, arXiv:2502.20134.
     """
     if not isinstance(model, RuleModel):
-        raise InputError(f"sankey needs a model with decision_rules, such as a SALFCBM; got {type(model).__name__}")
+        raise InputError(f"sankey requires a model with decision_rules, such as a SALFCBM; got {type(model).__name__}")
     integer("top_k", top_k)
     number("width", width, lambda inches: 3 <= inches <= 40, "3 to 40 inches")
     rules = class_rules(model, classes, top_k)
     if not any(rules.values()):
-        raise InputError("no weight of these classes differs from 0; there is nothing to draw")
+        raise InputError("all weights of these classes are 0, so there is nothing to draw")
     concepts = _by_barycenter(rules)
     totals = {name: sum(abs(w) for rule in rules.values() for c, w in rule if c == name) for name in concepts}
     per_class = {name: sum(abs(w) for _, w in rule) for name, rule in rules.items()}
@@ -249,7 +249,7 @@ def sankey(
     labels = [max(min(text_width(n, NAME), 2.4) for n in names) + 0.1 for names in (concepts, rules)]
     width = max(width, sum(labels) + 2.2)
     head = fit(title, width - 2 * _MARGIN, TITLE, lines=3, weight="bold") if title else Fitted("", TITLE)
-    foot = fit(f"width of a band: weight; up to {top_k} concepts per class; red supports, blue opposes the class",
+    foot = fit(f"band width: weight; up to {top_k} concepts per class; red supports the class, blue opposes it",
                width - 2 * _MARGIN, DETAIL, lines=3)  # fmt: skip
     top = _MARGIN + (head.height + 0.12 if title else 0.0)
     canvas = FigureCanvas(width, top + body + 0.12 + foot.height + _MARGIN)
@@ -291,7 +291,7 @@ def class_rules(model: RuleModel, classes: Any, top_k: int) -> dict[str, list[tu
     names = list(model.class_names or [f"class {k}" for k in range(count)])
     chosen = name_positions(classes, names, "class")
     if len(chosen) > 12:
-        raise InputError(f"{len(chosen)} classes are too many for one figure; name at most 12 in classes=")
+        raise InputError(f"{len(chosen)} classes are too many for one figure; pass at most 12 in classes=")
     return {names[k]: model.decision_rules(k, top_k) for k in chosen}
 
 
@@ -366,13 +366,13 @@ def most_activating(
         InputError: no images, an unknown concept, or too many concepts.
     """
     if not isinstance(explainer, ConceptExplainer):
-        raise InputError(f"most_activating needs an explainer, got {type(explainer).__name__}")
+        raise InputError(f"most_activating requires an explainer, got {type(explainer).__name__}")
     integer("k", k)
     number("cell_size", cell_size, lambda inches: 0.5 <= inches <= 20, "0.5 to 20 inches")
     names = list(explainer.concepts)
     columns = name_positions(concepts, names)
     if len(columns) > _ROWS:
-        raise InputError(f"{len(columns)} concepts are too many for one figure; name at most {_ROWS} in concepts=")
+        raise InputError(f"{len(columns)} concepts are too many for one figure; pass at most {_ROWS} in concepts=")
     best = list(strongest_images(explainer, images, columns, k, transform=transform, batch_size=batch_size).values())
     label = max(text_width(line, NAME, "bold") for c in columns for line in fit(names[c], 1.5, NAME).text.split("\n"))
     width = 2 * _MARGIN + label + 0.12 + k * (cell_size + 0.06)

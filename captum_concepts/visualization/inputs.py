@@ -76,8 +76,8 @@ class TrueClass:
 def warn_of_unknown_class(true: TrueClass) -> None:
     """Warn that no prediction can be checked against a label that no output is named by."""
     warnings.warn(
-        f"no output of the model is called {true.name!r}, so labels of that kind say of no output whether it is right; "
-        "pass class_names= with the names of the model's outputs, spelled as the labels are, or labels= by index",
+        f"no output of the model is called {true.name!r}, so it is unknown which outputs are right; pass class_names= "
+        "with the names of the model's outputs, spelled like the labels, or pass labels= as indices",
         InputWarning,
         stacklevel=3,
     )
@@ -197,7 +197,7 @@ def strongest_images(
         InputError: no images, or an unknown concept.
     """
     if not isinstance(explainer, ConceptExplainer):
-        raise InputError(f"strongest_images needs an explainer, got {type(explainer).__name__}")
+        raise InputError(f"strongest_images requires an explainer, got {type(explainer).__name__}")
     integer("k", k)
     names = list(explainer.concepts)
     columns = name_positions(concepts, names)
@@ -214,5 +214,5 @@ def strongest_images(
             best[row] = sorted(best[row], key=lambda one: (-one.score, one.index))[:k]
         seen += len(batch.pictures)
     if not seen:
-        raise InputError("there is no image")
+        raise InputError("there is no image; pass at least one")
     return {names[column]: own for column, own in zip(columns, best, strict=True)}

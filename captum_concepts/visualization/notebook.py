@@ -100,7 +100,7 @@ def _html(
     return template("notebook.html").render(
         images=images,
         summary=repr(explanation).split("\n", 1)[0],
-        more=f"{left} more images; panel() and report() show all" if left else "",
+        more=f"{left} more images; panel() and report() show all of them" if left else "",
     )
 
 

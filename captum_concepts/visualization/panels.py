@@ -207,7 +207,7 @@ def check_explanation(function: str, explanation: Any, images: Any) -> ConceptEx
         return explanation
     swapped = isinstance(images, ConceptExplanation)
     hint = f"; the explanation comes first: {function}(explanation, images)" if swapped else ""
-    raise InputError(f"{function} needs a ConceptExplanation, got {type(explanation).__name__}{hint}")
+    raise InputError(f"{function} requires a ConceptExplanation, got {type(explanation).__name__}{hint}")
 
 
 def check_selected(explanation: ConceptExplanation) -> None:
@@ -631,7 +631,7 @@ def save_figure(figure: Figure | Image, path: str | os.PathLike[str], dpi: float
         raise InputError(f"figures are written as .png, .pdf or .svg, got {path.name!r}")
     number("dpi", dpi, lambda pixels: pixels > 0, "positive")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     # The default compression saves a tenth but takes two to four times as long, as much as all the drawing.
     fast: Any = {"compress_level": 1, "compress_type": zlib.Z_RLE}
     if not hasattr(figure, "savefig"):

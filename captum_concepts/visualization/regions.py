@@ -41,7 +41,7 @@ def per_image(values: Any, n: int, width: int, name: str) -> list[list[tuple[flo
         rows = [row(value) for value in plain]
         return [rows for _ in range(n)]
     if len(plain) != n:
-        raise InputError(f"{name} for {len(plain)} images, but there are {n}")
+        raise InputError(f"{name} were passed for {len(plain)} images, but there are {n}")
     return [[row(value) for value in own] for own in plain]
 
 
@@ -63,7 +63,7 @@ def outlines(
     """
     given = [name for name, value in (("points", points), ("boxes", boxes), ("mask", mask)) if value is not None]
     if len(given) > 1:
-        raise InputError(f"give a region as points, boxes or mask, not as {' and '.join(given)}")
+        raise InputError(f"pass a region as points, boxes or mask, not as {' and '.join(given)}")
     n = len(sizes)
     if points is not None:
         found = []

@@ -102,7 +102,9 @@ class ColorScale:
         if not isinstance(name, str):
             return name
         if name not in colormaps:
-            raise InputError(f"no color map {name!r} in matplotlib; perceptually uniform are 'viridis', 'magma', ...")
+            raise InputError(
+                f"no color map {name!r} in matplotlib; perceptually uniform ones include 'viridis' and 'magma'"
+            )
         return colormaps[name]
 
     def fraction(self, values: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def check_images(images: Tensor) -> Tensor:
     if not (low >= -0.05 and high <= 1.05):
         warnings.warn(
             f"pixel values go from {float(low):.3g} to {float(high):.3g}, but the encoder takes RGB in [0, 1] and "
-            "normalizes by itself; images that are already normalized get a wrong embedding",
+            "normalizes them itself; the embeddings of images that are already normalized are wrong",
             InputWarning,
             stacklevel=4,
         )

@@ -32,8 +32,8 @@ def published_preprocess(open_clip: Any, name: str, overrides: Mapping[str, Any]
     differing = {key for config in found for key in config if any(other.get(key) != config[key] for other in found)}
     if differing - set(overrides):
         warnings.warn(
-            f"the published weights of {name!r} differ in preprocessing ({sorted(differing)}) and a file does not tell "
-            "which it needs; open_clip's default is used. Pass preprocess= to choose, for example "
+            f"the published weights of {name!r} differ in preprocessing ({sorted(differing)}) and a file does not "
+            "state which it needs, so open_clip's default is used. Pass preprocess= to choose, for example "
             f"preprocess={found[0]}",
             InputWarning,
             stacklevel=3,

@@ -34,8 +34,8 @@ def check_length(tokenizer: Any, texts: Sequence[str], tokens: Tensor) -> None:
         other = seen.setdefault(tuple(row), text)
         if other != text and (text in cut or other in cut):
             raise InputError(
-                f"the encoder reads {length} tokens, and as far as that {shortened(other)} and {shortened(text)} are "
-                "equal, so their embeddings would be too; shorten them"
+                f"the encoder reads {length} tokens, and {shortened(other)} and {shortened(text)} are identical up to "
+                "there, so their embeddings would be too; shorten them"
             )
     warnings.warn(
         f"{len(long)} texts are longer than the {length} tokens that the encoder reads; the rest is ignored: "

@@ -93,8 +93,8 @@ class DenseRegions:
         """
         if not callable(getattr(encoder, "encode_regions", None)):
             raise InputError(
-                f"DenseRegions needs an encoder with encode_regions(images, grid), which {type(encoder).__name__} has "
-                "not; RegionPrompt('crop') works with every encoder"
+                f"DenseRegions requires an encoder with encode_regions(images, grid), which {type(encoder).__name__} "
+                "does not have; use RegionPrompt('crop'), which works with every encoder"
             )
         changed: dict[str, Any] = {} if self.attention == "value" else {"attention": self.attention}
         if not self.remove_outliers:
@@ -135,9 +135,7 @@ class AdaptiveRegions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, RegionPrompt):
-            raise InputError(
-                f"regions_per_image chooses among the cells of a RegionPrompt, not of {type(self.prompt).__name__}"
-            )
+            raise InputError(f"regions_per_image selects cells of a RegionPrompt, not of {type(self.prompt).__name__}")
         integer("regions_per_image", self.regions_per_image, 1, len(self.prompt))
 
     @property
@@ -342,8 +340,8 @@ def class_token_tower(
         size = grid(pixels)
         if tokens.shape[1] != prefix + size[0] * size[1]:
             raise InputError(
-                f"the last block has {tokens.shape[1]} tokens, not {prefix} + {size[0]} * {size[1]}: this tower has no "
-                "grid that DenseRegions could read; use RegionPrompt instead"
+                f"the last block has {tokens.shape[1]} tokens, not {prefix} + {size[0]} * {size[1]}: DenseRegions "
+                "cannot read a grid from this tower; use RegionPrompt instead"
             )
         patches = tokens[:, prefix:].unflatten(1, size)
         if remove_outliers:

@@ -147,6 +147,6 @@ def _preprocessing(processor: Any, patch_size: int | None) -> dict[str, Any]:
     if not crop and {"height", "width"} <= set(size):
         return {**found, "resize_mode": "squash", "size": (size["height"], size["width"])}
     raise InputError(
-        f"the processor resizes to {size} and crops to {crop}, which no encoder here does; known are a shortest edge "
+        f"the processor resizes to {size} and crops to {crop}, which is not supported; supported are a shortest edge "
         "with a crop, and a height and width without one"
     )

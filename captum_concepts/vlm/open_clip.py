@@ -126,8 +126,9 @@ class OpenCLIPEncoder(nn.Module):
         known = open_clip.list_models()
         if plain and name.replace("/", "-") not in known:
             raise InputError(
-                f"open_clip has no model {name!r}.{did_you_mean(name, known)} open_clip.list_models() lists all; a "
-                "folder with its own config is 'local-dir:/path', a Hugging Face repository 'hf-hub:org/repo'"
+                f"open_clip has no model {name!r}.{did_you_mean(name, known)} open_clip.list_models() lists all "
+                "names; for a folder with its own config pass 'local-dir:/path', for a Hugging Face repository "
+                "'hf-hub:org/repo'"
             )
         source = None if pretrained is None else os.fspath(pretrained)
         overrides = dict(preprocess or {})
@@ -205,7 +206,7 @@ class OpenCLIPEncoder(nn.Module):
         """
         if not isinstance(images, Tensor):
             if not len(images):
-                raise InputError("the list of images is empty")
+                raise InputError("the list of images is empty; pass at least one")
             return torch.cat([self.transform(check_images(image[None])) for image in images])
         return resize_and_normalize(check_images(images), self.preprocess)
 
@@ -229,8 +230,8 @@ class OpenCLIPEncoder(nn.Module):
             (h, w), (height, width) = self.preprocess["size"], images.shape[2:]
             if max(abs(height * w - width * h) / w, abs(height * w - width * h) / h) >= 0.02 * max(height, width):
                 warnings.warn(
-                    f"the encoder sees the middle of images of {height} x {width} only, so maps of its layers cover "
-                    f"that alone: cut images to the aspect ratio of {h} x {w} first (images.open_images(..., size=)), "
+                    f"the encoder sees only the center of images of {height} x {width}, so maps of its layers cover "
+                    f"only that: crop images to the aspect ratio of {h} x {w} first (images.open_images(..., size=)), "
                     "or build it with preprocess={'resize_mode': 'squash'}",
                     InputWarning,
                     stacklevel=2,
@@ -306,7 +307,7 @@ def _check_templates(templates: Sequence[str] | None) -> tuple[str, ...] | None:
         return None
     found = (templates,) if isinstance(templates, str) else tuple(templates)
     if not found or not all(isinstance(t, str) and "{}" in t for t in found):
-        raise InputError(f"templates={templates!r} must be texts with a placeholder, such as 'a photo of a {{}}'")
+        raise InputError(f"templates={templates!r} must be strings with a placeholder, such as 'a photo of a {{}}'")
     return found
 
 

@@ -252,7 +252,9 @@ class RegionPrompt:
         if self.placement == "paper":
             stride = length // (count - 1)
             if stride == 0:
-                raise InputError(f"placement='paper' has no {count} cells along {length} pixels; use a coarser grid")
+                raise InputError(
+                    f"placement='paper' cannot place {count} cells along {length} pixels; use a coarser grid"
+                )
             return [float(i * stride) for i in range(count)]
         first = min(radius, length / 2)
         return [first + i * (length - 2 * first) / (count - 1) for i in range(count)]

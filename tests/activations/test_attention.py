@@ -64,7 +64,7 @@ def test_blocks_in_the_order_in_which_they_run():
     assert not torch.allclose(last, attention_maps(model, x, block=0))
     assert bool((last.sum((2, 3)) <= 1).all())
     torch.testing.assert_close(last[:1], attention_maps(model, x[:1]))
-    with pytest.raises(LayerError, match="block=4, but 4 attentions ran"):
+    with pytest.raises(LayerError, match="block=4, but 4 attention blocks ran"):
         attention_maps(model, x, block=4)
 
 

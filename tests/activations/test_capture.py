@@ -904,11 +904,14 @@ def test_nan_weights_are_warned_about_once_and_ruled_out_classes_are_not(net, im
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.rand(2, 4, 8, 8), r"\(2, 4, 8, 8\) have 4 channels.*takes 3.*inputs\[:, :3\]"),
+        (torch.rand(2, 4, 8, 8), r"\(2, 4, 8, 8\).* have 4 channels.*takes 3.*inputs\[:, :3\]"),
         (torch.rand(2, 8, 8, 3), "have 8 channels.*move the channels to the front"),
         (torch.rand(2, 2, 8, 8), r"have 2 channels.*takes 3.*inputs_for\(model, files, bands=range\(3\)\)"),
         (torch.rand(2, 1, 8, 8), r"have 1 channels.*takes 3.*inputs.expand\(-1, 3, -1, -1\)"),
-        (torch.rand(2, 3, 8, 8, dtype=torch.float64), "inputs are torch.float64 and the model's weights torch.float32"),
+        (
+            torch.rand(2, 3, 8, 8, dtype=torch.float64),
+            "inputs are torch.float64, but the model's weights are torch.float32",
+        ),
     ],
 )
 def test_images_that_the_model_does_not_take(images, message):

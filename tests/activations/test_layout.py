@@ -464,7 +464,7 @@ def test_wrong_hints_are_refused() -> None:
         infer_layout(tokens, 2, (64, 64), layout="NCHW")
     with pytest.raises(LayoutError, match="four dimensions; layout='NLC' is for three"):
         infer_layout(image, 2, (64, 64), layout="NLC")
-    with pytest.raises(LayoutError, match="read as LNC is not a batch of 2 examples"):
+    with pytest.raises(LayoutError, match="read as LNC, is not a batch of 2 examples"):
         infer_layout(tokens, 2, (64, 64), layout="LNC")
     with pytest.raises(InputError, match="layout must be one of"):
         infer_layout(image, 2, (64, 64), layout="nchw")

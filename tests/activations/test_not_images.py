@@ -53,7 +53,7 @@ def test_videos_volumes_and_sequences_are_refused(case):
 def test_an_image_without_a_batch_dimension(shape):
     net = nn.Sequential(nn.Conv2d(shape[0], 4, 3), nn.Flatten())
     for call in (check_images, Layers.resolve(net, "0").run, lambda x: survey_layers(net, x)):
-        with pytest.raises(InputError, match=r"no batch dimension; pass image\[None\]"):
+        with pytest.raises(InputError, match=r"have no batch dimension; .*image\[None\]"):
             call(torch.rand(shape))
 
 
@@ -91,7 +91,7 @@ def test_several_images_have_to_agree():
     image = torch.rand(2, 3, 32, 72)
     assert layers.run((image, torch.rand(2, 1, 32, 72))).layouts[0].grid == (4, 9)
     assert layers.run((image, torch.rand(2, 3, 16, 16))).layouts[0].grid == (4, 9)  # 36 tokens are no 2 x 2
-    with pytest.raises(LayoutError, match=r"images of the sizes \(32, 72\), \(48, 48\)"):
+    with pytest.raises(LayoutError, match=r"images of sizes \(32, 72\), \(48, 48\)"):
         layers.run((image, torch.rand(2, 3, 48, 48)))
     assert layers.run(image, additional_forward_args=torch.rand(2, 3, 48, 48)).layouts[0].grid == (4, 9)
 

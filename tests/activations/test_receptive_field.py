@@ -123,7 +123,7 @@ def test_strongest_crops_are_the_pixels_behind_the_highest_positions():
     low = strongest_crops(net, "0", images, maps, k=1, lowest=True)[0]
     assert (low.example, low.position, low.value) == (2, (0, 0), -7.0)
     assert [c.value for c in strongest_crops(net, "0", images, maps, k=2, per_image=2)] == [9.0, 8.0]
-    with pytest.raises(InputError, match="one concept's"):
+    with pytest.raises(InputError, match="for one concept"):
         strongest_crops(net, "0", images, torch.zeros(3, 2, 8, 8))
 
 

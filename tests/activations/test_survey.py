@@ -78,7 +78,7 @@ def test_what_cannot_be_surveyed_is_said():
         suggest_layer("resnet50", images)
     with pytest.raises(InputError, match="does not take images of 2 x 2 pixels"):
         suggest_layer(net, images[:, :, :2, :2])
-    with pytest.raises(InputError, match="on the device cpu and the model on meta"):
+    with pytest.raises(InputError, match="on device cpu, but the model is on meta"):
         suggest_layer(net.to("meta"), images)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's advice

@@ -164,7 +164,7 @@ def test_what_cannot_be_refined_is_said_so(net, images, bank, acv):
     with pytest.raises(InputError, match="refine=True does not find the stages"):
         fam.attribute(images, target=0)
     assert FeatureActivationMap(lambda x: net(x), net.c, bank, refine=[net.a, net.b]).attribute(images, 0).any()
-    with pytest.raises(InputError, match="a refined map has no probability"):
+    with pytest.raises(InputError, match="a refined map has no probabilities"):
         acv.concept_maps(images, probability=True)
 
 

@@ -421,5 +421,5 @@ class TestSuite:
         assert found.returncode == 1
         assert "bad: failed with exit code 2" in found.stdout
         assert "good: done" in found.stdout
-        assert (tmp_path / "out" / "README.md").read_text().startswith("# What was measured")
+        assert (tmp_path / "out" / "README.md").read_text().startswith("# Benchmark results")
         assert {path.name: path.read_bytes() for path in RESULTS.iterdir()} == before

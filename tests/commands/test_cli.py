@@ -105,7 +105,7 @@ def test_a_model_of_pixels_is_told_what_to_do(photos, tmp_path, capsys):
     (tmp_path / "pixels.py").write_text("from torch import nn\n\ndef build():\n    return nn.Conv2d(3, 2, 1)\n")
     line = ["explain", str(photos), "--model", f"{tmp_path / 'pixels.py'}:build", "--output", str(tmp_path / "out")]
     assert main([*line, "--size", "32"]) == 2
-    assert "gives (1, 2, 32, 32), not (N, classes)" in (said := capsys.readouterr().err)
+    assert "returns (1, 2, 32, 32), not (N, classes)" in (said := capsys.readouterr().err)
     assert "captum_concepts.targets" in said
 
 
@@ -243,7 +243,7 @@ def test_without_head_gives_the_input_of_the_last_linear_layer():
         (["--model", "{file}:build", "--encoder", "demo:clip"], "--encoder would have no effect"),
         (["--model", "{file}:build", "--similarity", "dot"], "--similarity would have no effect"),
         (["--model", "{file}:build", "--title", "x"], "--title would have no effect"),
-        (["--model", "{file}:build", "--words", "words.csv"], "words need a translator"),
+        (["--model", "{file}:build", "--words", "words.csv"], "text concepts need a translator"),
     ],
 )
 def test_bad_settings_exit_with_2_and_say_why(arguments, message, model_file, photos, tmp_path, capsys):
@@ -394,8 +394,8 @@ class TestWords:
         ("more", "message"),
         [
             (["--words", "red"], "--train DIR"),
-            (["--words", "red", "--train", "{scenes}"], "--words needs --encoder"),
-            (["--words", " , ", "--train", "{scenes}", "--encoder", "demo:clip"], "names no word"),
+            (["--words", "red", "--train", "{scenes}"], "--words requires --encoder"),
+            (["--words", " , ", "--train", "{scenes}", "--encoder", "demo:clip"], "contains no concept"),
             (["--words", "red,zebra", "--train", "{scenes}", "--encoder", "demo:clip"], "zebra"),
             (["--words", "red,sky", "--train", "{scenes}", "--encoder", "ViT-B-32"], "--encoder-weights"),
             (["--explainer", "missing.safetensors"], "no explainer file at missing.safetensors"),

@@ -151,8 +151,8 @@ class TestAudit:
         [
             (["--fail-on", "suspects are bad"], "is not a condition"),
             (["--fail-on", "suspects>1.2.3"], "is not a number"),
-            (["--fail-on", "gained>0"], "give --against FILE"),
-            (["--fail-on", "accuracy_change<0"], "give --against FILE"),
+            (["--fail-on", "gained>0"], "pass --against FILE"),
+            (["--fail-on", "accuracy_change<0"], "pass --against FILE"),
             (["--against", "nowhere.safetensors"], "nowhere.safetensors"),
             (["--alpha", "2"], "alpha must be"),
             (["--top-k", "0"], "top_k must be"),
@@ -178,7 +178,7 @@ class TestAudit:
         """Of a model's own outputs no condition on suspects may hold unseen."""
         line = ["audit", str(folder / "val"), "--model", f"{folder}/net.py:biased", "--size", "32"]
         assert main([*line, "--output", str(tmp_path / "audit.html"), "--fail-on", "suspects>0"]) == 2
-        assert "give --explainer, or --words" in capsys.readouterr().err
+        assert "pass --explainer or --words" in capsys.readouterr().err
 
     def test_a_class_folder_without_images_is_named(self, folder, tmp_path, capsys):
         shutil.copytree(folder / "val", tmp_path / "val")
@@ -205,7 +205,7 @@ class TestAudit:
         shutil.copytree(folder / "val" / CLASSES[0], tmp_path / "val" / "green disk")
         capsys.readouterr()
         assert main([alone[0], str(tmp_path / "val"), *alone[2:]]) == 2
-        assert "3 class folders and the model 2 outputs; give --classes" in capsys.readouterr().err
+        assert "3 class folders, but the model has 2 outputs; pass --classes" in capsys.readouterr().err
 
     def test_without_class_folders_there_is_nothing_to_suspect(self, folder, tmp_path, capsys):
         flat = tmp_path / "flat"

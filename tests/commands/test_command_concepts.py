@@ -114,13 +114,13 @@ class TestFitConcepts:
     @pytest.mark.parametrize(
         ("more", "message"),
         [
-            ([], "give either --concepts"),
-            (["--concepts", "{colours}", "--train", "{colours}"], "give either --concepts"),
-            (["--concepts", "{colours}", "--words", "red"], "go with --train"),
+            ([], "pass either --concepts"),
+            (["--concepts", "{colours}", "--train", "{colours}"], "pass either --concepts"),
+            (["--concepts", "{colours}", "--words", "red"], "are for --train"),
             (["--concepts", "{colours}/bluish"], "contains no folders"),
             (["--concepts", "{colours}", "--layer", "nowhere"], "nowhere"),
-            (["--train", "{colours}", "--layer", "layer2"], "go with --concepts"),
-            (["--train", "{colours}"], "needs --encoder"),
+            (["--train", "{colours}", "--layer", "layer2"], "are for --concepts"),
+            (["--train", "{colours}"], "requires --encoder"),
             (["--train", "missing", "--encoder", "demo:clip"], "no file or folder at missing"),
             (["--concepts", "{colours}", "--output", "{colours}"], "is a folder"),
             (["--concepts", "{colours}", "--output", "concepts.png"], "must end in .safetensors"),
@@ -313,7 +313,7 @@ class TestEvaluate:
         names.write_text('{"0": "circle", "1": "square"}')
         with pytest.warns(InputWarning, match="'circle', but 0 is what nobody labelled"):
             assert main(["evaluate", *line, *MODEL]) == 2
-        assert "no name of the data set (square, ...)" in capsys.readouterr().err
+        assert "none of the data set's concepts (square, ...)" in capsys.readouterr().err
 
     def test_images_that_show_none_of_the_concepts_are_counted(self, words, capsys):
         found = self.run(capsys, "demo:scenes:12", "--explainer", str(words), "--metrics", "nra", "--no-baselines")
@@ -370,7 +370,7 @@ class TestEvaluate:
         assert main([*arguments, "--split", "train"]) == 2
         said = capsys.readouterr().err
         if name == "folder":
-            assert "has no --split" in said
+            assert "--split does not apply" in said
             assert len(asked) == 1
         else:
             assert asked[1][1]["split"] == "train"
@@ -382,14 +382,14 @@ class TestEvaluate:
             (["missing"], "missing"),
             (["demo:scenes:2", "--metrics", "nar"], "Did you mean 'nra'"),
             (["demo:scenes:2", "--metrics", "deletion"], "measures a score"),
-            (["demo:scenes:2", "--metrics", "top1_present"], "asks whether words are right"),
+            (["demo:scenes:2", "--metrics", "top1_present"], "measures whether concepts are detected"),
             (["demo:scenes:2", "--format", "x", "--output", "t.xls"], "must end in .csv"),
             (["missing", "--format", "x"], "is none of folder"),
             (["demo:scenes:2", "--min-area", "0.9"], "--min-area would have no effect"),
             (["missing", "--format", "voc", "--unlabelled", "ignore"], "--unlabelled is for --format folder and coco"),
             (["demo:scenes:2", "--similarity", "dot"], "--similarity would have no effect"),
             (["demo:scenes:2", "--train", "x"], "--train would have no effect"),
-            (["demo:scenes:2"], "no name of the data set"),
+            (["demo:scenes:2"], "none of the data set's concepts"),
             (["demo:scenes:1", "--classes", "{classes}"], "none of the 1 images shows"),
         ],
     )

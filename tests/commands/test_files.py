@@ -109,8 +109,8 @@ def test_an_output_that_is_an_input_is_refused(line: str, space: Path, capsys: p
         arguments += MODEL
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert any(words in said for words in ("would replace a file that", "contains images that are read",
-                                           "must end in .html", "is named twice")), said  # fmt: skip
+    assert any(words in said for words in ("would overwrite a file that", "contains input images",
+                                           "must end in .html", "is used twice")), said  # fmt: skip
     assert contents(space) == before
 
 
@@ -124,7 +124,7 @@ def test_an_output_that_is_an_input_is_refused(line: str, space: Path, capsys: p
 )
 def test_what_reads_the_file_is_named(line: str, reader: str, space: Path, capsys: pytest.CaptureFixture[str]):
     assert main([*line.split(), *MODEL]) == 2
-    assert f"would replace a file that {reader} reads" in capsys.readouterr().err
+    assert f"would overwrite a file that {reader} reads" in capsys.readouterr().err
 
 
 WRONG = [
@@ -223,7 +223,7 @@ class TestTwoRuns:
         self.explain("photos/0.png", "--output", "out")
         before = contents(space / "out")
         self.explain("photos/0.png", "--output", "out", "--layer", "layer3", code=2)
-        assert "holds explanations of another run (layer: 'layer4', not 'layer3')" in capsys.readouterr().err
+        assert "contains explanations of another run (layer: 'layer4', not 'layer3')" in capsys.readouterr().err
         (space / "out" / "explanations.json").write_text('{"notes": "mine"}')
         self.explain("photos/0.png", "--output", "out", code=2)
         assert "explanations.json is damaged or foreign" in capsys.readouterr().err
@@ -607,7 +607,7 @@ class TestSavedExplanations:
         changed = {key: value and value.replace("{space}", str(folder.parent)) for key, value in changed.items()}
         code, page = self.report(folder, **changed)
         assert (code, page) == (2, "")
-        assert "outside" in (said := capsys.readouterr().err) or "not in" in said or "file of its folder" in said
+        assert "outside" in (said := capsys.readouterr().err) or "not in" in said or "file in its folder" in said
 
     def test_unless_they_are_asked_for(self, folder: Path):
         assert self.report(folder, "photos", input=None)[0] == 0

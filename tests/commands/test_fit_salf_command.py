@@ -127,7 +127,7 @@ def test_dry_run_writes_nothing(config, capsys):
     )
     printed = capsys.readouterr().out
     assert "60 images of train, 60 images of val; 4 cells, 5 concepts, 3 classes" in printed
-    assert "machines like this one for 24 hours: 1" in printed
+    assert "machines like this one needed to finish in 24 hours: 1" in printed
     assert run({**config, "within_hours": 1e-9}, "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["plan"]["processes"] > 1
 
@@ -162,7 +162,7 @@ def test_unreadable_images(config, capsys):
         ({"train": "demo:scenes:many"}, "is not demo:scenes:N"),
         ({"train": "demo:scenes:0"}, "is not demo:scenes:N"),
         ({"val": 3}, "must be a folder"),
-        ({"concepts": "nowhere.txt"}, "no file of concepts"),
+        ({"concepts": "nowhere.txt"}, "there is no concept file"),
         ({"concepts": 3}, "a list, a file, or 'classes'"),
         ({"concepts": ["red", "mauve"]}, "mauve"),
         ({"lam": 0.1, "nonzeros_per_class": 2}, "not both"),
@@ -171,7 +171,7 @@ def test_unreadable_images(config, capsys):
         ({"prompt": "circle"}, "must be an object"),
         ({"filter": {"cutoff": 1}}, "filter"),
         ({"feature_dtype": "bfloat16"}, "'float16', 'float32'"),
-        ({"layr": "1"}, r"unknown entry 'layr'. Did you mean 'layer'"),
+        ({"layr": "1"}, r"unknown key 'layr'. Did you mean 'layer'"),
         ({"layer": "9"}, "no layer '9'"),
         ({"output": "own.py"}, "is a file"),
         ({"model": "own.py:encoder"}, "must return a torch.nn.Module"),
@@ -195,7 +195,7 @@ def test_files_of_something_else_stay(name, config, capsys):
     Path("project").mkdir()
     (Path("project") / name).write_text("{}")
     assert run({**config, "output": "project"}) == 2
-    assert f"holds a {name} that is not of a SALF-CBM" in capsys.readouterr().err
+    assert f"contains a {name} that does not belong to a SALF-CBM" in capsys.readouterr().err
     assert (Path("project") / name).read_text() == "{}"
     assert [path.name for path in Path("project").iterdir()] == [name]
 
@@ -291,5 +291,5 @@ def test_help_shows_examples_that_are_understood(capsys, tmp_path):
     for name in fit_options():
         assert name in printed
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="does not say"):
+    with pytest.raises(InputError, match="lacks"):
         read_config(tmp_path / "config.json")

@@ -68,7 +68,7 @@ def test_explain_draws_the_whole_photograph(given, tmp_path, resize, white, view
         assert found is not None
         assert found.groups() == drawn
         assert ("outside of what the model saw" in card) == (resize == "crop")
-        assert ("of the part that the model saw" in card) == (resize == "crop")
+        assert ("of the part that the model received" in card) == (resize == "crop")
 
 
 def test_another_way_is_another_folder(given, tmp_path, capsys):

@@ -97,7 +97,7 @@ class TestFiles:
         with pytest.raises(InputError, match=r"\.txt or \.json"):
             Vocabulary(["a"]).save(tmp_path / "a.csv")
         for concept in ("a\nb", "a\rb", "#hashtag", " a", "a "):
-            with pytest.raises(InputError, match="cannot be a line of a text file"):
+            with pytest.raises(InputError, match="cannot be saved in a text file"):
                 Vocabulary(["b", concept]).save(tmp_path / "a.txt")
             Vocabulary(["b", concept]).save(tmp_path / "a.json")
             assert list(Vocabulary.load(tmp_path / "a.json")) == ["b", concept]
@@ -402,7 +402,7 @@ class TestSimilarity:
 
 class TestVocabulary:
     def test_texts_and_nothing_else(self):
-        with pytest.raises(InputError, match="concepts must be texts, got 3"):
+        with pytest.raises(InputError, match="concepts must be strings, got 3"):
             Vocabulary(["sky", 3, "sea"])
         for classes in ("zebra", 3, ["zebra", 3]):
             with pytest.raises(InputError, match="classes must be a list of names, got "):
@@ -417,7 +417,7 @@ class TestVocabulary:
 
     @pytest.mark.parametrize("concepts", ["red", ["red", 3]])
     def test_wrong_concepts(self, concepts):
-        with pytest.raises(InputError, match="text"):
+        with pytest.raises(InputError, match="string"):
             Vocabulary(concepts)
         with pytest.raises(InputError, match="list of names"):
             Vocabulary(["x"]).filter("bird")
@@ -482,9 +482,9 @@ class TestGenerator:
         assert parse_list(answer) == expected
 
     def test_bad_answers_and_arguments(self, tmp_path):
-        with pytest.warns(InputWarning, match="no concept in the answer"):
+        with pytest.warns(InputWarning, match="contains no concept"):
             generate_concepts(["a"], lambda p: "" if "Give" in p else "- x")
-        with pytest.raises(InputError, match="must answer with text"):
+        with pytest.raises(InputError, match="must return text"):
             generate_concepts(["a"], lambda p: None)
         with pytest.raises(InputError, match="class"):
             generate_concepts("bird", lambda p: "- x")

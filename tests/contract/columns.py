@@ -68,11 +68,11 @@ class Family:
 
 
 FAMILIES = {
-    "any images": Family("Whatever holds images", IMAGE_ROWS),
-    "tensors": Family("Tensors, as Captum's `attribute` takes them", IMAGE_ROWS),
+    "any images": Family("Image sources", IMAGE_ROWS),
+    "tensors": Family("Image tensors, as in Captum's `attribute`", IMAGE_ROWS),
     "labels": Family("Labels", LABEL_ROWS),
     "words": Family("Concepts", WORD_ROWS),
-    "files of words": Family("Files of words", FILE_ROWS),
+    "files of words": Family("Concept files", FILE_ROWS),
     "models": Family("Models and layers", MODEL_ROWS),
 }
 
@@ -257,7 +257,7 @@ COLUMNS = [
         "concepts.Vocabulary.load",
         "files of words",
         lambda path, _: saved_words(path),
-        {"JSON index": refused("list of texts")},
+        {"JSON index": refused("list of strings")},
     ),
     Column(
         "concepts.Vocabulary",
@@ -412,7 +412,7 @@ COLUMNS += [
         "ConceptFusionMap.fit",
         "any images",
         lambda x, _: fitted(x),
-        {**dict.fromkeys(ALONE, refused("there is one image")), **ANY_SIZE, "doubles": refused("float64")},
+        {**dict.fromkeys(ALONE, refused("to a single image")), **ANY_SIZE, "doubles": refused("float64")},
     ),
     Column("ConceptFusionMap", "models", lambda m, _: mapped((m[0], [m[1]]), fusion_map)),
     Column("SALFCBM", "models", lambda m, _: mapped(m, bottleneck), {"text output": SAME}),
@@ -584,13 +584,13 @@ def _add(name: str, thing: Any, found: dict[str, list[str]]) -> None:
 
 
 WORDS_OF = {"same": "works", "runs": "works", "refused": "refused"}
-HEAD = """# What you can give it
+HEAD = """# Supported inputs
 
-Every public function and method that takes images, labels, concepts, files of words or models is tried with every kind
-of them by `tests/contract/test_inputs.py`, and this page is printed from the same table. *works* means the same values
-as from the first row (or, where the input is another one, values of its own). *refused* means an error of the package,
-at most 600 characters long, that says what was given, what is allowed and what to do. Where labels are passed next to
-images, there are four of them, so a single image is refused there.
+`tests/contract/test_inputs.py` calls every public function and method that takes images, labels, concepts, concept
+files or models with each kind of input below, and this page is generated from the same table. *works* means that the
+result equals that of the first row (or, where the input is another one, that a result is returned). *refused* means an
+error of this package with at most 600 characters that states what was passed, what is allowed and what to do. Where
+labels are passed together with images, there are four labels, so a single image is refused there.
 """
 
 
@@ -609,7 +609,7 @@ def page() -> str:
                 if found != WORDS_OF[family.rows[row].outcomes[key].kind]:
                     others.setdefault((family.rows[row].what, found), []).append(f"`{column.name}`")
         if others:
-            parts.append("\nDifferent:\n\n| you pass | what happens | where |\n| --- | --- | --- |")
+            parts.append("\nExceptions:\n\n| you pass | what happens | where |\n| --- | --- | --- |")
             parts += [f"| {what} | {found} | {', '.join(names)} |" for (what, found), names in others.items()]
         parts.append("")
     return "\n".join(parts)

@@ -181,21 +181,23 @@ def looped(images: Tensor) -> Tensor:
 IMAGE_ROWS: dict[str, Row] = {
     "float tensor": images_row("tensor `(N, 3, H, W)`, float", lambda _: IMAGES.clone(), SAME, SAME),
     "channels last memory": images_row(
-        "the same in `channels_last` memory format",
+        "the same, in `channels_last` memory format",
         lambda _: IMAGES.contiguous(memory_format=torch.channels_last),
         SAME,
         SAME,
     ),
-    "strided": images_row("the same with other strides", lambda _: looped(IMAGES), SAME, SAME),
-    "requires grad": images_row("the same with `requires_grad`", lambda _: IMAGES.clone().requires_grad_(), SAME, SAME),
+    "strided": images_row("the same, with other strides", lambda _: looped(IMAGES), SAME, SAME),
+    "requires grad": images_row(
+        "the same, with `requires_grad`", lambda _: IMAGES.clone().requires_grad_(), SAME, SAME
+    ),
     "uint8 tensor": images_row("tensor, uint8", lambda _: PIXELS.clone(), SAME, refused("float")),
     "array": images_row("NumPy array `(N, H, W, 3)`, uint8", lambda _: PIXELS.permute(0, 2, 3, 1).numpy(), SAME),
     "list of tensors": images_row("list of tensors", lambda _: list(IMAGES), SAME),
     "list of PIL images": images_row("list of PIL images", lambda _: [picture(i) for i in range(COUNT)], SAME),
     "list of arrays": images_row("list of arrays", lambda _: [np.asarray(picture(i)) for i in range(COUNT)], SAME),
     "list of paths": images_row("list of paths", lambda s: [folder(s) / f"{i}.png" for i in range(COUNT)], SAME),
-    "folder": images_row("folder, with files of other kinds in it", folder, SAME),
-    "folder as text": images_row("the same as text", lambda s: str(folder(s)), SAME),
+    "folder": images_row("folder that also contains other files", folder, SAME),
+    "folder as text": images_row("the same, as a string", lambda s: str(folder(s)), SAME),
     "pattern": images_row("pattern (`photos/*.png`)", lambda s: f"{folder(s)}/*.png", SAME),
     "class folders": images_row("folder with one folder per class", class_folders, RUNS),
     "data set": images_row("`Dataset` of (image, label)", lambda _: Items(lambda i: (IMAGES[i], LABELS[i])), SAME),
@@ -222,12 +224,12 @@ IMAGE_ROWS: dict[str, Row] = {
     "pair": images_row("`(images, labels)`", lambda _: (IMAGES, LABELS), SAME),
     "one PIL image": images_row("one PIL image", lambda _: picture(0), RUNS),
     "one path": images_row("one path", lambda s: folder(s) / "0.png", RUNS),
-    "gray": images_row("one channel, for a model of three: repeated", lambda _: [IMAGES[0, :1]], RUNS),
+    "gray": images_row("one channel, for a model that takes three: repeated", lambda _: [IMAGES[0, :1]], RUNS),
     "one image": images_row(
-        "one image `(3, H, W)` without batch", lambda _: IMAGES[0], BATCH_DIMENSION, BATCH_DIMENSION
+        "one image `(3, H, W)` without a batch dimension", lambda _: IMAGES[0], BATCH_DIMENSION, BATCH_DIMENSION
     ),
     "four channels": images_row(
-        "four channels, for a model of three",
+        "four channels, for a model that takes three",
         lambda _: torch.rand(2, 4, SIDE, SIDE),
         refused("channels"),
         refused("channels"),
@@ -246,35 +248,34 @@ IMAGE_ROWS: dict[str, Row] = {
     "empty list": images_row(
         "empty list", lambda _: [], refused("empty|no image"), refused("[Tt]ensor|floating point")
     ),
-    "broken file": images_row("folder with a broken file", broken_folder, refused(r"1\.png")),
-    "missing path": images_row("a path that is not there", lambda s: s / "nowhere", refused("no file or folder")),
-    "text": images_row("text that is no path", lambda _: "a photo of a cat", refused("no file or folder")),
-    "made in inference mode": images_row("a tensor made in `inference_mode`", lambda _: inference(IMAGES), SAME, SAME),
-    "expanded": images_row(
-        "one image that is repeated without a copy", lambda _: IMAGES[:1].expand(4, -1, -1, -1), RUNS, RUNS
-    ),
-    "parameter": images_row("a parameter", lambda _: nn.Parameter(IMAGES.clone()), SAME, SAME),
-    "doubles": images_row(
-        "tensor, float64, for a model of float32", lambda _: IMAGES.double(), SAME, refused("float64")
-    ),
+    "broken file": images_row("folder with a damaged file", broken_folder, refused(r"1\.png")),
+    "missing path": images_row("a path that does not exist", lambda s: s / "nowhere", refused("no file or folder")),
+    "text": images_row("a string that is not a path", lambda _: "a photo of a cat", refused("no file or folder")),
+    "made in inference mode": images_row("tensor created in `inference_mode`", lambda _: inference(IMAGES), SAME, SAME),
+    "expanded": images_row("one image expanded without a copy", lambda _: IMAGES[:1].expand(4, -1, -1, -1), RUNS, RUNS),
+    "parameter": images_row("`nn.Parameter`", lambda _: nn.Parameter(IMAGES.clone()), SAME, SAME),
+    "doubles": images_row("tensor, float64, for a float32 model", lambda _: IMAGES.double(), SAME, refused("float64")),
     "array of floats": images_row("NumPy array `(N, 3, H, W)`, float64", lambda _: IMAGES.double().numpy(), SAME),
     "array of another byte order": images_row(
-        "NumPy array of another byte order", lambda _: IMAGES.numpy().astype(">f4"), SAME
+        "NumPy array with another byte order", lambda _: IMAGES.numpy().astype(">f4"), SAME
     ),
     "array of paths": images_row(
         "NumPy array of paths", lambda s: np.array([f"{folder(s)}/{i}.png" for i in range(COUNT)]), SAME
     ),
-    "dict": images_row("a batch as a dict, with labels", lambda _: {"pixel_values": IMAGES, "labels": LABELS}, SAME),
+    "dict": images_row("a batch as a dict with labels", lambda _: {"pixel_values": IMAGES, "labels": LABELS}, SAME),
     "batches": images_row("list of batches", lambda _: [IMAGES[:1], IMAGES[1:]], SAME),
     "generator": images_row("a generator", lambda _: (image for image in IMAGES), SAME),
     "open file": images_row("an open file", lambda s: io.BytesIO((folder(s) / "0.png").read_bytes()), RUNS),
-    "16-bit files": images_row("files of 16 bits per pixel", deep_files, RUNS),
+    "16-bit files": images_row("files with 16 bits per pixel", deep_files, RUNS),
     "dict of other keys": images_row("a dict with other keys", lambda _: {"foo": IMAGES}, refused("foo")),
     "items of other keys": images_row(
         "`Dataset` of dicts with other keys", lambda _: Items(lambda i: {"foo": IMAGES[i]}), refused("foo")
     ),
     "too small": images_row(
-        "images smaller than the model takes", lambda _: IMAGES[:, :, :2, :2], refused("pixels"), refused("pixels")
+        "images smaller than the model's minimum size",
+        lambda _: IMAGES[:, :, :2, :2],
+        refused("pixels"),
+        refused("pixels"),
     ),
     "different sizes": images_row(
         "images of different sizes",
@@ -330,15 +331,15 @@ LABEL_ROWS: dict[str, Row] = {
     "booleans": labels_row("booleans", lambda: torch.tensor(LABELS).bool(), SAME),
     "floats of 16 bits": labels_row("tensor, bfloat16", lambda: torch.tensor(LABELS).bfloat16(), SAME),
     "infinite": labels_row("infinite", lambda: [0.0, float("inf"), 1.0, 0.0], refused("inf")),
-    "missing": labels_row("some are None", lambda: [0, None, 1, 0], refused("NoneType")),
+    "missing": labels_row("some labels None", lambda: [0, None, 1, 0], refused("NoneType")),
     "row": labels_row("`(1, N)`", lambda: torch.tensor(LABELS)[None], refused("1 labels for 4")),
     "ragged": labels_row("rows of different lengths", lambda: [[0], [1, 0], [1], [0]], refused("rows of 1 to 2")),
     "blank": labels_row("empty names", lambda: ["", "a", "a", ""], refused("empty name")),
     "bytes": labels_row("bytes", lambda: [b"a", b"b", b"b", b"a"], refused("bytes")),
     "set": labels_row("a set", lambda: {0, 1, 2, 3}, refused("set")),
     "generator": labels_row("a generator", lambda: (y for y in LABELS), refused("generator")),
-    "one number": labels_row("one number", lambda: 1, refused("int")),
-    "text": labels_row("one text", lambda: "cats", refused("str")),
+    "one number": labels_row("a single number", lambda: 1, refused("int")),
+    "text": labels_row("a single string", lambda: "cats", refused("str")),
 }
 
 
@@ -367,14 +368,14 @@ WORD_ROWS: dict[str, Row] = {
     "tuple": words_row("tuple", lambda _: tuple(WORDS), SAME),
     "vocabulary": words_row("`Vocabulary`", lambda _: vocabulary(), SAME),
     "empty": words_row("empty list", lambda _: [], refused("")),
-    "one text": words_row("one text in place of a list", lambda _: "red sky", refused("list")),
-    "twice": words_row("one concept twice", lambda _: ["red sky", "red sky"], refused("once|twice")),
+    "one text": words_row("a single string instead of a list", lambda _: "red sky", refused("list")),
+    "twice": words_row("a duplicate concept", lambda _: ["red sky", "red sky"], refused("once|twice")),
     "numbers": words_row("numbers", lambda _: [1, 2], refused("string|text|name")),
     "array": words_row("NumPy array", lambda _: np.array(WORDS), SAME),
     "None": words_row("None", lambda _: None, refused("None|names")),
     "number": words_row("a number", lambda _: 3, refused("int|3")),
-    "nested": words_row("lists in a list", lambda _: [["red sky"], ["green sea"]], refused("string|text|name")),
-    "blank": words_row("blank text", lambda _: ["red sky", "  "], refused("empty|blank|whitespace")),
+    "nested": words_row("nested lists", lambda _: [["red sky"], ["green sea"]], refused("string|text|name")),
+    "blank": words_row("a blank string", lambda _: ["red sky", "  "], refused("empty|blank|whitespace")),
 }
 FILE_ROWS: dict[str, Row] = {
     "UTF-8": Row("text file, UTF-8", word_file("a.txt", TEXT.encode()), {"files of words": SAME}),
@@ -391,9 +392,9 @@ FILE_ROWS: dict[str, Row] = {
         word_file("f.json", json.dumps({w: i for i, w in enumerate(WORDS)}).encode()),
         {"files of words": SAME},
     ),
-    "broken JSON": Row("broken JSON", word_file("g.json", b"["), {"files of words": refused("JSON")}),
+    "broken JSON": Row("invalid JSON", word_file("g.json", b"["), {"files of words": refused("JSON")}),
     "binary": Row("a binary file", word_file("h.txt", bytes(range(256))), {"files of words": refused("text")}),
-    "missing": Row("a file that is not there", lambda s: s / "none.txt", {"files of words": refused("none.txt")}),
+    "missing": Row("a file that does not exist", lambda s: s / "none.txt", {"files of words": refused("none.txt")}),
 }
 
 
@@ -497,22 +498,22 @@ MODEL_ROWS: dict[str, Row] = {
     ),
     "scripted": model_row("`torch.jit.script`", lambda: (scripted(), "last"), refused("script")),
     "double": model_row("float64, for float32 images", lambda: (Net().eval().double(), "last"), refused("float64")),
-    "unknown layer": model_row("a layer that is not there", lambda: (Net().eval(), "lost"), refused("last")),
+    "unknown layer": model_row("a layer that does not exist", lambda: (Net().eval(), "lost"), refused("last")),
     "no grid": model_row("a layer without positions", lambda: (Net().eval(), "head"), refused("positions|grid")),
     "loaded": model_row("`torch.jit.load`", lambda: (loaded(), "last"), refused("jit")),
     "half": model_row("float16, for float32 images", lambda: (Net().eval().half(), "last"), refused("float16")),
     "four channels": model_row(
-        "of four channels, for images of three", lambda: (Net(4).eval(), "last"), refused("channels")
+        "four input channels, for images with three", lambda: (Net(4).eval(), "last"), refused("channels")
     ),
     "runs twice": model_row(
         "a layer that runs twice", lambda: (Twice().eval(), "inner.last"), refused("more than once")
     ),
     "unused": model_row("a layer that does not run", lambda: (Unused().eval(), "unused"), refused("did not run")),
     "text output": model_row(
-        "returns a text", lambda: (Wrapped(lambda y: "cat").eval(), "inner.last"), refused("without a tensor")
+        "returns a string", lambda: (Wrapped(lambda y: "cat").eval(), "inner.last"), refused("without a tensor")
     ),
     "no gradient": model_row(
-        "its last part passes no gradient", lambda: (Wrapped(torch.Tensor.detach).eval(), "inner.last"), SAME
+        "its last part does not pass gradients", lambda: (Wrapped(torch.Tensor.detach).eval(), "inner.last"), SAME
     ),
     "layer is a number": model_row("a number as the layer", lambda: (Net().eval(), 3), refused("int")),
     "no layer": model_row("None as the layer", lambda: (Net().eval(), None), refused("NoneType")),

@@ -151,7 +151,9 @@ def test_a_second_table_of_scores_in_a_tuple_is_pointed_out():
 )
 def test_multi_hot_targets_are_named(target):
     for read in (lambda: select_output(OUTPUT, target), lambda: target_indices(target, 2, 12)):
-        with pytest.raises(TargetError, match=r"target .* is a table: give an int.*multi-hot.*explain one output"):
+        with pytest.raises(
+            TargetError, match=r"target .* is two-dimensional; pass an int.*multi-hot.*explaining one output"
+        ):
             read()
 
 

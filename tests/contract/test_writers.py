@@ -118,7 +118,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path, writer):
         write(tmp_path / name)
     (tmp_path / name).rmdir()
     os.mkfifo(tmp_path / name)
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         write(tmp_path / name)
     assert (tmp_path / name).is_fifo()
 
@@ -186,7 +186,7 @@ class TestLock:
             "folder": lock.mkdir,
             "fifo": lambda: os.mkfifo(lock),
         }[make]()
-        with pytest.raises(ArtifactError, match="is not a lock of this package"), FolderLock(folder):
+        with pytest.raises(ArtifactError, match="is not a lock file of this package"), FolderLock(folder):
             pass
         assert kept.read_bytes() == PRECIOUS
         assert lock.is_symlink() if make == "symlink" else lock.exists()
@@ -207,7 +207,10 @@ class TestLock:
             raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(fcntl, "flock", flock)
-        with FolderLock(tmp_path), pytest.raises(ArtifactError, match=r"process \d+ on .*has no locks.*remove"):
+        with (
+            FolderLock(tmp_path),
+            pytest.raises(ArtifactError, match=r"process \d+ on .*does not support locks.*remove"),
+        ):
             FolderLock(tmp_path).__enter__()
         assert not (tmp_path / ".lock").exists()
         gone = subprocess.Popen([sys.executable, "-c", ""])

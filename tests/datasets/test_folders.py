@@ -100,7 +100,7 @@ class TestMaskFolder:
     def test_a_jpeg_is_no_mask(self, folder: Path):
         (folder / "masks" / "0.png").unlink()
         save(folder / "masks" / "0.jpg", IDS[0].astype(np.uint8))
-        with pytest.raises(InputError, match=r"0\.jpg is a JPEG, which changes values"):
+        with pytest.raises(InputError, match=r"0\.jpg is a JPEG, which changes pixel values"):
             MaskFolder(folder)[0]
 
     @pytest.mark.parametrize("void", [255, "255"])
@@ -160,7 +160,7 @@ class TestMaskFolder:
         assert item.masks.any(2).any(1).tolist() == [True, False, False]
         assert item.concepts == ("cat", "dog", "sky")
         assert item.target is None
-        with pytest.raises(InputError, match="class for each picture"):
+        with pytest.raises(InputError, match="class for each image"):
             MaskFolder(folder, regions="label")[0]
         with pytest.raises(InputError, match="regions must be one of"):
             MaskFolder(folder, regions="some")
@@ -245,7 +245,7 @@ class TestGeometry:
         picture.save(tmp_path / "images" / "a.png", exif=exif)
         save(tmp_path / "masks" / "a.png", rectangle(1, 2, 3, 10, 20)[:24, :24].astype(np.uint8))
         (tmp_path / "classes.json").write_text('{"1": "box"}')
-        with pytest.warns(InputWarning, match=r"taken to be drawn on the pixels as they are stored"):
+        with pytest.warns(InputWarning, match=r"assumed to match the pixels as stored"):
             MaskFolder(tmp_path)[0]
 
     @pytest.mark.parametrize("size", [0, (4, -1), "big", (1, 2, 3), True, 2.5])
@@ -282,7 +282,7 @@ class TestBrokenTrees:
 
     def test_unknown_ids(self, folder: Path):
         save(folder / "masks" / "1.png", np.full((H, W), 77, dtype=np.uint8))
-        with pytest.raises(InputError, match=r"1\.png holds the label ids \[77\]"):
+        with pytest.raises(InputError, match=r"1\.png contains the label ids \[77\]"):
             MaskFolder(folder)[1]
 
     def test_broken_files_are_named(self, folder: Path):
@@ -341,7 +341,7 @@ class TestLoading:
     def test_images_of_different_sizes(self, folder: Path):
         save(folder / "images" / "1.jpg", photo(1, 30, 30))
         save(folder / "masks" / "1.png", np.ones((30, 30), dtype=np.uint8))
-        with pytest.raises(InputError, match="give the data set size="):
+        with pytest.raises(InputError, match="construct the data set with size="):
             collate_segmented(list(MaskFolder(folder)))
 
     @pytest.mark.parametrize("workers", [0, 2])
@@ -498,7 +498,7 @@ class TestBroden:
         with pytest.raises(InputError, match=r"a_object\.png must be an RGB image"):
             Broden(broden)[0]
         save(png, rgb(np.full((12, 16), 999)))
-        with pytest.raises(InputError, match=r"a_object\.png holds the label ids \[999\]"):
+        with pytest.raises(InputError, match=r"a_object\.png contains the label ids \[999\]"):
             Broden(broden)[0]
         png.unlink()
         with pytest.raises(InputError, match=r"no label image at .*a_object\.png"):
@@ -508,7 +508,7 @@ class TestBroden:
             Broden(broden)
         (broden / "index.csv").write_text("image,split,color,object,part,material,scene,texture\nade/a.jpg,train\n")
         write_csv(broden / "label.csv", ["number", "name", "category"], [[1, "wall", "object(1)"]])
-        with pytest.raises(InputError, match=r"index\.csv is cut short or broken in row 2"):
+        with pytest.raises(InputError, match=r"index\.csv is truncated or damaged in row 2"):
             Broden(broden)
 
 
@@ -703,7 +703,7 @@ class TestImageNetSegmentationFile:
         with pytest.raises(InputError, match="not laid out like"):
             ImageNetSegmentation(other)
         other.write_bytes(b"MATLAB 5.0 MAT-file")
-        with pytest.raises(InputError, match=r"other\.mat is broken or no MATLAB v7\.3"):
+        with pytest.raises(InputError, match=r"other\.mat is damaged or not a MATLAB v7\.3"):
             ImageNetSegmentation(other)
 
 
@@ -818,7 +818,7 @@ class TestCOCOPanoptic:
         assert (item.ignore == expected.ignore).all()
         index["categories"][1]["id"] = 0
         path.write_text(json.dumps(index))
-        with pytest.raises(InputError, match="several categories of one id"):
+        with pytest.raises(InputError, match="several categories with the same id"):
             COCOPanoptic(panoptic)
 
     def test_things_and_stuff(self, panoptic: Path):
@@ -869,7 +869,7 @@ class TestNamesOutOfTheFolder:
             forged = json.loads(json.dumps(index))
             forged[one][0][name] = outside
             file.write_text(json.dumps(forged))
-            with pytest.raises(InputError, match=r"secret\.png', which is not in .*, and is not followed"):
+            with pytest.raises(InputError, match=r"secret\.png', which is not in .*, so it is not read"):
                 COCOPanoptic(panoptic)[0]
         table = broden / "index.csv"
         for column in ("image", "part"):

@@ -90,7 +90,7 @@ class TestCUB:
         with pytest.raises(InputError, match=r"part_locs\.txt must have 5 numbers"):
             CUB(cub)
         (cub / "classes.txt").write_text("Albatross\n")
-        with pytest.raises(InputError, match=r"classes\.txt must have lines of a number and a name; line 1"):
+        with pytest.raises(InputError, match=r"classes\.txt must have a number and a name on every line; line 1"):
             CUB(cub)
 
 

@@ -123,7 +123,7 @@ def test_tokenizer_by_hand():
         with pytest.raises(InputError, match=message):
             tokenizer(bad)
     for vocabulary in ([], ["a", "a"]):
-        with pytest.raises(InputError, match="without repetition"):
+        with pytest.raises(InputError, match="distinct words"):
             WordTokenizer(vocabulary)
 
 

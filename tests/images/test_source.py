@@ -458,7 +458,7 @@ def test_a_stream_without_images():
 def test_numbers_of_classes():
     assert [class_name(label, ["cat", "dog"]) for label in (1, "fox", 0)] == ["dog", "fox", "cat"]
     for label in (-1, 2):
-        with pytest.raises(InputError, match=f"label {label} is the number of no class: there are 2, 0 to 1"):
+        with pytest.raises(InputError, match=f"label {label} is out of range: there are 2 classes, 0 to 1"):
             class_name(label, ["cat", "dog"])
 
 

@@ -122,7 +122,7 @@ class TestExistenceAndLocation:
         assert metrics.concept_location(maps, points, (16, 16)).isnan().tolist() == [True, False, False]
         points[0, 0] = math.nan  # nobody asks for the broken map any more
         assert not metrics.concept_location(maps, points, (16, 16)).isnan().any()
-        with pytest.raises(InputError, match="points must lie in the image"):
+        with pytest.raises(InputError, match="points must be inside the image"):
             metrics.concept_location(maps, points + 16, (16, 16))
 
     def test_location_from_the_keypoints_of_cub(self):

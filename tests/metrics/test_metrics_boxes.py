@@ -65,5 +65,5 @@ def test_iou_with_the_box_of_the_mask():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(InputError, match=message):
         metrics.box_from_map(**{"maps": torch.rand(2, 4, 4), "size": (8, 8), **arguments})
-    with pytest.raises(InputError, match="do not fit"):
+    with pytest.raises(InputError, match="do not match"):
         metrics.box_iou(torch.rand(2, 4, 4), torch.ones(3, 8, 8))

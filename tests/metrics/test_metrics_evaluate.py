@@ -399,7 +399,7 @@ class TestConceptExplainers:
     def test_whether_words_are_right_needs_all_that_an_image_shows(self):
         images, masks = colored()
         items = [{"inputs": images[i], "masks": masks[i, 0], "concepts": "red"} for i in range(4)]
-        with pytest.raises(InputError, match="need all that an image shows"):
+        with pytest.raises(InputError, match="need all concepts of an image"):
             metrics.evaluate(Colors(), items, ["top1_present"], concepts=self.names)
 
     def test_class_labels_never_become_concepts(self):
@@ -438,9 +438,9 @@ class TestConceptExplainers:
             concepts=self.names, n_bootstrap=0,
         )  # fmt: skip
         assert [row["value"] for row in table.rows] == [pytest.approx(11 / 12), pytest.approx((10 + 0.5) / 12)]
-        with pytest.raises(InputError, match="no presence to judge"):
+        with pytest.raises(InputError, match="does not decide which concepts are present"):
             metrics.evaluate(Colors(presence=False), [(images, masks)], ["presence_brier"], concepts=self.names)
-        with pytest.raises(InputError, match="need ConceptExplainers"):
+        with pytest.raises(InputError, match="require ConceptExplainers"):
             metrics.evaluate(lambda x: x, [(images, masks)], ["top1_present"], concepts=self.names)
 
     def test_baselines_beside_words_say_none(self):

@@ -242,7 +242,7 @@ def test_a_better_map_deletes_faster_and_a_target_or_argument_belongs_to_its_exa
         ({"baseline": torch.ones(4, 3, 8, 8)}, "does not fit inputs"),
         ({"batch_size": 0}, "batch_size"),
         ({"mode": "cubic"}, "mode"),
-        ({"target": None}, "give target="),
+        ({"target": None}, "pass target="),
         ({"normalize": False}, "normalize=True"),
         ({"score_fn": lambda x: 1.0}, "must return a tensor"),
     ],

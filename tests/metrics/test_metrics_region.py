@@ -283,9 +283,9 @@ def test_specificity_properties():
     [
         ([[1.0]], torch.ones(1, 1, 1), {}, "torch.Tensor"),
         (torch.ones(2, 2), torch.ones(2, 2), {}, r"\(N, h, w\)"),
-        (torch.ones(2, 3, 4, 4), torch.ones(2, 4, 4), {}, "do not fit masks"),
-        (torch.ones(3, 4, 4), torch.ones(2, 4, 4), {}, "do not fit masks"),
-        (torch.ones(2, 4, 4), torch.ones(2, 3, 4, 4), {}, "do not fit masks"),
+        (torch.ones(2, 3, 4, 4), torch.ones(2, 4, 4), {}, "do not match masks"),
+        (torch.ones(3, 4, 4), torch.ones(2, 4, 4), {}, "do not match masks"),
+        (torch.ones(2, 4, 4), torch.ones(2, 3, 4, 4), {}, "do not match masks"),
         (torch.ones(2, 4, 4), -torch.ones(2, 4, 4).int(), {}, "ignore_index"),
         (torch.ones(2, 4, 4), torch.full((2, 4, 4), torch.nan), {}, "NaN"),
         (torch.ones(2, 4, 4), torch.ones(2, 4, 4), {"ignore_index": 1}, "integer masks"),

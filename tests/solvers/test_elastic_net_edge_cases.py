@@ -139,7 +139,7 @@ def test_labels_out_of_range_are_refused(rows):
         fit_elastic_net(x, y + 0.5, 0.1)
     with pytest.raises(InputError, match="NaN"):
         fit_elastic_net(x, y / torch.zeros(()), 0.1)
-    with pytest.raises(InputError, match="class index a row"):
+    with pytest.raises(InputError, match="class index per row"):
         fit_elastic_net(x, torch.nn.functional.one_hot(y), 0.1)
 
 

@@ -147,7 +147,7 @@ def test_raw_is_the_weight_itself_without_standardization(expected):
         ([torch.zeros(2, 3)], torch.tensor([0, 1, 0]), "X has 2 rows but y has 3"),
         ([torch.zeros(5, 3)], torch.tensor([0, 1, 0]), "X has more rows than y"),
         ([torch.zeros(2, 3)], None, "must yield .* pairs"),
-        ([(torch.zeros(2, 3), torch.tensor([0]))], None, "2 rows, but its labels number 1"),
+        ([(torch.zeros(2, 3), torch.tensor([0]))], None, "2 rows, but 1 labels"),
         (iter([torch.zeros(2, 3)]), torch.tensor([0, 1]), "one-shot"),
         (3.0, torch.tensor([0, 1]), "iterable of chunks"),
         (torch.zeros(2, 3).to_sparse(), torch.tensor([0, 1]), "sparse"),

@@ -103,7 +103,7 @@ def test_other_kinds_of_rows_are_refused(tmp_path):
     again = ShardWriter(tmp_path, {}, shard_rows=2)
     for one in (writer, again):
         for other in ({"z": ROWS[:2, :1]}, {"z": ROWS[:2].half()}, {"y": ROWS[:2]}, {"z": ROWS[:2], "n": ROWS[:2]}):
-            with pytest.raises(InputError, match="as before"):
+            with pytest.raises(InputError, match="as in earlier calls"):
                 one.append(other)
     again.append({"z": ROWS[2:4]})
     again.finish()

@@ -901,7 +901,7 @@ class TestWhatIsGiven:
         assert page.page.locator("#no-concept").is_hidden()
 
     def test_exchanged_or_empty(self, tmp_path):
-        with pytest.raises(InputError, match="comes first: explore"):
+        with pytest.raises(InputError, match="first: explore"):
             explore(images(1), explanation(1))
         with pytest.raises(InputError, match="got Linear"):
             explore(nn.Linear(2, 2), images(1))

@@ -56,15 +56,15 @@ class TestLegend:
             assert np.ptp(pixels[y, x]) > 0.2
         assert np.ptp(pixels[height // 2, height // 2]) < 0.01
         text = strings_of(figure)
-        assert "claims no pixel" in text
+        assert "no pixels assigned" in text
         assert "score 0.9" in text
         assert [to_rgba(a.get_facecolor())[3] for a in axes_of(figure, "patch")] == [1, 1, 0]
 
     def test_what_is_not_seen_or_below_average_claims_nothing(self):
         e = corners(presence=torch.tensor([[0.9, 0.1, 0.9]]))
-        assert "not seen · claims no pixel" in strings_of(legend(e, torch.rand(3, 40, 40)))
+        assert "not seen · no pixels assigned" in strings_of(legend(e, torch.rand(3, 40, 40)))
         e = ConceptExplanation(["a"], torch.tensor([[-0.5]]), torch.rand(1, 1, 3, 3), score_unit="standard deviations")
-        assert "claims no pixel" in strings_of(legend(e, torch.rand(3, 40, 40)))
+        assert "no pixels assigned" in strings_of(legend(e, torch.rand(3, 40, 40)))
 
     def test_layout(self):
         names = ["a concept whose name goes on and on and on, longer than any cell", "b", "c", "d", "e"]
@@ -117,7 +117,7 @@ class TestSankey:
         assert "fish" not in strings_of(sankey(Rules(), ["cat", 1], top_k=1))
         with pytest.raises(InputError, match="'bird' is not among"):
             sankey(Rules(), "bird")
-        with pytest.raises(InputError, match="needs a model with decision_rules"):
+        with pytest.raises(InputError, match="requires a model with decision_rules"):
             sankey(corners())
 
     @pytest.mark.parametrize("break_", ["\n", "\r\n", "\u2028"])
@@ -137,7 +137,7 @@ class TestSankey:
         writer.add(e, torch.rand(3, 20, 20))
         writer.add_rules(Rules())
         source = writer.finish().read_text()
-        assert "What the classes go by" in source
+        assert "What each class relies on" in source
         assert source.count("data:image/svg+xml") == 1
         assert "<bdi>fins</bdi> +3" in source
         assert "<bdi>tail</bdi>" not in source  # no image of a dog
@@ -191,7 +191,7 @@ class TestMostActivating:
             assert pixels.mean((0, 1)).argmax() == channel
 
     def test_bad_input(self):
-        with pytest.raises(InputError, match="needs an explainer"):
+        with pytest.raises(InputError, match="requires an explainer"):
             most_activating(corners(), torch.rand(1, 3, 8, 8))
         with pytest.raises(InputError, match="'pink' is not among"):
             most_activating(Channels(), torch.rand(1, 3, 8, 8), "pink")

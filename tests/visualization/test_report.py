@@ -405,7 +405,7 @@ class TestWriting:
             ({"significant": torch.ones(3)}, "must be bool"),
             ({"source": [1]}, "must contain ConceptExplanation"),
             ({"source": 1}, "an iterable of them or an explainer"),
-            ({"source": images(), "images": explanation()}, "the explanation comes first"),
+            ({"source": images(), "images": explanation()}, "pass the explanation first"),
             ({"source": []}, "more images"),
             ({"source": [], "images": []}, "nothing to report"),
         ],

@@ -236,5 +236,5 @@ class TestScores:
             with pytest.raises(InputError, match=message):
                 score_user_study(study, [answer(study, "a", lambda *_, w=wrong: w)])
         (tmp_path / "a.json").write_text(json.dumps({"participant": "a"}))
-        with pytest.raises(InputError, match="not what the form of a study saves"):
+        with pytest.raises(InputError, match="not a file saved by the form of a study"):
             score_user_study(study, [tmp_path / "a.json"])

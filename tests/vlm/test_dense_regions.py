@@ -414,7 +414,7 @@ class TestStore:
             def encode_regions(self, images, grid):
                 return images.mean((2, 3))
 
-        with pytest.raises(InputError, match="needs an encoder with encode_regions, which Plain has not"):
+        with pytest.raises(InputError, match="requires an encoder with encode_regions, which Plain does not have"):
             RegionEmbeddingStore.build(tmp_path, pictures(3, 8), Plain(), DenseRegions(2))
         with pytest.raises(InputError, match=r"must return \(3, 4, D\), got \(3, 3\)"):
             RegionEmbeddingStore.build(tmp_path, pictures(3, 8), Wrong(), DenseRegions(2), batch_size=3)

@@ -189,7 +189,7 @@ def test_layers_of_an_encoder_of_images_that_are_not_square(kind):
     if kind == "siglip":  # squashes
         maps = fam.attribute(x, target=0)
     else:
-        with pytest.warns(InputWarning, match="the middle of images of 30 x 40 only"):
+        with pytest.warns(InputWarning, match="only the center of images of 30 x 40"):
             maps = fam.attribute(x, target=0)
     assert maps.shape[2:] == (4, 4)
 
@@ -262,5 +262,5 @@ def test_an_encoder_is_an_instance_with_numbers():
         check_encoder(encoder)
     with torch.device("meta"):
         encoder.model = torch.nn.Linear(2, 2)
-    with pytest.raises(InputError, match=r"encoder lies on the meta device.*load_state_dict"):
+    with pytest.raises(InputError, match=r"encoder is on the meta device.*load_state_dict"):
         check_encoder(encoder)

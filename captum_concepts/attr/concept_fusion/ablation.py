@@ -213,8 +213,8 @@ def contribution_curves(
     if changed and not moved:
         if fill != "channel_mean":
             raise LayerError(
-                f"ablating channels of layer {layer.names[0]!r} does not change the model's output, so a contribution "
-                "there would be zero without meaning; choose a layer on the way to the output"
+                f"ablating channels of layer {layer.names[0]!r} does not change the model's output, so contributions "
+                "there would be meaningless zeros; choose a layer that the output depends on"
             )
         warnings.warn(
             f"fill='channel_mean' keeps the pooled values of layer {layer.names[0]!r}, which are all that the output "

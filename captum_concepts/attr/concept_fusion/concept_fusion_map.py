@@ -65,8 +65,8 @@ def _of_an_instance(method: Method) -> Method:
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, ConceptFusionMap):
             raise InputError(
-                "fit is a method of an instance now: ConceptFusionMap(forward_func, layers, map_layer='fused').fit("
-                "images, encoder, concepts). Options of the map go to the constructor"
+                "fit is now an instance method: ConceptFusionMap(forward_func, layers, "
+                "map_layer='fused').fit(images, encoder, concepts). Pass options of the map to the constructor"
             )
         return method(self, *args, **kwargs)
 
@@ -373,7 +373,7 @@ class ConceptFusionMap(LayerAttribution):
         """
         one_of("rank_by", rank_by, RANKINGS)
         if rank_by == "contributions" and not contributions and concepts is None:
-            raise InputError("rank_by='contributions' needs them; leave contributions=True, or use rank_by='scores'")
+            raise InputError("rank_by='contributions' requires contributions=True; pass it, or use rank_by='scores'")
         names = self._names()
         setup, inputs = self._setup(), self._opened(inputs)
         batch = count(inputs)
@@ -689,12 +689,12 @@ class ConceptFusionMap(LayerAttribution):
             self.forward_func, list(self.layers), layout=self.layout, prefix_tokens=self.prefix_tokens
         )
         if len(set(layers.modules)) != len(layers):
-            raise InputError("each layer may be given once; layers names one of them twice")
+            raise InputError("layers contains one layer twice; pass each layer once")
         return layers
 
     def _names(self) -> list[str]:
         if self.translator is None:
-            raise NotFittedError("this map has no translator yet; call fit(images, encoder, concepts)")
+            raise NotFittedError("this map does not have a translator yet; call fit(images, encoder, concepts)")
         if self.concepts is None:
             raise NotFittedError("there are no concepts yet; use with_concepts(concepts, encoder)")
         return list(self.concepts)

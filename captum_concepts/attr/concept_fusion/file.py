@@ -80,7 +80,8 @@ def save(path: str | os.PathLike[str], explainer: ConceptFusionMap, options: Map
     translator = explainer.translator
     if not isinstance(translator, ConceptTranslator):
         raise InputError(
-            f"only a ConceptTranslator is saved with the map, not {type(translator).__name__}; save its state yourself"
+            f"only a ConceptTranslator can be saved with the map, not {type(translator).__name__}; save its state "
+            "separately"
         )
     layers = Layers.resolve(explainer.forward_func, list(explainer.layers))
     held_out, presence = explainer.held_out_, explainer.presence_

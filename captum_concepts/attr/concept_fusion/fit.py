@@ -40,7 +40,7 @@ def link_of(encoder: Any) -> str:
         said = getattr(encoder, name, None)
         if isinstance(said, str):
             if said not in LINKS:
-                raise InputError(f"encoder.{name} is {said!r}; it must be one of {LINKS}. Or pass link=")
+                raise InputError(f"encoder.{name} is {said!r}; it must be one of {LINKS}; otherwise pass link=")
             return said
     return "sigmoid" if float(getattr(encoder, "logit_bias", 0.0) or 0.0) else "softmax"
 
@@ -68,7 +68,10 @@ def train(
             hidden = (2048, 1024)  # each unit of the first layer comes from one example
         translator = ConceptTranslator(pairs.in_channels, width, hidden=hidden)
     if text is not None and text.shape[1] != width:
-        raise InputError(f"the encoder returns images of width {width} and texts of width {text.shape[1]}")
+        raise InputError(
+            f"the encoder returns image embeddings of width {width} but text embeddings of width {text.shape[1]}; "
+            "they must match"
+        )
     parameter = next(layers.model.parameters(), None) if layers.model is not None else None
     translator.to("cpu" if parameter is None else parameter.device)
     with torch.inference_mode(False), torch.enable_grad():

@@ -233,7 +233,7 @@ def presence_table(labels: Any, names: Sequence[str], count: int) -> Tensor:
         table = labels
     if table.ndim != 2 or tuple(table.shape) != (count, len(names)):
         raise InputError(
-            f"labels must say of each of {count} images which of the {len(names)} concepts are there: a table "
+            f"labels must state which of the {len(names)} concepts each of the {count} images shows: pass a table "
             f"({count}, {len(names)}) of 0 and 1 (NaN: unknown), or {count} lists of names; got {tuple(table.shape)}"
         )
     table = table.float().cpu()
@@ -241,7 +241,7 @@ def presence_table(labels: Any, names: Sequence[str], count: int) -> Tensor:
     if not bool(((known == 0) | (known == 1)).all()):
         raise InputError("labels must be 0 or 1, or NaN where unknown")
     if not len(known):
-        raise InputError("labels are all unknown (NaN)")
+        raise InputError("labels are all NaN (unknown); pass at least one known label")
     return table
 
 

@@ -124,5 +124,5 @@ def check_words(concepts: Any, text: Any, width: int | None) -> None:
             "vision-language model it was fitted to"
         )
     if not text.isfinite().all() or not text.any(1).all():
-        raise InputError("text_embeddings contain a row that is zero, NaN or infinite, which has no direction")
+        raise InputError("text_embeddings contain a row that is zero, NaN or infinite; every row needs a direction")
     warn_of_same_embeddings(names, text)

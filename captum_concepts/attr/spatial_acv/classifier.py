@@ -52,8 +52,8 @@ def captum_trainer(classifier: Any, seed: int) -> Trainer:
         w = torch.as_tensor(classifier.weights()).detach().to(x)
         if sorted(classes) != sorted((LABEL_CONCEPT, LABEL_NEGATIVE)) or w.ndim != 2 or w.shape[1] != x.shape[1]:
             raise InputError(
-                f"the classifier gives weights {tuple(w.shape)} for classes {classes}; SpatialACV trains it on the "
-                f"labels {LABEL_NEGATIVE} (negatives) and {LABEL_CONCEPT} (concept) and {x.shape[1]} features"
+                f"the classifier has weights of shape {tuple(w.shape)} for classes {classes}; SpatialACV trains it on "
+                f"the labels {LABEL_NEGATIVE} (negatives) and {LABEL_CONCEPT} (concept) and {x.shape[1]} features"
             )
         if len(w) == 2:
             direction = w[classes.index(LABEL_CONCEPT)] - w[classes.index(LABEL_NEGATIVE)]

@@ -60,7 +60,7 @@ class ConceptEvidence:
             ]
             lines.append(f"  {i}{about}: " + ", ".join(words))
         lines += [f"  ... {n - 5} more"] * (n > 5)
-        return "\n".join([*lines, "  share of the margin that the concept carries; *: it decides"])
+        return "\n".join([*lines, "  fraction of the margin due to the concept; *: the concept is decisive"])
 
 
 def effects_of(

@@ -50,7 +50,7 @@ class FitOptions:
         integer("folds", self.folds, least=2)
         integer("max_rows", self.max_rows, least=16)
         if self.n_random == 1:
-            raise InputError("n_random=1 cannot show how random sets vary; pass 0, or at least 2 (20 recommended)")
+            raise InputError("n_random=1 cannot measure how random sets vary; pass 0, or at least 2 (20 recommended)")
         if self.lam != PUBLISHED:
             meaning = f"positive (separable rows have no finite solution without it), or {PUBLISHED!r}"
             number("lam", self.lam, lambda lam: lam > 0, meaning)
@@ -198,7 +198,7 @@ def fit_vectors(
     sets = named_sets(concepts, "concepts", read)
     others = None if negatives is None else named_sets(negatives, "negatives", read)
     if others is None and len(sets) < 2:
-        raise InputError("one concept without negatives: pass negatives=, or a second concept to separate it from")
+        raise InputError("a single concept needs negatives; pass negatives=, or a second concept to separate it from")
     halving = Halving("batch_size")
 
     def run(images: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def _read(sets: dict[str, ImageSource], batch_size: int, count: Callable[[int], 
             count(len(batch))
             yield name, batch.images
         if not seen:
-            raise InputError(f"{name!r} contains no image; pass at least 2 images")
+            raise InputError(f"{name!r} contains no images; pass at least 2")
 
 
 def _pairs(
@@ -330,7 +330,10 @@ def fit_concept(problem: Problem, train: Trainer, lam: float | None = None, seed
     weight, bias = _train(problem, slice(None), train)
     length = float(weight.norm())
     if not math.isfinite(length) or length == 0:
-        raise InputError("the classifier gives no direction: its weights are zero or not finite; use a weaker penalty")
+        raise InputError(
+            "the classifier does not define a direction, because its weights are zero or not finite; use a weaker "
+            "penalty"
+        )
     vector = weight / length
     slope = length / problem.scale
     intercept = float(bias) - slope * float(problem.center @ vector)

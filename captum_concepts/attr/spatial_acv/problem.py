@@ -48,8 +48,8 @@ def make_problem(concept: GuidanceRows, negatives: GuidanceRows, name: str, fold
     for rows, what in ((concept, f"concept {name!r}"), (negatives, f"the negatives of {name!r}")):
         if len(rows.digests) < 2:
             raise InputError(
-                f"{what}: {rows.images} image{'s' * (rows.images != 1)}, {len(rows.digests)} different; pass "
-                "at least 2 different images, so that accuracy can be measured on images held out of the fit"
+                f"{what}: {rows.images} image{'s' * (rows.images != 1)}, {len(rows.digests)} distinct; pass at least "
+                "2 different images, so that accuracy can be measured on held-out images"
             )
     if concept.x.shape[1] != negatives.x.shape[1]:
         raise InputError(f"concept {name!r} has {concept.x.shape[1]} channels and its negatives {negatives.x.shape[1]}")
@@ -64,8 +64,8 @@ def make_problem(concept: GuidanceRows, negatives: GuidanceRows, name: str, fold
     scale = float(x.square().mean().sqrt())
     if scale <= 1e-12 * max(float(center.abs().max()), 1e-30):
         raise InputError(
-            f"the layer gives the same activation at every position of {name!r} and of its negatives, so nothing can "
-            "be separated; choose another layer"
+            f"the layer returns the same activation at every position of {name!r} and of its negatives, so nothing "
+            "can be separated; choose another layer"
         )
     x /= scale
     generator = torch.Generator().manual_seed(seed)

@@ -100,7 +100,10 @@ def gather(
     for name, batch in batches:
         rows = rows_of(full_precision(maps_of(batch).detach()))
         if buffer and rows.shape[2] != buffer[0][0].shape[1]:
-            raise InputError(f"the layer gives {rows.shape[2]} and {buffer[0][0].shape[1]} channels for {name!r}")
+            raise InputError(
+                f"the layer returns {rows.shape[2]} and {buffer[0][0].shape[1]} channels for different images of "
+                f"{name!r}"
+            )
         for image, own in zip(batch, rows, strict=True):
             index = of_set[name] = of_set.get(name, -1) + 1
             code = digest(image)
@@ -121,7 +124,7 @@ def gather(
             buffer = [_smallest(buffer, budget)]
             limit, held = float(buffer[0][1].max()), budget
     if not buffer:
-        raise InputError("the guidance sets hold no image")
+        raise InputError("the concept examples contain no images")
     x, _, number = _smallest(buffer, budget)
     return GuidanceRows(x, number.to(x.device), tuple(numbers), tuple(origins), tuple(counts), tuple(positions))
 

@@ -421,7 +421,7 @@ class SpatialACV(LayerAttribution):
         if bool(attribute_to_layer_input) != fitted.of_input:
             raise InputError(
                 f"attribute_to_layer_input={attribute_to_layer_input}, but the vectors were fitted with "
-                f"{fitted.of_input}; fit again with what you want to explain"
+                f"{fitted.of_input}; fit again with the option that you want to use"
             )
 
         inputs = as_inputs(inputs, layers.model)
@@ -476,7 +476,9 @@ class SpatialACV(LayerAttribution):
         columns = name_positions(concepts, fitted.names)
 
         if probability and self.refine is not False:
-            raise InputError("a refined map has no probability; pass probability=False, or construct with refine=False")
+            raise InputError(
+                "a refined map has no probabilities; pass probability=False, or construct with refine=False"
+            )
         inputs = as_inputs(inputs, layers.model)
         layers = refinement.with_stages(layers, self.refine, self._stages, inputs, additional_forward_args)
 
@@ -595,7 +597,7 @@ class SpatialACV(LayerAttribution):
         """
         one_of("rank_by", rank_by, RANKINGS)
         if rank_by == "contributions" and not contributions:
-            raise InputError("rank_by='contributions' needs contributions=True")
+            raise InputError("rank_by='contributions' requires contributions=True")
         fitted, layers = self._need_fit(), self._layers()
         inputs = as_inputs(inputs, layers.model)
         if contributions:
@@ -812,7 +814,7 @@ def _project(maps: Tensor, fitted: FittedVectors) -> Tensor:
     """``(N, K, h, w)`` components of each position of ``(N, C, h, w)`` along each vector."""
     maps, vectors = full_precision(maps), fitted.vectors
     if vectors.shape[1] != maps.shape[1]:
-        raise LayerError(f"the vectors have {vectors.shape[1]} channels, but the layer has {maps.shape[1]} now")
+        raise LayerError(f"the vectors have {vectors.shape[1]} channels, but the layer now has {maps.shape[1]}")
     return torch.einsum("nchw,kc->nkhw", maps, vectors.to(maps))
 
 

@@ -148,11 +148,11 @@ def collect_pairs(
         parts = [part for mine, _ in gathered for part in mine]
         channels = next((c for _, c in gathered if c), ())
     if not parts or not channels:
-        raise InputError("there is no image to fit a translator on")
+        raise InputError("there is no image to fit a translator to")
     check_cached_rows(parts, read, source, cache_dir)
     pairs = TrainingPairs(parts, channels, views=views)
     if pairs.images == 1:
-        raise InputError("there is one image, and a translator cannot be fitted to it; pass some hundred")
+        raise InputError("a translator cannot be fitted to a single image; pass some hundred")
     return pairs
 
 
@@ -170,8 +170,8 @@ def check_cached_rows(parts: Sequence[Any], read: _Pairs, source: reader.ImageSo
         rounding = 0.05 * float(now[0].norm())  # of another machine, or of half precision in a deep network
         if now[0].shape != then.shape or float((now[0] - then).norm()) > rounding:
             raise ArtifactError(
-                f"the cache at {cache_dir} was computed with the same weights but other settings of the {who}, which "
-                "computes something else now. Pass another cache_dir, or delete that folder"
+                f"the cache at {cache_dir} was computed with the same weights but other settings of the {who}, whose "
+                "outputs have changed. Pass another cache_dir, or delete that folder"
             )
 
 
@@ -292,7 +292,9 @@ class _Pairs:
     def origin(self, source: reader.ImageSource) -> dict[str, Any]:
         """What rows in a cache must have been computed from."""
         if source.streamed:
-            raise InputError("a stream of images has no fingerprint, so it cannot have a cache_dir; pass a data set")
+            raise InputError(
+                "a stream of images has no fingerprint, so it cannot be cached; pass a data set, or no cache_dir"
+            )
         places = sorted({round(i * (len(source) - 1) / (_PROBES - 1)) for i in range(_PROBES)}) if len(source) else []
         probes = [source[i] for i in places]
         return {

@@ -51,7 +51,7 @@ class ConceptTranslator(nn.Module):
     def __init__(self, in_channels: Sequence[int], embedding_dim: int, *, hidden: Sequence[int] | None = None) -> None:
         super().__init__()
         if isinstance(in_channels, int):
-            raise InputError(f"in_channels must be a sequence, one entry for each layer; got the int {in_channels}")
+            raise InputError(f"in_channels must be a sequence with one entry per layer; got the int {in_channels}")
         channels = tuple(int(c) for c in in_channels)
         if not channels or min(channels) < 1 or embedding_dim < 1:
             raise InputError(

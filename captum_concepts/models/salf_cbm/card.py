@@ -28,7 +28,7 @@ def card_fields(model: SALFCBM, config: Mapping[str, Any], name: str) -> dict[st
     """The fields of ``card.md``; all text is escaped."""
     metadata: Mapping[str, Any] = config["metadata"]
     backbone = config["backbone"]
-    stored = "stored with the model" if backbone["stored"] else "not stored; it must be given, and is checked"
+    stored = "stored with the model" if backbone["stored"] else "not stored; pass them (they are checked)"
     facts = {
         "backbone": f"{backbone['class']} (fingerprint {backbone['fingerprint']}), its weights {stored}",
         "layer": f"{config['layer'] or 'the output'}, {config['feature_dim']} channels"
@@ -90,7 +90,7 @@ def _concepts(model: SALFCBM, metadata: Mapping[str, Any]) -> str:
         *(["AUROC of agreement"] if agreement else []),
     ]
     if what:
-        lines.insert(0, f"In brackets: {', '.join(what)}.\n")
+        lines.insert(0, f"In parentheses: {', '.join(what)}.\n")
     return _shortened(lines, len(model.concepts))
 
 

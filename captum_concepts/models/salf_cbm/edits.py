@@ -44,7 +44,7 @@ def map_edits(
     many = isinstance(concept, (list, tuple))
     if many and concept and all(isinstance(edit, Mapping) for edit in concept):
         if beta is not None or any(value is not None for value in regions.values()):
-            raise InputError("a list of edits carries its own betas and regions; pass them there only")
+            raise InputError("a list of edits contains its own betas and regions; pass them there only")
         edits = []
         for edit in concept:
             if unknown := sorted(set(edit) - set(_MAP_EDIT)):
@@ -58,7 +58,7 @@ def map_edits(
     units = _units(units)
     names = list(concept) if many else [concept]
     if not names:
-        raise InputError("no concept to edit is given")
+        raise InputError("no concept to edit was passed")
     betas = beta.tolist() if hasattr(beta, "tolist") else beta
     betas = list(betas) if isinstance(betas, (list, tuple)) else [betas] * len(names)
     if len(betas) != len(names):
@@ -91,7 +91,7 @@ def rule_edits(
         weight = number("add" if add else "weight", edit["add" if add else "weight"], lambda _: True, "a finite number")
         checked.append(RuleEdit(target, _column(edit["concept"], concepts), weight, add))
     if not checked:
-        raise InputError("no edit is given")
+        raise InputError("no edit was passed")
     return checked
 
 
@@ -110,7 +110,7 @@ def _beta(beta: Any) -> float:
 def _units(units: Any) -> str:
     if units is None:
         raise InputError(
-            "intervene needs units=: 'map' adds beta to the concept's map as it is (the default of earlier versions), "
+            "intervene needs units=: 'map' adds beta to the unscaled concept map (the default of earlier versions), "
             "'std' counts standard deviations of the concept's activation (formerly standardize=True)"
         )
     return one_of("units", units, UNITS)

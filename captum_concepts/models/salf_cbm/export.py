@@ -44,9 +44,12 @@ def export_program(model: SALFCBM, path: Path, size: tuple[int, int] | None) -> 
     """
     size = size or model.input_size or (None if model._reading is None else model._reading.image_size)
     if size is None:
-        raise InputError("pass size=(height, width) of the images: the model was made with feature_dim= and saw none")
+        raise InputError(
+            "pass size=(height, width) of the images, which is unknown because the model was constructed with "
+            "feature_dim="
+        )
     if not isinstance(model.head, nn.Linear):
-        raise InputError(f"contributions need a linear head, but head is a {type(model.head).__name__}")
+        raise InputError(f"contributions require a linear head, but head is a {type(model.head).__name__}")
     like = model.concept_mean
     images = torch.zeros(2, input_channels(model.backbone), *size, dtype=like.dtype, device=like.device)
     target = torch.full((2,), -1, device=like.device)
@@ -59,7 +62,7 @@ def export_program(model: SALFCBM, path: Path, size: tuple[int, int] | None) -> 
             )  # fmt: skip
     except Exception as error:  # tracing may raise anything
         raise InputError(
-            f"torch.export cannot trace the backbone {type(model.backbone).__name__} for any number of images: "
+            f"torch.export cannot trace the backbone {type(model.backbone).__name__} with a variable batch size: "
             f"{type(error).__name__}: {str(error)[:300]}"
         ) from error
     names = {

@@ -148,15 +148,16 @@ def write_files(model: SALFCBM, config: Mapping[str, Any], folder: Path) -> None
     if shapes != _shapes(config, own) or not isinstance(model.head, nn.Linear):
         raise InputError(
             "save_pretrained keeps the model's own bottleneck and head, but they were replaced "
-            f"({type(model.bottleneck).__name__}, {type(model.head).__name__}); save such a model by its state_dict()"
+            f"({type(model.bottleneck).__name__}, {type(model.head).__name__}); save such a model with its "
+            "state_dict()"
         )
     if (too_large := _too_large(config)) is not None:
-        raise InputError(f"such a model cannot be saved: {too_large}")
+        raise InputError(f"this model cannot be saved: {too_large}")
     try:
         content = json.dumps(config, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"metadata must be valid JSON (texts, finite numbers, lists, dictionaries): {error}"
+            f"metadata must be JSON-serializable (strings, finite numbers, lists, dictionaries): {error}"
         ) from error
     whole = {name: v for name, v in _plain(state).items() if isinstance(v, Tensor)}
     tensors = whole if config["backbone"]["stored"] else own
@@ -238,7 +239,7 @@ def find_folder(name: str | os.PathLike[str], download: Mapping[str, Any]) -> Pa
     if Path(path).is_dir():
         return Path(path)
     if isinstance(name, os.PathLike) or path[:1] in ("/", ".", "~") or "\\" in path:
-        raise FileNotFoundError(f"there is no folder {path}, which should hold {_WHAT}")
+        raise FileNotFoundError(f"there is no folder {path}, which should contain {_WHAT}")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(path, allow_patterns=[_WEIGHTS, _CONFIG], **download))
@@ -250,7 +251,7 @@ def load_folder(cls: type[Model], folder: Path, backbone: nn.Module | None, chec
     backbone = _backbone(config, folder) if backbone is None else backbone
     with open_artifact(folder / _WEIGHTS, {FORMAT: {}, _FIRST: {}}, _WHAT) as (info, tensors):
         if info.get("config") != _digest(config):
-            raise ArtifactError(f"{folder / _CONFIG} and {_WEIGHTS} beside it do not belong together")
+            raise ArtifactError(f"{folder / _CONFIG} and {_WEIGHTS} next to it do not belong together")
         inner = {n.removeprefix(_BACKBONE): t for n, t in tensors.items() if n.startswith(_BACKBONE)}
         own = {n: t for n, t in tensors.items() if not n.startswith(_BACKBONE)}
         _check_tensors(config, own, folder)
@@ -260,8 +261,8 @@ def load_folder(cls: type[Model], folder: Path, backbone: nn.Module | None, chec
             _check_fit({n: v for n, v in given.state_dict().items() if isinstance(v, Tensor)}, inner, folder)
         elif check_backbone and fingerprint_module(given) != about["fingerprint"]:
             raise ArtifactError(
-                f"the model in {folder} was trained with a {about['class']} of other weights (or another dtype) than "
-                f"the {type(given).__name__} given; pass that one, or check_backbone=False"
+                f"the model in {folder} was trained with a {about['class']} whose weights or dtype differ from those "
+                f"of the {type(given).__name__} passed; pass the original backbone, or check_backbone=False"
             )
         options = {name: config[name] for name in ARGUMENTS}
         if options["preprocessing"] is not None:
@@ -286,8 +287,8 @@ def _backbone(config: Mapping[str, Any], folder: Path) -> nn.Module:
     about = config["backbone"]
     if "recipe" not in about:
         raise InputError(
-            f"pass backbone=, the {about['class']} that the model in {folder} was trained with; nothing there says how "
-            "to build it"
+            f"pass backbone=, the {about['class']} that the model in {folder} was trained with; the folder does not "
+            "describe how to build it"
         )
     if not about["stored"]:
         raise InputError(
@@ -306,17 +307,17 @@ def _check_tensors(config: Mapping[str, Any], own: Mapping[str, Tensor], folder:
     if shapes != wanted:
         wrong = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))[:3]
         found = ", ".join(f"{name} {shapes.get(name, 'missing')}, not {wanted.get(name, 'expected')}" for name in wrong)
-        raise ArtifactError(f"{folder / _WEIGHTS} does not fit its configuration: {found}")
+        raise ArtifactError(f"{folder / _WEIGHTS} does not match its configuration: {found}")
     if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in own.values()):
-        raise ArtifactError(f"{folder / _WEIGHTS} holds values that are not finite numbers")
+        raise ArtifactError(f"{folder / _WEIGHTS} contains values that are not finite numbers")
 
 
 def _check_fit(given: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path) -> None:
     """Refuse a backbone that does not match, before anything is copied into it."""
     if other := sorted(set(given) ^ set(stored)):
-        raise ArtifactError(f"the backbone stored in {folder} and the one given differ in {other[:5]}")
+        raise ArtifactError(f"the backbone stored in {folder} and the one passed differ in {other[:5]}")
     if other := [name for name in given if given[name].shape != stored[name].shape]:
-        raise ArtifactError(f"the backbone stored in {folder} and the one given differ in the shapes of {other[:5]}")
+        raise ArtifactError(f"the backbone stored in {folder} and the one passed differ in the shapes of {other[:5]}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -325,7 +326,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not the configuration of {_WHAT} (format {FORMAT!r} or {_FIRST!r})")
     found: dict[str, Any] = check_json({**_SINCE_2, **config}, _SCHEMA, str(path))
     if (too_large := _too_large(found)) is not None:
-        raise ArtifactError(f"{path} is damaged or foreign: {too_large}")
+        raise ArtifactError(f"{path} is damaged or not of this format: {too_large}")
     return found
 
 

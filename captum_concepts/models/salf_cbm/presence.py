@@ -172,7 +172,7 @@ def verdicts_of(labels: Any, concepts: Sequence[str], n: int) -> tuple[list[int]
         isinstance(row, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in row) for row in labels
     ):
         if len(labels) != n:
-            raise InputError(f"labels of {len(labels)} images are given for {n}")
+            raise InputError(f"{len(labels)} labels were passed for {n} images; pass one per image")
         found = torch.zeros(n, len(concepts), dtype=torch.bool)
         for i, row in enumerate(labels):
             if row:

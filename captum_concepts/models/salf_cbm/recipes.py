@@ -63,7 +63,7 @@ def build_backbone(recipe: Any, folder: Path, stored: Mapping[str, tuple[int, ..
             with torch.device("meta"):  # nothing is allocated before the sizes in the file match the tensors
                 shapes = {name: tuple(value.shape) for name, value in _built(checked).state_dict().items()}
             if shapes != dict(stored):
-                raise ArtifactError("the stored weights are not those of such a network")
+                raise ArtifactError("the stored weights do not match this network")
         return _built(checked).eval()
     except Exception as error:  # libraries may raise anything for unknown names and sizes
         raise ArtifactError(

@@ -107,7 +107,7 @@ def _each(values: Any, n: int, name: str) -> list[Tensor]:
         else:
             if parts.ndim == 2 and len(parts) != n:
                 raise InputError(
-                    f"{len(parts)} {name} are given for {n} images; pass one for all, one per image, or a list per "
+                    f"{len(parts)} {name} were passed for {n} images; pass one for all, one per image, or a list per "
                     f"image: [[{form}, ...], ...]"
                 )
             each = list(parts[:, None])
@@ -117,7 +117,7 @@ def _each(values: Any, n: int, name: str) -> list[Tensor]:
         shapes = sorted({tuple(own.shape) for own in each})
         raise InputError(f"{name} must be {form}, one per image, or a list of them per image; got shapes {shapes}")
     if len(each) != n and not (len(each) == 1 and isinstance(parts, Tensor) and parts.ndim == 1):
-        raise InputError(f"{name} are given for {len(each)} images, but there are {n}")
+        raise InputError(f"{name} were passed for {len(each)} images, but there are {n}")
     if any(not len(own) for own in each):
         raise InputError(f"the region is empty: there are no {name}")
     if any(not bool(own.isfinite().all()) for own in each):
@@ -150,8 +150,8 @@ def _cells(points: Tensor, image_size: Size, grid: Size) -> Tensor:
     outside = ((points < 0) | (points >= sides)).any(1)
     if outside.any():
         raise InputError(
-            f"point {tuple(points[outside][0].tolist())} lies outside of the image: x (column) must be in "
-            f"[0, {width}), y (row) in [0, {height})"
+            f"point {tuple(points[outside][0].tolist())} is outside of the image: x (column) must be in [0, {width}), "
+            f"y (row) in [0, {height})"
         )
     if bool((points <= 1).all()) and bool((points != points.round()).any()) and max(image_size) > 1:
         raise InputError(
@@ -172,8 +172,8 @@ def _checked_boxes(boxes: Tensor, image_size: Size) -> Tensor:
         beyond = max(-x0, -y0, x1 - width, y1 - height)
         if beyond > _MARGIN or x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
             raise InputError(
-                f"box {tuple(box)} reaches outside of the image, which is {width} wide and {height} high; boxes are "
-                "in pixels of the images that the model gets, so scale a box of the original photograph"
+                f"box {tuple(box)} extends outside of the image, which is {width} wide and {height} high; boxes are "
+                "in pixels of the model's input, so scale a box of the original photograph"
             )
     if bool(((boxes >= 0) & (boxes <= 1)).all()) and max(image_size) > 1:
         raise InputError(
@@ -207,7 +207,7 @@ def _mask(mask: Any, n: int, image_size: Size) -> Tensor:
         given = given[None]
     if given.ndim != 3 or len(given) not in (1, n) or tuple(given.shape[1:]) != image_size:
         raise InputError(
-            f"mask must have the size of the image, {image_size}, or be one for each of {n} images; got {shape}"
+            f"mask must have the size of the image, {image_size}, or be one mask for each of {n} images; got {shape}"
         )
     if given.is_floating_point():
         if not bool(((given >= 0) & (given <= 1)).all()):

@@ -186,7 +186,7 @@ class SALFCBM(
             raise InputError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
         self.concepts = unique_names(concepts, "concept")
         if not self.concepts:
-            raise InputError("there is no concept; pass at least one (did a filter drop them all?)")
+            raise InputError("there is no concept; pass at least one (a filter may have dropped all of them)")
         self.grid = _size(grid, "grid")
         self.num_classes = integer("num_classes", num_classes)
         self.class_names = None if class_names is None else unique_names(class_names, "class", self.num_classes)
@@ -324,7 +324,7 @@ class SALFCBM(
                 )
             if name == "std" and not bool((given > 0).all()):
                 constant = [self.concepts[i] for i in (given <= 0).nonzero().flatten().tolist()]
-                raise InputError(f"std must be positive; these concepts never change, drop them: {constant[:10]}")
+                raise InputError(f"std must be positive; these concepts are constant, so drop them: {constant[:10]}")
         self.concept_mean.copy_(torch.as_tensor(mean))
         self.concept_std.copy_(torch.as_tensor(std))
         return self
@@ -342,8 +342,8 @@ class SALFCBM(
             )
         if reading.grid == (1, 1) and self.grid != (1, 1):
             raise LayoutError(
-                f"layer {self.layer!r} has a single position for images of {reading.image_size}, so it cannot say "
-                "where; choose a layer before pooling"
+                f"layer {self.layer!r} has a single position for images of {reading.image_size}, so it cannot locate "
+                "concepts; choose a layer before pooling"
             )
 
     # ------------------------------------------------------------------------------------------------- explanations
@@ -622,7 +622,7 @@ class SALFCBM(
         """
         removed = set(name_positions(concepts, self.concepts))
         if len(removed) == len(self.concepts):
-            raise InputError(f"without() of all {len(removed)} concepts leaves nothing to decide by")
+            raise InputError(f"without() would remove all {len(removed)} concepts; keep at least one")
         return self.select_concepts([j for j in range(len(self.concepts)) if j not in removed])
 
     @torch.no_grad()
@@ -686,9 +686,13 @@ class SALFCBM(
         layers = [self.bottleneck] if self.hidden is None else list(self.bottleneck.children())
         mine = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
         if len(mine) != (1 if self.hidden is None else 2) or mine[-1].out_channels != len(self.concepts):
-            raise InputError(f"this needs the model's own bottleneck, but it is a {type(self.bottleneck).__name__} now")
+            raise InputError(
+                f"this requires the model's own bottleneck, but it is now a {type(self.bottleneck).__name__}"
+            )
         if mine[-1].kernel_size != (1, 1) or mine[-1].bias is not None:
-            raise InputError(f"this needs the model's own bottleneck, 1 x 1 without a bias, but it is {mine[-1]} now")
+            raise InputError(
+                f"this requires the model's own bottleneck, 1 x 1 without a bias, but it is now {mine[-1]}"
+            )
         return mine
 
     # ------------------------------------------------------------------------------------------------- presence
@@ -891,7 +895,7 @@ class SALFCBM(
         if threshold != "mean" and (isinstance(threshold, (str, bool)) or not 0 <= threshold <= 1):
             raise InputError(f"threshold must be 'mean' or a number in [0, 1], got {threshold!r}")
         if "{class}" not in template:
-            raise InputError(f"template needs the field {{class}}, got {template!r}")
+            raise InputError(f"template must contain the field {{class}}, got {template!r}")
         _check_batch(inputs)
         seen, _ = self._look(inputs)
         maps, columns = [], []
@@ -917,7 +921,7 @@ class SALFCBM(
         if self.class_names is None:
             if len(self.concepts) == self.num_classes:  # one prompt per class, in their order
                 return classes
-            raise InputError("the model has no class_names to fill the template with; set them, or name concepts")
+            raise InputError("the model has no class_names to fill the template with; set them, or pass concepts")
         return [name_positions(template.replace("{class}", self.class_names[c]), self.concepts)[0] for c in classes]
 
     # ------------------------------------------------------------------------------------------------- saving
@@ -1101,7 +1105,7 @@ class SALFCBM(
 
     def _head_weight(self) -> Tensor:
         if not isinstance(self.head, nn.Linear):
-            raise InputError(f"contributions need a linear head, but head is a {type(self.head).__name__}")
+            raise InputError(f"contributions require a linear head, but head is a {type(self.head).__name__}")
         return self.head.weight
 
     def _shares(self, activations: Tensor, target: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def explore(
     """
     batch_size = integer("batch_size", batch_size)
     if isinstance(images, ConceptExplanation):
-        raise InputError("the explainer or explanation comes first: explore(explainer, images)")
+        raise InputError("pass the explainer or explanation first: explore(explainer, images)")
     if isinstance(explainer, ConceptExplanation):
         page = _of_explanation(explainer, images, concepts)
     elif isinstance(explainer, EditableExplainer):
@@ -152,7 +152,7 @@ def explore(
         page = _of_explainer(explainer, batches, concepts, target, top_k)
     else:
         raise InputError(
-            "explore needs a SALFCBM, one of the methods or a ConceptExplanation, and then images; got "
+            "explore requires a SALFCBM, another explainer or a ConceptExplanation, followed by images; got "
             f"{type(explainer).__name__}"
         )
     if not page.images:
@@ -419,7 +419,7 @@ class Explorer:
         """
         path = Path(path)
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+            raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
         return write_atomically(path, self.html)
 
     @property

@@ -149,7 +149,7 @@ def report(
         True
     """
     if isinstance(images, ConceptExplanation):
-        raise InputError("the explanation comes first: report(explanation, images, path)")
+        raise InputError("pass the explanation first: report(explanation, images, path)")
     writer = ReportWriter(
         path, title=title, class_names=class_names, top_k=top_k, rank_by=rank_by, settings=settings,
         images_per_page=images_per_page, scale=scale, alpha=alpha, cmap=cmap, signed=signed, mode=mode,
@@ -299,7 +299,7 @@ class ReportWriter:
             raise InputError(f"settings must be a mapping of names to values, got {type(settings).__name__}")
         self.path = Path(path)
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"no folder {self.path.parent} to write {self.path.name} into")
+            raise FileNotFoundError(f"there is no folder {self.path.parent} to write {self.path.name} to")
         self.title, self.class_names, self.cmap, self.signed = title, class_names, cmap, signed
         self.settings = dict(settings or {})
         # Cards are buffered because the content above them is known last; the system always removes this file.
@@ -355,13 +355,13 @@ class ReportWriter:
             InputWarning: maps contain NaN or infinite values, which are left uncolored.
         """
         if self._cards is None:
-            raise InputError(f"the report {self.path} is finished; nothing can be added")
+            raise InputError(f"the report {self.path} is finished, so no example can be added")
         explanation = check_explanation("add", explanation, images).to("cpu")
         n, t = len(explanation), len(explanation.concepts)
         if not t:
             raise InputError("nothing to show: the explanation has no concepts")
         if label is not None and n != 1:
-            raise InputError(f"a label is for one image, but the explanation has {n}; add them one by one")
+            raise InputError(f"a label applies to one image, but the explanation has {n}; add them one by one")
         pictures = as_images(images, n)
         flags = significance(significant, explanation.concepts, n)
         self.fix_scheme([explanation])
@@ -377,7 +377,9 @@ class ReportWriter:
             card.region = " ".join(f"M{x0:.6g} {y0:.6g}L{x1:.6g} {y1:.6g}" for x0, y0, x1, y1 in regions[i])
             if crops[i] is not None:
                 card.crop = crops[i]
-                card.rows = [replace(row, place=f"{row.place}, of the part that the model saw") for row in card.rows]
+                card.rows = [
+                    replace(row, place=f"{row.place}, of the part that the model received") for row in card.rows
+                ]
             if not len(self) or (self.images_per_page and len(self) % self.images_per_page == 0):
                 self._starts.append(self._cards.tell())
             self._known.note(card, picture, one)
@@ -539,7 +541,7 @@ class ReportWriter:
             "contributions": list(seen["contribution unit"]),
             "concepts shown per image": f"up to {self.top_k}"
             + (f", ranked by {self.rank_by}" if self.rank_by else ", in the explanation's own order"),
-            "color scale": "one for the maps of an image" if self.scale == "row" else "one for each map",
+            "color scale": "one for all maps of an image" if self.scale == "row" else "one for each map",
             "captum_concepts": __version__,
             "torch": torch.__version__,
             "Python": platform.python_version(),

@@ -112,7 +112,7 @@ class UserStudy:
             InputError: the study was read from its key and has no images.
         """
         if not self.pictures:
-            raise InputError("this study was read from its key and has no images; make it anew with user_study")
+            raise InputError("this study was loaded from its key and has no images; create it again with user_study")
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         items = [
@@ -315,7 +315,7 @@ def score_user_study(
     for one in answers:
         who, ratings = _ratings(one, study, names)
         if who in people:
-            raise InputError(f"participant {who!r} answered twice; pass one file of each")
+            raise InputError(f"participant {who!r} answered twice; pass one file per participant")
         people[who] = ratings
     if not people:
         raise InputError("there are no answers")
@@ -369,7 +369,7 @@ def _ratings(given: Any, study: UserStudy, names: Sequence[str]) -> tuple[str, n
         read = given if isinstance(given, Mapping) else parse_json(Path(given).read_text(encoding="utf-8"))
         who, said, kept = str(read["participant"]), str(read["study"]), dict(read["answers"])
     except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{where} is not what the form of a study saves: {error}") from error
+        raise InputError(f"{where} is not a file saved by the form of a study: {error}") from error
     if said != study.fingerprint:
         raise InputError(f"{where} answers the study {said}, not {study.fingerprint}")
     table = np.full((len(names), len(QUESTIONS)), np.nan)

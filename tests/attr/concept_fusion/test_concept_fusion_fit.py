@@ -119,9 +119,9 @@ def test_words_that_are_one_to_the_encoder_are_warned_of():
             return super().encode_text([word.lower() for word in words])
 
     cefam = fit(encoder=Lower())
-    with pytest.warns(InputWarning, match="'red' and 'Red' are the same to the encoder"):
+    with pytest.warns(InputWarning, match="'red' and 'Red' have the same text embedding"):
         cefam.with_concepts(["red", "green", "Red"], Lower())
-    with pytest.warns(InputWarning, match="'red' and 'Red' are the same to the encoder"):
+    with pytest.warns(InputWarning, match="'red' and 'Red' have the same text embedding"):
         fit(encoder=Lower(), concepts=["red", "green", "Red"])
 
 
@@ -191,7 +191,7 @@ def test_texts_of_another_model_are_refused():
         def encode_text(self, words):
             return F.pad(super().encode_text(words), (0, 2))
 
-    with pytest.raises(InputError, match="images of width 3 and texts of width 5"):
+    with pytest.raises(InputError, match="image embeddings of width 3 but text embeddings of width 5"):
         fit(encoder=Wide())
     with pytest.raises(InputError, match="width 5, but the translator returns 3"):
         fit().with_concepts(["red", "blue"], Wide())
@@ -256,7 +256,7 @@ def test_less_data_than_a_batch(n):
 
 
 def test_one_image_is_refused():
-    with pytest.raises(InputError, match="there is one image"):
+    with pytest.raises(InputError, match="to a single image"):
         fit(images(1))
 
 

@@ -563,9 +563,9 @@ def test_old_spellings_raise_with_the_new_ones():
     assert not hasattr(cefam, "relevance")
     with pytest.raises(InputError, match="map_layer='fused'"):
         cefam.layer = "fused"
-    with pytest.raises(InputError, match="method of an instance"):
+    with pytest.raises(InputError, match="is now an instance method"):
         ConceptFusionMap.fit(model, layers, None, images(2), CONCEPTS)
-    with pytest.raises(InputError, match="method of an instance"):
+    with pytest.raises(InputError, match="is now an instance method"):
         ConceptFusionMap.fit(model, layers, None)
 
 

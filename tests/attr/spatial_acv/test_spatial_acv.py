@@ -453,7 +453,7 @@ def test_other_concepts_are_the_negatives_where_none_are_given(planted):
     assert float(acv.vectors[0] @ acv.vectors[1]) < -0.99
     again = SpatialACV(planted["net"], "at").fit(sets, dict(sets))  # an image is never its own negative
     assert torch.allclose(acv.vectors, again.vectors, atol=1e-4)
-    with pytest.raises(InputError, match="one concept without negatives"):
+    with pytest.raises(InputError, match="a single concept needs negatives"):
         SpatialACV(planted["net"], "at").fit({"a": planted["concept"]})
 
 
@@ -855,8 +855,8 @@ def test_real_textures_and_photographs(shared_data, monkeypatch):
 @pytest.mark.parametrize(
     ("concepts", "negatives", "message"),
     [
-        (lambda p: {"a": p["concept"][:1]}, "negatives", "1 image, 1 different"),
-        (lambda p: {"a": p["concept"][:1].repeat(5, 1, 1, 1)}, "negatives", "5 images, 1 different"),
+        (lambda p: {"a": p["concept"][:1]}, "negatives", "1 image, 1 distinct"),
+        (lambda p: {"a": p["concept"][:1].repeat(5, 1, 1, 1)}, "negatives", "5 images, 1 distinct"),
         (lambda p: {"a": p["concept"][:0]}, "negatives", "no image"),
         (lambda p: {"a": p["negatives"].clone()}, "negatives", "identical images"),
         (lambda p: {"a": p["negatives"]}, "negatives", "identical images"),

@@ -483,7 +483,7 @@ class TestBadInput:
             ([0.0] * 4, [1.0] * 5, "mean must be 5 finite numbers"),
             ([0.0] * 5, [[1.0]] * 5, "std must be 5 finite numbers"),
             ([0.0, float("nan"), 0, 0, 0], [1.0] * 5, "mean must be"),
-            ([0.0] * 5, [1.0, 0.0, 1.0, 1.0, -1.0], r"never change, drop them: \['wheels', 'windows'\]"),
+            ([0.0] * 5, [1.0, 0.0, 1.0, 1.0, -1.0], r"are constant, so drop them: \['wheels', 'windows'\]"),
         ],
     )
     def test_standardisation(self, mean, std, message):

@@ -238,7 +238,7 @@ class TestZeroShotSegmentation:
             model.zero_shot_segmentation(x, 0, threshold=2)
         with pytest.raises(InputError, match="threshold"):
             model.zero_shot_segmentation(x, 0, threshold="otsu")
-        with pytest.raises(InputError, match="needs the field"):
+        with pytest.raises(InputError, match="must contain the field"):
             model.zero_shot_segmentation(x, 0, template="An image")
         with pytest.raises(InputError, match="'A photo of zebra' is not among the 3 concepts"):
             model.zero_shot_segmentation(x, 0, template="A photo of {class}")

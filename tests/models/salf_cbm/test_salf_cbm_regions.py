@@ -84,7 +84,7 @@ class TestPoints:
     @pytest.mark.parametrize(
         ("points", "message"),
         [
-            ((44, 3), r"point \(44.0, 3.0\) lies outside of the image: x \(column\) must be in \[0, 44\)"),
+            ((44, 3), r"point \(44.0, 3.0\) is outside of the image: x \(column\) must be in \[0, 44\)"),
             ((3, 30), r"y \(row\) in \[0, 30\)"),
             ((-0.1, 3), "outside"),
             ([], "must be"),
@@ -135,7 +135,7 @@ class TestBoxes:
         [
             ((44, 0, 50, 10), "outside of the image, which is 44 wide and 30 high"),
             ((0, -5, 10, 0), "outside"),
-            ((40, 28, 60, 60), "reaches outside.*scale a box of the original photograph"),
+            ((40, 28, 60, 60), "extends outside.*scale a box of the original photograph"),
             ((-3, 0, 10, 10), "outside"),
             ((0.1, 0.2, 0.6, 0.8), "look like fractions of the image.*multiply x by 44 and y by 30"),
             ((0, 0, 1, 1), "look like fractions"),
@@ -176,7 +176,7 @@ class TestMasks:
             (torch.zeros(SIZE), "empty: no pixel"),
             (torch.stack([torch.ones(SIZE), torch.zeros(SIZE)]), r"\(image 1\)"),
             (torch.ones(7, 5), "size of the image"),
-            (torch.ones(3, *SIZE), "one for each of 2 images"),
+            (torch.ones(3, *SIZE), "one mask for each of 2 images"),
             (torch.full(SIZE, 255.0), r"must lie in \[0, 1\]"),
             (torch.full(SIZE, float("nan")), r"must lie in \[0, 1\]"),
             ("mask.png", "must be an array"),

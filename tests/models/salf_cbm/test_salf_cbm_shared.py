@@ -76,7 +76,7 @@ def test_a_changed_network_is_not_mistaken_for_the_librarys(tmp_path):
     model = standardised(SALFCBM(net, "layer4", CONCEPTS, 3, input_size=64))
     model.save_pretrained(tmp_path)
     assert "recipe" not in json.loads((tmp_path / "config.json").read_text())["backbone"]
-    with pytest.raises(InputError, match="nothing there says how to build it"):
+    with pytest.raises(InputError, match="does not describe how to build it"):
         SALFCBM.from_pretrained(tmp_path)
 
 

@@ -127,9 +127,11 @@ def fit_bottleneck(
     settings = settings or BottleneckSettings()
     for samples, what in ((train, "training"), (validation, "validation")):
         if len(samples.rows) < FEWEST:
-            raise InputError(f"{len(samples.rows)} {what} images are too few; give at least {FEWEST}, better hundreds")
+            raise InputError(
+                f"{len(samples.rows)} {what} images are too few; pass at least {FEWEST}, preferably hundreds"
+            )
     if backbone is not None and not isinstance(train.features, LiveFeatures):
-        raise InputError("a backbone that is trained needs features computed on the fly, not cached ones")
+        raise InputError("training the backbone requires features computed on the fly, not cached ones")
     validate = Validation(validation, text, changing=backbone is not None)
     state = _State(settings, train, text, backbone, validate, resume)
     saved = time.monotonic()

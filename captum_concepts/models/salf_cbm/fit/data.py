@@ -126,11 +126,13 @@ def labeled_images(
     opened = data if isinstance(data, ImageSource) else open_images(data, mode="any")
     source = data if isinstance(data, ImageSource) else open_images(data, mode="any", labels=False)
     if source.streamed:
-        raise InputError(f"{what} must be a data set with a length: rows of a store need numbers; got a stream")
+        raise InputError(
+            f"{what} must be a data set with a length, so that rows of a store can be indexed; got a stream"
+        )
     if len(source) < FEWEST:
         raise InputError(
-            f"{what} holds {len(source)} images; a similarity over samples needs at least {FEWEST}, and means little "
-            "below some hundreds"
+            f"{what} contains {len(source)} images; a similarity over samples needs at least {FEWEST}, and is "
+            "unreliable below some hundreds"
         )
     first = source[0]
     given = _given_labels(data, opened, what, labels, len(source), show_progress)
@@ -144,7 +146,7 @@ def labeled_images(
         shown = _Shown(source, _gray_as_rgb)
     elif first.shape[0] != 3:
         raise InputError(
-            f"{what} has images of {first.shape[0]} channels, but the encoder sees RGB; pass encoder_transform=, a "
+            f"{what} has images of {first.shape[0]} channels, but the encoder takes RGB; pass encoder_transform=, a "
             "function of a batch, for example lambda images: images[:, :3]"
         )
     return LabeledImages(source, target, tuple(first.shape), names, shown, num_workers)
@@ -214,8 +216,8 @@ def _checked(
     empty = (torch.bincount(indices, minlength=num_classes) == 0).nonzero().flatten().tolist()
     if empty and all_classes:
         raise InputError(
-            f"{len(empty)} of {num_classes} classes have no image in {what}: {shortened(empty)}; the model could never "
-            "learn them. Pass images of them, or renumber the labels and lower num_classes"
+            f"{len(empty)} of {num_classes} classes have no image in {what}: {shortened(empty)}; the model cannot "
+            "learn them. Add images of these classes, or renumber the labels and lower num_classes"
         )
     return indices
 
@@ -228,7 +230,7 @@ def _checked_matrix(values: Tensor, num_classes: int, what: str, all_classes: bo
         )
     single = bool((values.sum(1) == 1).all())
     if multi_label is False and not single:
-        raise InputError(f"some images of {what} have none or several labels; pass multi_label=True")
+        raise InputError(f"some images of {what} have no label or several; pass multi_label=True")
     if single and not multi_label:
         return _checked(values.argmax(1), num_classes, what, all_classes, None, None)
     positives = values.sum(0)
@@ -236,7 +238,7 @@ def _checked_matrix(values: Tensor, num_classes: int, what: str, all_classes: bo
     if constant and all_classes:
         raise InputError(
             f"{len(constant)} of {num_classes} classes are in no image of {what}, or in all: {shortened(constant)}; "
-            "the model could never learn them"
+            "the model cannot learn them"
         )
     return values.float()
 

@@ -92,7 +92,7 @@ class LiveFeatures:
                 finite = features.detach().isfinite().flatten(1).all(1)
                 if not bool(finite.all()):
                     bad = index[first + int((~finite).nonzero()[0])]
-                    raise InputError(f"the backbone's features of image {bad} hold NaN or infinite values")
+                    raise InputError(f"the backbone's features of image {bad} contain NaN or infinite values")
                 yield features
                 kept, first = [], number + 1
 
@@ -153,8 +153,8 @@ def check_first_image(path: Path, source: LiveFeatures, *, keep: bool) -> None:
     rounding = 5e-3 if source.dtype in (torch.float32, torch.float64) else 5e-2
     if now.shape != then.shape or float((now - then).norm()) > rounding * float(now.norm()) + _SMALLEST:
         raise ArtifactError(
-            f"the results in {path.parent} were computed by a backbone with the same weights but other settings, which "
-            "computes something else now. Pass another store_path, or delete that folder"
+            f"the results in {path.parent} were computed by a backbone with the same weights but other settings, "
+            "whose outputs have changed. Pass another store_path, or delete that folder"
         )
 
 
@@ -229,8 +229,8 @@ def _fill(source: LiveFeatures, dtype: torch.dtype, show: bool, spans: list[tupl
                 values = features.to(dtype).cpu()
                 if not bool(values.isfinite().all()):
                     raise InputError(
-                        f"features reach {float(features.abs().max()):.3g}, beyond half precision; use "
-                        "feature_dtype=torch.float32"
+                        f"features reach {float(features.abs().max()):.3g}, which is outside the range of half "
+                        "precision; use feature_dtype=torch.float32"
                     )
                 if dtype == torch.float16 and 0 < (most := float(features.abs().max())) < _SMALLEST:
                     warnings.warn(

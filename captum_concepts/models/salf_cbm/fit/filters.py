@@ -40,8 +40,8 @@ def concept_presence(
         raise InputError(f"k={k} must be at least 1")
     if len(store.prompt) != 1:
         raise InputError(
-            f"presence is judged on images as they are, but the store holds {len(store.prompt)} marked cells of each; "
-            "build one with the prompt WHOLE"
+            f"presence is determined on unmodified images, but the store contains {len(store.prompt)} prompted cells "
+            "of each; build one with the prompt WHOLE"
         )
     share = share_of(len(store))
     similarity = store.similarity(text)
@@ -70,8 +70,8 @@ def present_concepts(vocabulary: Vocabulary, presence: Tensor, cutoff: float | N
     if best <= cutoff:
         raise InputError(
             f"no concept is left: the most present one, {vocabulary[int(presence.argmax())]!r}, has a mean "
-            f"top-{TOP_IMAGES} similarity of {best:.3g}, not above presence_cutoff={cutoff:g}. The published 0.25 "
-            "belongs to CLIP ViT-B/16; give another cutoff, None for no such filter, or other concepts"
+            f"top-{TOP_IMAGES} similarity of {best:.3g}, not above presence_cutoff={cutoff:g}. The published 0.25 is "
+            "for CLIP ViT-B/16; pass another cutoff, None to disable this filter, or other concepts"
         )
     return vocabulary.present_in(presence.cpu(), k=TOP_IMAGES, cutoff=cutoff)
 
@@ -105,8 +105,8 @@ def interpretable_concepts(
     if max(ends) < cutoff:
         raise InputError(
             f"no concept is left: the best one, {vocabulary[values.index(best)]!r}, has a validation similarity of "
-            f"{best:.3g}, below interpretability_cutoff={cutoff:g}; give a lower cutoff, None for no such filter, "
-            "a layer with more information, or more images"
+            f"{best:.3g}, below interpretability_cutoff={cutoff:g}; pass a lower cutoff, None to disable this filter, "
+            "a more informative layer, or more images"
         )
     drops = [
         Drop(concept, "low validation similarity", value, cutoff)

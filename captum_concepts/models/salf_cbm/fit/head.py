@@ -171,10 +171,12 @@ def check_head(head: str, lam: float | None, nonzeros_per_class: float | None, c
     """
     one_of("head", head, ("sparse", "dense"))
     if lam is not None and nonzeros_per_class is not None:
-        raise InputError(f"pass lam={lam} or nonzeros_per_class={nonzeros_per_class}, not both: one decides the other")
+        raise InputError(
+            f"pass lam={lam} or nonzeros_per_class={nonzeros_per_class}, not both, since each determines the other"
+        )
     if head == "dense" and nonzeros_per_class is not None:
         raise InputError(
-            f"nonzeros_per_class={nonzeros_per_class} is for head='sparse'; a dense head keeps all weights"
+            f"nonzeros_per_class={nonzeros_per_class} requires head='sparse'; a dense head keeps all weights"
         )
     if lam is not None:
         number("lam", lam, lambda value: value >= 0, "a number of at least 0")

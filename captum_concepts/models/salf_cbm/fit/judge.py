@@ -62,9 +62,9 @@ def check_everyday_words(known: Tensor | None) -> None:
     """Warn if :func:`everyday_texts` found too few words, so that the published cutoff is used."""
     if known is None:
         warnings.warn(
-            f"presence_cutoff='auto' compares your concepts with everyday words (apple, armchair, ...), but fewer than "
-            f"{ENOUGH} of them are known to the encoder and not among your concepts; {PUBLISHED_CUTOFF:g} is used, "
-            "which belongs to CLIP ViT-B/16. Give a number on your encoder's scale, or None for no such filter",
+            "presence_cutoff='auto' compares your concepts with everyday words (apple, armchair, ...), but the "
+            f"encoder knows fewer than {ENOUGH} that are not among your concepts, so {PUBLISHED_CUTOFF:g} is used, "
+            "the value for CLIP ViT-B/16. Pass a number on your encoder's scale, or None to disable this filter",
             InputWarning,
             stacklevel=2,
         )
@@ -102,10 +102,10 @@ def check_words(vocabulary: Vocabulary, presence: Tensor, everyday: Tensor, imag
     fit = Fit.of(presence, everyday)
     if fit.words <= fit.everyday:
         raise InputError(
-            f"the words do not fit the images: on {images} of them the best quarter of the {len(vocabulary)} concepts "
-            f"has a similarity of {fit.words:.3g}, that of everyday words (apple, armchair, ...) {fit.everyday:.3g}. "
-            "Use concepts that describe these images, or an encoder that knows such images; a number or None as "
-            "presence_cutoff goes on all the same"
+            f"the concepts do not match the images: on {images} of them the best quarter of the {len(vocabulary)} "
+            f"concepts has a similarity of {fit.words:.3g}, that of everyday words (apple, armchair, ...) "
+            f"{fit.everyday:.3g}. Use concepts that describe these images, or an encoder trained on such images; to "
+            "continue anyway, pass a number or None as presence_cutoff"
         )
     return f"{said}; {fit}"
 

@@ -108,7 +108,7 @@ def checked_vocabulary(concepts: Vocabulary | Sequence[str]) -> Vocabulary:
         raise InputError(f"there is no concept: {vocabulary.report.summary()}; pass at least one")
     if len(set(vocabulary)) != len(vocabulary):
         twice = next(c for i, c in enumerate(vocabulary) if c in vocabulary.concepts[:i])
-        raise InputError(f"concept {twice!r} is there twice; Vocabulary(...).clean() removes duplicates")
+        raise InputError(f"concept {twice!r} occurs twice; Vocabulary(...).clean() removes duplicates")
     if any(concept != concept.strip() for concept in vocabulary):
         spaced = [concept for concept in vocabulary if concept != concept.strip()]
         raise InputError(
@@ -124,7 +124,7 @@ def input_size(images: LabeledImages, transform: Transform | None) -> tuple[int,
     shown = image if transform is None else transform(image)
     if not isinstance(shown, Tensor) or shown.ndim != 4 or len(shown) != 1:
         shape = tuple(shown.shape) if isinstance(shown, Tensor) else type(shown).__name__
-        raise InputError(f"model_transform must map images {tuple(image.shape)} to such a batch, got {shape}")
+        raise InputError(f"model_transform must map images {tuple(image.shape)} to a batch (N, C, H, W), got {shape}")
     return shown.shape[-2], shown.shape[-1]
 
 
@@ -153,5 +153,5 @@ def _prompt(grid: int | Sequence[int] | None, prompt: Any, regions_per_image: in
     if not all(hasattr(prompt, name) for name in ("grid", "as_dict", "__len__")):
         raise InputError(f"prompt must be a RegionPrompt or DenseRegions, got {type(prompt).__name__}")
     if grid is not None and RegionPrompt(grid=grid).grid != tuple(prompt.grid):
-        raise InputError(f"grid={grid} is not the prompt's {prompt.grid}; pass one of the two")
+        raise InputError(f"grid={grid} differs from the prompt's grid {prompt.grid}; pass only one of the two")
     return prompt

@@ -313,7 +313,7 @@ class FitRun:
     ) -> None:
         if options.train_backbone and not any(parameter.requires_grad for parameter in backbone.parameters()):
             raise InputError(
-                "train_backbone=True, but every parameter of the backbone is frozen, as a fit without it leaves them; "
+                "train_backbone=True, but every parameter of the backbone is frozen, for example by an earlier fit; "
                 "call backbone.requires_grad_(True) first"
             )
         self.encoder, self.num_classes, self.path, self.options = encoder, num_classes, path, options
@@ -509,8 +509,8 @@ class FitRun:
         held = max(FEWEST, round(len(order) * self.options.validation_fraction))
         if len(order) - held < FEWEST:
             raise InputError(
-                f"images has {len(order)} images, too few to hold {held} out for validation; pass val_data, or more "
-                "images"
+                f"images contains {len(order)} images, too few to hold out {held} for validation; pass val_data, or "
+                "more images"
             )
         return order[held:].sort().values, order[:held].sort().values
 

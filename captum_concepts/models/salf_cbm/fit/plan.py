@@ -73,17 +73,17 @@ class FitPlan:
             f"{self.embedding_dim}, features of {self.feature_dim} channels",
             "disk:",
             *(f"  {name:<28}{_bytes(size):>12}" for name, size in self.bytes.items()),
-            f"  {'together':<28}{_bytes(total):>12}   ({_bytes(self.free_bytes)} free)",
-            "time of one process, by a short trial on this machine:",
+            f"  {'total':<28}{_bytes(total):>12}   ({_bytes(self.free_bytes)} free)",
+            "time of one process, measured in a short trial on this machine:",
             *(f"  {name:<28}{_duration(seconds):>12}" for name, seconds in self.seconds.items()),
-            f"  {'together':<28}{_duration(self.total_seconds):>12}",
-            f"machines like this one for {self.within_hours:g} hours: {self.processes} "
-            f"(torchrun; {', '.join(f'{n}: {_duration(self.total_seconds / n)}' for n in (2, 8, 64))})",
+            f"  {'total':<28}{_duration(self.total_seconds):>12}",
+            f"machines like this one needed to finish in {self.within_hours:g} hours: {self.processes} (torchrun; "
+            f"{', '.join(f'{n}: {_duration(self.total_seconds / n)}' for n in (2, 8, 64))})",
         ]
         if not self.cached:
-            lines.append("features are computed on the fly, once an epoch: a cache would not fit")
+            lines.append("features are computed on the fly, once per epoch, because a cache would not fit")
         if total > self.free_bytes:
-            lines.append("NOT ENOUGH ROOM on the disk of store_path")
+            lines.append("NOT ENOUGH DISK SPACE at store_path")
         return "\n".join(lines)
 
 

@@ -119,7 +119,7 @@ class StepFolder:
                 tensors,
             ):
                 if info["made_from"] != json.loads(json.dumps(made_from)):
-                    raise ArtifactError("it was made from something else")
+                    raise ArtifactError("it does not match these inputs and settings")
                 damaged = [name for name, value in tensors.items() if fingerprint_tensor(value) != info["sums"][name]]
                 if damaged or set(tensors) != set(info["sums"]):
                     raise ArtifactError(f"its values are damaged ({', '.join(damaged) or 'tensors are missing'})")

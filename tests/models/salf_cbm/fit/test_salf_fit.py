@@ -158,7 +158,7 @@ def test_words_that_are_one_to_the_encoder_are_warned_of(tmp_path):
         def encode_text(self, texts):
             return super().encode_text([text.lower() for text in texts])
 
-    with pytest.warns(InputWarning, match="'red' and 'Red' are the same to the encoder"):
+    with pytest.warns(InputWarning, match="'red' and 'Red' have the same text embedding"):
         fit(tmp_path, words=[*WORDS, "Red"], encoder=Lower())
 
 

@@ -33,12 +33,12 @@ EARLY = [
     ({"lam": 0.1, "nonzeros_per_class": 3}, "not both"),
     ({"lam": -0.1}, "lam must be a number of at least 0"),
     ({"lam": None, "nonzeros_per_class": 6}, r"must be in \(0, 5\]"),
-    ({"lam": None, "nonzeros_per_class": 3, "head": "dense"}, "is for head='sparse'"),
+    ({"lam": None, "nonzeros_per_class": 3, "head": "dense"}, "requires head='sparse'"),
     ({"head": "deep"}, "head must be one of 'sparse', 'dense'"),
     ({"words": []}, "there is no concept"),
-    ({"words": ["red", "green", "red"]}, "concept 'red' is there twice"),
+    ({"words": ["red", "green", "red"]}, "concept 'red' occurs twice"),
     ({"words": ["red\n", "green", "red"]}, r"spaces or line breaks around them: 'red\\n'; Vocabulary"),
-    ({"words": "red"}, "list of texts"),
+    ({"words": "red"}, "list of strings"),
     ({"words": ["red", "mauve"]}, r"no embedding for \['mauve'\]"),
     ({"words": Vocabulary(["red"], templates="a photo of {}")}, "no embedding for"),
     ({"data": (X, Y + 1)}, r"has label 3, outside 0\.\.2"),
@@ -50,14 +50,14 @@ EARLY = [
     ({"data": TensorDataset(X)}, "has no label"),
     ({"data": TensorDataset(X, X)}, "image 0 is a list"),
     ({"data": [(x, "red") for x in X]}, "are names, but there are no class_names; pass class_names="),
-    ({"data": (X[:5], Y[:5])}, "images holds 5 images; .* at least 8"),
+    ({"data": (X[:5], Y[:5])}, "images contains 5 images; .* at least 8"),
     ({"data": (X[:0], Y[:0])}, "no image"),
     ({"data": [(torch.zeros(3, 16, 16), i % 2) for i in range(18)]}, r"1 of 3 classes have no image in images: \[2\]"),
     ({"val_data": (X[:5], Y[:5])}, "val_data holds 5 images"),
     ({"val_data": (X, Y + 1)}, "of val_data has label 3"),
     ({"data": (X[:14], torch.arange(14) % 3)}, "too few to hold 8 out"),
     ({"validation_fraction": 0}, r"validation_fraction must be in \(0, 1\)"),
-    ({"grid": 3}, "is not the prompt's"),
+    ({"grid": 3}, "differs from the prompt's"),
     ({"prompt": "circle"}, "must be a RegionPrompt"),
     ({"bottleneck": {"lr": -1}}, "lr must be a positive number"),
     ({"bottleneck": {"init": "zero"}}, "init must be"),
@@ -72,7 +72,7 @@ EARLY = [
     ({"presence_cutoff": "high"}, "presence_cutoff must be a number, or None"),
     ({"class_weights": "equal"}, "class_weights must be one of None, 'balanced'"),
     ({"class_weights": [1.0, 2.0]}, "class_weights must be 3 positive numbers"),
-    ({"data": (X[:, :2], Y)}, "images of 2 channels, but the encoder sees RGB; pass encoder_transform="),
+    ({"data": (X[:, :2], Y)}, "images of 2 channels, but the encoder takes RGB; pass encoder_transform="),
     ({"encoder_transform": lambda images: images[:, :2]}, r"encoder_transform must map images \(1, 3, 16, 16\) to RGB"),
     ({"multi_label": True}, r"multi_label=True needs labels"),
     ({"data": (X, torch.ones(96, 2))}, r"must be one class index per image, or 0 and 1 of shape \(N, 3\)"),
@@ -93,7 +93,7 @@ def test_refused_before_an_image_is_embedded(tmp_path, no_encoding, change, mess
 def test_weights_that_are_not_loaded(tmp_path, no_encoding):
     with torch.device("meta"):
         empty = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
-    with pytest.raises(InputError, match="backbone lies on the meta device"):
+    with pytest.raises(InputError, match="backbone is on the meta device"):
         fit(tmp_path, network=empty)
 
 
@@ -154,14 +154,14 @@ def test_nan_features_name_the_image(tmp_path):
     x[33] = 0
     broken = lambda images: torch.where(images.amax((1, 2, 3), keepdim=True) == 0, float("nan"), images)  # noqa: E731
     for cache in (True, False):
-        with pytest.raises(InputError, match="features of image 33 hold NaN"):
+        with pytest.raises(InputError, match="features of image 33 contain NaN"):
             fit(tmp_path, (x, Y), network=network, model_transform=broken, cache_features=cache)
 
 
 def test_features_beyond_half_precision(tmp_path):
     large = lambda images: images * 1e6  # noqa: E731
     network = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 4, stride=4))
-    with pytest.raises(InputError, match=r"beyond half precision; use feature_dtype=torch\.float32"):
+    with pytest.raises(InputError, match=r"outside the range of half precision; use feature_dtype=torch\.float32"):
         fit(tmp_path, network=network, model_transform=large)
     model = fit(tmp_path, network=network, model_transform=large, feature_dtype=torch.float32)
     assert model.metadata["accuracy"]["train"] > 0.5

@@ -46,7 +46,9 @@ class Everything(Colours):
 def test_words_that_do_not_fit_are_refused_after_a_few_images(tmp_path):
     encoder, words = Everything(), [f"no {i:02d}" for i in range(24)]
     x, y = images_and_labels(400)
-    with pytest.raises(InputError, match="the words do not fit the images: on 40 of them the best quarter of the 24"):
+    with pytest.raises(
+        InputError, match="the concepts do not match the images: on 40 of them the best quarter of the 24"
+    ):
         fit(tmp_path, (x, y), words=words, encoder=encoder, presence_cutoff="auto")
     assert encoder.seen <= 40 + 8  # and what recognises the encoder
     with pytest.raises(InputError, match="no concept is left"):
@@ -66,7 +68,7 @@ def test_words_that_fit_are_kept(tmp_path, caplog):
 
 def test_without_everyday_words_the_published_cutoff(tmp_path):
     """An encoder of five words only."""
-    with pytest.warns(InputWarning, match=r"fewer than 20 of them are known .* 0\.25 is used"):
+    with pytest.warns(InputWarning, match=r"knows fewer than 20 .* 0\.25 is used"):
         model = fit(tmp_path, presence_cutoff="auto")
     assert model.concepts == WORDS
     assert everyday_texts(Vocabulary(WORDS), Colours()) is None

@@ -187,8 +187,8 @@ def test_labels_change_the_head_alone(tmp_path, caplog):
     ("change", "message"),
     [
         ({"prompt": salf_tiny.RegionPrompt("crop", (2, 2), 5)}, "radius is 4"),
-        ({"data": images_and_labels(seed=1)}, "computed from other data: image 0 has other pixels"),
-        ({"data": images_and_labels(97)}, "has 96 images, the data has 97"),
+        ({"data": images_and_labels(seed=1)}, "computed from other data: image 0 has different pixels"),
+        ({"data": images_and_labels(97)}, "has 96 images, but the data has 97"),
     ],
 )
 def test_regions_of_something_else_are_refused(tmp_path, change, message):

@@ -419,7 +419,7 @@ def test_presence_is_judged_on_images_as_they_are(tmp_path):
     regions = RegionEmbeddingStore.build(tmp_path / "regions", x, Colours(), PROMPT)
     marked = regions.similarity(text).tensor().amax((2, 3)).sort(0, descending=True).values[:5].mean(0)
     assert (marked > concept_presence(whole, text) + 0.02).all()  # what it was compared with
-    with pytest.raises(InputError, match="4 marked cells of each"):
+    with pytest.raises(InputError, match="4 prompted cells of each"):
         concept_presence(regions, text)
     with pytest.raises(InputError, match="k=0"):
         concept_presence(whole, text, k=0)
