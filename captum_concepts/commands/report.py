@@ -238,7 +238,7 @@ def _below(value: Any, where: str) -> str:
     name = text()(value, where)
     parts = name.split("/")
     if "\0" in name or {".", "..", ""} & set(parts) or any(len(part.encode(errors="replace")) > 255 for part in parts):
-        raise Unfit(where, value, "a file of its folder")
+        raise Unfit(where, value, "a file in its folder")
     return name
 
 

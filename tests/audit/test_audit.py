@@ -567,7 +567,7 @@ class TestRuns:
         audited(2.5, n=20, store_path=tmp_path)
         with pytest.raises(ArtifactError, match="with different "):
             audited(2.5, n=20, seed=1, store_path=tmp_path)
-        with pytest.raises(ArtifactError, match="different: probe"):  # another model
+        with pytest.raises(ArtifactError, match="with different probe"):  # another model
             audited(1.0, n=20, store_path=tmp_path)
         images, labels = scenes(20, 0)
         images[19] += 0.1
@@ -583,7 +583,7 @@ class TestRuns:
         before = part.stat().st_mtime_ns
         audited(2.5 * (1 + 2e-5), n=20, store_path=folder)  # goes on with the part
         assert part.stat().st_mtime_ns == before
-        with pytest.raises(ArtifactError, match="different: probe"):
+        with pytest.raises(ArtifactError, match="with different probe"):
             audited(2.5 * 1.05, n=20, store_path=folder)
 
     def test_the_default_dtype_does_not_matter(self):

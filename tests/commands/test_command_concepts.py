@@ -128,7 +128,7 @@ class TestFitConcepts:
             (["--train", "{colours}", "--encoder", "demo:clip", "--seed", "1"], "--seed would have no effect"),
             (
                 ["--train", "{colours}", "--encoder", "demo:clip", "--words", "words.txt"],
-                "no file of words at words.txt",
+                "there is no concept file at words.txt",
             ),
         ],
     )
@@ -234,7 +234,7 @@ class TestReport:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "give --model and IMAGE, or --explanations"),
+            ([], "pass --model and IMAGE, or --explanations"),
             (["--explanations", "missing"], "no saved explanations at missing"),
             (["--explanations", "{tmp}"], "no explanations.json"),
             (["{scenes}/00.png", *MODEL, "--output", "{tmp}"], "is a folder"),
@@ -384,7 +384,7 @@ class TestEvaluate:
             (["demo:scenes:2", "--metrics", "deletion"], "measures a score"),
             (["demo:scenes:2", "--metrics", "top1_present"], "measures whether concepts are detected"),
             (["demo:scenes:2", "--format", "x", "--output", "t.xls"], "must end in .csv"),
-            (["missing", "--format", "x"], "is none of folder"),
+            (["missing", "--format", "x"], "is not one of folder"),
             (["demo:scenes:2", "--min-area", "0.9"], "--min-area would have no effect"),
             (["missing", "--format", "voc", "--unlabelled", "ignore"], "--unlabelled is for --format folder and coco"),
             (["demo:scenes:2", "--similarity", "dot"], "--similarity would have no effect"),
