@@ -641,12 +641,12 @@ class TestRuns:
         suspect = audit.suspects()[1]
         here = Truth(Net(2.5)).concept_maps(images[list(suspect.counterexamples)], [suspect.concept])
         torch.testing.assert_close(audit.maps[1, 6 : 6 + len(here)], here[:, 0])
-        assert "and where it is" in html
+        assert "and its map" in html
         assert "<script" not in html
         assert "<b>a" not in html
         assert html.count("confirmed by ablation") == 2
         assert html.count("data:image/") >= 6
-        assert "called" in audited(5.0).report(tmp_path / "plain.html").read_text()
+        assert "predicted as" in audited(5.0).report(tmp_path / "plain.html").read_text()
         bare = replace(audit, settings={})  # a file may lack them
         assert "Presence: –" in bare.report(tmp_path / "bare.html", images.clamp(0, 1)).read_text()
         with pytest.raises(InputError, match="3 images for an audit of 200"):

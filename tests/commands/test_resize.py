@@ -67,7 +67,7 @@ def test_explain_draws_the_whole_photograph(given, tmp_path, resize, white, view
         found = re.search(r'<image id="e1-m0"[^>]* x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', card)
         assert found is not None
         assert found.groups() == drawn
-        assert ("outside of what the model saw" in card) == (resize == "crop")
+        assert ("outside of the model's input" in card) == (resize == "crop")
         assert ("of the part that the model received" in card) == (resize == "crop")
 
 

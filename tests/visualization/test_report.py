@@ -486,7 +486,7 @@ class TestWriting:
         assert [a["class"] for a in page.all("tr") if "c" in (a.get("class") or "")] == ["c0", "c1", "c2 pale"]
         assert page.text.count("not seen") == 1
         e = dataclasses.replace(explanation(2, 2), presence=torch.full((2, 2), 0.2))
-        assert "No concept is seen in any of these images" in read(report(e, images(2), tmp_path / "r.html")).text
+        assert "No concept was detected in any of these images" in read(report(e, images(2), tmp_path / "r.html")).text
 
     def test_region_and_crop(self, tmp_path):
         writer = ReportWriter(tmp_path / "r.html")

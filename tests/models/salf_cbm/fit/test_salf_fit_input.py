@@ -254,7 +254,7 @@ def test_a_plan_refuses_the_same(tmp_path, no_encoding):
 )  # fmt: skip
 def test_a_plan_says_times_in_units_that_are_read(seconds, shown):
     plan = FitPlan({"train": 96}, 4, 5, 3, 6, 12, {"head": 1}, 10, True, {"head": seconds})
-    assert re.search(rf"^  together +{re.escape(shown)}$", str(plan), re.MULTILINE)
+    assert re.search(rf"^  total +{re.escape(shown)}$", str(plan), re.MULTILINE)
 
 
 def test_a_plan_writes_nothing_and_its_sizes_are_right(tmp_path):
