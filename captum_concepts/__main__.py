@@ -20,9 +20,9 @@ from captum_concepts.errors import CaptumConceptsError, CaptumConceptsWarning, p
 
 NOT_DONE, CRASHED, INTERRUPTED, TERMINATED = 2, 70, 130, 143
 EPILOG = """\
-exit codes: 0 all done; 1 done, but some images could not be read (they are named); 2 not done, or what was done could
-not be written, the message says why; 70 an error that nobody foresaw, with its traceback; 130 interrupted (Ctrl-C), 143
-terminated (SIGTERM): what was written is whole, and listed.
+exit codes: 0 success; 1 success, but some images could not be read (they are listed); 2 failure, or the result could
+not be written (the message gives the reason); 70 unexpected error, with its traceback; 130 interrupted (Ctrl-C), 143
+terminated (SIGTERM); files already written are complete, and listed.
 """
 
 EXPLAIN_EXAMPLES = (
@@ -32,10 +32,10 @@ EXPLAIN_EXAMPLES = (
   # a model without a classifier head: similarity to the prototypes of your classes, one folder of images each
   python -m captum_concepts explain photos/ --model resnet50 --weights FILE.safetensors --references classes/ \
       --output out
-  # which of your words it saw, where, and how much each moved the prediction
+  # which of your text concepts it detected, where, and how much each changed the prediction
   python -m captum_concepts explain photos/ --model resnet50 --weights pretrained --words "stripes, grass, sky" \
       --encoder ViT-B-32 --encoder-weights openai --train images/ --explainer words.safetensors --output out
-  # all of them on one HTML page as well, and kept for later
+  # also write all explanations to one HTML page, and save them
   python -m captum_concepts explain photos/ --model resnet50 --weights pretrained --output out --save \
       --report out/report.html
   # your own network: a function in a Python file that returns a torch.nn.Module taking RGB in [0, 1]
@@ -47,9 +47,9 @@ EXPLAIN_EXAMPLES = (
 
 
 FIT_SALF_EPILOG = """\
-exit codes: 0 done; 1 done, but some images could not be read (they are named); 2 not done, the message says why;
-70 an error that nobody foresaw; 130 interrupted, 143 terminated: what was computed is kept, and the same command goes
-on from there.
+exit codes: 0 success; 1 success, but some images could not be read (they are listed); 2 failure (the message gives the
+reason); 70 unexpected error; 130 interrupted, 143 terminated: completed work is kept, and the same
+command resumes.
 """
 
 
@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
         prog="python -m captum_concepts",
-        description="What concept a vision model saw, where, and how much it moved the prediction.",
+        description="What concepts a vision model detected, where they are in the image, and how much each changed the "
+        "prediction.",
         epilog=EPILOG,
         formatter_class=raw,
     )
@@ -79,10 +80,10 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="explain synthetic scenes with the bundled models", epilog=EPILOG, formatter_class=raw
     )
-    demo.add_argument("--output", default="demo_output", help="folder for the pictures (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="which scenes (default: %(default)s)")
+    demo.add_argument("--output", default="demo_output", help="folder for the figures (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="random seed of the scenes (default: %(default)s)")
     demo.add_argument(
-        "--photos", metavar="FOLDER", help="explain these photographs instead, with a real ImageNet network, offline"
+        "--photos", metavar="FOLDER", help="explain these photographs instead, offline, with a real ImageNet network"
     )
     demo.add_argument("--json", action="store_true", help="print the table as JSON")
 
@@ -91,18 +92,18 @@ def parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
     explainer_options(explain)
-    explain.add_argument("--top-k", type=int, default=3, help="concepts shown an image (default: %(default)s)")
-    explain.add_argument("--output", required=True, help="folder for the pictures and explanations.json")
+    explain.add_argument("--top-k", type=int, default=3, help="concepts shown per image (default: %(default)s)")
+    explain.add_argument("--output", required=True, help="folder for the figures and explanations.json")
     explain.add_argument("--report", metavar="FILE.html", help="also write one HTML page of all images")
-    explain.add_argument("--title", help="of that page")
-    explain.add_argument("--save", action="store_true", help="also keep each explanation as NAME.safetensors")
+    explain.add_argument("--title", help="title of that page")
+    explain.add_argument("--save", action="store_true", help="also save each explanation as NAME.safetensors")
     explain.add_argument("--json", action="store_true", help="print explanations.json instead of a table")
 
     add_commands(commands, epilog=EPILOG, formatter_class=raw)
 
     fit_salf = commands.add_parser(
         "fit-salf",
-        help="make a classifier that says what it saw where (SALF-CBM)",
+        help="train a classifier that decides through concept maps (SALF-CBM)",
         formatter_class=raw,
         add_help=False,
     )
@@ -110,7 +111,9 @@ def parser() -> argparse.ArgumentParser:
         "-h", "--help", action=_HelpWithConfiguration, nargs=0, default=argparse.SUPPRESS, help="show an example"
     )
     fit_salf.add_argument("--config", required=True, metavar="FILE", help="what to fit, JSON; see the example")
-    fit_salf.add_argument("--dry-run", action="store_true", help="print disk, time and machines needed; write nothing")
+    fit_salf.add_argument(
+        "--dry-run", action="store_true", help="print the disk space, time and machines needed; write nothing"
+    )
     fit_salf.add_argument("--json", action="store_true", help="print the report (or plan) as JSON")
     return top
 
@@ -139,13 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {error}", sys.stderr)
         return NOT_DONE
     except Terminated:
-        _say("terminated; the files written so far are whole", sys.stderr)
+        _say("terminated; the files written so far are complete", sys.stderr)
         return TERMINATED
     except KeyboardInterrupt:
-        _say("interrupted; the files written so far are whole", sys.stderr)
+        _say("interrupted; the files written so far are complete", sys.stderr)
         return INTERRUPTED
     except Exception as error:  # Python's exit code 1 has another meaning here
-        _say(f"{traceback.format_exc()}error: {type(error).__name__}, a mistake of this package or of the model",
+        _say(f"{traceback.format_exc()}error: {type(error).__name__}, a bug in this package or in the model",
              sys.stderr)  # fmt: skip
         return CRASHED
 
@@ -239,11 +242,9 @@ def _explain(options: dict, as_json: bool) -> Outcome:
         text = json.dumps(report, indent=2)
     else:
         lines = [line_of(entry) for entry in report["explained"]]
-        lines.append(
-            f"{len(report['explained'])} explained at layer {report['layer']}, pictures in {options['output']}"
-        )
+        lines.append(f"{len(report['explained'])} explained at layer {report['layer']}, figures in {options['output']}")
         if options["report"] and report["explained"]:
-            lines.append(f"all of them on one page: {options['report']}")
+            lines.append(f"all images on one page: {options['report']}")
         text = "\n".join(lines)
     code = None if report["explained"] else NOT_DONE
     return Outcome(text, report["failed"], "not explained", code, report.get("unsaved"))

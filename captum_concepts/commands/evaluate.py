@@ -99,8 +99,8 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
     )  # fmt: skip
     if counts.pop("filled") == counts["images"] and settings.unlabelled is None:
         warnings.warn(
-            "each image has one labelled region and nothing beside it: pixels of value 0 count as unlabelled and are "
-            "ignored, so any map lies in the region. If they are background give --unlabelled background",
+            "each image has a single labeled region: pixels of value 0 count as unlabeled and are ignored, so any "
+            "map lies inside the region. If they are background, pass --unlabelled background",
             InputWarning,
             stacklevel=2,
         )
@@ -122,7 +122,7 @@ def open_data(settings: EvaluateSettings, preprocessing: Preprocessing) -> tuple
         number = settings.data.removeprefix("demo:scenes:")
         if not number.isdigit() or int(number) < 1:
             raise InputError(f"{settings.data!r} is not demo:scenes:N, where N is a number of scenes")
-        settings.refuse(("format", "split", "min_area", "unlabelled"), "it goes with a folder of images and masks")
+        settings.refuse(("format", "split", "min_area", "unlabelled"), "they are for a folder of images and masks")
         side = preprocessing.size[0] if preprocessing.size else 224
         scenes = CaptionedScenes(int(number), seed=settings.seed + 1_000_003, size=side)
         return scenes, list(scenes.concepts)

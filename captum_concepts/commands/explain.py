@@ -71,7 +71,7 @@ def explain(settings: ExplainSettings) -> dict[str, Any]:
     """
     read = vars(settings)
     if settings.report is None:
-        settings.refuse(("title",), "it goes with --report")
+        settings.refuse(("title",), "it is for --report")
     named = "--report" if settings.output else "--output"
     page_file = None if settings.report is None else html(named, settings.report)
     paths = find_images(settings.images)

@@ -94,16 +94,16 @@ def build_explainer(settings: ExplainerSettings, loaded: LoadedModel, failed: Fa
         if kind == "SALFCBM":
             salf = load(saved, loaded.model)
             ignored = ("words", *_TRAINED, *_COMPARED, "layer", *(("classes",) if salf.class_names else ()))
-            settings.refuse(ignored, f"the model in {saved} has its own words, classes and layer")
+            settings.refuse(ignored, f"the model in {saved} has its own concepts, classes and layer")
             names = salf.class_names or _class_names(settings, loaded, salf.num_classes)
             return Explainer(salf, salf.layer, names, loaded.model, salf.layer)
         if kind != "ConceptFusionMap":
             return _saved(saved, settings, loaded, probe)
     if settings.words is not None or saved is not None:
         return _words(settings, loaded, probe, failed)
-    settings.refuse(_TRAINED, "they go with --words")
+    settings.refuse(_TRAINED, "they are for --words")
     if settings.references is None:
-        settings.refuse(("similarity",), "it goes with --references")
+        settings.refuse(("similarity",), "it is for --references")
         return _outputs(settings, loaded, probe)
     settings.refuse(("classes",), "the folders of --references name the classes")
     return _prototypes(settings, loaded, probe, failed)
@@ -182,7 +182,9 @@ def _saved(file: Path, settings: ExplainerSettings, loaded: LoadedModel, probe: 
 def _words(settings: ExplainerSettings, loaded: LoadedModel, probe: Tensor, failed: Failed) -> Explainer:
     """CE-FAM with a translator to a VLM that is loaded from a file or trained on a folder of images."""
     file = None if settings.explainer is None else Path(settings.explainer)
-    settings.refuse((*_COMPARED, "layer"), "words are read from several layers (--layers), and compared with no images")
+    settings.refuse(
+        (*_COMPARED, "layer"), "text concepts are read from several layers (--layers), and are not compared with images"
+    )
     if file is not None and file.is_file():
         made = ConceptFusionMap.load(file, loaded.model)
         if settings.words is not None:

@@ -417,7 +417,7 @@ def test_sigterm_of_a_real_process(space: Path):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 143
-    assert "terminated; the files written so far are whole" in said
+    assert "terminated; the files written so far are complete" in said
     pictures = sorted(p.name for p in (space / "out").glob("*.png"))
     listed = sorted(explained(space / "out").values())
     assert set(listed) <= set(pictures)
