@@ -295,7 +295,7 @@ def finite_images(values: Tensor, images: Sequence[Any], what: str) -> None:
     >>> finite_images(torch.tensor([[1.0], [torch.nan]]), ["a.jpg", "b.jpg"], "the embedding")
     Traceback (most recent call last):
     ...
-    captum_concepts.errors.InputError: the embedding of b.jpg contains NaN or infinite values; leave the image out, or
+    captum_concepts.errors.InputError: the embedding of b.jpg contains NaN or infinite values; remove the image, or
     look for such values in its pixels or in the model
     """
     finite = values.detach().isfinite().reshape(len(values), -1).all(1)

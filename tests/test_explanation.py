@@ -77,7 +77,7 @@ class TestInvariants:
             ({"image_names": ["x"]}, "1 image_names for 3 images"),
             ({"target_probability": torch.rand(N + 1)}, "target_probability must be"),
             ({"rank_by": "maps"}, "rank_by must be one of"),
-            ({"score_unit": None}, "score_unit must be a text"),
+            ({"score_unit": None}, "score_unit must be a string"),
         ],
     )
     def test_bad_values_are_refused(self, changes, message):

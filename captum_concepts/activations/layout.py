@@ -193,7 +193,8 @@ def infer_layout(
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-    check_prefix_tokens(prefix_tokens)
+    if prefix_tokens is not None and prefix_tokens < 0:
+        raise InputError(f"prefix_tokens must be 0 or more, as an integer, or None, got {prefix_tokens!r}")
     shape = tuple(output.shape)
     layer = f"layer {name!r}" if name else "the layer"
     if isinstance(model, nn.Module):

@@ -187,6 +187,7 @@ def check_labels(labels: Any, concepts: Sequence[str], count: int) -> None:
 
 
 def check_column(name: str, values: Any, count: int) -> None:
+    """Raise unless ``values`` are ``count`` bools, or numbers 0 and 1."""
     try:
         column = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:

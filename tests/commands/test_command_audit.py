@@ -215,7 +215,7 @@ class TestAudit:
         command = audit(folder, tmp_path)
         assert main([command[0], str(flat), *command[2:]]) == 0
         assert "suspects" not in capsys.readouterr().out
-        assert "the true classes are not known" in (tmp_path / "audit.html").read_text()
+        assert "the true classes are unknown" in (tmp_path / "audit.html").read_text()
 
     def test_two_processes_write_what_one_writes(self, folder, tmp_path, capfd):
         alone = audit(folder, tmp_path, "biased", "--save", str(tmp_path / "alone.safetensors"))

@@ -301,7 +301,7 @@ class TestEvaluate:
         names = tmp_path / "data" / "classes.json"
         names.write_text('{"1": "circle"}')
         line = [str(tmp_path / "data"), "--explainer", str(words), "--metrics", "epg"]
-        with pytest.warns(InputWarning, match="give --unlabelled background"):
+        with pytest.warns(InputWarning, match="pass --unlabelled background"):
             rows = self.run(capsys, *line)["rows"]
         assert rows[-1]["value"] == pytest.approx(1)
         rows = self.run(capsys, *line, "--unlabelled", "background")["rows"]

@@ -177,9 +177,9 @@ def test_unreadable_images(config, capsys):
         ({"model": "own.py:encoder"}, "must return a torch.nn.Module"),
         ({"weights": "nowhere.pt"}, "no weights file at nowhere.pt"),
         ({"num_classes": 3}, "--num-classes is for torchvision and timm names"),
-        ({"store": "train"}, "store train lies in the folder of train"),
-        ({"store": "val/store"}, "store val/store lies in the folder of val"),
-        ({"output": "train/model"}, "output train/model lies in the folder of train"),
+        ({"store": "train"}, "store train is inside the folder of train"),
+        ({"store": "val/store"}, "store val/store is inside the folder of val"),
+        ({"output": "train/model"}, "output train/model is inside the folder of train"),
         ({"store": "./model"}, "output and store are the same folder"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -224,7 +224,7 @@ def test_broken_configurations(config, capsys):
         Path("config.json").write_text(text)
         assert main(["fit-salf", "--config", "config.json"]) == 2
     assert main(["fit-salf", "--config", "nowhere.json"]) == 2
-    assert "no configuration at nowhere.json" in capsys.readouterr().err
+    assert "no configuration file at nowhere.json" in capsys.readouterr().err
 
 
 def test_val_with_other_classes(config, capsys):

@@ -63,7 +63,7 @@ class TestChannels:
         assert explained.contributions is None
         with pytest.raises(InputError, match="no contributions"):
             channels.explain(IMAGES, rank_by="contributions")
-        with pytest.raises(InputError, match=r"0 to 5; got \[6\]"):
+        with pytest.raises(InputError, match=r"0 to 5, to names; got \[6\]"):
             LayerChannels(self.net, "1", IMAGES[:1], labels={6: "x"})
 
     def test_strongest_images_and_their_figure(self):

@@ -565,7 +565,7 @@ sys.exit("matplotlib.pyplot" in sys.modules or settings() != before)
             ({"cell_size": 0.1}, "cell_size"),
             ({"boxes": (1, 2, 3)}, "boxes must be 4 numbers"),
             ({"boxes": (1, 2, 3, 4), "points": (1, 2)}, "points and boxes"),
-            ({"points": [[(1, 2)]]}, "points for 1 images, but there are 2"),
+            ({"points": [[(1, 2)]]}, "points were passed for 1 images, but there are 2"),
             ({"mask": torch.ones(3, 3)}, "mask must be"),
             ({"crop": (0, 0, 9, 4)}, "crop must be one box"),
         ],
@@ -577,7 +577,7 @@ sys.exit("matplotlib.pyplot" in sys.modules or settings() != before)
     def test_other_numbers_of_images(self):
         with pytest.raises(InputError, match="the explanation comes first: panel"):
             panel(torch.rand(2, 3, 8, 8), explanation())
-        with pytest.raises(InputError, match="panel needs a ConceptExplanation, got Tensor"):
+        with pytest.raises(InputError, match="panel requires a ConceptExplanation, got Tensor"):
             panel(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8))
         with pytest.raises(InputError, match="1 images for an explanation of 2"):
             panel(explanation(), torch.rand(1, 3, 8, 8))

@@ -227,7 +227,7 @@ class TestRefused:
         _, folder = saved
         torch.manual_seed(8)
         other = ConvNet()
-        with pytest.raises(ArtifactError, match="trained with a ConvNet of other weights"):
+        with pytest.raises(ArtifactError, match="trained with a ConvNet whose weights or dtype differ"):
             SALFCBM.from_pretrained(folder, backbone=other)
         assert all(p.requires_grad for p in other.parameters())
         assert SALFCBM.from_pretrained(folder, backbone=other, check_backbone=False).concepts == CONCEPTS
