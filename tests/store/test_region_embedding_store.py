@@ -959,7 +959,7 @@ class TestSeveralProcesses:
         outputs = [run.communicate(timeout=120) for run in runs]
         assert [run.returncode for run in runs] == [0, 0], outputs
         assert "InputError there is no image" in outputs[0][0]
-        assert "process 1 has done its part, but process 0: InputError" in outputs[1][0]
+        assert "process 1 has finished its part, but process 0: InputError" in outputs[1][0]
         two, one = contents(tmp_path / "two"), contents(tmp_path / "one")
         same = [name for name in one if name.startswith("shard")]
         assert len(same) == 5
