@@ -48,8 +48,7 @@ EXPLAIN_EXAMPLES = (
 
 FIT_SALF_EPILOG = """\
 exit codes: 0 success; 1 success, but some images could not be read (they are listed); 2 failure (the message gives the
-reason); 70 unexpected error; 130 interrupted, 143 terminated: completed work is kept, and the same
-command resumes.
+reason); 70 unexpected error; 130 interrupted, 143 terminated: completed work is kept, and the same command resumes.
 """
 
 

@@ -172,7 +172,7 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
                 "in the same order"
             )
         if (order := _other_order(paths, whole.image_names)) is not None:
-            raise InputError(f"{source} explains {order}; give the images in its order")
+            raise InputError(f"{source} explains {order}; pass the images in that order")
         entries = [{"image": str(path), "explanation": one} for path, one in zip(paths, whole, strict=True)]
         names, shown = settings.class_names, {"explanations": source.name}
     settings = replace(settings, model=settings.model or "the model")

@@ -227,7 +227,7 @@ class TestReport:
         images = [str(scenes / "00.png"), str(scenes / "01.png")]
         assert main(["report", *images, *options]) == 0
         assert main(["report", *reversed(images), *options]) == 2
-        assert "explains 00.png, 01.png; give the images in its order" in capsys.readouterr().err
+        assert "explains 00.png, 01.png; pass the images in that order" in capsys.readouterr().err
         dataclasses.replace(e, image_names=["first", "second"]).save(tmp_path / "e.safetensors")
         assert main(["report", *reversed(images), *options]) == 0
 
