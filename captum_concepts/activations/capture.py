@@ -635,8 +635,12 @@ def _has_nonfinite(values: Tensor) -> bool:
 
 
 def _normal(value: Any) -> Any:
-    """A copy of tensors created under inference_mode(), which autograd cannot record; other values unchanged."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+    """A copy of tensors, which the model may change in place (``images.sub_(mean)``); other values unchanged.
+
+    Images stay the caller's, and a second pass sees them as the first did. Of tensors created under inference_mode(),
+    autograd can record only a copy.
+    """
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from captum_concepts.activations.capture import (
     Inputs,
     batch_size,
     check_images,
+    eager_mode,
     first_tensor,
     forward_arguments,
     gradients_enabled,
@@ -216,7 +217,7 @@ def _survey(
         outputs.append((module, output))
 
     arguments, parts = (*twice, *repeat_rows(forward_arguments(extra), 2, 1)), layers.named.values()
-    with torch.no_grad(), evaluation_mode(parts), hooked(names, record), input_errors(arguments, parts):
+    with eager_mode(), torch.no_grad(), evaluation_mode(parts), hooked(names, record), input_errors(arguments, parts):
         forward_func(*arguments)
     runs = [module for module, _ in outputs]
     read = []

@@ -770,7 +770,7 @@ class FeatureActivationMap(LayerAttribution):
     def _embed(self, inputs: Inputs, extra: Any) -> Tensor:
         model, arguments = find_model(self.forward_func), (*check_images(inputs), *forward_arguments(extra))
         with evaluation_mode(model), input_errors(arguments, None if model is None else model.modules()):
-            output = self.forward_func(*arguments)
+            output = self.forward_func(*(part.clone() if isinstance(part, Tensor) else part for part in arguments))
         return full_precision(embedding_of(output))
 
     def _bank(self, embedding: Tensor) -> Tensor:

@@ -85,3 +85,19 @@ def test_what_cannot_be_surveyed_is_said():
         traced = torch.jit.trace(torch.nn.Conv2d(3, 4, 3), images)
     with pytest.raises(LayerError, match=r"torch\.jit model"):
         suggest_layer(traced, images)
+
+
+def test_a_compiled_model_is_not_compiled_again():
+    """It was traced with the hooks of the survey."""
+    graphs = []
+
+    def backend(graph, _examples):
+        graphs.append(graph)
+        return graph.forward
+
+    parts = [torch.nn.Conv2d(3, 4, 3), torch.nn.Tanh(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    net = torch.nn.Sequential(*parts).eval()
+    compiled, images = torch.compile(net, backend=backend), torch.rand(2, 3, 12, 12)
+    compiled(images)
+    assert suggest_layer(compiled, images) == "1"
+    assert len(graphs) == 1

@@ -20,7 +20,7 @@ from hypothesis import given, settings, strategies as st
 from methods import METHODS, Method
 from torch import Tensor, nn
 
-from captum_concepts import SALFCBM, FeatureActivationMap
+from captum_concepts import SALFCBM, FeatureActivationMap, SpatialACV
 from captum_concepts._undo import warnings_filtered
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 from captum_concepts.metrics import evaluate, parameter_randomization
@@ -366,3 +366,35 @@ def hooks(model: nn.Module) -> int:
 
 def correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a.double().flatten(), b.double().flatten()]))[0, 1])
+
+
+class Normalizing(nn.Module):
+    """Normalizes images itself, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.conv, self.last, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.sub_(0.5).div_(0.25) if self.in_place else (images - 0.5) / 0.25
+        return self.head(self.last(self.conv(images).relu()).tanh().square().mean((2, 3)))
+
+
+@pytest.mark.parametrize("refine", [False, ["conv"]])
+def test_a_model_that_changes_its_images_in_place_leaves_the_callers(refine):
+    """A second pass (``evidence``, refined maps, another layer of a sweep) saw them normalized twice."""
+    draw = torch.Generator().manual_seed(1)
+    pos, neg, images = (torch.rand(4, 3, 12, 12, generator=draw) for _ in range(3))
+    kept = pos.clone(), neg.clone(), images.clone()
+    found = []
+    for in_place in (True, False):
+        net = Normalizing(in_place)
+        acv = SpatialACV(net, "last", refine=refine).fit({"p": pos}, neg)
+        fam = FeatureActivationMap(net, "last", torch.eye(4), refine=refine)
+        found.append([acv.vectors, acv.concept_maps(images), acv.scores(images), acv.evidence(images).effects])
+        found[-1] += [acv.contributions(images), fam.scores(images), fam.concept_maps(images)]
+    assert all(torch.equal(a, b) for a, b in zip((pos, neg, images), kept, strict=True))
+    assert all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
