@@ -458,6 +458,24 @@ class TestAdaptiveRegions:
             found = AdaptiveRegions(self.PROMPT, 12).encode(model, x)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
+    @pytest.mark.parametrize("dense", [True, False])
+    def test_an_encoder_that_normalizes_in_place(self, dense):
+        model, x = demo.load("clip"), pictures(2, 64)
+
+        class Plain:
+            encode_image = staticmethod(lambda images: model.encode_image(images * 0.5))
+
+        class InPlace:
+            encode_image = staticmethod(lambda images: model.encode_image(images.mul_(0.5)))
+
+        if dense:
+            Plain.encode_regions = staticmethod(lambda images, grid: model.encode_regions(images * 0.5, grid))
+            InPlace.encode_regions = staticmethod(lambda images, grid: model.encode_regions(images.mul_(0.5), grid))
+        regions, before = AdaptiveRegions(self.PROMPT, 5), x.clone()
+        with torch.no_grad():
+            torch.testing.assert_close(regions.encode(InPlace(), x), regions.encode(Plain(), before))
+        assert torch.equal(x, before)
+
     def test_settings(self):
         regions = AdaptiveRegions(self.PROMPT, 5)
         assert regions_from_dict(json.loads(json.dumps(regions.as_dict()))) == regions

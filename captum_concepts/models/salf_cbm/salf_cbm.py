@@ -1121,7 +1121,9 @@ class SALFCBM(
         **how: Any,
     ) -> ConceptExplanation:
         def values(one: _Seen, index: Tensor) -> tuple[Tensor, Tensor]:
-            return full_precision(one.activations), self._shares(one.activations, index)
+            scores = full_precision(one.activations)
+            # Without contributions the head may be nonlinear.
+            return scores, self._shares(scores, index) if contributions else torch.zeros_like(scores)
 
         return self._assemble(seen, target, names, values, contributions=contributions, unit=STD_UNIT, **how)
 

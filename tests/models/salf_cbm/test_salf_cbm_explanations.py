@@ -117,6 +117,14 @@ class TestExplain:
         assert region.score_unit == "map units x pixels"
         assert region.target.tolist() == [1] * 4
 
+    def test_scores_and_maps_need_no_linear_head(self):
+        model, x = conv_model(), pictures()
+        scores = model.explain(x, contributions=False).scores
+        model.head = nn.Sequential(model.head, nn.ReLU())
+        torch.testing.assert_close(model.explain(x, contributions=False).scores, scores)
+        with pytest.raises(InputError, match="contributions need a linear head, but head is a Sequential"):
+            model.explain(x)
+
     def test_what_people_have(self, tmp_path):
         from torchvision.transforms.functional import to_pil_image
 

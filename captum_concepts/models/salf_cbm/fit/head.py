@@ -242,8 +242,8 @@ def fit_head(
         head: ``"sparse"``, or ``"dense"`` for ridge alone (alpha 0), in the metric of ``bottleneck`` if passed.
         alpha: fraction of the L1 term, for a sparse head.
         class_weights: weight of an image of each class, as L numbers or ``"balanced"``, which gives all classes the
-            same total weight. For independent classes it is the weight of an image that has the class.
-            The mean and deviation that standardize a sparse head's activations for exclusive classes are weighted too.
+            same total weight. For independent classes it is the weight of an image that has the class. The mean and
+            standard deviation that standardize the activations are those of the images without weights.
         bottleneck: ``(M, D)``, which maps the backbone's features to the activations. A dense head is then penalized by
             the weights on the *features*, :math:`\|W R^{1/2}\|_F^2` with :math:`R \propto A A^\top + (0.03\,
             \|A\|_2)^2 I` of mean eigenvalue 1, where row m of A is that of the bottleneck divided by the standard
@@ -263,13 +263,12 @@ def fit_head(
     check_head(head, lam, nonzeros_per_class, width)
     check_columns(labels, num_classes)
     where: dict[str, Any] = {"device": device, "process_group": True if world()[1] > 1 else None}
+    one, kind = labels, {"num_classes": num_classes, "loss": "multinomial", **where}
+    if labels.ndim == 2:
+        one, kind = labels[:, 0].long(), {"num_classes": None, "loss": "logistic", **where}
     metric = None
     if head == "dense" and bottleneck is not None:
-        kind = {"num_classes": num_classes, "loss": "multinomial"}
-        one = labels
-        if labels.ndim == 2:
-            one, kind = labels[:, 0].long(), {"num_classes": None, "loss": "logistic"}
-        metric = _FeatureMetric(activations, one, bottleneck, **kind, **where)
+        metric = _FeatureMetric(activations, one, bottleneck, **kind)
     rows = activations if metric is None else metric.rows
     if head == "dense" and lam is None:
         lam = DENSE_LAM if metric is None else FEATURE_LAM
@@ -283,7 +282,11 @@ def fit_head(
     weights = _class_weights(class_weights, labels, num_classes)
     if labels.ndim == 1:
         each = None if weights is None else weights[labels.long()]
-        return _head_fit(_solved(rows, labels, how, sample_weight=each, num_classes=num_classes, **options), metric)
+        fit = _head_fit(_solved(rows, labels, how, sample_weight=each, num_classes=num_classes, **options), metric)
+        if weights is None or metric is not None:
+            return fit
+        mean, std = _mean_and_std(activations, one, **kind)
+        return HeadFit(*_restandardized([fit], mean, std), mean.float(), std.float(), fit.notes)
     fits = []
     for k in range(num_classes):
         own = labels[:, k].long()
@@ -299,15 +302,16 @@ def fit_head(
     }
     mean, std = fits[0].mean, fits[0].std
     if weights is not None and metric is None:  # each class had its own mean and deviation, but the model has only one
-        kind = {"num_classes": None, "loss": "logistic", "sample_weight": None, "chunk_size": None}
-        mean, std = _mean_and_std(activations, labels[:, 0].long(), **kind, **where)
+        mean, std = _mean_and_std(activations, one, **kind)
     return HeadFit(*_restandardized(fits, mean, std), mean.float(), std.float(), notes)
 
 
 def _mean_and_std(activations: Any, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``(M,)`` from the solver, which also refuses data it cannot fit."""
     with warnings_filtered("ignore", InputWarning):  # about classes without images; the fit itself warns
-        stats = open_problem(activations, labels, standardize=True, **options).stats
+        stats = open_problem(
+            activations, labels, standardize=True, sample_weight=None, chunk_size=None, **options
+        ).stats
     assert stats.mean is not None
     assert stats.std is not None
     return stats.mean.double().cpu(), stats.std.double().cpu()
@@ -333,7 +337,7 @@ class _FeatureMetric:
     """
 
     def __init__(self, activations: Any, labels: Tensor, bottleneck: Tensor, **options: Any) -> None:
-        self.mean, self.std = _mean_and_std(activations, labels, sample_weight=None, chunk_size=None, **options)
+        self.mean, self.std = _mean_and_std(activations, labels, **options)
         made = bottleneck.detach().double().cpu()
         if made.ndim != 2 or len(made) != len(self.std):
             raise InputError(f"bottleneck must be (M, D), M={len(self.std)} concepts, got {tuple(made.shape)}")

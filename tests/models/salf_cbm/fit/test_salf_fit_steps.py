@@ -389,6 +389,18 @@ def test_class_weights():
     assert recall[1] > recall[0] + 0.1
 
 
+def test_class_weights_of_a_sparse_head():
+    """The penalty is on weights of weighted standard deviations, the model keeps those of the images."""
+    x = random(300, 4) * torch.tensor([1.0, 2.0, 5.0, 1.0]) + torch.tensor([0.0, 3.0, -1.0, 0.5])
+    y = (x[:, 0] + 0.8 * random(300, seed=1) > 1.0).long()
+    fit = fit_head(x, y, 2, lam=0.01, class_weights=[1.0, 5.0])
+    torch.testing.assert_close(fit.mean, x.mean(0))
+    torch.testing.assert_close(fit.std, x.std(0, unbiased=False))
+    alone = fit_elastic_net(x, y, 0.01, standardize=True, sample_weight=torch.where(y == 1, 5.0, 1.0))
+    logits = (x - fit.mean) / fit.std @ fit.weight.T + fit.bias
+    torch.testing.assert_close(logits, alone.decision_function(x).float(), atol=1e-3, rtol=1e-3)
+
+
 def test_class_weights_of_independent_classes():
     """Each class is standardized with its own weights; the model has one mean and deviation for all."""
     x = random(300, 4) * torch.tensor([1.0, 2.0, 5.0, 1.0]) + torch.tensor([0.0, 3.0, -1.0, 0.5])
