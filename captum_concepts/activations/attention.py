@@ -63,7 +63,7 @@ def attention_maps(
     with undone(lambda: torch.backends.mha.set_fastpath_enabled(fast)):
         torch.backends.mha.set_fastpath_enabled(False)  # a fused block does not expose its weights
         with eager_mode(), torch.no_grad(), evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), seen:
-            forward_func(*given, *forward_arguments(additional_forward_args))
+            forward_func(*(part.clone() for part in given), *forward_arguments(additional_forward_args))
     if not seen.rows:
         raise LayerError("no self-attention over all tokens of an image ran; attention_maps is for vision transformers")
     if not -len(seen.rows) <= block < len(seen.rows):

@@ -290,7 +290,7 @@ def _ran_inside(
         evaluation_mode(parts),
         hooked(inside, lambda child, *_: ran.append(child)),
     ):
-        run(*arguments)
+        run(*map(_normal, arguments))
     return next((inside[child] for child in reversed(ran) if ran.count(child) == 1), None)
 
 
@@ -484,6 +484,7 @@ def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
     if name == "":
         with autocast_of_the_caller():
             return _tensor_of(model(*args), name)
+    args = tuple(map(_normal, args))
     layer = model.get_submodule(name)
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]

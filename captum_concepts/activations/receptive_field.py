@@ -173,7 +173,7 @@ def effective_receptive_field(
     row, column = _inside(position, read.grid, name)
     with evaluation_mode(resolved.model), gradients_enabled(), hooked(resolved.modules, record):
         pixels = batch.detach().clone().requires_grad_()
-        model(pixels)
+        model(pixels.clone())
         value = read.maps(recorded[0])[0, :, row, column].float().square().sum() / 2
         gradient = torch.autograd.grad(value, pixels, allow_unused=True)[0] if value.requires_grad else None
     if gradient is None or not gradient.any():

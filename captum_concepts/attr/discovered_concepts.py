@@ -532,7 +532,7 @@ def _shown(
             shown = batch.images.to(images.device)  # the encoder may use another dtype than the model
             shown = shown if transform is None else transform(shown)
             with evaluation_mode(module_of(encoder)):
-                embedded.append(encoder.encode_image(shown).detach().float().cpu())
+                embedded.append(encoder.encode_image(shown.clone()).detach().float().cpu())
     return torch.cat(scores), F.normalize(torch.cat(embedded[1:] or embedded), dim=-1)
 
 

@@ -71,7 +71,7 @@ class Explainer:
             return made
         if self.link is not None:
             with torch.no_grad():
-                output = outputs[0] if outputs else output_tensor(self.model(inputs))
+                output = outputs[0] if outputs else output_tensor(self.model(inputs.clone()))
             chance = class_log_probability(output, int(made.target), self.link).exp().to(made.scores.device)
             made = replace(made, target_probability=chance if bool(chance.isfinite()) else None)
         return replace(made, class_names=list(self.class_names))

@@ -108,7 +108,7 @@ class Scorer:
         n = len(self.inputs)
         args = [a[rows] if isinstance(a, Tensor) and a.ndim and len(a) == n else a for a in self.args]
         with evaluation_mode(self.score_fn if isinstance(self.score_fn, nn.Module) else None):
-            made = self.score_fn(images, *args)
+            made = self.score_fn(images.clone(), *args)  # it may normalize in place
         try:
             out = output_tensor(made)
         except TargetError as error:

@@ -246,7 +246,7 @@ def _explainer(explain: Explain | Any, target: Any) -> Callable[[Tensor], Tensor
 
     def run(inputs: Tensor) -> Tensor:
         with autocast_of_the_caller():
-            maps = function(inputs, **options)
+            maps = function(inputs.clone(), **options)
         if not isinstance(maps, Tensor) or maps.ndim < 2 or len(maps) != len(inputs):
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise InputError(f"explain must return maps ({len(inputs)}, ...), got {got}")

@@ -355,7 +355,7 @@ def chosen_batch_size(source: Source) -> int:
     image = torch.rand(1, *source.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def run(count: int) -> None:
-        many = image.expand(count, -1, -1, -1)
+        many = image.repeat(count, 1, 1, 1)
         if isinstance(regions, DenseRegions):
             regions.encode(encoder, many)
         else:

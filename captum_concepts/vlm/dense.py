@@ -173,13 +173,13 @@ class AdaptiveRegions:
 
     def _first(self, encoder: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings ``(N, h*w, D)`` from one pass, and the distance ``(N, h*w)`` of each cell from its image."""
-        given = images.clone()  # an encoder may normalize in place, and prompts are drawn on the images later
         try:
-            first = F.normalize(DenseRegions(self.grid).encode(encoder, given).float(), dim=2)
+            # An encoder may normalize in place, and prompts are drawn on the images later.
+            first = F.normalize(DenseRegions(self.grid).encode(encoder, images.clone()).float(), dim=2)
             return first, (first - first.mean(1, keepdim=True)).norm(dim=2)
         except InputError:  # no encode_regions, or an unsupported tower
             pass
-        whole = F.normalize(encoder.encode_image(given).float(), dim=1)
+        whole = F.normalize(encoder.encode_image(images.clone()).float(), dim=1)
         colors = resized(images.float(), self.grid).flatten(2)
         differs = (colors - colors.median(2, keepdim=True).values).norm(dim=1)
         return whole[:, None].expand(-1, len(self), -1), differs

@@ -22,8 +22,11 @@ from torch import Tensor, nn
 
 from captum_concepts import SALFCBM, FeatureActivationMap, SpatialACV
 from captum_concepts._undo import warnings_filtered
+from captum_concepts.activations import Layers
+from captum_concepts.activations.receptive_field import effective_receptive_field
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
-from captum_concepts.metrics import evaluate, parameter_randomization
+from captum_concepts.metrics import average_drop, deletion, evaluate, parameter_randomization
+from captum_concepts.models.concept_translator.data import collect_pairs
 
 #: Calls of each method in the test for leaks;
 #: ``CALLS=1000 pytest -s tests/contract/test_model_conditions.py -k piles`` is the long run.
@@ -369,32 +372,62 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 class Normalizing(nn.Module):
-    """Normalizes images itself, in place or not."""
+    """Normalizes images itself, in place or not. With the same seed, the weights are the same."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
         self.in_place = in_place
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.conv, self.last, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 4)
+            self.conv, self.last, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 10)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         images = images.sub_(0.5).div_(0.25) if self.in_place else (images - 0.5) / 0.25
         return self.head(self.last(self.conv(images).relu()).tanh().square().mean((2, 3)))
 
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self(images)
+
+
+def in_place_and_not(results: Callable[[Normalizing, Tensor], list[Tensor]]) -> None:
+    """``results`` of both models are the same, and the images stay as they were."""
+    images = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    kept, found = images.clone(), [results(Normalizing(in_place), images) for in_place in (True, False)]
+    assert torch.equal(images, kept)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_a_model_that_changes_its_images_in_place(method):
+    in_place_and_not(lambda net, x: [method.build(net, net.last, x).attribute(x, target=TARGET)])
+
 
 @pytest.mark.parametrize("refine", [False, ["conv"]])
-def test_a_model_that_changes_its_images_in_place_leaves_the_callers(refine):
+def test_a_model_that_changes_its_images_in_place_in_several_passes(refine):
     """A second pass (``evidence``, refined maps, another layer of a sweep) saw them normalized twice."""
-    draw = torch.Generator().manual_seed(1)
-    pos, neg, images = (torch.rand(4, 3, 12, 12, generator=draw) for _ in range(3))
-    kept = pos.clone(), neg.clone(), images.clone()
-    found = []
-    for in_place in (True, False):
-        net = Normalizing(in_place)
-        acv = SpatialACV(net, "last", refine=refine).fit({"p": pos}, neg)
-        fam = FeatureActivationMap(net, "last", torch.eye(4), refine=refine)
-        found.append([acv.vectors, acv.concept_maps(images), acv.scores(images), acv.evidence(images).effects])
-        found[-1] += [acv.contributions(images), fam.scores(images), fam.concept_maps(images)]
-    assert all(torch.equal(a, b) for a, b in zip((pos, neg, images), kept, strict=True))
-    assert all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
+
+    def results(net: Normalizing, x: Tensor) -> list[Tensor]:
+        acv = SpatialACV(net, "last", refine=refine).fit({"p": x[:2]}, x[2:])
+        fam = FeatureActivationMap(net, "last", torch.eye(10), refine=refine)
+        found = [acv.vectors, acv.concept_maps(x), acv.scores(x), acv.evidence(x).effects, acv.contributions(x)]
+        return [*found, fam.scores(x), fam.concept_maps(x)]
+
+    in_place_and_not(results)
+
+
+def test_a_model_that_changes_its_images_in_place_elsewhere():
+    """In metrics, receptive fields, a bottleneck of its features, and as the encoder."""
+
+    def results(net: Normalizing, x: Tensor) -> list[Tensor]:
+        maps = x.mean(1)
+        salf = SALFCBM(net, "last", ["a", "b"], num_classes=3, feature_dim=6)
+        with torch.no_grad():
+            for parameter in (*salf.bottleneck.parameters(), *salf.head.parameters()):
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape))
+        seen = salf.explain(x)
+        field = effective_receptive_field(net, "last", x[:1], (3, 3))
+        pairs = collect_pairs(Layers.resolve(net, ["last"]), net, x).rows(range(4))
+        drops = average_drop(net, x, maps, target=TARGET, scores="raw"), deletion(net, x, maps, target=TARGET, n_steps=3)
+        return [seen.maps, seen.scores, torch.tensor(field), *drops, *pairs]
+
+    in_place_and_not(results)

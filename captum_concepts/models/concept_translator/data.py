@@ -343,7 +343,8 @@ class _Pairs:
         pooled = [maps.float().mean((2, 3)).cpu() for maps in seen.maps]
         encode = self.encoder.encode_image
         with evaluation_mode(find_model(self.encoder) or find_model(encode)):
-            e = encode(images if self.encoder_transform is None else self.encoder_transform(images))
+            shown = images if self.encoder_transform is None else self.encoder_transform(images)
+            e = encode(shown.clone() if isinstance(shown, Tensor) else shown)  # it may normalize in place
         if not isinstance(e, Tensor) or e.ndim != 2 or len(e) != len(images):
             found = tuple(e.shape) if isinstance(e, Tensor) else type(e).__name__
             raise InputError(f"encoder.encode_image must return (N, D) for {len(images)} images, got {found}")
