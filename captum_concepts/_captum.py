@@ -49,7 +49,7 @@ def layer_attribution(attribute: Method) -> Method:
         self: Any, *args: Any, relu_attributions: bool = False, attr_dim_summation: bool = True, **kwargs: Any
     ) -> Any:
         for name in kwargs.keys() & _ELSEWHERE.keys():
-            raise InputError(f"{type(self).__name__}.attribute takes no {name}: {_ELSEWHERE[name]}")
+            raise InputError(f"{type(self).__name__}.attribute does not accept {name}: {_ELSEWHERE[name]}")
         if not attr_dim_summation:
             raise InputError(
                 f"{type(self).__name__}.attribute has one value per position; attr_dim_summation=False is for "
@@ -207,7 +207,7 @@ def target_indices(target: Any, n: int, size: int, names: Sequence[str] = (), *,
         try:
             index = operator.index(value)
         except TypeError as error:
-            raise TargetError(f"target {shortened(target)} is not allowed: give {_ALLOWED}{named}: {error}") from error
+            raise TargetError(f"target {shortened(target)} is not allowed; pass {_ALLOWED}{named}: {error}") from error
         if not -size <= index < size:
             raise TargetError(f"target {index} is out of range: there are {size} {plural} (0 to {size - 1})")
         return index % size

@@ -55,7 +55,7 @@ class Halving:
                 torch.cuda.empty_cache()
             warnings.warn(
                 f"the device ran out of memory ({said}); this and the following batches are computed in two halves. "
-                f"Results are the same up to rounding; half the {self.option} avoids the failed attempt",
+                f"Results are the same up to rounding; halve {self.option} to avoid the failed attempt",
                 InputWarning,
                 stacklevel=2,
             )

@@ -619,8 +619,8 @@ def _warn_of_nan(output: Any, layers: Mapping[str, Tensor], arguments: tuple[Any
     inputs = [a.detach() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     if where and not any(map(_has_nonfinite, inputs)):
         warnings.warn(
-            f"{where} contains NaN or infinite values although the inputs do not; so will the result, or it will be "
-            "wrong. Look for NaN weights, or for values that half precision cannot hold",
+            f"{where} contains NaN or infinite values although the inputs do not, so the result will contain them or "
+            "be wrong. Look for NaN weights, or for values outside the range of half precision",
             InputWarning,
             stacklevel=5,
         )

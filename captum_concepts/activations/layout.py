@@ -244,8 +244,8 @@ def infer_layout(
             )
         return Layout(kind, grid, prefix)
     raise LayoutError(
-        f"{layer} returns {shape}, which has no grid of positions; choose a layer before pooling, one that returns "
-        "(N, C, h, w), (N, h, w, C) or tokens (N, L, C)"
+        f"{layer} returns {shape}, which is not a grid of positions; choose a layer before pooling that returns (N, "
+        "C, h, w), (N, h, w, C) or tokens (N, L, C)"
     )
 
 

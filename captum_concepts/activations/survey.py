@@ -92,7 +92,7 @@ def suggest_layer(
         if not for_gradients or not followed_by_linear(layer, first, additional_forward_args=extra)[0]:
             return stage.name
     raise LayerError(
-        "no stage of this model has a grid of positions that influence its output"
+        "no stage of this model has a grid of positions that affects its output"
         + (" other than linearly" if for_gradients else "")
         + "; choose a layer yourself"
     )

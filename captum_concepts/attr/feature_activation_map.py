@@ -282,8 +282,8 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
     if not rescaled and rule.free_of_length and _hides_its_norm(at_output):
         warnings.warn(
             "the embedding is normalized inside a part of the model whose operations cannot be observed (traced or "
-            "custom code), so its contributions sum to 0 instead of the cosine. Let forward_func return the "
-            "embedding before its normalization",
+            "custom code), so its contributions sum to 0 instead of the cosine. Pass a forward_func that returns the "
+            "embedding before normalization",
             InputWarning,
             stacklevel=3,
         )

@@ -408,8 +408,8 @@ def audit_dataset(
     if true is not None:
         if len(unclear) == len(concepts):
             warnings.warn(
-                "no concept could be tested: the explainer does not tell which of these images show any of them. See "
-                "ConceptAudit.not_told_apart",
+                "no concept could be tested, because the explainer does not separate images that show one from "
+                "images that do not. See ConceptAudit.not_told_apart",
                 InputWarning,
                 stacklevel=2,
             )

@@ -107,8 +107,8 @@ def load_model(
         known = preprocessing_of(model)
         if size is None and known is None:
             warnings.warn(
-                f"the model of {name} does not say the size of its input, so images are read at 224 x 224 pixels; "
-                "give --size if it was trained on another",
+                f"the model of {name} does not specify its input size, so images are read at 224 x 224 pixels; pass "
+                "--size if it was trained at another size",
                 InputWarning,
                 stacklevel=2,
             )
@@ -139,7 +139,7 @@ def to_device(module: nn.Module, device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # depending on device and build
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"device {device!r} cannot be used here ({reason.rstrip('.')}); give cpu, cuda or mps"
+            f"device {device!r} cannot be used here ({reason.rstrip('.')}); pass cpu, cuda or mps"
         ) from error
 
 
@@ -274,7 +274,7 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> None:
         model.load_state_dict(state)
     except Exception as error:  # every reader has its own exceptions, which all mean the same here
         first = (line if len(line) < 300 else f"{line[:300]} ..." for line in str(error).strip().splitlines()[:4])
-        raise InputError(f"{path} does not hold weights of {name}: {' '.join(first)}") from error
+        raise InputError(f"{path} does not contain weights of {name}: {' '.join(first)}") from error
 
 
 def load_encoder(name: str, weights: str | None = None) -> Any:

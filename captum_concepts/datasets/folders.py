@@ -116,8 +116,8 @@ class MaskFolder(SegmentationDataset):
         zero = names.pop(0, "unlabelled").strip().casefold().strip("_")
         if zero not in ("", "background", "ignore", "ignored", "none", "unknown", "unlabeled", "unlabelled", "void"):
             warnings.warn(
-                f"{classes} calls pixels of value 0 {zero!r}, but 0 is what nobody labelled; the name is left out, "
-                "so number the classes from 1",
+                f"{classes} names pixels of value 0 {zero!r}, but 0 means unlabeled, so the name is ignored; number "
+                "the classes from 1",
                 InputWarning,
                 stacklevel=2,
             )

@@ -49,7 +49,7 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
     >>> find_images("no/such/folder")
     Traceback (most recent call last):
-    captum_concepts.errors.InputError: no file or folder at no/such/folder
+    captum_concepts.errors.InputError: there is no file or folder at no/such/folder
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     files: list[Path] = []
@@ -60,7 +60,7 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         try:
             is_folder, is_file = path.is_dir(), path.is_file()
         except OSError as error:  # a name that is too long, for example
-            raise InputError(f"{printable(shortened(str(one)))} is no path: {error.strerror}") from error
+            raise InputError(f"{printable(shortened(str(one)))} is not a path: {error.strerror}") from error
         if is_folder:
             files += _walk(path)
         elif is_file:
@@ -74,7 +74,7 @@ def find_images(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         elif "://" in str(one):
             raise InputError(f"{printable(one)} is a web address; download the image and pass its path")
         else:
-            raise InputError(f"no file or folder at {printable(path)}")
+            raise InputError(f"there is no file or folder at {printable(path)}")
     if not files:
         shown = ", ".join(map(printable, given[:5])) or "an empty list"
         raise InputError(f"there is no image in {shown}; image files end in {', '.join(IMAGE_SUFFIXES)}")
@@ -137,7 +137,7 @@ def _walk(root: Path) -> list[Path]:
         files += [path for name in names if _is_image(path := Path(folder) / name)]
     if passed:
         shown = "; ".join(map(printable, passed[:5])) + (f" and {len(passed) - 5} more" if len(passed) > 5 else "")
-        warnings.warn(f"folders in {printable(root)} are passed over: {shown}", InputWarning, stacklevel=3)
+        warnings.warn(f"folders in {printable(root)} are skipped: {shown}", InputWarning, stacklevel=3)
     return sorted(files)
 
 

@@ -194,8 +194,8 @@ class Reading:
         if images.is_floating_point():
             if images.numel() and images.amax() > 16 and images.amin() >= 0:
                 warnings.warn(
-                    "float images with values far above 1 are taken as they are; if they are pixels from 0 to 255, "
-                    "pass value_range=(0, 255), or integers (uint8)",
+                    "float images with values far above 1 are used unchanged; if they are pixels from 0 to 255, pass "
+                    "value_range=(0, 255), or integers (uint8)",
                     InputWarning,
                     stacklevel=2,
                 )
@@ -220,7 +220,7 @@ class Reading:
         example = (0, 1, 2) if channels > 3 else (0,)
         raise InputError(
             f"images have {channels} channels (shape {tuple(images.shape)}), but {self.mode} has "
-            f"{3 if self.mode == 'RGB' else 1}; choose with bands=, for example bands={example}"
+            f"{3 if self.mode == 'RGB' else 1}; select some with bands=, for example bands={example}"
         )
 
     def _channels(self, images: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class Reading:
             return (images * weight).sum(-3, keepdim=True)
         if self.bands is not None:  # the user chose them
             return images
-        raise InputError(f"{channels} channels cannot be read as {self.mode}; choose with bands=")
+        raise InputError(f"{channels} channels cannot be read as {self.mode}; select some with bands=")
 
     def _resized(self, images: Tensor) -> Tensor:
         from PIL import Image

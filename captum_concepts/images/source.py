@@ -432,9 +432,9 @@ def inputs_for(
     known = preprocessing_of(model)
     if known is None and size is None and transform is None and _is_read(source):
         warnings.warn(
-            f"nothing tells how {type(model).__name__} wants to see images, so they are read at 224 x 224 pixels in "
-            "[0, 1]; pass images.inputs_for(model, images, size=...), or images.inputs_for(images.Preprocessing(...), "
-            "images), in their place",
+            f"the preprocessing of {type(model).__name__} is unknown, so images are read at 224 x 224 pixels in [0, "
+            "1]; to change this, pass images.inputs_for(model, images, size=...) or "
+            "images.inputs_for(images.Preprocessing(...), images) instead",
             InputWarning,
             stacklevel=2,
         )

@@ -236,8 +236,9 @@ def _regions(masks: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | 
     regions = masks != 0
     if ignore_index is None and bool((void := masks == _VOID).any()) and bool((regions & ~void).any()):
         warnings.warn(
-            f"integer masks contain {_VOID} beside other labels: many data sets mark unknown pixels so, but without "
-            f"ignore_index={_VOID} it counts as the region, like every label but 0; bool masks leave no question",
+            f"integer masks contain {_VOID} next to other labels: many data sets mark unknown pixels this way, but "
+            f"without ignore_index={_VOID} it counts as the region, like every label except 0; pass ignore_index=, or "
+            "bool masks",
             InputWarning,
             stacklevel=4,
         )

@@ -395,8 +395,8 @@ def _maps(
         found = explainer[places, explainer.concepts].to(batch.inputs.device)
     elif answers and getattr(explainer, "target_is_concept", False):
         raise InputError(
-            f"explainer {name!r} explains concepts, but the data names none, and a class label is not one; pass items "
-            "with the key 'concepts'"
+            f"explainer {name!r} explains concepts, but the data names none (class labels are not concepts); pass "
+            "items with the key 'concepts'"
         )
     elif hasattr(explainer, "attribute"):
         found = explainer.attribute(batch.inputs, **({} if batch.target is None else {"target": batch.target}))

@@ -283,7 +283,7 @@ def _parse(threshold: float | str) -> tuple[bool, float | None]:
             return False, float(threshold)
     except (TypeError, ValueError):
         pass
-    raise InputError(f"threshold must be 'mean', a number, or 'minmax:<share of the range>', got {threshold!r}")
+    raise InputError(f"threshold must be 'mean', a number, or 'minmax:<fraction of the range>', got {threshold!r}")
 
 
 def _binarise(values: Tensor, scaled: bool, level: float | None) -> Tensor:

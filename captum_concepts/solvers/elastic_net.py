@@ -147,7 +147,7 @@ def fit_elastic_net(
         chunk_size=chunk_size, device=device, process_group=process_group,
     )  # fmt: skip
     penalty = ElasticNet(lam, alpha)
-    start = objective.null_params() if warm_start is None else _warm(objective, warm_start)
+    start = objective.null_params() if warm_start is None else warm_params(objective, warm_start)
     return solve_problem(
         ProximalQuasiNewton(objective),
         penalty,
@@ -291,7 +291,8 @@ def _why(outcome: Outcome, tol: float, null_value: float) -> str:
     return f"stopped after {n} steps at the limit of the arithmetic: {reached}; raise tol or pass float64 rows"
 
 
-def _warm(objective: Objective, start: ElasticNetResult | tuple[Tensor, Tensor]) -> Tensor:
+def warm_params(objective: Objective, start: ElasticNetResult | tuple[Tensor, Tensor]) -> Tensor:
+    """The parameters ``(O, D + 1)`` of a result, or of a weight and a bias, to start from."""
     if isinstance(start, ElasticNetResult):
         return params_from(objective, start.weight, start.bias)
     if not isinstance(start, (tuple, list)) or len(start) != 2:

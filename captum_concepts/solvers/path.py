@@ -141,7 +141,7 @@ def elastic_net_path(
         warnings.warn(
             f"no point of the path is within 10 % of nonzeros_per_class={nonzeros_per_class:g}; the nearest has "
             f"{mean_nonzeros(path.selected):.4g} at lam={path.selected.lam:.4g}"
-            + ("; lower lam_ratio to go on" if mean_nonzeros(path[-1]) < nonzeros_per_class else ""),
+            + ("; lower lam_ratio to extend the path" if mean_nonzeros(path[-1]) < nonzeros_per_class else ""),
             InputWarning,
             stacklevel=2,
         )

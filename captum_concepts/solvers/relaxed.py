@@ -13,7 +13,7 @@ from captum_concepts.errors import InputError
 from captum_concepts.solvers._objective import Objective
 from captum_concepts.solvers._quasi_newton import Outcome
 from captum_concepts.solvers.certificate import certify, params_from
-from captum_concepts.solvers.elastic_net import ElasticNetResult, open_problem, solve_problem
+from captum_concepts.solvers.elastic_net import ElasticNetResult, open_problem, solve_problem, warm_params
 
 #: Maximum steps between two looks at the duality gap.
 _STEPS = 50
@@ -84,11 +84,7 @@ def relaxed_fit(
     if tuple(support.shape) != wanted:
         raise InputError(f"support must have shape {wanted}; got {tuple(support.shape)}")
     chosen = params_from(objective, support.double(), torch.ones(len(support))) != 0
-    start = objective.null_params()
-    if warm_start is not None:
-        if isinstance(warm_start, ElasticNetResult):
-            warm_start = warm_start.weight, warm_start.bias
-        start = params_from(objective, *warm_start)
+    start = objective.null_params() if warm_start is None else warm_params(objective, warm_start)
     # These two offer what `solve_problem` uses of a solver and a penalty.
     solver: Any = _OnSupport(objective, chosen)
     penalty: Any = _Ridge(float(lam), chosen[:, :-1])

@@ -567,8 +567,9 @@ def explained(path: Path, manifest: Manifest | int | None) -> Iterator[None]:
         total = manifest if isinstance(manifest, int) else None if found is None else found.total
         raise OSError(
             error.errno,
-            f"{error.strerror}: the store at {path} cannot be written. {rows}{'' if total is None else f' of {total}'} "
-            "images are safe in it; make room or give the right to write, then make the same call again to resume",
+            f"{error.strerror}: the store at {path} cannot be written. "
+            f"{rows}{'' if total is None else f' of {total}'} images are stored; free disk space or grant write "
+            "permission, then repeat the same call to resume",
             error.filename,
         ) from error
 

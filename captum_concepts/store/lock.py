@@ -76,7 +76,7 @@ class FolderLock:
             try:
                 self._lock.acquire()
             except Timeout:
-                raise ArtifactError(f"{self._message()}; wait for it to end, or write elsewhere") from None
+                raise ArtifactError(f"{self._message()}; wait for it to end, or use another folder") from None
         with contextlib.suppress(OSError):  # on a full disk the note is missing, but the lock is held
             file = os.open(self._file, os.O_WRONLY | os.O_TRUNC | _NO_LINKS)
             with os.fdopen(file, "w", encoding="utf-8") as note:

@@ -71,8 +71,8 @@ def lost_peers_named() -> Iterator[None]:
         if size == 1 or not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
             raise
         raise CaptumConceptsError(
-            f"process {rank} waited for another of the {size} processes, which ended without a word; start all of them "
-            f"again, or one alone: what is written is kept ({str(error)[:200]})"
+            f"process {rank} waited for another of the {size} processes, which ended without an error message; start "
+            f"all of them again, or one alone: completed work is kept ({str(error)[:200]})"
         ) from error
 
 

@@ -141,7 +141,7 @@ class OpenCLIPEncoder(nn.Module):
                     stacklevel=2,
                 )
         elif not plain:
-            raise InputError(f"{name!r} brings its own weights; pretrained={source!r} has no meaning there")
+            raise InputError(f"{name!r} includes its own weights; leave out pretrained={source!r}")
         elif not open_clip.get_pretrained_cfg(name, source) or Path(source).is_file():
             check_file(name, source, open_clip.list_pretrained_tags_by_model(name))
             overrides = {**published_preprocess(open_clip, name, overrides), **overrides}
@@ -157,9 +157,9 @@ class OpenCLIPEncoder(nn.Module):
                 tokenizer = open_clip.get_tokenizer(name, cache_dir=options.get("cache_dir"))
             except Exception as error:
                 raise ArtifactError(
-                    f"the tokenizer of {name!r} could not be loaded ({first_line(error)}). It may have to be "
-                    "downloaded: connect once so that it is cached, or pass tokenizer=, a function from a list of "
-                    "texts to token ids"
+                    f"the tokenizer of {name!r} could not be loaded ({first_line(error)}). It may need to be "
+                    "downloaded; connect to the network once so that it is cached, or pass tokenizer=, a function "
+                    "from a list of texts to token ids"
                 ) from error
         return cls(model, tokenizer, overrides, templates=templates, text_batch_size=text_batch_size)
 

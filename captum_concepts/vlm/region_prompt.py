@@ -241,7 +241,7 @@ class RegionPrompt:
         if unknown:
             raise InputError(f"RegionPrompt has no setting {unknown[0]!r}.{did_you_mean(str(unknown[0]), known)}")
         if complete and (missing := [name for name in known if name not in named]):
-            raise InputError(f"the RegionPrompt lacks {listing(missing)}")
+            raise InputError(f"the RegionPrompt lacks the keys {listing(missing)}")
         return cls(**named)
 
     def _axis(self, length: int, count: int, radius: float) -> list[float]:

@@ -192,7 +192,7 @@ def test_weights_from_a_local_file(tmp_path, photos):
         torch.equal(a, b) for a, b in zip(net.state_dict().values(), loaded.model.state_dict().values(), strict=True)
     )
     assert not loaded.model.training
-    with pytest.raises(InputError, match="does not hold weights of resnet18"):
+    with pytest.raises(InputError, match="does not contain weights of resnet18"):
         load_model("resnet18", weights=str(tmp_path / "w.safetensors"))
 
 
@@ -203,7 +203,7 @@ def test_weights_and_outputs_of_models_from_outside(tmp_path, model_file, photos
     torch.save(other.state_dict(), tmp_path / "w.pt")
     loaded = load_model(model_file, weights=str(tmp_path / "w.pt"), size=64).model
     assert torch.equal(loaded[3].bias, torch.full((4,), 3.0))
-    with pytest.raises(InputError, match="does not hold weights"):
+    with pytest.raises(InputError, match="does not contain weights"):
         load_model("resnet18", weights=str(tmp_path / "w.pt"))
     torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), tmp_path / "three.pt")
     line = ["explain", str(photos / "a.jpg"), "--model", "resnet18", "--weights", str(tmp_path / "three.pt")]

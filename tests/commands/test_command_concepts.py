@@ -311,7 +311,7 @@ class TestEvaluate:
         names.write_text('{"0": "_background_", "1": "circle"}')
         assert {row["explainer"]: row["value"] for row in self.run(capsys, *line)["rows"]} == values
         names.write_text('{"0": "circle", "1": "square"}')
-        with pytest.warns(InputWarning, match="'circle', but 0 is what nobody labelled"):
+        with pytest.warns(InputWarning, match="'circle', but 0 means unlabeled"):
             assert main(["evaluate", *line, *MODEL]) == 2
         assert "none of the data set's concepts (square, ...)" in capsys.readouterr().err
 

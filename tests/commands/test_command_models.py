@@ -112,7 +112,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path, capsys):
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "device 'abacus' cannot be used here" in error
-    assert "give cpu, cuda or mps" in error
+    assert "pass cpu, cuda or mps" in error
     assert "Traceback" not in error
 
 
@@ -120,7 +120,7 @@ def test_weights_of_another_network_are_named_in_short():
     from captum_concepts import demo
     from captum_concepts.errors import InputError
 
-    with pytest.raises(InputError, match="does not hold weights of resnet18") as caught:
+    with pytest.raises(InputError, match="does not contain weights of resnet18") as caught:
         load_model("resnet18", weights=str(demo.WEIGHTS / "classifier.safetensors"))
     assert len(str(caught.value)) < 1200
 
@@ -244,6 +244,6 @@ class Harmful:
 
 def test_weights_that_are_a_program_are_not_run(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(1)}, "epoch": Harmful(tmp_path / "was here")}, tmp_path / "w.pt")
-    with pytest.raises(InputError, match="does not hold weights of squeezenet1_1"):
+    with pytest.raises(InputError, match="does not contain weights of squeezenet1_1"):
         load_model("squeezenet1_1", weights=str(tmp_path / "w.pt"))
     assert not (tmp_path / "was here").exists()

@@ -241,7 +241,7 @@ class TestTwoRuns:
         with pytest.warns(InputWarning, match=r"photos/out holds pictures that 'explain' drew"):
             self.explain("photos", "--output", "photos/out")
         assert list(explained(space / "photos" / "out")) == ["photos/0.png", "photos/1.png"]
-        with pytest.warns(InputWarning, match="are passed over"):
+        with pytest.warns(InputWarning, match="are skipped"):
             assert main(["report", "photos", *MODEL, "--output", "page.html"]) == 0
         assert (space / "page.html").read_text().count("<article") == 2
 
@@ -389,7 +389,7 @@ def test_one_of_two_processes_is_killed(line: str, space: Path):
         process.join(60)
     assert [process.exitcode for process in started] == [2, -signal.SIGKILL]
     said = (space / "said-0").read_text()
-    assert "another of the 2 processes, which ended without a word; start all of them again, or one alone" in said
+    assert "another of the 2 processes, which ended without an error message; start all of them again, or one alone" in said
     assert "Traceback" not in said
     _nothing(space)
 
@@ -536,7 +536,7 @@ class TestWhatIsPrinted:
         assert main(["explain", "photos", *MODEL, "--output", "out", "--words", words]) == 2
         assert "--train" in capsys.readouterr().err
         assert main(["explain", "x" * 5000, *MODEL, "--output", "out"]) == 2
-        assert "is no path: File name too long" in capsys.readouterr().err
+        assert "is not a path: File name too long" in capsys.readouterr().err
 
     @pytest.mark.parametrize("size", ["0", "-1", "1000000"])
     @pytest.mark.parametrize("command", ["explain", "models"])

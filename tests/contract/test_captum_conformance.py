@@ -222,5 +222,5 @@ def test_keywords_of_captums_layer_grad_cam(method, model, images):
 
 @pytest.mark.parametrize("keyword", ["baselines", "n_steps", "return_convergence_delta", "internal_batch_size"])
 def test_keywords_of_other_attributions_are_answered(method, model, images, keyword):
-    with pytest.raises(InputError, match=f"takes no {keyword}"):
+    with pytest.raises(InputError, match=f"does not accept {keyword}"):
         method.build(model, model.conv2, images).attribute(images, target=1, **{keyword: 1})

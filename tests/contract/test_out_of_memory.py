@@ -21,7 +21,7 @@ from captum_concepts.metrics import average_drop, deletion
 from captum_concepts.store import RegionEmbeddingStore
 from captum_concepts.vlm import RegionPrompt
 
-SAID = r"ran out of memory \(CUDA out of memory\).*two halves.*half the batch_size"
+SAID = r"ran out of memory \(CUDA out of memory\).*two halves.*halve batch_size"
 
 
 class SmallDevice:

@@ -181,7 +181,7 @@ def test_one_process_goes_on_with_what_two_left(undisturbed, tmp_path, name):
     (survived, said), (killed, _) = processes(case.run, tmp_path / "folder", 2, (case.writer, case.part[1]))
     assert killed == -signal.SIGKILL
     assert survived == 2
-    assert b"another of the 2 processes, which ended without a word" in said
+    assert b"another of the 2 processes, which ended without an error message" in said
     assert b"what is written is kept" in said
     assert contents(tmp_path / "folder")
     ((code, made),) = processes(case.run, tmp_path / "folder", 1)

@@ -228,7 +228,7 @@ class TestFolders:
             return scan(path)
 
         monkeypatch.setattr(os, "scandir", closed)
-        with pytest.warns(InputWarning, match=r"are passed over: .*Permission denied.*cat"):
+        with pytest.warns(InputWarning, match=r"are skipped: .*Permission denied.*cat"):
             assert names_of(find_images(root), root) == ["dog/1.png"]
 
     def test_nothing_there(self, tmp_path: Path):
@@ -285,7 +285,7 @@ class TestWords:
 def test_paths_that_are_none():
     with pytest.raises(InputError, match="the path of the images is empty"):
         find_images("")
-    with pytest.raises(InputError, match="is no path: File name too long"):
+    with pytest.raises(InputError, match="is not a path: File name too long"):
         find_images("a" * 5000)
 
 

@@ -444,7 +444,7 @@ def test_scenes_tell_their_labels_without_drawing_them(monkeypatch: pytest.Monke
 
 
 def test_pixels_that_were_not_scaled_are_warned_about():
-    with pytest.warns(InputWarning, match="values far above 1 are taken as they are"):
+    with pytest.warns(InputWarning, match="values far above 1 are used unchanged"):
         found = open_images(torch.full((2, 3, 4, 4), 200.0))[1]
     assert float(found.max()) == 200
     assert torch.allclose(open_images(torch.full((2, 3, 4, 4), 51.0), value_range=(0, 255))[1], torch.tensor(0.2))

@@ -409,7 +409,7 @@ class TestConceptExplainers:
             metrics.evaluate(Colors(), [(images, masks[:, 0], labels)], ["nra"])
         asks_for_concepts = Colors()
         asks_for_concepts.target_is_concept = True
-        with pytest.raises(InputError, match="a class label is not one"):
+        with pytest.raises(InputError, match="class labels are not concepts"):
             metrics.evaluate(asks_for_concepts, [(images, masks[:, 0], labels)], ["nra"])
         with pytest.raises(InputError, match="have no names"):
             metrics.evaluate(Colors(), [(images, masks)], ["nra"])

@@ -173,7 +173,7 @@ def test_255_beside_other_labels_is_pointed_out():
     labels = masks.int()
     labels[:, 0] = 255
     for metric in (metrics.nra, metrics.epg, metrics.mean_iou):
-        with pytest.warns(InputWarning, match="integer masks contain 255 beside other labels"):
+        with pytest.warns(InputWarning, match="integer masks contain 255 next to other labels"):
             metric(maps, labels)
     # Foreground written as 255, and labels of which 255 is known to be none, leave no question.
     assert torch.equal(metrics.nra(maps, masks.int() * 255), metrics.nra(maps, masks))

@@ -113,5 +113,7 @@ def test_what_is_refused():
     for wrong in (support[:2], support[:, :3], support[0]):
         with pytest.raises(InputError, match=r"support must have shape \(3, 8\); got "):
             relaxed_fit(x, y, wrong, 0.1)
+    with pytest.raises(InputError, match="warm_start must be a result or a pair"):
+        relaxed_fit(x, y, support, 0.1, warm_start=5)
     with pytest.warns(ConvergenceWarning, match="stopped after max_iter=2 steps"):
         assert not relaxed_fit(x, y, support, 1e-4, max_iter=2, tol=1e-9).converged

@@ -700,7 +700,7 @@ class TestWhatIsGiven:
     def test_files_are_read_as_the_model_wants_them(self, opened, tmp_path):
         for k in range(2):
             Image.new("RGB", (80, 60), (120 * k, 60, 30)).save(tmp_path / f"{k}.png")
-        with pytest.warns(InputWarning, match="nothing tells how"):
+        with pytest.warns(InputWarning, match="the preprocessing of .* is unknown"):
             page = opened(salf(), tmp_path)
         assert page.page.get_by_test_id("image").count() == 2
         assert "inputs_for(model.backbone, images)[0][None]" in page.code

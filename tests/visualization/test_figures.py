@@ -253,7 +253,7 @@ class TestInANotebook:
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
-    @pytest.mark.filterwarnings("ignore:nothing tells how:captum_concepts.errors.InputWarning")
+    @pytest.mark.filterwarnings("ignore:the preprocessing of .* is unknown:captum_concepts.errors.InputWarning")
     @pytest.mark.parametrize("given", ["tensor", "normalized", "folder"])
     def test_a_method_gives_its_explanation_the_images(self, tmp_path, given):
         """Each image keeps its own, through every way of taking images and concepts."""

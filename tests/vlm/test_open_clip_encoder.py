@@ -268,7 +268,7 @@ def test_unknown_names_offer_the_known(tmp_path):
         OpenCLIPEncoder.from_pretrained("ViT-B-32", tmp_path / "missing.safetensors")
     with pytest.raises(ArtifactError, match="no_such_folder"):
         OpenCLIPEncoder.from_pretrained(f"local-dir:{tmp_path / 'no_such_folder'}")
-    with pytest.raises(InputError, match="brings its own weights"):
+    with pytest.raises(InputError, match="includes its own weights"):
         OpenCLIPEncoder.from_pretrained(f"local-dir:{tmp_path}", "openai")
 
 

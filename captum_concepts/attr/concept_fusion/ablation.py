@@ -121,9 +121,9 @@ def class_link(requested: str, output: Any, final: str | None) -> str:
         if values.max() < _LIKELY:
             return "softmax"
         warnings.warn(
-            "the classifier's outputs lie in [0, 1] but do not sum to 1, as probabilities of independent labels do; "
-            "contributions take their softmax. Pass a forward_func that returns logits, and class_probability="
-            "'softmax' or 'sigmoid'",
+            "the classifier's outputs lie in [0, 1] but do not sum to 1, as probabilities of independent labels do, "
+            "so contributions apply a softmax to them. Pass a forward_func that returns logits, and "
+            "class_probability='softmax' or 'sigmoid'",
             InputWarning,
             stacklevel=2,
         )
@@ -217,8 +217,8 @@ def contribution_curves(
                 "there would be meaningless zeros; choose a layer that the output depends on"
             )
         warnings.warn(
-            f"fill='channel_mean' keeps the pooled values of layer {layer.names[0]!r}, which are all that the output "
-            "depends on, so contributions there are 0; use fill='layer_mean', or map_layer= an earlier layer",
+            f"fill='channel_mean' keeps the pooled values of layer {layer.names[0]!r}, and the output depends on "
+            "these alone, so contributions there are 0; use fill='layer_mean', or map_layer= an earlier layer",
             InputWarning,
             stacklevel=2,
         )

@@ -210,8 +210,8 @@ class ConceptFusionMap(LayerAttribution):
         self._check()
         if self.link != "sigmoid" and concepts is not None and len(list(concepts)) == 1:
             warnings.warn(
-                f"a softmax over the single concept {next(iter(concepts))!r} is always 1; add concepts it competes "
-                "with, or use link='sigmoid'",
+                f"a softmax over the single concept {next(iter(concepts))!r} is always 1; add competing concepts, or "
+                "use link='sigmoid'",
                 InputWarning,
                 stacklevel=2,
             )
@@ -772,8 +772,8 @@ class ConceptFusionMap(LayerAttribution):
     def _warn_of_words(self) -> None:
         if self._trust().no_better_than_chance:
             warnings.warn(
-                f"the translator does not know these words: {self._trust().sentence()}. Do not believe their scores; "
-                "fit on more images, of the kind that show them",
+                f"the translator does not detect these concepts: {self._trust().sentence()}. Do not rely on their "
+                "scores; fit on more images, including images that show them",
                 ConvergenceWarning,
                 stacklevel=3,
             )

@@ -162,7 +162,7 @@ def vector_products(output: Tensor, sources: Sequence[Tensor], cotangents: Tenso
             said = out_of_memory(error)
         if said:
             warnings.warn(
-                f"the device ran out of memory for {len(cotangents)} backward passes at once; they run one after "
+                f"the device ran out of memory for {len(cotangents)} backward passes at once, so they run one after "
                 "another. Results are the same up to rounding; a smaller batch_size avoids the failed attempt",
                 InputWarning,
                 stacklevel=2,

@@ -764,7 +764,7 @@ class SpatialACV(LayerAttribution):
         if self._linear:
             warnings.warn(
                 f"only linear operations follow layer {layers.names[0]!r}, so contributions are the same for every "
-                f"image and explain none; {self._linear}",
+                f"image and do not explain any of them; {self._linear}",
                 InputWarning,
                 stacklevel=3,
             )

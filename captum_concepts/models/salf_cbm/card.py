@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 _MOST = 200  # maximum lines per list; the rest is in config.json
 _RULES, _CLASSES = 6, 30
 _LIMITS = (
-    "A concept's name is what the vision-language model was asked for; what its map responds to should be checked "
-    "(`most_activating`, `explain_region`). Contributions are exact for the logit, given the concepts. A rule may use "
-    "a concept for more than its name says. Maps are as local as the layer they are read from. Biases of the data, the "
-    "backbone and the vision-language model remain."
+    "A concept's name is the text passed to the vision-language model; check what its map responds to "
+    "(`most_activating`, `explain_region`). Contributions are exact for the logit, given the concepts. A rule may "
+    "use a concept for more than its name says. Maps are only as local as the layer they are read from. Biases of "
+    "the data, the backbone and the vision-language model remain."
 )
 #: Entries that `fit_salf_cbm` records, in the order of the card; others follow.
 _FIRST = ("accuracy", "data", "encoder", "prompt", "bottleneck", "head", "settings")

@@ -48,7 +48,7 @@ def map_edits(
         edits = []
         for edit in concept:
             if unknown := sorted(set(edit) - set(_MAP_EDIT)):
-                raise InputError(f"an edit has {list(_MAP_EDIT)}, got {unknown}")
+                raise InputError(f"an edit has the keys {list(_MAP_EDIT)}, got {unknown}")
             if "concept" not in edit:
                 raise InputError(f"an edit needs a concept, got {dict(edit)!r}")
             region = {name: edit.get(name) for name in _REGION}

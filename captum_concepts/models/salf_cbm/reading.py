@@ -135,8 +135,8 @@ def probe(
             check_order(Layers.resolve(model, name), _noise(image), [read])
         return reading, image
     raise InputError(
-        f"the backbone {type(model).__name__} took no empty image of {channels} channels ({str(failure)[:200]}); pass "
-        "input_size=, the size of its images, or feature_dim=, the channels of the layer"
+        f"the backbone {type(model).__name__} does not run on an empty image of {channels} channels "
+        f"({str(failure)[:200]}); pass input_size=, the size of its images, or feature_dim=, the channels of the layer"
     ) from failure
 
 

@@ -170,7 +170,7 @@ class TestMostActivating:
             model.most_activating(pictures(), "gras")
         with (
             pytest.raises(InputError, match="no file or folder at folder"),
-            pytest.warns(InputWarning, match="nothing tells how"),
+            pytest.warns(InputWarning, match="the preprocessing of .* is unknown"),
         ):
             model.most_activating("folder")
         with pytest.raises(InputError, match="integer of at least 1"):

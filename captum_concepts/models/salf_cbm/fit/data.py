@@ -164,7 +164,7 @@ def _given_labels(data: Any, opened: ImageSource, what: str, labels: Any, count:
         return labels
     if isinstance(data, (ImageSource, DataLoader, str, Tensor)) or not hasattr(data, "__getitem__"):
         if (found := opened.labels) is None:
-            raise InputError(f"item 0 of {what} has no label: pass (images, labels), or a data set of both")
+            raise InputError(f"item 0 of {what} has no label; pass (images, labels), or a data set of both")
         return found
     known = known_labels(data)
     if known is not None:
@@ -259,7 +259,7 @@ def _as_tensor(labels: Any, what: str, names: Sequence[str] | None) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         wrong = next((i for i, row in enumerate(rows) if isinstance(row, str) or not hasattr(row, "__float__")), 0)
         raise InputError(
-            f"item {wrong} of {what} has no label that is a class index: got {shortened(rows[wrong])}"
+            f"item {wrong} of {what} must have a class index as its label, got {shortened(rows[wrong])}"
         ) from None
 
 

@@ -234,7 +234,7 @@ def _fill(source: LiveFeatures, dtype: torch.dtype, show: bool, spans: list[tupl
                     )
                 if dtype == torch.float16 and 0 < (most := float(features.abs().max())) < _SMALLEST:
                     warnings.warn(
-                        f"features are at most {most:.3g}, where half precision keeps few digits or none; use "
+                        f"features are at most {most:.3g}, where half precision keeps few or no digits; use "
                         "feature_dtype=torch.float32",
                         InputWarning,
                         stacklevel=2,

@@ -413,7 +413,7 @@ def _head_fit(result: ElasticNetResult, metric: _FeatureMetric | None) -> HeadFi
     elif result.feature_mean is not None and result.feature_std is not None:
         tensors = (result.weight, result.bias, result.feature_mean, result.feature_std)
     else:
-        raise InputError("the head was fitted without standardization")
+        raise InputError("the head was fitted without standardization, which this requires")
     weight, bias, mean, std = (value.detach().float().cpu() for value in tensors)
     return HeadFit(weight, bias, mean, std, notes)
 

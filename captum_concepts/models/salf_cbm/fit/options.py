@@ -142,7 +142,7 @@ def _settings(values: Mapping[str, Any]) -> BottleneckSettings:
         return BottleneckSettings(**values)
     except TypeError as error:
         known = list(BottleneckSettings.__dataclass_fields__)
-        raise InputError(f"bottleneck={dict(values)!r} has an unknown setting ({error}); there are {known}") from None
+        raise InputError(f"bottleneck={dict(values)!r} has an unknown setting ({error}); known: {known}") from None
 
 
 def _prompt(grid: int | Sequence[int] | None, prompt: Any, regions_per_image: int | None) -> Any:

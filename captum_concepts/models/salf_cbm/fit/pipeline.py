@@ -350,8 +350,8 @@ class FitRun:
         unreached = cutoff is not None and float(upper.max()) < cutoff
         if unreached:
             warnings.warn(
-                f"no concept's validation similarity reaches interpretability_cutoff={cutoff:g} (the best has "
-                f"{float(pooled.max()):.3g}): all are kept, and their names can hardly be believed",
+                f"no concept's validation similarity reaches interpretability_cutoff={cutoff:g} (the best is "
+                f"{float(pooled.max()):.3g}), so all are kept and their names are unreliable",
                 InputWarning,
                 stacklevel=2,
             )
