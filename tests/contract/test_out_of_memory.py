@@ -146,7 +146,7 @@ def test_backward_passes_of_many_concepts(images):
     x = images.clone().requires_grad_()
     cotangents = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     output = Small.apply(x).square().sum((1, 2, 3))
-    with pytest.warns(InputWarning, match="out of memory for 3 backward passes at once; they run one after another"):
+    with pytest.warns(InputWarning, match="out of memory for 3 backward passes at once, so they run one after another"):
         (found,) = vector_products(output, [x], cotangents)
     torch.testing.assert_close(found, cotangents[:, :, None, None, None] * 2 * images)
 

@@ -139,7 +139,7 @@ def test_no_concept_is_present(tmp_path):
 def test_no_concept_is_interpretable(tmp_path):
     """The long work is done by then: the model is returned, and says that it cannot be believed."""
     with pytest.warns(
-        InputWarning, match=r"reaches interpretability_cutoff=1\.1 \(the best has 0\.\d+\): all are kept"
+        InputWarning, match=r"reaches interpretability_cutoff=1\.1 \(the best is 0\.\d+\), so all are kept"
     ):
         model = fit(tmp_path, interpretability_cutoff=1.1)
     assert model.concepts == list(WORDS)
@@ -170,7 +170,7 @@ def test_features_beyond_half_precision(tmp_path):
 def test_features_below_half_precision_are_said(tmp_path):
     small = lambda images: images * 1e-7  # noqa: E731
     network = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 4, stride=4, bias=False))
-    with pytest.warns(InputWarning, match=r"few digits or none; use feature_dtype=torch\.float32"):
+    with pytest.warns(InputWarning, match=r"few or no digits; use feature_dtype=torch\.float32"):
         fit(tmp_path, network=network, model_transform=small)
 
 
