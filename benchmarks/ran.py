@@ -37,10 +37,11 @@ def functions_that_ran(file: str) -> list[str] | None:
 
 
 def digest(source: str, ran: Collection[str] | None = None) -> str:
-    """Eight hexadecimal digits of a module's code: comments, docstrings, empty lines and checks do not count.
+    """Eight hexadecimal digits of a module's code: comments, docstrings, empty lines, checks and messages do not count.
 
     A check is an ``if`` that ends in ``raise``, a function named ``check_...``, or a call of one or of
-    :mod:`captum_concepts._checks` whose result is not used: where something was measured, it passed.
+    :mod:`captum_concepts._checks` whose result is not used: where something was measured, it passed. Messages are the
+    arguments of ``raise`` and of ``warnings.warn``.
 
     Args:
         source: the module's text.
@@ -81,6 +82,14 @@ def _blank(lines: list[str], tree: ast.Module, ran: Collection[str] | None) -> N
     for check in _checks(tree):
         dropped.add(check)
         _replace(lines, check.lineno, check, "")
+    for node in list(_nodes(tree, dropped)):
+        match node:
+            case ast.Raise(exc=ast.Call(func=ast.Name(id=name))):
+                _replace(lines, node.lineno, node, f"raise {name}")
+                dropped.add(node)
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="warnings"), attr="warn"))):
+                _replace(lines, node.lineno, node, "warnings.warn")
+                dropped.add(node)
     names = {node.id for node in _nodes(tree, dropped) if isinstance(node, ast.Name)}
     for node in _nodes(tree, dropped):
         if isinstance(node, ast.Import | ast.ImportFrom):

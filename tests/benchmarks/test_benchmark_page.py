@@ -303,6 +303,19 @@ class TestCode:
         assert digest(plain) == digest(f"{plain}\n\ndef check_order(x):\n    return x\n")
         assert digest(plain) != digest(f"{plain}\n\ndef order(x):\n    return x\n")
 
+    def test_messages_do_not_count(self):
+        code = (
+            "import warnings\n\n\ndef f(x):\n    if x:\n        try:\n            return g(x)\n"
+            '        except KeyError as error:\n            raise ValueError(f"no {x}") from error\n'
+            '    warnings.warn(\n        "empty",\n        stacklevel=2,\n    )\n    return h("empty")\n'
+        )
+        same = [('f"no {x}"', "listed(x)"), ('"empty",\n', '"nothing",\n')]
+        other = [("ValueError", "TypeError"), ('h("empty")', 'h("x")'), ("warnings.warn(", "print("), ("g(x)", "x")]
+        for old, new in same:
+            assert digest(code) == digest(code.replace(old, new)), old
+        for old, new in other:
+            assert digest(code) != digest(code.replace(old, new)), old
+
     def test_only_what_ran_counts(self):
         code = (
             "import os\nfrom a import (\n    used,\n    unused,\n)\n\nSIZE = 3\n\n\ndef f(x):\n    return used(x)\n\n\n"

@@ -389,7 +389,10 @@ def test_one_of_two_processes_is_killed(line: str, space: Path):
         process.join(60)
     assert [process.exitcode for process in started] == [2, -signal.SIGKILL]
     said = (space / "said-0").read_text()
-    assert "another of the 2 processes, which ended without an error message; start all of them again, or one alone" in said
+    assert (
+        "another of the 2 processes, which ended without an error message; start all of them again, or one alone"
+        in said
+    )
     assert "Traceback" not in said
     _nothing(space)
 

@@ -427,7 +427,10 @@ def test_a_model_that_changes_its_images_in_place_elsewhere():
         seen = salf.explain(x)
         field = effective_receptive_field(net, "last", x[:1], (3, 3))
         pairs = collect_pairs(Layers.resolve(net, ["last"]), net, x).rows(range(4))
-        drops = average_drop(net, x, maps, target=TARGET, scores="raw"), deletion(net, x, maps, target=TARGET, n_steps=3)
+        drops = (
+            average_drop(net, x, maps, target=TARGET, scores="raw"),
+            deletion(net, x, maps, target=TARGET, n_steps=3),
+        )
         return [seen.maps, seen.scores, torch.tensor(field), *drops, *pairs]
 
     in_place_and_not(results)

@@ -173,7 +173,8 @@ class TestInputsForAModel:
         gray = nn.Sequential(nn.Conv2d(1, 2, 3))
         for given in ([Image.new("RGB", (10, 20), (255, 255, 255))], torch.full((1, 1, 9, 9), 255).byte()):
             with pytest.warns(
-                InputWarning, match=r"of Sequential is unknown.* 224 x 224 pixels in \[0, 1\]; to change this, pass .*size="
+                InputWarning,
+                match=r"of Sequential is unknown.* 224 x 224 pixels in \[0, 1\]; to change this, pass .*size=",
             ):
                 source = inputs_for(gray, given)
             assert source[0].shape == (1, 224, 224)

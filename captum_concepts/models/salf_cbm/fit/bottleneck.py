@@ -28,6 +28,8 @@ CHECKPOINT_SECONDS = 5.0
 #: Minimum steps without progress before training may stop.
 _LEAST_STEPS = 50
 _REDUCTIONS, _FACTOR = 2, 0.3
+#: The default learning rate times the root of the number of features.
+_RATE = 0.1
 
 
 _EPOCH = integer(-1, 10**6)
@@ -183,7 +185,8 @@ class _State:
             start, self.scale = kept["weight"].to(text), kept["scale"].to(text)
         self.parameter = nn.Parameter(start)
         trained = {} if backbone is None else {n: p for n, p in backbone.named_parameters() if p.requires_grad}
-        groups: list[dict[str, Any]] = [{"params": [self.parameter], "lr": settings.lr}]
+        self.lr = settings.lr or _RATE / start.shape[1] ** 0.5
+        groups: list[dict[str, Any]] = [{"params": [self.parameter], "lr": self.lr}]
         if trained:
             groups.append({"params": list(trained.values()), "lr": settings.backbone_lr})
         self.trained = {"weight": self.parameter, **{f"backbone.{n}": p for n, p in trained.items()}}
@@ -237,7 +240,7 @@ class _State:
         self._set_rates()
 
     def _set_rates(self) -> None:
-        rates = [self.settings.lr, self.settings.backbone_lr]
+        rates = [self.lr, self.settings.backbone_lr]
         for group, rate in zip(self.adam.param_groups, rates, strict=False):
             group["lr"] = rate * _FACTOR ** len(self.reduced_at)
 
@@ -277,7 +280,7 @@ class _State:
         if self.stopped == "nan":
             warnings.warn(
                 f"the similarity was not finite in epoch {self.next_epoch}, so training stopped and keeps the "
-                f"bottleneck of epoch {self.best_epoch} (-1: the start); use a lower lr than {self.settings.lr:g}"
+                f"bottleneck of epoch {self.best_epoch} (-1: the start); use a lower lr than {self.lr:g}"
                 + (f" or backbone_lr than {self.settings.backbone_lr:g}" if self.backbone is not None else ""),
                 ConvergenceWarning,
                 stacklevel=3,

@@ -59,7 +59,7 @@ EARLY = [
     ({"validation_fraction": 0}, r"validation_fraction must be in \(0, 1\)"),
     ({"grid": 3}, "differs from the prompt's"),
     ({"prompt": "circle"}, "must be a RegionPrompt"),
-    ({"bottleneck": {"lr": -1}}, "lr must be a positive number"),
+    ({"bottleneck": {"lr": -1}}, "lr must be a positive number or None"),
     ({"bottleneck": {"init": "zero"}}, "init must be"),
     ({"bottleneck": {"batch_size": 2}}, "at least 8"),
     ({"bottleneck": {"max_epochs": 1.5}}, "max_epochs must be a whole number"),

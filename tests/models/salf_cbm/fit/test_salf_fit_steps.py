@@ -619,3 +619,14 @@ def test_the_rate_falls_where_no_progress_is_made(tmp_path, monkeypatch):
     kept = sum(model.metadata["validation_similarity"].values()) / 5
     assert kept == pytest.approx(max(history), abs=1e-6)
     assert len(rates) == len(history) < 400
+
+
+def test_the_rate_depends_on_the_number_of_features(tmp_path, monkeypatch):
+    """With many features, .01 would be half of an initial weight."""
+    from captum_concepts.models.salf_cbm.fit import bottleneck as module
+
+    rates, make = [], torch.optim.Adam
+    monkeypatch.setattr(module.torch.optim, "Adam", lambda groups: rates.append(groups[0]["lr"]) or make(groups))
+    default, given = (fit(tmp_path / str(lr), bottleneck={"lr": lr, "max_epochs": 2}) for lr in (None, 0.02))
+    assert rates == pytest.approx([0.1 / default.feature_dim**0.5, 0.02])
+    assert given.feature_dim == default.feature_dim
