@@ -16,8 +16,12 @@ from captum_concepts.metrics.streaming import ExampleMetric
 __all__ = ["ConceptAUROC", "ConceptExistence", "PresenceBrier", "Top1Present", "WordMetric"]
 
 
-def check_truth(values: Tensor, truth: Tensor) -> None:
-    """Raise unless values are ``(N, T)`` and truth is bool of that shape, as integers would be used as indices."""
+def checked(values: Tensor, truth: Tensor) -> Tensor:
+    """``values`` in floating point, at least float32, as a mean of integers has no fractions.
+
+    Raises:
+        InputError: values are not ``(N, T)``, or truth is not bool of that shape (integers would be used as indices).
+    """
     for name, given in (("values", values), ("truth", truth)):
         if not isinstance(given, Tensor):
             raise InputError(f"{name} must be a torch.Tensor (N, T), got {type(given).__name__}")
@@ -25,6 +29,10 @@ def check_truth(values: Tensor, truth: Tensor) -> None:
         raise InputError(f"truth must be bool (True: the image shows the concept), got {truth.dtype}; pass truth != 0")
     if values.ndim != 2 or values.shape != truth.shape:
         raise InputError(f"values and truth must both be (N, T), got {tuple(values.shape)} and {tuple(truth.shape)}")
+    if values.is_complex():
+        raise InputError(f"values must be real numbers, got {values.dtype}")
+    wide = values.dtype in (torch.float64, torch.int32, torch.int64)  # float32 would merge neighboring integers
+    return values.double() if wide else values.float()
 
 
 class WordMetric(ExampleMetric):
@@ -49,7 +57,7 @@ class Top1Present(WordMetric):
     """
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
-        check_truth(values, truth)
+        values = checked(values, truth)
         if not values.shape[1]:
             return values.new_full((len(values),), torch.nan)
         right = truth.gather(1, values.argmax(1, keepdim=True))[:, 0].float()
@@ -69,7 +77,7 @@ class ConceptAUROC(WordMetric):
     """
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
-        check_truth(values, truth)
+        values = checked(values, truth)
         wins = []
         for row, yes in zip(values.double(), truth, strict=True):
             inside, outside = row[yes], row[~yes]
@@ -94,7 +102,7 @@ class PresenceBrier(WordMetric):
     values = "presence"
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
-        check_truth(values, truth)
+        values = checked(values, truth)
         return (values - truth.to(values)).square().mean(1)
 
 
@@ -118,7 +126,7 @@ class ConceptExistence(WordMetric):
         self.k = integer("k", k)
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
-        check_truth(values, truth)
+        values = checked(values, truth)
         if not values.shape[1]:
             return values.new_full((len(values),), torch.nan)
         return concept_existence(values, truth, k=self.k)

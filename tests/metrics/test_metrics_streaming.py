@@ -260,6 +260,21 @@ def test_truth_of_words_is_bool(kind, values, truth, said):
         kind().update(values, truth)
 
 
+@pytest.mark.parametrize("kind", WORDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16])
+def test_values_of_words_in_any_dtype_are_computed_in_floating_point(kind, dtype):
+    values, truth = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]]).to(dtype), torch.eye(4)[:2].bool()
+    found, expected = kind(), kind()
+    found.update(values, truth)
+    expected.update(values.double(), truth)
+    torch.testing.assert_close(found.compute(), expected.compute(), atol=1e-7, rtol=0)
+
+
+def test_values_of_words_are_real_numbers():
+    with pytest.raises(InputError, match="values must be real numbers"):
+        metrics.ConceptAUROC().update(torch.ones(1, 2) * 1j, torch.eye(2)[:1].bool())
+
+
 def test_unsigned_masks_are_refused_in_words():
     with pytest.raises(InputError, match=r"pass masks\.long\(\)"):
         metrics.iou(torch.rand(1, 4, 4), torch.ones(1, 4, 4).to(torch.uint16))
