@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import integer, number
 from captum_concepts.errors import InputError
 from captum_concepts.metrics._prepare import check_size
 
@@ -20,8 +21,7 @@ def center_gaussian(n: int, size: tuple[int, int], *, sigma: float = 0.25) -> Te
     >>> center_gaussian(1, (1, 3), sigma=0.5)
     tensor([[[0.8007, 1.0000, 0.8007]]])
     """
-    if not sigma > 0:
-        raise InputError(f"sigma must be positive (a fraction of the image's side), got {sigma}")
+    number("sigma", sigma, lambda s: s > 0, "positive (a fraction of the image's side)")
     check_size(size)
     rows, cols = ((torch.arange(s) + 0.5) / s - 0.5 for s in size)
     heat = torch.exp(-(rows[:, None] ** 2 + cols**2) / (2 * sigma**2))
@@ -45,8 +45,8 @@ class Blind:
     """A concept-agnostic explainer for :func:`captum_concepts.metrics.evaluate`, whose maps ignore the target."""
 
     def __init__(self, n_maps: int | None) -> None:
-        if n_maps is not None and n_maps < 1:
-            raise InputError(f"n_maps must be positive, or None for one map per image, got {n_maps}")
+        if n_maps is not None:
+            integer("n_maps", n_maps)
         self.n_maps = n_maps
 
     def _one(self, image: Tensor) -> Tensor:
@@ -75,6 +75,7 @@ class RandomMaps(Blind):
 
     def __init__(self, size: tuple[int, int] = (7, 7), *, n_maps: int | None = None, seed: int = 0) -> None:
         super().__init__(n_maps)
+        check_size(size)
         self.size, self.seed = size, seed
 
     def _one(self, image: Tensor) -> Tensor:

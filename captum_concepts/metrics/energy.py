@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import number
 from captum_concepts.errors import InputError
 from captum_concepts.metrics._prepare import Chunk, min_max, prepare
 
@@ -115,8 +116,7 @@ def pointing_game(
         >>> pointing_game(heat, mask), pointing_game(heat, mask, tolerance=2)
         (tensor([0.]), tensor([1.]))
     """
-    if not tolerance >= 0:
-        raise InputError(f"tolerance is a distance in pixels and must not be negative, got {tolerance}")
+    number("tolerance", tolerance, lambda t: t >= 0, "a distance in pixels, at least 0")
     pairs = prepare(maps, masks, ignore=ignore, ignore_index=ignore_index, mode=mode)
     size = pairs.masks.shape[1:]
 

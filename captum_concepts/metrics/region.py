@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from captum_concepts._checks import one_of
+from captum_concepts._checks import number, one_of
 from captum_concepts.errors import InputError
 from captum_concepts.metrics._areas import all_areas, authors_weights, expected_auc
 from captum_concepts.metrics._prepare import Pairs, prepare, settle
@@ -137,11 +137,15 @@ def hit_rate(
         >>> hit_rate(torch.tensor([[[2.0, 1.0]], [[1.0, 2.0]]]), masks)
         tensor(0.5000)
     """
-    if not 0 <= threshold <= 1:
-        raise InputError(f"threshold must lie in [0, 1], the range of NRA, got {threshold}")
+    check_threshold(threshold)
     scores = nra(maps, masks, baseline=baseline, ignore=ignore, ignore_index=ignore_index, mode=mode)
     scores = settle(scores.flatten(), nan_policy, "NRA")
     return (scores > threshold).to(scores.dtype).masked_fill(scores.isnan(), torch.nan).mean()
+
+
+def check_threshold(threshold: float) -> float:
+    """``threshold`` of a hit as a float; raises an ``InputError`` outside the range of NRA."""
+    return number("threshold", threshold, lambda t: 0 <= t <= 1, "in [0, 1], the range of NRA")
 
 
 def concept_specificity(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_concepts.metrics.boxes import box_iou
 from captum_concepts.metrics.energy import epg, pointing_game
-from captum_concepts.metrics.region import concept_specificity, nra, region_auc
+from captum_concepts.metrics.region import check_threshold, concept_specificity, nra, region_auc
 from captum_concepts.metrics.segmentation import (
     average_precision,
     iou,
@@ -81,7 +81,7 @@ class HitRate(_MapMetric):
 
     def __init__(self, *, threshold: float = 0.5, baseline: str = "published", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.threshold = threshold
+        self.threshold = check_threshold(threshold)
         self.baseline = baseline
 
     def per_example(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> Tensor:

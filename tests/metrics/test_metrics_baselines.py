@@ -34,8 +34,17 @@ def test_center_gaussian_is_centred_and_scales_with_the_image():
     edge = np.exp(-((0.5 - 0.5 / 9) ** 2) / (2 * 0.2**2))
     assert heat[0, 10].item() == pytest.approx(edge, rel=1e-5)
     assert metrics.CenterGaussian()(torch.rand(2, 3, 6, 4)).shape == (2, 6, 4)
-    with pytest.raises(InputError, match="sigma"):
-        metrics.center_gaussian(1, (4, 4), sigma=0)
+    for sigma in (0, torch.nan, "0.2", None):
+        with pytest.raises(InputError, match="sigma"):
+            metrics.center_gaussian(1, (4, 4), sigma=sigma)
+
+
+def test_options_of_the_baselines_are_checked_where_they_are_made():
+    for n_maps in (0, 1.5, "3"):
+        with pytest.raises(InputError, match="n_maps"):
+            metrics.CenterGaussian(n_maps=n_maps)
+    with pytest.raises(InputError, match=r"size must be \(H, W\)"):
+        metrics.RandomMaps(7)
 
 
 def test_activation_energy_is_the_norm_over_channels():

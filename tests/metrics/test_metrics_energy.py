@@ -109,7 +109,8 @@ def test_pointing_game_where_quantus_differs_and_edge_cases():
     assert metrics.pointing_game(heat, torch.zeros(1, 1, 3)).isnan()
     assert metrics.pointing_game(heat * torch.nan, mask).isnan()
     assert metrics.pointing_game(-torch.inf * torch.ones(1, 1, 3), mask).item() == pytest.approx(1 / 3)
-    with pytest.raises(InputError, match="tolerance"):
-        metrics.pointing_game(heat, mask, tolerance=-1)
+    for tolerance in (-1, torch.inf, torch.nan, "15", None):
+        with pytest.raises(InputError, match="tolerance"):
+            metrics.pointing_game(heat, mask, tolerance=tolerance)
     both = metrics.pointing_game(torch.stack([heat, heat], 1), torch.stack([mask, ~mask], 1))
     assert both.tolist() == [[0.5, 0.5]]

@@ -305,8 +305,11 @@ def test_wrong_input_says_what_is_allowed(maps, masks, options, message):
 def test_specificity_needs_several_concepts_and_hit_rate_a_share():
     with pytest.raises(InputError, match=r"\(N, T, H, W\)"):
         metrics.concept_specificity(torch.ones(2, 4, 4), torch.ones(2, 4, 4))
-    with pytest.raises(InputError, match="threshold"):
-        metrics.hit_rate(torch.ones(2, 4, 4), torch.ones(2, 4, 4), threshold=50)
+    for threshold in (50, -0.1, torch.nan, "0.5", None):
+        with pytest.raises(InputError, match=r"threshold must be in \[0, 1\]"):
+            metrics.hit_rate(torch.ones(2, 4, 4), torch.ones(2, 4, 4), threshold=threshold)
+        with pytest.raises(InputError, match=r"threshold must be in \[0, 1\]"):
+            metrics.HitRate(threshold=threshold)
 
 
 def test_a_constant_map_stays_constant_when_resized():
