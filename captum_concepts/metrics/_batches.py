@@ -123,6 +123,8 @@ def _collate(waiting: list[dict[str, Any]], device: torch.device | str | None) -
         values = [parts[key] for parts in waiting]
         if values[0] is None:
             return None
+        if all(isinstance(value, str) for value in values):
+            return values  # targets by name
         return torch.stack(values) if isinstance(values[0], Tensor) else torch.as_tensor(values)
 
     names = [parts["concepts"] for parts in waiting]
@@ -132,7 +134,7 @@ def _collate(waiting: list[dict[str, Any]], device: torch.device | str | None) -
             {**{key: stack(key) for key in _TENSORS}, "concepts": names[0] if several or None in names else names},
             device,
         )
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"examples cannot be put into one batch: {error}") from error
 
 

@@ -21,7 +21,7 @@ from captum_concepts.metrics import streaming_maps as m, streaming_scores as s, 
 from captum_concepts.metrics._batches import Batch, batches
 from captum_concepts.metrics.baselines import Blind
 from captum_concepts.metrics.streaming import ExampleMetric
-from captum_concepts.metrics.table import EvaluationTable, Samples
+from captum_concepts.metrics.table import EvaluationTable, Samples, check_resampling
 
 __all__ = ["METRICS", "evaluate"]
 
@@ -62,7 +62,14 @@ class _Function(ExampleMetric):
         self.function = function
 
     def per_example(self, maps: Tensor, masks: Tensor) -> Tensor:
-        return self.function(maps, masks)
+        found = self.function(maps, masks)
+        if not isinstance(found, Tensor) or not found.ndim or len(found) != len(masks):  # such as a mean of the batch
+            got = f"{tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            name = getattr(self.function, "__name__", "the metric")
+            raise InputError(
+                f"{name} must return a tensor with one value per example, ({len(masks)},) for this batch, got {got}"
+            )
+        return found
 
 
 @unharming
@@ -155,6 +162,11 @@ def evaluate(
     measures = _measures(metrics, score_fn, nan_policy, batch_size)
     if not named or not measures:
         raise InputError("pass at least one explainer and one metric")
+    for what, names in (("explainer", named), ("metric", measures)):
+        for name in names:
+            if not isinstance(name, str):
+                raise InputError(f"the name of each {what} must be a string, got {name!r}")
+    check_resampling(n_bootstrap, confidence, seed)  # before the work
     one_of("channels", channels, ("sum", "abs_sum"))
     for name, one in named.items():
         if not (isinstance(one, ConceptExplanation) or callable(getattr(one, "attribute", one))):
@@ -169,7 +181,11 @@ def evaluate(
     seen = 0
     for batch in _progress(batches(data, batch_size, device), data, show_progress):
         if transform is not None:
-            batch = replace(batch, inputs=transform(batch.inputs))
+            inputs = transform(batch.inputs)
+            if not isinstance(inputs, Tensor) or not inputs.ndim or len(inputs) != len(batch):
+                got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+                raise InputError(f"transform must return a tensor with {len(batch)} images, got {got}")
+            batch = replace(batch, inputs=inputs)
         chosen, columns, rows = (batch, None, None) if words is None else words.known_part(batch)
         asked = batch if rows is None else chosen
         places = [seen + i for i in (range(len(batch)) if rows is None else rows)]
@@ -367,6 +383,8 @@ def _measures(
                     raise InputError(f"metric {metric!r} needs score_fn=, a callable images -> scores")
                 options |= {"score_fn": score_fn, "batch_size": batch_size}
             found, default = METRICS[metric](**options), metric
+        elif isinstance(metric, type):
+            raise InputError(f"the metric {metric.__name__} is a class; pass an instance, {metric.__name__}()")
         elif callable(metric):
             found, default = _Function(metric, nan_policy=nan_policy), getattr(metric, "__name__", "metric")
         else:

@@ -76,6 +76,13 @@ class Samples:
         return np.frombuffer(self._kept[2])
 
 
+def check_resampling(n_bootstrap: int, confidence: float, seed: int) -> None:
+    """Raise an ``InputError`` for options of the bootstrap that are out of range."""
+    integer("n_bootstrap", n_bootstrap, 0)
+    number("confidence", confidence, lambda c: 0 < c < 1, "between 0 and 1")
+    integer("seed", seed, 0)
+
+
 @dataclass(frozen=True)
 class EvaluationTable:
     """Results of an evaluation, one row per explainer and metric.
@@ -106,8 +113,6 @@ class EvaluationTable:
         unmatched: Sequence[str] = (),
     ) -> EvaluationTable:
         """Table of values and percentile intervals from the sums of every example; all rows share the resamples."""
-        number("confidence", confidence, lambda c: 0 < c < 1, "between 0 and 1")
-        integer("n_bootstrap", n_bootstrap, 0)
         n = len(next(iter(samples.values())))
         drawn: dict[tuple[str, str], list[np.ndarray]] = {key: [] for key in samples}
         rng = np.random.default_rng(seed)

@@ -573,6 +573,14 @@ IMAGE, MASK = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         (3, [(IMAGE, MASK)], ["nra"], "not callable"),
         (lambda x: x.sum(), [(IMAGE, MASK)], ["nra"], "must return maps"),
         (lambda x: x[:1, 0], [(IMAGE, MASK)], ["nra"], "must return maps"),
+        ({1: lambda x: x}, [(IMAGE, MASK)], ["nra"], "name of each explainer must be a string, got 1"),
+        (lambda x: x, [(IMAGE, MASK)], {1: "nra"}, "name of each metric must be a string, got 1"),
+        (lambda x: x, [(IMAGE, MASK)], [metrics.MeanIoU], r"pass an instance, MeanIoU\(\)"),
+        (lambda x: x, [(IMAGE, MASK)], [lambda maps, masks: torch.tensor(1.0)], r"\(2,\) for this batch, got \(\)"),
+        (lambda x: x, [(IMAGE, MASK)], [lambda maps, masks: torch.ones(1)], r"one value per example.* got \(1,\)"),
+        (lambda x: x, [(IMAGE, MASK)], [lambda maps, masks: 1.0], "one value per example.* got float"),
+        (lambda x: x, [(IMAGE[0], MASK[0], {"a": 1})], ["nra"], "cannot be put into one batch"),
+        (lambda x: x, [(IMAGE[0], MASK[0], "a"), (IMAGE[1], MASK[1], 0)], ["nra"], "cannot be put into one batch"),
         (lambda x: x, [(IMAGE, None)], ["nra"], "needs masks"),
         (lambda x: x, [IMAGE], ["nra"], "must yield"),
         (lambda x: x, IMAGE, ["nra"], "must yield"),
@@ -587,6 +595,37 @@ IMAGE, MASK = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 def test_wrong_input_says_what_is_allowed(explainer, data, names, message):
     with pytest.raises(InputError, match=message):
         metrics.evaluate(explainer, data, names)
+
+
+def never(x):
+    raise AssertionError("the options are checked before the work")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"seed": -1}, "seed"), ({"seed": "a"}, "seed"), ({"n_bootstrap": -5}, "n_bootstrap"), ({"confidence": 95}, "95")],
+)
+def test_options_of_the_bootstrap_are_checked_before_the_work(options, message):
+    with pytest.raises(InputError, match=message):
+        metrics.evaluate(never, [(IMAGE, MASK)], ["nra"], **options)
+
+
+@pytest.mark.parametrize("transform", [lambda x: x[:1], lambda x: None, lambda x: x.sum()])
+def test_a_transform_returns_the_images_of_its_batch(transform):
+    with pytest.raises(InputError, match="transform must return a tensor with 2 images"):
+        metrics.evaluate(never, [(IMAGE, MASK)], ["nra"], transform=transform)
+
+
+def test_targets_by_name_reach_the_explainer_from_single_examples_as_from_batches():
+    asked = []
+
+    def explain(x, target):
+        asked.append(target)
+        return x.mean(1)
+
+    for data in ([(IMAGE, MASK, ["cat", "dog"])], [(IMAGE[0], MASK[0], "cat"), (IMAGE[1], MASK[1], "dog")]):
+        metrics.evaluate(explain, data, ["region_auc"], n_bootstrap=0)
+    assert asked == [["cat", "dog"]] * 2
 
 
 def test_functions_alone_do_not_load_torchmetrics_and_all_names_exist():
