@@ -401,6 +401,7 @@ def discover_concepts(
     """
     integer("n_concepts", n_concepts)
     integer("max_rows", max_rows)
+    integer("seed", seed, None)
     if (encoder is None) != (words is None):
         raise InputError("naming requires both encoder= and words=; pass both")
     if encoder is not None:

@@ -64,6 +64,10 @@ def compare_audits(
         InputError: the audits differ in images, concepts or classes.
     """
     integer("n_bootstrap", n_bootstrap, 0)
+    integer("seed", seed, 0)
+    for what, audit in (("before", before), ("after", after)):
+        if not isinstance(audit, ConceptAudit):
+            raise InputError(f"{what} must be a ConceptAudit, got {type(audit).__name__}")
     for what in ("concepts", "class_names"):
         a, b = getattr(before, what), getattr(after, what)
         if a != b:

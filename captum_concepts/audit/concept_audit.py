@@ -349,6 +349,7 @@ def audit_dataset(
     number("alpha", alpha, lambda a: 0 < a < 1, "between 0 and 1")
     number("min_effect", min_effect, lambda e: 0 <= e <= 1, "in [0, 1]")
     integer("n_bootstrap", n_bootstrap, 0)
+    integer("seed", seed, 0)
     integer("batch_size", batch_size)
     if top_k is not None:
         integer("top_k", top_k)

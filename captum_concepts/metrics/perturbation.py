@@ -242,6 +242,7 @@ def _curve(
     if n_steps is None:
         n_steps = max(1, min(height, small.shape[1] * small.shape[2]))
     integer("n_steps", n_steps, 1, pixels)
+    integer("seed", seed, None)
     device = run.inputs.device
     shuffle = torch.randperm(pixels, generator=torch.Generator().manual_seed(seed)).to(device)
     changed = torch.tensor([round(k * pixels / n_steps) for k in range(n_steps + 1)], device=device)

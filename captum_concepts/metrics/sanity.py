@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._checks import integer, number
 from captum_concepts._undo import autocast_of_the_caller, unharming
 from captum_concepts.errors import InputError
 from captum_concepts.metrics._randomize import layer_names, randomize, restored
@@ -169,6 +170,7 @@ def parameter_randomization(
     """
     if order not in ORDERS:
         raise InputError(f"order must be one of {ORDERS}, got {order!r}")
+    _check_verdict(threshold, seed)
     names = layer_names(model, layers)
     run = _explainer(explain, target)
     steps: Any = names
@@ -227,6 +229,7 @@ def label_randomization(
     if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels.unique()) < 2:
         got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise InputError(f"labels must be a tensor (n,) with at least two classes, got {got}")
+    _check_verdict(threshold, seed)
     generator = torch.Generator().manual_seed(seed)
     shuffled = labels[torch.randperm(len(labels), generator=generator).to(labels.device)]
     other = copy.deepcopy(model)
@@ -236,6 +239,11 @@ def label_randomization(
     before, after = (_explainer(explain(one), target)(inputs) for one in (model, other))
     found = _compare(similarity, before, after)[None]
     return _result("labels", ["shuffled labels"], found, [0], threshold, seed)
+
+
+def _check_verdict(threshold: float, seed: int) -> None:
+    number("threshold", threshold, lambda _: True, "a finite number")
+    integer("seed", seed, 0)
 
 
 def _explainer(explain: Explain | Any, target: Any) -> Callable[[Tensor], Tensor]:

@@ -214,6 +214,7 @@ def test_saved_for_another_model(tmp_path):
         ({"encoder": Eye()}, InputError, "both encoder= and words="),
         ({"words": ["red"]}, InputError, "both encoder= and words="),
         ({"sparsity": 1}, InputError, "sparsity must be"),
+        ({"seed": "a"}, InputError, "seed must be an integer"),
         ({"layer": "nix"}, LayerError, "nix"),
         ({"layer": "head"}, LayoutError, "head"),
         ({"n_concepts": 10_000}, InputError, "positions for 10000 concepts"),

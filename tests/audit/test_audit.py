@@ -756,12 +756,22 @@ IMAGES, LABELS = scenes(8, 0)
         (Truth(Net(1.0)), {"alpha": 0}, InputError, "alpha must be"),
         (Truth(Net(1.0)), {"min_effect": 2}, InputError, "min_effect must be"),
         (Truth(Net(1.0)), {"top_k": 0}, InputError, "top_k must be"),
+        (Truth(Net(1.0)), {"seed": -1}, InputError, "seed must be"),
+        (Truth(Net(1.0)), {"seed": "1"}, InputError, "seed must be"),
         (object(), {}, InputError, "explainer must have"),
     ],
 )
 def test_wrong_input(explainer, changes, error, message):
     with pytest.raises(error, match=message):
         audit_dataset(explainer, IMAGES, **{"labels": LABELS, **changes})
+
+
+def test_wrong_input_of_a_comparison():
+    one = audit_dataset(Truth(Net(1.0)), IMAGES, labels=LABELS, n_bootstrap=0)
+    with pytest.raises(InputError, match="seed must be"):
+        compare_audits(one, one, seed=-1)
+    with pytest.raises(InputError, match="after must be a ConceptAudit, got str"):
+        compare_audits(one, "audit.safetensors")
 
 
 def test_a_model_that_is_no_classifier():

@@ -261,6 +261,8 @@ def test_wrong_targets_and_steps(case):
     for steps in (0, 65, 2.5):
         with pytest.raises(InputError, match="n_steps"):
             metrics.deletion(net, images, maps, target=0, n_steps=steps)
+    with pytest.raises(InputError, match="seed must be an integer"):
+        metrics.insertion(net, images, maps, target=0, seed="a")
 
 
 def test_no_call_is_larger_than_the_batch_size(case):

@@ -128,6 +128,17 @@ def test_layers_seeds_and_layers_without_a_reset():
         metrics.parameter_randomization(lambda x: x.sum(), net, x)
 
 
+@pytest.mark.parametrize("options", [{"seed": -1}, {"seed": "a"}, {"threshold": "0.5"}, {"threshold": None}])
+def test_options_are_checked_before_the_work(options):
+    def never(x):
+        raise AssertionError("the options are checked before the work")
+
+    with pytest.raises(InputError, match=f"{next(iter(options))} must be"):
+        metrics.parameter_randomization(never, model(), images(2), **options)
+    with pytest.raises(InputError, match=f"{next(iter(options))} must be"):
+        metrics.label_randomization(never, model(), never, torch.tensor([0, 1]), images(2), **options)
+
+
 def test_undefined_similarity_is_counted_and_does_not_pass():
     net, x = model(), images(4)
     result = metrics.parameter_randomization(lambda x: x[:, 0] * torch.nan, net, x)

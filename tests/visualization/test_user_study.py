@@ -111,6 +111,8 @@ class TestSampling:
         assert made(seed=1).neurons != made().neurons
 
     def test_refused(self):
+        with pytest.raises(InputError, match="seed must be an integer, got 'a'"):
+            made(seed="a")
         with pytest.raises(InputError, match=r"12 of them in the stratum 'top'; n_neurons=13"):
             made(n_neurons=13)
         with pytest.raises(InputError, match=r"models must be a mapping by the names of the models.*got Thresholds"):
@@ -228,6 +230,8 @@ class TestScores:
         good = answer(study, "a", lambda *_: 3)
         with pytest.raises(InputError, match="answered twice"):
             score_user_study(study, [good, good])
+        with pytest.raises(InputError, match="seed must be"):
+            score_user_study(study, [good], seed=-1)
         with pytest.raises(InputError, match="no answers"):
             score_user_study(study, [])
         with pytest.raises(InputError, match="answers the study"):

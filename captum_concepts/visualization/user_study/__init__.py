@@ -196,6 +196,7 @@ def user_study(
     ICLR 2023.
     """
     integer("n_neurons", n_neurons)
+    integer("seed", seed, None)
     number("top_fraction", top_fraction, lambda f: 0 < f < 1, "in (0, 1)")
     for what, given in (("models", models), ("interpretability", interpretability)):
         if not isinstance(given, Mapping):
@@ -309,6 +310,7 @@ def score_user_study(
     """
     study = study if isinstance(study, UserStudy) else UserStudy.load(study)
     integer("n_bootstrap", n_bootstrap)
+    integer("seed", seed, 0)
     number("confidence", confidence, lambda c: 0 < c < 1, "between 0 and 1")
     names = list(study.neurons)
     people: dict[str, np.ndarray[Any, Any]] = {}
