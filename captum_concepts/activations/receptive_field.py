@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from captum_concepts._checks import integer, number
 from captum_concepts._undo import evaluation_mode, hooked, unharming, warnings_filtered
 from captum_concepts.activations.capture import (
     Inputs,
@@ -17,6 +20,7 @@ from captum_concepts.activations.capture import (
 )
 from captum_concepts.activations.layers import Layer, Layers
 from captum_concepts.errors import InputError, LayerError
+from captum_concepts.images import checked_size
 
 
 class ReceptiveField(NamedTuple):
@@ -88,7 +92,11 @@ def receptive_field(
         >>> receptive_field(net, "1", 32, (3, 0))
         ReceptiveField(top=11, left=0, bottom=16, right=4)
     """
-    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    size = checked_size(input_size)
+    if size is None:
+        raise InputError("input_size must be one side or (height, width) in pixels, got None")
+    height, width = size
+    integer("channels", channels)
     resolved = Layers.resolve(model, layer, layout=layout, prefix_tokens=prefix_tokens)
     name, owner = resolved.names[0], resolved.model
     parameter = next((p for p in owner.parameters() if p.is_floating_point()), None) if owner is not None else None
@@ -159,8 +167,9 @@ def effective_receptive_field(
         LayerError: no pixel has a gradient.
     """
     batch = check_images(image.unsqueeze(0) if image.ndim == 3 else image)[0]
-    if len(batch) != 1 or not 0 < share <= 1:
-        raise InputError(f"pass one image and share= a fraction in (0, 1], got {tuple(image.shape)} and {share!r}")
+    number("share", share, lambda fraction: 0 < fraction <= 1, "a fraction in (0, 1]")
+    if len(batch) != 1:
+        raise InputError(f"pass one image, got {tuple(image.shape)}")
     resolved = Layers.resolve(model, layer, layout=layout, prefix_tokens=prefix_tokens)
     name, recorded = resolved.names[0], []
 
@@ -211,7 +220,7 @@ def strongest_crops(
         model, layer: the model and layer that the map was computed from.
         inputs: the images ``(N, C, H, W)``.
         maps: ``(N, h, w)`` or ``(N, 1, h, w)`` concept map or sensitivity of one concept.
-        k: maximum number of crops, strongest first.
+        k: maximum number of crops, strongest first; positions where the map is NaN have none.
         lowest: use the lowest values instead.
         per_image: maximum number of crops per image.
         share: None crops the whole :func:`receptive_field`, which is nearly the whole image at deep layers; a value
@@ -219,16 +228,26 @@ def strongest_crops(
         layout, prefix_tokens: as in :func:`receptive_field`.
 
     Raises:
-        InputError: the maps do not match the images.
+        InputError: the maps do not match the images, or the grid of the layer.
     """
     images = check_images(inputs)[0]
+    if not isinstance(maps, Tensor):
+        raise InputError(f"maps must be a torch.Tensor (N, h, w) or (N, 1, h, w), got {type(maps).__name__}")
     flat = maps.squeeze(1) if maps.ndim == 4 and maps.shape[1] == 1 else maps
     if flat.ndim != 3 or len(flat) != len(images):
         raise InputError(
             f"maps must be ({len(images)}, h, w) or ({len(images)}, 1, h, w), for one concept, got {tuple(maps.shape)}"
         )
-    if k < 1 or per_image < 1:
-        raise InputError(f"k and per_image must be at least 1, got {k} and {per_image}")
+    integer("k", k)
+    integer("per_image", per_image)
+    resolved = Layers.resolve(model, layer, layout=layout, prefix_tokens=prefix_tokens)
+    with torch.no_grad():
+        grid = resolved.run(images[:1].clone()).layouts[0].grid
+    if tuple(flat.shape[1:]) != tuple(grid):  # a position would stand for other pixels
+        raise InputError(
+            f"maps have {flat.shape[1]} x {flat.shape[2]} positions, but layer {resolved.names[0]!r} has "
+            f"{grid[0]} x {grid[1]}; pass the layer that the maps were computed from, and maps that are not resized"
+        )
     width = flat.shape[2]
     values = flat.detach().flatten(1).float()
     values = (-values if lowest else values).nan_to_num(nan=-torch.inf)
@@ -240,6 +259,9 @@ def strongest_crops(
     for index in order:
         example, rank = divmod(index, best.shape[1])
         position = divmod(int(where[example, rank]), width)
+        value = float(flat[example, position[0], position[1]])
+        if math.isnan(value):
+            continue
         if share is not None:
             field = effective_receptive_field(
                 model, layer, images[example], position, share=share, layout=layout, prefix_tokens=prefix_tokens
@@ -251,13 +273,16 @@ def strongest_crops(
                 model, layer, size, position, channels=images.shape[1], layout=layout, prefix_tokens=prefix_tokens
             )
             field = known[position]
-        value = float(flat[example, position[0], position[1]])
         crops.append(Crop(field.crop(images[example]), example, position, value, field))
     return crops
 
 
 def _inside(position: tuple[int, int], grid: tuple[int, int], name: str) -> tuple[int, int]:
-    (row, column), (h, w) = position, grid
+    try:
+        row, column = (operator.index(place) for place in position)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"position must be (row, column), two integers, got {position!r}") from error
+    h, w = grid
     if not (-h <= row < h and -w <= column < w):
         raise InputError(f"position {tuple(position)} is outside the {h} x {w} grid of layer {name!r}")
     return row % h, column % w

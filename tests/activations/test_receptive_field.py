@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,6 +94,17 @@ def test_bad_questions_are_refused():
     net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU()).eval()
     with pytest.raises(InputError, match="outside the 7 x 7 grid"):
         receptive_field(net, "0", 16, (7, 0))
+    for position in (5, (0.5, 1), (1,), (0, 0, 0), "ab", None):
+        with pytest.raises(InputError, match=r"position must be \(row, column\)"):
+            receptive_field(net, "0", 16, position)
+        with pytest.raises(InputError, match=r"position must be \(row, column\)"):
+            effective_receptive_field(net, "0", torch.rand(1, 3, 16, 16), position)
+    for size in ("16", (16,), 16.0, 0, -3, None):
+        with pytest.raises(InputError, match=r"size must be (one side|from 1)"):
+            receptive_field(net, "0", size, (0, 0))
+    with pytest.raises(InputError, match="channels"):
+        receptive_field(net, "0", 16, (0, 0), channels="3")
+    assert receptive_field(net, "0", np.int64(16), (0, 0)) == receptive_field(net, "0", 16, (0, 0))
 
     class Constant(nn.Module):
         def forward(self, x):
@@ -125,6 +137,29 @@ def test_strongest_crops_are_the_pixels_behind_the_highest_positions():
     assert [c.value for c in strongest_crops(net, "0", images, maps, k=2, per_image=2)] == [9.0, 8.0]
     with pytest.raises(InputError, match="for one concept"):
         strongest_crops(net, "0", images, torch.zeros(3, 2, 8, 8))
+    for options, message in (({"k": 2.5}, "k must be"), ({"per_image": "a"}, "per_image must be")):
+        with pytest.raises(InputError, match=message):
+            strongest_crops(net, "0", images, maps, **options)
+    with pytest.raises(InputError, match=r"maps must be a torch\.Tensor .* got ndarray"):
+        strongest_crops(net, "0", images, maps.numpy())
+
+
+@pytest.mark.parametrize("grid", [(4, 8), (8, 4), (16, 16)])
+def test_maps_of_another_grid_have_no_crops(grid):
+    net = nn.Sequential(nn.Conv2d(3, 1, 3, stride=2, padding=1)).eval()
+    maps = torch.zeros(2, *grid)
+    maps[:, 1, 1] = 1  # inside the grid of the layer, but other pixels
+    with pytest.raises(InputError, match=r"maps have \d+ x \d+ positions, but layer '0' has 8 x 8"):
+        strongest_crops(net, "0", torch.rand(2, 3, 16, 16), maps)
+
+
+def test_positions_without_a_value_have_no_crop():
+    net = nn.Sequential(nn.Conv2d(3, 1, 3, stride=2, padding=1)).eval()
+    maps = torch.full((3, 8, 8), torch.nan)  # the concept is not among those selected for these images
+    maps[1, 2, 5] = -1.0
+    for lowest in (False, True):
+        crops = strongest_crops(net, "0", torch.rand(3, 3, 16, 16), maps, per_image=2, lowest=lowest)
+        assert [(c.example, c.position, c.value) for c in crops] == [(1, (2, 5), -1.0)]
 
 
 def test_crops_of_images_that_are_no_squares():
@@ -166,6 +201,8 @@ def test_the_effective_field_lies_inside_the_field_and_leaves_the_model_alone():
     assert torch.equal(crop.image, most.crop(image[0]))
     with pytest.raises(InputError, match="share"):
         effective_receptive_field(net, "6", image, (9, 2), share=0.0)
+    with pytest.raises(InputError, match="share"):
+        effective_receptive_field(net, "6", image, (9, 2), share="0.9")
     dead = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())
     nn.init.constant_(dead[0].bias, -1e9)
     with pytest.raises(LayerError, match="no pixel"):
