@@ -25,6 +25,7 @@ from captum_concepts._artifacts import (
     save_artifact,
     table,
     text,
+    write_atomically,
 )
 from captum_concepts.errors import LONGEST_MESSAGE, ArtifactError, InputError, InputWarning
 
@@ -127,6 +128,13 @@ def test_long_messages_keep_their_start_and_end(kind):
     assert message.startswith("start x")
     assert message.endswith("x, end")
     assert str(kind("short")) == "short"
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / "missing" / "a.json"
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(path, "{}")
+    assert caught.value.filename == str(path)
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path):
