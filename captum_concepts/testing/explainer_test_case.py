@@ -39,7 +39,7 @@ class ExplainerTestCase(ABC):
         >>> class Brightness:
         ...     concepts = ["red", "green", "blue"]
         ...     def scores(self, inputs):
-        ...         return check(inputs).mean((2, 3))
+        ...         return check(inputs).detach().mean((2, 3))
         ...     def concept_maps(self, inputs, concepts=None):
         ...         return check(inputs).detach()[:, name_positions(concepts, self.concepts)]
         ...     def explain(self, inputs, target=None, *, concepts=None, top_k=5, rank_by="scores", contributions=True):
@@ -124,8 +124,13 @@ class ExplainerTestCase(ABC):
 
     def test_an_image_says_the_same_in_a_batch_as_alone(self) -> None:
         _, explainer, images = self._made()
+        calls = [explainer.scores, explainer.concept_maps]
+        calls += [explainer.contributions] if isinstance(explainer, ContributionExplainer) else []
+        whole = [call(images) for call in calls]
         together = explainer.explain(images, top_k=2)
         for i in range(len(images)):
+            for call, all_rows in zip(calls, whole, strict=True):
+                self._close(call(images[i : i + 1]), all_rows[i : i + 1])
             alone, one = explainer.explain(images[i : i + 1], top_k=2), together[i]
             assert one.concepts == alone.concepts
             self._close(one.scores, alone.scores)
@@ -136,6 +141,7 @@ class ExplainerTestCase(ABC):
     def test_each_image_shows_its_own_strongest(self) -> None:
         _, explainer, images = self._made()
         names = list(explainer.concepts)
+        whole = explainer.concept_maps(images)
         for k in (1, 2, None):
             explanation = explainer.explain(images, top_k=k)
             count = len(names) if k is None else min(k, len(names))
@@ -143,6 +149,7 @@ class ExplainerTestCase(ABC):
             hidden = ~explanation.selected
             assert bool(explanation.maps[hidden].isnan().all())
             for i, one in enumerate(explanation):
+                self._close(one.maps[0], whole[i, [names.index(name) for name in one.concepts]])
                 ranked = one.contributions.abs() if self.rank_by == "contributions" else one.scores
                 assert ranked[0].tolist() == sorted(ranked[0].tolist(), reverse=True)
                 if self.rank_by == "scores":
@@ -199,6 +206,7 @@ class ExplainerTestCase(ABC):
         wanted = images.clone().requires_grad_()
         maps = explainer.concept_maps(wanted)
         assert not maps.requires_grad
+        assert not explainer.scores(wanted).requires_grad
         self._close(maps, expected)
         assert wanted.grad is None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -75,3 +78,48 @@ class TestSALFCBM(ExplainerTestCase):
 
     def make_explainer(self, model: nn.Module) -> SALFCBM:
         return model  # it explains itself
+
+
+class Broken:
+    """A method of this package, of which one result is changed."""
+
+    def __init__(self, inner: FeatureActivationMap, name: str, change) -> None:
+        self.inner, self.name, self.change = inner, name, change
+        self.concepts = inner.concepts
+
+    def __getattr__(self, key: str):
+        found = getattr(self.inner, key)
+        if key != self.name:
+            return found
+        return lambda inputs, *args, **options: self.change(inputs, found(inputs, *args, **options), options)
+
+    scores = property(lambda self: self.__getattr__("scores"))
+    concept_maps = property(lambda self: self.__getattr__("concept_maps"))
+    explain = property(lambda self: self.__getattr__("explain"))
+
+
+def doubled(inputs, explanation, options):
+    return explanation if options.get("concepts") else dataclasses.replace(explanation, maps=2 * explanation.maps)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "test"),
+    [
+        ("scores", lambda x, y, _: y - y.mean(0), "test_an_image_says_the_same_in_a_batch_as_alone"),
+        ("concept_maps", lambda x, y, _: y / y.abs().max(), "test_an_image_says_the_same_in_a_batch_as_alone"),
+        ("explain", doubled, "test_each_image_shows_its_own_strongest"),
+        ("scores", lambda x, y, _: y + 0 * x.sum(), "test_gradients_may_be_off_and_images_may_want_them"),
+    ],
+)
+def test_a_broken_method_fails(name, change, test):
+    class Case(TestFeatureActivationMap):
+        def make_explainer(self, model: nn.Module):
+            return Broken(super().make_explainer(model), name, change)
+
+    failed = []
+    for own, run in Case().cases():
+        try:
+            run()
+        except AssertionError:
+            failed.append(own)
+    assert test in failed
