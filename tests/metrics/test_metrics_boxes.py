@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torchvision
 from scipy import ndimage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from captum_concepts import metrics
 from captum_concepts.errors import InputError
@@ -33,6 +36,28 @@ def test_a_coarse_map_gives_a_box_in_pixels():
     heat = torch.zeros(1, 1, 4, 4)
     heat[0, 0, 1, 2] = 1
     assert metrics.box_from_map(heat, (40, 80), mode="nearest").tolist() == [[40, 10, 60, 20]]
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is computed."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+def test_each_box_is_compared_with_its_own_mask_only():
+    generator = torch.Generator().manual_seed(0)
+    maps, masks = torch.rand(200, 3, 4, generator=generator), torch.rand(200, 3, 4, generator=generator) > 0.8
+    with Largest() as largest:
+        found = metrics.box_iou(maps, masks)
+    assert largest.elements <= 2 * maps.numel()  # all pairs of boxes would be 200 x 200
+    boxes = metrics.box_from_map(maps, (3, 4)), metrics.box_from_map(masks.float(), (3, 4), component="all")
+    expected = torchvision.ops.box_iou(*boxes).diagonal()  # NaN for an empty mask
+    torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-6, rtol=0)
 
 
 def test_iou_with_the_box_of_the_mask():
