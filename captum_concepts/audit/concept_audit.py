@@ -467,7 +467,11 @@ def _true_classes(source: ImageSource, names: Sequence[str]) -> Tensor | None:
     if source.class_names not in (None, list(names)):
         labels = [class_name(k, source.class_names) for k in labels]
     for label in labels:
-        class_name(label, names)
+        if class_name(label, names) not in names:  # the name of a folder, if the images lie in folders
+            raise InputError(
+                f"label {label!r} is not the name of a class; known: {listing(list(names), 5)}. Pass the names of the "
+                "model's outputs as class_names, name the folders after them, or pass images without labels"
+            )
         if isinstance(label, str) and names.count(label) > 1:
             raise InputError(f"label {label!r} is the name of {names.count(label)} classes; pass indices as labels")
     return target_indices(list(labels), len(source), len(names), names, what="class")

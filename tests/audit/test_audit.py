@@ -752,6 +752,7 @@ IMAGES, LABELS = scenes(8, 0)
     [
         (Truth(Net(1.0)), {"labels": [0, 1]}, InputError, "label"),
         (Truth(Net(1.0)), {"labels": [5] * 8}, InputError, "label 5 is out of range"),
+        (Truth(Net(1.0)), {"labels": ["a"] * 8}, InputError, "label 'a' is not the name of a class.*class_names"),
         (Truth(Net(1.0)), {"class_names": ["a"]}, InputError, "1 class_names for a model with 2"),
         (Truth(Net(1.0)), {"alpha": 0}, InputError, "alpha must be"),
         (Truth(Net(1.0)), {"min_effect": 2}, InputError, "min_effect must be"),
