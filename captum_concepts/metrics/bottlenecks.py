@@ -42,7 +42,7 @@ def surf(
         space: ``"probability"`` (EMD, in [0, 1]) or ``"logit"`` (MAE).
 
     Returns:
-        ``(N,)``; the paper reports the mean.
+        ``(N,)`` float32 (float64 for float64 outputs); the paper reports the mean.
 
     Raises:
         InputError: shapes that do not match, or another ``space``.
@@ -58,6 +58,7 @@ def surf(
     """
     one_of("space", space, ("probability", "logit"))
     _matrix("outputs", outputs)
+    outputs = outputs.detach().to(torch.float64 if outputs.dtype == torch.float64 else torch.float32)
     n, classes = outputs.shape
     concepts = importance.shape[-1] if isinstance(importance, Tensor) and importance.ndim else 0
     _shape("importance", importance, (classes, concepts))
@@ -70,8 +71,8 @@ def surf(
         _shape("bias", bias, (classes,))
         found = found + bias.detach().to(outputs)
     if space == "logit":
-        return (outputs.detach() - found).abs().mean(1)
-    return (outputs.detach().softmax(1) - found.softmax(1)).abs().sum(1) / 2
+        return (outputs - found).abs().mean(1)
+    return (outputs.softmax(1) - found.softmax(1)).abs().sum(1) / 2
 
 
 def concept_existence(contributions: Tensor, truth: Tensor, *, k: int = 5) -> Tensor:
@@ -102,6 +103,8 @@ def concept_existence(contributions: Tensor, truth: Tensor, *, k: int = 5) -> Te
     integer("k", k)
     _matrix("contributions", contributions)
     _shape("truth", truth, tuple(contributions.shape))
+    if truth.is_floating_point() and bool(truth.isnan().any()):
+        raise InputError("truth contains NaN; pass bool, whether the image shows each concept")
     chosen = _chosen(contributions.detach().double(), min(k, contributions.shape[1]))
     found = (chosen * (truth != 0)).sum(1) / min(k, contributions.shape[1])
     return found.masked_fill(contributions.isnan().any(1), torch.nan).float()

@@ -232,3 +232,18 @@ class TestLeakage:
     def test_wrong_input(self, predicted, truth, labels, message):
         with pytest.raises(InputError, match=message):
             metrics.concept_task_leakage(predicted, truth, labels)
+
+
+@pytest.mark.parametrize("space", ["probability", "logit"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_surf_is_computed_in_single_precision(space, dtype):
+    generator = torch.Generator().manual_seed(0)
+    outputs = (9 * torch.randn(4, 3, generator=generator)).to(dtype)
+    presence, weight = torch.randn(4, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    found = metrics.surf(outputs, presence, weight, space=space)
+    assert torch.equal(found, metrics.surf(outputs.float(), presence, weight, space=space))
+
+
+def test_an_unknown_truth_is_not_a_present_concept():
+    with pytest.raises(InputError, match="truth contains NaN"):
+        metrics.concept_existence(torch.rand(1, 2), torch.tensor([[1.0, torch.nan]]))
