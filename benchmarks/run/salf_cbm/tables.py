@@ -147,28 +147,28 @@ def planted(args: argparse.Namespace) -> tuple[list[Record], Record]:
 
 
 def caltech(
-    args: argparse.Namespace, presence: float | None = None, epochs: int | None = None
+    args: argparse.Namespace, presence: float | None = None, bottleneck: Record | None = None
 ) -> tuple[list[Record], Record]:
     """Real images; with ``presence``, only words of which whole images say more than the published cutoff asks; with
-    ``epochs``, at most so many instead of those of the arguments."""
+    ``bottleneck``, these settings of its training instead of the defaults and the epochs of the arguments."""
     from benchmarks.run.salf_cbm.caltech import PRESENCE, caltech_101
 
     if args.data is None:
         raise SystemExit("caltech needs --data, the folder with images/caltech101 and real_models.py")
     cutoff = PRESENCE if presence is None else presence
     sizes = args.class_train, args.class_test
-    most = args.caltech_epochs if epochs is None else epochs
-    found = caltech_101(args.cache, args.data, *sizes, args.seed, most, cutoff)
+    settings = {"max_epochs": args.caltech_epochs} if bottleneck is None else bottleneck
+    found = caltech_101(args.cache, args.data, *sizes, args.seed, settings, cutoff)
     note = (
         f"{found['classes']} classes, {found['train_images']} training and {found['test_images']} other images, split "
         f"by file; MobileNetV2 (ImageNet) and ConSE, which is built on it, prompted with {found['crops']:,} crops; "
-        f"{found['vocabulary']['kept']} concepts in both models (presence above {cutoff:g}); at most {most} epochs of "
-        "SALF-CBM's bottleneck. Mean validation similarity: "
+        f"{found['vocabulary']['kept']} concepts in both models (presence above {cutoff:g}); settings of SALF-CBM's "
+        f"bottleneck: {settings}. Mean validation similarity: "
         + ", ".join(f"{name} {value:.2f}" for name, value in found["similarity_on_validation"].items())
         + "."
     )
     title = "accuracy on Caltech-101" + ("" if presence is None else ", words that the images show")
-    title += "" if epochs is None else ", few epochs"
+    title += "" if bottleneck is None else ", few epochs"
     return [{"title": title, "note": note, "rows": counted(found)}], found
 
 
@@ -196,8 +196,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], tuple[list[Record], Record]]] = 
     "planted": planted,
     "caltech": caltech,
     "caltech_present": partial(caltech, presence=0.4),
-    # Epochs chosen by the accuracy of a head of 5 weights per class on held-out training images.
-    "caltech_early": partial(caltech, presence=0.4, epochs=3),
+    # Chosen by the accuracy of a head of 5 weights per class on held-out training images.
+    "caltech_early": partial(caltech, presence=0.4, bottleneck={"lr": 1e-2, "max_epochs": 3}),
     "speed": speed,
 }
 
