@@ -71,7 +71,7 @@ def vocabulary(classes: list[str], encoder: Any) -> Vocabulary:
 
 
 def caltech_101(
-    cache: Path, data: Path, train: int, test: int, seed: int, bottleneck: dict[str, Any], cutoff: float = PRESENCE
+    cache: Path, data: Path, train: int, test: int, seed: int, training: dict[str, Any], cutoff: float = PRESENCE
 ) -> dict[str, Any]:
     """Sparse and dense heads on the backbone's features, LF-CBM's and SALF-CBM's concepts: the same, none dropped.
 
@@ -96,7 +96,7 @@ def caltech_101(
     val, rest = order[: len(order) // 10].sort().values, order[len(order) // 10 :].sort().values
     held = Held(maps)
     start = time.perf_counter()
-    settings = BottleneckSettings(**bottleneck, seed=seed)
+    settings = BottleneckSettings(**training, seed=seed)
     fit = fit_bottleneck(Samples(held, store, rest), Samples(held, store, val), text, settings)
     seconds = time.perf_counter() - start
     save_file({"weight": fit.weight, "similarity": fit.validation_similarity}, cache / "caltech-bottleneck.safetensors")
