@@ -448,7 +448,7 @@ def test_inside_windowed_attention() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 8), (2,), (2, 3, 4, 5, 6)])
 def test_outputs_without_a_grid(shape) -> None:
-    with pytest.raises(LayoutError, match=r"layer 'fc' returns \(2,.*no grid of positions; choose a layer before"):
+    with pytest.raises(LayoutError, match=r"layer 'fc' returns \(2,.*not a grid of positions; choose a layer before"):
         infer_layout(torch.empty(shape), 2, (32, 32), name="fc")
 
 

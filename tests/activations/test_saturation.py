@@ -119,5 +119,5 @@ def test_the_suggestion_for_gradients_is_judged_by_a_forward_pass(images):
     assert suggest_layer(model, big, for_gradients=True) == "layer4.0"
     line = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
     assert suggest_layer(line, images) == "0"
-    with pytest.raises(LayerError, match="influence its output other than linearly"):
+    with pytest.raises(LayerError, match="affects its output other than linearly"):
         suggest_layer(line, images, for_gradients=True)

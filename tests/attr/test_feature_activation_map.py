@@ -277,7 +277,7 @@ def test_a_norm_that_cannot_be_observed_is_said_so():
         def forward(self, x: Tensor) -> Tensor:
             return Opaque.apply(self.net[1](self.net[0](x)), self.net[2].weight)
 
-    with pytest.warns(InputWarning, match="before its normalization"):
+    with pytest.warns(InputWarning, match="before normalization"):
         FeatureActivationMap(Model(), net[0], references).attribute(images, target=2)
 
 
@@ -753,7 +753,7 @@ class TestBadInput:
             self.fam(layer="0.2").attribute(self.images)
         with pytest.raises(LayerError, match="did not run"):
             self.fam(layer=nn.ReLU()).attribute(self.images)
-        with pytest.raises(LayerError, match="no grid"):
+        with pytest.raises(LayerError, match="not a grid"):
             self.fam(layer="1").attribute(self.images)
 
     def test_images(self):

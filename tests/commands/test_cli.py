@@ -125,7 +125,7 @@ def test_the_predicted_class_has_its_probability(last: str, photos, tmp_path, ca
 
 
 def test_an_assumed_size_is_said(model_file: str, photos):
-    with pytest.warns(InputWarning, match=r"does not say .* read at 224 x 224 pixels; give --size"):
+    with pytest.warns(InputWarning, match=r"does not specify .* read at 224 x 224 pixels; pass --size"):
         load_model(model_file)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -153,7 +153,7 @@ def test_a_warning_is_one_line_without_source(model_file: str, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     command = [sys.executable, "-m", "captum_concepts", "explain", str(tmp_path / "a.png"), "--model", model_file]
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=True)
-    assert re.search(r"^warning: the model of .* read at 224 x 224 pixels; give --size .*$", done.stderr, re.MULTILINE)
+    assert re.search(r"^warning: the model of .* read at 224 x 224 pixels; pass --size .*$", done.stderr, re.MULTILINE)
     assert "InputWarning" not in done.stderr
     assert "load_model" not in done.stderr
 

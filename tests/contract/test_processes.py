@@ -182,7 +182,7 @@ def test_one_process_goes_on_with_what_two_left(undisturbed, tmp_path, name):
     assert killed == -signal.SIGKILL
     assert survived == 2
     assert b"another of the 2 processes, which ended without an error message" in said
-    assert b"what is written is kept" in said
+    assert b"completed work is kept" in said
     assert contents(tmp_path / "folder")
     ((code, made),) = processes(case.run, tmp_path / "folder", 1)
     assert code == 0, made

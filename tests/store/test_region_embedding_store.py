@@ -647,7 +647,7 @@ class TestDiskAndLocks:
                 plain(path, data)
 
             patch_writes(monkeypatch, full)
-        with pytest.raises(OSError, match=r"No space left.* of 60 images are safe") as caught:
+        with pytest.raises(OSError, match=r"No space left.* of 60 images are stored") as caught:
             build(folder, pictures(60), TinyEncoder(dim=128))
         assert caught.value.errno == errno.ENOSPC
         safe = int(str(caught.value).split(" of 60 images")[0].split()[-1])
@@ -672,7 +672,7 @@ class TestDiskAndLocks:
             monkeypatch.setattr(Path, "open", lambda self, mode="r", *a, **k: _open_or(deny, self, mode, *a, **k))
         assert len(RegionEmbeddingStore.open(folder, verify=True)) == 7
         assert len(build(folder, pictures(7))) == 7  # finished: nothing to write
-        with pytest.raises(OSError, match=r"Read-only.* 7 images are safe"):
+        with pytest.raises(OSError, match=r"Read-only.* 7 images are stored"):
             RegionEmbeddingStore.open(folder).extend(pictures(3, seed=1), TinyEncoder())
         with pytest.raises(OSError, match="Read-only"):
             build(folder / "new", pictures(7))
@@ -688,7 +688,7 @@ class TestDiskAndLocks:
             plain(path, data)
 
         patch_writes(monkeypatch, full)
-        with pytest.raises(OSError, match=r"No space left.* 7 of 16 images are safe"):
+        with pytest.raises(OSError, match=r"No space left.* 7 of 16 images are stored"):
             store.extend(pictures(9, seed=1), TinyEncoder())
         monkeypatch.undo()
         assert len(store.extend(pictures(9, seed=1), TinyEncoder())) == 16

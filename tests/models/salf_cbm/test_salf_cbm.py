@@ -439,7 +439,7 @@ class TestBadInput:
             SALFCBM(ConvNet(), "bodi", CONCEPTS, 3)
         with pytest.raises(LayerError, match="not part of the backbone"):
             SALFCBM(ConvNet(), nn.ReLU(), CONCEPTS, 3)
-        with pytest.raises(LayoutError, match="no grid of positions"):
+        with pytest.raises(LayoutError, match="not a grid of positions"):
             SALFCBM(ConvNet(), "fc", CONCEPTS, 3)
         with pytest.raises(LayerError, match="cls_token=True"):
             SALFCBM(ConvNet(), "body", CONCEPTS, 3, cls_token=True)

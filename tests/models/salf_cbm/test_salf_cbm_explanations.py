@@ -122,7 +122,7 @@ class TestExplain:
         scores = model.explain(x, contributions=False).scores
         model.head = nn.Sequential(model.head, nn.ReLU())
         torch.testing.assert_close(model.explain(x, contributions=False).scores, scores)
-        with pytest.raises(InputError, match="contributions need a linear head, but head is a Sequential"):
+        with pytest.raises(InputError, match="contributions require a linear head, but head is a Sequential"):
             model.explain(x)
 
     def test_what_people_have(self, tmp_path):
