@@ -315,7 +315,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     partial = path.with_name(f".{_short(path.name)}.{os.getpid()}.{threading.get_ident()}.partial")
     partial.unlink(missing_ok=True)
     try:
-        with naming(path, partial), partial.open("xb") as file:  # "x" creates it, so it is not a link
+        with naming(path), partial.open("xb") as file:  # "x" creates it, so it is not a link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -325,12 +325,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Add the file's name to errors without one, such as that of a full disk, and to those that name ``partial``."""
+def naming(path: Path) -> Iterator[None]:
+    """Add the file's name to errors without one, such as that of a full disk, and to those that name a partial file."""
     try:
         yield
     except OSError as error:
-        if error.filename not in (None, None if partial is None else str(partial)) or error.errno is None:
+        if error.errno is None or not (error.filename is None or str(error.filename).endswith(".partial")):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
