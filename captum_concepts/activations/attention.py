@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_concepts._checks import integer
 from captum_concepts._undo import undone, unharming
-from captum_concepts.activations.capture import Inputs, check_images, eager_mode, evaluation_mode, forward_arguments
+from captum_concepts.activations.capture import (
+    Inputs,
+    check_images,
+    copied,
+    eager_mode,
+    evaluation_mode,
+    forward_arguments,
+)
 from captum_concepts.activations.layers import find_model, full_precision
 from captum_concepts.activations.layout import ModelTraits, check_prefix_tokens, token_grid
 from captum_concepts.errors import LayerError
@@ -63,7 +70,7 @@ def attention_maps(
     with undone(lambda: torch.backends.mha.set_fastpath_enabled(fast)):
         torch.backends.mha.set_fastpath_enabled(False)  # a fused block does not expose its weights
         with eager_mode(), torch.no_grad(), evaluation_mode(model), sdpa_kernel(SDPBackend.MATH), seen:
-            forward_func(*(part.clone() for part in given), *forward_arguments(additional_forward_args))
+            forward_func(*copied((*given, *forward_arguments(additional_forward_args))))
     if not seen.rows:
         raise LayerError("no self-attention over all tokens of an image ran; attention_maps is for vision transformers")
     if not -len(seen.rows) <= block < len(seen.rows):

@@ -141,7 +141,7 @@ def capture_modules(
     """
     arguments = (*check_inputs(inputs), *forward_arguments(additional_forward_args))
     if gradient:  # a layer's input gets a history, which the caller's tensors must not
-        arguments = tuple(part.detach().clone() if isinstance(part, Tensor) else part for part in arguments)
+        arguments = tuple(part.detach() if isinstance(part, Tensor) else part for part in arguments)
     unique = dict(zip(modules, names, strict=True))
     parts = None if parts is None else list(parts)
 
@@ -159,7 +159,7 @@ def capture_modules(
         ):
             try:
                 with input_errors(arguments, parts):
-                    output = run(*map(_normal, arguments))
+                    output = run(*copied(arguments))
             except RuntimeError as error:  # an in-place operation on a linked tensor, or on another view of it
                 linked = recorder.linked and _IN_PLACE.search(str(error)) is not None
                 if not linked:
@@ -290,7 +290,7 @@ def _ran_inside(
         evaluation_mode(parts),
         hooked(inside, lambda child, *_: ran.append(child)),
     ):
-        run(*map(_normal, arguments))
+        run(*copied(arguments))
     return next((inside[child] for child in reversed(ran) if ran.count(child) == 1), None)
 
 
@@ -481,10 +481,10 @@ def read_layer(model: nn.Module, name: str, *args: Any) -> Tensor:
     >>> read_layer(net, "1", torch.rand(2, 3, 8, 8)).shape
     torch.Size([2, 4, 6, 6])
     """
+    args = copied(args)
     if name == "":
         with autocast_of_the_caller():
             return _tensor_of(model(*args), name)
-    args = tuple(map(_normal, args))
     layer = model.get_submodule(name)
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
@@ -635,13 +635,13 @@ def _has_nonfinite(values: Tensor) -> bool:
     return not bool(values.sum(dtype=torch.float32).isfinite()) and not bool(values.isfinite().all())
 
 
-def _normal(value: Any) -> Any:
-    """A copy of tensors, which the model may change in place (``images.sub_(mean)``); other values unchanged.
+def copied(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    """Copies of tensors, which the model may change in place (``images.sub_(mean)``); other values unchanged.
 
     Images stay the caller's, and a second pass sees them as the first did. Of tensors created under inference_mode(),
     autograd can record only a copy.
     """
-    return value.clone() if isinstance(value, Tensor) else value
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

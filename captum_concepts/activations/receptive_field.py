@@ -242,7 +242,7 @@ def strongest_crops(
     integer("per_image", per_image)
     resolved = Layers.resolve(model, layer, layout=layout, prefix_tokens=prefix_tokens)
     with torch.no_grad():
-        grid = resolved.run(images[:1].clone()).layouts[0].grid
+        grid = resolved.run(images[:1]).layouts[0].grid
     if tuple(flat.shape[1:]) != tuple(grid):  # a position would stand for other pixels
         raise InputError(
             f"maps have {flat.shape[1]} x {flat.shape[2]} positions, but layer {resolved.names[0]!r} has "

@@ -43,6 +43,7 @@ from captum_concepts.activations import (
     gradients_enabled,
     input_errors,
 )
+from captum_concepts.activations.capture import copied
 from captum_concepts.attr import refinement
 from captum_concepts.attr.batches import (
     as_inputs,
@@ -770,7 +771,7 @@ class FeatureActivationMap(LayerAttribution):
     def _embed(self, inputs: Inputs, extra: Any) -> Tensor:
         model, arguments = find_model(self.forward_func), (*check_images(inputs), *forward_arguments(extra))
         with evaluation_mode(model), input_errors(arguments, None if model is None else model.modules()):
-            output = self.forward_func(*(part.clone() if isinstance(part, Tensor) else part for part in arguments))
+            output = self.forward_func(*copied(arguments))
         return full_precision(embedding_of(output))
 
     def _bank(self, embedding: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from captum_concepts import SALFCBM, FeatureActivationMap, SpatialACV
 from captum_concepts._undo import warnings_filtered
-from captum_concepts.activations import Layers
+from captum_concepts.activations import Layers, read_layer
 from captum_concepts.activations.receptive_field import effective_receptive_field
 from captum_concepts.errors import CaptumConceptsError, InputError, InputWarning
 from captum_concepts.metrics import average_drop, deletion, evaluate, parameter_randomization
@@ -413,6 +413,11 @@ def test_a_model_that_changes_its_images_in_place_in_several_passes(refine):
         return [*found, fam.scores(x), fam.concept_maps(x)]
 
     in_place_and_not(results)
+
+
+@pytest.mark.parametrize("layer", ["last", ""])
+def test_a_layer_of_a_model_that_changes_its_images_in_place(layer):
+    in_place_and_not(lambda net, x: [read_layer(net, layer, x)])
 
 
 def test_a_model_that_changes_its_images_in_place_elsewhere():

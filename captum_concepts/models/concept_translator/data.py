@@ -19,6 +19,7 @@ from captum_concepts import images as reader
 from captum_concepts._artifacts import Array, check_json, integer as integer_from, list_of, table
 from captum_concepts._checks import finite_images, integer
 from captum_concepts.activations import Layers, evaluation_mode, find_model, full_precision
+from captum_concepts.activations.capture import copied
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.store.manifest import fingerprint_callable
 from captum_concepts.store.processes import all_or_none, fill_together, lost_peers_named, world
@@ -344,7 +345,7 @@ class _Pairs:
         encode = self.encoder.encode_image
         with evaluation_mode(find_model(self.encoder) or find_model(encode)):
             shown = images if self.encoder_transform is None else self.encoder_transform(images)
-            e = encode(shown.clone() if isinstance(shown, Tensor) else shown)  # it may normalize in place
+            e = encode(*copied([shown]))
         if not isinstance(e, Tensor) or e.ndim != 2 or len(e) != len(images):
             found = tuple(e.shape) if isinstance(e, Tensor) else type(e).__name__
             raise InputError(f"encoder.encode_image must return (N, D) for {len(images)} images, got {found}")
