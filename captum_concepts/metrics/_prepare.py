@@ -151,10 +151,13 @@ def check_maps(maps: Tensor, name: str = "maps") -> Tensor:
     if maps.is_complex():
         raise InputError(f"{name} must contain real numbers, got {maps.dtype}")
     maps = maps.detach()
-    if maps.is_floating_point():
-        return maps
-    wide = maps.dtype in (torch.int32, torch.int64)  # float32 would merge neighboring integers
-    return maps.to(torch.float64 if wide else torch.float32)
+    return maps if maps.is_floating_point() else at_least_single(maps)
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """``values`` in float32, or in float64 if they have it or are integers that float32 would merge."""
+    wide = values.dtype in (torch.float64, torch.int32, torch.int64)
+    return values.to(torch.float64 if wide else torch.float32)
 
 
 def prepare(

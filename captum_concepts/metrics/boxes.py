@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor
 
 from captum_concepts._checks import number, one_of
@@ -11,6 +12,9 @@ from captum_concepts.errors import InputError
 from captum_concepts.metrics._prepare import MODES, check_maps, min_max, prepare, resize_maps
 
 __all__ = ["box_from_map", "box_iou"]
+
+#: Boxes compared at once, because torchvision compares all pairs.
+_AT_ONCE = 32
 
 
 def box_from_map(
@@ -108,17 +112,10 @@ def box_iou(
         regions = regions & ~pairs.ignore
     found = box_from_map(heat, size, threshold=threshold, component=component, mode=mode)
     true = _bounds(regions)
-    overlap = _overlap(found.nan_to_num(0).to(true), true.nan_to_num(0))
+    parts = zip(found.nan_to_num(0).to(true).split(_AT_ONCE), true.nan_to_num(0).split(_AT_ONCE), strict=True)
+    overlap = torch.cat([torchvision.ops.box_iou(part, true_part).diagonal() for part, true_part in parts])
     undefined = true.isnan().any(1) | ~heat.isfinite().flatten(1).all(1)
     return overlap.nan_to_num(0).masked_fill(undefined, torch.nan).reshape(pairs.shape)
-
-
-def _overlap(first: Tensor, second: Tensor) -> Tensor:
-    """``(N,)`` IoU of each pair of boxes ``(N, 4)``; NaN for two empty ones."""
-    corners = torch.minimum(first[:, 2:], second[:, 2:]) - torch.maximum(first[:, :2], second[:, :2])
-    both = corners.clamp(min=0).prod(1)
-    areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (first, second)]
-    return both / (areas[0] + areas[1] - both)
 
 
 def _bounds(regions: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from captum_concepts._checks import integer
 from captum_concepts.errors import InputError
+from captum_concepts.metrics._prepare import at_least_single
 from captum_concepts.metrics.bottlenecks import concept_existence
 from captum_concepts.metrics.streaming import ExampleMetric
 
@@ -31,8 +32,7 @@ def checked(values: Tensor, truth: Tensor) -> Tensor:
         raise InputError(f"values and truth must both be (N, T), got {tuple(values.shape)} and {tuple(truth.shape)}")
     if values.is_complex():
         raise InputError(f"values must be real numbers, got {values.dtype}")
-    wide = values.dtype in (torch.float64, torch.int32, torch.int64)  # float32 would merge neighboring integers
-    return values.double() if wide else values.float()
+    return at_least_single(values)
 
 
 class WordMetric(ExampleMetric):
