@@ -622,7 +622,7 @@ def test_the_rate_falls_where_no_progress_is_made(tmp_path, monkeypatch):
 
 
 def test_the_rate_depends_on_the_number_of_features(tmp_path, monkeypatch):
-    """With many features, .01 would be half of an initial weight."""
+    """With many features, steps of .01 are large beside the initial weights."""
     from captum_concepts.models.salf_cbm.fit import bottleneck as module
 
     rates, make = [], torch.optim.Adam
