@@ -30,7 +30,7 @@ from captum_concepts._artifacts import (
 )
 from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.commands.outputs import check_outputs, html
-from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, InputWarning, printable, shortened
+from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, InputWarning, listing, printable, shortened
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import find_images, load_image, names_of
 from captum_concepts.images.files import EXPLAINED
@@ -151,6 +151,9 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
         entries = [entry for entry in summary["explained"] if "explanation" in entry]
         if not entries:
             raise InputError(f"{source / EXPLAINED} lists no saved explanations; run 'explain' with --save")
+        known = {Path(entry.get("path", entry["image"])).name for entry in entries}
+        if unknown := [path.name for path in paths if path.name not in known]:
+            raise InputError(f"{source} contains no explanation of {listing(unknown)}")
         names = settings.class_names or summary.get("classes") or None
         shown: dict[str, Any] = {
             key: summary[key] for key in ("model", "method", "layer", "size", "resize") if key in summary

@@ -41,8 +41,7 @@ def drop_duplicates(concepts: Sequence[str], *, near: bool = True) -> Filtered:
 
 def drop_too_long(concepts: Sequence[str], max_length: int = 30) -> Filtered:
     """Keep concepts of at most ``max_length`` characters (LF-CBM: 30)."""
-    if max_length < 1:
-        raise InputError(f"max_length={max_length} must be at least 1")
+    integer("max_length", max_length)
     kept = [c for c in concepts if len(c) <= max_length]
     return kept, [Drop(c, "too long", len(c), max_length) for c in concepts if len(c) > max_length]
 

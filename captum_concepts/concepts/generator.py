@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from captum_concepts._artifacts import list_of, mapping_of, read_json, text, write_atomically
+from captum_concepts._checks import integer
 from captum_concepts.concepts._words import tidy
 from captum_concepts.concepts.vocabulary import Vocabulary
 from captum_concepts.errors import InputError, InputWarning
@@ -69,8 +70,7 @@ def generate_concepts(
     """
     if isinstance(classes, str) or not len(classes):
         raise InputError(f"classes must be a list of names, at least one; got {classes!r}")
-    if repeats < 1:
-        raise InputError(f"repeats={repeats} must be at least 1")
+    integer("repeats", repeats)
     for name, prompt in prompts.items():
         if "{class}" not in prompt:
             raise InputError(f"the prompt {name!r} has no placeholder {{class}}: {prompt!r}")

@@ -103,6 +103,11 @@ class PresenceBrier(WordMetric):
 
     def per_example(self, values: Tensor, truth: Tensor) -> Tensor:
         values = checked(values, truth)
+        if bool(((values < 0) | (values > 1)).any()):
+            raise InputError(
+                f"presence must be in [0, 1], got values from {values.min():g} to {values.max():g}; pass an "
+                "explanation's presence, not its scores"
+            )
         return (values - truth.to(values)).square().mean(1)
 
 

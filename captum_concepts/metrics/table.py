@@ -193,6 +193,7 @@ class EvaluationTable:
 
     def to_markdown(self, path: str | os.PathLike[str] | None = None, *, digits: int = 3) -> str:
         """Markdown with one row per explainer, one column per metric, intervals in brackets, skipped values below."""
+        integer("digits", digits, least=0)
         explainers = list(dict.fromkeys(row["explainer"] for row in self.rows))
         metrics = list(dict.fromkeys(row["metric"] for row in self.rows))
         arrows = {row["metric"]: {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "") for row in self.rows}

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from captum_concepts.errors import InputError
+from captum_concepts._checks import integer
 
 
 class Embeddings(Protocol):
@@ -50,8 +50,7 @@ class Similarity:
     """
 
     def __init__(self, store: Embeddings, text: Tensor, chunk_size: int = 256) -> None:
-        if chunk_size < 1:
-            raise InputError(f"chunk_size={chunk_size} must be at least 1")
+        integer("chunk_size", chunk_size)
         self.store, self.text, self.chunk_size = store, text, chunk_size
 
     @property

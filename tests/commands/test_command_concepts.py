@@ -210,6 +210,15 @@ class TestReport:
             pages.append(re.search(r'viewBox="0 0 (\d+ \d+)"', page.read_text()).group(1))
         assert pages == ["48 48", "32 32"]
 
+    def test_an_image_without_explanation_is_not_ignored(self, words, scenes, tmp_path, capsys):
+        out = tmp_path / "out"
+        options = ["--explainer", str(words), "--output", str(out), "--save"]
+        assert main(["explain", str(scenes / "00.png"), *MODEL, *options]) == 0
+        given = [str(scenes / "00.png"), str(scenes / "01.png"), "--output", str(tmp_path / "page.html")]
+        assert main(["report", "--explanations", str(out), *given]) == 2
+        assert "contains no explanation of '01.png'" in capsys.readouterr().err
+        assert not (tmp_path / "page.html").exists()
+
     def test_of_one_file_and_its_images(self, scenes, tmp_path, capsys):
         e = ConceptExplanation(["a", "b"], torch.rand(2, 2), torch.rand(2, 2, 4, 4))
         e.save(tmp_path / "e.safetensors")

@@ -491,7 +491,7 @@ class TestGenerator:
         with pytest.raises(InputError, match="no place"):
             generate_concepts(["a"], lambda p: "- x", prompts={"mine": "tell me"})
         with pytest.raises(InputError, match="repeats"):
-            generate_concepts(["a"], lambda p: "- x", repeats=0)
+            generate_concepts(["a"], lambda p: "- x", repeats=1.5)
         for content in ("{", "[]", '{"a": "b"}'):
             (tmp_path / "cache.json").write_text(content)
             with pytest.raises(ArtifactError, match=r"cache\.json"):

@@ -207,6 +207,8 @@ def test_csv_json_and_markdown(tmp_path):
     assert json.loads(text)["rows"][0] == table.rows[0]
     again = metrics.EvaluationTable.from_json((tmp_path / "t.json").read_text())
     assert again.to_markdown() == table.to_markdown()
+    with pytest.raises(InputError, match="digits"):
+        table.to_markdown(digits=-1)
     lines = table.to_markdown(digits=2).splitlines()
     assert lines[0] == "| explainer | nra ↑ | epg ↑ |"
     assert lines[2].startswith(f"| a | {table.rows[0]['value']:.2f} [{table.rows[0]['ci_low']:.2f}, ")

@@ -302,3 +302,11 @@ def test_arrays_are_named_where_tensors_are_needed():
     ):
         with pytest.raises(InputError, match=r"must be a torch\.Tensor"):
             call()
+
+
+@pytest.mark.parametrize("values", [[[1.5, 0.2]], [[-0.1, 0.2]]])
+def test_presence_is_a_probability(values):
+    with pytest.raises(InputError, match=r"presence must be in \[0, 1\]"):
+        metrics.PresenceBrier().update(torch.tensor(values), torch.eye(2)[:1].bool())
+    unknown = metrics.PresenceBrier().per_example(torch.tensor([[torch.nan, 0.2]]), torch.eye(2)[:1].bool())
+    assert unknown.isnan().all()

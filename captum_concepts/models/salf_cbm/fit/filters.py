@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from captum_concepts._checks import integer
 from captum_concepts.concepts import Drop, Vocabulary
 from captum_concepts.errors import InputError
 from captum_concepts.models.salf_cbm.fit.objective import ahead
@@ -36,8 +37,7 @@ def concept_presence(
     Raises:
         InputError: the store has several cells per image, or k is below 1.
     """
-    if k < 1:
-        raise InputError(f"k={k} must be at least 1")
+    integer("k", k)
     if len(store.prompt) != 1:
         raise InputError(
             f"presence is determined on unmodified images, but the store contains {len(store.prompt)} prompted cells "
