@@ -523,7 +523,7 @@ class _Source:
         blocks = [block for block in blocks if block not in nested]
         for module in dict.fromkeys([*reversed(same), *reversed(blocks)]):
             candidate = self.layers.other(module)
-            if reaches_output(candidate, inputs, additional_forward_args=extra):
+            if reaches_output(candidate, inputs, additional_forward_args=extra)[0]:
                 return candidate.names[0]
         return None
 
@@ -570,12 +570,22 @@ class _Source:
         )
 
 
-def reaches_output(layer: Layers, inputs: Inputs, *, additional_forward_args: Any = None) -> bool:
-    """Whether the positions of one layer influence the model's output, from one forward and backward pass."""
+def reaches_output(layers: Layers, inputs: Inputs, *, additional_forward_args: Any = None) -> list[bool]:
+    """Whether the positions of each layer influence the model's output, from one forward and backward pass."""
     try:
         with gradients_enabled(), warnings_filtered("ignore", InputWarning):
-            result = layer.run(inputs, additional_forward_args=additional_forward_args, gradient=True)
-            result = replace(result, source=None)  # no search inside a search
-            return bool(result.gradients(any_reading(result.returned))[0].any())
+            result = layers.run(inputs, additional_forward_args=additional_forward_args, gradient=True)
+            value = any_reading(result.returned)
+            if not value.requires_grad:
+                return [False] * len(layers)
+            found = torch.autograd.grad(value, result.raw, allow_unused=True)
+            gradients = zip(result.layouts, found, strict=True)
+            return [gradient is not None and bool(layout.maps(gradient).any()) for layout, gradient in gradients]
     except (InputError, RuntimeError, AttributeError):
-        return False  # no grid, does not run, or has no gradient
+        if len(layers) == 1:
+            return [False]  # no grid, does not run, or has no gradient
+        each = [
+            reaches_output(layers[k], inputs, additional_forward_args=additional_forward_args)
+            for k in range(len(layers))
+        ]
+        return [reached for (reached,) in each]

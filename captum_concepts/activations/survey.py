@@ -85,17 +85,37 @@ def suggest_layer(
         LayerError: there is none.
     """
     first, extra = _first(inputs, additional_forward_args)
-    for stage in reversed(_stages(forward_func, first, extra)):
-        layer = Layers.resolve(forward_func, stage.name)
-        if not reaches_output(layer, first, additional_forward_args=extra):
+    names = [stage.name for stage in reversed(_stages(forward_func, first, extra))]
+    at_once = 1  # the last stage is usually suitable; otherwise each pass judges twice as many
+    while names:
+        try:
+            suitable = _suitable(forward_func, names[:at_once], first, extra, for_gradients)
+        except InputError:
+            if at_once == 1:
+                raise
+            at_once = 1  # the error may belong to a stage before a suitable one
             continue
-        if not for_gradients or not followed_by_linear(layer, first, additional_forward_args=extra)[0]:
-            return stage.name
+        if suitable:
+            return suitable[0]
+        names, at_once = names[at_once:], 2 * at_once
     raise LayerError(
         "no stage of this model has a grid of positions that affects its output"
         + (" other than linearly" if for_gradients else "")
         + "; choose a layer yourself"
     )
+
+
+def _suitable(
+    forward_func: Callable[..., Any], names: list[str], first: Inputs, extra: Any, for_gradients: bool
+) -> list[str]:
+    """The layers whose positions influence the output, in other ways than linearly with ``for_gradients``."""
+    layers = Layers.resolve(forward_func, names)
+    reached = reaches_output(layers, first, additional_forward_args=extra)
+    names = [name for name, reaches in zip(names, reached, strict=True) if reaches]
+    if not for_gradients or not names:
+        return names
+    linear = followed_by_linear(Layers.resolve(forward_func, names), first, additional_forward_args=extra)
+    return [name for name, alike in zip(names, linear, strict=True) if not alike]
 
 
 @unharming

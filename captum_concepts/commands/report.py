@@ -30,7 +30,15 @@ from captum_concepts._artifacts import (
 )
 from captum_concepts.commands.image_files import Failed, folder_labels
 from captum_concepts.commands.outputs import check_outputs, html
-from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError, InputWarning, listing, printable, shortened
+from captum_concepts.errors import (
+    ArtifactError,
+    CaptumConceptsError,
+    InputError,
+    InputWarning,
+    listing,
+    printable,
+    shortened,
+)
 from captum_concepts.explanation import ConceptExplanation
 from captum_concepts.images import find_images, load_image, names_of
 from captum_concepts.images.files import EXPLAINED
