@@ -16,7 +16,7 @@ from typing import Any
 
 from captum_concepts import __version__
 from captum_concepts.commands.command_line import Outcome, add_commands, explainer_options, run_command
-from captum_concepts.errors import CaptumConceptsError, CaptumConceptsWarning, printable
+from captum_concepts.errors import CaptumConceptsError, CaptumConceptsWarning, InputError, printable
 
 NOT_DONE, CRASHED, INTERRUPTED, TERMINATED = 2, 70, 130, 143
 EPILOG = """\
@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, as_json = options.pop("command"), options.pop("json")
     own = {"demo": _demo, "explain": _explain, "fit-salf": _fit_salf}
     try:
+        _refuse_empty(options)
         with _terminable(), _plain_warnings():
             with contextlib.redirect_stdout(sys.stderr):
                 made = own[command](options, as_json) if command in own else run_command(command, options, as_json)
@@ -150,6 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"{traceback.format_exc()}error: {type(error).__name__}, a bug in this package or in the model",
              sys.stderr)  # fmt: skip
         return CRASHED
+
+
+def _refuse_empty(options: dict[str, Any]) -> None:
+    """Raise for an empty text, such as of an unset variable of the shell; as a path it would be the current folder."""
+    for name, value in options.items():
+        if any(isinstance(one, str) and not one.strip() for one in (value if isinstance(value, list) else [value])):
+            raise InputError(f"argument {name.replace('_', '-')} is empty; leave it out, or pass a value")
 
 
 @contextlib.contextmanager

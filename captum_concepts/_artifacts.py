@@ -14,6 +14,7 @@ A check is a function ``(value, where) -> value``; :func:`check_json` applies it
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -301,9 +302,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         path: the file, in an existing folder.
 
     Raises:
-        InputError: ``path`` exists but is not a file (a folder, a device), so it is not replaced.
+        InputError: ``path`` exists but is not a file (a folder, a device), so it is not replaced; or it begins with ~.
+        FileNotFoundError, PermissionError: there is no such folder, or the old file is write-protected.
     """
     path = Path(path)
+    check_destination(path)
     try:
         there = path.lstat().st_mode
     except FileNotFoundError:
@@ -322,6 +325,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_destination(path: Path) -> None:
+    """Raise if there is no folder to write the file to, or an old file that may not be replaced."""
+    check_expanded(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no folder to write the file to; create it", str(path))
+    if path.is_file() and not path.is_symlink() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "the file is write-protected", str(path))
+
+
+def check_expanded(path: str | os.PathLike[str]) -> None:
+    """Raise for ``~/...``, which would become a folder of that name.
+
+    >>> check_expanded("folder/model.safetensors")
+    """
+    first, *more = Path(path).parts or ("",)
+    if first == "~" or (more and first.startswith("~")):
+        raise InputError(f"{path} begins with {first}, which is not expanded; pass Path({str(path)!r}).expanduser()")
 
 
 @contextmanager

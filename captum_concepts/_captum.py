@@ -146,15 +146,29 @@ def select_output(output: Any, target: Any) -> Tensor:
     try:
         selected = _select_targets(output, target)
     except (AssertionError, IndexError, TypeError, RuntimeError, ValueError) as error:
-        raise TargetError(
-            f"target {shortened(target)} does not fit the model's output of shape {shape}: {error}"
-        ) from error
+        found = _of_any_form(output, target)
+        if found is None:
+            raise TargetError(
+                f"target {shortened(target)} does not fit the model's output of shape {shape}: {error}"
+            ) from error
+        selected = found
     if selected.ndim != 1:
         raise TargetError(
             f"target {shortened(target)} selects values of shape {tuple(selected.shape)} from the output of shape "
             f"{shape}; pass a target that selects one value per example"
         )
     return selected
+
+
+def _of_any_form(output: Tensor, target: Any) -> Tensor | None:
+    """Values of a classifier's output at a target in a form that :func:`target_indices` accepts, else None."""
+    if target is None or output.ndim not in (1, 2):
+        return None
+    try:
+        index = target_indices(target, len(output), 1 if output.ndim == 1 else output.shape[1])
+    except TargetError:
+        return None
+    return output if output.ndim == 1 else output.gather(1, index.to(output.device)[:, None])[:, 0]
 
 
 def check_target(output: Any, target: Any) -> None:

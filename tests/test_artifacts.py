@@ -144,3 +144,19 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
     with open_artifact(tmp_path / "0.safetensors", "kind/1", "a thing") as (read, found):
         assert read == info
         assert torch.equal(found["a"], tensors["a"])
+
+
+def test_a_home_folder_is_not_expanded_silently(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="not expanded"):
+        write_atomically("~/a.json", "{}")
+    assert list(tmp_path.iterdir()) == []
+    assert write_atomically("~a.json", "{}").exists()
+
+
+def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
+    path = write_atomically(tmp_path / "a.json", "old")
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everything
+    with pytest.raises(PermissionError, match="write-protected"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"

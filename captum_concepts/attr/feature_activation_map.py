@@ -276,7 +276,7 @@ def _forward(layers: Layers, inputs: Inputs, extra: Any, of_input: bool, rule: S
     found = next((row for row in like if _parallel(row, embedding, tolerance)), output)
     factor = _factor(embedding, full_precision(found.detach()))
     held = replace(at_output, point=found, factor=factor)
-    rescaled = bool((factor - 1).abs().amax() > tolerance)
+    rescaled = bool(((factor - 1).abs() > tolerance).any())
     if rescaled and not rule.free_of_length:
         constant = _length_is_constant(at_output, held, eps)[:, None]
         held = replace(at_output, point=torch.where(constant, (found * factor).to(output), output))
@@ -302,7 +302,12 @@ def _factor(one: Tensor, other: Tensor) -> Tensor:
 def _parallel(row: Tensor, embedding: Tensor, tolerance: float) -> bool:
     values = full_precision(row.detach())
     off = (embedding - _factor(embedding, values) * values).norm(dim=1)
-    return bool((off <= tolerance * embedding.norm(dim=1)).all())
+    return bool(((off <= tolerance * embedding.norm(dim=1)) | _undefined(embedding)).all())
+
+
+def _undefined(embedding: Tensor) -> Tensor:
+    """``(N,)`` bool: embeddings that are not finite, which decide nothing about the other images."""
+    return ~embedding.isfinite().all(1)
 
 
 def _mean_pool_factor(maps: Tensor, embedding: Tensor, tolerance: float, *, any_length: bool) -> Tensor | None:
@@ -315,7 +320,7 @@ def _mean_pool_factor(maps: Tensor, embedding: Tensor, tolerance: float, *, any_
     factor = _factor(embedding, z)
     one, inverse = torch.ones_like(factor), 1 / _length(z)
     known = torch.isclose(factor, one, rtol=10 * tolerance) | torch.isclose(factor, inverse, rtol=10 * tolerance)
-    return factor if any_length or bool(known.all()) else None
+    return factor if any_length or bool((known | _undefined(embedding)[:, None]).all()) else None
 
 
 def _length_is_constant(at_output: _Pass, held: _Pass, eps: float) -> Tensor:

@@ -22,9 +22,12 @@ class AuditComparison:
     Args:
         accuracy: before and after; None without labels.
         accuracy_change: ``(value, low, high)``, after minus before with a paired interval, or None.
-        changes: one dictionary per class and concept: ``class``, ``concept``, ``before``, ``after``, ``change`` of the
-            mean contribution over images with a contribution in both audits, ``low``, ``high``, ``p`` (Holm-adjusted,
-            from a paired sign-flip test), ``n``. They are sorted by ``p``, then by the size of the change.
+        changes: one dictionary per true class (without labels: the class predicted before) and concept: ``class``,
+            ``concept``, ``before``, ``after``, ``change`` of the mean contribution over images with a contribution in
+            both audits, ``low``, ``high``, ``p`` (Holm-adjusted, from a paired sign-flip test), ``n``, and ``agree``,
+            the fraction of these images with the same prediction in both. A contribution is to the class that the audit
+            predicts, so where ``agree`` is low, the change includes that of the prediction. They are sorted by ``p``,
+            then by the size of the change.
         presence: one dictionary per concept: ``concept``, ``before``, ``after`` rate; NaN where presence is unclear.
         gained, lost: suspects of only the second audit, and of only the first.
         kept: suspects of both audits, as in the second.
@@ -86,7 +89,8 @@ def compare_audits(
         accuracy = float(right[0].mean()), float(right[1].mean())
         change = _paired(right[1] - right[0], rng, n_bootstrap)
     a, b = (x.rows.contributions.double().numpy()[i] for x, i in ((before, first), (after, second)))
-    classes = before.predicted.numpy()[first] if before.labels is None else before.labels.numpy()[first]
+    predicted = [audit.predicted.numpy()[index] for audit, index in ((before, first), (after, second))]
+    classes = predicted[0] if before.labels is None else before.labels.numpy()[first]
     changes: list[dict[str, Any]] = []
     for c, name in enumerate(before.class_names):
         of_class = classes == c
@@ -102,6 +106,7 @@ def compare_audits(
                     "class": name, "concept": concept,
                     "before": float(x[known].mean()), "after": float(y[known].mean()),
                     "change": value, "low": low, "high": high, "p": _sign_p(difference, rng), "n": int(known.sum()),
+                    "agree": float((predicted[0] == predicted[1])[of_class][known].mean()),
                 }
             )  # fmt: skip
     for row, p in zip(changes, holm([row["p"] for row in changes]), strict=True):

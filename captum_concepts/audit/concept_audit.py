@@ -21,7 +21,16 @@ from captum_concepts._artifacts import Array, open_artifact, save_artifact
 from captum_concepts._captum import target_indices
 from captum_concepts._checks import integer, name_positions, number, one_of, unique_names
 from captum_concepts._undo import autocast_of_the_caller, unharming
-from captum_concepts.audit.rows import ARRAYS, Rows, collect_rows, look, model_of, placed, prepared_folder
+from captum_concepts.audit.rows import (
+    ARRAYS,
+    Rows,
+    check_exclusive_classes,
+    collect_rows,
+    look,
+    model_of,
+    placed,
+    prepared_folder,
+)
 from captum_concepts.audit.statistics import (
     Effect,
     Suspect,
@@ -354,8 +363,6 @@ def audit_dataset(
     if top_k is not None:
         integer("top_k", top_k)
     concepts = unique_names(explainer.concepts, "concept")
-    if getattr(explainer, "multi_label", False):
-        raise InputError("an audit requires mutually exclusive classes, but this model has multi_label=True")
     given = {} if labels is None else {"labels": labels}
     source = inputs_for(model_of(explainer), data, transform=transform, **given)
     if source.streamed:
@@ -363,7 +370,9 @@ def audit_dataset(
     if not len(source):
         raise InputError("data contains no images")
     known = class_names if class_names is not None else getattr(explainer, "class_names", None) or source.class_names
-    first = look(explainer, placed(explainer, source[0][None]), top_k)
+    image = placed(explainer, source[0][None])
+    check_exclusive_classes(explainer, image)
+    first = look(explainer, image, top_k)
     outputs = first.probabilities.shape[1]
     names = [str(k) for k in range(outputs)] if known is None else [str(name) for name in known]
     if len(names) != outputs:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import Array, open_artifact, save_artifact
+from captum_concepts._artifacts import Array, check_expanded, open_artifact, save_artifact
 from captum_concepts._captum import output_tensor
 from captum_concepts._checks import finite_images
 from captum_concepts._undo import autocast_of_the_caller, hooked
-from captum_concepts.activations import evaluation_mode, find_model, input_errors
+from captum_concepts.activations import Layers, evaluation_mode, find_model, input_errors
 from captum_concepts.attr import batches as attr_batches
+from captum_concepts.attr.concept_fusion.ablation import class_link
 from captum_concepts.errors import ArtifactError, InputError
 from captum_concepts.explanation import ContributionExplainer, Selection
 from captum_concepts.images import ImageSource, batches, digest
@@ -91,16 +92,32 @@ def class_probabilities(explainer: Any, inputs: Tensor) -> Tensor:
     function = model_of(explainer)
     model = find_model(function)
     with evaluation_mode(model), input_errors((inputs,), None if model is None else model.modules()):
-        return _probabilities(output_tensor(function(inputs)))
+        return _probabilities(output_tensor(function(inputs)), explainer)
 
 
-def _probabilities(outputs: Tensor) -> Tensor:
+def check_exclusive_classes(explainer: Any, image: Tensor) -> None:
+    """Refuse labels that are independent of each other, whose probabilities do not sum to 1.
+
+    Raises:
+        InputError: the model has ``multi_label=True`` or ends in a sigmoid, or contributions are read by a sigmoid.
+    """
+    why = ""
+    if getattr(explainer, "multi_label", False):
+        why = "this model has multi_label=True"
+    elif getattr(explainer, "class_probability", None) == "sigmoid":
+        why = "the explainer has class_probability='sigmoid'"
+    elif Layers.resolve(model_of(explainer), []).capture(image, logits=True).final == "sigmoid":
+        why = "this model ends in a sigmoid"
+    if why:
+        raise InputError(f"an audit requires mutually exclusive classes, but {why}")
+
+
+def _probabilities(outputs: Tensor, explainer: Any) -> Tensor:
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise InputError(f"an audit needs a classifier with outputs (N, classes), got {tuple(outputs.shape)}")
+    link = class_link(getattr(explainer, "class_probability", "auto"), outputs, None)
     outputs = outputs.detach().float()
-    sums = outputs.sum(1)
-    ready = bool((outputs >= 0).all()) and bool(torch.isclose(sums, torch.ones_like(sums), atol=1e-4).all())
-    return outputs if ready else outputs.softmax(1)
+    return outputs.softmax(1) if link == "softmax" else outputs
 
 
 @autocast_of_the_caller()
@@ -121,11 +138,11 @@ def look(explainer: Any, inputs: Tensor, top_k: int | None) -> Rows:
         order = [made.concepts.index(name) for name in names]
         scores, presence = made.scores[:, order], None if made.presence is None else made.presence[:, order]
         if sum(map(len, heard)) == len(inputs):
-            probabilities = _probabilities(torch.cat(heard))
+            probabilities = _probabilities(torch.cat(heard), explainer)
         elif model_of(explainer) is explainer and hasattr(explainer, "head"):
             with torch.no_grad():
                 dtype = next(explainer.head.parameters()).dtype  # the scores of a model in half precision are not
-                probabilities = _probabilities(explainer.head(scores.to(dtype)))
+                probabilities = _probabilities(explainer.head(scores.to(dtype)), explainer)
         else:
             probabilities = class_probabilities(explainer, inputs)
         moved = made.contributions[:, order].float().cpu()
@@ -250,5 +267,6 @@ def prepared_folder(path: str | os.PathLike[str] | None) -> Path | None:
     if path is None:
         return None
     folder = Path(path)
+    check_expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -120,7 +120,7 @@ def open_data(settings: EvaluateSettings, preprocessing: Preprocessing) -> tuple
     """The data set, with images at the model's size, and the names of its concepts."""
     if settings.data.startswith("demo:"):
         number = settings.data.removeprefix("demo:scenes:")
-        if not number.isdigit() or int(number) < 1:
+        if not (number.isascii() and number.isdigit()) or int(number) < 1:
             raise InputError(f"{settings.data!r} is not demo:scenes:N, where N is a number of scenes")
         settings.refuse(("format", "split", "min_area", "unlabelled"), "they are for a folder of images and masks")
         side = preprocessing.size[0] if preprocessing.size else 224

@@ -144,6 +144,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name in config:
         if name not in known:
             raise InputError(f"{file} has an unknown key {name!r}.{did_you_mean(name, known)}")
+        if config[name] == "":
+            raise InputError(f"{name} is empty in {file}; leave it out, or give it a value")
     return dict(check_json(config, table({}, {**dict.fromkeys(known, anything), **_TYPES}), str(file), InputError))
 
 

@@ -84,7 +84,7 @@ def labelled_images(source: Any, size: int, failed: Failed | None = None, *, see
         raise InputError(f"images must be a folder or demo:scenes:N, got {source!r}")
     if source.startswith("demo:"):
         number = source.removeprefix("demo:scenes:")
-        if not number.isdigit() or int(number) == 0:
+        if not (number.isascii() and number.isdigit()) or int(number) == 0:
             raise InputError(f"{source!r} is not demo:scenes:N, where N is a number of scenes")
         scenes = CaptionedScenes(int(number), seed=seed, size=size)
         return LabelledImages(scenes, scenes.classes, scenes.labels.tolist())

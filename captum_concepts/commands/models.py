@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from captum_concepts._artifacts import is_there
+from captum_concepts._checks import integer
 from captum_concepts.activations import capture, input_errors
 from captum_concepts.errors import InputError, InputWarning, did_you_mean
 from captum_concepts.images import (
@@ -235,6 +236,8 @@ def _from_zoo(name: str, weights: str | None, num_classes: int | None, random_we
             "--weights pretrained (downloads them)"
         )
     pretrained = weights == "pretrained"
+    if num_classes is not None:
+        integer("--num-classes", num_classes)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if in_torchvision:
         known = torchvision.models.get_model_weights(name).DEFAULT

@@ -220,7 +220,11 @@ def _of_timm(model: nn.Module) -> Preprocessing | None:
         return None
     import timm
 
-    return _of_timm_config(timm.data.resolve_model_data_config(model), f"timm {config.get('architecture', '')}".strip())
+    found = _of_timm_config(
+        timm.data.resolve_model_data_config(model), f"timm {config.get('architecture', '')}".strip()
+    )
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)  # timm.create_model(..., img_size=64)
+    return replace(found, size=tuple(built)) if isinstance(built, (tuple, list)) and len(built) == 2 else found
 
 
 def _of_timm_config(config: Mapping[str, Any], source: str) -> Preprocessing:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from captum_concepts._artifacts import Array
+from captum_concepts._artifacts import Array, check_expanded
 from captum_concepts.errors import CaptumConceptsError
 from captum_concepts.store.manifest import Manifest, check_fingerprint, read_manifest
 from captum_concepts.store.shards import Span, Write, check_unclaimed, fill_shards, shard_sizes
@@ -110,6 +110,7 @@ def fill_together(
         if known is not None:
             check_fingerprint(made_from, known.fingerprint, f"{what} {path}")
         if rank == 0 and (known is None or known.total != count or known.growing):
+            check_expanded(path)
             path.mkdir(parents=True, exist_ok=True)
             if known is None:
                 check_unclaimed(path)

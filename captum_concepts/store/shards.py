@@ -21,6 +21,7 @@ from captum_concepts._artifacts import (
     Array,
     anything,
     check_arrays,
+    check_expanded,
     check_json,
     integer,
     leftovers,
@@ -339,6 +340,7 @@ class ShardWriter:
         if shard_rows < 1:
             raise InputError(f"shard_rows must be at least 1, got {shard_rows}")
         self.path = Path(path)
+        check_expanded(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume:
             clear_store(self.path)

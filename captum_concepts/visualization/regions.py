@@ -15,12 +15,14 @@ Box = tuple[float, float, float, float]
 
 
 def per_image(values: Any, n: int, width: int, name: str) -> list[list[tuple[float, ...]]]:
-    """Rows of ``width`` numbers for each of n images; a single row, or a list of rows, applies to all images.
+    """Rows of ``width`` numbers for each of n images: a single row for all, a row per image, or a list per image.
+
+    For a single image, a list of several rows is accepted.
 
     >>> per_image((1, 2), 2, 2, "points"), per_image([[(1, 2)], [(3, 4), (5, 6)]], 2, 2, "points")
     ([[(1.0, 2.0)], [(1.0, 2.0)]], [[(1.0, 2.0)], [(3.0, 4.0), (5.0, 6.0)]])
     """
-    message = f"{name} must be {width} numbers, a list of such rows, or such a list for each of the {n} images"
+    message = f"{name} must be {width} numbers, or {width} numbers or a list of such rows for each of the {n} images"
     plain = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(plain, Sequence) or isinstance(plain, str) or not plain:
         raise InputError(f"{message}; got {values!r}"[:400])
@@ -39,7 +41,9 @@ def per_image(values: Any, n: int, width: int, name: str) -> list[list[tuple[flo
         return [[row(plain)] for _ in range(n)]
     if not (plain[0] and isinstance(plain[0][0], Sequence)):
         rows = [row(value) for value in plain]
-        return [rows for _ in range(n)]
+        if n == 1:
+            return [rows]
+        plain = [[value] for value in rows]
     if len(plain) != n:
         raise InputError(f"{name} were passed for {len(plain)} images, but there are {n}")
     return [[row(value) for value in own] for own in plain]
@@ -78,6 +82,7 @@ def outlines(
     if mask is None:
         return [[] for _ in range(n)]
     flags = torch.as_tensor(mask).detach().cpu()
+    flags = flags[:, 0] if flags.ndim == 4 and flags.shape[1] == 1 else flags
     flags = flags[None] if flags.ndim == 2 else flags
     if flags.ndim != 3 or len(flags) not in (1, n) or any(tuple(flags.shape[1:]) != tuple(size) for size in sizes):
         raise InputError(f"mask must be (H, W) or (N, H, W) of the images' size {sizes[0]}, got {tuple(flags.shape)}")

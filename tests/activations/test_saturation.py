@@ -121,3 +121,35 @@ def test_the_suggestion_for_gradients_is_judged_by_a_forward_pass(images):
     assert suggest_layer(line, images) == "0"
     with pytest.raises(LayerError, match="affects its output other than linearly"):
         suggest_layer(line, images, for_gradients=True)
+
+
+def test_a_long_search_for_gradients_takes_few_passes(images):
+    """Each pass judges several stages: past n that only linear operations follow, about 4 log2 n instead of 4 n."""
+    torch.manual_seed(0)
+    linear = [nn.Conv2d(6, 6, 1) for _ in range(40)]
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), *linear, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert suggest_layer(model, images, for_gradients=True) == "0"
+    assert len(passes) <= 30
+
+
+def test_a_stage_that_cannot_be_judged_does_not_hide_a_suitable_one(images, monkeypatch):
+    from captum_concepts.activations import survey
+    from captum_concepts.errors import LayerError
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    judge = survey.followed_by_linear
+
+    def picky(layers, *arguments, **options):
+        if "0" in layers.names:
+            raise LayerError("no gradient here")
+        return judge(layers, *arguments, **options)
+
+    monkeypatch.setattr(survey, "followed_by_linear", picky)
+    assert suggest_layer(model, images, for_gradients=True) == "1"

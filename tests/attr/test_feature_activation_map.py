@@ -834,3 +834,26 @@ def test_without_a_gradient_the_map_is_zero_as_the_warning_says():
             torch.rand(2, 3, 8, 8), target=0
         )
     assert maps.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_an_embedding_that_is_nan_leaves_other_maps_alone(similarity):
+    """A black image of a network without biases: its length of 0 is divided by."""
+
+    class Normalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 6, 3, bias=False), nn.Linear(6, 5, bias=False)
+
+        def forward(self, x):
+            z = self.head(self.body(x).relu().mean((2, 3)))
+            return z / z.norm(dim=1, keepdim=True)
+
+    torch.manual_seed(0)
+    fam = FeatureActivationMap(Normalized(), "body", torch.randn(4, 5), similarity=similarity)
+    x = torch.rand(4, 3, 12, 12)
+    x[3] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # of the black image
+        together = fam.attribute(x, target=1)
+    torch.testing.assert_close(together[:3], fam.attribute(x[:3], target=1))

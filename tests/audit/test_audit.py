@@ -783,3 +783,41 @@ def test_a_model_that_is_no_classifier():
     explainer.forward_func = lambda x: x.mean((1, 2, 3))[:, None]
     with pytest.raises(InputError, match=r"needs a classifier with outputs \(N, classes\), got \(1, 1\)"):
         audit_dataset(explainer, IMAGES, labels=LABELS)
+
+
+class TestProbabilities:
+    def build(self, last: nn.Module):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3), last)
+        x = torch.rand(12, 3, 8, 8)
+        return SpatialACV(net.eval(), "0").fit({"dark": x * 0.1, "light": x}), x
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_of_a_model_that_ends_in_a_softmax(self, dtype):
+        """Rounded to half precision, they do not sum to 1 exactly."""
+        explainer, x = self.build(nn.Softmax(1))
+        x = x * torch.linspace(1, 40, 12)[:, None, None, None]
+        expected = explainer.forward_func(x).detach()
+        explainer.forward_func.to(dtype)
+        found = audit_dataset(explainer, x.to(dtype), labels=[0, 1, 2] * 4, n_bootstrap=0).rows.probabilities
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
+
+    def test_of_independent_labels_are_refused(self):
+        explainer, x = self.build(nn.Sigmoid())
+        with pytest.raises(InputError, match="ends in a sigmoid"):
+            audit_dataset(explainer, x, labels=[0, 1, 2] * 4)
+        explainer, x = self.build(nn.Identity())
+        explainer.class_probability = "sigmoid"
+        with pytest.raises(InputError, match="class_probability='sigmoid'"):
+            audit_dataset(explainer, x, labels=[0, 1, 2] * 4)
+
+
+def test_a_comparison_says_how_many_predictions_changed():
+    """Contributions are to the predicted class, so a changed prediction changes them without any concept's doing."""
+    before, after = audited(2.5, n=120), audited(0.0, n=120)
+    alike = (before.predicted == after.predicted).double()
+    for row in compare_audits(before, after, n_bootstrap=0).changes:
+        of_class = before.labels == before.class_names.index(row["class"])
+        assert row["n"] == int(of_class.sum())
+        assert row["agree"] == pytest.approx(float(alike[of_class].mean()))
+    assert {row["agree"] for row in compare_audits(before, before, n_bootstrap=0).changes} == {1.0}

@@ -235,7 +235,7 @@ def test_without_head_gives_the_input_of_the_last_linear_layer():
         (["--model", "{file}:build", "--references", "missing"], "no folder at missing"),
         (["--model", "{file}:build", "--classes", "missing.txt"], "cannot be read"),
         (["--model", "{file}:build", "--top-k", "0"], "at least 1"),
-        (["--model", "{file}:build", "--output", ""], "--output is empty"),
+        (["--model", "{file}:build", "--output", ""], "output is empty"),
         (["--model", "{file}:build", "--weights", "missing.pt"], "no weights file at missing.pt"),
         (["--model", "{file}:build", "--weights", "pretrained"], "comes with its weights"),
         (["--model", "{file}:build", "--num-classes", "9"], "--num-classes is for torchvision and timm names"),
@@ -251,6 +251,31 @@ def test_bad_settings_exit_with_2_and_say_why(arguments, message, model_file, ph
     arguments = [a.replace("{file}", file) for a in arguments]
     assert main(["explain", str(photos / "a.jpg"), "--output", str(tmp_path / "out"), "--size", "64", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["explain", "{photos}", "--model", "m.py:build", "--output", "out", "--references", ""],
+            "references is empty",
+        ),
+        (["explain", "{photos}", "--model", "m.py:build", "--output", " "], "output is empty"),
+        (["explain", "", "--model", "m.py:build", "--output", "out"], "images is empty"),
+        (["demo", "--output", ""], "output is empty"),
+        (["fit-salf", "--config", "config.json"], "store is empty in config.json"),
+        (["models", "resnet18", "--num-classes", "-3"], "--num-classes must be an integer"),
+        (["evaluate", "demo:scenes:²", "--model", "demo:classifier", "--explainer", "x"], "not demo:scenes:N"),
+    ],
+)
+def test_values_of_unset_variables_and_strange_numbers(arguments, message, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    required = ("output", "model", "encoder", "concepts", "train", "store")
+    Path("config.json").write_text(json.dumps({**dict.fromkeys(required, "x"), "store": ""}))
+    before = set(tmp_path.iterdir())
+    assert main([value.replace("{photos}", str(photos)) for value in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_nothing_readable_exits_with_2(model_file, photos, tmp_path, capsys):

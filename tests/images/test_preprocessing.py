@@ -68,6 +68,8 @@ def test_models_of_timm():
     model = timm.create_model("efficientnet_b1")
     assert preprocessing_of(model).size == (240, 240)
     assert "timm efficientnet_b1" in str(preprocessing_of(model))
+    small = {"img_size": 64, "depth": 1, "embed_dim": 12, "num_heads": 2}
+    assert preprocessing_of(timm.create_model("vit_tiny_patch16_224", **small)).size == (64, 64)
     gray = preprocessing_of(timm.create_model("resnet18", in_chans=1))
     assert gray.mean == (pytest.approx(0.449),)
     assert gray(torch.ones(2, 1, 4, 4)).shape == (2, 1, 4, 4)

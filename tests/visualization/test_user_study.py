@@ -225,6 +225,20 @@ class TestScores:
         assert scores.incomplete == ["b"]
         assert {r.mean for r in scores.rows if r.question == "consistency"} == {4}
 
+    def test_few_ratings_have_no_interval(self):
+        study = made()
+        first = next(iter(study.neurons))
+        one = answer(study, "a", lambda *_: 4)
+        for name, rated in one["answers"].items():
+            for question in list(rated) if name != first else []:
+                del rated[question]
+        scores = score_user_study(study, [one], n_bootstrap=20)
+        rated = [row for row in scores.rows if row.mean == row.mean]
+        assert rated
+        assert all(np.isnan([row.low, row.high]).all() for row in rated)
+        assert "| 4.00 | 1 |" in scores.to_markdown()
+        assert "none for fewer than 5 ratings" in scores.to_markdown()
+
     def test_refused(self, tmp_path):
         study = made()
         good = answer(study, "a", lambda *_: 3)

@@ -700,7 +700,14 @@ class TestWhatAStrangerAsks:
         assert set(outlines([(8, 4)], (4, 2), points=torch.tensor([3.9, 3.0]))[0]) == {
             (2, 2, 4, 2), (2, 4, 4, 4), (2, 2, 2, 4), (4, 2, 4, 4)
         }  # fmt: skip
-        assert per_image(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 3, 2, "points")[2] == [(1, 2), (3, 4)]
+        square_of = [
+            set(lines) for lines in outlines([(4, 4)] * 2, (4, 2), boxes=torch.tensor([[0, 0, 1, 1], [2, 1, 4, 3]]))
+        ]
+        assert square_of[1] == square != square_of[0]  # a row per image, as in SALFCBM.explain_region
+        assert per_image(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1, 2, "points") == [[(1, 2), (3, 4)]]
+        assert outlines([(4, 4)], (2, 2), mask=mask[None, None]) == outlines([(4, 4)], (2, 2), mask=mask)
+        with pytest.raises(InputError, match="for 2 images, but there are 3"):
+            per_image(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 3, 2, "points")
 
 
 class TestSave:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_concepts.activations import Inputs, Layers, Layout, full_precision
+from captum_concepts.activations import Inputs, Layers, Layout, full_precision, gradients_enabled
 from captum_concepts.attr.concept_fusion.words import TextBank, log_softmax_at
 from captum_concepts.errors import InputError, InputWarning, LayerError
 from captum_concepts.models.concept_translator import ConceptTranslator
@@ -115,8 +115,10 @@ def class_link(requested: str, output: Any, final: str | None) -> str:
     if output.ndim == 1 or output.shape[1] == 1:
         return "sigmoid"
     values = full_precision(output.detach())
+    values = values[values.isfinite().all(1)]  # the rest decides nothing about other images
     if bool(((values >= 0) & (values <= 1)).all()) and len(values):
-        if bool(((values.sum(1) - 1).abs() < 1e-3).all()):
+        rounding = 4 * torch.finfo(output.dtype).eps if output.is_floating_point() else 0.0
+        if bool(((values.sum(1) - 1).abs() < max(1e-3, rounding)).all()):
             return "none"
         if values.max() < _LIKELY:
             return "softmax"
@@ -171,10 +173,10 @@ def contribution_curves(
         rows: copies per forward pass.
 
     Raises:
-        LayerError: the output does not depend on the layer.
+        LayerError: the output is not computed from the layer.
 
     Warns:
-        InputWarning: the fill does not change the output, or the class has probability 0 or NaN.
+        InputWarning: the ablation does not change the output, or the class has probability 0 or NaN.
     """
     channels = pooled.shape[0]
     value = {"layer_mean": pooled.mean().expand(channels), "channel_mean": pooled, "zero": torch.zeros_like(pooled)}
@@ -211,18 +213,37 @@ def contribution_curves(
         moved = moved or bool(((output[1:] - output[:1]).float().abs() > least).any())
         curves.append(class_log_probability(output[1:], target, link))
     if changed and not moved:
-        if fill != "channel_mean":
-            raise LayerError(
-                f"ablating channels of layer {layer.names[0]!r} does not change the model's output, so contributions "
-                "there would be meaningless zeros; choose a layer that the output depends on"
+        name = layer.names[0]
+        if fill == "channel_mean":
+            why = (
+                f"fill='channel_mean' keeps the pooled values of layer {name!r}, and the output depends on these "
+                "alone, so contributions there are 0; use fill='layer_mean', or map_layer= an earlier layer"
             )
-        warnings.warn(
-            f"fill='channel_mean' keeps the pooled values of layer {layer.names[0]!r}, and the output depends on "
-            "these alone, so contributions there are 0; use fill='layer_mean', or map_layer= an earlier layer",
-            InputWarning,
-            stacklevel=2,
-        )
+        elif _connected(layer, inputs, extra):
+            why = (
+                f"ablating channels of layer {name!r} does not change the model's output for an image (units after the "
+                "layer are inactive or saturated), so its contributions are 0"
+            )
+        else:
+            raise LayerError(
+                f"ablating channels of layer {name!r} does not change the model's output, so contributions there would "
+                "be meaningless zeros; choose a layer that the output depends on"
+            )
+        warnings.warn(why, InputWarning, stacklevel=2)
     return relative_drop(before, torch.cat(curves)).reshape(ranked.shape)
+
+
+def _connected(layer: Layers, inputs: Inputs, extra: Any) -> bool:
+    """Whether the output is computed from the layer, even if it does not change with it for this image."""
+    try:
+        with gradients_enabled():
+            seen = layer.capture(inputs, additional_forward_args=extra, gradient=True, logits=True)
+            output = seen.output.sum()
+            return (
+                output.requires_grad and torch.autograd.grad(output, seen.layers[0], allow_unused=True)[0] is not None
+            )
+    except (InputError, RuntimeError):
+        return True  # unknown
 
 
 def _expanded(

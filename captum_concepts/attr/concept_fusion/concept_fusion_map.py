@@ -29,7 +29,7 @@ from captum_concepts.activations import Inputs, Layer, Layers, find_model, gradi
 from captum_concepts.attr.batches import as_inputs, count, image_names, joined
 from captum_concepts.attr.concept_fusion import ablation, file
 from captum_concepts.attr.concept_fusion.fit import link_of, train
-from captum_concepts.attr.concept_fusion.setup import Setup
+from captum_concepts.attr.concept_fusion.setup import Setup, check_unused_target
 from captum_concepts.attr.concept_fusion.trust import Curve, HeldOut, Trust, judge, odds, presence_table
 from captum_concepts.attr.concept_fusion.words import LINKS, TextBank, check_words, encode
 from captum_concepts.errors import ConvergenceWarning, InputError, InputWarning, NotFittedError, did_you_mean
@@ -386,6 +386,7 @@ class ConceptFusionMap(LayerAttribution):
                 presence = self._presence(logits)
                 if presence is not None:
                     more["presence"] = presence
+                check_unused_target(part, None if contributions else target, rows, batch)
                 if contributions:
                     more["target"] = part.classes(target, rows, batch)
                     more["target_probability"] = part.class_probability(more["target"])

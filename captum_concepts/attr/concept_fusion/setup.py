@@ -239,3 +239,9 @@ class Part:
 
 Channels = list[Tensor]
 """``(N, J, K_l)`` per layer: the channels to ablate, strongest first."""
+
+
+def check_unused_target(part: Part, target: Any, rows: slice, batch: int) -> None:
+    """Raise for an invalid target of a call that computes no contributions; None: there is nothing to check."""
+    if target is not None:
+        part.classes(target, rows, batch)

@@ -20,6 +20,7 @@ from captum_concepts.attr.spatial_acv.problem import LABEL_CONCEPT, LABEL_NEGATI
 from captum_concepts.attr.spatial_acv.rows import GuidanceRows, gather, merge
 from captum_concepts.attr.spatial_acv.statistics import (
     balanced_accuracy,
+    check_testable,
     encoding_p_value,
     holm,
     null_directions,
@@ -222,6 +223,7 @@ def fit_vectors(
             own = logistic_trainer(lam) if classifier is None else captum_trainer(classifier, options.seed)
             fitted.append(fit_concept(problem, own, lam if classifier is None else None, options.seed))
             if options.n_random:
+                check_testable(problem, name, options.n_random, len(sets))
                 p_values.append(encoding_p_value(problem, options.n_random, options.seed))
                 null.append(null_directions(problem, fitted[-1].vector, options.n_random, lam, options.seed))
             concepts_fitted.update()

@@ -26,7 +26,7 @@ from captum_concepts._artifacts import (
     table,
     text,
 )
-from captum_concepts._captum import LayerAttribution, layer_attribution, select_output
+from captum_concepts._captum import LayerAttribution, check_target, layer_attribution, select_output
 from captum_concepts._checks import finite_images, integer, name_positions, number, one_of, take_rows
 from captum_concepts._undo import unharming, warnings_filtered
 from captum_concepts.activations import (
@@ -612,6 +612,7 @@ class SpatialACV(LayerAttribution):
             else:
                 with torch.no_grad():
                     seen = layers.run(images, additional_forward_args=extra, attribute_to_layer_input=fitted.of_input)
+                check_target(seen.returned, goal)
             projected = _project(seen.maps[0].detach(), fitted)
             return (fitted.scores(projected), self._drawn(layers, seen, projected, images, extra), *rest)
 

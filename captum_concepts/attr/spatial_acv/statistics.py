@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from captum_concepts.attr.spatial_acv.problem import LABEL_CONCEPT, Problem
+from captum_concepts.errors import InputWarning
 
 _SHRINKAGE = 0.1
 _CHUNK_ELEMENTS = 1 << 24
@@ -200,6 +202,23 @@ def encoding_p_value(problem: Problem, n_random: int, seed: int) -> float:
     else:
         p = 1 / (n_random + 1) if observed > mean + 1e-9 else 1.0
     return max(p, 1 / _relabelings(problem))
+
+
+def check_testable(problem: Problem, name: str, n_random: int, concepts: int) -> None:
+    """Warn if :func:`encoding_p_value` can hardly reject, so that "not encoded here" says nothing about the layer.
+
+    Warns:
+        InputWarning: the images are too few for an adjusted p-value below 0.05, or the random sets fewer than 5.
+    """
+    few = concepts / _relabelings(problem) >= 0.05
+    if few or 0 < n_random < 5:
+        what = f"{len(problem.label)} images" if few else f"n_random={n_random} random sets"
+        warnings.warn(
+            f"whether {name!r} is encoded cannot be tested with {what}, so a p-value of 0.05 or more ('not encoded "
+            f"here') means nothing; pass {'more images' if few else 'n_random=20'}, or n_random=0 for no test",
+            InputWarning,
+            stacklevel=2,
+        )
 
 
 def null_directions(problem: Problem, vector: Tensor, n_random: int, lam: float, seed: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from captum_concepts._artifacts import (
     anything,
+    check_expanded,
     check_json,
     flag,
     integer,
@@ -128,6 +129,7 @@ _SCHEMA = table(_FIELDS, {**_NEWER, "nonzeros": integer()})
 def save_folder(model: SALFCBM, folder: Path, name: str, data: ModelCardData, images: Tensor | None) -> None:
     """Write all files of a model; those of an older one are replaced only after all are complete."""
     config = config_of(model)
+    check_expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
         write_files(model, config, Path(new))
@@ -238,6 +240,8 @@ def find_folder(name: str | os.PathLike[str], download: Mapping[str, Any]) -> Pa
     path = str(name)
     if Path(path).is_dir():
         return Path(path)
+    if Path(path).is_file():
+        raise InputError(f"{path} is a file; pass the folder that save_pretrained wrote, which contains {_WHAT}")
     if isinstance(name, os.PathLike) or path[:1] in ("/", ".", "~") or "\\" in path:
         raise FileNotFoundError(f"there is no folder {path}, which should contain {_WHAT}")
     from huggingface_hub import snapshot_download

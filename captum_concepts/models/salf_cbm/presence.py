@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,23 +131,36 @@ def trust_line(reliability: Mapping[str, Reliability], metadata: Mapping[str, An
     known = {name: one for name, one in reliability.items() if not math.isnan(one.agreement)}
     if not known:
         return "unknown: agreement with a vision-language model or with labels was not measured; see calibrate()"
+    judges = {name: _judge(name, metadata) for name in known}
+    judge = Counter(judges.values()).most_common(1)[0][0]  # one per sentence
+    others = [name for name in known if judges[name] != judge]
+    known = {name: one for name, one in known.items() if judges[name] == judge}
     values = sorted(one.agreement for one in known.values())
     middle = values[len(values) // 2] if len(values) % 2 else sum(values[len(values) // 2 - 1 :][:2]) / 2
     images = next(iter(known.values())).images
     chance = sorted((name for name, one in known.items() if one.low <= 0.5), key=lambda name: known[name].agreement)
-    judge = metadata.get("reliability_source", "the vision-language model")
     rules, supported = _support(metadata)
     weak = middle < 0.7 or len(chance) > len(known) / 2 or 2 * supported < rules
     grade = "low" if weak else "medium" if middle < 0.85 or supported < _MOST_RULES * rules else "high"
-    line = (
-        f"{grade}: on {images} held-out images the concepts rank images as {judge} does with a median AUROC of "
-        f"{middle:.2f} (chance 0.50)"
-    )
+    line = f"{grade}: on {images} held-out images the concepts rank images as {judge} with a median AUROC of "
+    line += f"{middle:.2f} (chance 0.50)"
+    if others:
+        line += f", without {listing(others, 3)} (judged by {judges[others[0]].rsplit(' ', 1)[0]})"
     if rules:
         line += f"; the vision-language model supports {supported} of the {rules} strongest rules"
     if chance:
         line += f"; no better than chance: {len(chance)} of {len(known)} ({listing(chance, 3)})"
     return line
+
+
+def _judge(name: str, metadata: Mapping[str, Any]) -> str:
+    """What a concept was compared with, and the verb that follows."""
+    calibrated = metadata.get("calibrated")
+    if isinstance(calibrated, Mapping) and name in calibrated:
+        return "your labels do"
+    return (
+        f"{metadata['reliability_source']} do" if "reliability_source" in metadata else "the vision-language model does"
+    )
 
 
 def _support(metadata: Mapping[str, Any]) -> tuple[int, int]:

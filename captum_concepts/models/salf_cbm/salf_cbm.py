@@ -777,7 +777,8 @@ class SALFCBM(
         names = [self.concepts[j] for j in columns]
         measured = reliabilities(activations[:, columns], verdicts, names)
         self.metadata["reliability"] = {**self.metadata.get("reliability", {}), **measured}
-        self.metadata["reliability_source"] = f"labels of {len(activations)} images"
+        labeled = dict.fromkeys(names, len(activations))
+        self.metadata["calibrated"] = {**self.metadata.get("calibrated", {}), **labeled}
         return self
 
     # ------------------------------------------------------------------------------------------------- exploration

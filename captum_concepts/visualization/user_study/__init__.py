@@ -39,6 +39,7 @@ QUESTIONS = {
     "accuracy": "Does “{label}” describe a common concept shared by these images?",
 }
 STRATA = ("top", "rest")
+FEWEST = 5  # ratings for an interval
 _SIDE, _BYTES = 224, 24_000
 _KEY = table(
     {
@@ -274,9 +275,11 @@ class StudyScores:
         """The rows as a Markdown table."""
         lines = ["| model | neurons | question | mean rating | participants |", "| --- | --- | --- | --- | --- |"]
         for r in self.rows:
-            rating = "no rating" if math.isnan(r.mean) else f"{r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]"
+            interval = "" if math.isnan(r.low) else f" [{r.low:.2f}, {r.high:.2f}]"
+            rating = "no rating" if math.isnan(r.mean) else f"{r.mean:.2f}{interval}"
             lines.append(f"| {r.model} | {r.stratum} ({r.neurons}) | {r.question} | {rating} | {r.participants} |")
-        note = f"In brackets: {self.confidence:.0%} interval, bootstrap over neurons and participants."
+        note = f"In brackets: {self.confidence:.0%} interval, bootstrap over neurons and participants"
+        note += f"; none for fewer than {FEWEST} ratings." if any(math.isnan(r.low) for r in self.rows) else "."
         return "\n".join([*lines, "", note])
 
     def to_frame(self) -> Any:
@@ -337,6 +340,8 @@ def score_user_study(
                 part = table[:, own, q]
                 again = np.array([_mean(part[np.ix_(p, i)]) for p, i in zip(persons, items, strict=True)])
                 mean, (low, high) = _mean(part), _ends(again, confidence)
+                if np.isfinite(part).sum() < FEWEST:
+                    low = high = math.nan
                 rows.append(StudyRow(model, stratum, question, mean, low, high, len(own), len(table)))
                 drawn[model, stratum, question] = (mean, again)
     differences = {}

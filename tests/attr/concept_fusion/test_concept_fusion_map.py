@@ -747,3 +747,67 @@ def test_images_from_anywhere(tmp_path):
     assert found.image_names == ["0.png", "1.png", "2.png"]
     torch.testing.assert_close(found.maps, expected.maps, equal_nan=True)
     torch.testing.assert_close(cefam.scores(source), cefam.scores(torch.stack(list(source))))
+
+
+class Probabilities(nn.Module):
+    """A softmax written out, which is not recognized as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Residual()
+
+    def forward(self, x):
+        e = self.net(x).exp()
+        return e / e.sum(1, keepdim=True)
+
+
+def explained(model: nn.Module, layer: str = "net.last", channels: int = 24, **options) -> ConceptFusionMap:
+    translator = ConceptTranslator([channels], 6, hidden=(8, 8))
+    return ConceptFusionMap(model, [layer], translator, ["a", "b"], torch.randn(2, 6), link="softmax", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_images_do_not_decide_how_the_output_is_read(dtype):
+    """One sum of probabilities that half precision rounds, or a NaN image, once made a softmax of all of them."""
+    torch.manual_seed(0)
+    model, x = Probabilities().to(dtype).eval(), torch.rand(12, 3, 24, 24).to(dtype)
+    cefam = explained(model)
+    together = cefam.explain(x)
+    torch.testing.assert_close(together.target_probability.float(), model(x).amax(1).float(), rtol=0.02, atol=0)
+    if dtype == torch.float32:
+        x[3] = torch.nan
+        with pytest.warns(InputWarning):
+            beside = cefam.explain(x)
+        rest = [i for i in range(12) if i != 3]
+        assert torch.equal(beside.target_probability[rest], together.target_probability[rest])
+
+
+def test_an_image_without_influence_has_contributions_of_zero():
+    """All units of a black image are inactive; its contributions are 0 and the others' as before."""
+
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 6, 3, bias=False), nn.Linear(6, 4)
+            self.head.weight.data.abs_()
+
+        def forward(self, x):
+            z = self.body(x).relu().mean((2, 3))
+            return self.head((z - 0.001).relu())
+
+    torch.manual_seed(0)
+    cefam, x = explained(Dead(), "body", 6), torch.rand(3, 3, 12, 12)
+    x[2] *= 1e-6
+    with pytest.warns(InputWarning, match="does not change the model's output for an image"):
+        found = cefam.contributions(x)
+    assert found[2].tolist() == [0, 0]
+    assert bool(found[:2].abs().amin() > 0)
+    torch.testing.assert_close(found[:2], cefam.contributions(x[:2]))
+
+
+@pytest.mark.parametrize("target", [99, "nonsense", [0]])
+def test_a_target_is_checked_without_contributions(target):
+    cefam, x = explained(Probabilities()), torch.rand(2, 3, 24, 24)
+    with pytest.raises(TargetError):
+        cefam.explain(x, target=target, contributions=False)
+    assert cefam.explain(x, target=3, contributions=False).contributions is None

@@ -954,7 +954,7 @@ def test_the_model_is_left_as_it_was(planted):
     rng = torch.get_rng_state()
     data = Concept(0, "planted", DataLoader(TensorDataset(planted["concept"]), batch_size=4, shuffle=True))
     with torch.no_grad():
-        acv = SpatialACV(net, "at").fit([data], planted["negatives"], n_random=3)
+        acv = SpatialACV(net, "at").fit([data], planted["negatives"], n_random=5)
         acv.attribute(planted["test"], 1)
         acv.explain(planted["test"])
     assert torch.equal(rng, torch.get_rng_state())
@@ -962,3 +962,22 @@ def test_the_model_is_left_as_it_was(planted):
     assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in net.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_too_few_images_or_random_sets_are_not_taken_for_not_encoded(planted):
+    acv = SpatialACV(Planted(), "at")
+    with pytest.warns(InputWarning, match="cannot be tested with 6 images"):
+        acv.fit({"planted": planted["concept"][:3]}, planted["negatives"][:3], n_random=20)
+    with pytest.warns(InputWarning, match="n_random=2 random sets"):
+        acv.fit({"planted": planted["concept"]}, planted["negatives"], n_random=2)
+    acv.fit({"planted": planted["concept"][:3]}, planted["negatives"][:3])  # without a test
+
+
+@pytest.mark.parametrize("target", [torch.tensor([1, 0, 1], dtype=torch.uint8), [-1, 0, -1], list(np.array([1, 0, 1]))])
+def test_every_form_of_a_target(planted, target):
+    acv = SpatialACV(Planted(), "at").fit({"planted": planted["concept"]}, planted["negatives"])
+    x = planted["test"][:3]
+    outputs = Planted()(x).shape[1]
+    assert torch.equal(acv.attribute(x, target), acv.attribute(x, [int(t) % outputs for t in target]))
+    with pytest.raises(TargetError):
+        acv.explain(x, target=99, contributions=False)

@@ -347,6 +347,19 @@ class TestPresence:
         assert model.trust.startswith("low: ")
         assert "no better than chance" in model.trust
 
+    def test_a_part_of_the_concepts_is_judged_by_labels(self):
+        model, x = conv_model(), pictures(60)
+        model.metadata["reliability"] = {
+            name: {"agreement": 0.9, "low": 0.8, "high": 0.95, "positives": 20, "images": 40} for name in CONCEPTS
+        }
+        assert "on 40 held-out images the concepts rank images as the vision-language model does" in model.trust
+        model.calibrate(x[:12], {CONCEPTS[0]: labels_for(model, x[:12])[:, 0]})
+        assert "on 40 held-out images the concepts rank images as the vision-language model does" in model.trust
+        assert f"without '{CONCEPTS[0]}' (judged by your labels)" in model.trust
+        assert "labels" not in model.without(CONCEPTS[0]).trust
+        model.calibrate(x, labels_for(model, x))
+        assert "on 60 held-out images the concepts rank images as your labels do" in model.trust
+
     def test_forms_of_labels(self):
         model, x = conv_model(), pictures(50)
         labels = labels_for(model, x)

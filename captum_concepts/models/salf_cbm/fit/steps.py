@@ -17,6 +17,7 @@ from captum_concepts._artifacts import (
     Array,
     Check,
     anything,
+    check_expanded,
     mapping_of,
     open_artifact,
     save_artifact,
@@ -52,6 +53,7 @@ class StepFolder:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path, self.read_only = path, read_only
+        check_expanded(path)
         if world()[0] == 0 and not read_only:
             path.mkdir(parents=True, exist_ok=True)
 
