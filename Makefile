@@ -12,7 +12,7 @@ demo: $(BIN)/.installed
 
 # ARGS: more of pytest's options. The end names what was skipped and why.
 test: $(BIN)/.installed
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The suite under eleven settings of the kernels and threads that a CPU offers, and a table of what each comparison used
 # of its tolerance (hours). ARGS="--numeric": only tests that compare numbers; ARGS='--settings "2 threads"': one setting.
@@ -41,7 +41,7 @@ audit: $(BIN)/.installed
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[dev]'
-	$(TEST_ENV) $(VENV)-oldest/bin/python -m pytest -n auto --dist loadfile -W ignore::DeprecationWarning \
+	$(TEST_ENV) $(VENV)-oldest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -W ignore::DeprecationWarning \
 	  -W ignore::PendingDeprecationWarning -W ignore::FutureWarning
 
 lint: $(BIN)/.installed

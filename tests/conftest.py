@@ -70,7 +70,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Recorder(Path(folder).resolve()))
 
 
+#: Files that take longest, slowest first: started last, one of them would keep a single worker busy in the end.
+_LONGEST = (
+    "test_demo.py", "test_tutorials.py", "test_paper_tables.py", "test_files.py", "test_architectures.py",
+    "test_documentation.py", "test_explorer.py", "test_visualization.py", "test_processes.py", "test_inputs.py",
+    "test_model_conditions.py", "test_region_embedding_store.py", "test_spatial_acv_fit.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
     for item in items:
         if isinstance(item, pytest.Function) and compares_numbers(item.function):
             item.add_marker("numeric")

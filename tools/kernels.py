@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in chosen if name not in SETTINGS]
     if unknown:
         parser.error(f"no settings {unknown}; there are {list(SETTINGS)}")
-    pytest = [*options.tests, "-n", options.workers, "--dist", "loadfile"]
+    pytest = [*options.tests, "-n", options.workers, "--dist", "loadfile", "--no-loadscope-reorder"]
     if options.numeric:
         pytest += ["-m", "numeric"]
     if options.without:
