@@ -267,6 +267,7 @@ class DiscoveredConcepts(LayerAttribution):
             "scales": Array("float", ("K",)),
             "name_scores": Array("float", ("K",), optional=True),
         }
+        Layers.resolve(forward_func, [])  # before the file is read and blamed
         opened = open_artifact(
             path, _FORMAT, "saved concepts of a discovery", info=schema, arrays=arrays,
             sizes=lambda info: {"K": len(info["concepts"])},

@@ -78,7 +78,7 @@ from captum_concepts.datasets import (
     PascalVOC,
 )
 from captum_concepts.datasets.annotation import read_ids
-from captum_concepts.errors import ArtifactError, CaptumConceptsError
+from captum_concepts.errors import ArtifactError, CaptumConceptsError, InputError
 from captum_concepts.images import load_image, preprocessing_of, read_words
 from captum_concepts.metrics import EvaluationTable
 from captum_concepts.models.concept_translator.data import collect_pairs
@@ -806,3 +806,13 @@ def test_a_store_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises((ArtifactError, FileNotFoundError, NotADirectoryError)):
         RegionEmbeddingStore.open(tmp_path / "file")
+
+
+@pytest.mark.parametrize("make", [fusion_map, activation_map, discovered, spatial_acv], ids=lambda make: make.__name__)
+def test_a_model_that_is_none_is_not_a_fault_of_the_file(make, tmp_path):
+    explainer = make()
+    path = explainer.save(tmp_path / "a.safetensors")
+    with pytest.raises(InputError) as caught:
+        type(explainer).load(path, None)
+    assert "forward_func must be" in str(caught.value)
+    assert str(path) not in str(caught.value)

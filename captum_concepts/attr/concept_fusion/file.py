@@ -113,8 +113,8 @@ def load(
     path: str | os.PathLike[str], forward_func: Callable[..., Any], layers: Sequence[Layer] | None
 ) -> Iterator[Saved]:
     """The content of a file, checked to belong to ``forward_func``; an error in the content is one of the file."""
+    named = Layers.resolve(forward_func, [])  # before the file is read and blamed
     with open_artifact(path, _FORMATS, "a saved ConceptFusionMap", info=_INFO) as (info, tensors):
-        named = Layers.resolve(forward_func, [])
         if named.model is not None:
             model = fingerprint_module(named.model)
             try:

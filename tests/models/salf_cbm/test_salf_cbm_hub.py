@@ -353,3 +353,9 @@ class TestRefused:
         model.bottleneck = nn.Sequential(model.bottleneck)
         with pytest.raises(InputError, match="were replaced"):
             model.save_pretrained(tmp_path)
+
+
+def test_a_file_is_not_looked_up_on_the_hub(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="pass the folder that save_pretrained wrote"):
+        SALFCBM.from_pretrained(str(tmp_path / "model.safetensors"))
