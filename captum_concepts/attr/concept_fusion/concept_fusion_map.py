@@ -315,7 +315,8 @@ class ConceptFusionMap(LayerAttribution):
 
         Args:
             inputs: as for :meth:`attribute`.
-            target: the class, as Captum accepts it; None: each example's predicted class.
+            target: the class, as Captum accepts it; None: each example's predicted class, which for a classifier with a
+                single output (a sigmoid) is always that output, whether or not its probability is above 0.5.
             concepts: names or indices; None: all T.
             return_curve: also return the drop after 0, 1, ..., K channels.
             additional_forward_args: passed to ``forward_func`` after the inputs.
@@ -359,7 +360,7 @@ class ConceptFusionMap(LayerAttribution):
 
         Args:
             inputs: as for :meth:`attribute`.
-            target: the class whose probability contributions refer to; None: each example's predicted class.
+            target: the class whose probability contributions refer to; None: as in :meth:`contributions`.
             concepts: explain only these (names or indices), in this order, and ignore ``top_k``.
             top_k: number of concepts per image, the highest-ranked ones; None: all T.
             rank_by: ``"scores"``, or ``"contributions"`` (by magnitude; computes those of all T concepts).
