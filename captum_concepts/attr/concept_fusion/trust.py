@@ -130,8 +130,7 @@ class Trust:
         if not self.images or self.reliability is None:
             return "not measured (fit on images, or calibrate(images, labels))"
         if self.images < _ENOUGH:
-            number = f"{self.images} held-out images are" if self.images > 1 else "1 held-out image is"
-            return f"not measured: {number} too few to say"
+            return f"not measured: {self.images} held-out image{'s' * (self.images != 1)} are too few to say"
         if self.no_better_than_chance:
             return (
                 f"none: the first concept is the VLM's in {self.agreement:.0%} of {self.images} held-out images, no "
