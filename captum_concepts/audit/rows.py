@@ -15,11 +15,11 @@ from torch import Tensor
 from captum_concepts._artifacts import Array, check_expanded, open_artifact, save_artifact
 from captum_concepts._captum import output_tensor
 from captum_concepts._checks import finite_images
-from captum_concepts._undo import autocast_of_the_caller, hooked
+from captum_concepts._undo import autocast_of_the_caller, hooked, warnings_filtered
 from captum_concepts.activations import Layers, evaluation_mode, find_model, input_errors
 from captum_concepts.attr import batches as attr_batches
 from captum_concepts.attr.concept_fusion.ablation import class_link
-from captum_concepts.errors import ArtifactError, InputError
+from captum_concepts.errors import ArtifactError, InputError, InputWarning
 from captum_concepts.explanation import ContributionExplainer, Selection
 from captum_concepts.images import ImageSource, batches, digest
 from captum_concepts.store.processes import all_or_none, world
@@ -115,7 +115,8 @@ def check_exclusive_classes(explainer: Any, image: Tensor) -> None:
 def _probabilities(outputs: Tensor, explainer: Any) -> Tensor:
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise InputError(f"an audit needs a classifier with outputs (N, classes), got {tuple(outputs.shape)}")
-    link = class_link(getattr(explainer, "class_probability", "auto"), outputs, None)
+    with warnings_filtered("ignore", InputWarning):  # of contributions, which the explainer itself gives
+        link = class_link(getattr(explainer, "class_probability", "auto"), outputs, None)
     outputs = outputs.detach().float()
     return outputs.softmax(1) if link == "softmax" else outputs
 

@@ -160,7 +160,8 @@ def report_saved(settings: SavedSettings) -> dict[str, Any]:
         if not entries:
             raise InputError(f"{source / EXPLAINED} lists no saved explanations; run 'explain' with --save")
         known = {Path(entry.get("path", entry["image"])).name for entry in entries}
-        if unknown := [path.name for path in paths if path.name not in known]:
+        named = [path for path in map(Path, settings.images) if path.is_file()]  # a folder may contain others
+        if unknown := [path.name for path in named if path.name not in known]:
             raise InputError(f"{source} contains no explanation of {listing(unknown)}")
         names = settings.class_names or summary.get("classes") or None
         shown: dict[str, Any] = {

@@ -41,7 +41,7 @@ def drop_duplicates(concepts: Sequence[str], *, near: bool = True) -> Filtered:
 
 def drop_too_long(concepts: Sequence[str], max_length: int = 30) -> Filtered:
     """Keep concepts of at most ``max_length`` characters (LF-CBM: 30)."""
-    integer("max_length", max_length)
+    number("max_length", max_length, lambda n: n >= 1, "at least 1")
     kept = [c for c in concepts if len(c) <= max_length]
     return kept, [Drop(c, "too long", len(c), max_length) for c in concepts if len(c) > max_length]
 

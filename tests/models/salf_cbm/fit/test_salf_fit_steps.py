@@ -433,7 +433,7 @@ def test_presence_is_judged_on_images_as_they_are(tmp_path):
     assert (marked > concept_presence(whole, text) + 0.02).all()  # what it was compared with
     with pytest.raises(InputError, match="4 prompted cells of each"):
         concept_presence(regions, text)
-    with pytest.raises(InputError, match="k=0"):
+    with pytest.raises(InputError, match="k must be"):
         concept_presence(whole, text, k=0)
 
 
