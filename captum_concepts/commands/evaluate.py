@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from captum_concepts._checks import integer
 from captum_concepts.activations import Layers
 from captum_concepts.commands.explainers import Explainer, build_explainer, new_explainer
-from captum_concepts.commands.image_files import Failed
+from captum_concepts.commands.image_files import Failed, number_of_scenes
 from captum_concepts.commands.models import LoadedModel
 from captum_concepts.commands.outputs import check_outputs
 from captum_concepts.commands.settings import ExplainerSettings
@@ -119,12 +119,10 @@ def evaluate_command(settings: EvaluateSettings) -> tuple[EvaluationTable, dict[
 def open_data(settings: EvaluateSettings, preprocessing: Preprocessing) -> tuple[Any, list[str]]:
     """The data set, with images at the model's size, and the names of its concepts."""
     if settings.data.startswith("demo:"):
-        number = settings.data.removeprefix("demo:scenes:")
-        if not (number.isascii() and number.isdigit()) or int(number) < 1:
-            raise InputError(f"{settings.data!r} is not demo:scenes:N, where N is a number of scenes")
+        number = number_of_scenes(settings.data)
         settings.refuse(("format", "split", "min_area", "unlabelled"), "they are for a folder of images and masks")
         side = preprocessing.size[0] if preprocessing.size else 224
-        scenes = CaptionedScenes(int(number), seed=settings.seed + 1_000_003, size=side)
+        scenes = CaptionedScenes(number, seed=settings.seed + 1_000_003, size=side)
         return scenes, list(scenes.concepts)
     if settings.format not in FORMATS:
         raise InputError(f"--format {settings.format!r} is not one of {', '.join(FORMATS)}")

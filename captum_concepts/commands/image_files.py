@@ -66,6 +66,21 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return item.image if hasattr(item, "image") else item, self.targets[index]
 
 
+def number_of_scenes(source: str) -> int:
+    """N of ``demo:scenes:N``.
+
+    Raises:
+        InputError: it is not a positive number in digits.
+
+    >>> number_of_scenes("demo:scenes:30")
+    30
+    """
+    number = source.removeprefix("demo:scenes:")
+    if not (number.isascii() and number.isdigit()) or int(number) == 0:
+        raise InputError(f"{source!r} is not demo:scenes:N, where N is a number of scenes")
+    return int(number)
+
+
 def labelled_images(source: Any, size: int, failed: Failed | None = None, *, seed: int = 0, **options: Any) -> Any:
     """Labeled images of a configuration's entry.
 
@@ -83,10 +98,7 @@ def labelled_images(source: Any, size: int, failed: Failed | None = None, *, see
     if not isinstance(source, str):
         raise InputError(f"images must be a folder or demo:scenes:N, got {source!r}")
     if source.startswith("demo:"):
-        number = source.removeprefix("demo:scenes:")
-        if not (number.isascii() and number.isdigit()) or int(number) == 0:
-            raise InputError(f"{source!r} is not demo:scenes:N, where N is a number of scenes")
-        scenes = CaptionedScenes(int(number), seed=seed, size=size)
+        scenes = CaptionedScenes(number_of_scenes(source), seed=seed, size=size)
         return LabelledImages(scenes, scenes.classes, scenes.labels.tolist())
     folders = class_folders(source)  # raises for a folder without class folders, or with empty ones
     files = [file for inside in folders.values() for file in inside]

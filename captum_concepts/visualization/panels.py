@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_concepts._artifacts import replacing
+from captum_concepts._artifacts import check_destination, replacing
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, SEEN, ConceptExplanation
@@ -630,8 +630,7 @@ def save_figure(figure: Figure | Image, path: str | os.PathLike[str], dpi: float
     if suffix not in _METADATA:
         raise InputError(f"figures are written as .png, .pdf or .svg, got {path.name!r}")
     number("dpi", dpi, lambda pixels: pixels > 0, "positive")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    check_destination(path)
     # The default compression saves a tenth but takes two to four times as long, as much as all the drawing.
     fast: Any = {"compress_level": 1, "compress_type": zlib.Z_RLE}
     if not hasattr(figure, "savefig"):

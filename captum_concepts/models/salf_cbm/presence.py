@@ -138,14 +138,15 @@ def trust_line(reliability: Mapping[str, Reliability], metadata: Mapping[str, An
     values = sorted(one.agreement for one in known.values())
     middle = values[len(values) // 2] if len(values) % 2 else sum(values[len(values) // 2 - 1 :][:2]) / 2
     images = next(iter(known.values())).images
+    verb = "do" if "labels" in judge else "does"
     chance = sorted((name for name, one in known.items() if one.low <= 0.5), key=lambda name: known[name].agreement)
     rules, supported = _support(metadata)
     weak = middle < 0.7 or len(chance) > len(known) / 2 or 2 * supported < rules
     grade = "low" if weak else "medium" if middle < 0.85 or supported < _MOST_RULES * rules else "high"
-    line = f"{grade}: on {images} held-out images the concepts rank images as {judge} with a median AUROC of "
+    line = f"{grade}: on {images} held-out images the concepts rank images as {judge} {verb} with a median AUROC of "
     line += f"{middle:.2f} (chance 0.50)"
     if others:
-        line += f", without {listing(others, 3)} (judged by {judges[others[0]].rsplit(' ', 1)[0]})"
+        line += f", without {listing(others, 3)} (judged by {judges[others[0]]})"
     if rules:
         line += f"; the vision-language model supports {supported} of the {rules} strongest rules"
     if chance:
@@ -154,13 +155,11 @@ def trust_line(reliability: Mapping[str, Reliability], metadata: Mapping[str, An
 
 
 def _judge(name: str, metadata: Mapping[str, Any]) -> str:
-    """What a concept was compared with, and the verb that follows."""
+    """What a concept was compared with."""
     calibrated = metadata.get("calibrated")
-    if isinstance(calibrated, Mapping) and name in calibrated:
-        return "your labels do"
-    return (
-        f"{metadata['reliability_source']} do" if "reliability_source" in metadata else "the vision-language model does"
-    )
+    if isinstance(calibrated, list) and name in calibrated:
+        return "your labels"
+    return str(metadata.get("reliability_source", "the vision-language model"))  # of models before "calibrated"
 
 
 def _support(metadata: Mapping[str, Any]) -> tuple[int, int]:

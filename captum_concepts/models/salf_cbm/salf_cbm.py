@@ -777,8 +777,7 @@ class SALFCBM(
         names = [self.concepts[j] for j in columns]
         measured = reliabilities(activations[:, columns], verdicts, names)
         self.metadata["reliability"] = {**self.metadata.get("reliability", {}), **measured}
-        labeled = dict.fromkeys(names, len(activations))
-        self.metadata["calibrated"] = {**self.metadata.get("calibrated", {}), **labeled}
+        self.metadata["calibrated"] = sorted({*self.metadata.get("calibrated", ()), *names})
         return self
 
     # ------------------------------------------------------------------------------------------------- exploration

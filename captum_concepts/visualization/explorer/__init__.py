@@ -17,7 +17,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from captum_concepts._artifacts import write_atomically
+from captum_concepts._artifacts import check_destination, write_atomically
 from captum_concepts._checks import integer, name_positions
 from captum_concepts._undo import evaluation_mode, unharming
 from captum_concepts.errors import InputError
@@ -418,8 +418,7 @@ class Explorer:
             FileNotFoundError: the folder does not exist.
         """
         path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+        check_destination(path)
         return write_atomically(path, self.html)
 
     @property

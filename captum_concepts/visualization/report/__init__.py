@@ -22,7 +22,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from captum_concepts import __version__
-from captum_concepts._artifacts import naming, replacing
+from captum_concepts._artifacts import check_destination, naming, replacing
 from captum_concepts._checks import integer, number, one_of
 from captum_concepts.errors import InputError, InputWarning
 from captum_concepts.explanation import RANKINGS, ConceptExplainer, ConceptExplanation
@@ -298,8 +298,7 @@ class ReportWriter:
         if settings is not None and not isinstance(settings, Mapping):
             raise InputError(f"settings must be a mapping of names to values, got {type(settings).__name__}")
         self.path = Path(path)
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.path.parent} to write {self.path.name} to")
+        check_destination(self.path)
         self.title, self.class_names, self.cmap, self.signed = title, class_names, cmap, signed
         self.settings = dict(settings or {})
         # Cards are buffered because the content above them is known last; the system always removes this file.
