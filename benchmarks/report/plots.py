@@ -117,6 +117,7 @@ def number_points(figure: Any, axis: Any, points: list[tuple[float, float]]) -> 
 def times(title: str, heading: str, values: dict[str, float], path: Path) -> None:
     """Times, on a logarithmic axis."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(6.5, 0.9 + 0.27 * len(values)), layout="constrained")
     axis = figure.subplots()
@@ -130,6 +131,9 @@ def times(title: str, heading: str, values: dict[str, float], path: Path) -> Non
     axis.grid(axis="x", alpha=0.3)
     axis.set_yticks(places, list(values), fontsize=7)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())  # labels of the minor ticks overlap
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.set_xlim(min(values.values()) / 1.5, max(values.values()) * 2)
     axis.set_xlabel(heading, fontsize=8)
